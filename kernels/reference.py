@@ -1,0 +1,326 @@
+"""Every operation of the engine in plain torch: the CPU path, and the oracle of faster kernels.
+
+In float32 on a CPU a token's bits must not depend on what else is in the step. Three rules do it:
+
+- Only operations whose value at one element does not depend on the tensor's size are used. Sums,
+  products, quotients and square roots are rounded exactly; `exp`, `log` and `log1p` are measured
+  to be stable; `silu` and `sigmoid` are not (their vector and scalar loops differ), so silu is
+  written with `exp`.
+- Matrix products have enough rows: see `plan_step(min_rows=…)` and shared/engine/determinism.py.
+- Attention works on key tiles of TILE positions, aligned at absolute positions, as a batch of
+  equal products. Tiles are added one after another; a masked key adds exactly zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels.reference_sampling import sample as sample
+
+TILE = 128
+"""Keys per tile; a multiple of every block size."""
+QUERY_TILE = 128
+"""Most query tokens of one row handled at once; bounds the memory for scores."""
+
+_linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Brings a weight [out, in] into the form that `linear` is fastest with.
+
+    On a CPU that is oneDNN's blocked layout: twice the speed of the plain product for a step of 16
+    rows, and bits that do not depend on the number of rows.
+    """
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if _pack is None or not has_onednn or weight.device.type != "cpu":
+        return weight
+    packed: Tensor = _pack(weight, 16)
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times a weight from `pack_weight`, plus bias [out] → [T, out]."""
+    if _linear_packed is None or not weight.is_mkldnn:
+        return torch.nn.functional.linear(x, weight, bias)
+    y: Tensor = _linear_packed(x, weight, bias, "none", [], "")
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, hidden] over its root mean square, times weight [hidden] → [T, hidden]."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (i, i + head_dim / 2) of x [T, heads, head_dim] → new tensor of that shape.
+
+    cos, sin: [T, 1, head_dim], the angle of a pair at both of its places; the first half of `sin`
+    is negated.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    return swapped.mul_(sin).add_(x * cos)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up of x [T, 2 · size] = (gate, up) → [T, size]."""
+    gate, up = x.chunk(2, -1)
+    if x.dtype != torch.float32:
+        return torch.nn.functional.silu(gate).mul_(up)
+    return torch.neg(gate).exp_().add_(1).reciprocal_().mul_(gate).mul_(up)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Where the tokens of one step are stored and what they attend to, in one cache group."""
+
+    num_tokens: int
+    slots: Tensor
+    """int64 [num_layers, 2 (key, value), T · num_kv_heads]: rows of the cache taken as
+    [blocks · num_kv_heads · num_layers · 2 · block_size, head_dim]."""
+    units: list[QueryUnits]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryUnits:
+    """U units of `num_queries` consecutive tokens of one row each, with NT key tiles in all.
+
+    All decoding rows are one such group; each stretch of a prompt chunk is a group of one unit.
+    Units come with falling numbers of tiles; tiles are ordered by their number, then by unit.
+    """
+
+    first_token: int
+    num_units: int
+    num_queries: int
+    units_with_tile: list[int]
+    """By tile number: how many units have that tile; they are the first ones."""
+    unit_of_tile: Tensor
+    """int64 [NT]"""
+    rows: Tensor
+    """int64 [num_layers, 2 (key, value), NT · num_kv_heads · blocks per tile]: rows of the cache
+    taken as [blocks · num_kv_heads · num_layers · 2, block_size · head_dim]."""
+    gathered: Tensor
+    """[NT · num_kv_heads · blocks per tile, block_size · head_dim]: room for those rows."""
+    tail: Tensor
+    """int64 [U · num_kv_heads]: where in `gathered` each unit's last block is."""
+    beyond_tail: Tensor
+    """bool [U, 1, block_size, 1]: slots of that block behind the unit's last token."""
+    first_masked: int
+    """Tiles from this one on, in tile order, need the mask."""
+    masked: Tensor
+    """bool [NT − first_masked, 1, M or 1, TILE]: keys that are not visible."""
+    num_rows: int
+    """Rows of a product: M = queries · heads per KV head, padded to min_rows."""
+
+
+def plan_step(
+    query_start: npt.NDArray[np.int64],
+    context_lens: npt.NDArray[np.int64],
+    block_table: npt.NDArray[np.int64],
+    slot_mapping: npt.NDArray[np.int64],
+    kv: Tensor,
+    *,
+    num_heads: int,
+    min_rows: int,
+) -> StepPlan:
+    """Prepares a step for all layers of a cache group, once.
+
+    Args:
+        query_start: [R + 1], rows of one token first, longest context first (see BatchColumns).
+        context_lens: [R].
+        block_table: [R, blocks], −1 beyond a row's context.
+        slot_mapping: [T].
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; the last block is zero.
+        num_heads: query heads.
+        min_rows: matrix products get at least as many rows.
+    """
+    _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
+    starts = query_start.tolist()
+    contexts = context_lens.tolist()
+    num_rows = len(contexts)
+    num_single = int(np.count_nonzero(np.diff(query_start) == 1))
+    units = []
+    if num_single:
+        args = (context_lens[:num_single], block_table[:num_single])
+        units.append(_plan_units(0, 1, *args, kv, num_heads, min_rows))
+    for row in range(num_single, num_rows):
+        position = contexts[row] - (starts[row + 1] - starts[row])
+        for first in range(starts[row], starts[row + 1], QUERY_TILE):
+            num_queries = min(QUERY_TILE, starts[row + 1] - first)
+            visible = np.array([position + first - starts[row] + num_queries])
+            table = block_table[row : row + 1]
+            units.append(_plan_units(first, num_queries, visible, table, kv, num_heads, min_rows))
+    blocks, offsets = np.divmod(slot_mapping, block_size)
+    heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
+    slots = heads * (num_layers * 2 * block_size) + offsets[:, None]
+    layers = np.arange(num_layers * 2).reshape(num_layers, 2, 1) * block_size
+    return StepPlan(
+        num_tokens=starts[-1],
+        slots=_to(kv, slots.reshape(-1) + layers),
+        units=units,
+    )
+
+
+def _plan_units(
+    first_token: int,
+    num_queries: int,
+    visible: npt.NDArray[np.int64],
+    block_table: npt.NDArray[np.int64],
+    kv: Tensor,
+    num_heads: int,
+    min_rows: int,
+) -> QueryUnits:
+    """Plans units that see `visible` [U] positions each (their last query included)."""
+    num_blocks_and_zero, num_kv_heads, num_layers, _, block_size, head_dim = kv.shape
+    num_units = len(visible)
+    heads_per_kv = num_heads // num_kv_heads
+    blocks_per_tile = TILE // block_size
+    num_tiles = -(-visible // TILE)
+    max_tiles = int(num_tiles.max())
+    has_tile = np.arange(max_tiles)[:, None] < num_tiles
+    tile_number, unit_of_tile = np.nonzero(has_tile)
+
+    table = np.full((num_units, max_tiles * blocks_per_tile), num_blocks_and_zero - 1)
+    width = min(block_table.shape[1], table.shape[1])
+    num_blocks = -(-visible // block_size)
+    listed = np.arange(width) < num_blocks[:, None]
+    table[:, :width][listed] = block_table[:, :width][listed]
+    blocks = table.reshape(num_units, max_tiles, blocks_per_tile)[unit_of_tile, tile_number]
+
+    heads = np.arange(num_kv_heads)[:, None]
+    keys = (blocks[:, None, :] * num_kv_heads + heads) * (num_layers * 2)
+    layers = np.arange(num_layers * 2).reshape(num_layers, 2, 1)
+
+    tile_of_unit = np.zeros((max_tiles, num_units), np.int64)
+    tile_of_unit[has_tile] = np.arange(len(tile_number))
+    last_block = num_blocks - 1
+    tail_tile = tile_of_unit[last_block // blocks_per_tile, np.arange(num_units)]
+    tail = (tail_tile[:, None] * num_kv_heads + heads.T) * blocks_per_tile
+    tail += (last_block % blocks_per_tile)[:, None]
+    slots = np.arange(block_size) + (last_block * block_size)[:, None]
+
+    first_query = visible - num_queries
+    first_masked = int(has_tile[: int(first_query.min() + 1) // TILE].sum())
+    key_position = tile_number[first_masked:, None] * TILE + np.arange(TILE)
+    query = first_query[unit_of_tile[first_masked:], None] + np.arange(num_queries)
+    masked = key_position[:, None, :] > query[:, :, None]
+    if num_queries > 1:
+        masked = np.repeat(masked, heads_per_kv, axis=1)
+    return QueryUnits(
+        first_token=first_token,
+        num_units=num_units,
+        num_queries=num_queries,
+        units_with_tile=has_tile.sum(1).tolist(),
+        unit_of_tile=_to(kv, unit_of_tile),
+        rows=_to(kv, keys.reshape(-1) + layers),
+        gathered=kv.new_empty(keys.size, block_size * head_dim),
+        tail=_to(kv, tail.reshape(-1)),
+        beyond_tail=_to(kv, (slots >= visible[:, None])[:, None, :, None]),
+        first_masked=first_masked,
+        masked=_to(kv, masked[:, None]),
+        num_rows=max(num_queries * heads_per_kv, min_rows),
+    )
+
+
+def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: StepPlan) -> None:
+    """Writes the step's keys and values, [≥ T, num_kv_heads, head_dim] each, to their slots.
+
+    kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim].
+    """
+    rows = kv.view(-1, kv.shape[5])
+    for which, column in enumerate((key, value)):
+        tokens = column[: plan.num_tokens].reshape(-1, kv.shape[5])
+        rows.index_copy_(0, plan.slots[layer, which], tokens)
+
+
+def paged_attention(query: Tensor, kv: Tensor, layer: int, plan: StepPlan, scale: float) -> Tensor:
+    """Causal attention of query [≥ T, num_heads, head_dim] over the blocks → the same shape.
+
+    The step's own keys and values are stored before. Rows of `query` behind T come back as zeros.
+    kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; what lies in slots behind
+    a row's context is never used, NaN included.
+    """
+    num_kv_heads = kv.shape[1]
+    _, num_heads, head_dim = query.shape
+    out = torch.zeros_like(query)
+    scaled = query * scale
+    for units in plan.units:
+        num_tokens = units.num_units * units.num_queries
+        span = slice(units.first_token, units.first_token + num_tokens)
+        shape = (units.num_units, units.num_queries, num_kv_heads, -1, head_dim)
+        by_head = scaled[span].view(shape).transpose(1, 2).flatten(2, 3)
+        attended = _attend(by_head, kv, layer, units)
+        by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, head_dim)
+        out[span] = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
+    return out
+
+
+def _attend(query: Tensor, kv: Tensor, layer: int, units: QueryUnits) -> Tensor:
+    """query [U, num_kv_heads, M, head_dim], scaled → the same shape."""
+    num_units, num_kv_heads, num_rows, head_dim = query.shape
+    if num_rows < units.num_rows:
+        padding = (0, 0, 0, units.num_rows - num_rows)
+        query = torch.nn.functional.pad(query, padding)
+    by_tile = query.index_select(0, units.unit_of_tile)
+    keys = _gather(kv, layer, 0, units)
+    scores = _bmm(by_tile.flatten(0, 1), keys.transpose(1, 2)).float()
+    scores = scores.view(-1, num_kv_heads, units.num_rows, TILE)
+    real = scores[:, :, :num_rows]
+    real[units.first_masked :].masked_fill_(units.masked, float("-inf"))
+    highest = _over_tiles(torch.maximum, real.amax(-1, keepdim=True), units)
+    real.sub_(highest.index_select(0, units.unit_of_tile)).exp_()
+    total = _over_tiles(torch.add, real.sum(-1, keepdim=True), units)
+
+    values = _gather(kv, layer, 1, units)
+    # A masked key's weight is zero, but zero times NaN is not.
+    block_size = kv.shape[4]
+    tail = units.gathered.index_select(0, units.tail).view(-1, num_kv_heads, block_size, head_dim)
+    tail.masked_fill_(units.beyond_tail, 0)
+    units.gathered.index_copy_(0, units.tail, tail.view(-1, block_size * head_dim))
+    partial = _bmm(scores.to(values.dtype).flatten(0, 1), values).view(by_tile.shape)
+    sums = _over_tiles(torch.add, partial[:, :, :num_rows], units)
+    return (sums / total).to(query.dtype)
+
+
+def _gather(kv: Tensor, layer: int, which: int, units: QueryUnits) -> Tensor:
+    """Copies the keys (which = 0) or values (1) of all tiles: [NT · num_kv_heads, TILE, head_dim].
+
+    The next call reuses the memory.
+    """
+    rows = kv.view(-1, units.gathered.shape[1])
+    torch.index_select(rows, 0, units.rows[layer, which], out=units.gathered)
+    return units.gathered.view(-1, TILE, kv.shape[5])
+
+
+def _over_tiles(combine: Callable[..., Tensor], partial: Tensor, units: QueryUnits) -> Tensor:
+    """Folds [NT, …] over each unit's tiles, in their order → [U, …]."""
+    start = units.num_units
+    result = partial[:start]
+    for num_units in units.units_with_tile[1:]:
+        head = result[:num_units]
+        combine(head, partial[start : start + num_units], out=head)
+        start += num_units
+    return result
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """[B, M, K] times [B, K, N]; a lone product is doubled.
+
+    Threads share a batch out product by product, but split a lone one, which changes its bits.
+    """
+    if a.shape[0] == 1:
+        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
+    return torch.bmm(a, b)
+
+
+def _to(like: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, non_blocking=True)

@@ -1,0 +1,48 @@
+"""Which sequences of the running batch take a step, and who yields when blocks run out.
+
+Pure policy. Blocks are never taken from an older sequence for a younger one: the latest is
+preempted first, so the oldest always goes on and everything finishes in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from shared.kv.sequence import Sequence, num_blocks_for
+
+
+def num_blocks_wanted(sequence: Sequence, block_size: int) -> int:
+    """Blocks that a sequence lacks for the token that it computes next, over all groups."""
+    have = num_blocks_for(sequence.num_tokens, block_size)
+    return sum(have - len(table) for table in sequence.block_tables)
+
+
+def is_short_of_blocks(running: Iterable[Sequence], num_free_blocks: int, block_size: int) -> bool:
+    return sum(num_blocks_wanted(sequence, block_size) for sequence in running) > num_free_blocks
+
+
+def choose_victim(holders: Seq[Sequence]) -> Sequence | None:
+    """Who is preempted: the last of those that hold blocks, in order of arrival; never the first.
+
+    Alone in the pool a sequence always fits: larger ones are refused when they are admitted.
+    """
+    return holders[-1] if len(holders) > 1 else None
+
+
+def plan_rows(
+    running: Iterable[Sequence], *, num_free_blocks: int, max_rows: int, block_size: int
+) -> list[Sequence]:
+    """Those that decode in this step, oldest first.
+
+    One that lacks a block which a transfer still keeps in quarantine sits the step out.
+    """
+    rows: list[Sequence] = []
+    for sequence in running:
+        wanted = num_blocks_wanted(sequence, block_size)
+        if len(rows) == max_rows:
+            break
+        if wanted <= num_free_blocks:
+            num_free_blocks -= wanted
+            rows.append(sequence)
+    return rows

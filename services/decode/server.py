@@ -1,0 +1,101 @@
+"""DecodeService: one stream per gateway, all of its sequences on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc
+from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
+
+from shared.kv.sequence import AttemptKey, Sequence
+from shared.rpc.convert import key_from_pb, key_to_pb, sequence_from_pb
+from shared.rpc.errors import CapabilityMismatch, to_failure
+from shared.rpc.streams import SILENCE_S, until_silence, with_ticks
+
+logger = logging.getLogger(__name__)
+
+DecodeEvents = asyncio.Queue[decode_service_pb2.DecodeResponse]
+
+
+class DecodeHost(Protocol):
+    """What the service needs of the worker that it is part of."""
+
+    capability_hash: str
+
+    def attach_gateway(self) -> tuple[str, DecodeEvents]:
+        """A new stream: its name here, and what is to be sent on it."""
+
+    def detach_gateway(self, gateway: str) -> None:
+        """The stream is gone, and with it its sequences."""
+
+    def start_decode(
+        self,
+        sequence: Sequence,
+        gateway: str,
+        slot: int,
+        source: types_pb2.WorkerAddress | None,
+    ) -> None: ...
+
+    def cancel(self, key: AttemptKey) -> None: ...
+
+    def tick(self) -> types_pb2.Tick: ...
+
+
+class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
+    def __init__(self, host: DecodeHost) -> None:
+        self._host = host
+
+    async def Decode(
+        self,
+        request_iterator: AsyncIterator[decode_service_pb2.DecodeRequest],
+        context: grpc.aio.ServicerContext[
+            decode_service_pb2.DecodeRequest, decode_service_pb2.DecodeResponse
+        ],
+    ) -> AsyncIterator[decode_service_pb2.DecodeResponse]:
+        gateway, events = self._host.attach_gateway()
+        reader = asyncio.create_task(self._read(gateway, events, request_iterator))
+        try:
+            async for event in with_ticks(events, self._tick):
+                if reader.done():
+                    return
+                yield event
+        finally:
+            reader.cancel()
+            self._host.detach_gateway(gateway)
+
+    async def _read(
+        self,
+        gateway: str,
+        events: DecodeEvents,
+        requests: AsyncIterator[decode_service_pb2.DecodeRequest],
+    ) -> None:
+        """Until the gateway closes the stream or falls silent."""
+        try:
+            async for message in until_silence(requests, 2 * SILENCE_S):
+                match message.WhichOneof("message"):
+                    case "start":
+                        self._start(gateway, events, message.start)
+                    case "cancel":
+                        self._host.cancel(key_from_pb(message.cancel.key))
+        except TimeoutError:
+            logger.warning("gateway stream %s fell silent", gateway)
+
+    def _start(
+        self, gateway: str, events: DecodeEvents, start: decode_service_pb2.StartSequence
+    ) -> None:
+        spec = start.sequence
+        if spec.capability_hash != self._host.capability_hash:
+            error = CapabilityMismatch("this worker serves another model, layout or dtype")
+            failed = decode_service_pb2.SequenceFailed(
+                slot=start.slot, key=key_to_pb(key_from_pb(spec.key)), failure=to_failure(error)
+            )
+            events.put_nowait(decode_service_pb2.DecodeResponse(failed=failed))
+            return
+        source = start.source if start.HasField("source") else None
+        self._host.start_decode(sequence_from_pb(spec), gateway, start.slot, source)
+
+    def _tick(self) -> decode_service_pb2.DecodeResponse:
+        return decode_service_pb2.DecodeResponse(tick=self._host.tick())

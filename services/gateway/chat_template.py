@@ -1,0 +1,72 @@
+"""The chat template of a model directory."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shared.engine.config import ModelError
+from shared.rpc.errors import InvalidField
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja that came with the weights, so it runs in a sandbox."""
+
+    source: str
+    special_tokens: Mapping[str, str]
+    """Those that templates name: `bos_token`, `eos_token`; empty where the model has none."""
+
+    @classmethod
+    def load(cls, model_dir: Path) -> ChatTemplate | None:
+        """None without a template; ModelError, naming the file, when one cannot be read."""
+        path = model_dir / "tokenizer_config.json"
+        try:
+            config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            special_tokens = {}
+            for name in ("bos_token", "eos_token"):
+                token = config.get(name) or ""
+                special_tokens[name] = token["content"] if isinstance(token, dict) else str(token)
+            source = config.get("chat_template")
+            if isinstance(source, list):
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            if (model_dir / "chat_template.jinja").exists():
+                path = model_dir / "chat_template.jinja"
+                source = path.read_text("utf-8")
+            if not isinstance(source, str | None):
+                raise ValueError("chat_template is not text")
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ModelError(f"{path}: {error}") from error
+        return None if source is None else cls(source, special_tokens)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Raises InvalidField when the template refuses the messages, or is itself broken."""
+        try:
+            return self._compiled.render(
+                self.special_tokens, messages=messages, add_generation_prompt=add_generation_prompt
+            )
+        except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
+            limit = "what the model's chat template takes"
+            raise InvalidField("messages", f"cannot be rendered: {error}", limit=limit) from error
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        # A broken template must not keep the model from serving prompts, so not when loading.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_template_error
+        return environment.from_string(self.source)
+
+
+def _raise_template_error(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,282 @@
+"""The cluster as this gateway knows it: workers, doubts about them, and the way to each.
+
+The directory is polled; what it said last holds on while it is away. A worker that failed an
+attempt is doubted for a while, by incarnation: a restarted one starts clean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import grpc
+from baton.v1 import decode_service_pb2
+
+from services.gateway.admission import Limits
+from services.gateway.links import DecodeLink
+from services.gateway.router import Route, WorkerSnapshot, choose, longest_run
+from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
+from shared.directory.keys import WORKER_TTL_S
+from shared.directory.ledger import Stage
+from shared.directory.workers import WorkerRecord
+from shared.engine.config import ModelConfig
+from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
+from shared.kv.sequence import num_blocks_for
+from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_DOUBT_S = 1.0
+_MAX_DOUBT_S = 8.0
+
+
+@dataclass(slots=True)
+class _Known:
+    record: WorkerRecord
+    seen_at: float
+    num_started: int = 0
+    """Sequences sent there since its record last changed."""
+    num_blocks_started: int = 0
+
+
+@dataclass(slots=True)
+class _Doubt:
+    until: float
+    seconds: float
+
+
+class Cluster:
+    def __init__(self, url: str, name: str, *, incarnation: str, model: ModelConfig) -> None:
+        self._url = url
+        self._name = name
+        self._incarnation = incarnation
+        self._model = model
+        self._directory: Directory | None = None
+        self.is_directory_reachable = False
+        self._known: dict[str, _Known] = {}
+        self._doubts: dict[str, _Doubt] = {}
+        self._links: dict[str, DecodeLink] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._changed = asyncio.Event()
+        self._spread = 0
+
+    # Following the directory
+
+    async def connect(self) -> None:
+        """Raises DirectoryMisconfigured; a directory that is away is tried again later."""
+        try:
+            self._directory = await open_directory(self._url, self._name)
+            await self._refresh()
+        except DirectoryUnavailable as error:
+            logger.warning("the directory is away: %s", error)
+
+    async def follow(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self._refresh()
+            except DirectoryUnavailable as error:
+                if self.is_directory_reachable:
+                    logger.warning("the directory is away: %s", error)
+                self.is_directory_reachable = False
+            await asyncio.sleep(_POLL_S)
+
+    async def _refresh(self) -> None:
+        if self._directory is None:
+            self._directory = await open_directory(self._url, self._name)
+        records = await self._directory.workers.list()
+        if not self.is_directory_reachable:
+            logger.info("the directory answers")
+        self.is_directory_reachable = True
+        now = time.monotonic()
+        for record in records:
+            known = self._known.get(record.worker_id)
+            if known is None or known.record != record:
+                known = self._known[record.worker_id] = _Known(record, now)
+            known.seen_at = now
+        # A directory that came back empty hears from live workers before this runs out.
+        for worker_id, known in list(self._known.items()):
+            if now - known.seen_at > WORKER_TTL_S:
+                del self._known[worker_id]
+        await self._prune_ways()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _prune_ways(self) -> None:
+        """Closes what leads to workers that are gone and serves no sequence any more."""
+        incarnations = {known.record.incarnation for known in self._known.values()}
+        addresses = {known.record.address for known in self._known.values()}
+        for incarnation, link in list(self._links.items()):
+            if incarnation not in incarnations and not link.num_sequences:
+                del self._links[incarnation]
+                await link.close()
+        for address, channel in list(self._channels.items()):
+            if address not in addresses:
+                del self._channels[address]
+                await channel.close(grace=_MAX_DOUBT_S)
+        now = time.monotonic()
+        for incarnation, doubt in list(self._doubts.items()):
+            if incarnation not in incarnations and doubt.until < now:
+                del self._doubts[incarnation]
+
+    # What is known
+
+    def doubt(self, incarnation: str) -> None:
+        """The worker failed an attempt: nothing new goes there for a while, longer each time."""
+        last = self._doubts.get(incarnation)
+        seconds = min(2 * last.seconds, _MAX_DOUBT_S) if last else _DOUBT_S
+        self._doubts[incarnation] = _Doubt(time.monotonic() + seconds, seconds)
+
+    def trust(self, incarnation: str) -> None:
+        self._doubts.pop(incarnation, None)
+
+    def _is_doubted(self, incarnation: str) -> bool:
+        doubt = self._doubts.get(incarnation)
+        return doubt is not None and time.monotonic() < doubt.until
+
+    def snapshots(self) -> list[WorkerSnapshot]:
+        return [
+            WorkerSnapshot(
+                worker_id=known.record.worker_id,
+                incarnation=known.record.incarnation,
+                address=known.record.address,
+                role=known.record.role,
+                capability_hash=known.record.capability.hash(),
+                block_size=known.record.capability.block_size,
+                num_blocks=known.record.num_blocks,
+                num_free_blocks=max(
+                    0, known.record.load.num_free_blocks - known.num_blocks_started
+                ),
+                num_waiting=known.record.load.num_waiting + known.num_started,
+                num_running=known.record.load.num_running,
+                suspect=self._is_doubted(known.record.incarnation),
+            )
+            for known in self._known.values()
+        ]
+
+    def records(self) -> list[WorkerRecord]:
+        return [known.record for known in self._known.values()]
+
+    def worker_counters(self) -> Counter[str]:
+        """Summed over the workers that are known."""
+        total: Counter[str] = Counter()
+        for record in self.records():
+            total.update(record.load.counters)
+        return total
+
+    async def ledger_counts(self) -> dict[Stage, int]:
+        """Raises DirectoryUnavailable."""
+        return await self._open().ledger.count_by_stage()
+
+    async def num_prefix_entries(self) -> int:
+        """Raises DirectoryUnavailable."""
+        return await self._open().prefix_index.size()
+
+    def _open(self) -> Directory:
+        if self._directory is None:
+            raise DirectoryUnavailable("the directory has not been reached yet")
+        return self._directory
+
+    def limits(self) -> Limits:
+        """As the workers have them; the model's own while none is known."""
+        lengths = [record.model.max_model_len for record in self.records()]
+        pools = [
+            max((s.num_blocks * s.block_size for s in side), default=None)
+            for side in (
+                [s for s in self.snapshots() if s.role != "prefill"],
+                [s for s in self.snapshots() if s.role != "decode"],
+            )
+        ]
+        return Limits(
+            vocab_size=self._model.vocab_size,
+            max_model_len=max(lengths, default=self._model.max_position_embeddings),
+            max_pool_tokens=min((pool for pool in pools if pool is not None), default=None),
+        )
+
+    def has_route(self) -> bool:
+        return choose(self.snapshots(), {}, 1, 1) is not None
+
+    # The way to a worker
+
+    async def route(
+        self, token_ids: list[int], num_new_tokens: int, capability_hash: str | None
+    ) -> Route:
+        """Locates the prompt's prefixes and chooses; waits as long as nobody can take it."""
+        while True:
+            changed = self._changed
+            snapshots = self.snapshots()
+            block_size = snapshots[0].block_size if snapshots else 1
+            route = choose(
+                snapshots,
+                await self._locate(token_ids, snapshots),
+                len(token_ids),
+                num_blocks_for(len(token_ids) + num_new_tokens, block_size),
+                capability_hash=capability_hash,
+                spread=self._spread,
+            )
+            if route is not None:
+                self._spread += 1
+                self._note_started(route, len(token_ids), block_size)
+                return route
+            await changed.wait()
+
+    def _note_started(self, route: Route, num_tokens: int, block_size: int) -> None:
+        for worker in (route.prefill, route.decode):
+            known = self._known.get(worker.worker_id) if worker is not None else None
+            if known is not None:
+                known.num_started += 1
+                known.num_blocks_started += num_blocks_for(num_tokens, block_size)
+
+    async def _locate(
+        self, token_ids: list[int], snapshots: list[WorkerSnapshot]
+    ) -> dict[str, int]:
+        """Worker id → cached tokens at the front, as the directory has it; one round trip."""
+        hits: dict[str, int] = {}
+        if self._directory is None or not self.is_directory_reachable:
+            return hits
+        for capability_hash in {snapshot.capability_hash for snapshot in snapshots}:
+            alike = [s for s in snapshots if s.capability_hash == capability_hash]
+            block_size = alike[0].block_size
+            hashes: list[bytes] = []
+            extend_hashes(hashes, root_hash(capability_hash), token_ids, block_size)
+            listed = [h for index, h in enumerate(hashes) if is_boundary(index, block_size)]
+            if not listed:
+                continue
+            try:
+                holders = await self._directory.prefix_index.lookup(listed)
+            except DirectoryUnavailable:
+                return hits
+            hits.update(longest_run(holders, alike))
+        return hits
+
+    def link(self, worker: WorkerSnapshot) -> DecodeLink:
+        link = self._links.get(worker.incarnation)
+        if link is None:
+            hello = decode_service_pb2.DecodeHello(gateway_incarnation=self._incarnation)
+            link = DecodeLink(worker.incarnation, worker.address, hello, self._link_broken)
+            self._links[worker.incarnation] = link
+        return link
+
+    def _link_broken(self, incarnation: str) -> None:
+        self._links.pop(incarnation, None)
+        self.doubt(incarnation)
+
+    def channel(self, worker: WorkerSnapshot) -> grpc.aio.Channel:
+        channel = self._channels.get(worker.address)
+        if channel is None:
+            options = channel_options(INTERNAL_MESSAGE_BYTES)
+            channel = grpc.aio.insecure_channel(worker.address, options=options)
+            self._channels[worker.address] = channel
+        return channel
+
+    async def close(self) -> None:
+        for link in list(self._links.values()):
+            await link.close()
+        for channel in self._channels.values():
+            await channel.close()
+        if self._directory is not None:
+            await self._directory.aclose()

@@ -1,0 +1,319 @@
+"""The path of a request.
+
+    generate      admit ─► attempts ─► text and stop strings ─► answer
+    attempts      one attempt after the other, until the answer is complete
+    run_attempt   locate ─► choose ─► start on P and D ─► tokens
+
+There is one recovery path: whatever goes wrong, the attempt is cancelled wherever it runs, and
+the next one starts with the prompt and all tokens emitted so far, as if it were a new prompt.
+Only the current attempt's tokens are taken, and of them only the next index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import prefill_service_pb2, types_pb2
+
+from services.gateway import admission
+from services.gateway.cluster import Cluster
+from services.gateway.links import (
+    Admitted,
+    Event,
+    Events,
+    Failed,
+    Joined,
+    Token,
+    follow_prefill,
+)
+from services.gateway.router import Route
+from services.gateway.tokenizer import StreamDecoder, TextCodec
+from shared.kv.sequence import AttemptKey, FinishReason
+from shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb, sampling_to_pb
+from shared.rpc.errors import (
+    AttemptFailed,
+    CapabilityMismatch,
+    DigestMismatch,
+    Draining,
+    EngineFailure,
+    SourceLost,
+    TooManyAttempts,
+    WorkerLost,
+)
+from shared.telemetry import Counters
+
+logger = logging.getLogger(__name__)
+
+_MAX_ENGINE_FAILURES = 3
+_MAX_LOST_WORKERS = 8
+_PAUSE_S = 0.02
+"""Before another attempt: a fault that repeats at once must not spin."""
+
+
+@dataclass(slots=True)
+class Generation:
+    """One request on its way."""
+
+    request_id: str
+    admitted: admission.Admitted
+    deadline: float | None
+    """Seconds on the monotonic clock."""
+    arrived_at: float
+    token_ids: list[int] = field(default_factory=list)
+    """Generated so far, those received before included."""
+    finish_reason: FinishReason | None = None
+    num_attempts: int = 0
+    distrust: bool = False
+    capability_hash: str | None = None
+    num_cached_tokens: int = 0
+    transfer_s: float | None = None
+    prefill_worker_id: str = ""
+    decode_worker_id: str = ""
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+
+async def generate(
+    request: pb.GenerateRequest,
+    *,
+    request_id: str,
+    deadline: float | None,
+    cluster: Cluster,
+    codec: TextCodec | None,
+    eos_token_ids: frozenset[int],
+    counters: Counters,
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Everything that happens to a request, in order.
+
+    Raises a BatonError; nothing has been allocated anywhere when it is an InvalidField.
+    """
+    arrived_at = time.monotonic()
+    encode = codec.encode_async if codec else None
+    admitted = await admission.admit(request, cluster.limits(), encode=encode)
+    counters["requests"] += 1
+    generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
+    started = pb.GenerateStarted(
+        request_id=request_id,
+        seed=admitted.params.seed,
+        num_prompt_tokens=len(admitted.prompt_token_ids),
+    )
+    yield pb.GenerateResponse(started=started)
+
+    decoder = StreamDecoder(codec, admitted.stops) if codec else None
+    generation.finish_reason = _finished_before(admitted, decoder, eos_token_ids)
+    async with aclosing(attempts(generation, cluster, counters)) as runs:
+        async for run in runs:
+            yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
+            if decoder is not None and decoder.stopped:
+                break
+    text = None
+    if decoder is not None:
+        text = decoder.finish()
+        if decoder.stopped:
+            generation.finish_reason = FinishReason.STOP
+    yield pb.GenerateResponse(finished=_finished(generation, text))
+
+
+def _finished_before(
+    admitted: admission.Admitted, decoder: StreamDecoder | None, eos_token_ids: frozenset[int]
+) -> FinishReason | None:
+    """Whether the tokens that a resuming client has are the whole answer already."""
+    if not admitted.received:
+        return None
+    if decoder is not None:
+        decoder.push(admitted.received)
+        if decoder.stopped:
+            return FinishReason.STOP
+    last, params = admitted.received[-1], admitted.params
+    is_end = last in eos_token_ids and not params.ignore_eos
+    if is_end or last in params.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(admitted.received) >= params.max_tokens else None
+
+
+def _chunk(
+    generation: Generation, decoder: StreamDecoder | None, run: list[int]
+) -> pb.GenerateChunk:
+    """New tokens and the text that they make certain; what follows a stop string is cut off."""
+    chunk = pb.GenerateChunk(first_index=len(generation.token_ids) - len(run))
+    if decoder is not None:
+        delta = decoder.push(run)
+        chunk.text = delta.text
+        if delta.stopped:
+            del generation.token_ids[chunk.first_index + delta.num_tokens_used :]
+            run = run[: delta.num_tokens_used]
+    chunk.token_ids.extend(run)
+    return chunk
+
+
+def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
+    admitted, num_new = generation.admitted, len(generation.token_ids)
+    num_new -= len(admitted.received)
+    finished = pb.GenerateFinished(
+        finish_reason=FINISH_REASON_TO_PB[generation.finish_reason],
+        usage=pb.Usage(
+            num_prompt_tokens=len(admitted.prompt_token_ids),
+            num_completion_tokens=len(generation.token_ids),
+            num_cached_tokens=generation.num_cached_tokens,
+        ),
+        prefill_worker_id=generation.prefill_worker_id,
+        decode_worker_id=generation.decode_worker_id,
+        num_attempts=generation.num_attempts,
+    )
+    if text is not None:
+        finished.text = text
+    timing = finished.timing
+    e2e_s = (generation.last_token_at or time.monotonic()) - generation.arrived_at
+    timing.e2e_time.CopyFrom(duration_to_pb(e2e_s))
+    if num_new:
+        ttft_s = generation.first_token_at - generation.arrived_at
+        timing.ttft_time.CopyFrom(duration_to_pb(ttft_s))
+        if num_new > 1:
+            timing.tpot_time.CopyFrom(duration_to_pb((e2e_s - ttft_s) / (num_new - 1)))
+    if generation.transfer_s is not None:
+        timing.transfer_time.CopyFrom(duration_to_pb(generation.transfer_s))
+    return finished
+
+
+async def attempts(
+    generation: Generation, cluster: Cluster, counters: Counters
+) -> AsyncGenerator[list[int], None]:
+    """Runs of new tokens, until the last one. Raises what no other attempt would mend."""
+    num_engine_failures = num_lost_workers = 0
+    while generation.finish_reason is None:
+        generation.num_attempts += 1
+        try:
+            async with aclosing(run_attempt(generation, cluster)) as runs:
+                async for run in runs:
+                    yield run
+        except (AttemptFailed, Draining, CapabilityMismatch) as error:
+            logger.warning(
+                "%s attempt %d failed after %d tokens: %s: %s",
+                generation.request_id,
+                generation.num_attempts,
+                len(generation.token_ids),
+                type(error).__name__,
+                error.message,
+            )
+            num_engine_failures += isinstance(error, EngineFailure)
+            num_lost_workers += isinstance(error, WorkerLost)
+            if num_engine_failures >= _MAX_ENGINE_FAILURES:
+                raise
+            if num_lost_workers >= _MAX_LOST_WORKERS:
+                raise TooManyAttempts(
+                    f"{num_lost_workers} workers were lost on this request"
+                ) from error
+            generation.distrust |= isinstance(error, DigestMismatch)
+            counters["extra_attempts"] += 1
+            await asyncio.sleep(_PAUSE_S)
+
+
+async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerator[list[int], None]:
+    """One try on one route. Raises what ended it; cancels it on P and D however it ends."""
+    token_ids = [*generation.admitted.prompt_token_ids, *generation.token_ids]
+    num_left = generation.admitted.params.max_tokens - len(generation.token_ids)
+    route = await cluster.route(token_ids, num_left, generation.capability_hash)
+    # The one token that is left comes from P: nobody has to take its blocks over.
+    wants_decode = route.prefill is None or num_left > 1
+    key = AttemptKey(generation.request_id, 0, generation.num_attempts)
+    spec = _sequence_spec(generation, key, token_ids, route.decode.capability_hash)
+    generation.prefill_worker_id = route.prefill.worker_id if route.prefill else ""
+    generation.decode_worker_id = route.decode.worker_id if wants_decode else ""
+
+    events: Events = asyncio.Queue()
+    prefill = link = None
+    slot = 0
+    if route.prefill is not None:
+        request = prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode)
+        call = follow_prefill(
+            cluster.channel(route.prefill), route.prefill.incarnation, request, events
+        )
+        prefill = asyncio.create_task(call)
+    if wants_decode:
+        link = cluster.link(route.decode)
+        slot = link.start(spec, _source(route), events)
+    try:
+        while generation.finish_reason is None:
+            run: list[int] = []
+            failure: Failed | None = None
+            for event in await _take_all(events):
+                match event:
+                    case Token(index, token_id, finish_reason):
+                        # P and D both bring the first token; what came before is not the next.
+                        is_next = index == len(generation.token_ids)
+                        if is_next and generation.finish_reason is None:
+                            generation.token_ids.append(token_id)
+                            generation.finish_reason = finish_reason
+                            run.append(token_id)
+                    case Admitted(num_cached_tokens):
+                        _note_cached(generation, num_cached_tokens)
+                    case Joined(num_cached_tokens, transfer_s):
+                        generation.transfer_s = transfer_s
+                        if route.prefill is None:
+                            _note_cached(generation, num_cached_tokens)
+                    case Failed():
+                        failure = failure or event
+            if run:
+                generation.capability_hash = route.decode.capability_hash
+                now = time.monotonic()
+                generation.first_token_at = generation.first_token_at or now
+                generation.last_token_at = now
+                yield run
+            if failure is not None and generation.finish_reason is None:
+                if failure.worker_incarnation is not None:
+                    cluster.doubt(failure.worker_incarnation)
+                elif isinstance(failure.error, SourceLost) and route.prefill is not None:
+                    cluster.doubt(route.prefill.incarnation)
+                raise failure.error
+    finally:
+        if prefill is not None:
+            prefill.cancel()
+        if link is not None:
+            link.end(slot, key)
+
+
+async def _take_all(events: Events) -> list[Event]:
+    """At least one; tokens that piled up go out as one message."""
+    taken = [await events.get()]
+    while not events.empty():
+        taken.append(events.get_nowait())
+    return taken
+
+
+def _sequence_spec(
+    generation: Generation, key: AttemptKey, token_ids: list[int], capability_hash: str
+) -> types_pb2.SequenceSpec:
+    spec = types_pb2.SequenceSpec(
+        key=key_to_pb(key),
+        token_ids=token_ids,
+        first_index=len(generation.token_ids),
+        sampling=sampling_to_pb(generation.admitted.params),
+        distrust=generation.distrust,
+        capability_hash=capability_hash,
+    )
+    if generation.deadline is not None:
+        time_left_s = max(0.0, generation.deadline - time.monotonic())
+        spec.time_left.CopyFrom(duration_to_pb(time_left_s))
+    return spec
+
+
+def _source(route: Route) -> types_pb2.WorkerAddress | None:
+    if route.prefill is None:
+        return None
+    return types_pb2.WorkerAddress(
+        worker_id=route.prefill.worker_id,
+        incarnation=route.prefill.incarnation,
+        address=route.prefill.address,
+    )
+
+
+def _note_cached(generation: Generation, num_cached_tokens: int) -> None:
+    """Later attempts find what earlier ones computed; that is not the client's prefix."""
+    if generation.num_attempts == 1:
+        generation.num_cached_tokens = num_cached_tokens

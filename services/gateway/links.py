@@ -1,0 +1,219 @@
+"""The gateway's streams to workers.
+
+To a decode worker: one DecodeLink per start of it, all sequences multiplexed. To a prefill
+worker: one call per prompt. Both feed the same queue of events, one queue per attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import grpc
+from baton.v1 import (
+    decode_service_pb2,
+    decode_service_pb2_grpc,
+    prefill_service_pb2,
+    prefill_service_pb2_grpc,
+    types_pb2,
+)
+
+from shared.kv.sequence import AttemptKey, FinishReason
+from shared.rpc.convert import (
+    FINISH_REASON_FROM_PB,
+    duration_from_pb,
+    key_to_pb,
+)
+from shared.rpc.errors import BatonError, WorkerLost, from_failure, from_rpc_error
+from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from shared.rpc.streams import SILENCE_S, TICK_S, until_silence, with_ticks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """`index` is among the request's generated tokens."""
+
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    num_cached_tokens: int
+    transfer_s: float | None
+    """None: there was no hand-off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """`worker_incarnation` is whom the failure casts doubt on; None for nobody."""
+
+    error: BatonError
+    worker_incarnation: str | None
+
+
+Event = Token | Admitted | Joined | Failed
+Events = asyncio.Queue[Event]
+
+
+def silence_limit_s(attempt: int) -> float:
+    """Doubled with every attempt, so that a merely slow cluster is waited for in the end."""
+    return float(SILENCE_S * 2 ** min(attempt - 1, 6))
+
+
+@dataclass(slots=True)
+class _Slot:
+    events: Events
+    silence_s: float
+
+
+class DecodeLink:
+    """The stream to one start of one decode worker; made anew when it breaks."""
+
+    def __init__(
+        self,
+        incarnation: str,
+        address: str,
+        hello: decode_service_pb2.DecodeHello,
+        on_broken: Callable[[str], None],
+    ) -> None:
+        self.incarnation = incarnation
+        self._address = address
+        self._slots: dict[int, _Slot] = {}
+        self._numbers = count(1)
+        self._requests: asyncio.Queue[decode_service_pb2.DecodeRequest] = asyncio.Queue()
+        self._requests.put_nowait(decode_service_pb2.DecodeRequest(hello=hello))
+        self._on_broken = on_broken
+        self._last_heard_s = time.monotonic()
+        self._task = asyncio.create_task(self._run())
+        self._watchdog = asyncio.create_task(self._watch())
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._slots)
+
+    def start(
+        self,
+        spec: types_pb2.SequenceSpec,
+        source: types_pb2.WorkerAddress | None,
+        events: Events,
+    ) -> int:
+        """Begins an attempt; returns its slot."""
+        slot = next(self._numbers)
+        if not self._slots:
+            self._last_heard_s = time.monotonic()
+        self._slots[slot] = _Slot(events, silence_limit_s(spec.key.attempt))
+        start = decode_service_pb2.StartSequence(sequence=spec, slot=slot, source=source)
+        self._requests.put_nowait(decode_service_pb2.DecodeRequest(start=start))
+        return slot
+
+    def end(self, slot: int, key: AttemptKey) -> None:
+        """Nothing more is wanted of the slot; the worker is told, which may have ended it."""
+        self._slots.pop(slot, None)
+        message = decode_service_pb2.CancelSequence(key=key_to_pb(key))
+        self._requests.put_nowait(decode_service_pb2.DecodeRequest(cancel=message))
+
+    async def close(self) -> None:
+        self._task.cancel()
+        self._watchdog.cancel()
+        await asyncio.gather(self._task, self._watchdog, return_exceptions=True)
+
+    async def _run(self) -> None:
+        error = WorkerLost("the decode worker closed its stream")
+        options = channel_options(INTERNAL_MESSAGE_BYTES)
+        try:
+            async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+                stub = decode_service_pb2_grpc.DecodeServiceStub(channel)
+                async for message in stub.Decode(with_ticks(self._requests, _tick_request)):
+                    self._last_heard_s = time.monotonic()
+                    self._take(message)
+        except grpc.aio.AioRpcError as rpc_error:
+            error = WorkerLost(f"decode worker: {from_rpc_error(rpc_error).message}")
+        except Exception:
+            logger.exception("decode link to %s failed", self._address)
+            error = WorkerLost("the decode worker's stream could not be read")
+        self._watchdog.cancel()
+        for slot in self._slots.values():
+            slot.events.put_nowait(Failed(error, self.incarnation))
+        self._slots.clear()
+        self._on_broken(self.incarnation)
+
+    async def _watch(self) -> None:
+        """Silence fails the attempts on the stream, each after its own patience."""
+        while True:
+            await asyncio.sleep(TICK_S / 2)
+            silent_s = time.monotonic() - self._last_heard_s
+            for number, slot in list(self._slots.items()):
+                if silent_s > slot.silence_s:
+                    error = WorkerLost(f"the decode worker was silent for {silent_s:.1f} s")
+                    slot.events.put_nowait(Failed(error, self.incarnation))
+                    del self._slots[number]
+
+    def _take(self, message: decode_service_pb2.DecodeResponse) -> None:
+        match message.WhichOneof("message"):
+            case "step":
+                step = message.step
+                for number, index, token_id, finish_reason in zip(
+                    step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
+                ):
+                    slot = self._slots.get(number)
+                    if slot is not None:
+                        reason = FINISH_REASON_FROM_PB[finish_reason]
+                        slot.events.put_nowait(Token(index, token_id, reason))
+            case "joined":
+                slot = self._slots.get(message.joined.slot)
+                if slot is not None:
+                    joined = message.joined
+                    transfer_s = None
+                    if joined.HasField("transfer_time"):
+                        transfer_s = duration_from_pb(joined.transfer_time)
+                    slot.events.put_nowait(Joined(joined.num_cached_tokens, transfer_s))
+            case "failed":
+                slot = self._slots.pop(message.failed.slot, None)
+                if slot is not None:
+                    slot.events.put_nowait(Failed(from_failure(message.failed.failure), None))
+
+
+def _tick_request() -> decode_service_pb2.DecodeRequest:
+    return decode_service_pb2.DecodeRequest(tick=types_pb2.Tick())
+
+
+async def follow_prefill(
+    channel: grpc.aio.Channel,
+    incarnation: str,
+    request: prefill_service_pb2.PrefillRequest,
+    events: Events,
+) -> None:
+    """Runs one Prefill call; cancelling the task cancels the prompt."""
+    call = prefill_service_pb2_grpc.PrefillServiceStub(channel).Prefill(request)
+    first_index = request.sequence.first_index
+    silence_s = silence_limit_s(request.sequence.key.attempt)
+    try:
+        async for event in until_silence(aiter(call), silence_s):
+            if event.HasField("admitted"):
+                events.put_nowait(Admitted(event.admitted.num_cached_tokens))
+            elif event.HasField("first_token"):
+                first = event.first_token
+                reason = FINISH_REASON_FROM_PB[first.finish_reason]
+                events.put_nowait(Token(first_index, first.token_id, reason))
+    except TimeoutError:
+        error = WorkerLost(f"the prefill worker was silent for {silence_s:.1f} s")
+        events.put_nowait(Failed(error, incarnation))
+    except grpc.aio.AioRpcError as rpc_error:
+        failure = from_rpc_error(rpc_error)
+        doubted = incarnation if isinstance(failure, WorkerLost) else None
+        events.put_nowait(Failed(failure, doubted))
+    finally:
+        call.cancel()

@@ -1,0 +1,139 @@
+"""Who computes the prompt, and who the answer. Pure: snapshots in, a route out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from shared.kv.block_hash import PREFIX_STRIDE_TOKENS
+from shared.kv.sequence import num_blocks_for
+
+Role = Literal["prefill", "decode", "both"]
+_Rank = TypeVar("_Rank", bound=tuple[int, ...])
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    """A worker as the gateway knows it now."""
+
+    worker_id: str
+    incarnation: str
+    address: str
+    role: Role
+    capability_hash: str
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+    num_waiting: int
+    num_running: int
+    suspect: bool = False
+    """Silent, unhealthy or draining: gets nothing new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    prefill: WorkerSnapshot | None
+    """None: the decode worker computes the prompt by itself (`Start` without a source)."""
+    decode: WorkerSnapshot
+
+
+def choose(
+    workers: Collection[WorkerSnapshot],
+    hits: Mapping[str, int],
+    num_prompt_tokens: int,
+    num_blocks_needed: int,
+    *,
+    exclude: Collection[str] = (),
+    capability_hash: str | None = None,
+    spread: int = 0,
+) -> Route | None:
+    """The route of one attempt; None when it must wait for a worker to register.
+
+    First the worker that computes the prompt: longest cached run, then shortest queue. Prefill
+    workers do that; a `both` worker does where its capability has none that could, and then
+    keeps the sequence. Otherwise the prefill worker's partner follows: a `decode` or `both`
+    worker of equal capability, most free blocks, then smallest batch.
+
+    hits: worker id → cached tokens from the prompt's start (`longest_run`).
+    num_prompt_tokens: what has to be in the cache before the next token can be drawn.
+    num_blocks_needed: of the whole sequence; smaller pools are left out. The prefill worker's
+        must hold the prompt.
+    exclude: incarnations that must not be chosen, for instance those that failed before.
+    capability_hash: the only one acceptable, once an attempt has emitted tokens.
+    spread: a counter; successive values take equal workers in turn.
+    """
+    usable = [
+        worker
+        for worker in workers
+        if not worker.suspect
+        and worker.incarnation not in exclude
+        and capability_hash in (None, worker.capability_hash)
+    ]
+    prefills = [
+        worker
+        for worker in usable
+        if worker.role == "prefill"
+        and worker.num_blocks >= num_blocks_for(num_prompt_tokens, worker.block_size)
+    ]
+    decodes = [
+        worker
+        for worker in usable
+        if worker.role != "prefill" and worker.num_blocks >= num_blocks_needed
+    ]
+    with_prefill = {worker.capability_hash for worker in prefills}
+    with_decode = {worker.capability_hash for worker in decodes}
+    firsts = [worker for worker in prefills if worker.capability_hash in with_decode] + [
+        worker
+        for worker in decodes
+        if worker.role == "both" and worker.capability_hash not in with_prefill
+    ]
+    if not firsts:
+        return None
+
+    def prefill_rank(worker: WorkerSnapshot) -> tuple[int, int]:
+        # A hit never covers the last token: its logits have to be computed.
+        cached = min(hits.get(worker.worker_id, 0), num_prompt_tokens - 1)
+        return (-cached, worker.num_waiting + worker.num_running)
+
+    first = _best(firsts, prefill_rank, spread)
+    if first.role == "both":
+        return Route(prefill=None, decode=first)
+    partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
+    return Route(prefill=first, decode=_best(partners, _decode_rank, spread))
+
+
+def longest_run(
+    boundary_holders: Sequence[Mapping[str, str]], workers: Collection[WorkerSnapshot]
+) -> dict[str, int]:
+    """Cached tokens from the prompt's start, for each worker that has some.
+
+    boundary_holders: for each hash that the directory lists (`boundary_hashes`), in order, its
+        holders as worker id → incarnation. What an earlier incarnation held is gone.
+    """
+    runs = {}
+    for worker in workers:
+        num_held = 0
+        for holders in boundary_holders:
+            if holders.get(worker.worker_id) != worker.incarnation:
+                break
+            num_held += 1
+        if num_held:
+            stride_blocks = max(1, PREFIX_STRIDE_TOKENS // worker.block_size)
+            runs[worker.worker_id] = num_held * stride_blocks * worker.block_size
+    return runs
+
+
+def _decode_rank(worker: WorkerSnapshot) -> tuple[int, int]:
+    return (-worker.num_free_blocks, worker.num_running + worker.num_waiting)
+
+
+def _best(
+    workers: Sequence[WorkerSnapshot], rank: Callable[[WorkerSnapshot], _Rank], spread: int
+) -> WorkerSnapshot:
+    """The lowest in rank; of equals, the one whose turn it is in the order of their ids."""
+    lowest = min(map(rank, workers))
+    equals = sorted(
+        (worker for worker in workers if rank(worker) == lowest), key=lambda w: w.worker_id
+    )
+    return equals[spread % len(equals)]

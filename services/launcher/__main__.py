@@ -1,0 +1,304 @@
+"""The `baton` command: up, generate, status."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
+
+from services.launcher.plan import RoleCounts, StackConfig
+from services.launcher.target import DEFAULT_TARGET
+from shared.rpc.flags import add_flag, add_switch
+
+_UP_HELP = """\
+Starts every role on this machine, each as its own process, and prints one line
+
+    READY grpc=HOST:PORT
+
+when a request would succeed. SIGTERM or Ctrl-C drains; once more kills. A role that dies is
+reported and started again. Without --prefill, --decode and --both: one prefill, one decode.
+
+What a worker or the gateway takes beyond these flags is passed on through the environment
+(BATON_TOKEN_BUDGET=1024, say; see python -m services.worker --help).
+"""
+
+_GENERATE_HELP = """\
+Sends one prompt and streams the answer: text, or token ids from a model without tokenizer.
+Exit codes: 0 answered, 1 the RPC failed (CODE: message on standard error), 2 bad usage,
+130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    match args.command:
+        case "up":
+            from services.launcher.up import run_up
+
+            return run_up(stack_config(args))
+        case "generate":
+            from services.launcher.generate import run_generate
+
+            return run_generate(
+                args.target, generate_request(args), as_json=args.json, timeout_s=args.timeout
+            )
+        case _:
+            from services.launcher.status import run_status
+
+            return run_status(args.target, as_json=args.json)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton", description="LLM serving with prefill and decode on separate workers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(
+        commands.add_parser(
+            "up",
+            help="start all roles on this machine",
+            description=_UP_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_generate(
+        commands.add_parser(
+            "generate",
+            help="send one prompt, stream the answer",
+            description=_GENERATE_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_status(
+        commands.add_parser(
+            "status", help="show workers, ledger and counters", description="Asks the gateway."
+        )
+    )
+    return parser
+
+
+def stack_config(args: argparse.Namespace) -> StackConfig:
+    return StackConfig(
+        model_dir=args.model,
+        counts=RoleCounts.of_flags(args.prefill, args.decode, args.both),
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        dtype=args.dtype,
+        redis_url=args.redis_url,
+        cluster=args.cluster,
+        num_blocks=args.num_blocks,
+        block_size=args.block_size,
+        max_model_len=args.max_model_len,
+        reflection=args.reflection,
+        drain_s=args.drain_s,
+    )
+
+
+def generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
+    """Only what was given is set: the gateway knows the defaults, and checks the ranges."""
+    sampling = types_pb2.SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stops=args.stop,
+        ignore_eos=args.ignore_eos,
+    )
+    if args.prompt is not None:
+        return pb.GenerateRequest(text=args.prompt, sampling=sampling)
+    return pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=args.token_ids), sampling=sampling)
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    defaults = StackConfig(model_dir=Path(), counts=RoleCounts(0, 0, 0))
+    add_flag(parser, "--model", type=Path, required=True, metavar="DIR", help="model directory")
+    workers = parser.add_argument_group("workers")
+    for role in ("prefill", "decode", "both"):
+        add_flag(workers, f"--{role}", type=count, metavar="N", help=f"workers of role {role}")
+    add_flag(
+        workers,
+        "--device",
+        type=str,
+        default=defaults.device,
+        choices=("auto", "cpu", "cuda"),
+        help="where workers compute",
+    )
+    add_flag(
+        workers,
+        "--dtype",
+        type=str,
+        default=defaults.dtype,
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: float32 on CPU, bfloat16 on GPU",
+    )
+    add_flag(
+        workers,
+        "--num-blocks",
+        type=positive,
+        metavar="N",
+        help="blocks of each worker's pool; default: chosen by the worker",
+    )
+    add_flag(
+        workers,
+        "--block-size",
+        type=positive,
+        default=defaults.block_size,
+        metavar="N",
+        help="tokens of a block",
+    )
+    add_flag(
+        workers,
+        "--max-model-len",
+        type=positive,
+        metavar="N",
+        help="prompt and answer together; default: the model's",
+    )
+    gateway = parser.add_argument_group("gateway")
+    add_flag(gateway, "--host", type=str, default=defaults.host, help="address to listen on")
+    add_flag(
+        gateway,
+        "--port",
+        type=port,
+        default=defaults.port,
+        metavar="N",
+        help="port to listen on; 0 picks a free one",
+    )
+    add_flag(
+        gateway,
+        "--drain-s",
+        type=seconds,
+        default=defaults.drain_s,
+        metavar="S",
+        help="time that running answers get at SIGTERM",
+    )
+    add_switch(gateway, "--reflection", help="serve gRPC reflection")
+    directory = parser.add_argument_group("directory")
+    add_flag(
+        directory,
+        "--redis-url",
+        type=str,
+        metavar="URL",
+        help="Redis or Valkey to use; default: a private Valkey, gone with this process",
+    )
+    add_flag(
+        directory,
+        "--cluster",
+        type=str,
+        default=defaults.cluster,
+        metavar="NAME",
+        help="separates clusters that share a Redis",
+    )
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_client_flags(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", type=utf8, metavar="TEXT", help="the prompt as text")
+    prompt.add_argument(
+        "--token-ids", type=token_ids, metavar="1,2,3", help="the prompt as token ids"
+    )
+    sampling = parser.add_argument_group("sampling (defaults are the gateway's)")
+    sampling.add_argument("--max-tokens", type=uint32, metavar="N", help="tokens to generate")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest share P")
+    sampling.add_argument("--top-k", type=uint32, metavar="K", help="keep the K likeliest")
+    sampling.add_argument(
+        "--min-p", type=float, metavar="P", help="drop what is less than P as likely as the top"
+    )
+    sampling.add_argument("--seed", type=uint64, metavar="S", help="same seed, same answer")
+    sampling.add_argument(
+        "--stop",
+        type=utf8,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be repeated",
+    )
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="go on past end-of-sequence tokens"
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, metavar="S", help="deadline of the whole answer; default: none"
+    )
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_client_flags(parser)
+
+
+def _add_client_flags(parser: argparse.ArgumentParser) -> None:
+    add_flag(
+        parser,
+        "--target",
+        type=str,
+        default=DEFAULT_TARGET,
+        metavar="HOST:PORT",
+        help="the gateway",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+
+
+def count(text: str) -> int:
+    return _integer(text, 0, 1024)
+
+
+def positive(text: str) -> int:
+    return _integer(text, 1, 2**31 - 1)
+
+
+def port(text: str) -> int:
+    return _integer(text, 0, 65535)
+
+
+def uint32(text: str) -> int:
+    return _integer(text, 0, 2**32 - 1)
+
+
+def uint64(text: str) -> int:
+    return _integer(text, 0, 2**64 - 1)
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time in seconds")
+    return value
+
+
+def token_ids(text: str) -> list[int]:
+    try:
+        return [uint32(part) for part in text.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no comma-separated list of token ids, such as 1,2,3"
+        ) from None
+
+
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not valid UTF-8") from None
+    return text
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""`baton generate`: one prompt, its answer streamed to standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import inference_service_pb2_grpc as pb_grpc
+from baton.v1 import types_pb2
+from google.protobuf.duration_pb2 import Duration
+
+from services.launcher.target import connect, report
+
+EXIT_INTERRUPTED = 130
+
+_FINISH_REASONS = {
+    types_pb2.FINISH_REASON_STOP: "stop",
+    types_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+@dataclass
+class Answer:
+    """What has arrived; `text` stays None without a tokenizer."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    finished: pb.GenerateFinished = field(default_factory=pb.GenerateFinished)
+
+    def add_text(self, text: str) -> None:
+        self.text = (self.text or "") + text
+
+
+def run_generate(
+    target: str, request: pb.GenerateRequest, *, as_json: bool, timeout_s: float | None
+) -> int:
+    """Prints the answer, or one object on one line; the exit code."""
+    try:
+        answer = asyncio.run(
+            _ask(target, request, _ignore if as_json else _write, timeout_s=timeout_s)
+        )
+        if as_json:
+            _write(json.dumps(to_json(answer)))
+        _write("\n")
+    except grpc.aio.AioRpcError as error:
+        return report(error)
+    except BrokenPipeError:
+        # Whoever read has enough. What Python still wants to flush must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+async def stream_answer(
+    channel: grpc.aio.Channel,
+    request: pb.GenerateRequest,
+    on_piece: Callable[[str], None],
+    *,
+    timeout_s: float | None = None,
+) -> Answer:
+    """Sends `request`; `on_piece` gets text as it comes, or token ids where there is no text.
+
+    Raises grpc.aio.AioRpcError.
+    """
+    call = pb_grpc.InferenceServiceStub(channel).Generate(request, timeout=timeout_s)
+    answer = Answer()
+    try:
+        async for message in call:
+            if message.HasField("chunk"):
+                on_piece(_take_chunk(answer, message.chunk))
+            elif message.HasField("finished"):
+                answer.finished = message.finished
+                if message.finished.HasField("text"):
+                    answer.add_text(message.finished.text)
+                    on_piece(message.finished.text)
+    finally:
+        # Without effect on a call that has ended.
+        call.cancel()
+    return answer
+
+
+def to_json(answer: Answer) -> dict[str, Any]:
+    finished = answer.finished
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": _FINISH_REASONS.get(finished.finish_reason),
+        "usage": {
+            "prompt_tokens": finished.usage.num_prompt_tokens,
+            "completion_tokens": finished.usage.num_completion_tokens,
+            "cached_tokens": finished.usage.num_cached_tokens,
+        },
+        "timing": {
+            f"{name}_s": _seconds(finished.timing, f"{name}_time")
+            for name in ("ttft", "tpot", "e2e", "transfer")
+        },
+        "workers": {
+            "prefill": finished.prefill_worker_id or None,
+            "decode": finished.decode_worker_id or None,
+        },
+        "attempts": finished.num_attempts,
+    }
+
+
+async def _ask(
+    target: str,
+    request: pb.GenerateRequest,
+    on_piece: Callable[[str], None],
+    *,
+    timeout_s: float | None,
+) -> Answer:
+    async with connect(target) as channel:
+        return await stream_answer(channel, request, on_piece, timeout_s=timeout_s)
+
+
+def _take_chunk(answer: Answer, chunk: pb.GenerateChunk) -> str:
+    """What to show of it."""
+    separator = " " if answer.token_ids else ""
+    answer.token_ids += chunk.token_ids
+    if chunk.HasField("text"):
+        answer.add_text(chunk.text)
+        return chunk.text
+    return separator + " ".join(str(token_id) for token_id in chunk.token_ids)
+
+
+def _seconds(timing: pb.GenerateTiming, name: str) -> float | None:
+    if not timing.HasField(name):
+        return None
+    duration: Duration = getattr(timing, name)
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(text: str) -> None:
+    """With --json nothing is shown before the end."""

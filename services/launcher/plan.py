@@ -1,0 +1,105 @@
+"""Which processes make up the stack, and their command lines. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+GATEWAY = "gateway"
+
+
+class UsageError(Exception):
+    """The stack that was asked for cannot work; one line."""
+
+
+@dataclass(frozen=True)
+class RoleCounts:
+    prefill: int
+    decode: int
+    both: int
+
+    @classmethod
+    def of_flags(cls, prefill: int | None, decode: int | None, both: int | None) -> RoleCounts:
+        """No flag means one prefill and one decode; with any, those not given are 0."""
+        if prefill is None and decode is None and both is None:
+            return cls(prefill=1, decode=1, both=0)
+        return cls(prefill=prefill or 0, decode=decode or 0, both=both or 0)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter((("prefill", self.prefill), ("decode", self.decode), ("both", self.both)))
+
+    @property
+    def can_serve_alone(self) -> bool:
+        """Whether these workers make a route without others."""
+        return self.both > 0 or (self.prefill > 0 and self.decode > 0)
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """What `baton up` was asked for. None: the role's own default."""
+
+    model_dir: Path
+    counts: RoleCounts
+    host: str = "127.0.0.1"
+    port: int = 50051
+    device: str = "auto"
+    dtype: str = "auto"
+    redis_url: str | None = None
+    cluster: str = "default"
+    num_blocks: int | None = None
+    block_size: int = 16
+    max_model_len: int | None = None
+    reflection: bool = False
+    drain_s: float = 30.0
+
+    def check(self) -> None:
+        """Raises UsageError when no request could ever succeed."""
+        if self.redis_url is None and not self.counts.can_serve_alone:
+            raise UsageError(
+                "no route: give --prefill and --decode, or --both"
+                " (workers elsewhere can join through --redis-url)"
+            )
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One process: `name` is its worker id, or "gateway"; `argv` follows the interpreter."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+def worker_specs(config: StackConfig, redis_url: str, shm_dir: Path) -> list[RoleSpec]:
+    return [
+        RoleSpec(
+            f"{role}-{index}", _worker_argv(config, role, f"{role}-{index}", redis_url, shm_dir)
+        )
+        for role, count in config.counts
+        for index in range(count)
+    ]
+
+
+def gateway_spec(config: StackConfig, redis_url: str, port: int) -> RoleSpec:
+    argv = ["-m", "services.gateway"]
+    argv += ["--model", str(config.model_dir), "--redis-url", redis_url]
+    argv += ["--cluster", config.cluster, "--host", config.host, "--port", str(port)]
+    argv += ["--drain-s", f"{config.drain_s:g}"]
+    if config.reflection:
+        argv.append("--reflection")
+    return RoleSpec(GATEWAY, tuple(argv))
+
+
+def _worker_argv(
+    config: StackConfig, role: str, worker_id: str, redis_url: str, shm_dir: Path
+) -> tuple[str, ...]:
+    argv = ["-m", "services.worker", "--role", role, "--worker-id", worker_id]
+    argv += ["--model", str(config.model_dir), "--redis-url", redis_url]
+    argv += ["--cluster", config.cluster, "--host", "127.0.0.1", "--port", "0"]
+    argv += ["--device", config.device, "--dtype", config.dtype]
+    argv += ["--block-size", str(config.block_size), "--shm-dir", str(shm_dir)]
+    if config.num_blocks is not None:
+        argv += ["--num-blocks", str(config.num_blocks)]
+    if config.max_model_len is not None:
+        argv += ["--max-model-len", str(config.max_model_len)]
+    return tuple(argv)

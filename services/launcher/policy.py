@@ -1,0 +1,53 @@
+"""What to do about a role that ended: a pure decision.
+
+exit ── launcher is draining ────────────────────────────> GONE      expected
+     ── code 2 before the stack was ever ready ──────────> MISCONFIGURED: take all down, exit 2
+     ── anything else, code 0 included ──────────────────> RESTART   after a growing pause
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+
+EXIT_MISCONFIGURED = 2
+
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
+# A role that ran this long had got over whatever made it fail before.
+SETTLED_S = 30.0
+
+
+class Verdict(enum.Enum):
+    GONE = enum.auto()
+    MISCONFIGURED = enum.auto()
+    RESTART = enum.auto()
+
+
+def judge_exit(returncode: int, *, stack_was_ready: bool, draining: bool) -> Verdict:
+    if draining:
+        return Verdict.GONE
+    if returncode == EXIT_MISCONFIGURED and not stack_was_ready:
+        return Verdict.MISCONFIGURED
+    return Verdict.RESTART
+
+
+def failures_in_a_row(previous: int, uptime_s: float) -> int:
+    """How many, with the one that happened now after `uptime_s`."""
+    return 1 if uptime_s >= SETTLED_S else previous + 1
+
+
+def pause_s(num_failures: int) -> float:
+    """Before the next start; `num_failures` ≥ 1 in a row."""
+    # The exponent is bounded too: 2.0 ** 1100 is an OverflowError.
+    return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(num_failures - 1, 16)))
+
+
+def describe_exit(returncode: int) -> str:
+    """`returncode` as subprocess has it: negative for a signal."""
+    if returncode >= 0:
+        return f"exited with code {returncode}"
+    try:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"was killed by signal {-returncode}"

@@ -1,0 +1,65 @@
+"""What a role writes, with its name in front.
+
+While a role starts, its lines are held back for a moment: when it turns out to be misconfigured,
+its last line is the whole message, and is not said once by every worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+_HOLD_S = 1.0
+
+
+class RoleLog:
+    def __init__(self, name: str, emit: Callable[[str], None]) -> None:
+        self._name = name
+        self._emit = emit
+        self._held: list[str] | None = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._last = ""
+
+    def write(self, line: str) -> None:
+        self._last = line or self._last
+        if self._held is None:
+            self._emit(f"[{self._name}] {line}")
+            return
+        self._held.append(line)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._flush)
+
+    def hold(self) -> None:
+        """From now on each line waits, until `release`."""
+        if self._held is None:
+            self._held = []
+
+    def release(self) -> None:
+        self._flush()
+        self._held = None
+
+    def take_last_line(self) -> str:
+        """The last line, without the name; nothing that is held is written any more."""
+        self._drop()
+        return self._last
+
+    def mute(self) -> None:
+        """Nothing more is written, what is held included."""
+        self._emit = _to_nobody
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._held is not None:
+            self._held.clear()
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for line in self._held or ():
+            self._emit(f"[{self._name}] {line}")
+        self._drop()
+
+
+def _to_nobody(line: str) -> None:
+    pass

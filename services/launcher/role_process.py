@@ -1,0 +1,165 @@
+"""One role over all its restarts.
+
+STARTING ── its READY line ──> SERVING
+   │  └─────────── exit ───────────┤
+   │                          BACKING_OFF ── pause ──> STARTING
+   └── exit 2, stack never ready ──> Misconfigured
+any ── stop() ──> SIGTERM ── exit, or limit and SIGKILL ──> gone
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from services.launcher.plan import RoleSpec
+from services.launcher.policy import (
+    Verdict,
+    describe_exit,
+    failures_in_a_row,
+    judge_exit,
+    pause_s,
+)
+from services.launcher.role_log import RoleLog
+from shared.rpc.serve import LAUNCHER_PID_VARIABLE
+
+_READY = re.compile(r"READY grpc=(\S+)")
+_LONGEST_LINE_BYTES = 1 << 20
+_CHILD = Path(__file__).with_name("child.py")
+
+Notice = Callable[[str], None]
+
+
+class Misconfigured(Exception):
+    """A role cannot start as it is configured; the message is the role's own line."""
+
+
+class RoleProcess:
+    def __init__(
+        self,
+        spec: RoleSpec,
+        *,
+        log: RoleLog,
+        notice: Notice,
+        stack_was_ready: Callable[[], bool],
+    ) -> None:
+        # Read at every start: a restarted gateway must listen where the first one did.
+        self.spec = spec
+        self.address: str | None = None
+        self.was_ready = asyncio.Event()
+        self._log = log
+        self._notice = notice
+        self._stack_was_ready = stack_was_ready
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._stop_signal = signal.SIGTERM
+        # Ends when the role is gone for good; raises Misconfigured.
+        self.task = asyncio.create_task(self._run(), name=spec.name)
+
+    async def stop(self, limit_s: float) -> None:
+        """SIGTERM, and SIGKILL after `limit_s`; returns when the role is gone."""
+        self._stopping.set()
+        self._signal_process()
+        await asyncio.wait([self.task], timeout=limit_s)
+        if not self.task.done():
+            self._notice(f"{self.spec.name} did not stop within {limit_s:g} s; killing it")
+            self.kill()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    def kill(self) -> None:
+        self._stop_signal = signal.SIGKILL
+        self._stopping.set()
+        self._signal_process()
+
+    async def _run(self) -> None:
+        num_failures = 0
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            returncode = await self._run_once()
+            verdict = judge_exit(
+                returncode,
+                stack_was_ready=self._stack_was_ready(),
+                draining=self._stopping.is_set(),
+            )
+            match verdict:
+                case Verdict.GONE:
+                    self._log.release()
+                    if returncode not in (0, -self._stop_signal):
+                        self._notice(f"{self.spec.name} {describe_exit(returncode)}")
+                case Verdict.MISCONFIGURED:
+                    raise Misconfigured(self._log.take_last_line() or f"{self.spec.name} gave up")
+                case Verdict.RESTART:
+                    self._log.release()
+                    num_failures = failures_in_a_row(num_failures, time.monotonic() - started)
+                    await self._back_off(returncode, pause_s(num_failures))
+
+    async def _run_once(self) -> int:
+        self._process = process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", str(_CHILD), str(os.getpid())),
+            # -P: the working directory is the user's and must not provide our modules.
+            *(sys.executable, "-P", *self.spec.argv),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LONGEST_LINE_BYTES,
+            # A session of its own: Ctrl-C in the terminal reaches the launcher only, which then
+            # stops the roles in their order.
+            start_new_session=True,
+            env={**os.environ, LAUNCHER_PID_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+        )
+        if self._stopping.is_set():
+            self._signal_process()
+        assert process.stdout is not None and process.stderr is not None
+        await asyncio.gather(
+            self._read(process.stdout, self._on_stdout),
+            self._read(process.stderr, self._log.write),
+        )
+        returncode = await process.wait()
+        self.address = self._process = None
+        return returncode
+
+    async def _read(self, stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:
+                on_line("(a line that is too long was left out)")
+                continue
+            if not line:
+                return
+            on_line(line.decode(errors="replace").rstrip("\r\n"))
+
+    def _on_stdout(self, line: str) -> None:
+        ready = _READY.fullmatch(line)
+        if ready is None:
+            self._log.write(line)
+            return
+        self.address = ready[1]
+        self._log.release()
+        self._notice(f"{self.spec.name} ready at {self.address}")
+        self.was_ready.set()
+
+    async def _back_off(self, returncode: int, delay_s: float) -> None:
+        self._notice(
+            f"{self.spec.name} {describe_exit(returncode)}; starting it again in {delay_s:g} s"
+        )
+        self._log.hold()
+        try:
+            await asyncio.wait_for(self._stopping.wait(), delay_s)
+        except TimeoutError:
+            return
+
+    def _signal_process(self) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        # Not Process.send_signal: it polls, and what it reaps asyncio reports as exit code 255.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, self._stop_signal)

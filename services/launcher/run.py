@@ -1,0 +1,153 @@
+"""`make run`: the stack with a model, one answer through it, then serving until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import grpc
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import inference_service_pb2_grpc as pb_grpc
+from baton.v1 import types_pb2
+
+from services.launcher.generate import Answer, stream_answer
+from services.launcher.plan import RoleCounts, StackConfig
+from services.launcher.stack import Stack
+from services.launcher.target import connect, report
+from services.launcher.up import notice_to_stderr, run_stack, to_stderr
+from shared.rpc.flags import add_flag
+
+_PROMPT = "In the beginning"
+_NUM_TOKENS = 96
+_PROGRESS_EVERY_S = 2.0
+_START_LIMIT_S = 300.0
+_ANSWER_LIMIT_S = 120.0
+_NUM_KEPT_LINES = 200
+
+
+class _RoleLines:
+    """The roles' logs: kept until one answer came, for when none does; then shown as they come."""
+
+    def __init__(self) -> None:
+        self._kept: deque[str] | None = deque(maxlen=_NUM_KEPT_LINES)
+
+    def write(self, line: str) -> None:
+        if self._kept is None:
+            to_stderr(line)
+        else:
+            self._kept.append(line)
+
+    def forget(self) -> None:
+        self._kept = None
+
+    def show(self) -> None:
+        kept, self._kept = self._kept or (), None
+        for line in kept:
+            to_stderr(line)
+
+
+def main() -> int:
+    args = _parse()
+    config = StackConfig(
+        model_dir=args.model,
+        counts=RoleCounts(prefill=1, decode=1, both=0),
+        # One answer needs no port that anybody knows.
+        port=0 if args.once else args.port,
+    )
+    lines = _RoleLines()
+
+    async def serve(stack: Stack) -> int:
+        address = await _start(stack, args.model)
+        code = await _answer_once(address)
+        if args.once or code:
+            return code
+        lines.forget()
+        _print_addresses(address)
+        await stack.watch()
+        return 0
+
+    code = run_stack(config, serve, emit=lines.write, notice=notice_to_stderr)
+    if code:
+        lines.show()
+    return code
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make run", description=__doc__)
+    add_flag(parser, "--model", type=Path, default=Path("models/demo"), help="model directory")
+    add_flag(parser, "--port", type=int, default=50051, help="port to listen on")
+    parser.add_argument("--once", action="store_true", help="stop after one answer")
+    return parser.parse_args()
+
+
+async def _start(stack: Stack, model_dir: Path) -> str:
+    """The address. Raises TimeoutError."""
+    notice_to_stderr(
+        f"starting Valkey, a prefill worker, a decode worker, the gateway: {model_dir}"
+    )
+    started = time.monotonic()
+    start = asyncio.ensure_future(stack.start())
+    try:
+        async with asyncio.timeout(_START_LIMIT_S):
+            while not (await asyncio.wait([start], timeout=_PROGRESS_EVERY_S))[0]:
+                notice_to_stderr(f"still starting ({time.monotonic() - started:.0f} s)")
+    finally:
+        start.cancel()
+    address = start.result()
+    notice_to_stderr(f"ready after {time.monotonic() - started:.1f} s")
+    return address
+
+
+async def _answer_once(address: str) -> int:
+    try:
+        async with connect(address) as channel:
+            info = await pb_grpc.InferenceServiceStub(channel).GetModelInfo(
+                pb.GetModelInfoRequest()
+            )
+            answer = await stream_answer(channel, _request(info), _show, timeout_s=_ANSWER_LIMIT_S)
+    except grpc.aio.AioRpcError as error:
+        return report(error)
+    print(f"\n\n{_summary(answer)}", flush=True)
+    return 0
+
+
+def _request(info: pb.GetModelInfoResponse) -> pb.GenerateRequest:
+    sampling = types_pb2.SamplingParams(
+        temperature=0.7, top_p=0.95, seed=1, max_tokens=_NUM_TOKENS, ignore_eos=True
+    )
+    if info.has_tokenizer:
+        _show(_PROMPT)
+        return pb.GenerateRequest(text=_PROMPT, sampling=sampling)
+    # Any tokens do to see that it works.
+    ids = pb.TokenIds(token_ids=range(1, min(9, info.vocab_size)))
+    return pb.GenerateRequest(token_ids=ids, sampling=sampling)
+
+
+def _summary(answer: Answer) -> str:
+    timing = answer.finished.timing
+    ttft_s = timing.ttft_time.ToTimedelta().total_seconds()
+    decode_s = timing.e2e_time.ToTimedelta().total_seconds() - ttft_s
+    num_tokens = len(answer.token_ids)
+    rate = f"{(num_tokens - 1) / decode_s:.0f} tokens/s" if decode_s > 0 else "one token"
+    workers = answer.finished.prefill_worker_id, answer.finished.decode_worker_id
+    path = " -> ".join(worker for worker in workers if worker)
+    return f"TTFT {ttft_s * 1e3:.0f} ms, then {rate} ({num_tokens} tokens, gateway -> {path})"
+
+
+def _print_addresses(address: str) -> None:
+    print(f"\ngRPC      {address}  (baton.v1.InferenceService)")
+    print(f"ask it    .venv/bin/baton generate --target {address} --prompt 'In the beginning'")
+    print(f"look      .venv/bin/baton status --target {address}")
+    print("stop      Ctrl-C", flush=True)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The whole stack on this machine: what is started when, and what is stopped when.
+
+    Valkey ─> workers ─> (one is ready) ─> gateway ─> (it has a route) ─> ready
+    gateway drains ─> workers ─> Valkey
+
+The gateway comes after the first worker, so that nothing listens on the public port before a model
+has been loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.launcher.plan import RoleSpec, StackConfig, gateway_spec, worker_specs
+from services.launcher.role_log import RoleLog
+from services.launcher.role_process import Notice, RoleProcess
+from shared.directory.embedded import EmbeddedValkey, ServerFailed
+
+# "" is the process, the other is what requests are sent to.
+_SERVICES = ("", "baton.v1.InferenceService")
+_POLL_S = 0.05
+_VALKEY_CHECK_S = 0.5
+_WORKER_STOP_LIMIT_S = 10.0
+# On top of what the gateway was given for its streams.
+_GATEWAY_STOP_MARGIN_S = 5.0
+
+
+class Stack:
+    def __init__(
+        self,
+        config: StackConfig,
+        shm_dir: Path,
+        *,
+        emit: Callable[[str], None],
+        notice: Notice,
+    ) -> None:
+        """`emit` gets the roles' lines, `notice` the launcher's own."""
+        self.workers: list[RoleProcess] = []
+        self.gateway: RoleProcess | None = None
+        self._config = config
+        self._shm_dir = shm_dir
+        self._emit = emit
+        self._notice = notice
+        self._is_ready = False
+        self._is_muted = False
+        self._valkey: EmbeddedValkey | None = None
+        self._valkey_keeper: asyncio.Task[None] | None = None
+        self._logs: list[RoleLog] = []
+
+    async def start(self) -> str:
+        """The gateway's address, once a request would succeed.
+
+        Raises Misconfigured, and ServerMissing or ServerFailed for the embedded Valkey.
+        """
+        redis_url = self._config.redis_url or self._start_valkey()
+        for spec in worker_specs(self._config, redis_url, self._shm_dir):
+            self.workers.append(self._add(spec))
+        if self.workers:
+            await self._while_all_run(_any_ready(self.workers))
+
+        self.gateway = self._add(gateway_spec(self._config, redis_url, self._config.port))
+        await self._while_all_run(self.gateway.was_ready.wait())
+        address = self.gateway.address
+        assert address is not None
+        # Should it be restarted, clients must find it where it was.
+        port = int(address.rpartition(":")[2])
+        self.gateway.spec = gateway_spec(self._config, redis_url, port)
+
+        await self._while_all_run(_until_serving(address))
+        self._is_ready = True
+        return address
+
+    async def watch(self) -> None:
+        """Runs on; roles that die are started again. Raises only what is a bug of the launcher."""
+        await self._while_all_run(asyncio.Event().wait())
+
+    async def stop(self) -> None:
+        """Drains, in order; leaves nothing running."""
+        try:
+            if self.gateway is not None:
+                await self.gateway.stop(self._config.drain_s + _GATEWAY_STOP_MARGIN_S)
+            await asyncio.gather(*(worker.stop(_WORKER_STOP_LIMIT_S) for worker in self.workers))
+        finally:
+            if self._valkey_keeper is not None:
+                self._valkey_keeper.cancel()
+            if self._valkey is not None:
+                self._valkey.close()
+
+    def kill(self) -> None:
+        """Makes a `stop` that runs end at once."""
+        for role in self._roles():
+            role.kill()
+
+    def mute(self) -> None:
+        """Say nothing more about roles: what they do now is of no interest."""
+        self._is_muted = True
+        for log in self._logs:
+            log.mute()
+
+    def _roles(self) -> list[RoleProcess]:
+        return self.workers + ([self.gateway] if self.gateway is not None else [])
+
+    def _say(self, line: str) -> None:
+        if not self._is_muted:
+            self._notice(line)
+
+    def _start_valkey(self) -> str:
+        self._valkey = EmbeddedValkey()
+        self._valkey.start()
+        self._valkey_keeper = asyncio.create_task(self._keep_valkey(self._valkey))
+        return self._valkey.url
+
+    async def _keep_valkey(self, valkey: EmbeddedValkey) -> None:
+        while True:
+            await asyncio.sleep(_VALKEY_CHECK_S)
+            if not valkey.is_running():
+                self._say("valkey died; starting it again")
+                try:
+                    valkey.start()
+                except ServerFailed as error:
+                    self._say(str(error))
+
+    def _add(self, spec: RoleSpec) -> RoleProcess:
+        log = RoleLog(spec.name, self._emit)
+        self._logs.append(log)
+        return RoleProcess(
+            spec, log=log, notice=self._say, stack_was_ready=lambda: self._is_ready
+        )
+
+    async def _while_all_run(self, condition: Coroutine[Any, Any, object]) -> None:
+        """Waits for `condition`, or raises what ended a role for good."""
+        waiting = asyncio.ensure_future(condition)
+        try:
+            roles = [role.task for role in self._roles()]
+            done, _ = await asyncio.wait([waiting, *roles], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            waiting.cancel()
+
+
+async def _any_ready(roles: list[RoleProcess]) -> None:
+    waiting = [asyncio.ensure_future(role.was_ready.wait()) for role in roles]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def _until_serving(address: str) -> None:
+    """Returns when the gateway says that it has a route; it may be restarted meanwhile."""
+    async with grpc.aio.insecure_channel(
+        address, options=[("grpc.enable_http_proxy", 0)]
+    ) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while not all([await _is_serving(stub, service) for service in _SERVICES]):
+            await asyncio.sleep(_POLL_S)
+
+
+async def _is_serving(stub: health_pb2_grpc.HealthStub, service: str) -> bool:
+    try:
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=1.0)
+    except grpc.aio.AioRpcError:
+        # Not there just now, or the service is not known yet.
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

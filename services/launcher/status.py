@@ -1,0 +1,119 @@
+"""`baton status`: how the cluster is, as the gateway sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import inference_service_pb2_grpc as pb_grpc
+from baton.v1 import types_pb2
+from google.protobuf.json_format import MessageToDict
+
+from services.launcher.target import connect, report
+
+_TIMEOUT_S = 10.0
+_ROLES = {
+    types_pb2.WORKER_ROLE_PREFILL: "prefill",
+    types_pb2.WORKER_ROLE_DECODE: "decode",
+    types_pb2.WORKER_ROLE_BOTH: "both",
+}
+
+
+def run_status(target: str, *, as_json: bool) -> int:
+    """Prints a table, or one object on one line; the exit code."""
+    try:
+        info = asyncio.run(_ask(target))
+    except grpc.aio.AioRpcError as error:
+        return report(error)
+    state = to_json(info)
+    print(json.dumps(state) if as_json else to_text(state))
+    return 0
+
+
+def to_json(info: pb.GetServerInfoResponse) -> dict[str, Any]:
+    return {
+        "version": info.version,
+        "gateway_incarnation": info.gateway_incarnation,
+        "directory_reachable": info.directory_reachable,
+        "workers": [_worker_to_json(worker) for worker in info.workers],
+        "ledger": {stage.stage: stage.num_entries for stage in info.ledger},
+        "num_prefix_entries": info.num_prefix_entries,
+        "counters": _numbers(info.counters),
+    }
+
+
+def to_text(state: dict[str, Any]) -> str:
+    """`state` as `to_json` makes it."""
+    directory = "answers" if state["directory_reachable"] else "cannot be reached"
+    lines = [
+        f"gateway {state['gateway_incarnation']}, version {state['version']};"
+        f" directory {directory}",
+        "",
+    ]
+    rows = [("WORKER", "ROLE", "INCARNATION", "HEALTHY", "WAITING", "RUNNING", "FREE BLOCKS")]
+    for worker in state["workers"]:
+        rows.append(
+            (
+                worker["id"],
+                worker["role"],
+                worker["incarnation"],
+                "yes" if worker["healthy"] else "NO",
+                str(worker["num_waiting"]),
+                str(worker["num_running"]),
+                f"{worker['num_free_blocks']}/{worker['num_blocks']}",
+            )
+        )
+    lines += _table(rows)
+    stages = ", ".join(f"{stage} {count}" for stage, count in state["ledger"].items()) or "empty"
+    lines += ["", f"ledger: {stages}", f"prefix index: {state['num_prefix_entries']} entries"]
+    lines += ["counters:"]
+    counters = state["counters"].items()
+    lines += [f"  {line}" for line in _table([(_words(name), str(n)) for name, n in counters])]
+    return "\n".join(lines)
+
+
+async def _ask(target: str) -> pb.GetServerInfoResponse:
+    async with connect(target) as channel:
+        stub = pb_grpc.InferenceServiceStub(channel)
+        return await stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=_TIMEOUT_S)
+
+
+def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
+    return {
+        "id": worker.worker.worker_id,
+        "role": _ROLES.get(worker.role, "unknown"),
+        "incarnation": worker.worker.incarnation,
+        "address": worker.worker.address,
+        "healthy": worker.healthy,
+        "num_waiting": worker.num_waiting,
+        "num_running": worker.num_running,
+        "num_free_blocks": worker.num_free_blocks,
+        "num_blocks": worker.num_blocks,
+        "capability_hash": worker.capability_hash,
+        "determinism": worker.determinism,
+    }
+
+
+def _numbers(counters: pb.ServerCounters) -> dict[str, int]:
+    # protobuf's JSON has 64-bit numbers as strings.
+    shown = MessageToDict(
+        counters, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return {name: int(count) for name, count in shown.items()}
+
+
+def _words(name: str) -> str:
+    """`num_digest_mismatches` → `digest mismatches`."""
+    return name.removeprefix("num_").replace("_", " ")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,29 @@
+"""The gateway that a client command talks to."""
+
+from __future__ import annotations
+
+import sys
+
+import grpc
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+# A chunk is small; a snapshot of a large cluster may not be.
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+def connect(target: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(
+        target,
+        options=[
+            # A proxy of the environment is meant for the web, not for our port.
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ],
+    )
+
+
+def report(error: grpc.aio.AioRpcError) -> int:
+    """One line, `CODE: message`, on standard error; the exit code."""
+    message = " ".join((error.details() or "no message").split())
+    print(f"{error.code().name}: {message}", file=sys.stderr)
+    return 1

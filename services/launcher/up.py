@@ -1,0 +1,132 @@
+"""`baton up`: all roles on this machine, until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.launcher.plan import StackConfig, UsageError
+from services.launcher.policy import EXIT_MISCONFIGURED
+from services.launcher.private_dir import private_dir, shared_memory_root
+from services.launcher.role_process import Misconfigured
+from services.launcher.stack import Stack
+from shared.directory.embedded import ServerFailed, ServerMissing
+from shared.engine.config import ModelError, load_model_config
+
+# Starts the stack and uses it; it is stopped when this returns, with this exit code.
+Serve = Callable[[Stack], Awaitable[int]]
+
+
+def run_up(config: StackConfig) -> int:
+    async def serve(stack: Stack) -> int:
+        address = await stack.start()
+        print(f"READY grpc={address}", flush=True)
+        await stack.watch()
+        return 0
+
+    return run_stack(config, serve, emit=to_stderr, notice=notice_to_stderr)
+
+
+def run_stack(
+    config: StackConfig,
+    serve: Serve,
+    *,
+    emit: Callable[[str], None],
+    notice: Callable[[str], None],
+) -> int:
+    """Hands a stack to `serve`, until that ends or a signal comes; the exit code."""
+    try:
+        check(config)
+    except (ModelError, UsageError) as error:
+        notice_to_stderr(str(error))
+        return EXIT_MISCONFIGURED
+    with private_dir(shared_memory_root()) as shm_dir:
+        return asyncio.run(_run(config, shm_dir, serve, emit=emit, notice=notice))
+
+
+def check(config: StackConfig) -> None:
+    """What can be known before any process is started. Raises ModelError, UsageError."""
+    config.check()
+    load_model_config(config.model_dir)
+    _check_port(config.host, config.port)
+
+
+async def _run(
+    config: StackConfig,
+    shm_dir: Path,
+    serve: Serve,
+    *,
+    emit: Callable[[str], None],
+    notice: Callable[[str], None],
+) -> int:
+    stack = Stack(config, shm_dir, emit=emit, notice=notice)
+    signals = _Signals(stack)
+    signals.install()
+    work = asyncio.ensure_future(serve(stack))
+    stopped = asyncio.create_task(signals.first.wait())
+    try:
+        await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
+        code = work.result() if work.done() else 0
+    except (Misconfigured, ServerMissing) as error:
+        stack.mute()
+        notice_to_stderr(str(error))
+        code = EXIT_MISCONFIGURED
+    except ServerFailed as error:
+        notice_to_stderr(str(error))
+        code = 1
+    finally:
+        work.cancel()
+        stopped.cancel()
+        await asyncio.gather(work, stopped, return_exceptions=True)
+        await stack.stop()
+    return signals.exit_code(code)
+
+
+@dataclass
+class _Signals:
+    """The first signal drains; one more kills."""
+
+    stack: Stack
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+    killed_by: signal.Signals | None = None
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+
+    def exit_code(self, code: int) -> int:
+        return code if self.killed_by is None else 128 + self.killed_by
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self.first.is_set():
+            self.first.set()
+            return
+        self.killed_by = number
+        self.stack.kill()
+
+
+def _check_port(host: str, port: int) -> None:
+    """gRPC servers share a port silently, and requests would go to either: ask without sharing."""
+    try:
+        [(family, kind, protocol, _, where), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind, protocol) as probe:
+            # Connections of a server that has ended do not occupy its port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def notice_to_stderr(line: str) -> None:
+    to_stderr(f"baton: {line}")

@@ -1,0 +1,99 @@
+"""A worker process: `python -m services.worker --role prefill|decode|both --model DIR ...`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import secrets
+import sys
+from pathlib import Path
+
+from shared.engine.config import EngineConfig, ModelError
+from shared.rpc.flags import add_flag
+from shared.telemetry import configure_logging
+
+logger = logging.getLogger("worker")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m services.worker", description=__doc__)
+    add_flag(
+        parser,
+        "--role",
+        type=str,
+        choices=("prefill", "decode", "both"),
+        required=True,
+        help="which services this worker hosts",
+    )
+    add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
+    add_flag(
+        parser,
+        "--redis-url",
+        type=str,
+        default="redis://127.0.0.1:6379/0",
+        help="the directory's Redis or Valkey",
+    )
+    add_flag(parser, "--cluster", type=str, default="default", help="name of the cluster in it")
+    add_flag(parser, "--worker-id", type=str, help="stable name; default: role and a random part")
+    add_flag(parser, "--host", type=str, default="127.0.0.1", help="address to listen on")
+    add_flag(parser, "--advertise", type=str, help="host that peers reach it by; default: --host")
+    add_flag(parser, "--port", type=int, default=0, help="port to listen on; 0 picks one")
+    add_flag(
+        parser,
+        "--device",
+        type=str,
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute",
+    )
+    add_flag(
+        parser,
+        "--dtype",
+        type=str,
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: float32 on CPU, bfloat16 on CUDA",
+    )
+    add_flag(parser, "--num-blocks", type=int, help="size of the KV pool; default: from memory")
+    add_flag(parser, "--block-size", type=int, default=16, help="tokens per block")
+    add_flag(parser, "--max-model-len", type=int, help="prompt and answer; default: the model's")
+    add_flag(parser, "--token-budget", type=int, default=512, help="tokens per engine step")
+    add_flag(parser, "--max-num-seqs", type=int, default=256, help="sequences per engine step")
+    add_flag(parser, "--threads", type=int, default=1, help="CPU threads of the engine")
+    add_flag(
+        parser, "--shm-dir", type=Path, default=Path("/dev/shm"), help="where CPU pools are shared"
+    )
+    add_flag(parser, "--trace-dir", type=Path, help="write a trace of events there")
+    add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
+    args = parser.parse_args(argv)
+    args.worker_id = args.worker_id or f"{args.role}-{secrets.token_hex(4)}"
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    configure_logging(args.worker_id)
+    config = EngineConfig(
+        model_dir=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        block_size=args.block_size,
+        num_blocks=args.num_blocks,
+        max_model_len=args.max_model_len,
+        token_budget=args.token_budget,
+        max_num_seqs=args.max_num_seqs,
+    )
+    # After the flags, so that --help and usage errors don't wait for torch.
+    from services.worker.worker import Worker, WorkerStartError
+
+    try:
+        worker = Worker(args, config)
+    except (ModelError, WorkerStartError) as error:
+        sys.stderr.write(f"baton worker: {error}\n")
+        return 2
+    return asyncio.run(worker.run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Keeps the directory informed, behind the engine's back: nothing here is waited for.
+
+Heartbeat, prefix changes and ledger writes go out together in batches. While the directory is
+away they pile up no further than the current truth; when it is back, all of it is said again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
+from shared.directory.ledger import LedgerEntry
+from shared.directory.workers import WorkerRecord
+from shared.kv.block_pool import CacheChanges
+from shared.kv.sequence import AttemptKey
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+_FLUSH_S = 0.02
+_PREFIX_REFRESH_S = 20.0
+_LEDGER_REFRESH_S = 10.0
+
+
+class DirectorySync:
+    def __init__(
+        self,
+        url: str,
+        cluster: str,
+        *,
+        worker_id: str,
+        incarnation: str,
+    ) -> None:
+        self._url = url
+        self._cluster = cluster
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._is_retired = False
+        self._directory: Directory | None = None
+        self._entries: dict[tuple[str, int], LedgerEntry] = {}
+        """Live entries that this worker wrote last."""
+        self._dirty: dict[tuple[str, int], None] = {}
+        self._finished: dict[AttemptKey, None] = {}
+        self._held: dict[bytes, None] = {}
+        self._added: dict[bytes, None] = {}
+        self._removed: dict[bytes, None] = {}
+        self._changed = asyncio.Event()
+        self._is_away = False
+        self._next_heartbeat = self._next_prefixes = self._next_ledger = 0.0
+
+    # What the engine says; never blocks
+
+    def write(self, entry: LedgerEntry) -> None:
+        sequence = (entry.request_id, entry.sample)
+        self._entries[sequence] = entry
+        self._dirty[sequence] = None
+        self._changed.set()
+
+    def end(self, key: AttemptKey) -> None:
+        entry = self._entries.get(key.sequence)
+        if entry is not None and entry.attempt <= key.attempt:
+            del self._entries[key.sequence]
+            self._dirty.pop(key.sequence, None)
+        self._finished[key] = None
+        self._changed.set()
+
+    def forget(self, key: AttemptKey) -> None:
+        """The entry goes on, written by another worker: refreshing ours would revive it."""
+        entry = self._entries.get(key.sequence)
+        if entry is not None and entry.attempt == key.attempt:
+            del self._entries[key.sequence]
+            self._dirty.pop(key.sequence, None)
+
+    def cache_changed(self, changes: CacheChanges) -> None:
+        for block_hash in changes.added:
+            self._held[block_hash] = None
+            self._added[block_hash] = None
+            self._removed.pop(block_hash, None)
+        for block_hash in changes.removed:
+            self._held.pop(block_hash, None)
+            self._added.pop(block_hash, None)
+            self._removed[block_hash] = None
+        self._changed.set()
+
+    # The task
+
+    async def run(self, make_record: Callable[[], Awaitable[WorkerRecord]]) -> None:
+        """Until cancelled; `make_record` tells the worker as it is now.
+
+        DirectoryMisconfigured gets out.
+        """
+        while True:
+            try:
+                await self._sync(make_record)
+                if self._is_away:
+                    logger.info("the directory is back")
+                self._is_away = False
+            except DirectoryUnavailable as error:
+                if not self._is_away:
+                    logger.warning("the directory is away: %s", error)
+                self._is_away = True
+                self._say_all_again()
+                await asyncio.sleep(HEARTBEAT_S)
+                continue
+            try:
+                async with asyncio.timeout(max(0.0, self._next_heartbeat - time.monotonic())):
+                    await self._changed.wait()
+                    await asyncio.sleep(_FLUSH_S)
+            except TimeoutError:
+                pass
+            self._changed.clear()
+
+    async def retire(self) -> None:
+        """Takes the worker off the directory: nothing new is sent here. The ledger goes on."""
+        self._is_retired = True
+        try:
+            if self._directory is not None:
+                await self._directory.workers.remove(self._worker_id, self._incarnation)
+        except DirectoryUnavailable as error:
+            logger.warning("could not leave the directory: %s", error)
+
+    async def close(self) -> None:
+        if self._directory is not None:
+            await self._directory.aclose()
+
+    async def connect(self) -> None:
+        """Opens the directory when it can be reached; run() tries again otherwise.
+
+        Raises DirectoryMisconfigured.
+        """
+        try:
+            self._directory = await open_directory(self._url, self._cluster)
+        except DirectoryUnavailable as error:
+            logger.warning("the directory is away: %s", error)
+            self._is_away = True
+
+    async def _sync(self, make_record: Callable[[], Awaitable[WorkerRecord]]) -> None:
+        if self._directory is None:
+            self._directory = await open_directory(self._url, self._cluster)
+        now = time.monotonic()
+        if now >= self._next_heartbeat:
+            if not self._is_retired:
+                await self._directory.workers.publish(await make_record())
+            self._next_heartbeat = now + HEARTBEAT_S
+        if now >= self._next_prefixes:
+            self._added = dict(self._held)
+            self._next_prefixes = now + _PREFIX_REFRESH_S
+        if now >= self._next_ledger:
+            self._dirty = dict.fromkeys(self._entries)
+            self._next_ledger = now + _LEDGER_REFRESH_S
+        await self._flush_ledger(self._directory)
+        await self._flush_prefixes(self._directory)
+
+    async def _flush_ledger(self, directory: Directory) -> None:
+        if not self._dirty and not self._finished:
+            return
+        entries = [self._entries[sequence] for sequence in self._dirty]
+        finished = list(self._finished)
+        await directory.ledger.write(entries, finished)
+        for entry in entries:
+            sequence = (entry.request_id, entry.sample)
+            if self._entries.get(sequence) is entry:
+                self._dirty.pop(sequence, None)
+        for key in finished:
+            self._finished.pop(key, None)
+
+    async def _flush_prefixes(self, directory: Directory) -> None:
+        if not self._added and not self._removed:
+            return
+        added, self._added = self._added, {}
+        removed, self._removed = self._removed, {}
+        await directory.prefix_index.publish(
+            self._worker_id, self._incarnation, added=list(added), removed=list(removed)
+        )
+
+    def _say_all_again(self) -> None:
+        self._next_heartbeat = self._next_prefixes = self._next_ledger = 0.0

@@ -1,0 +1,510 @@
+"""The engine thread: schedule → forward → publish, for whatever role the worker has.
+
+    inbox ─► commands ─► admit ─► step: decode rows + prompt chunks ─► reports, once per step
+                │                        │
+                ├── claims (handoff.py)  ├── ModelRunner.forward(batch)
+                └── pulls  (handoff.py)  └── seal what became final (sealing.py)
+
+It owns every sequence, the block pool and both sides of the hand-off, so nothing here needs a
+lock. It never waits for RPC, Redis or a transfer; those come back as commands.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baton.v1 import worker_service_pb2 as wrk
+
+from services.decode import scheduler as decode_policy
+from services.prefill import scheduler as prefill_policy
+from services.prefill.scheduler import Admission
+from services.worker import messages as msg
+from services.worker.admission import Admitter
+from services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
+from services.worker.reports import Reports
+from services.worker.sealing import Sealer
+from services.worker.sequence_table import SequenceTable, Slot
+from shared.directory.ledger import Stage
+from shared.engine.batch import Batch, BatchRow
+from shared.engine.model_runner import ModelRunner
+from shared.kv.block_pool import BlockPool
+from shared.kv.sequence import AttemptKey, Sequence, SequenceState, num_blocks_for
+from shared.rpc.convert import key_from_pb
+from shared.rpc.errors import (
+    AttemptFailed,
+    BatonError,
+    Cancelled,
+    ClaimBroken,
+    DeadlineExceeded,
+    Draining,
+    EngineFailure,
+    InvalidField,
+    Preempted,
+    SourceLost,
+    StaleAttempt,
+)
+from shared.telemetry import Counters, Trace
+from shared.transfer.puller import PullJob
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.25
+_OVERDUE_CHECK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows."""
+
+    token_budget: int
+    max_num_seqs: int
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: BlockPool,
+        sealer: Sealer,
+        *,
+        identity: msg.Peer,
+        limits: StepLimits,
+        inbox: queue.SimpleQueue[msg.Command],
+        submit_pull: Callable[[PullJob], None],
+        deliver: Callable[[list[msg.Outgoing]], None],
+        counters: Counters,
+        trace: Trace,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._sealer = sealer
+        self._limits = limits
+        self._counters = counters
+        self._trace = trace
+        self._eos = frozenset(runner.model_config.eos_token_ids)
+
+        self.inbox = inbox
+        self.num_steps = 0
+        self.is_busy = False
+        self._table = SequenceTable()
+        self._reports = Reports(identity, self._table, deliver)
+        self._admitter = Admitter(pool, sealer, self._table)
+        self._claims = ClaimTable(pool, sealer, self._reports.emit, trace)
+        self._pulls = PullTable(
+            pool, sealer, submit_pull, self._reports.emit, counters, trace
+        )
+        self._unclaimed: set[AttemptKey] = set()
+        """Prefill-hosted sequences whose blocks nobody will claim."""
+        self._computed_at: dict[AttemptKey, float] = {}
+        """When the prompt of a prefill-hosted sequence was complete."""
+        self._is_draining = False
+        self._is_stopping = False
+        self._next_overdue_check = 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._table)
+
+    def run(self) -> None:
+        """Until Stop. Any exception that gets out of here must end the process."""
+        while not self._is_stopping:
+            self._take_commands()
+            self._end_overdue()
+            self._admit()
+            self._step()
+            self._publish()
+
+    # Commands
+
+    def _take_commands(self) -> None:
+        """Takes all that is there; waits for the first when there is nothing to compute."""
+        try:
+            self.is_busy = self._can_step()
+            if not self.is_busy:
+                wait_s = _OVERDUE_CHECK_S if self._table or self._claims else _IDLE_WAIT_S
+                self._handle(self.inbox.get(timeout=wait_s))
+            while True:
+                self._handle(self.inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _handle(self, command: msg.Command) -> None:
+        match command:
+            case msg.StartPrefill(sequence, unclaimed):
+                if self._start(sequence, None) and unclaimed:
+                    self._unclaimed.add(sequence.key)
+            case msg.StartDecode(sequence, slot, source):
+                if self._start(sequence, slot) and source is not None:
+                    self._pulls.start(sequence, source)
+            case msg.CancelAttempts(key):
+                self._cancel_up_to(key)
+            case msg.GatewayLost(gateway):
+                for sequence in self._table.of_gateway(gateway):
+                    self._drop(sequence)
+            case msg.FromReader():
+                self._on_reader(command)
+            case msg.ReaderLost(reader):
+                for key in self._claims.of_reader(reader):
+                    self._claims.forget(key)
+                    self._fail_key(key, ClaimBroken("the reader of its blocks is gone"))
+            case msg.FromSource():
+                self._on_source(command)
+            case msg.SourceGone(source, error):
+                for pull in self._pulls.of_source(source):
+                    self._fail(pull.sequence, SourceLost(error.message))
+            case msg.Pulled():
+                self._on_pulled(command)
+            case msg.Inspect(check_integrity, reply):
+                reply(self._inspect(check_integrity=check_integrity))
+            case msg.Drain():
+                self._is_draining = True
+            case msg.FailAll(error):
+                for sequence in self._table.all():
+                    self._fail(sequence, error)
+            case msg.Stop():
+                self._is_stopping = True
+
+    def _start(self, sequence: Sequence, slot: Slot | None) -> bool:
+        error = self._reason_to_refuse(sequence, slot)
+        if error is not None:
+            self._reports.failed(sequence.key, slot, error)
+            return False
+        self._cancel_up_to(sequence.key)
+        self._table.add(sequence, slot)
+        self._sealer.hash_blocks(sequence)
+        return True
+
+    def _reason_to_refuse(self, sequence: Sequence, slot: Slot | None) -> BatonError | None:
+        if self._is_draining:
+            return Draining("the worker is shutting down")
+        if self._table.is_stale(sequence.key):
+            return StaleAttempt("this attempt, its cancel, or a later one was seen before")
+        num_tokens = sequence.num_prompt_tokens
+        if slot is not None:
+            num_tokens += sequence.params.max_tokens - sequence.first_index
+        num_blocks = self._sealer.num_groups * num_blocks_for(num_tokens, self._pool.block_size)
+        if num_blocks > self._pool.num_blocks:
+            limit = f"{self._pool.num_blocks} blocks in the pool"
+            return InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
+        return None
+
+    def _cancel_up_to(self, key: AttemptKey) -> None:
+        sequence = self._table.attempt_up_to(key)
+        if sequence is not None:
+            self._drop(sequence)
+        self._table.refuse_up_to(key)
+
+    def _on_reader(self, command: msg.FromReader) -> None:
+        message, reader = command.message, command.reader
+        match message.WhichOneof("message"):
+            case "claim":
+                self._on_claim(key_from_pb(message.claim.key), reader)
+            case "release":
+                key = key_from_pb(message.release.key)
+                sequence = self._table.get(key)
+                if self._claims.release(key, reader) and sequence is not None:
+                    self._end(sequence, SequenceState.FINISHED)
+                    self._reports.emit(msg.LedgerHandedOver(key))
+            case "cancel":
+                key = key_from_pb(message.cancel.key)
+                self._drop_corrupt(list(message.cancel.mismatched_block_ids))
+                self._table.refuse_up_to(key)
+                self._claims.forget(key)
+                self._fail_key(key, Cancelled("the reader gave its claim up"))
+
+    def _on_claim(self, key: AttemptKey, reader: str) -> None:
+        sequence = self._table.get(key)
+        if sequence is None and self._table.is_stale(key):
+            self._claims.refuse(key, reader, ClaimBroken("the sequence has ended"))
+            return
+        self._claims.add(key, reader)
+        if sequence is not None and sequence.block_tables:
+            self._claims.tell_admitted(key)
+            self._claims.announce(sequence)
+
+    def _drop_corrupt(self, block_ids: list[int]) -> None:
+        """A reader found these different from what was sealed: look who is right."""
+        for group in range(self._sealer.num_groups):
+            bad = self._sealer.drop_corrupt(group, block_ids)
+            if bad:
+                logger.error("digest mismatch: own blocks %s are corrupt, dropped", bad)
+
+    def _on_source(self, command: msg.FromSource) -> None:
+        try:
+            pull = self._pulls.on_message(command.source, command.message)
+        except AttemptFailed as error:
+            self._fail_key(self._pulls.key_in(command.message), error)
+            return
+        if pull is not None:
+            self._join(pull)
+
+    def _on_pulled(self, command: msg.Pulled) -> None:
+        key = self._pulls.key_of(command.result)
+        try:
+            self._pulls.on_pulled(command.result)
+        except AttemptFailed as error:
+            self._fail_key(key, error)
+
+    # Admission
+
+    def _admit(self) -> None:
+        """Prompts to compute here, and prompts to pull, oldest first."""
+        for sequence in self._table.in_state(SequenceState.WAITING):
+            pull = self._pulls.get(sequence.key)
+            if pull is not None and not pull.is_admitted:
+                continue
+            verdict = self._admitter.try_admit(sequence)
+            if verdict is Admission.ADMIT:
+                self._admitted(sequence, pull)
+            elif verdict is Admission.WAIT_FOR_ROOM:
+                break
+
+    def _admitted(self, sequence: Sequence, pull: Pull | None) -> None:
+        key = sequence.key
+        self._trace.emit("admitted", key=key, num_cached_tokens=sequence.num_cached_tokens)
+        if pull is not None:
+            sequence.state = SequenceState.TRANSFERRING
+            self._reports.takes_over(sequence, pull.source)
+            self._pulls.took_room(pull)
+            return
+        sequence.state = SequenceState.PREFILLING
+        sequence.num_computed_tokens = sequence.num_cached_tokens
+        self._counters["cached_prompt_tokens"] += sequence.num_cached_tokens
+        self._reports.owns(sequence, Stage.PREFILLING)
+        if self._table.slot(key) is None:
+            self._reports.prompt_admitted(sequence)
+            self._claims.tell_admitted(key)
+            self._claims.announce(sequence)
+
+    # Step
+
+    def _can_step(self) -> bool:
+        computing = (SequenceState.PREFILLING, SequenceState.DECODING)
+        return any(sequence.state in computing for sequence in self._table.all())
+
+    def _step(self) -> None:
+        decoding = self._plan_decode()
+        chunks = prefill_policy.plan_chunks(
+            self._table.in_state(SequenceState.PREFILLING),
+            token_budget=self._limits.token_budget - len(decoding),
+            max_rows=self._limits.max_num_seqs - len(decoding),
+            block_size=self._pool.block_size,
+        )
+        work = [(sequence, 1) for sequence in decoding]
+        work += [(chunk.sequence, chunk.num_tokens) for chunk in chunks]
+        if not work:
+            return
+        started_s = time.monotonic()
+        token_ids = self._forward(work)
+        self.num_steps += 1
+        self._counters["steps"] += 1
+        for (sequence, num_tokens), token_id in zip(work, token_ids, strict=True):
+            if sequence.state is SequenceState.PREFILLING:
+                self._took_chunk(sequence, num_tokens, token_id, started_s)
+            elif sequence.state is SequenceState.DECODING and token_id is not None:
+                sequence.num_computed_tokens += 1
+                self._sealer.seal_computed(sequence, with_digests=False)
+                self._took_token(sequence, token_id)
+
+    def _plan_decode(self) -> list[Sequence]:
+        """The running rows of this step, each with room for its token."""
+        block_size = self._pool.block_size
+        running = self._table.in_state(SequenceState.DECODING)
+        while decode_policy.is_short_of_blocks(running, self._pool.num_free, block_size):
+            victim = decode_policy.choose_victim(self._table.growing())
+            if victim is None or self._pool.num_quarantined:
+                break
+            self._counters["preemptions"] += 1
+            self._fail(victim, Preempted("no free block"))
+            running = self._table.in_state(SequenceState.DECODING)
+        rows = decode_policy.plan_rows(
+            running,
+            num_free_blocks=self._pool.num_free,
+            max_rows=self._limits.max_num_seqs,
+            block_size=block_size,
+        )
+        for sequence in rows:
+            for table in sequence.block_tables:
+                if len(table) * block_size < sequence.num_tokens:
+                    table.extend(self._pool.allocate(1))
+        return rows
+
+    def _forward(self, work: list[tuple[Sequence, int]]) -> list[int | None]:
+        """One step for all; row by row if that fails, so that no sequence stops another."""
+        rows = [self._row(sequence, num_tokens) for sequence, num_tokens in work]
+        try:
+            return self._runner.forward(Batch(rows))
+        except Exception:
+            logger.exception("a step of %d rows failed; trying them one by one", len(rows))
+        token_ids: list[int | None] = []
+        for (sequence, _), row in zip(work, rows, strict=True):
+            try:
+                token_ids += self._runner.forward(Batch([row]))
+            except Exception as error:
+                logger.exception("%s failed alone", sequence.key)
+                self._fail(sequence, EngineFailure(f"the engine failed: {type(error).__name__}"))
+                token_ids.append(None)
+        return token_ids
+
+    def _row(self, sequence: Sequence, num_tokens: int) -> BatchRow:
+        start = sequence.num_computed_tokens
+        draws = start + num_tokens == sequence.num_tokens
+        return BatchRow(
+            token_ids=sequence.token_slice(start, start + num_tokens),
+            position=start,
+            block_tables=sequence.block_tables,
+            sampling=sequence.params if draws else None,
+            sample_index=sequence.key.sample,
+        )
+
+    def _took_chunk(
+        self, sequence: Sequence, num_tokens: int, token_id: int | None, started_s: float
+    ) -> None:
+        sequence.num_computed_tokens += num_tokens
+        num_sealed = sequence.num_sealed_blocks
+        self._sealer.seal_computed(sequence, with_digests=True)
+        self._counters["computed_prompt_tokens"] += num_tokens
+        self._counters["computed_blocks"] += sequence.num_sealed_blocks - num_sealed
+        self._trace.emit(
+            "chunk",
+            key=sequence.key,
+            started=started_s,
+            num_tokens=num_tokens,
+            is_last=token_id is not None,
+        )
+        slot = self._table.slot(sequence.key)
+        if token_id is None:
+            self._claims.announce(sequence)
+        elif slot is None:
+            self._took_first_token(sequence, token_id)
+        else:
+            sequence.state = SequenceState.DECODING
+            self._reports.joined(sequence, slot, None)
+            self._reports.owns(sequence, Stage.DECODING)
+            self._took_token(sequence, token_id)
+
+    def _took_first_token(self, sequence: Sequence, token_id: int) -> None:
+        """Our part of a prefill-hosted sequence is over, but for the reader's pulls."""
+        key = sequence.key
+        finish_reason = sequence.append(token_id, self._eos)
+        self._counters["generated_tokens"] += 1
+        self._reports.first_token(sequence, token_id, finish_reason)
+        if finish_reason is not None or key in self._unclaimed:
+            self._claims.fail(key, Cancelled("the sequence ended with its first token"))
+            self._end(sequence, SequenceState.FINISHED)
+            self._reports.ended(key)
+            return
+        sequence.state = SequenceState.TRANSFERRING
+        self._computed_at[key] = time.monotonic()
+        self._sealer.freeze_tail(sequence)
+        self._claims.announce(sequence)
+
+    def _join(self, pull: Pull) -> None:
+        """All blocks are here and verified: into the running batch, first token out."""
+        sequence, slot = pull.sequence, self._table.slot(pull.sequence.key)
+        if slot is None or pull.first_token_id is None:
+            raise RuntimeError(f"{sequence.key} joins without slot or first token")
+        sequence.state = SequenceState.DECODING
+        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        self._trace.emit("joined", key=sequence.key, num_pulled_blocks=pull.num_pulled_blocks)
+        self._reports.joined(sequence, slot, pull)
+        self._reports.owns(sequence, Stage.DECODING, peer=pull.source.worker_id)
+        self._took_token(sequence, pull.first_token_id)
+
+    def _took_token(self, sequence: Sequence, token_id: int) -> None:
+        slot = self._table.slot(sequence.key)
+        if slot is None:
+            raise RuntimeError(f"{sequence.key} decodes without a slot")
+        index = sequence.next_index
+        finish_reason = sequence.append(token_id, self._eos)
+        self._counters["generated_tokens"] += 1
+        self._reports.token(slot, index, token_id, finish_reason)
+        if finish_reason is not None:
+            self._end(sequence, SequenceState.FINISHED)
+            self._reports.ended(sequence.key)
+
+    # Endings
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        if now < self._next_overdue_check:
+            return
+        self._next_overdue_check = now + _OVERDUE_CHECK_S
+        for sequence in self._table.all():
+            if sequence.deadline is not None and now > sequence.deadline:
+                self._fail(sequence, DeadlineExceeded("the request's deadline has passed"))
+        for key, computed_at in list(self._computed_at.items()):
+            if key not in self._claims and now - computed_at > CLAIM_WAITS_S:
+                self._fail_key(key, ClaimBroken("nobody claimed the blocks"))
+        for key in self._claims.waiting_since(now - CLAIM_WAITS_S):
+            if key not in self._table:
+                self._claims.fail(key, ClaimBroken("the sequence did not come"))
+
+    def _fail_key(self, key: AttemptKey, error: BatonError) -> None:
+        sequence = self._table.get(key)
+        if sequence is not None:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: BatonError) -> None:
+        """Ends a sequence and tells its host, and whoever reads its blocks."""
+        self._reports.failed(sequence.key, self._table.slot(sequence.key), error)
+        self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Ends a sequence whose host knows already; tells those at the other end of its blocks."""
+        key = sequence.key
+        pull = self._pulls.get(key)
+        if pull is not None:
+            self._pulls.cancel(pull)
+        self._claims.fail(key, Cancelled("the sequence was cancelled"))
+        self._counters["aborted"] += 1
+        self._end(sequence, SequenceState.ABORTED)
+        self._reports.ended(key)
+
+    def _end(self, sequence: Sequence, state: SequenceState) -> None:
+        """Gives back all that a sequence holds; no step that writes its blocks is in flight."""
+        key = sequence.key
+        self._table.remove(key)
+        sequence.state = state
+        for table in sequence.block_tables:
+            self._pool.release(table)
+        sequence.block_tables = []
+        self._admitter.forget(sequence)
+        self._computed_at.pop(key, None)
+        self._unclaimed.discard(key)
+
+    # Telling
+
+    def _publish(self) -> None:
+        changes = self._pool.take_changes()
+        if changes.added or changes.removed:
+            self._reports.emit(msg.CacheChanged(changes))
+        self._reports.flush(self.num_steps)
+
+    def _inspect(self, *, check_integrity: bool) -> wrk.GetWorkerStateResponse:
+        sequences = self._table.all()
+        num_waiting = len(self._table.in_state(SequenceState.WAITING))
+        state = wrk.GetWorkerStateResponse(
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            num_quarantined_blocks=self._pool.num_quarantined,
+            num_cached_blocks=self._pool.num_cached,
+            num_waiting=num_waiting,
+            num_running=len(sequences) - num_waiting,
+            num_claims=len(self._claims),
+            counters=wrk.WorkerCounters(
+                **{f"num_{name}": value for name, value in self._counters.items()}
+            ),
+        )
+        if check_integrity:
+            try:
+                self._pool.check_integrity(
+                    table for sequence in sequences for table in sequence.block_tables
+                )
+            except AssertionError as error:
+                state.integrity_error = str(error)
+        return state

@@ -1,0 +1,380 @@
+"""The hand-off: blocks that one worker computed become another's. Engine side, no streams here.
+
+         reader (decode)                                owner (prefill)
+    ClaimBlocks           ──────────────►   Claim       may come before its sequence: waits 5 s
+                          ◄──────────────   ClaimAdmitted       room for the whole prompt
+    takes room for the whole prompt
+                          ◄──────────────   AnnounceBlocks …    sealed, chunk by chunk
+    pulls and verifies what it lacks
+                          ◄──────────────   AnnounceBlocks + PromptComputed    tail block too
+    ReleaseClaim          ──────────────►   gives the blocks back
+                          ◄──────────────   ClaimReleased(held)
+    joins the running batch
+
+CancelClaim, ClaimFailed, a lost peer or a digest that does not match end it on both sides. The
+reader takes room only after the owner has, so two full pools never wait for each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count
+
+from baton.v1 import kv_service_pb2 as kv
+
+from services.worker.messages import Outgoing, Peer, ToReader, ToSource
+from services.worker.sealing import Sealer
+from shared.kv.block_pool import BlockPool, Digest
+from shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
+from shared.rpc.convert import key_from_pb, key_to_pb
+from shared.rpc.errors import BatonError, ClaimBroken, DigestMismatch, SourceLost, to_failure
+from shared.telemetry import Counters, Trace
+from shared.transfer.interface import BlockCopy
+from shared.transfer.puller import ExpectedBlock, PullJob, PullResult
+
+logger = logging.getLogger(__name__)
+
+CLAIM_WAITS_S = 5.0
+"""A claim waits so long for its sequence; sealed blocks wait so long for a claim."""
+
+
+# The owner's side
+
+
+@dataclass(slots=True)
+class Claim:
+    """A reader's hold on the blocks of one sequence; the sequence keeps the references."""
+
+    key: AttemptKey
+    reader: str
+    since: float
+    num_announced: int = 0
+
+
+class ClaimTable:
+    """Which sequences are claimed by whom, and what their readers have been told."""
+
+    def __init__(
+        self, pool: BlockPool, sealer: Sealer, emit: Callable[[Outgoing], None], trace: Trace
+    ) -> None:
+        self._pool = pool
+        self._sealer = sealer
+        self._emit = emit
+        self._trace = trace
+        self._claims: dict[AttemptKey, Claim] = {}
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        return key in self._claims
+
+    def add(self, key: AttemptKey, reader: str) -> None:
+        self._claims[key] = Claim(key, reader, time.monotonic())
+
+    def tell_admitted(self, key: AttemptKey) -> None:
+        claim = self._claims.get(key)
+        if claim is not None:
+            admitted = kv.ClaimAdmitted(key=key_to_pb(key))
+            self._emit(ToReader(claim.reader, kv.HoldResponse(admitted=admitted)))
+
+    def announce(self, sequence: Sequence) -> None:
+        """Tells the reader of blocks sealed since the last call; of the tail, and the first
+        token, when the prompt is computed."""
+        claim = self._claims.get(sequence.key)
+        if claim is None:
+            return
+        computed = bool(sequence.output_token_ids)
+        end = num_blocks_for(sequence.num_prompt_tokens, self._pool.block_size)
+        end = end if computed else min(end, sequence.num_sealed_blocks)
+        if claim.num_announced == end and not computed:
+            return
+        for group, table in enumerate(sequence.block_tables):
+            message = self._announcement(sequence.key, group, table, claim.num_announced, end)
+            if computed and group == len(sequence.block_tables) - 1:
+                message.computed.first_token_id = sequence.output_token_ids[0]
+            self._emit(ToReader(claim.reader, kv.HoldResponse(announce=message)))
+        self._trace.emit(
+            "announced", key=sequence.key, first=claim.num_announced, end=end, computed=computed
+        )
+        claim.num_announced = end
+
+    def _announcement(
+        self, key: AttemptKey, group: int, table: list[int], first: int, end: int
+    ) -> kv.AnnounceBlocks:
+        block_ids = table[first:end]
+        digests = self._sealer.ensure_digests(group, block_ids)
+        return kv.AnnounceBlocks(
+            key=key_to_pb(key),
+            group=group,
+            block_indices=range(first, end),
+            block_ids=block_ids,
+            generations=self._pool.generations(block_ids),
+            digests=[value for digest in digests for value in digest],
+        )
+
+    def release(self, key: AttemptKey, reader: str) -> bool:
+        """The reader is done. Answers, and returns, whether its claim held throughout."""
+        held = self._claims.pop(key, None) is not None
+        released = kv.ClaimReleased(key=key_to_pb(key), held=held)
+        self._emit(ToReader(reader, kv.HoldResponse(released=released)))
+        return held
+
+    def fail(self, key: AttemptKey, error: BatonError) -> None:
+        claim = self._claims.pop(key, None)
+        if claim is not None:
+            self.refuse(key, claim.reader, error)
+
+    def refuse(self, key: AttemptKey, reader: str, error: BatonError) -> None:
+        failed = kv.ClaimFailed(key=key_to_pb(key), failure=to_failure(error))
+        self._emit(ToReader(reader, kv.HoldResponse(failed=failed)))
+
+    def forget(self, key: AttemptKey) -> None:
+        self._claims.pop(key, None)
+
+    def of_reader(self, reader: str) -> list[AttemptKey]:
+        return [key for key, claim in self._claims.items() if claim.reader == reader]
+
+    def waiting_since(self, then: float) -> list[AttemptKey]:
+        return [key for key, claim in self._claims.items() if claim.since < then]
+
+
+# The reader's side
+
+Place = tuple[int, int]
+"""(cache group, index in the block table)."""
+
+
+@dataclass(slots=True)
+class Pull:
+    """A sequence whose prompt another worker computes."""
+
+    sequence: Sequence
+    source: Peer
+    is_admitted: bool = False
+    """By the owner."""
+    announced: dict[Place, ExpectedBlock] = field(default_factory=dict)
+    """Not asked for yet."""
+    missing: set[Place] = field(default_factory=set)
+    """Not verified yet; known once there is room here."""
+    first_token_id: int | None = None
+    computed_at: float = 0.0
+    transfer_s: float = 0.0
+    num_pulled_blocks: int = 0
+    is_released: bool = False
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self.sequence.block_tables)
+
+
+@dataclass(slots=True)
+class _Job:
+    key: AttemptKey
+    places: list[Place]
+    local_block_ids: list[int]
+    expected: list[ExpectedBlock]
+
+
+class PullTable:
+    """Pulls in progress. What goes wrong with one is raised as an AttemptFailed."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        sealer: Sealer,
+        submit: Callable[[PullJob], None],
+        emit: Callable[[Outgoing], None],
+        counters: Counters,
+        trace: Trace,
+    ) -> None:
+        self._pool = pool
+        self._sealer = sealer
+        self._submit = submit
+        self._emit = emit
+        self._counters = counters
+        self._trace = trace
+        self._pulls: dict[AttemptKey, Pull] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._job_ids = count(1)
+        self._pools: dict[str, kv.PoolDescription] = {}
+
+    def __len__(self) -> int:
+        return len(self._pulls)
+
+    def get(self, key: AttemptKey) -> Pull | None:
+        return self._pulls.get(key)
+
+    def start(self, sequence: Sequence, source: Peer) -> None:
+        self._pulls[sequence.key] = Pull(sequence, source)
+        claim = kv.ClaimBlocks(
+            key=key_to_pb(sequence.key), sequence_blocks=kv.SequenceBlocks()
+        )
+        self._emit(ToSource(source, kv.HoldRequest(claim=claim)))
+
+    def of_source(self, source: Peer) -> list[Pull]:
+        return [
+            pull for pull in self._pulls.values() if pull.source.incarnation == source.incarnation
+        ]
+
+    def took_room(self, pull: Pull) -> None:
+        """The sequence has its block tables; the sealed blocks at their front were held here."""
+        pull.missing = {
+            (group, index)
+            for group, table in enumerate(pull.sequence.block_tables)
+            for index in range(pull.sequence.num_sealed_blocks, len(table))
+        }
+        self._pull_announced(pull)
+        self._release_when_complete(pull)
+
+    @staticmethod
+    def key_in(message: kv.HoldResponse) -> AttemptKey:
+        """Of any message but hello and tick."""
+        kind = message.WhichOneof("message") or ""
+        return key_from_pb(getattr(message, kind).key)
+
+    def on_message(self, source: Peer, message: kv.HoldResponse) -> Pull | None:
+        """Takes a message of an owner; returns a pull that is complete and released."""
+        kind = message.WhichOneof("message")
+        if kind == "hello":
+            self._pools[source.incarnation] = message.hello.pool
+            return None
+        if kind is None or kind == "tick":
+            return None
+        key = self.key_in(message)
+        pull = self._pulls.get(key)
+        if pull is None or pull.source.incarnation != source.incarnation:
+            return None
+        if kind == "admitted":
+            pull.is_admitted = True
+        elif kind == "announce":
+            self._on_announce(pull, message.announce)
+        elif kind == "failed":
+            raise SourceLost(f"claim ended by its owner: {message.failed.failure.message}")
+        elif kind == "released":
+            if not message.released.held:
+                raise ClaimBroken("the claim did not hold until release")
+            del self._pulls[key]
+            return pull
+        return None
+
+    def _on_announce(self, pull: Pull, message: kv.AnnounceBlocks) -> None:
+        num_heads = self._pools[pull.source.incarnation].num_heads
+        for column, index in enumerate(message.block_indices):
+            digest: Digest = tuple(message.digests[column * num_heads : (column + 1) * num_heads])
+            pull.announced[message.group, index] = ExpectedBlock(
+                message.block_ids[column], message.generations[column], digest
+            )
+        if message.HasField("computed"):
+            pull.first_token_id = message.computed.first_token_id
+            pull.computed_at = time.monotonic()
+        if pull.has_room:
+            self._pull_announced(pull)
+            self._release_when_complete(pull)
+
+    def _pull_announced(self, pull: Pull) -> None:
+        """Asks for what was announced and is missing; what is held here is never asked for."""
+        wanted = [
+            (place, block) for place, block in pull.announced.items() if place in pull.missing
+        ]
+        pull.announced.clear()
+        if not wanted:
+            return
+        tables = pull.sequence.block_tables
+        job = _Job(
+            pull.sequence.key,
+            [place for place, _ in wanted],
+            [tables[group][index] for (group, index), _ in wanted],
+            [block for _, block in wanted],
+        )
+        job_id = next(self._job_ids)
+        self._jobs[job_id] = job
+        self._pool.quarantine(job.local_block_ids)
+        copies = tuple(
+            BlockCopy(block.remote_block_id, local)
+            for block, local in zip(job.expected, job.local_block_ids, strict=True)
+        )
+        self._submit(
+            PullJob(job_id, self._pools[pull.source.incarnation], copies, tuple(job.expected))
+        )
+
+    def key_of(self, result: PullResult) -> AttemptKey:
+        return self._jobs[result.job_id].key
+
+    def on_pulled(self, result: PullResult) -> None:
+        """A job has ended: its blocks may be used, or be given to somebody else, only now."""
+        job = self._jobs.pop(result.job_id)
+        self._pool.lift_quarantine(job.local_block_ids)
+        self._trace.emit(
+            "pulled",
+            key=job.key,
+            places=job.places,
+            started=result.started_s,
+            finished=result.finished_s,
+            mismatched=result.mismatched,
+            error=result.error,
+        )
+        self._counters["digest_mismatches"] += len(result.mismatched)
+        pull = self._pulls.get(job.key)
+        if result.mismatched:
+            self._report_mismatch(job, result.mismatched, pull)
+        if pull is None:
+            return
+        if result.error is not None:
+            raise SourceLost(f"pull failed: {result.error}")
+        self._take_verified(pull, job, result)
+        self._release_when_complete(pull)
+
+    def _report_mismatch(
+        self, job: _Job, mismatched: tuple[int, ...], pull: Pull | None
+    ) -> None:
+        bad = [job.expected[column] for column in mismatched]
+        for column in mismatched:
+            logger.error(
+                "digest mismatch: %s block %s: source %s block %d generation %d, copy in block %d",
+                job.key,
+                job.places[column],
+                pull.source.worker_id if pull else "gone",
+                job.expected[column].remote_block_id,
+                job.expected[column].generation,
+                job.local_block_ids[column],
+            )
+        if pull is not None:
+            self.cancel(pull, mismatched=[block.remote_block_id for block in bad])
+            raise DigestMismatch(f"{len(bad)} blocks differ from what was sealed")
+
+    def _take_verified(self, pull: Pull, job: _Job, result: PullResult) -> None:
+        """The copies become this worker's own sealed blocks; the tail stays open for decode."""
+        sequence = pull.sequence
+        num_full = len(sequence.block_hashes[0])
+        digests = self._sealer.digests_of_sums(job.local_block_ids, result.local_sums)
+        for (group, index), block_id, digest in zip(
+            job.places, job.local_block_ids, digests, strict=True
+        ):
+            if index < num_full:
+                self._sealer.seal_block(sequence, group, index, block_id, digest)
+        pull.missing.difference_update(job.places)
+        pull.num_pulled_blocks += len(job.places)
+        self._counters["pulled_blocks"] += len(job.places)
+        first_missing = min((index for _, index in pull.missing), default=num_full)
+        sequence.num_sealed_blocks = min(first_missing, num_full)
+
+    def _release_when_complete(self, pull: Pull) -> None:
+        if pull.missing or pull.first_token_id is None or pull.is_released:
+            return
+        pull.is_released = True
+        pull.transfer_s = time.monotonic() - pull.computed_at
+        release = kv.ReleaseClaim(key=key_to_pb(pull.sequence.key))
+        self._emit(ToSource(pull.source, kv.HoldRequest(release=release)))
+
+    def cancel(self, pull: Pull, *, mismatched: Iterable[int] = ()) -> None:
+        """Gives the claim up. Blocks under a job in flight stay in quarantine until it ends."""
+        if self._pulls.pop(pull.sequence.key, None) is None:
+            return
+        cancel = kv.CancelClaim(
+            key=key_to_pb(pull.sequence.key), mismatched_block_ids=mismatched
+        )
+        self._emit(ToSource(pull.source, kv.HoldRequest(cancel=cancel)))

@@ -1,0 +1,187 @@
+"""Mailroom: the asyncio side of the engine's inbox and outbox.
+
+It is the host that the services see: what they ask goes into the inbox; what the engine says
+goes to the stream that it is for. Streams that are gone lose their mail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Callable
+from itertools import count
+
+from baton.v1 import kv_service_pb2, types_pb2, worker_service_pb2
+
+from services.decode.server import DecodeEvents
+from services.prefill.server import PrefillEvents
+from services.worker import messages as msg
+from services.worker.directory_sync import DirectorySync
+from services.worker.hold import HoldClient
+from services.worker.sequence_table import Slot
+from shared.kv.sequence import AttemptKey, Sequence
+from shared.rpc.errors import BatonError
+
+
+class Mailroom:
+    def __init__(
+        self,
+        *,
+        identity: msg.Peer,
+        capability_hash: str,
+        inbox: queue.SimpleQueue[msg.Command],
+        describe_pool: Callable[[], kv_service_pb2.PoolDescription],
+        directory: DirectorySync,
+    ) -> None:
+        self.identity = identity
+        self.capability_hash = capability_hash
+        self.describe_pool = describe_pool
+        self._inbox = inbox
+        self.progress: Callable[[], tuple[int, bool]] = lambda: (0, False)
+        """The engine's steps so far, and whether it has work."""
+        self._directory = directory
+        self._loop = asyncio.get_running_loop()
+        self._names = count(1)
+        self._prefills: dict[AttemptKey, PrefillEvents] = {}
+        self._gateways: dict[str, DecodeEvents] = {}
+        self._readers: dict[str, asyncio.Queue[kv_service_pb2.HoldResponse]] = {}
+        self._sources: dict[str, HoldClient] = {}
+
+    def tick(self) -> types_pb2.Tick:
+        step, is_busy = self.progress()
+        return types_pb2.Tick(step=step, busy=is_busy)
+
+    # The engine's outbox
+
+    def deliver_from_thread(self, messages: list[msg.Outgoing]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, messages)
+
+    def _deliver(self, messages: list[msg.Outgoing]) -> None:
+        for message in messages:
+            match message:
+                case msg.ToGateway(gateway, response):
+                    if gateway in self._gateways:
+                        self._gateways[gateway].put_nowait(response)
+                case msg.ToPrefillStream(key, event):
+                    if key in self._prefills:
+                        self._prefills[key].put_nowait(event)
+                case msg.ToReader(reader, hold_response):
+                    if reader in self._readers:
+                        self._readers[reader].put_nowait(hold_response)
+                case msg.ToSource(source, hold_request):
+                    self._to_source(source, hold_request)
+                case msg.LedgerWrite(entry):
+                    self._directory.write(entry)
+                case msg.LedgerEnd(key):
+                    self._directory.end(key)
+                case msg.LedgerHandedOver(key):
+                    self._directory.forget(key)
+                case msg.CacheChanged(changes):
+                    self._directory.cache_changed(changes)
+
+    # PrefillHost
+
+    def start_prefill(self, sequence: Sequence, *, unclaimed: bool) -> PrefillEvents:
+        events: PrefillEvents = asyncio.Queue()
+        self._prefills[sequence.key] = events
+        self._inbox.put(msg.StartPrefill(sequence, unclaimed))
+        return events
+
+    def end_prefill(self, key: AttemptKey, *, cancel: bool) -> None:
+        self._prefills.pop(key, None)
+        if cancel:
+            self._inbox.put(msg.CancelAttempts(key))
+
+    # DecodeHost
+
+    def attach_gateway(self) -> tuple[str, DecodeEvents]:
+        name = f"gateway-{next(self._names)}"
+        self._gateways[name] = asyncio.Queue()
+        return name, self._gateways[name]
+
+    def detach_gateway(self, gateway: str) -> None:
+        self._gateways.pop(gateway, None)
+        self._inbox.put(msg.GatewayLost(gateway))
+
+    def start_decode(
+        self,
+        sequence: Sequence,
+        gateway: str,
+        slot: int,
+        source: types_pb2.WorkerAddress | None,
+    ) -> None:
+        peer = None
+        if source is not None:
+            peer = msg.Peer(source.worker_id, source.incarnation, source.address)
+        self._inbox.put(msg.StartDecode(sequence, Slot(gateway, slot), peer))
+
+    def cancel(self, key: AttemptKey) -> None:
+        self._inbox.put(msg.CancelAttempts(key))
+
+    # OwnerHost
+
+    def attach_reader(
+        self, name: str
+    ) -> tuple[str, asyncio.Queue[kv_service_pb2.HoldResponse]]:
+        reader = f"{name}-{next(self._names)}"
+        self._readers[reader] = asyncio.Queue()
+        return reader, self._readers[reader]
+
+    def from_reader(self, reader: str, message: kv_service_pb2.HoldRequest) -> None:
+        self._inbox.put(msg.FromReader(reader, message))
+
+    def detach_reader(self, reader: str) -> None:
+        self._readers.pop(reader, None)
+        self._inbox.put(msg.ReaderLost(reader))
+
+    # The reader's streams
+
+    def _to_source(self, source: msg.Peer, message: kv_service_pb2.HoldRequest) -> None:
+        client = self._sources.get(source.incarnation)
+        if client is None:
+            if not message.HasField("claim"):
+                return
+            hello = kv_service_pb2.HoldHello(
+                worker_id=self.identity.worker_id,
+                incarnation=self.identity.incarnation,
+                capability_hash=self.capability_hash,
+            )
+            client = self._sources[source.incarnation] = HoldClient(
+                source,
+                hello=hello,
+                on_message=self._from_source,
+                on_lost=self._source_lost,
+                tick=self.tick,
+            )
+        client.send(message)
+
+    def _from_source(self, source: msg.Peer, message: kv_service_pb2.HoldResponse) -> None:
+        self._inbox.put(msg.FromSource(source, message))
+
+    def _source_lost(self, source: msg.Peer, error: BatonError) -> None:
+        self._sources.pop(source.incarnation, None)
+        self._inbox.put(msg.SourceGone(source, error))
+
+    # Looking in
+
+    async def inspect(
+        self, *, check_integrity: bool
+    ) -> worker_service_pb2.GetWorkerStateResponse:
+        """As of between two steps."""
+        reply: asyncio.Future[worker_service_pb2.GetWorkerStateResponse] = (
+            self._loop.create_future()
+        )
+
+        def take(state: worker_service_pb2.GetWorkerStateResponse) -> None:
+            if not reply.done():
+                reply.set_result(state)
+
+        def answer(state: worker_service_pb2.GetWorkerStateResponse) -> None:
+            self._loop.call_soon_threadsafe(take, state)
+
+        self._inbox.put(msg.Inspect(check_integrity, answer))
+        return await reply
+
+    async def close(self) -> None:
+        for client in list(self._sources.values()):
+            await client.close()

@@ -1,0 +1,131 @@
+"""What the engine tells others: collected during a step, delivered once at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from baton.v1 import decode_service_pb2 as dec
+from baton.v1 import prefill_service_pb2 as pre
+
+from services.worker.handoff import Pull
+from services.worker.messages import (
+    LedgerEnd,
+    LedgerWrite,
+    Outgoing,
+    Peer,
+    ToGateway,
+    ToPrefillStream,
+)
+from services.worker.sequence_table import SequenceTable, Slot
+from shared.directory.ledger import LedgerEntry, Stage
+from shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb
+from shared.rpc.errors import BatonError, to_failure
+
+
+class Reports:
+    def __init__(
+        self,
+        identity: Peer,
+        table: SequenceTable,
+        deliver: Callable[[list[Outgoing]], None],
+    ) -> None:
+        self._identity = identity
+        self._table = table
+        self._deliver = deliver
+        self._outbox: list[Outgoing] = []
+        self._tokens: dict[str, dec.StepOutput] = {}
+
+    def emit(self, message: Outgoing) -> None:
+        self._outbox.append(message)
+
+    def flush(self, step: int) -> None:
+        """Delivers; all tokens of a gateway go as one message with columns."""
+        for gateway, output in self._tokens.items():
+            output.step = step
+            self.emit(ToGateway(gateway, dec.DecodeResponse(step=output)))
+        self._tokens.clear()
+        if self._outbox:
+            self._deliver(self._outbox[:])
+            self._outbox.clear()
+
+    # To a Prefill call
+
+    def prompt_admitted(self, sequence: Sequence) -> None:
+        admitted = pre.PrefillAdmitted(num_cached_tokens=sequence.num_cached_tokens)
+        self.emit(ToPrefillStream(sequence.key, pre.PrefillResponse(admitted=admitted)))
+
+    def first_token(
+        self, sequence: Sequence, token_id: int, finish_reason: FinishReason | None
+    ) -> None:
+        first = pre.PrefillFirstToken(
+            token_id=token_id, finish_reason=FINISH_REASON_TO_PB[finish_reason]
+        )
+        self.emit(ToPrefillStream(sequence.key, pre.PrefillResponse(first_token=first)))
+
+    # To a gateway's Decode stream
+
+    def joined(self, sequence: Sequence, slot: Slot, pull: Pull | None) -> None:
+        joined = dec.SequenceJoined(
+            slot=slot.number, num_cached_tokens=sequence.num_cached_tokens
+        )
+        if pull is not None:
+            joined.transfer_time.CopyFrom(duration_to_pb(pull.transfer_s))
+            joined.num_pulled_blocks = pull.num_pulled_blocks
+        self.emit(ToGateway(slot.gateway, dec.DecodeResponse(joined=joined)))
+
+    def token(
+        self, slot: Slot, index: int, token_id: int, finish_reason: FinishReason | None
+    ) -> None:
+        output = self._tokens.get(slot.gateway)
+        if output is None:
+            output = self._tokens[slot.gateway] = dec.StepOutput()
+        output.slots.append(slot.number)
+        output.indices.append(index)
+        output.token_ids.append(token_id)
+        output.finish_reasons.append(FINISH_REASON_TO_PB[finish_reason])
+
+    def failed(self, key: AttemptKey, slot: Slot | None, error: BatonError) -> None:
+        """To whoever hosts the sequence."""
+        if slot is None:
+            self.emit(ToPrefillStream(key, error))
+            return
+        failed = dec.SequenceFailed(
+            slot=slot.number, key=key_to_pb(key), failure=to_failure(error)
+        )
+        self.emit(ToGateway(slot.gateway, dec.DecodeResponse(failed=failed)))
+
+    # To the ledger
+
+    def owns(self, sequence: Sequence, stage: Stage, *, peer: str = "") -> None:
+        """The blocks are this worker's."""
+        owner = self._identity
+        self._ledger(sequence, stage, owner.worker_id, owner.incarnation, peer)
+
+    def takes_over(self, sequence: Sequence, source: Peer) -> None:
+        """The blocks are the source's until the sequence joins here."""
+        self._ledger(
+            sequence,
+            Stage.HANDING_OFF,
+            source.worker_id,
+            source.incarnation,
+            self._identity.worker_id,
+        )
+
+    def _ledger(
+        self, sequence: Sequence, stage: Stage, owner: str, incarnation: str, peer: str
+    ) -> None:
+        entry = LedgerEntry(
+            request_id=sequence.key.request_id,
+            sample=sequence.key.sample,
+            attempt=sequence.key.attempt,
+            stage=stage,
+            owner_worker_id=owner,
+            owner_incarnation=incarnation,
+            peer_worker_id=peer,
+            num_blocks=sum(map(len, sequence.block_tables)),
+        )
+        self.emit(LedgerWrite(entry))
+
+    def ended(self, key: AttemptKey) -> None:
+        self.emit(LedgerEnd(key))

@@ -1,0 +1,131 @@
+"""Sealing: final blocks get their hash and digest; digests are checked where that is asked.
+
+The one place where the bookkeeping of blocks meets their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from services.worker.failpoints import Failpoints
+from shared.engine.kv_cache import KvCache
+from shared.kv import digest as block_digest
+from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
+from shared.kv.block_pool import BlockPool, Digest
+from shared.kv.sequence import Sequence
+
+
+class Sealer:
+    def __init__(
+        self,
+        pool: BlockPool,
+        kv_cache: KvCache,
+        incarnation: str,
+        capability_hash: str,
+        failpoints: Failpoints,
+    ) -> None:
+        self._pool = pool
+        self._cache = kv_cache
+        self._incarnation = incarnation
+        self._capability_hash = capability_hash
+        self._failpoints = failpoints
+        self.num_groups = len(kv_cache.tensors)
+
+    def hash_blocks(self, sequence: Sequence) -> None:
+        """Brings the sequence's block hashes up to its full blocks."""
+        block_size = self._pool.block_size
+        num_full = sequence.num_tokens // block_size
+        if not sequence.block_hashes:
+            sequence.block_hashes = [[] for _ in range(self.num_groups)]
+        if all(len(hashes) >= num_full for hashes in sequence.block_hashes):
+            return
+        token_ids = sequence.token_slice(0, num_full * block_size)
+        for group, hashes in enumerate(sequence.block_hashes):
+            extend_hashes(hashes, self.root(sequence, group), token_ids, block_size)
+
+    def root(self, sequence: Sequence, group: int) -> bytes:
+        return root_hash(self._capability_hash, group=group, salt=sequence.salt)
+
+    def digests(self, group: int, block_ids: Seq[int]) -> list[Digest]:
+        """As the bytes are now."""
+        words = self._cache.block_words(block_ids, group)
+        return self.digests_of_sums(block_ids, block_digest.block_sums(words))
+
+    def digests_of_sums(
+        self, block_ids: Seq[int], sums: block_digest.Uint64Array
+    ) -> list[Digest]:
+        """`sums`: [n, num_heads], of what the blocks hold."""
+        generations = self._pool.generations(block_ids)
+        seeds = block_digest.seeds(self._incarnation, block_ids, generations, sums.shape[1])
+        return [tuple(row) for row in block_digest.digests(sums, seeds).tolist()]
+
+    def seal_computed(self, sequence: Sequence, *, with_digests: bool) -> None:
+        """Seals the blocks that are full of computed tokens and were not sealed before.
+
+        Without digests (blocks written by decode) they are made when a peer claims the block.
+        """
+        first, end = (
+            sequence.num_sealed_blocks,
+            sequence.num_computed_tokens // self._pool.block_size,
+        )
+        if first >= end:
+            return
+        self.hash_blocks(sequence)
+        for group, table in enumerate(sequence.block_tables):
+            block_ids = table[first:end]
+            digests: Seq[Digest | None] = (
+                self.digests(group, block_ids) if with_digests else [None] * len(block_ids)
+            )
+            for index, block_id, value in zip(range(first, end), block_ids, digests, strict=True):
+                self.seal_block(sequence, group, index, block_id, value)
+            if with_digests:
+                self._failpoints.after_seal(self._cache, group, block_ids)
+        sequence.num_sealed_blocks = end
+
+    def seal_block(
+        self, sequence: Sequence, group: int, index: int, block_id: int, value: Digest | None
+    ) -> None:
+        hashes, block_size = sequence.block_hashes[group], self._pool.block_size
+        self._pool.seal(
+            block_id,
+            hashes[index],
+            hashes[index - 1] if index else self.root(sequence, group),
+            sequence.token_slice(index * block_size, (index + 1) * block_size),
+            value,
+            is_listed=group == 0 and is_boundary(index, block_size),
+        )
+
+    def freeze_tail(self, sequence: Sequence) -> None:
+        """Zeroes what is unused of a prompt's partly filled last block, and digests it whole."""
+        fill = sequence.num_prompt_tokens % self._pool.block_size
+        if not fill:
+            return
+        for group, table in enumerate(sequence.block_tables):
+            self._cache.tensors[group][table[-1], :, :, :, fill:].zero_()
+            self._pool.set_digest(table[-1], self.digests(group, table[-1:])[0])
+
+    def ensure_digests(self, group: int, block_ids: Seq[int]) -> list[Digest]:
+        """The blocks' digests; made now for those that decode wrote."""
+        bare = [block_id for block_id in block_ids if self._pool.block(block_id).digest is None]
+        if bare:
+            for block_id, value in zip(bare, self.digests(group, bare), strict=True):
+                self._pool.set_digest(block_id, value)
+        digests = [self._pool.block(block_id).digest for block_id in block_ids]
+        return [value for value in digests if value is not None]
+
+    def drop_corrupt(self, group: int, block_ids: Seq[int]) -> list[int]:
+        """Checks blocks against their digests; those that fail, or have none, leave the cache.
+
+        Returns the ids that failed.
+        """
+        if not block_ids:
+            return []
+        now = self.digests(group, block_ids)
+        bad = [
+            block_id
+            for block_id, value in zip(block_ids, now, strict=True)
+            if self._pool.block(block_id).digest != value
+        ]
+        for block_id in bad:
+            self._pool.drop(block_id)
+        return bad

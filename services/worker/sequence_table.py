@@ -1,0 +1,89 @@
+"""Which sequences are here, who hosts each, and which attempts are refused."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from shared.kv.sequence import AttemptKey, Sequence, SequenceState
+
+_ATTEMPTS_REMEMBERED = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a decode-hosted sequence's tokens go: a number on a gateway's Decode stream."""
+
+    gateway: str
+    number: int
+
+
+class SequenceTable:
+    """Sequences in order of arrival. At most one attempt of each is here at a time.
+
+    A sequence is hosted by a slot, or, without one, by a Prefill call.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[AttemptKey, Sequence] = {}
+        self._slots: dict[AttemptKey, Slot] = {}
+        self._current: dict[tuple[str, int], AttemptKey] = {}
+        self._lowest_attempt: OrderedDict[tuple[str, int], int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, key: AttemptKey) -> bool:
+        return key in self._sequences
+
+    def get(self, key: AttemptKey) -> Sequence | None:
+        return self._sequences.get(key)
+
+    def all(self) -> list[Sequence]:
+        return list(self._sequences.values())
+
+    def in_state(self, state: SequenceState) -> list[Sequence]:
+        return [s for s in self._sequences.values() if s.state is state]
+
+    def slot(self, key: AttemptKey) -> Slot | None:
+        """None: the sequence is hosted by a Prefill call."""
+        return self._slots.get(key)
+
+    def of_gateway(self, gateway: str) -> list[Sequence]:
+        return [self._sequences[k] for k, slot in self._slots.items() if slot.gateway == gateway]
+
+    def growing(self) -> list[Sequence]:
+        """Those that hold blocks and will want more: the decode-hosted ones."""
+        return [self._sequences[key] for key in self._slots if self._sequences[key].block_tables]
+
+    def add(self, sequence: Sequence, slot: Slot | None) -> None:
+        """The attempt, and lower ones, will be refused from now on."""
+        key = sequence.key
+        self._sequences[key] = sequence
+        self._current[key.sequence] = key
+        if slot is not None:
+            self._slots[key] = slot
+        self.refuse_up_to(key)
+
+    def remove(self, key: AttemptKey) -> Sequence | None:
+        self._slots.pop(key, None)
+        if self._current.get(key.sequence) == key:
+            del self._current[key.sequence]
+        return self._sequences.pop(key, None)
+
+    def is_stale(self, key: AttemptKey) -> bool:
+        return key.attempt < self._lowest_attempt.get(key.sequence, 0)
+
+    def refuse_up_to(self, key: AttemptKey) -> None:
+        """Remembered long after the attempt is over: a late start or claim must find nothing."""
+        lowest = max(key.attempt + 1, self._lowest_attempt.pop(key.sequence, 0))
+        self._lowest_attempt[key.sequence] = lowest
+        while len(self._lowest_attempt) > _ATTEMPTS_REMEMBERED:
+            self._lowest_attempt.popitem(last=False)
+
+    def attempt_up_to(self, key: AttemptKey) -> Sequence | None:
+        """The key's sequence if the attempt of it that is here is the key's or a lower one."""
+        current = self._current.get(key.sequence)
+        if current is None or current.attempt > key.attempt:
+            return None
+        return self._sequences[current]

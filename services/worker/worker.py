@@ -1,0 +1,278 @@
+"""Worker: one process's engine, pool, transport and services, wired by role.
+
+    main thread      asyncio: gRPC streams, ticks, directory          (mailroom.py, hold.py)
+    engine thread    schedule → forward → publish                     (engine_loop.py)
+    puller thread    reads peers' blocks, checks digests              (shared/transfer/puller.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import queue
+import secrets
+import sys
+import threading
+import time
+
+import torch
+from baton.v1 import (
+    decode_service_pb2_grpc,
+    kv_service_pb2_grpc,
+    prefill_service_pb2_grpc,
+    worker_service_pb2_grpc,
+)
+
+from services.decode.server import DecodeServicer
+from services.prefill.server import PrefillServicer
+from services.worker import messages as msg
+from services.worker.directory_sync import DirectorySync
+from services.worker.engine_loop import EngineLoop, StepLimits
+from services.worker.failpoints import Failpoints
+from services.worker.hold import KvServicer
+from services.worker.inspection import WorkerServicer
+from services.worker.mailroom import Mailroom
+from services.worker.sealing import Sealer
+from shared.directory.directory import DirectoryMisconfigured
+from shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
+from shared.engine.config import EngineConfig
+from shared.engine.model_runner import ModelRunner
+from shared.kv.block_pool import BlockPool
+from shared.kv.capability import Capability
+from shared.rpc.convert import ROLE_TO_PB
+from shared.rpc.errors import Draining
+from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, is_orphaned, stop_event
+from shared.telemetry import Counters, Trace
+from shared.transfer.interface import LocalPool, TransferError
+from shared.transfer.puller import Puller
+from shared.transfer.shm import ShmTransport
+
+logger = logging.getLogger("worker")
+
+_LAYOUT = "block,kv_head,layer,kv,token,dim"
+_ROLE_SERVICES = {
+    "prefill": ["baton.v1.PrefillService", "baton.v1.KvService"],
+    "decode": ["baton.v1.DecodeService"],
+    "both": ["baton.v1.PrefillService", "baton.v1.DecodeService", "baton.v1.KvService"],
+}
+_DRAIN_POLL_S = 0.05
+_STOP_GRACE_S = 0.5
+
+
+class WorkerStartError(Exception):
+    """One line: what keeps the worker from starting, and which flag has to do with it."""
+
+
+class Worker:
+    def __init__(self, args: argparse.Namespace, config: EngineConfig) -> None:
+        """Loads the model and takes the pool's memory; listens nowhere yet.
+
+        Raises ModelError and WorkerStartError.
+        """
+        self._args = args
+        self._config = config
+        self._incarnation = secrets.token_hex(16)
+        self._counters = Counters()
+        self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
+        torch.set_num_threads(args.threads)
+        self._transport = ShmTransport(self._incarnation, args.shm_dir)
+        try:
+            self._runner = ModelRunner(
+                config, pool_memory=self._transport.allocate, progress=logger.info
+            )
+        except TransferError as error:
+            raise WorkerStartError(f"--shm-dir, --num-blocks: {error}") from error
+        except BaseException:
+            self._transport.close()
+            raise
+        cache, groups = self._runner.kv_cache, self._runner.groups
+        self._transport_pool = LocalPool(
+            memory=cache.memory,
+            num_blocks=cache.num_blocks,
+            block_bytes=cache.block_bytes,
+            num_heads=groups[0].spec.num_kv_heads,
+            incarnation=self._incarnation,
+        )
+        self._transport.bind(self._transport_pool)
+        self._capability = Capability(
+            model_digest=self._runner.model_digest,
+            dtype=str(self._runner.dtype).removeprefix("torch."),
+            block_size=config.block_size,
+            layout=_LAYOUT,
+            cache_groups=tuple(f"{group.spec} x {len(group.layer_ids)}" for group in groups),
+            determinism=self._runner.determinism,
+        )
+
+    async def run(self) -> int:
+        """Serves until a signal; returns the exit status."""
+        args, identity = self._args, msg.Peer(self._args.worker_id, self._incarnation, "")
+        stop = stop_event()
+        endpoint = Endpoint(max_message_bytes=INTERNAL_MESSAGE_BYTES)
+        inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
+        directory = DirectorySync(
+            args.redis_url, args.cluster, worker_id=args.worker_id, incarnation=self._incarnation
+        )
+        mailroom = Mailroom(
+            identity=identity,
+            capability_hash=self._capability.hash(),
+            inbox=inbox,
+            describe_pool=self._transport.describe,
+            directory=directory,
+        )
+        puller = Puller(
+            self._transport,
+            self._transport_pool,
+            on_done=lambda result: inbox.put(msg.Pulled(result)),
+        )
+        engine = self._build_engine(identity, inbox, mailroom, puller)
+        mailroom.progress = lambda: (engine.num_steps, engine.is_busy)
+        self._register_services(endpoint, mailroom)
+        try:
+            await directory.connect()
+            await endpoint.start(args.host, args.port, _ROLE_SERVICES[args.role])
+        except (DirectoryMisconfigured, OSError) as error:
+            sys.stderr.write(f"baton worker: {error}\n")
+            self._transport.close()
+            return 2
+        address = f"{args.advertise or args.host}:{endpoint.address.rpartition(':')[2]}"
+        engine_thread = _start_engine(engine, stop)
+        directory_task = asyncio.create_task(
+            directory.run(lambda: self._record(mailroom, address))
+        )
+        directory_task.add_done_callback(lambda task: _stop_on_failure(task, stop))
+        await endpoint.set_ready(is_ready=True)
+        self._announce(address)
+
+        await stop.wait()
+        has_failed = not engine_thread.is_alive() or directory_task.done()
+        await endpoint.set_ready(is_ready=False)
+        if not has_failed and not is_orphaned():
+            await directory.retire()
+            await _drain(engine, args.drain_s)
+        directory_task.cancel()
+        await asyncio.gather(directory_task, return_exceptions=True)
+        await directory.close()
+        inbox.put(msg.Stop())
+        await mailroom.close()
+        await endpoint.stop(_STOP_GRACE_S)
+        engine_thread.join()
+        puller.close()
+        self._transport.close()
+        self._trace.close()
+        return 1 if has_failed else 0
+
+    def _build_engine(
+        self,
+        identity: msg.Peer,
+        inbox: queue.SimpleQueue[msg.Command],
+        mailroom: Mailroom,
+        puller: Puller,
+    ) -> EngineLoop:
+        cache = self._runner.kv_cache
+        pool = BlockPool(cache.num_blocks, self._config.block_size)
+        sealer = Sealer(
+            pool,
+            cache,
+            self._incarnation,
+            self._capability.hash(),
+            Failpoints.from_environment(),
+        )
+        return EngineLoop(
+            self._runner,
+            pool,
+            sealer,
+            identity=identity,
+            limits=StepLimits(self._config.token_budget, self._config.max_num_seqs),
+            inbox=inbox,
+            submit_pull=puller.submit,
+            deliver=mailroom.deliver_from_thread,
+            counters=self._counters,
+            trace=self._trace,
+        )
+
+    def _register_services(self, endpoint: Endpoint, mailroom: Mailroom) -> None:
+        role = self._args.role
+        server = endpoint.server
+        if role != "decode":
+            prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(
+                PrefillServicer(mailroom), server
+            )
+            kv_service_pb2_grpc.add_KvServiceServicer_to_server(KvServicer(mailroom), server)
+        if role != "prefill":
+            decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(
+                DecodeServicer(mailroom), server
+            )
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(
+            WorkerServicer(mailroom, ROLE_TO_PB[role]), server
+        )
+
+    async def _record(self, mailroom: Mailroom, address: str) -> WorkerRecord:
+        state = await mailroom.inspect(check_integrity=False)
+        model = self._runner.model_config
+        return WorkerRecord(
+            worker_id=self._args.worker_id,
+            incarnation=self._incarnation,
+            role=self._args.role,
+            address=address,
+            capability=self._capability,
+            model=ModelFacts(
+                model_name=self._args.model.resolve().name,
+                model_type=model.model_type,
+                vocab_size=model.vocab_size,
+                max_model_len=self._runner.max_model_len,
+                eos_token_ids=tuple(model.eos_token_ids),
+            ),
+            num_blocks=state.num_blocks,
+            load=WorkerLoad(
+                num_waiting=state.num_waiting,
+                num_running=state.num_running,
+                num_free_blocks=state.num_free_blocks,
+                counters={field.name: value for field, value in state.counters.ListFields()},
+            ),
+        )
+
+    def _announce(self, address: str) -> None:
+        logger.info(
+            "role %s: %d blocks of %d tokens, %s, determinism class %s, capability %.12s",
+            self._args.role,
+            self._transport_pool.num_blocks,
+            self._config.block_size,
+            self._capability.dtype,
+            self._capability.determinism,
+            self._capability.hash(),
+        )
+        print(f"READY grpc={address}", flush=True)  # noqa: T201
+
+
+def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:
+    """An engine that dies takes the process with it: its sequences go on elsewhere."""
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        try:
+            engine.run()
+        except BaseException:
+            logger.exception("the engine died")
+            loop.call_soon_threadsafe(stop.set)
+
+    thread = threading.Thread(target=run, name="engine", daemon=True)
+    thread.start()
+    return thread
+
+
+def _stop_on_failure(task: asyncio.Task[None], stop: asyncio.Event) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("the directory can't be used: %s", task.exception())
+        stop.set()
+
+
+async def _drain(engine: EngineLoop, drain_s: float) -> None:
+    """Finishes what is here, takes nothing new; what is left in the end goes elsewhere."""
+    engine.inbox.put(msg.Drain())
+    give_up_at = time.monotonic() + drain_s
+    while engine.num_sequences and time.monotonic() < give_up_at:
+        await asyncio.sleep(_DRAIN_POLL_S)
+    engine.inbox.put(msg.FailAll(Draining("the worker is shutting down")))
+    # Time for the failures to get out, and for the ledger's last write.
+    await asyncio.sleep(2 * _DRAIN_POLL_S)

@@ -1,0 +1,147 @@
+"""One bounded round trip to the server, and the two ways in which the directory can fail.
+
+A batch of commands travels together and is answered together. It takes at most `CALL_TIMEOUT_S`,
+whatever the server does; nothing is tried twice, except scripts that a restarted server has
+forgotten. After the server could not be reached, calls fail at once for `PAUSE_S`, so that a dead
+directory costs requests nothing and is not met with a storm of connections when it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+CALL_TIMEOUT_S = 0.5
+PAUSE_S = 0.25
+_NUM_CONNECTIONS = 8
+_SCAN_COUNT = 1000
+
+Command = tuple[str | bytes | int, ...]
+
+
+class DirectoryUnavailable(Exception):
+    """The server cannot be reached, is too slow, or refuses. The message is one line."""
+
+
+class DirectoryMisconfigured(Exception):
+    """The server answers, but must not be used as it is. The message is one line."""
+
+
+class Script:
+    """A Lua script that the server runs by its digest. Scripts can be run twice without harm."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def call(self, keys: Sequence[str], *args: str | int) -> Command:
+        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+
+
+class Connection:
+    """A few reused connections to one server.
+
+    `DirectoryMisconfigured` for a URL that names no server.
+    """
+
+    def __init__(self, url: str, scripts: Sequence[Script]) -> None:
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=_NUM_CONNECTIONS,
+                timeout=CALL_TIMEOUT_S,
+                socket_timeout=CALL_TIMEOUT_S,
+                socket_connect_timeout=CALL_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 0),
+                # Foreign bytes under our keys become malformed entries, not exceptions.
+                decode_responses=True,
+                encoding_errors="replace",
+            )
+        except ValueError:
+            # The parser's own message may repeat the URL, and with it a password.
+            raise DirectoryMisconfigured(
+                "redis URL is malformed; expected redis://, rediss:// or unix://"
+            ) from None
+        self._redis = Redis.from_pool(pool)
+        self._scripts = {script.sha: script for script in scripts}
+        self._paused_until = 0.0
+
+    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+        """Replies in the order of `commands`, after one round trip.
+
+        `DirectoryUnavailable` when any of them failed; the others may have been executed.
+        """
+        if not commands:
+            return []
+        if time.monotonic() < self._paused_until:
+            raise DirectoryUnavailable("directory could not be reached just now")
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                replies = await self._send(commands)
+                forgotten = [
+                    index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)
+                ]
+                if forgotten:
+                    again = await self._send_with_scripts([commands[index] for index in forgotten])
+                    for index, reply in zip(forgotten, again, strict=True):
+                        replies[index] = reply
+        except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
+            self._paused_until = time.monotonic() + PAUSE_S
+            raise DirectoryUnavailable(f"directory cannot be reached: {_line(error)}") from error
+        except RedisError as error:
+            raise DirectoryUnavailable(f"directory failed: {_line(error)}") from error
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise DirectoryUnavailable(f"directory refused: {_line(reply)}") from reply
+        return replies
+
+    async def scan(self, pattern: str) -> AsyncIterator[list[str]]:
+        """Pages of the keys that match; each key once. One round trip a page.
+
+        Keys that come or go meanwhile may be missed.
+        """
+        seen: set[str] = set()
+        cursor = 0
+        while True:
+            [(next_cursor, keys)] = await self.execute(
+                [("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT)]
+            )
+            page = [key for key in dict.fromkeys(keys) if key not in seen]
+            seen.update(page)
+            yield page
+            cursor = int(next_cursor)
+            if cursor == 0:
+                return
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        return replies
+
+    async def _send_with_scripts(self, commands: Sequence[Command]) -> list[Any]:
+        needed = dict.fromkeys(str(command[1]) for command in commands)
+        loads: list[Command] = [("SCRIPT", "LOAD", self._scripts[sha].text) for sha in needed]
+        replies = await self._send([*loads, *commands])
+        return replies[len(loads) :]
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, ResponseError) or str(error):
+        return str(error).splitlines()[0]
+    return type(error).__name__

@@ -1,0 +1,210 @@
+"""Who is alive: one record a worker, kept fresh by the worker itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from shared.directory.connection import Connection, Script
+from shared.directory.keys import WORKER_TTL_S, Keys, milliseconds
+from shared.kv.capability import Capability
+
+log = logging.getLogger(__name__)
+
+Role = Literal["prefill", "decode", "both"]
+_SCHEMA = 1
+_T = TypeVar("_T")
+
+# KEYS  1 the worker's record, 2 the sorted set of workers
+# ARGV  1 worker id, 2 incarnation, 3 record, 4 TTL in ms
+# returns 1
+PUBLISH = Script("""
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('HSET', KEYS[1], 'incarnation', ARGV[2], 'record', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return 1
+""")
+
+# KEYS  1 the worker's record, 2 the sorted set of workers
+# ARGV  1 worker id, 2 incarnation
+# returns 1 when the record was that incarnation's and is gone now, else 0
+REMOVE = Script("""
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[2] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1
+""")
+
+WORKER_SCRIPTS = (PUBLISH, REMOVE)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What changes from heartbeat to heartbeat. `counters` are named as in `WorkerCounters`."""
+
+    num_waiting: int
+    num_running: int
+    num_free_blocks: int
+    counters: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a gateway needs to know of the model to admit requests for it."""
+
+    model_name: str
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    worker_id: str
+    """Stable over restarts."""
+    incarnation: str
+    """Random at every process start; compared for equality only."""
+    role: Role
+    address: str
+    """host:port of the gRPC endpoint."""
+    capability: Capability
+    model: ModelFacts
+    num_blocks: int
+    load: WorkerLoad
+
+
+class WorkerRegistry:
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection = connection
+        self._keys = keys
+        self._complained: set[str] = set()
+
+    async def publish(self, record: WorkerRecord) -> None:
+        """Registers, or beats the heart: the record lives `WORKER_TTL_S`."""
+        keys = [self._keys.worker(record.worker_id), self._keys.workers]
+        ttl_ms = milliseconds(WORKER_TTL_S)
+        text = encode_record(record)
+        await self._connection.execute(
+            [PUBLISH.call(keys, record.worker_id, record.incarnation, text, ttl_ms)]
+        )
+
+    async def remove(self, worker_id: str, incarnation: str) -> None:
+        """Does nothing when another incarnation is the registered one."""
+        keys = [self._keys.worker(worker_id), self._keys.workers]
+        await self._connection.execute([REMOVE.call(keys, worker_id, incarnation)])
+
+    async def list(self) -> list[WorkerRecord]:
+        """All live workers, by id, in two round trips.
+
+        Records that are malformed or of another version are left out and logged once.
+        """
+        [worker_ids] = await self._connection.execute([("ZRANGE", self._keys.workers, 0, -1)])
+        texts = await self._connection.execute(
+            [("HGET", self._keys.worker(worker_id), "record") for worker_id in worker_ids]
+        )
+        records = []
+        for worker_id, text in sorted(zip(worker_ids, texts, strict=True)):
+            if text is not None and (record := self._decode(worker_id, text)) is not None:
+                records.append(record)
+        self._complained.intersection_update(worker_ids)
+        return records
+
+    def _decode(self, worker_id: str, text: str) -> WorkerRecord | None:
+        try:
+            record = decode_record(text)
+            if record.worker_id != worker_id:
+                raise ValueError(f"record is of worker {record.worker_id!r}")
+        except ValueError as error:
+            if worker_id not in self._complained:
+                self._complained.add(worker_id)
+                log.warning("worker %r left out: %s", worker_id, error)
+            return None
+        self._complained.discard(worker_id)
+        return record
+
+
+def encode_record(record: WorkerRecord) -> str:
+    return json.dumps({"schema": _SCHEMA, **asdict(record)}, separators=(",", ":"))
+
+
+def decode_record(text: str) -> WorkerRecord:
+    """`ValueError` for anything that `encode_record` of this version would not have written."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.get("schema") != _SCHEMA:
+        raise ValueError(f"not a record of schema {_SCHEMA}")
+    capability = _part(fields, "capability")
+    model = _part(fields, "model")
+    load = _part(fields, "load")
+    counters = _part(load, "counters")
+    role = _text(fields, "role")
+    if role not in get_args(Role):
+        raise ValueError(f"unknown role {role!r}")
+    return WorkerRecord(
+        worker_id=_text(fields, "worker_id"),
+        incarnation=_text(fields, "incarnation"),
+        role=cast(Role, role),
+        address=_text(fields, "address"),
+        capability=Capability(
+            model_digest=_text(capability, "model_digest"),
+            dtype=_text(capability, "dtype"),
+            block_size=_count(capability, "block_size"),
+            layout=_text(capability, "layout"),
+            cache_groups=tuple(_items(capability, "cache_groups", str)),
+            determinism=_text(capability, "determinism"),
+        ),
+        model=ModelFacts(
+            model_name=_text(model, "model_name"),
+            model_type=_text(model, "model_type"),
+            vocab_size=_count(model, "vocab_size"),
+            max_model_len=_count(model, "max_model_len"),
+            eos_token_ids=tuple(_items(model, "eos_token_ids", int)),
+        ),
+        num_blocks=_count(fields, "num_blocks"),
+        load=WorkerLoad(
+            num_waiting=_count(load, "num_waiting"),
+            num_running=_count(load, "num_running"),
+            num_free_blocks=_count(load, "num_free_blocks"),
+            counters={name: _count(counters, name) for name in counters},
+        ),
+    )
+
+
+def _part(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return _field(fields, name, dict)
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    return _field(fields, name, str)
+
+
+def _count(fields: dict[str, Any], name: str) -> int:
+    value = _field(fields, name, int)
+    if value < 0:
+        raise ValueError(f"field {name} is negative")
+    return value
+
+
+def _items(fields: dict[str, Any], name: str, kind: type[_T]) -> list[_T]:
+    items = _field(fields, name, list)
+    if any(type(item) is not kind for item in items):
+        raise ValueError(f"field {name} has an item that is no {kind.__name__}")
+    return items
+
+
+def _field(fields: dict[str, Any], name: str, kind: type[_T]) -> _T:
+    value = fields.get(name)
+    # Not isinstance: true is no count.
+    if type(value) is not kind:
+        raise ValueError(f"field {name} is missing or no {kind.__name__}")
+    return value

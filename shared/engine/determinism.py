@@ -1,0 +1,85 @@
+"""Measures, on this machine and with this thread count, what the class `exact` rests on.
+
+A matrix library picks its inner loop by shape, so the bits of a row may depend on how many rows
+there are. From some number of rows on they usually do not; here that number is looked for, and the
+class is claimed only when it is found. Takes some milliseconds for a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.reference import TILE
+from shared.engine.config import ModelConfig
+from shared.engine.operations import Operations
+
+MIN_LINEAR_ROWS = 16
+"""Token rows of a step are padded to at least this many."""
+_ATTENTION_ROWS = (4, 8, 16, 32)
+_MANY = 67
+_MAX_WEIGHT_ELEMENTS = 2**20
+
+
+def min_attention_rows(config: ModelConfig) -> int | None:
+    """The fewest rows from which on a row of attention's products keeps its bits; None: unknown."""
+    generator = torch.Generator().manual_seed(0)
+    dims = (TILE, config.head_dim)
+    query = torch.randn(5, _MANY, config.head_dim, generator=generator)
+    keys = torch.randn(5, *dims, generator=generator)
+    weights = torch.rand(5, _MANY, TILE, generator=generator)
+
+    def scores(rows: int, batch: int) -> Tensor:
+        a = query[:batch, :rows].contiguous()
+        return torch.bmm(a, keys[:batch].transpose(1, 2))
+
+    def sums(rows: int, batch: int) -> Tensor:
+        return torch.bmm(weights[:batch, :rows].contiguous(), keys[:batch])
+
+    for rows in _ATTENTION_ROWS:
+        if _is_stable(scores, rows) and _is_stable(sums, rows):
+            return rows
+    return None
+
+
+def linear_is_stable(config: ModelConfig, ops: Operations) -> bool:
+    """Whether rows of linear layers keep their bits from MIN_LINEAR_ROWS rows on."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, size = config.hidden_size, config.intermediate_size
+    q_size = config.num_heads * config.head_dim
+    qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
+    shapes = {(qkv_size, hidden), (hidden, q_size), (2 * size, hidden), (hidden, size)}
+    for num_out, num_in in sorted(shapes | {(config.vocab_size, hidden)}):
+        # The order of a row's sum depends on the inputs' number; outputs are cut to save time.
+        num_out = min(num_out, max(64, _MAX_WEIGHT_ELEMENTS // num_in))
+        weight = ops.pack_weight(torch.randn(num_out, num_in, generator=generator))
+        x = torch.randn(_MANY, num_in, generator=generator)
+
+        def product(rows: int, _: int, x: Tensor = x, weight: Tensor = weight) -> Tensor:
+            return ops.linear(x[:rows].contiguous(), weight, None)[None]
+
+        if not _is_stable(product, MIN_LINEAR_ROWS):
+            return False
+    return True
+
+
+def elementwise_is_stable() -> bool:
+    """Whether exp gives an element the same bits wherever it stands."""
+    values = torch.randn(1031, generator=torch.Generator().manual_seed(0)) * 5
+    whole = values.exp()
+    spans = [(start, start + n) for start in (0, 1, 7) for n in (1, 5, 16, 31, 100, 1000)]
+    return all(torch.equal(values[a:b].clone().exp(), whole[a:b]) for a, b in spans)
+
+
+def _is_stable(product: Callable[[int, int], Tensor], min_rows: int) -> bool:
+    """Compares products of other sizes with the largest, row by row."""
+    whole = product(_MANY, 5)
+    sizes = {min_rows, min_rows + 1, min_rows + 3, 2 * min_rows, 2 * min_rows - 1, 33, 64}
+    for rows in sorted(size for size in sizes if min_rows <= size <= _MANY):
+        for batch in (2, 3, 5):
+            part = product(rows, batch)
+            if not torch.equal(part, whole[: len(part), :rows]):
+                return False
+    return True

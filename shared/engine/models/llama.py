@@ -1,0 +1,196 @@
+"""Llama: RMS norm, rotary grouped-query attention, SwiGLU; with or without biases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.engine.cache_spec import Full
+from shared.engine.config import ModelConfig, RopeConfig
+from shared.engine.operations import Operations
+
+LoadTensor = Callable[[str], Tensor]
+"""Reads a tensor of the checkpoint by name, in the engine's dtype and on its device."""
+
+
+def cache_specs(config: ModelConfig) -> list[Full]:
+    """What each layer caches."""
+    return [Full(config.num_kv_heads, config.head_dim)] * config.num_layers
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint must hold."""
+    hidden, size = config.hidden_size, config.intermediate_size
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    projections = {
+        "self_attn.q_proj": (q_size, hidden, config.attention_bias),
+        "self_attn.k_proj": (kv_size, hidden, config.attention_bias),
+        "self_attn.v_proj": (kv_size, hidden, config.attention_bias),
+        "self_attn.o_proj": (hidden, q_size, config.attention_bias),
+        "mlp.gate_proj": (size, hidden, config.mlp_bias),
+        "mlp.up_proj": (size, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, size, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for name, (num_out, num_in, has_bias) in projections.items():
+            shapes[f"{prefix}.{name}.weight"] = (num_out, num_in)
+            if has_bias:
+                shapes[f"{prefix}.{name}.bias"] = (num_out,)
+    return shapes
+
+
+def is_ignored_tensor(name: str) -> bool:
+    """Whether a checkpoint may hold this tensor for nothing: old rope tables, a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: _Linear
+    output: _Linear
+    post_attention_norm: Tensor
+    gate_up: _Linear
+    down: _Linear
+
+
+class Llama:
+    """The weights and the forward pass; all state is the caller's KV cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: LoadTensor,
+        ops: Operations,
+        *,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self._ops = ops
+        self._load = load
+        self.embedding = load("model.embed_tokens.weight")
+        head = self.embedding if config.tie_word_embeddings else load("lm_head.weight")
+        self._head = ops.pack_weight(head)
+        self._norm = load("model.norm.weight")
+        self._layers = [self._load_layer(layer) for layer in range(config.num_layers)]
+        cos, sin = rope_tables(config.rope, config.head_dim, max_model_len)
+        self._cos = cos.to(device, dtype)
+        self._sin = sin.to(device, dtype)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: Sequence[Tensor],
+        plans: Sequence[Any],
+    ) -> Tensor:
+        """Runs all layers and stores the tokens' KV → [T, hidden], normalised for `logits`.
+
+        Args:
+            input_ids, positions: int64 [T].
+            kv_caches: by cache group, [blocks + 1, num_kv_heads, num_layers, 2, block_size,
+                head_dim].
+            plans: by cache group, of ops.plan_step.
+        """
+        ops, eps = self._ops, self.config.rms_norm_eps
+        (kv,), (plan,) = kv_caches, plans
+        hidden = self.embedding.index_select(0, input_ids)
+        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        for index, layer in enumerate(self._layers):
+            x = ops.rms_norm(hidden, layer.input_norm, eps)
+            hidden = self._attention(layer, index, x, cos, sin, kv, plan).add_(hidden)
+            x = ops.rms_norm(hidden, layer.post_attention_norm, eps)
+            x = ops.silu_and_mul(ops.linear(x, layer.gate_up.weight, layer.gate_up.bias))
+            hidden = ops.linear(x, layer.down.weight, layer.down.bias).add_(hidden)
+        return ops.rms_norm(hidden, self._norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] of `hidden_states` → float32 [R, vocab]."""
+        return self._ops.linear(hidden, self._head, None).float()
+
+    def _attention(
+        self,
+        layer: _Layer,
+        index: int,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        plan: Any,
+    ) -> Tensor:
+        """x [T, hidden]; cos, sin [T, 1, head_dim] → [T, hidden]."""
+        ops, config = self._ops, self.config
+        num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = ops.linear(x, layer.qkv.weight, layer.qkv.bias).view(len(x), -1, head_dim)
+        rotated = ops.rotary(qkv[:, : num_heads + num_kv_heads], cos, sin)
+        value = qkv[:, num_heads + num_kv_heads :]
+        ops.store_kv(rotated[:, num_heads:], value, kv, index, plan)
+        scale = 1 / math.sqrt(head_dim)
+        attended = ops.paged_attention(rotated[:, :num_heads], kv, index, plan, scale)
+        return ops.linear(attended.view(len(x), -1), layer.output.weight, layer.output.bias)
+
+    def _load_layer(self, layer: int) -> _Layer:
+        prefix = f"model.layers.{layer}"
+        attention = [f"{prefix}.self_attn.{name}_proj" for name in "qkvo"]
+        mlp = [f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down")]
+        return _Layer(
+            input_norm=self._load(f"{prefix}.input_layernorm.weight"),
+            qkv=self._fused(attention[:3], has_bias=self.config.attention_bias),
+            output=self._fused(attention[3:], has_bias=self.config.attention_bias),
+            post_attention_norm=self._load(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._fused(mlp[:2], has_bias=self.config.mlp_bias),
+            down=self._fused(mlp[2:], has_bias=self.config.mlp_bias),
+        )
+
+    def _fused(self, names: Sequence[str], *, has_bias: bool) -> _Linear:
+        """Projections of the same input as one: their outputs stand side by side."""
+        weight = torch.cat([self._load(f"{name}.weight") for name in names])
+        bias = torch.cat([self._load(f"{name}.bias") for name in names]) if has_bias else None
+        return _Linear(self._ops.pack_weight(weight), bias)
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin for `ops.rotary`: float32 [num_positions, 1, head_dim] each.
+
+    The first half of sin is negated: it belongs to the first element of each pair.
+    """
+    frequencies = _inverse_frequencies(rope, head_dim)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+
+def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position of each pair: float32 [head_dim / 2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / rope.theta**exponents
+    if rope.rope_type == "default":
+        return plain
+    # llama3: long wavelengths are stretched by `factor`, short ones kept, with a ramp between.
+    turns = rope.original_max_position * plain / (2 * math.pi)
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * plain / rope.factor + kept * plain

@@ -1,0 +1,208 @@
+"""Weights of a Hugging Face directory, from safetensors only.
+
+Headers are read and compared with what the model needs before anything big is allocated; then the
+model asks for one tensor after another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from shared.engine.config import ModelError
+
+Progress = Callable[[str], None]
+
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER_BYTES = 100 * 2**20
+_CHUNK_BYTES = 16 * 2**20
+
+
+class WeightFiles:
+    """The tensors of a model directory.
+
+    Attributes:
+        files: the safetensors files, sorted by name.
+        shapes: shape of each tensor by name.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        """Reads the headers.
+
+        Raises:
+            ModelError: files are missing, truncated or corrupt, or leave the directory.
+        """
+        self._listing, names = _find_files(model_dir)
+        self.files = sorted({model_dir / name for name in names.values()} or {self._listing})
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.files:
+            for name, shape in _read_header(path).items():
+                if names and names.get(name) != path.name:
+                    raise ModelError(f"{path}: {name}: not where {self._listing.name} says")
+                self.shapes[name] = shape
+                self._file_of[name] = path
+        for name, file_name in names.items():
+            if name not in self.shapes:
+                raise ModelError(f"{model_dir / file_name}: {name}: missing from the file")
+        self._open: dict[Path, Any] = {}
+
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], is_ignored: Callable[[str], bool]
+    ) -> None:
+        """Compares the files with the tensors that a model needs.
+
+        Raises:
+            ModelError: a tensor is missing, has another shape, or is neither needed nor ignored.
+        """
+        for name, shape in shapes.items():
+            if name not in self.shapes:
+                raise ModelError(f"{self._listing}: {name}: missing tensor")
+            if self.shapes[name] != shape:
+                found = list(self.shapes[name])
+                raise ModelError(
+                    f"{self._file_of[name]}: {name}: shape {found} where config.json "
+                    f"makes it {list(shape)}"
+                )
+        for name in self.shapes:
+            if name not in shapes and not is_ignored(name):
+                raise ModelError(f"{self._file_of[name]}: {name}: unexpected tensor")
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Reads one tensor onto the CPU.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        path = self._file_of[name]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt", device="cpu")
+            tensor: torch.Tensor = self._open[path].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: {name}: {' '.join(str(error).split())}") from None
+        # A copy: what is read is a view of the mapped file, which others may change.
+        return tensor.to(dtype, copy=True)
+
+    def close(self) -> None:
+        """Unmaps the files; tensors that were read stay valid."""
+        self._open.clear()
+
+    def digest(self, config_path: Path, progress: Progress) -> str:
+        """Hex SHA-256 over config.json and the weight files, names and lengths included."""
+        digest = hashlib.sha256()
+        paths = [config_path, *self.files]
+        report = ProgressReport(
+            progress, "hashing weights", sum(path.stat().st_size for path in paths)
+        )
+        for path in paths:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    report.advance(len(chunk))
+        return digest.hexdigest()
+
+
+class ProgressReport:
+    """Says once a second how far something is; nothing when it takes less."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self._progress = progress
+        self._what = what
+        self._total = max(1, total)
+        self._done = 0
+        self._next_s = time.monotonic() + 1
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        if time.monotonic() >= self._next_s:
+            self._progress(f"{self._what}: {100 * self._done // self._total}%")
+            self._next_s = time.monotonic() + 1
+
+
+def _find_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
+    """The file that lists the tensors, and for a sharded model the file name of each tensor."""
+    single = model_dir / "model.safetensors"
+    index = model_dir / "model.safetensors.index.json"
+    if single.exists():
+        return single, {}
+    if not index.exists():
+        raise ModelError(f"{single}: no such file, nor {index.name}; only safetensors are read")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{index}: weight_map: cannot be read: {type(error).__name__}") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: weight_map: must be an object with one entry per tensor")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not _is_plain_name(file_name):
+            raise ModelError(f"{index}: weight_map: {name}: not a safetensors file name")
+        if not (model_dir / file_name).exists():
+            raise ModelError(f"{model_dir / file_name}: no such file, though {index.name} names it")
+    return index, weight_map
+
+
+def _is_plain_name(file_name: str) -> bool:
+    plain = "/" not in file_name and "\\" not in file_name and "\0" not in file_name
+    return plain and file_name.endswith(".safetensors")
+
+
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file's tensors, after checking that every byte of each is there."""
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
+                raise ModelError(f"{path}: header: truncated or not a safetensors file")
+            header = json.loads(file.read(header_bytes))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path}: header: not valid JSON") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: header: must be an object")
+    header.pop("__metadata__", None)
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    spans = []
+    for name, entry in header.items():
+        shapes[name], span = _read_entry(path, name, entry)
+        spans.append(span)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ModelError(f"{path}: header: tensors overlap or leave a gap at byte {end}")
+        end = stop
+    if 8 + header_bytes + end != file_bytes:
+        raise ModelError(
+            f"{path}: truncated or corrupt: {file_bytes} bytes where the header "
+            f"promises {8 + header_bytes + end}"
+        )
+    return shapes
+
+
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, stop]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError
+        if not isinstance(dtype, str):
+            raise TypeError
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: {name}: malformed header entry") from None
+    if dtype not in _DTYPES:
+        raise ModelError(f"{path}: {name}: dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    if stop - start != math.prod(shape) * _DTYPES[dtype]:
+        raise ModelError(f"{path}: {name}: data_offsets do not match shape {shape}")
+    return tuple(shape), (start, stop)

@@ -1,0 +1,58 @@
+"""Content address of a block: the one definition of the chained hash.
+
+Every input is tagged and length-prefixed, so that no two unequal contexts share a pre-image.
+The root covers everything that changes the bytes of a block besides its tokens; each block's
+hash covers its parent's, so equal hashes mean equal prefixes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+
+_SCHEMA = b"baton.block.v1"
+PREFIX_STRIDE_TOKENS = 256
+"""The directory lists the hash at every multiple of this many tokens."""
+
+
+def _tagged(tag: bytes, value: bytes) -> bytes:
+    return struct.pack("<4sQ", tag, len(value)) + value
+
+
+def root_hash(
+    capability_hash: str, *, group: int = 0, adapter: str = "", salt: bytes = b""
+) -> bytes:
+    """Parent of the first block of a cache group.
+
+    `capability_hash` covers model digest, cache dtype, layout and determinism class; `salt`
+    comes from the authenticated identity.
+    """
+    fields = [
+        _tagged(b"schm", _SCHEMA),
+        _tagged(b"capa", capability_hash.encode()),
+        _tagged(b"grou", struct.pack("<Q", group)),
+        _tagged(b"adap", adapter.encode()),
+        _tagged(b"salt", salt),
+    ]
+    return hashlib.sha256(b"".join(fields)).digest()
+
+
+def block_hash(parent: bytes, token_ids: Iterable[int]) -> bytes:
+    tokens = array("I", token_ids).tobytes()
+    return hashlib.sha256(_tagged(b"prnt", parent) + _tagged(b"toks", tokens)).digest()
+
+
+def extend_hashes(
+    hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int
+) -> None:
+    """Appends the hashes of those full blocks of `token_ids` that `hashes` does not cover yet."""
+    for index in range(len(hashes), len(token_ids) // block_size):
+        parent = hashes[-1] if hashes else root
+        hashes.append(block_hash(parent, token_ids[index * block_size : (index + 1) * block_size]))
+
+
+def is_boundary(index: int, block_size: int) -> bool:
+    """Whether the directory lists the hash of the block at `index` of a prompt."""
+    return (index + 1) % max(1, PREFIX_STRIDE_TOKENS // block_size) == 0

@@ -1,0 +1,26 @@
+"""What two workers must have in common before one reads the other's blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Equal hashes mean: a block of one is a block of the other, bit for bit."""
+
+    model_digest: str
+    dtype: str
+    block_size: int
+    layout: str
+    """Axes of a block, outermost first."""
+    cache_groups: tuple[str, ...]
+    determinism: str
+    """`exact` or `consistent`, DESIGN §3."""
+
+    def hash(self) -> str:
+        fields = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(b"baton.capability.v1\0" + fields.encode()).hexdigest()

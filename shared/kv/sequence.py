@@ -1,0 +1,134 @@
+"""Sequence: what the engine knows of one generation.
+
+    WAITING ──► PREFILLING ──► TRANSFERRING ──► DECODING ──► FINISHED
+       │            │                │              │
+       └────────────┴────────────────┴──────────────┴──────► ABORTED
+
+On a prefill worker a sequence is WAITING until its pool has room for the whole prompt,
+PREFILLING until the last chunk is computed, TRANSFERRING while the decode worker pulls, and
+FINISHED when the claim on its blocks has ended. On a decode worker it is WAITING until the
+prefill worker has admitted it and there is room here, TRANSFERRING while blocks are pulled,
+DECODING in the running batch. A sequence without a source goes from PREFILLING straight to
+DECODING: both happen in one pool.
+
+ABORTED covers cancel, deadline, preemption and failure; the gateway decides whether a new
+attempt follows.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off.
+
+    `max_tokens` counts every generated token of the request, those of earlier attempts included.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 16
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AttemptKey:
+    """One try at one sample of a request; every message between processes carries it."""
+
+    request_id: str
+    sample: int
+    attempt: int
+
+    @property
+    def sequence(self) -> tuple[str, int]:
+        """What stays the same from attempt to attempt."""
+        return (self.request_id, self.sample)
+
+    def __str__(self) -> str:
+        return f"{self.request_id}/{self.sample}#{self.attempt}"
+
+
+class SequenceState(enum.Enum):
+    WAITING = "WAITING"
+    PREFILLING = "PREFILLING"
+    TRANSFERRING = "TRANSFERRING"
+    DECODING = "DECODING"
+    FINISHED = "FINISHED"
+    ABORTED = "ABORTED"
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(slots=True)
+class Sequence:
+    """Engine state of one attempt.
+
+    `prompt_token_ids` holds the prompt and whatever earlier attempts emitted; `first_index` says
+    how many of those at its end were emitted, so that the first token drawn here has that index.
+    """
+
+    key: AttemptKey
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    first_index: int = 0
+    salt: bytes = b""
+    distrust: bool = False
+    deadline: float | None = None
+    """Seconds on this process's monotonic clock."""
+
+    state: SequenceState = SequenceState.WAITING
+    block_hashes: list[list[bytes]] = field(default_factory=list)
+    """[group][logical block] → chained hash, for full blocks; grows while decoding."""
+    block_tables: list[list[int]] = field(default_factory=list)
+    """[group][logical block] → block id."""
+    output_token_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_sealed_blocks: int = 0
+    """Blocks at the front that are full, final and digested, in every group."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def next_index(self) -> int:
+        """Index, within the request's generated tokens, of the next token to be drawn."""
+        return self.first_index + len(self.output_token_ids)
+
+    def token_slice(self, start: int, end: int) -> tuple[int, ...]:
+        """Token ids at positions start … end − 1, prompt and output taken as one list."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        output = self.output_token_ids[max(0, start - num_prompt) : end - num_prompt]
+        return self.prompt_token_ids[start:num_prompt] + tuple(output)
+
+    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Takes a drawn token; says whether it is the last one."""
+        self.output_token_ids.append(token_id)
+        if token_id in self.params.stop_token_ids:
+            return FinishReason.STOP
+        if not self.params.ignore_eos and token_id in eos_token_ids:
+            return FinishReason.STOP
+        if self.next_index >= self.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)

@@ -1,0 +1,124 @@
+"""Command-line flags that an environment variable can give as well, for containers.
+
+`--num-blocks` is also `BATON_NUM_BLOCKS`. The command line wins over the environment; a variable
+that is set to nothing counts as not set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SWITCH_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+class _FromEnvironment(str):
+    """A default that argparse converts as if it had been typed, but whose errors name `variable`.
+
+    argparse converts defaults only when the flag is absent, so a bad variable does no harm to who
+    gives the flag.
+    """
+
+    variable: str
+
+
+def variable_name(flag: str) -> str:
+    """`--num-blocks` → `BATON_NUM_BLOCKS`."""
+    return "BATON_" + flag.lstrip("-").replace("-", "_").upper()
+
+
+def add_flag(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    flag: str,
+    *,
+    type: Callable[[str], T],
+    help: str,
+    default: T | None = None,
+    choices: Sequence[T] | None = None,
+    required: bool = False,
+    metavar: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> None:
+    """Add `flag` to `parser`, read from its variable when the command line does not give it.
+
+    `type` converts the text and raises ValueError or argparse.ArgumentTypeError when it cannot.
+    """
+    variable, given = _look_up(flag, environ)
+    parser.add_argument(
+        flag,
+        type=_converter(type, choices),
+        default=default if given is None else given,
+        choices=choices,
+        required=required and given is None,
+        metavar=metavar,
+        help=_with_variable(help, variable, default),
+    )
+
+
+def add_switch(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    flag: str,
+    *,
+    help: str,
+    environ: Mapping[str, str] | None = None,
+) -> None:
+    """Add a flag without value, off unless given; its variable takes 1, true, yes, 0, false, no."""
+    variable, given = _look_up(flag, environ)
+    parser.add_argument(
+        flag,
+        nargs="?",
+        const=True,
+        metavar="yes|no",
+        type=_converter(_switch_value, None),
+        default=False if given is None else given,
+        help=_with_variable(help, variable, None),
+    )
+
+
+def _look_up(flag: str, environ: Mapping[str, str] | None) -> tuple[str, _FromEnvironment | None]:
+    variable = variable_name(flag)
+    text = (os.environ if environ is None else environ).get(variable, "")
+    if not text:
+        return variable, None
+    given = _FromEnvironment(text)
+    given.variable = variable
+    return variable, given
+
+
+def _converter(convert: Callable[[str], T], choices: Sequence[T] | None) -> Callable[[str], T]:
+    def converted(text: str) -> T:
+        if not isinstance(text, _FromEnvironment):
+            return convert(text)
+        try:
+            value = convert(text)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentTypeError(f"{text.variable}={str(text)!r}: {error}") from None
+        # argparse does not hold defaults against `choices`.
+        if choices is not None and value not in choices:
+            allowed = ", ".join(str(choice) for choice in choices)
+            raise argparse.ArgumentTypeError(
+                f"{text.variable}={str(text)!r}: choose from {allowed}"
+            )
+        return value
+
+    # argparse names the converter in "invalid int value".
+    converted.__name__ = getattr(convert, "__name__", "flag")
+    return converted
+
+
+def _switch_value(text: str) -> bool:
+    try:
+        return _SWITCH_VALUES[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(_SWITCH_VALUES)}"
+        ) from None
+
+
+def _with_variable(help: str, variable: str, default: object) -> str:
+    shown = "" if default is None else f"default {default}; "
+    return f"{help} ({shown}{variable})".replace("%", "%%")

@@ -1,0 +1,168 @@
+"""Serving: one gRPC server per process, with health, status codes and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from shared.rpc.errors import BatonError, trailers
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_MESSAGE_BYTES = 4 << 20
+INTERNAL_MESSAGE_BYTES = 16 << 20
+LAUNCHER_PID_VARIABLE = "BATON_LAUNCHER_PID"
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # A worker that comes back must be found at once.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+    ]
+
+
+if TYPE_CHECKING:
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what servicers raise into status codes; whatever is not ours stays in the log."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        handler = await continuation(handler_call_details)
+        # Health and reflection bring their own handlers, which raise nothing of ours.
+        if handler is None or not handler_call_details.method.startswith("/baton."):
+            return handler
+        field = "stream" if handler.request_streaming else "unary"
+        field += "_stream" if handler.response_streaming else "_unary"
+        guard = _guard_stream if handler.response_streaming else _guard_unary
+        return _with_behaviour(handler, field, guard(getattr(handler, field)))
+
+
+def _with_behaviour(handler: _Handler, field: str, behaviour: object) -> _Handler:
+    make = getattr(grpc, f"{field}_rpc_method_handler")
+    made: _Handler = make(
+        behaviour,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return made
+
+
+def _guard_unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: _Context) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(
+    behaviour: Callable[..., AsyncIterator[Any]],
+) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except Exception as error:
+            await abort(context, error)
+
+    return guarded
+
+
+async def abort(context: _Context, error: Exception) -> None:
+    """Ends the RPC with the error's status. Details of a fault of ours stay in the log."""
+    if isinstance(error, BatonError):
+        await context.abort(error.code, error.message, trailing_metadata=trailers(error))
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    logger.exception("a handler failed", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+
+class Endpoint:
+    """A listening server. `register` adds servicers to it before it starts."""
+
+    def __init__(self, *, max_message_bytes: int, with_reflection: bool = False) -> None:
+        self.server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                *channel_options(max_message_bytes),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        self._with_reflection = with_reflection
+        self._services: Sequence[str] = ()
+        self.address = ""
+
+    async def start(self, host: str, port: int, services: Sequence[str]) -> None:
+        """Listens, not yet healthy. `port` 0 picks one. Raises OSError when it can't."""
+        self._services = services
+        if self._with_reflection:
+            names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self.server)
+        try:
+            bound = self.server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        self.address = f"{host}:{bound}"
+        await self._health.set("", _SERVING)
+        for service in services:
+            await self._health.set(service, _NOT_SERVING)
+        await self.server.start()
+
+    async def set_ready(self, *, is_ready: bool) -> None:
+        """Health of the named services; "" tells only that the process lives."""
+        for service in self._services:
+            await self._health.set(service, _SERVING if is_ready else _NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+def stop_event() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; a second one ends the process at once."""
+    event = asyncio.Event()
+
+    def on_signal() -> None:
+        if event.is_set():
+            os._exit(130)
+        event.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return event
+
+
+def is_orphaned() -> bool:
+    """Whether the launcher that started this process is gone: nobody waits for a drain then."""
+    launcher = os.environ.get(LAUNCHER_PID_VARIABLE)
+    return launcher is not None and os.getppid() != int(launcher)

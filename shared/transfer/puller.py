@@ -1,0 +1,207 @@
+"""Pulls blocks and checks their digests, off the engine's thread.
+
+    submit ──► queue ──► read a piece ──► sum what landed ──► … ──► on_done
+                              │ fails, or the peer was dropped        ▲
+                              └───────────────────────────────────────┘
+
+One thread owns the connections. Every job that was submitted is answered once, in the order of
+submission; when it is answered, nothing of it lands any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from baton.v1.kv_service_pb2 import PoolDescription
+
+from shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from shared.transfer.interface import (
+    BlockCopy,
+    KvTransport,
+    LocalPool,
+    PeerConnection,
+    TransferError,
+)
+
+log = logging.getLogger(__name__)
+
+# Small enough to be summed while still in the processor's cache.
+_PIECE_BYTES = 1 << 20
+
+
+class ExpectedBlock(NamedTuple):
+    """What the owner announced of one sealed block."""
+
+    remote_block_id: int
+    generation: int
+    digests: tuple[int, ...]
+    """One for each head, unsigned."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullJob:
+    """`expected[i]` is what `copies[i]` should bring."""
+
+    job_id: int
+    peer: PoolDescription
+    copies: Sequence[BlockCopy]
+    expected: Sequence[ExpectedBlock]
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    job_id: int
+    mismatched: tuple[int, ...]
+    """Indices into the job's copies whose bytes are not those that were sealed."""
+    local_sums: Uint64Array
+    """[copies, num_heads], of what landed, without seeds; as many rows as landed before `error`."""
+    error: str | None
+    """Why the blocks could not be read; None when all have landed."""
+    started_s: float
+    finished_s: float
+    """On the monotonic clock."""
+
+
+class _Drop(NamedTuple):
+    incarnation: str
+
+
+class _Stop:
+    pass
+
+
+class Puller:
+    """`on_done` is called from the puller's thread, once a job, and must not block."""
+
+    def __init__(
+        self, transport: KvTransport, pool: LocalPool, on_done: Callable[[PullResult], None]
+    ) -> None:
+        self._transport = transport
+        self._pool = pool
+        self._words = pool.words()
+        self._on_done = on_done
+        self._connections: dict[str, PeerConnection] = {}
+        self._queue: SimpleQueue[PullJob | _Drop | _Stop] = SimpleQueue()
+        # Drops still in the queue, by incarnation: jobs in front of one fail at once.
+        self._num_drops: dict[str, int] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="puller", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: PullJob) -> None:
+        """`RuntimeError` after `close`."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("puller is closed")
+            self._queue.put(job)
+
+    def drop_peer(self, incarnation: str) -> None:
+        """Jobs submitted before this fail, then the connection is closed. Jobs submitted later
+        connect anew."""
+        with self._lock:
+            self._num_drops[incarnation] = self._num_drops.get(incarnation, 0) + 1
+            self._queue.put(_Drop(incarnation))
+
+    def rates(self) -> dict[str, float]:
+        """Bytes per second by the incarnation of each connected peer, as measured."""
+        return {name: peer.bytes_per_second for name, peer in self._connections.copy().items()}
+
+    def close(self) -> None:
+        """Fails what is queued, closes every connection and joins the thread."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(_Stop())
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not isinstance(message := self._queue.get(), _Stop):
+            if isinstance(message, _Drop):
+                self._disconnect(message.incarnation)
+                with self._lock:
+                    self._num_drops[message.incarnation] -= 1
+                    if not self._num_drops[message.incarnation]:
+                        del self._num_drops[message.incarnation]
+            else:
+                self._answer(message)
+        for incarnation in list(self._connections):
+            self._disconnect(incarnation)
+
+    def _answer(self, job: PullJob) -> None:
+        started_s = time.monotonic()
+        sums = np.empty((len(job.copies), self._pool.num_heads), dtype=np.uint64)
+        num_landed = 0
+        mismatched: tuple[int, ...] = ()
+        error: str | None = None
+        try:
+            seed, announced = self._announced(job)
+            for start, end in self._pieces(len(job.copies)):
+                self._read(job.peer, job.copies[start:end])
+                sums[start:end] = block_sums(self._landed(job.copies[start:end]))
+                num_landed = end
+            wrong = (digests(sums, seed) != announced).any(axis=1)
+            mismatched = tuple(np.flatnonzero(wrong).tolist())
+        except TransferError as failure:
+            error = str(failure)
+            self._disconnect(job.peer.incarnation)
+        except Exception as failure:
+            log.exception("pull %d from %s failed", job.job_id, job.peer.incarnation)
+            error = f"{type(failure).__name__}: {failure}"
+            self._disconnect(job.peer.incarnation)
+        result = PullResult(
+            job.job_id, mismatched, sums[:num_landed], error, started_s, time.monotonic()
+        )
+        try:
+            self._on_done(result)
+        except Exception:
+            log.exception("pull %d: its result was not taken", job.job_id)
+
+    def _read(self, peer: PoolDescription, copies: Sequence[BlockCopy]) -> None:
+        if self._closed or peer.incarnation in self._num_drops:
+            raise TransferError(f"pool {peer.incarnation} was dropped")
+        connection = self._connections.get(peer.incarnation)
+        if connection is None:
+            connection = self._transport.connect(peer)
+            self._connections[peer.incarnation] = connection
+        connection.read(copies)
+
+    def _disconnect(self, incarnation: str) -> None:
+        connection = self._connections.pop(incarnation, None)
+        if connection is not None:
+            connection.close()
+
+    def _announced(self, job: PullJob) -> tuple[Uint64Array, Uint64Array]:
+        """Seeds and digests of the job's blocks, each [copies, num_heads]."""
+        num_heads = self._pool.num_heads
+        if [copy.remote_block_id for copy in job.copies] != [
+            block.remote_block_id for block in job.expected
+        ] or any(len(block.digests) != num_heads for block in job.expected):
+            raise TransferError(f"pull {job.job_id}: announcement and copies do not fit together")
+        seed = seeds(
+            job.peer.incarnation,
+            [block.remote_block_id for block in job.expected],
+            [block.generation for block in job.expected],
+            num_heads,
+        )
+        announced = np.array([block.digests for block in job.expected], dtype=np.uint64)
+        return seed, announced.reshape(-1, num_heads)
+
+    def _pieces(self, num_copies: int) -> list[tuple[int, int]]:
+        """Ranges of copies that are read and summed together."""
+        stride = max(1, _PIECE_BYTES // self._pool.block_bytes)
+        return [(start, min(start + stride, num_copies)) for start in range(0, num_copies, stride)]
+
+    def _landed(self, copies: Sequence[BlockCopy]) -> torch.Tensor:
+        """[copies, num_heads, words] int32: what the local blocks hold now."""
+        if len(copies) == 1:
+            return self._words[copies[0].local_block_id].unsqueeze(0)
+        return torch.stack([self._words[copy.local_block_id] for copy in copies])

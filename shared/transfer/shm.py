@@ -1,0 +1,261 @@
+"""Transport between processes of one host: each pool is a file in shared memory.
+
+The owner maps its file for writing, readers map it for reading only, so that a stray write
+cannot reach a peer. The owner holds a lock on the file as long as it lives, whatever ends it:
+readers see by the lock whether the peer is still there, and `sweep_stale` which files were left
+behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import re
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from baton.v1 import kv_service_pb2
+
+from shared.transfer.interface import BlockCopy, LocalPool, TransferError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_DIRECTORY = Path("/dev/shm")
+_FILE_NAME = re.compile(r"baton-([0-9a-f]+)\.kv")
+_MEASURED_BYTES = 8 << 20
+
+
+class ShmTransport:
+    name = "shm"
+
+    def __init__(self, incarnation: str, directory: Path = DEFAULT_DIRECTORY) -> None:
+        """`incarnation`: hex digits; names the file, which `allocate` creates."""
+        self._path = directory.absolute() / f"baton-{incarnation}.kv"
+        if not _FILE_NAME.fullmatch(self._path.name):
+            raise ValueError(f"incarnation {incarnation!r} is not made of hex digits")
+        self._file: int | None = None
+        self._pool: LocalPool | None = None
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Memory for the pool: [num_bytes] uint8, zero, valid as long as the tensor lives.
+
+        `TransferError` when the directory cannot hold it.
+        """
+        try:
+            self._file = _create_locked(self._path)
+            # Takes the pages now: a full file system is an error here, and no SIGBUS later.
+            os.posix_fallocate(self._file, 0, num_bytes)
+            mapping = mmap.mmap(self._file, num_bytes)
+        except OSError as error:
+            self.close()
+            directory = self._path.parent
+            raise TransferError(
+                f"no shared memory of {num_bytes} bytes in {directory}: {error.strerror}"
+                f" ({_free_bytes(directory)} bytes free)"
+            ) from error
+        return torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def bind(self, pool: LocalPool) -> None:
+        self._pool = pool
+
+    def describe(self) -> kv_service_pb2.PoolDescription:
+        pool = self._bound()
+        return kv_service_pb2.PoolDescription(
+            incarnation=pool.incarnation,
+            num_blocks=pool.num_blocks,
+            block_bytes=pool.block_bytes,
+            num_heads=pool.num_heads,
+            shm=kv_service_pb2.ShmPool(path=str(self._path), host_id=host_id()),
+        )
+
+    def connect(self, peer: kv_service_pb2.PoolDescription) -> ShmConnection:
+        return ShmConnection(self._bound(), peer)
+
+    def close(self) -> None:
+        if self._file is not None:
+            _unlink_if_same(self._path, self._file)
+            # Closing alone is not enough: the mapping keeps a descriptor of its own.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            os.close(self._file)
+            self._file = None
+
+    def _bound(self) -> LocalPool:
+        if self._pool is None:
+            raise RuntimeError("no pool bound")
+        return self._pool
+
+
+class ShmConnection:
+    """A peer's pool, mapped. `TransferError` when it is not what `peer` says."""
+
+    def __init__(self, local: LocalPool, peer: kv_service_pb2.PoolDescription) -> None:
+        _check_layout(local, peer)
+        self._peer_name = peer.incarnation
+        self._local_blocks = local.blocks()
+        self._file = _open_peer(peer)
+        try:
+            num_bytes = peer.num_blocks * peer.block_bytes
+            self._mapping = mmap.mmap(self._file, num_bytes, prot=mmap.PROT_READ)
+        except (OSError, ValueError, OverflowError) as error:
+            os.close(self._file)
+            raise TransferError(f"pool {peer.incarnation} cannot be mapped: {error}") from error
+        self._remote_blocks = _read_only_tensor(self._mapping).view(peer.num_blocks, -1)
+        self.bytes_per_second = self._measure()
+        log.info("pool %s: %.1f GB/s over shm", peer.incarnation, self.bytes_per_second / 1e9)
+
+    def read(self, copies: Sequence[BlockCopy]) -> None:
+        num_remote, num_local = len(self._remote_blocks), len(self._local_blocks)
+        for remote_id, local_id in copies:
+            if not (0 <= remote_id < num_remote and 0 <= local_id < num_local):
+                raise TransferError(
+                    f"block {remote_id} of {num_remote} to block {local_id} of {num_local}:"
+                    " no such block"
+                )
+        if not _is_owned(self._file):
+            raise TransferError(f"pool {self._peer_name} is gone")
+        # Block by block: three to ten times the rate of index_select and index_copy_.
+        for remote_id, local_id in copies:
+            self._local_blocks[local_id].copy_(self._remote_blocks[remote_id])
+
+    def close(self) -> None:
+        if self._mapping.closed:
+            return
+        del self._remote_blocks
+        self._mapping.close()
+        os.close(self._file)
+
+    def _measure(self) -> float:
+        """Bytes per second of reading some blocks; the first pass only brings pages in."""
+        num_blocks = max(1, min(len(self._remote_blocks), _MEASURED_BYTES // self._block_bytes))
+        scratch = torch.empty(self._block_bytes, dtype=torch.uint8)
+        elapsed_s = 0.0
+        for _ in range(2):
+            started_s = time.perf_counter()
+            for block in self._remote_blocks[:num_blocks]:
+                scratch.copy_(block)
+            elapsed_s = time.perf_counter() - started_s
+        return num_blocks * self._block_bytes / max(elapsed_s, 1e-9)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self._local_blocks.shape[1]
+
+
+def sweep_stale(directory: Path = DEFAULT_DIRECTORY) -> int:
+    """Removes the pools of processes that are gone; returns how many. For a process's start."""
+    num_removed = 0
+    for path in directory.glob("baton-*.kv"):
+        if not _FILE_NAME.fullmatch(path.name):
+            continue
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _unlink_if_same(path, file)
+            num_removed += 1
+        except OSError:
+            continue
+        finally:
+            os.close(file)
+    return num_removed
+
+
+def host_id() -> str:
+    """Of the host's current boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _check_layout(local: LocalPool, peer: kv_service_pb2.PoolDescription) -> None:
+    if peer.WhichOneof("transport") != "shm":
+        raise TransferError(f"pool {peer.incarnation} is not offered over shm")
+    if peer.shm.host_id != host_id():
+        raise TransferError(f"pool {peer.incarnation} is on another host")
+    if (peer.block_bytes, peer.num_heads) != (local.block_bytes, local.num_heads):
+        raise TransferError(
+            f"pool {peer.incarnation} has blocks of {peer.block_bytes} bytes and "
+            f"{peer.num_heads} heads, this one of {local.block_bytes} and {local.num_heads}"
+        )
+    if peer.num_blocks < 1:
+        raise TransferError(f"pool {peer.incarnation} has no blocks")
+
+
+def _open_peer(peer: kv_service_pb2.PoolDescription) -> int:
+    """The peer's file, open for reading, after everything was checked that can be."""
+    path = Path(peer.shm.path)
+    name = _FILE_NAME.fullmatch(path.name)
+    if name is None or name[1] != peer.incarnation:
+        raise TransferError(f"pool {peer.incarnation} cannot be in a file named {path.name!r}")
+    try:
+        # Neither a link nor a pipe may take us elsewhere or keep us.
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise TransferError(f"pool {peer.incarnation} cannot be opened: {error}") from error
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise TransferError(f"pool {peer.incarnation}: the file is not ours")
+        if found.st_size < peer.num_blocks * peer.block_bytes:
+            raise TransferError(
+                f"pool {peer.incarnation}: the file has {found.st_size} bytes, not "
+                f"{peer.num_blocks} blocks of {peer.block_bytes}"
+            )
+        if not _is_owned(file):
+            raise TransferError(f"pool {peer.incarnation} is gone")
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _create_locked(path: Path) -> int:
+    """A new file that is ours, locked and in place."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # A sweep may have taken the file before the lock was ours.
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
+
+
+def _is_owned(file: int) -> bool:
+    """Whether a living process holds the lock of `_create_locked`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def _unlink_if_same(path: Path, file: int) -> None:
+    try:
+        if os.path.samestat(path.stat(follow_symlinks=False), os.fstat(file)):
+            path.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def _read_only_tensor(mapping: mmap.mmap) -> torch.Tensor:
+    """[bytes] uint8 over a mapping that may not be written; use ends before the mapping does."""
+    address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+    # torch takes only buffers that Python could write; the pages themselves stay protected.
+    raw = (ctypes.c_uint8 * len(mapping)).from_address(address)
+    return torch.frombuffer(raw, dtype=torch.uint8)
+
+
+def _free_bytes(directory: Path) -> int:
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize

@@ -1,0 +1,54 @@
+"""A real server for these tests: redis-server when there is one, else the embedded Valkey."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from shared.directory.directory import Directory, open_directory
+from shared.directory.embedded import EmbeddedValkey
+
+
+def _new_server() -> EmbeddedValkey:
+    installed = shutil.which("redis-server")
+    return EmbeddedValkey(Path(installed) if installed else None)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[EmbeddedValkey]:
+    with _new_server() as server:
+        yield server
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedValkey]:
+    """For tests that kill it, freeze it or change its settings."""
+    with _new_server() as server:
+        yield server
+
+
+@pytest.fixture
+def cluster() -> str:
+    """A name that no other test uses."""
+    return f"test-{secrets.token_hex(4)}"
+
+
+@pytest_asyncio.fixture
+async def directory(server: EmbeddedValkey, cluster: str) -> AsyncIterator[Directory]:
+    directory = await open_directory(server.url, cluster)
+    yield directory
+    await directory.aclose()
+
+
+@pytest_asyncio.fixture
+async def redis(server: EmbeddedValkey) -> AsyncIterator[Redis]:
+    """The same server without our code in between."""
+    client = Redis.from_url(server.url, decode_responses=True)
+    yield client
+    await client.aclose()

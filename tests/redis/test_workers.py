@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.directory.directory import Directory
+from shared.directory.keys import WORKER_TTL_S, Keys
+from shared.directory.workers import (
+    ModelFacts,
+    WorkerLoad,
+    WorkerRecord,
+    decode_record,
+    encode_record,
+)
+from shared.kv.capability import Capability
+
+pytestmark = pytest.mark.redis
+
+
+def record(worker_id: str = "p0", incarnation: str = "a1") -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        role="prefill",
+        address="127.0.0.1:4242",
+        capability=Capability("d" * 64, "float32", 16, "axes", ("full:2x32",), "exact"),
+        model=ModelFacts("demo", "llama", 2048, 4096, (1, 2)),
+        num_blocks=128,
+        load=WorkerLoad(1, 2, 3, {"num_steps": 7}),
+    )
+
+
+async def test_records_come_back_as_published(directory: Directory) -> None:
+    records = [record("d0"), record("p0"), record("p1:with:colons é")]
+    for each in reversed(records):
+        await directory.workers.publish(each)
+    assert await directory.workers.list() == records
+
+
+async def test_heartbeat_replaces_the_record(directory: Directory) -> None:
+    await directory.workers.publish(record())
+    busier = dataclasses.replace(record(), load=WorkerLoad(9, 9, 0, {}))
+    await directory.workers.publish(busier)
+    assert await directory.workers.list() == [busier]
+
+
+async def test_only_the_registered_incarnation_is_removed(directory: Directory) -> None:
+    await directory.workers.publish(record(incarnation="new"))
+    await directory.workers.remove("p0", "old")
+    assert await directory.workers.list() == [record(incarnation="new")]
+    await directory.workers.remove("p0", "new")
+    assert await directory.workers.list() == []
+
+
+async def test_silent_worker_expires(directory: Directory, redis: Redis, cluster: str) -> None:
+    keys = Keys(cluster)
+    await directory.workers.publish(record("p0"))
+    await directory.workers.publish(record("p1"))
+    for key in (keys.worker("p0"), keys.workers):
+        assert 0 < await redis.pttl(key) <= WORKER_TTL_S * 1000
+    await redis.pexpire(keys.worker("p0"), 0)
+    assert await directory.workers.list() == [record("p1")]
+
+
+async def test_expired_workers_leave_the_index(
+    directory: Directory, redis: Redis, cluster: str
+) -> None:
+    keys = Keys(cluster)
+    await directory.workers.publish(record("p0"))
+    await redis.zadd(keys.workers, {"p0": 1})
+    await directory.workers.publish(record("p1"))
+    assert await redis.zrange(keys.workers, 0, -1) == ["p1"]
+
+
+async def test_bad_record_is_left_out_and_logged_once(
+    directory: Directory, redis: Redis, cluster: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys(cluster)
+    await directory.workers.publish(record("bad"))
+    await directory.workers.publish(record("good"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            await redis.hset(keys.worker("bad"), "record", b"\xff\xfe{")
+            assert await directory.workers.list() == [record("good")]
+    assert len(caplog.records) == 1
+    assert "bad" in caplog.text
+
+
+async def test_clusters_do_not_see_each_other(directory: Directory, redis: Redis) -> None:
+    await directory.workers.publish(record())
+    other = Directory(directory._connection, Keys("another"))
+    assert await other.workers.list() == []
+
+
+def _changed(*path: str, to: object) -> str:
+    fields = json.loads(encode_record(record()))
+    part = fields
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = to
+    return json.dumps(fields)
+
+
+def _without(name: str) -> str:
+    fields = json.loads(encode_record(record()))
+    del fields[name]
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[" * 100_000,
+        _changed("schema", to=2),
+        _without("address"),
+        _without("load"),
+        _changed("role", to="boss"),
+        _changed("num_blocks", to=-1),
+        _changed("num_blocks", to=True),
+        _changed("num_blocks", to="128"),
+        _changed("capability", "cache_groups", to=[1]),
+        _changed("capability", to=[]),
+        _changed("model", "eos_token_ids", to="12"),
+        _changed("load", "counters", to={"num_steps": 1.5}),
+    ],
+)
+def test_malformed_records_are_value_errors(text: str) -> None:
+    with pytest.raises(ValueError):
+        decode_record(text)
+
+
+def test_fields_of_a_later_version_are_ignored() -> None:
+    assert decode_record(_changed("load", "num_dreams", to=1)) == record()

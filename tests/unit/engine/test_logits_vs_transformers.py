@@ -1,0 +1,112 @@
+"""The engine against transformers: logits within 1e-4, the same greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.plain_loop import PlainLoop
+from shared.engine.batch import Batch, BatchRow
+from shared.engine.model_runner import ModelRunner
+from shared.kv.sequence import SamplingParams
+from tests.unit.engine.conftest import MakeLlama, MakeRunner
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "llama3-rope": {"rope_parameters": LLAMA3_ROPE},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head-dim-24": {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "head-dim-40-explicit": {"head_dim": 40, "tie_word_embeddings": True},
+    "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "odd-sizes": {"vocab_size": 307, "intermediate_size": 101, "num_key_value_heads": 4},
+    "one-layer-large-theta": {
+        "num_hidden_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+DEMO = Path(__file__).parents[3] / "models" / "demo"
+
+
+def expected_tokens(model: LlamaForCausalLM, prompt: list[int], num_tokens: int) -> list[int]:
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in output[0, len(prompt) :]]
+
+
+def random_prompt(length: int, vocab_size: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return [int(t) for t in torch.randint(vocab_size, (length,), generator=generator)]
+
+
+def check_against(model: LlamaForCausalLM, runner: ModelRunner, min_span: float) -> None:
+    vocab_size = runner.model_config.vocab_size
+    prompts = [random_prompt(length, vocab_size) for length in (1, 15, 16, 17, 200)]
+    for prompt in prompts:
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, -1]
+        got = runner.logits(Batch([BatchRow(prompt, 0, [list(range(16))])]))[0]
+        assert float(expected.max() - expected.min()) > min_span
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+    one_by_one = [expected_tokens(model, prompt, 64) for prompt in prompts]
+    loop = PlainLoop(runner)
+    assert loop.generate(prompts, [GREEDY] * len(prompts), chunk=48) == one_by_one
+    assert [loop.generate([prompt], [GREEDY], chunk=512)[0] for prompt in prompts] == one_by_one
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_random_llama(shape: str, make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    model_dir, model = make_llama(**SHAPES[shape])
+    check_against(model, make_runner(model_dir), min_span=10)
+
+
+def test_the_demo_model(make_runner: MakeRunner) -> None:
+    model = LlamaForCausalLM.from_pretrained(
+        DEMO, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    check_against(model, make_runner(DEMO), min_span=10)
+
+
+def test_sharded_weights_give_the_same_model(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama()
+    sharded_dir, _ = make_llama(max_shard_size="100KB")
+    assert len(list(sharded_dir.glob("*.safetensors"))) > 1
+    row = BatchRow(random_prompt(40, 320), 0, [[0, 1, 2]])
+    assert torch.equal(
+        make_runner(model_dir).logits(Batch([row])), make_runner(sharded_dir).logits(Batch([row]))
+    )
+
+
+def test_bfloat16_is_near(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    model_dir, model = make_llama()
+    runner = make_runner(model_dir, dtype="bfloat16")
+    assert runner.determinism == "consistent"
+    prompt = random_prompt(150, 320)
+    with torch.no_grad():
+        expected = model.to(torch.bfloat16)(torch.tensor([prompt])).logits[0, -1].float()
+    got = runner.logits(Batch([BatchRow(prompt, 0, [list(range(10))])]))[0]
+    similarity = torch.nn.functional.cosine_similarity(got, expected, dim=0)
+    assert float(similarity) > 0.999

@@ -1,0 +1,219 @@
+"""Admission: every field against its limit, and what a request becomes that keeps them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
+
+from services.gateway.admission import Admitted, Limits, admit
+from shared.kv.sequence import SamplingParams
+from shared.rpc.errors import InvalidField, NoTokenizer
+
+LIMITS = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=640, default_max_tokens=20)
+
+
+async def encode(text: str) -> Sequence[int]:
+    """One token a character; blanks give none, and ~ is a token that the model lacks."""
+    return [100 if character == "~" else 7 for character in text if character != " "]
+
+
+def request(
+    *,
+    prompt: str | Sequence[int] | None = (1, 2, 3),
+    received: Sequence[int] = (),
+    **sampling: Any,
+) -> pb.GenerateRequest:
+    message = pb.GenerateRequest(
+        sampling=types_pb2.SamplingParams(**sampling), received_token_ids=received
+    )
+    if isinstance(prompt, str):
+        message.text = prompt
+    elif prompt is not None:
+        message.token_ids.SetInParent()
+        message.token_ids.token_ids.extend(prompt)
+    return message
+
+
+async def admitted(message: pb.GenerateRequest, limits: Limits = LIMITS) -> Admitted:
+    # Through the wire, as the server gets it: float fields are rounded to 32 bits.
+    message = pb.GenerateRequest.FromString(message.SerializeToString())
+    return await admit(message, limits, encode=encode, draw_seed=lambda: 4711)
+
+
+async def refused(message: pb.GenerateRequest, limits: Limits = LIMITS) -> tuple[str, str]:
+    with pytest.raises(InvalidField) as raised:
+        await admitted(message, limits)
+    return raised.value.field, raised.value.limit
+
+
+async def test_unset_fields_take_their_defaults() -> None:
+    assert await admitted(request()) == Admitted(
+        prompt_token_ids=(1, 2, 3),
+        params=SamplingParams(seed=4711, max_tokens=20),
+        stops=(),
+        received=(),
+        seed_drawn=True,
+    )
+    bare = pb.GenerateRequest(text="abc")
+    assert (await admitted(bare)).params.temperature == 1.0
+
+
+async def test_set_fields_arrive() -> None:
+    message = request(
+        prompt="ab c",
+        received=[4, 5],
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        seed=2**64 - 1,
+        max_tokens=9,
+        stops=["x", "yz"],
+        stop_token_ids=[8, 9, 8],
+        ignore_eos=True,
+    )
+    params = SamplingParams(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        seed=2**64 - 1,
+        max_tokens=9,
+        stop_token_ids=frozenset([8, 9]),
+        ignore_eos=True,
+    )
+    assert await admitted(message) == Admitted((7, 7, 7), params, ("x", "yz"), (4, 5), False)
+
+
+async def test_a_seed_of_zero_is_a_seed() -> None:
+    result = await admitted(request(seed=0))
+    assert (result.params.seed, result.seed_drawn) == (0, False)
+
+
+async def test_drawn_seeds_differ() -> None:
+    seeds = {(await admit(request(), LIMITS, encode=None)).params.seed for _ in range(8)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("field", "accepted", "broken"),
+    [
+        ("temperature", [0.0, -0.0, 1e-30, 100.0], [-0.01, 100.01, math.inf, -math.inf, math.nan]),
+        ("top_p", [1e-30, 0.5, 1.0], [0.0, -0.5, 1.01, math.inf, math.nan]),
+        ("top_k", [0, 1, 100], [101, 2**32 - 1]),
+        ("min_p", [0.0, 0.5, 1.0], [-0.01, 1.01, math.inf, -math.inf, math.nan]),
+        ("max_tokens", [1, 61], [0, 62, 2**32 - 1]),
+        ("stops", [["x"] * 16, ["é" * 256]], [["x"] * 17]),
+        ("stop_token_ids", [[99] * 64], [[1] * 65]),
+    ],
+)
+async def test_ranges(field: str, accepted: list[Any], broken: list[Any]) -> None:
+    for value in accepted:
+        await admitted(request(**{field: value}))
+    for value in broken:
+        named, limit = await refused(request(**{field: value}))
+        assert named == f"sampling.{field}"
+        assert limit
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "limit"),
+    [
+        (request(prompt=None), "prompt", "text or token_ids"),
+        (request(prompt=""), "text", "at least 1 character"),
+        (request(prompt="  "), "text", "at least 1 token"),
+        (request(prompt=[]), "token_ids", "at least 1 token"),
+        (request(prompt="a~b"), "text", "below 100"),
+        (request(prompt=[1, 2, 99, 100]), "token_ids[3]", "below the vocabulary's size, 100"),
+        (
+            request(prompt=[2**32 - 1, 100]),
+            "token_ids[0]",
+            "below the vocabulary's size, 100",
+        ),
+        (
+            request(received=[0, 100]),
+            "received_token_ids[1]",
+            "below the vocabulary's size, 100",
+        ),
+        (
+            request(stop_token_ids=[5, 100]),
+            "sampling.stop_token_ids[1]",
+            "below the vocabulary's size, 100",
+        ),
+        (request(stops=["x", ""]), "sampling.stops[1]", "1 to 256 characters"),
+        (request(stops=["x" * 257]), "sampling.stops[0]", "1 to 256 characters"),
+    ],
+)
+async def test_elements_are_named(message: pb.GenerateRequest, field: str, limit: str) -> None:
+    assert await refused(message) == (field, limit)
+
+
+async def test_length_of_prompt_and_answer() -> None:
+    limit = "prompt and answer together 64, the model's length"
+    full = [1] * 63
+    assert (await admitted(request(prompt=full))).params.max_tokens == 1
+    assert (await admitted(request(prompt=full, max_tokens=1))).params.max_tokens == 1
+    assert await refused(request(prompt=full, max_tokens=2)) == ("sampling.max_tokens", limit)
+    assert await refused(request(prompt=[1] * 64)) == ("token_ids", limit)
+    assert await refused(request(prompt="a" * 64)) == ("text", limit)
+
+
+async def test_a_request_larger_than_the_whole_pool() -> None:
+    limits = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=32, default_max_tokens=20)
+    limit = "prompt and answer together 32, the largest block pool"
+    assert (await admitted(request(prompt=[1] * 12), limits)).params.max_tokens == 20
+    assert (await admitted(request(prompt=[1] * 13), limits)).params.max_tokens == 19
+    message = request(prompt=[1] * 13, max_tokens=20)
+    assert await refused(message, limits) == ("sampling.max_tokens", limit)
+    assert await refused(request(prompt=[1] * 32), limits) == ("token_ids", limit)
+
+
+async def test_without_a_known_pool_the_models_length_counts() -> None:
+    limits = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=None)
+    assert (await admitted(request(), limits)).params.max_tokens == 61
+
+
+async def test_a_huge_text_is_not_tokenised() -> None:
+    async def never(text: str) -> Sequence[int]:
+        raise AssertionError("tokenised")
+
+    limits = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=640, max_text_bytes=10)
+    await admitted(request(prompt="é" * 5), limits)
+    for broken in (request(prompt="é" * 5 + "e"), request(prompt="ab", top_k=101)):
+        with pytest.raises(InvalidField):
+            await admit(broken, limits, encode=never)
+
+
+async def test_resuming() -> None:
+    with_seed = request(received=[4, 5], seed=1, max_tokens=2)
+    assert (await admitted(with_seed)).received == (4, 5)
+    # A greedy answer draws nothing, so any seed will do.
+    assert (await admitted(request(received=[4], temperature=0.0))).received == (4,)
+    field, limit = await refused(request(received=[4]))
+    assert (field, limit) == ("sampling.seed", "the seed that the first message told")
+    too_many = request(received=[4, 5, 6], seed=1, max_tokens=2)
+    assert await refused(too_many) == ("received_token_ids", "max_tokens, 2")
+
+
+async def test_resuming_keeps_the_default_of_the_first_request() -> None:
+    first = await admitted(request(seed=1))
+    again = await admitted(request(seed=1, received=[4] * 15))
+    assert again.params == first.params
+
+
+async def test_without_a_tokenizer_only_token_ids_are_served() -> None:
+    assert (await admit(request(), LIMITS, encode=None)).prompt_token_ids == (1, 2, 3)
+    for message in (request(prompt="a"), request(stops=["x"])):
+        with pytest.raises(NoTokenizer):
+            await admit(message, LIMITS, encode=None)
+
+
+async def test_the_message_names_field_value_and_limit() -> None:
+    with pytest.raises(InvalidField, match=r"^sampling\.temperature is 200; limit: 0 to 100$"):
+        await admitted(request(temperature=200.0))

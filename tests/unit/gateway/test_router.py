@@ -1,0 +1,224 @@
+"""The router: which workers a request goes to."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.router import Role, Route, WorkerSnapshot, choose, longest_run
+from shared.kv.block_hash import PREFIX_STRIDE_TOKENS
+
+
+def worker(worker_id: str, role: Role, **changes: Any) -> WorkerSnapshot:
+    fields: dict[str, Any] = {
+        "worker_id": worker_id,
+        "incarnation": f"{worker_id}-first",
+        "address": "127.0.0.1:1",
+        "role": role,
+        "capability_hash": "a",
+        "block_size": 16,
+        "num_blocks": 100,
+        "num_free_blocks": 100,
+        "num_waiting": 0,
+        "num_running": 0,
+    }
+    return WorkerSnapshot(**(fields | changes))
+
+
+def route(
+    *workers: WorkerSnapshot,
+    hits: dict[str, int] | None = None,
+    num_prompt_tokens: int = 160,
+    num_blocks_needed: int = 12,
+    **options: Any,
+) -> tuple[str | None, str] | None:
+    """Ids of the chosen (prefill, decode)."""
+    chosen = choose(workers, hits or {}, num_prompt_tokens, num_blocks_needed, **options)
+    if chosen is None:
+        return None
+    prefill_id = chosen.prefill.worker_id if chosen.prefill else None
+    return prefill_id, chosen.decode.worker_id
+
+
+def test_roles() -> None:
+    prefill, decode, both = worker("p", "prefill"), worker("d", "decode"), worker("b", "both")
+    assert route(prefill, decode) == ("p", "d")
+    assert route(prefill, both) == ("p", "b")
+    assert route(both) == (None, "b")
+    assert route(both, decode) == (None, "b")
+    # A decode worker does not compute a prompt by itself: the request waits.
+    assert route(decode) is None
+    assert route(prefill) is None
+    assert route() is None
+
+
+def test_with_prefill_workers_both_may_decode_but_does_not_compute_the_prompt() -> None:
+    busy = worker("p", "prefill", num_waiting=9)
+    both = worker("b", "both")
+    full = worker("d", "decode", num_free_blocks=1)
+    assert route(busy, both, full, hits={"b": 100}) == ("p", "b")
+
+
+def test_the_longest_cached_run_comes_before_the_shortest_queue() -> None:
+    long = worker("long", "prefill", num_waiting=5)
+    short = worker("short", "prefill")
+    decode = worker("d", "decode")
+    assert route(long, short, decode, hits={"long": 112, "short": 96}) == ("long", "d")
+    assert route(long, short, decode, hits={"long": 96, "short": 96}) == ("short", "d")
+    assert route(long, short, decode) == ("short", "d")
+
+
+def test_the_queue_counts_those_waiting_and_those_running() -> None:
+    waiting = worker("w", "prefill", num_waiting=2, num_running=1)
+    running = worker("r", "prefill", num_running=2)
+    assert route(waiting, running, worker("d", "decode")) == ("r", "d")
+
+
+def test_a_run_longer_than_the_prompt_is_worth_no_more() -> None:
+    """The last token is always computed, so 159 and 160 cached tokens of 160 are the same."""
+    queued = worker("p1", "prefill", num_waiting=1)
+    idle = worker("p2", "prefill")
+    hits = {"p1": 512, "p2": 159}
+    assert route(queued, idle, worker("d", "decode"), hits=hits) == ("p2", "d")
+
+
+def test_decode_goes_to_most_free_blocks_then_to_the_smallest_batch() -> None:
+    prefill = worker("p", "prefill")
+    roomy = worker("d1", "decode", num_free_blocks=60, num_running=9)
+    full = worker("d2", "decode", num_free_blocks=59)
+    assert route(prefill, roomy, full) == ("p", "d1")
+    small = worker("d3", "decode", num_free_blocks=60, num_running=8)
+    assert route(prefill, roomy, full, small) == ("p", "d3")
+
+
+def test_only_equal_capabilities_make_a_pair() -> None:
+    prefill = worker("p", "prefill", capability_hash="a", num_waiting=9)
+    decode = worker("d", "decode", capability_hash="a", num_free_blocks=1)
+    other_prefill = worker("p2", "prefill", capability_hash="b")
+    other_decode = worker("d2", "decode", capability_hash="c")
+    assert route(prefill, decode, other_prefill, other_decode) == ("p", "d")
+    assert route(prefill, other_decode) is None
+    # Nor does a pair of another capability keep a lone `both` from working.
+    alone = worker("b", "both", capability_hash="b")
+    assert route(prefill, decode, alone) == (None, "b")
+    assert route(prefill, other_decode, alone) == (None, "b")
+
+
+def test_a_later_attempt_keeps_its_capability() -> None:
+    workers = [worker("b1", "both", capability_hash="a", num_waiting=9)]
+    workers.append(worker("b2", "both", capability_hash="b"))
+    assert route(*workers) == (None, "b2")
+    assert route(*workers, capability_hash="a") == (None, "b1")
+    assert route(*workers, capability_hash="c") is None
+
+
+def test_suspect_and_excluded_workers_get_nothing() -> None:
+    prefill, decode = worker("p", "prefill"), worker("d", "decode")
+    assert route(worker("p", "prefill", suspect=True), decode) is None
+    assert route(prefill, decode, exclude={"d-first"}) is None
+    # Started anew it is another worker.
+    assert route(prefill, worker("d", "decode", incarnation="2"), exclude={"d-first"}) == ("p", "d")
+    # When the only prefill worker is gone, `both` takes its part.
+    assert route(prefill, decode, worker("b", "both"), exclude={"p-first"}) == (None, "b")
+
+
+def test_pools_that_cannot_hold_the_request_are_left_out() -> None:
+    prefill, decode = worker("p", "prefill"), worker("d", "decode")
+    small = worker("s", "decode", num_blocks=11, num_free_blocks=200)
+    assert route(prefill, decode, small) == ("p", "d")
+    assert route(prefill, small) is None
+    assert route(worker("b", "both", num_blocks=11)) is None
+    # The prefill worker holds the prompt only: 160 tokens are 10 blocks.
+    assert route(worker("p", "prefill", num_blocks=10), decode) == ("p", "d")
+    assert route(worker("p", "prefill", num_blocks=9), decode) is None
+    assert route(worker("p", "prefill", num_blocks=10), decode, num_prompt_tokens=161) is None
+
+
+def test_a_full_pool_is_still_a_candidate() -> None:
+    """A new request waits for room; it is not refused."""
+    full = worker("d", "decode", num_free_blocks=0)
+    assert route(worker("p", "prefill", num_free_blocks=0), full) == ("p", "d")
+
+
+def test_equal_workers_take_turns() -> None:
+    workers = [worker(f"p{n}", "prefill") for n in range(3)]
+    workers += [worker(f"d{n}", "decode") for n in range(2)]
+    chosen = [route(*workers, spread=spread) for spread in range(12)]
+    pairs = [pair for pair in chosen if pair is not None]
+    assert Counter(pair[0] for pair in pairs) == {"p0": 4, "p1": 4, "p2": 4}
+    assert Counter(pair[1] for pair in pairs) == {"d0": 6, "d1": 6}
+
+
+def test_the_order_of_the_workers_does_not_matter() -> None:
+    workers = [worker(f"p{n}", "prefill") for n in range(4)]
+    workers += [worker(f"d{n}", "decode") for n in range(4)]
+    shuffled = random.Random(1).sample(workers, len(workers))
+    assert route(*workers, spread=2) == route(*shuffled, spread=2) == ("p2", "d2")
+
+
+WORKERS = st.lists(
+    st.builds(
+        worker,
+        worker_id=st.sampled_from([f"w{n}" for n in range(8)]),
+        role=st.sampled_from(["prefill", "decode", "both"]),
+        capability_hash=st.sampled_from("ab"),
+        num_blocks=st.integers(8, 14),
+        num_free_blocks=st.integers(0, 3),
+        num_waiting=st.integers(0, 2),
+        num_running=st.integers(0, 2),
+        suspect=st.booleans(),
+    ),
+    max_size=8,
+    unique_by=lambda each: each.worker_id,
+)
+
+
+@given(workers=WORKERS, spread=st.integers(0, 9))
+def test_a_route_keeps_every_rule_and_is_found_when_there_is_one(
+    workers: list[WorkerSnapshot], spread: int
+) -> None:
+    def fits(each: WorkerSnapshot) -> bool:
+        return not each.suspect and each.num_blocks >= (10 if each.role == "prefill" else 12)
+
+    allowed = [
+        Route(first, second)
+        for first in workers
+        for second in workers
+        if first.role == "prefill"
+        and second.role != "prefill"
+        and first.capability_hash == second.capability_hash
+        and fits(first)
+        and fits(second)
+    ]
+    served = {pair.decode.capability_hash for pair in allowed}
+    allowed += [
+        Route(None, each)
+        for each in workers
+        if each.role == "both" and fits(each) and each.capability_hash not in served
+    ]
+    chosen = choose(workers, {}, 160, 12, spread=spread)
+    assert (chosen is None) == (not allowed)
+    assert chosen is None or chosen in allowed
+
+
+def test_longest_run_counts_from_the_start_without_gaps() -> None:
+    stride = PREFIX_STRIDE_TOKENS
+    workers = [worker(name, "prefill") for name in ("all", "first", "gap", "late", "old", "none")]
+    now = {each.worker_id: each.incarnation for each in workers}
+
+    def held_by(*names: str) -> dict[str, str]:
+        return {name: now[name] for name in names} | {"old": "old-before", "gone": "x"}
+
+    holders = [held_by("all", "first", "gap"), held_by("all", "late"), held_by("all", "gap")]
+    assert longest_run(holders, workers) == {"all": 3 * stride, "first": stride, "gap": stride}
+    assert longest_run([], workers) == {}
+
+
+def test_longest_run_counts_in_whole_blocks() -> None:
+    """The directory lists every tenth block of 24 tokens: the last within each 256 tokens."""
+    odd = worker("w", "both", block_size=24)
+    assert longest_run([{"w": "w-first"}], [odd]) == {"w": 240}

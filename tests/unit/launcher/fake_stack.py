@@ -1,0 +1,32 @@
+"""`baton up` with fake roles and the real embedded Valkey: `fake_stack JOURNAL`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from services.launcher import stack, up
+from services.launcher.plan import GATEWAY, RoleCounts, RoleSpec, StackConfig
+
+_ROLE = Path(__file__).with_name("fake_role.py")
+
+
+def main() -> int:
+    journal = sys.argv[1]
+
+    def workers(config: StackConfig, redis_url: str, shm_dir: Path) -> list[RoleSpec]:
+        names = [f"{role}-{index}" for role, count in config.counts for index in range(count)]
+        return [RoleSpec(name, (str(_ROLE), "worker", name, journal)) for name in names]
+
+    def gateway(config: StackConfig, redis_url: str, port: int) -> RoleSpec:
+        return RoleSpec(GATEWAY, (str(_ROLE), "gateway", GATEWAY, journal, str(port)))
+
+    setattr(stack, "worker_specs", workers)
+    setattr(stack, "gateway_spec", gateway)
+    setattr(up, "check", lambda config: None)
+    counts = RoleCounts(prefill=1, decode=1, both=0)
+    return up.run_up(StackConfig(model_dir=Path(), counts=counts, port=0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
