@@ -38,7 +38,7 @@ HELD_OUT = ("kjv", "pydocs", "stdlib")
 class Recipe:
     """How long, how large, how fast. Contexts are short first, then of full length."""
 
-    num_tokens: int = 300_000_000
+    num_tokens: int = 600_000_000
     time_limit_s: float = 360.0
     tokens_per_step: int = 65_536
     short_context: int = 1024
@@ -48,7 +48,7 @@ class Recipe:
     final_lr_share: float = 0.02
     warmup_share: float = 0.03
     weight_decay: float = 0.1
-    dropout: float = 0.1
+    dropout: float = 0.15
     num_evals: int = 10
     seed: int = 20260
 

@@ -129,9 +129,7 @@ class Stack:
     def _add(self, spec: RoleSpec) -> RoleProcess:
         log = RoleLog(spec.name, self._emit)
         self._logs.append(log)
-        return RoleProcess(
-            spec, log=log, notice=self._say, stack_was_ready=lambda: self._is_ready
-        )
+        return RoleProcess(spec, log=log, notice=self._say, stack_was_ready=lambda: self._is_ready)
 
     async def _while_all_run(self, condition: Coroutine[Any, Any, object]) -> None:
         """Waits for `condition`, or raises what ended a role for good."""
@@ -159,12 +157,13 @@ async def _until_serving(address: str) -> None:
     async with grpc.aio.insecure_channel(
         address, options=[("grpc.enable_http_proxy", 0)]
     ) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        # Any: the types of this stub name no methods.
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         while not all([await _is_serving(stub, service) for service in _SERVICES]):
             await asyncio.sleep(_POLL_S)
 
 
-async def _is_serving(stub: health_pb2_grpc.HealthStub, service: str) -> bool:
+async def _is_serving(stub: Any, service: str) -> bool:
     try:
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=1.0)
     except grpc.aio.AioRpcError:

@@ -24,6 +24,7 @@ from services.prefill import scheduler as prefill_policy
 from services.prefill.scheduler import Admission
 from services.worker import messages as msg
 from services.worker.admission import Admitter
+from services.worker.failpoints import Failpoints
 from services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
 from services.worker.reports import Reports
 from services.worker.sealing import Sealer
@@ -76,6 +77,7 @@ class EngineLoop:
         inbox: queue.SimpleQueue[msg.Command],
         submit_pull: Callable[[PullJob], None],
         deliver: Callable[[list[msg.Outgoing]], None],
+        failpoints: Failpoints,
         counters: Counters,
         trace: Trace,
     ) -> None:
@@ -83,6 +85,7 @@ class EngineLoop:
         self._pool = pool
         self._sealer = sealer
         self._limits = limits
+        self._failpoints = failpoints
         self._counters = counters
         self._trace = trace
         self._eos = frozenset(runner.model_config.eos_token_ids)
@@ -299,6 +302,7 @@ class EngineLoop:
         if not work:
             return
         started_s = time.monotonic()
+        self._failpoints.before_step()
         token_ids = self._forward(work)
         self.num_steps += 1
         self._counters["steps"] += 1

@@ -1,19 +1,24 @@
-"""Faults that tests plant in a worker: named, one-shot, off unless BATON_FAILPOINTS asks.
+"""Faults that tests plant in a worker: named, off unless BATON_FAILPOINTS lists them.
 
-    corrupt_sealed_block    flips one bit of a block after it was sealed
-    swap_sealed_blocks      exchanges the bytes of two blocks after they were sealed
+    corrupt_sealed_block    once: changes one value of a block after it was sealed
+    swap_sealed_blocks      once: exchanges the bytes of two blocks after they were sealed
+    slow_steps              every step takes 50 ms longer
+    slow_pulls              every pull takes 500 ms longer
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 
 from shared.engine.kv_cache import KvCache
 
 logger = logging.getLogger(__name__)
 
-_KNOWN = {"corrupt_sealed_block", "swap_sealed_blocks"}
+_KNOWN = {"corrupt_sealed_block", "swap_sealed_blocks", "slow_steps", "slow_pulls"}
+_STEP_DELAY_S = 0.05
+_PULL_DELAY_S = 0.5
 
 
 class Failpoints:
@@ -41,6 +46,14 @@ class Failpoints:
             first, second = block_ids[:2]
             self._fire("swap_sealed_blocks", [first, second])
             blocks[[first, second]] = blocks[[second, first]]
+
+    def before_step(self) -> None:
+        if "slow_steps" in self._armed:
+            time.sleep(_STEP_DELAY_S)
+
+    def after_pull(self) -> None:
+        if "slow_pulls" in self._armed:
+            time.sleep(_PULL_DELAY_S)
 
     def _fire(self, name: str, block_ids: list[int]) -> None:
         self._armed.discard(name)

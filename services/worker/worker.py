@@ -45,7 +45,7 @@ from shared.rpc.errors import Draining
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, is_orphaned, stop_event
 from shared.telemetry import Counters, Trace
 from shared.transfer.interface import LocalPool, TransferError
-from shared.transfer.puller import Puller
+from shared.transfer.puller import Puller, PullResult
 from shared.transfer.shm import ShmTransport
 
 logger = logging.getLogger("worker")
@@ -74,6 +74,7 @@ class Worker:
         self._config = config
         self._incarnation = secrets.token_hex(16)
         self._counters = Counters()
+        self._failpoints = Failpoints.from_environment()
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
         torch.set_num_threads(args.threads)
         self._transport = ShmTransport(self._incarnation, args.shm_dir)
@@ -120,11 +121,12 @@ class Worker:
             describe_pool=self._transport.describe,
             directory=directory,
         )
-        puller = Puller(
-            self._transport,
-            self._transport_pool,
-            on_done=lambda result: inbox.put(msg.Pulled(result)),
-        )
+
+        def on_pulled(result: PullResult) -> None:
+            self._failpoints.after_pull()
+            inbox.put(msg.Pulled(result))
+
+        puller = Puller(self._transport, self._transport_pool, on_pulled)
         engine = self._build_engine(identity, inbox, mailroom, puller)
         mailroom.progress = lambda: (engine.num_steps, engine.is_busy)
         self._register_services(endpoint, mailroom)
@@ -176,7 +178,7 @@ class Worker:
             cache,
             self._incarnation,
             self._capability.hash(),
-            Failpoints.from_environment(),
+            self._failpoints,
         )
         return EngineLoop(
             self._runner,
@@ -187,6 +189,7 @@ class Worker:
             inbox=inbox,
             submit_pull=puller.submit,
             deliver=mailroom.deliver_from_thread,
+            failpoints=self._failpoints,
             counters=self._counters,
             trace=self._trace,
         )

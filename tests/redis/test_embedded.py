@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,16 @@ def test_nobody_else_may_connect() -> None:
         assert socket_path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_dies_with_a_killed_parent() -> None:
+@pytest.fixture
+def own_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where no other process's server tidies up. Short, for the sake of socket names."""
+    with tempfile.TemporaryDirectory(prefix="bt-") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        monkeypatch.setenv("TMPDIR", directory)
+        yield Path(directory)
+
+
+def test_dies_with_a_killed_parent(own_tmp: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT],
         cwd=ROOT,
@@ -97,6 +107,7 @@ def test_dies_with_a_killed_parent() -> None:
         parent.wait()
         assert wait_for_death(pid)
         left_behind = Path(url.removeprefix("unix://")).parent
+        assert left_behind.parent == own_tmp
         assert left_behind.exists()
         # The next one tidies up after it.
         EmbeddedValkey().close()
@@ -133,15 +144,14 @@ def test_starts_again_at_the_same_url_after_a_crash() -> None:
             assert client.ping()
 
 
-def test_close_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_close_leaves_nothing(own_tmp: Path) -> None:
     with EmbeddedValkey() as server:
         pid = server.pid
         # Another one's start spares those that live.
         EmbeddedValkey().close()
         assert server.is_running() and Path(server.url.removeprefix("unix://")).exists()
     assert not is_alive(pid)
-    assert list(tmp_path.iterdir()) == []
+    assert list(own_tmp.iterdir()) == []
     server.close()
 
 

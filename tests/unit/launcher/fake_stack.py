@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from services.launcher import stack, up
 from services.launcher.plan import GATEWAY, RoleCounts, RoleSpec, StackConfig
@@ -21,11 +22,12 @@ def main() -> int:
     def gateway(config: StackConfig, redis_url: str, port: int) -> RoleSpec:
         return RoleSpec(GATEWAY, (str(_ROLE), "gateway", GATEWAY, journal, str(port)))
 
-    setattr(stack, "worker_specs", workers)
-    setattr(stack, "gateway_spec", gateway)
-    setattr(up, "check", lambda config: None)
-    counts = RoleCounts(prefill=1, decode=1, both=0)
-    return up.run_up(StackConfig(model_dir=Path(), counts=counts, port=0))
+    config = StackConfig(model_dir=Path(), counts=RoleCounts(prefill=1, decode=1, both=0), port=0)
+    with (
+        patch.multiple(stack, worker_specs=workers, gateway_spec=gateway),
+        patch.object(up, "check"),
+    ):
+        return up.run_up(config)
 
 
 if __name__ == "__main__":

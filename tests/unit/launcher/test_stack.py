@@ -51,6 +51,10 @@ class Launcher:
         found = re.findall(rf"^{name} started (\d+) (\S+)$", self.journal.read_text(), re.MULTILINE)
         return [(int(pid), address) for pid, address in found]
 
+    def wait_started(self, name: str, *, num_times: int = 1) -> None:
+        wait_for(lambda: len(self.started(name)) >= num_times)
+        assert len(self.started(name)) == num_times
+
     def wait_ready(self) -> str:
         wait_for(lambda: "READY" in self.stdout or self.process.poll() is not None)
         ready = re.fullmatch(r"READY grpc=(\S+)\n", self.stdout)
@@ -89,7 +93,9 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     launchers = []
 
     def start(**exits: int) -> Launcher:
-        launchers.append(Launcher(tmp_path, {name.replace("_", "-"): n for name, n in exits.items()}))
+        launchers.append(
+            Launcher(tmp_path, {name.replace("_", "-"): n for name, n in exits.items()})
+        )
         return launchers[-1]
 
     yield start
@@ -105,6 +111,8 @@ def test_ready_is_said_once_and_sigterm_stops_gateway_then_workers(
     launcher = launch()
     address = launcher.wait_ready()
     assert launcher.started("gateway")[0][1] == address
+    launcher.wait_started("prefill-0")
+    launcher.wait_started("decode-0")
     pids = descendants(launcher.process.pid)
     assert len(pids) == 4  # two workers, the gateway, Valkey
 
@@ -136,12 +144,14 @@ def test_roles_that_die_are_reported_and_started_again(launch: Callable[..., Lau
     launcher = launch()
     address = launcher.wait_ready()
     for name in ("decode-0", "gateway"):
+        launcher.wait_started(name)
         os.kill(launcher.started(name)[0][0], signal.SIGKILL)
 
-    wait_for(lambda: len(launcher.started("decode-0")) == len(launcher.started("gateway")) == 2)
+    launcher.wait_started("decode-0", num_times=2)
+    launcher.wait_started("gateway", num_times=2)
 
     assert launcher.started("gateway")[1][1] == address
-    assert len(launcher.started("prefill-0")) == 1
+    launcher.wait_started("prefill-0")
     assert "decode-0 was killed by SIGKILL; starting it again in 0.2 s" in launcher.stderr
     launcher.process.send_signal(signal.SIGINT)
     assert launcher.wait_exit() == 0

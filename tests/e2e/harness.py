@@ -1,0 +1,264 @@
+"""A stack of real processes for tests: Valkey, workers and a gateway on loopback.
+
+The processes are started one by one, without the launcher, so that a test can give each its own
+flags and failpoints, kill it, and look into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from baton.v1 import (
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    types_pb2,
+    worker_service_pb2,
+    worker_service_pb2_grpc,
+)
+
+from shared.directory.embedded import EmbeddedValkey
+
+ROOT = Path(__file__).parents[2]
+_START_S = 60.0
+
+
+@dataclass
+class Process:
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    popen: subprocess.Popen[str]
+    address: str = ""
+
+
+@dataclass
+class Result:
+    """One whole answer."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    seed: int = 0
+    finish_reason: int = 0
+    finished: inference_service_pb2.GenerateFinished = field(
+        default_factory=inference_service_pb2.GenerateFinished
+    )
+
+    @property
+    def attempts(self) -> int:
+        return self.finished.num_attempts
+
+
+class Stack:
+    """`workers`: name → role; `flags`: for all workers; both ends of a `with` are synchronous."""
+
+    def __init__(
+        self,
+        model: Path,
+        directory: Path,
+        workers: dict[str, str],
+        *,
+        flags: Sequence[str] = (),
+        worker_flags: dict[str, Sequence[str]] | None = None,
+        failpoints: dict[str, str] | None = None,
+    ) -> None:
+        self.model = model
+        self.directory = directory
+        self.trace_dir = directory / "trace"
+        self._roles = workers
+        self._flags = list(flags)
+        self._worker_flags = worker_flags or {}
+        self._failpoints = failpoints or {}
+        self._valkey = EmbeddedValkey()
+        self.processes: dict[str, Process] = {}
+        self._channel: grpc.Channel | None = None
+
+    def __enter__(self) -> Stack:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._valkey.start()
+            for name in self._roles:
+                self._spawn(name, self._worker_command(name))
+            self._spawn("gateway", self._gateway_command())
+            for process in self.processes.values():
+                self._await_ready(process)
+            self._channel = grpc.insecure_channel(self.processes["gateway"].address)
+            self.wait_until(lambda: len(self.status().workers) == len(self._roles))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        for process in self.processes.values():
+            process.popen.kill()
+        for process in self.processes.values():
+            process.popen.wait()
+            if process.popen.stdout is not None:
+                process.popen.stdout.close()
+        self._valkey.close()
+        for pool in Path("/dev/shm").glob(f"baton-test-{os.getpid()}-*"):
+            for file in pool.iterdir():
+                file.unlink()
+            pool.rmdir()
+
+    # Processes
+
+    def _worker_command(self, name: str) -> list[str]:
+        shm_dir = Path(f"/dev/shm/baton-test-{os.getpid()}-{id(self):x}")
+        shm_dir.mkdir(exist_ok=True)
+        return [
+            *("-m", "services.worker", "--role", self._roles[name], "--worker-id", name),
+            *("--model", str(self.model), "--redis-url", self._valkey.url),
+            *("--num-blocks", "512", "--trace-dir", str(self.trace_dir)),
+            *("--shm-dir", str(shm_dir), *self._flags, *self._worker_flags.get(name, ())),
+        ]
+
+    def _gateway_command(self) -> list[str]:
+        return [
+            *("-m", "services.gateway", "--model", str(self.model)),
+            *("--redis-url", self._valkey.url, "--port", "0"),
+        ]
+
+    def _spawn(self, name: str, command: list[str]) -> Process:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'shared' / 'gen'}",
+            "OMP_NUM_THREADS": "1",
+            "BATON_FAILPOINTS": self._failpoints.get(name, ""),
+        }
+        log = self.directory / f"{name}.log"
+        with log.open("a") as stderr:
+            popen = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
+        process = Process(name, command, environment, log, popen)
+        self.processes[name] = process
+        return process
+
+    def _await_ready(self, process: Process) -> None:
+        assert process.popen.stdout is not None
+        line = process.popen.stdout.readline()
+        if not line.startswith("READY grpc="):
+            raise AssertionError(f"{process.name} did not start:\n{process.log.read_text()}")
+        process.address = line.removeprefix("READY grpc=").strip()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL; the fault is verified."""
+        popen = self.processes[name].popen
+        popen.send_signal(signal.SIGKILL)
+        assert popen.wait() == -signal.SIGKILL
+
+    def restart(self, name: str) -> None:
+        """After kill: the same worker id, a new incarnation. Failpoints are not armed again."""
+        self._failpoints.pop(name, None)
+        stdout = self.processes[name].popen.stdout
+        if stdout is not None:
+            stdout.close()
+        self._await_ready(self._spawn(name, self._worker_command(name)))
+
+    # Asking
+
+    @property
+    def stub(self) -> inference_service_pb2_grpc.InferenceServiceStub:
+        assert self._channel is not None
+        return inference_service_pb2_grpc.InferenceServiceStub(self._channel)
+
+    def start(
+        self,
+        prompt: Sequence[int] | str,
+        *,
+        timeout: float | None = 60.0,
+        received: Sequence[int] = (),
+        **sampling: object,
+    ) -> Iterator[inference_service_pb2.GenerateResponse]:
+        """The stream of an answer; greedy unless `sampling` says otherwise."""
+        params = types_pb2.SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
+        request = inference_service_pb2.GenerateRequest(
+            sampling=params, received_token_ids=received
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.token_ids.extend(prompt)
+        return self.stub.Generate(request, timeout=timeout)
+
+    def generate(self, prompt: Sequence[int] | str, **options: object) -> Result:
+        return collect(self.start(prompt, **options))
+
+    def status(self) -> inference_service_pb2.GetServerInfoResponse:
+        return self.stub.GetServerInfo(inference_service_pb2.GetServerInfoRequest(), timeout=10)
+
+    def state(self, name: str) -> worker_service_pb2.GetWorkerStateResponse:
+        """Of a worker, its pool's integrity checked."""
+        with grpc.insecure_channel(self.processes[name].address) as channel:
+            stub = worker_service_pb2_grpc.WorkerServiceStub(channel)
+            request = worker_service_pb2.GetWorkerStateRequest(check_integrity=True)
+            state = stub.GetWorkerState(request, timeout=10)
+        assert state.integrity_error == ""
+        return state
+
+    def trace(self, name: str) -> list[dict[str, object]]:
+        """All events of a worker, its restarts included."""
+        return [
+            json.loads(line)
+            for path in sorted(self.trace_dir.glob(f"{name}-*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        """For what happens behind the answer's back; fails with the logs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                logs = "\n".join(p.log.read_text()[-3000:] for p in self.processes.values())
+                raise AssertionError(f"did not become true in {timeout_s} s\n{logs}")
+            time.sleep(0.02)
+
+    def assert_idle(self) -> None:
+        """Every block is free again, nothing is claimed, the ledger is empty."""
+
+        def is_idle() -> bool:
+            states = [self.state(name) for name in self._roles]
+            return all(
+                state.num_free_blocks == state.num_blocks
+                and not state.num_waiting + state.num_running
+                and not state.num_claims + state.num_quarantined_blocks
+                for state in states
+            ) and not any(count.num_entries for count in self.status().ledger)
+
+        self.wait_until(is_idle)
+
+
+def collect(stream: Iterator[inference_service_pb2.GenerateResponse]) -> Result:
+    """Checks what holds for every stream: started first, indices without gaps, finished last."""
+    result, kinds = Result(), []
+    for response in stream:
+        kinds.append(response.WhichOneof("message"))
+        if kinds[-1] == "started":
+            result.seed = response.started.seed
+        elif kinds[-1] == "chunk":
+            result.text += response.chunk.text
+            result.token_ids += response.chunk.token_ids
+        else:
+            result.finished = response.finished
+            result.finish_reason = response.finished.finish_reason
+            result.text += response.finished.text
+    assert kinds[0] == "started" and kinds[-1] == "finished" and kinds.count("finished") == 1
+    return result

@@ -1,0 +1,111 @@
+"""The runner's pool, its limits, and the plain loop over it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.plain_loop import PlainLoop
+from shared.engine.batch import Batch, BatchRow
+from shared.engine.cache_spec import CacheGroup, Full, cache_groups
+from shared.engine.config import DeviceError, EngineConfig, ModelError
+from shared.engine.kv_cache import KvCache
+from shared.engine.model_runner import ModelRunner
+from shared.kv.sequence import SamplingParams
+from tests.unit.engine.conftest import MakeLlama, MakeRunner
+
+
+def test_layers_with_equal_specs_form_a_group() -> None:
+    small, large = Full(2, 16), Full(4, 16)
+    groups = cache_groups([small, large, small, small])
+    assert groups == (CacheGroup(small, (0, 2, 3)), CacheGroup(large, (1,)))
+    assert groups[0].block_shape(16) == (2, 3, 2, 16, 16)
+    assert groups[0].block_bytes(16, 4) == 2 * 3 * 2 * 16 * 16 * 4
+
+
+def test_the_pool_lives_in_the_memory_handed_in(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama()
+    asked = []
+
+    def pool_memory(num_bytes: int) -> torch.Tensor:
+        asked.append(torch.full((num_bytes + 64,), 255, dtype=torch.uint8))
+        return asked[0]
+
+    runner = make_runner(model_dir, num_blocks=8)
+    with_memory = ModelRunner(EngineConfig(model_dir, num_blocks=8), pool_memory=pool_memory)
+    assert with_memory.num_blocks == 8
+    assert with_memory.kv_cache.memory.data_ptr() == asked[0].data_ptr()
+    assert tuple(with_memory.kv_cache.tensors[0].shape) == (8, 2, 2, 2, 16, 16)
+    row = BatchRow([5, 6, 7], 0, [[3]])
+    assert torch.equal(with_memory.logits(Batch([row])), runner.logits(Batch([row])))
+
+
+def test_words_of_a_block_are_its_bytes_by_head() -> None:
+    groups = cache_groups([Full(2, 4)] * 3)
+    cache = KvCache(groups, 5, 8, torch.bfloat16)
+    cache.tensors[0].copy_(torch.randn(cache.tensors[0].shape))
+    words = cache.block_words([4, 1])
+    assert words.dtype == torch.int32 and tuple(words.shape) == (2, 2, 3 * 2 * 8 * 4 // 2)
+    assert torch.equal(words[0].view(torch.bfloat16).view(2, 3, 2, 8, 4), cache.tensors[0][4])
+
+
+def test_memory_that_does_not_fit_is_refused() -> None:
+    groups = cache_groups([Full(2, 4)])
+    needed = KvCache.required_bytes(groups, 5, 8, torch.float32)
+    with pytest.raises(ValueError, match="64-byte aligned"):
+        KvCache(groups, 5, 8, torch.float32, torch.zeros(needed - 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="differ in block bytes"):
+        KvCache.required_bytes(cache_groups([Full(2, 4), Full(1, 4)]), 5, 8, torch.float32)
+
+
+def test_the_number_of_blocks_is_chosen(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    model_dir, _ = make_llama()
+    runner = make_runner(model_dir, num_blocks=None)
+    assert runner.num_blocks >= 4 * 512 // 16
+    assert runner.num_blocks * runner.kv_cache.block_bytes <= 2**30
+    with pytest.raises(ModelError, match="num_blocks: 1000000000 blocks"):
+        make_runner(model_dir, num_blocks=10**9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_cuda_without_cuda(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    model_dir, _ = make_llama()
+    with pytest.raises(DeviceError, match="device: cuda"):
+        make_runner(model_dir, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (BatchRow([], 0, [[0]]), "row a token"),
+        (BatchRow([1] * 17, 0, [[0]]), "shorter than its row's context"),
+        (BatchRow([1] * 513, 0, [list(range(40))]), "exceeds max_model_len"),
+        (BatchRow([1], 0, [[128]]), "does not exist"),
+        (BatchRow([1], 0, [[-1]]), "does not exist"),
+        (BatchRow([1], 0, [[0], [0]]), "1 block tables"),
+    ],
+)
+def test_rows_that_cannot_be_computed(
+    row: BatchRow, message: str, make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama()
+    with pytest.raises(ValueError, match=message):
+        make_runner(model_dir).forward(Batch([row]))
+
+
+def test_the_plain_loop_stops_where_it_should(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama()
+    loop = PlainLoop(make_runner(model_dir))
+    prompt = [5, 6, 7]
+    [free] = loop.generate([prompt], [SamplingParams(temperature=0, max_tokens=20)])
+    assert len(free) == 20
+    stop = free[4]
+    params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=frozenset({stop}))
+    [stopped] = loop.generate([prompt], [params])
+    assert stopped == free[: free.index(stop) + 1]
+    with pytest.raises(ValueError, match="blocks needed"):
+        loop.generate([prompt], [SamplingParams(max_tokens=10**6)])

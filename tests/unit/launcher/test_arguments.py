@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from services.launcher.__main__ import build_parser, generate_request, stack_config
+from services.launcher.plan import (
+    RoleCounts,
+    StackConfig,
+    UsageError,
+    gateway_spec,
+    worker_specs,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL", "PREFILL", "DECODE", "BOTH", "PORT", "HOST", "REDIS_URL", "TARGET"):
+        monkeypatch.delenv(f"BATON_{name}", raising=False)
+
+
+def up(*flags: str) -> StackConfig:
+    return stack_config(build_parser().parse_args(["up", "--model", "m", *flags]))
+
+
+def generate(*flags: str) -> argparse.Namespace:
+    return build_parser().parse_args(["generate", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        ([], RoleCounts(1, 1, 0)),
+        (["--both", "2"], RoleCounts(0, 0, 2)),
+        (["--prefill", "2", "--decode", "3"], RoleCounts(2, 3, 0)),
+        (["--decode", "2"], RoleCounts(0, 2, 0)),
+    ],
+)
+def test_any_role_flag_makes_the_others_zero(flags: list[str], counts: RoleCounts) -> None:
+    assert up(*flags).counts == counts
+
+
+@pytest.mark.parametrize("flags", [["--prefill", "1"], ["--decode", "1"], ["--both", "0"]])
+def test_workers_without_a_route_need_a_shared_directory(flags: list[str]) -> None:
+    with pytest.raises(UsageError, match="no route"):
+        up(*flags).check()
+    up(*flags, "--redis-url", "redis://elsewhere").check()
+
+
+def test_each_worker_is_one_process_with_its_own_id() -> None:
+    config = up("--prefill", "2", "--both", "1", "--num-blocks", "64", "--max-model-len", "512")
+
+    specs = worker_specs(config, "unix:///valkey", Path("/dev/shm/x"))
+
+    assert [spec.name for spec in specs] == ["prefill-0", "prefill-1", "both-0"]
+    argv = " ".join(specs[1].argv)
+    for part in (
+        "-m services.worker --role prefill --worker-id prefill-1 --model m",
+        "--redis-url unix:///valkey --cluster default --host 127.0.0.1 --port 0",
+        "--device auto --dtype auto --block-size 16 --shm-dir /dev/shm/x",
+        "--num-blocks 64 --max-model-len 512",
+    ):
+        assert part in argv
+
+
+def test_what_was_not_given_is_left_to_the_worker() -> None:
+    [spec, _] = worker_specs(up(), "unix:///valkey", Path("/dev/shm/x"))
+    assert "--num-blocks" not in spec.argv
+    assert "--max-model-len" not in spec.argv
+
+
+def test_the_gateway_listens_where_it_is_told() -> None:
+    argv = gateway_spec(up("--host", "0.0.0.0", "--reflection"), "redis://r", 7000).argv
+    assert " ".join(argv) == (
+        "-m services.gateway --model m --redis-url redis://r --cluster default"
+        " --host 0.0.0.0 --port 7000 --drain-s 30 --reflection"
+    )
+
+
+def test_variables_stand_in_for_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_MODEL", "from-environment")
+    monkeypatch.setenv("BATON_BOTH", "3")
+    config = stack_config(build_parser().parse_args(["up", "--port", "1"]))
+    assert (config.model_dir, config.counts.both, config.port) == (Path("from-environment"), 3, 1)
+
+
+def test_only_what_was_given_is_sent() -> None:
+    request = generate_request(generate("--prompt", "hello", "--temperature", "0", "--seed", "0"))
+    assert request.text == "hello"
+    assert [field.name for field, _ in request.sampling.ListFields()] == ["temperature", "seed"]
+
+
+def test_every_sampling_flag_is_sent() -> None:
+    flags = "--token-ids 5,6 --max-tokens 9 --temperature 0.5 --top-p 0.25 --top-k 7 --min-p 0.125"
+    more = ["--seed", str(2**64 - 1), "--stop", "a", "--stop", "b c", "--ignore-eos"]
+    request = generate_request(generate(*flags.split(), *more))
+    assert list(request.token_ids.token_ids) == [5, 6]
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (9, 0.5, 0.25)
+    assert (sampling.top_k, sampling.min_p, sampling.seed) == (7, 0.125, 2**64 - 1)
+    assert (list(sampling.stops), sampling.ignore_eos) == (["a", "b c"], True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("generate", "one of the arguments --prompt --token-ids is required"),
+        ("generate --prompt a --token-ids 1", "not allowed with"),
+        ("generate --token-ids 1,x", "'1,x' is no comma-separated list of token ids"),
+        ("generate --token-ids 1,-2", "no comma-separated list of token ids"),
+        ("generate --token-ids 4294967296", "no comma-separated list of token ids"),
+        ("generate --prompt a --seed -1", "-1 is not between 0 and 18446744073709551615"),
+        ("generate --prompt a --max-tokens many", "'many' is no whole number"),
+        ("generate --prompt a --timeout nan", "'nan' is no length of time"),
+        ("up", "required: --model"),
+        ("up --model m --prefill -1", "-1 is not between 0 and 1024"),
+        ("up --model m --port 65536", "65536 is not between 0 and 65535"),
+        ("up --model m --dtype float16", "invalid choice: 'float16'"),
+        ("sideways", "invalid choice"),
+    ],
+)
+def test_bad_usage_says_what_is_wrong(
+    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args(argv.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
