@@ -70,9 +70,7 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
         model_name=args.model.resolve().name,
         incarnation=incarnation,
     )
-    endpoint = Endpoint(
-        max_message_bytes=PUBLIC_MESSAGE_BYTES, with_reflection=args.reflection
-    )
+    endpoint = Endpoint(max_message_bytes=PUBLIC_MESSAGE_BYTES, with_reflection=args.reflection)
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, endpoint.server)
     try:
         await cluster.connect()

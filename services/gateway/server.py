@@ -77,9 +77,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         finally:
             self.num_in_flight -= 1
 
-    async def Tokenize(
-        self, request: pb.TokenizeRequest, context: _Context
-    ) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         check_text("text", request.text, self._cluster.limits())
         token_ids = await self._text_codec().encode_async(
             request.text, add_special_tokens=request.add_special_tokens

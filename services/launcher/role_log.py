@@ -1,6 +1,6 @@
 """What a role writes, with its name in front.
 
-While a role starts, its lines are held back for a moment: when it turns out to be misconfigured,
+While a role starts, its lines are held back for a few seconds: when it turns out to be misconfigured,
 its last line is the whole message, and is not said once by every worker.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-_HOLD_S = 1.0
+# Longer than a worker takes from its last line to its end.
+_HOLD_S = 3.0
 
 
 class RoleLog:

@@ -11,7 +11,6 @@ import grpc
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
-from google.protobuf.json_format import MessageToDict
 
 from services.launcher.target import connect, report
 
@@ -99,11 +98,7 @@ def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
 
 
 def _numbers(counters: pb.ServerCounters) -> dict[str, int]:
-    # protobuf's JSON has 64-bit numbers as strings.
-    shown = MessageToDict(
-        counters, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return {name: int(count) for name, count in shown.items()}
+    return {field.name: getattr(counters, field.name) for field in counters.DESCRIPTOR.fields}
 
 
 def _words(name: str) -> str:

@@ -72,8 +72,11 @@ async def _run(
     try:
         await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
         code = work.result() if work.done() else 0
-    except (Misconfigured, ServerMissing) as error:
+    except Misconfigured as error:
         stack.mute()
+        to_stderr(str(error))
+        code = EXIT_MISCONFIGURED
+    except ServerMissing as error:
         notice_to_stderr(str(error))
         code = EXIT_MISCONFIGURED
     except ServerFailed as error:

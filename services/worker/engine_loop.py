@@ -97,9 +97,7 @@ class EngineLoop:
         self._reports = Reports(identity, self._table, deliver)
         self._admitter = Admitter(pool, sealer, self._table)
         self._claims = ClaimTable(pool, sealer, self._reports.emit, trace)
-        self._pulls = PullTable(
-            pool, sealer, submit_pull, self._reports.emit, counters, trace
-        )
+        self._pulls = PullTable(pool, sealer, submit_pull, self._reports.emit, counters, trace)
         self._unclaimed: set[AttemptKey] = set()
         """Prefill-hosted sequences whose blocks nobody will claim."""
         self._computed_at: dict[AttemptKey, float] = {}

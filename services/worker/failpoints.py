@@ -1,9 +1,9 @@
 """Faults that tests plant in a worker: named, off unless BATON_FAILPOINTS lists them.
 
-    corrupt_sealed_block    once: changes one value of a block after it was sealed
-    swap_sealed_blocks      once: exchanges the bytes of two blocks after they were sealed
-    slow_steps              every step takes 50 ms longer
-    slow_pulls              every pull takes 500 ms longer
+corrupt_sealed_block    once: changes one value of a block after it was sealed
+swap_sealed_blocks      once: exchanges the bytes of two blocks after they were sealed
+slow_steps              every step takes 50 ms longer
+slow_pulls              every pull takes 500 ms longer
 """
 
 from __future__ import annotations

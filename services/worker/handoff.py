@@ -210,9 +210,7 @@ class PullTable:
 
     def start(self, sequence: Sequence, source: Peer) -> None:
         self._pulls[sequence.key] = Pull(sequence, source)
-        claim = kv.ClaimBlocks(
-            key=key_to_pb(sequence.key), sequence_blocks=kv.SequenceBlocks()
-        )
+        claim = kv.ClaimBlocks(key=key_to_pb(sequence.key), sequence_blocks=kv.SequenceBlocks())
         self._emit(ToSource(source, kv.HoldRequest(claim=claim)))
 
     def of_source(self, source: Peer) -> list[Pull]:
@@ -328,9 +326,7 @@ class PullTable:
         self._take_verified(pull, job, result)
         self._release_when_complete(pull)
 
-    def _report_mismatch(
-        self, job: _Job, mismatched: tuple[int, ...], pull: Pull | None
-    ) -> None:
+    def _report_mismatch(self, job: _Job, mismatched: tuple[int, ...], pull: Pull | None) -> None:
         bad = [job.expected[column] for column in mismatched]
         for column in mismatched:
             logger.error(
@@ -374,7 +370,5 @@ class PullTable:
         """Gives the claim up. Blocks under a job in flight stay in quarantine until it ends."""
         if self._pulls.pop(pull.sequence.key, None) is None:
             return
-        cancel = kv.CancelClaim(
-            key=key_to_pb(pull.sequence.key), mismatched_block_ids=mismatched
-        )
+        cancel = kv.CancelClaim(key=key_to_pb(pull.sequence.key), mismatched_block_ids=mismatched)
         self._emit(ToSource(pull.source, kv.HoldRequest(cancel=cancel)))

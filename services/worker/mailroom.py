@@ -120,9 +120,7 @@ class Mailroom:
 
     # OwnerHost
 
-    def attach_reader(
-        self, name: str
-    ) -> tuple[str, asyncio.Queue[kv_service_pb2.HoldResponse]]:
+    def attach_reader(self, name: str) -> tuple[str, asyncio.Queue[kv_service_pb2.HoldResponse]]:
         reader = f"{name}-{next(self._names)}"
         self._readers[reader] = asyncio.Queue()
         return reader, self._readers[reader]
@@ -164,9 +162,7 @@ class Mailroom:
 
     # Looking in
 
-    async def inspect(
-        self, *, check_integrity: bool
-    ) -> worker_service_pb2.GetWorkerStateResponse:
+    async def inspect(self, *, check_integrity: bool) -> worker_service_pb2.GetWorkerStateResponse:
         """As of between two steps."""
         reply: asyncio.Future[worker_service_pb2.GetWorkerStateResponse] = (
             self._loop.create_future()

@@ -66,9 +66,7 @@ class Reports:
     # To a gateway's Decode stream
 
     def joined(self, sequence: Sequence, slot: Slot, pull: Pull | None) -> None:
-        joined = dec.SequenceJoined(
-            slot=slot.number, num_cached_tokens=sequence.num_cached_tokens
-        )
+        joined = dec.SequenceJoined(slot=slot.number, num_cached_tokens=sequence.num_cached_tokens)
         if pull is not None:
             joined.transfer_time.CopyFrom(duration_to_pb(pull.transfer_s))
             joined.num_pulled_blocks = pull.num_pulled_blocks
@@ -90,9 +88,7 @@ class Reports:
         if slot is None:
             self.emit(ToPrefillStream(key, error))
             return
-        failed = dec.SequenceFailed(
-            slot=slot.number, key=key_to_pb(key), failure=to_failure(error)
-        )
+        failed = dec.SequenceFailed(slot=slot.number, key=key_to_pb(key), failure=to_failure(error))
         self.emit(ToGateway(slot.gateway, dec.DecodeResponse(failed=failed)))
 
     # To the ledger

@@ -51,9 +51,7 @@ class Sealer:
         words = self._cache.block_words(block_ids, group)
         return self.digests_of_sums(block_ids, block_digest.block_sums(words))
 
-    def digests_of_sums(
-        self, block_ids: Seq[int], sums: block_digest.Uint64Array
-    ) -> list[Digest]:
+    def digests_of_sums(self, block_ids: Seq[int], sums: block_digest.Uint64Array) -> list[Digest]:
         """`sums`: [n, num_heads], of what the blocks hold."""
         generations = self._pool.generations(block_ids)
         seeds = block_digest.seeds(self._incarnation, block_ids, generations, sums.shape[1])

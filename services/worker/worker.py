@@ -1,14 +1,15 @@
 """Worker: one process's engine, pool, transport and services, wired by role.
 
-    main thread      asyncio: gRPC streams, ticks, directory          (mailroom.py, hold.py)
-    engine thread    schedule → forward → publish                     (engine_loop.py)
-    puller thread    reads peers' blocks, checks digests              (shared/transfer/puller.py)
+main thread      asyncio: gRPC streams, ticks, directory          (mailroom.py, hold.py)
+engine thread    schedule → forward → publish                     (engine_loop.py)
+puller thread    reads peers' blocks, checks digests              (shared/transfer/puller.py)
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import logging
 import queue
 import secrets
@@ -78,9 +79,12 @@ class Worker:
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
         torch.set_num_threads(args.threads)
         self._transport = ShmTransport(self._incarnation, args.shm_dir)
+        device = _choose_device(args.role, config.device)
         try:
             self._runner = ModelRunner(
-                config, pool_memory=self._transport.allocate, progress=logger.info
+                dataclasses.replace(config, device=device),
+                pool_memory=self._transport.allocate if device == "cpu" else None,
+                progress=logger.info,
             )
         except TransferError as error:
             raise WorkerStartError(f"--shm-dir, --num-blocks: {error}") from error
@@ -102,7 +106,7 @@ class Worker:
             block_size=config.block_size,
             layout=_LAYOUT,
             cache_groups=tuple(f"{group.spec} x {len(group.layer_ids)}" for group in groups),
-            determinism=self._runner.determinism,
+            determinism=f"{self._runner.determinism} ({self._runner.numerics})",
         )
 
     async def run(self) -> int:
@@ -139,9 +143,7 @@ class Worker:
             return 2
         address = f"{args.advertise or args.host}:{endpoint.address.rpartition(':')[2]}"
         engine_thread = _start_engine(engine, stop)
-        directory_task = asyncio.create_task(
-            directory.run(lambda: self._record(mailroom, address))
-        )
+        directory_task = asyncio.create_task(directory.run(lambda: self._record(mailroom, address)))
         directory_task.add_done_callback(lambda task: _stop_on_failure(task, stop))
         await endpoint.set_ready(is_ready=True)
         self._announce(address)
@@ -246,6 +248,23 @@ class Worker:
             self._capability.hash(),
         )
         print(f"READY grpc={address}", flush=True)  # noqa: T201
+
+
+def _choose_device(role: str, wanted: str) -> str:
+    """`shm` moves blocks between CPU pools only, so a worker that hands over computes there.
+
+    Raises WorkerStartError when another device was named.
+    """
+    if role == "both" or wanted == "cpu":
+        return wanted if wanted != "auto" or torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        raise WorkerStartError(
+            f"--device cuda, --role {role}: this version hands over CPU pools only; "
+            "take --role both, or --device cpu"
+        )
+    if torch.cuda.is_available():
+        logger.warning("role %s computes on the CPU: there is no transport for GPU pools", role)
+    return "cpu"
 
 
 def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:

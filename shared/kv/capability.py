@@ -19,7 +19,7 @@ class Capability:
     """Axes of a block, outermost first."""
     cache_groups: tuple[str, ...]
     determinism: str
-    """`exact` or `consistent`, DESIGN §3."""
+    """`exact` or `consistent`, and what equal bits rest on beside it (docs/architecture.md)."""
 
     def hash(self) -> str:
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from shared.engine.config import EngineConfig
 from shared.engine.model_runner import ModelRunner
 
-MakeLlama = Callable[..., tuple[Path, LlamaForCausalLM]]
+MakeLlama = Callable[..., tuple[Path, Any]]
 MakeRunner = Callable[..., ModelRunner]
 
 TINY: dict[str, Any] = {
@@ -45,12 +45,14 @@ def make_llama(tmp_path: Path) -> MakeLlama:
 
     `**changes` are fields of LlamaConfig; `max_shard_size` splits the file.
     """
-    transformers_logging.disable_progress_bar()
+    quiet: Any = transformers_logging
+    quiet.disable_progress_bar()
 
-    def make(*, max_shard_size: str = "1GB", **changes: Any) -> tuple[Path, LlamaForCausalLM]:
+    def make(*, max_shard_size: str = "1GB", **changes: Any) -> tuple[Path, Any]:
         torch.manual_seed(7)
-        config = LlamaConfig(**{**TINY, **changes}, attn_implementation="eager")
-        model = LlamaForCausalLM(config).eval()
+        fields = {**TINY, **changes, "attn_implementation": "eager"}
+        model: Any = LlamaForCausalLM(LlamaConfig(**fields))
+        model.eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name:

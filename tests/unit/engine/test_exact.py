@@ -71,12 +71,11 @@ def test_chunks_and_single_tokens_equal_one_pass(
         assert torch.equal(whole, one_by_one[end]), f"one pass of {end} tokens differs"
 
 
-@pytest.mark.parametrize(("shape", "num_threads"), SHAPES_AND_THREADS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_alone_equals_in_a_batch(
-    shape: str, num_threads: int, make_llama: MakeLlama, make_runner: MakeRunner
+    shape: str, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     """Rows that decode, start, and go on with a chunk, in one step and in shuffled order."""
-    torch.set_num_threads(num_threads)
     model_dir, _ = make_llama(**SHAPES[shape])
     runner = make_runner(model_dir, num_blocks=600)
     generator = random.Random(3)

@@ -69,8 +69,10 @@ def test_the_number_of_blocks_is_chosen(make_llama: MakeLlama, make_runner: Make
         make_runner(model_dir, num_blocks=10**9)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
-def test_cuda_without_cuda(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+def test_cuda_without_cuda(
+    make_llama: MakeLlama, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     model_dir, _ = make_llama()
     with pytest.raises(DeviceError, match="device: cuda"):
         make_runner(model_dir, device="cuda")

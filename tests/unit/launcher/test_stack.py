@@ -164,7 +164,7 @@ def test_a_role_that_cannot_be_configured_ends_everything_in_one_line(
     launcher = launch(prefill_0=2, decode_0=2)
 
     assert launcher.wait_exit() == 2
-    assert re.fullmatch(r"baton: broken.safetensors: truncated \(said \S+\)\n", launcher.stderr)
+    assert re.fullmatch(r"broken.safetensors: truncated \(said \S+\)\n", launcher.stderr)
     assert launcher.stdout == ""
     assert launcher.started("gateway") == []
 

@@ -1,0 +1,254 @@
+"""The rules of the layout: which way imports run, what is never imported, what is never called."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("kernels", "shared", "services")
+TREE = (*PACKAGES, "benchmarks", "models", "tests", "clients")
+
+# Of the services only these import others.
+SERVICES_THAT_IMPORT = {"worker": {"prefill", "decode"}}
+WITHOUT_TORCH = (
+    "services.gateway",
+    "services.launcher",
+    "shared.directory",
+    "shared.kv",
+    "shared.rpc",
+    "shared.engine.config",
+)
+WITH_TORCH = ("shared.kv.digest",)
+BANNED_NAMES = {"base", "common", "helpers", "utils"}
+# Bytes from elsewhere must not become code.
+BANNED_MODULES = {"cPickle", "cloudpickle", "dill", "marshal", "pickle", "shelve"}
+BANNED_CALLS = {"eval", "exec", "os.popen", "os.system", "torch.load", "yaml.load"}
+
+
+@cache
+def sources(*folders: str) -> dict[str, Path]:
+    """Module name → file; generated stubs left out."""
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return {
+        module_name(path): path for path in paths if (ROOT / "shared" / "gen") not in path.parents
+    }
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Everything that the module may import, in functions too; names, not yet resolved."""
+    found: set[str] = set()
+    for node in ast.walk(parse(sources(*TREE)[module])):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                package = module if is_package(module) else module.rpartition(".")[0]
+                kept = package.split(".")[: len(package.split(".")) - node.level + 1]
+                origin = ".".join([*kept, *([origin] if origin else [])])
+            found.add(origin)
+            found.update(f"{origin}.{alias.name}" for alias in node.names)
+    return frozenset(found)
+
+
+def is_package(module: str) -> bool:
+    return sources(*TREE)[module].name == "__init__.py"
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def project_imports(module: str) -> Iterator[str]:
+    """The project's modules that run when `module` is imported: packages on the way included."""
+    known = sources(*PACKAGES)
+    for name in imports(module):
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:length])
+            if prefix in known:
+                yield prefix
+
+
+def paths_to_torch(start: str) -> list[str] | None:
+    """A chain of imports from `start` to torch, if there is one."""
+    came_from: dict[str, str | None] = {start: None}
+    queue = [start]
+    for module in queue:
+        if any(is_within(name, "torch") for name in imports(module)):
+            chain, link = ["torch"], came_from.get(module)
+            chain.append(module)
+            while link is not None:
+                chain.append(link)
+                link = came_from[link]
+            return chain[::-1]
+        for imported in project_imports(module):
+            if imported not in came_from:
+                came_from[imported] = module
+                queue.append(imported)
+    return None
+
+
+def test_the_walk_sees_the_code() -> None:
+    modules = sources(*PACKAGES)
+    assert {"shared.rpc.errors", "services.launcher.up", "services.worker.__main__"} <= set(modules)
+    assert "shared.kv.sequence" in set(project_imports("services.worker.engine_loop"))
+    assert any(is_within(name, "torch") for name in imports("shared.kv.digest"))
+    assert paths_to_torch("services.worker.__main__") is not None
+
+
+def test_imports_run_one_way() -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for rank, package in enumerate(PACKAGES)
+        for module in sources(package)
+        for name in imports(module)
+        if name.split(".")[0] in (*PACKAGES[rank + 1 :], "benchmarks", "models", "tests")
+    ]
+    assert wrong == []
+
+
+def test_of_the_services_only_the_worker_imports_others() -> None:
+    wrong = []
+    for module in sources("services"):
+        own = module.split(".")[1] if "." in module else ""
+        allowed = {own} | SERVICES_THAT_IMPORT.get(own, set())
+        for name in imports(module):
+            parts = name.split(".")
+            if parts[0] == "services" and len(parts) > 1 and parts[1] not in allowed:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_torch_stays_out_of_the_control_path() -> None:
+    wrong = []
+    for module in sources(*PACKAGES):
+        if module in WITH_TORCH or not any(is_within(module, p) for p in WITHOUT_TORCH):
+            continue
+        chain = paths_to_torch(module)
+        if chain is not None:
+            wrong.append(" -> ".join(chain))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["services.gateway.__main__", "services.launcher.__main__"])
+def test_a_process_without_tensors_loads_no_torch(module: str) -> None:
+    # What a third party loads counts too; the launcher imports its commands when they are used.
+    code = (
+        f"import sys, {module}\n"
+        "if 'launcher' in sys.argv[1]:\n"
+        "    import services.launcher.generate, services.launcher.run, services.launcher.status\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, module],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'shared' / 'gen'}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr or f"{module} loads torch"
+
+
+def test_no_module_is_named_after_nothing() -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in sources(*TREE).values()
+        if BANNED_NAMES & set(path.relative_to(ROOT).with_suffix("").parts)
+    ]
+    assert wrong == []
+
+
+def test_kernels_package_is_empty() -> None:
+    assert (ROOT / "kernels" / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("folder", TREE)
+def test_bytes_never_become_code(folder: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {what}"
+        for module, path in sources(folder).items()
+        for line, what in dangers(parse(path))
+    ]
+    assert wrong == []
+
+
+def dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    aliases = import_aliases(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in origin or [alias.name for alias in node.names]:
+                if name.split(".")[0] in BANNED_MODULES:
+                    yield node.lineno, f"imports {name}"
+        elif isinstance(node, ast.Call):
+            called = full_name(node.func, aliases)
+            if called in BANNED_CALLS:
+                yield node.lineno, f"calls {called}"
+            for keyword in node.keywords:
+                value = keyword.value
+                if keyword.arg == "shell" and not (
+                    isinstance(value, ast.Constant) and value.value is False
+                ):
+                    yield node.lineno, "passes shell="
+
+
+def import_aliases(tree: ast.Module) -> dict[str, str]:
+    """Local name → what it stands for."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update({alias.asname: alias.name for alias in node.names if alias.asname})
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return found
+
+
+def full_name(node: ast.expr, aliases: dict[str, str]) -> str:
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        return f"{full_name(node.value, aliases)}.{node.attr}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "eval('1')",
+        "import torch\ntorch.load('x')",
+        "import torch as t\nt.load('x')",
+        "from torch import load\nload('x')",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "from yaml import load as read\nread('x')",
+    ],
+)
+def test_the_danger_check_can_fail(code: str) -> None:
+    assert list(dangers(ast.parse(code)))
+
+
+def test_the_danger_check_leaves_others_alone() -> None:
+    assert not list(dangers(ast.parse("import json\njson.load(f)\nmodel.eval()\nlibrary.load(f)")))
