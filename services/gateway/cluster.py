@@ -83,6 +83,9 @@ class Cluster:
                 if self.is_directory_reachable:
                     logger.warning("the directory is away: %s", error)
                 self.is_directory_reachable = False
+            # Also without news: a doubt may have run out.
+            self._changed.set()
+            self._changed = asyncio.Event()
             await asyncio.sleep(_POLL_S)
 
     async def _refresh(self) -> None:
@@ -103,8 +106,6 @@ class Cluster:
             if now - known.seen_at > WORKER_TTL_S:
                 del self._known[worker_id]
         await self._prune_ways()
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     async def _prune_ways(self) -> None:
         """Closes what leads to workers that are gone and serves no sequence any more."""

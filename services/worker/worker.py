@@ -47,7 +47,7 @@ from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, is_orphaned, stop
 from shared.telemetry import Counters, Trace
 from shared.transfer.interface import LocalPool, TransferError
 from shared.transfer.puller import Puller, PullResult
-from shared.transfer.shm import ShmTransport
+from shared.transfer.shm import ShmTransport, sweep_stale
 
 logger = logging.getLogger("worker")
 
@@ -78,6 +78,7 @@ class Worker:
         self._failpoints = Failpoints.from_environment()
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
         torch.set_num_threads(args.threads)
+        sweep_stale(args.shm_dir)
         self._transport = ShmTransport(self._incarnation, args.shm_dir)
         device = _choose_device(args.role, config.device)
         try:

@@ -20,8 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 40},
     "wide": {"hidden_size": 320, "intermediate_size": 688, "num_attention_heads": 10},
 }
-SHAPES_AND_THREADS = [*((shape, 1) for shape in SHAPES), ("head-dim-24", 2)]
-LENGTH = 300
+CASES = [*((shape, 1, 300) for shape in SHAPES), ("head-dim-24", 2, 140)]
 
 
 def token_ids(length: int, seed: int) -> list[int]:
@@ -49,24 +48,24 @@ def random_parts(total: int, seed: int) -> list[int]:
     return parts
 
 
-@pytest.mark.parametrize(("shape", "num_threads"), SHAPES_AND_THREADS)
+@pytest.mark.parametrize(("shape", "num_threads", "length"), CASES)
 def test_chunks_and_single_tokens_equal_one_pass(
-    shape: str, num_threads: int, make_llama: MakeLlama, make_runner: MakeRunner
+    shape: str, num_threads: int, length: int, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     torch.set_num_threads(num_threads)
     model_dir, _ = make_llama(**SHAPES[shape])
     runner = make_runner(model_dir)
     assert runner.determinism == "exact"
-    tokens = token_ids(LENGTH, seed=1)
+    tokens = token_ids(length, seed=1)
     table = random.Random(2).sample(range(128), 19)
 
-    one_by_one = logits_of_parts(runner, tokens, table, [1] * LENGTH)
+    one_by_one = logits_of_parts(runner, tokens, table, [1] * length)
     for seed in range(3):
         for end, logits in logits_of_parts(
-            runner, tokens, table, random_parts(LENGTH, seed)
+            runner, tokens, table, random_parts(length, seed)
         ).items():
             assert torch.equal(logits, one_by_one[end]), f"differs at position {end}"
-    for end in (1, 15, 16, 17, 128, 129, LENGTH):
+    for end in (1, 15, 16, 17, 128, 129, length):
         whole = runner.logits(Batch([BatchRow(tokens[:end], 0, [table])]))[0]
         assert torch.equal(whole, one_by_one[end]), f"one pass of {end} tokens differs"
 
