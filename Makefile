@@ -59,7 +59,7 @@ proto-check: install ## Check the contract's style, and that nobody's client bre
 
 .PHONY: proto-baseline
 proto-baseline: install ## Take the contract as it is now for the baseline of proto-check
-	$(BIN)/buf build protos --output $(BASELINE)
+	$(BIN)/buf build protos --exclude-source-info --output $(BASELINE)
 
 .PHONY: bench
 bench: install ## Run the benchmarks; results go to benchmarks/results
@@ -77,8 +77,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): minutes on the first run"
 	@mkdir -p shared/gen
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt hatchling
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on $(PIP_ARGS) \
-	    -c constraints.txt --no-build-isolation --editable '.[worker,local,test,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
+	    -c constraints.txt --no-build-isolation --editable '.[worker,local,test,dev]' \
+	    | sed -u '/^Requirement already satisfied/d'
 	@touch $@
 
 $(STUBS): $(INSTALLED) $(PROTOS)

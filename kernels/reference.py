@@ -13,7 +13,7 @@ In float32 on a CPU a token's bits must not depend on what else is in the step. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,10 @@ from kernels.reference_sampling import sample as sample
 
 TILE = 128
 """Keys per tile; a multiple of every block size."""
-QUERY_TILE = 128
-"""Most query tokens of one row handled at once; bounds the memory for scores."""
+_SCRATCH_BYTES = 32 * 2**20
+"""About how much memory gathered keys, and scores, may each take."""
+_MIN_QUERIES, _MAX_QUERIES = 16, 128
+"""Query tokens of a prompt chunk handled at once."""
 
 _linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -143,43 +145,65 @@ def plan_step(
         num_heads: query heads.
         min_rows: matrix products get at least as many rows.
     """
-    _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
-    starts = query_start.tolist()
-    contexts = context_lens.tolist()
-    num_rows = len(contexts)
-    num_single = int(np.count_nonzero(np.diff(query_start) == 1))
-    units = []
-    if num_single:
-        args = (context_lens[:num_single], block_table[:num_single])
-        units.append(_plan_units(0, 1, *args, kv, num_heads, min_rows))
-    for row in range(num_single, num_rows):
-        position = contexts[row] - (starts[row + 1] - starts[row])
-        for first in range(starts[row], starts[row + 1], QUERY_TILE):
-            num_queries = min(QUERY_TILE, starts[row + 1] - first)
-            visible = np.array([position + first - starts[row] + num_queries])
-            table = block_table[row : row + 1]
-            units.append(_plan_units(first, num_queries, visible, table, kv, num_heads, min_rows))
+    _, num_kv_heads, num_layers, _, block_size, head_dim = kv.shape
+    scores_bytes = num_heads * TILE * 4
+    keys_bytes = num_kv_heads * TILE * head_dim * kv.element_size()
+    units = [
+        _plan_units(span, block_table[span.rows], kv, num_heads, min_rows)
+        for span in _spans(query_start, context_lens, scores_bytes, keys_bytes)
+    ]
     blocks, offsets = np.divmod(slot_mapping, block_size)
     heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
     slots = heads * (num_layers * 2 * block_size) + offsets[:, None]
     layers = np.arange(num_layers * 2).reshape(num_layers, 2, 1) * block_size
     return StepPlan(
-        num_tokens=starts[-1],
+        num_tokens=int(query_start[-1]),
         slots=_to(kv, slots.reshape(-1) + layers),
         units=units,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Units of `num_queries` tokens, one of each row in `rows`, which end before `visible` [U]."""
+
+    first_token: int
+    num_queries: int
+    rows: slice
+    visible: npt.NDArray[np.int64]
+
+
+def _spans(
+    query_start: npt.NDArray[np.int64],
+    context_lens: npt.NDArray[np.int64],
+    scores_bytes: int,
+    keys_bytes: int,
+) -> Iterator[_Span]:
+    """Cuts a step into units that need about _SCRATCH_BYTES; both sizes are for one tile."""
+    starts = query_start.tolist()
+    num_tiles = (-(-context_lens // TILE)).tolist()
+    num_single = int(np.count_nonzero(np.diff(query_start) == 1))
+    first = 0
+    while first < num_single:
+        at_once = max(1, _SCRATCH_BYTES // (keys_bytes * num_tiles[first]))
+        rows = slice(first, min(num_single, first + at_once))
+        yield _Span(first, 1, rows, context_lens[rows])
+        first = rows.stop
+    for row in range(num_single, len(context_lens)):
+        at_once = _SCRATCH_BYTES // (scores_bytes * num_tiles[row])
+        at_once = min(max(at_once, _MIN_QUERIES), _MAX_QUERIES)
+        end = starts[row + 1]
+        for first in range(starts[row], end, at_once):
+            num_queries = min(at_once, end - first)
+            visible = context_lens[row : row + 1] - (end - first - num_queries)
+            yield _Span(first, num_queries, slice(row, row + 1), visible)
+
+
 def _plan_units(
-    first_token: int,
-    num_queries: int,
-    visible: npt.NDArray[np.int64],
-    block_table: npt.NDArray[np.int64],
-    kv: Tensor,
-    num_heads: int,
-    min_rows: int,
+    span: _Span, block_table: npt.NDArray[np.int64], kv: Tensor, num_heads: int, min_rows: int
 ) -> QueryUnits:
-    """Plans units that see `visible` [U] positions each (their last query included)."""
+    """Plans a span's units; block_table [U, blocks] holds the ids of its rows."""
+    visible, num_queries = span.visible, span.num_queries
     num_blocks_and_zero, num_kv_heads, num_layers, _, block_size, head_dim = kv.shape
     num_units = len(visible)
     heads_per_kv = num_heads // num_kv_heads
@@ -216,7 +240,7 @@ def _plan_units(
     if num_queries > 1:
         masked = np.repeat(masked, heads_per_kv, axis=1)
     return QueryUnits(
-        first_token=first_token,
+        first_token=span.first_token,
         num_units=num_units,
         num_queries=num_queries,
         units_with_tile=has_tile.sum(1).tolist(),

@@ -46,7 +46,7 @@ def rope_tables(shape: LlamaShape) -> tuple[Tensor, Tensor]:
     """cos and sin, each [max_position_embeddings, head_dim], both halves of a head alike."""
     exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
     positions = torch.arange(shape.max_position_embeddings).float()
-    angles = torch.outer(positions, shape.rope_theta**-exponents)
+    angles = torch.outer(positions, 1.0 / shape.rope_theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

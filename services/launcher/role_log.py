@@ -1,7 +1,7 @@
 """What a role writes, with its name in front.
 
-While a role starts, its lines are held back for a few seconds: when it turns out to be misconfigured,
-its last line is the whole message, and is not said once by every worker.
+While a role starts, its lines are held back for a few seconds: when it turns out to be
+misconfigured, its last line is the whole message, and is not said once by every worker.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Sealer:
         self._pool.seal(
             block_id,
             hashes[index],
-            hashes[index - 1] if index else self.root(sequence, group),
+            hashes[index - 1] if index else None,
             sequence.token_slice(index * block_size, (index + 1) * block_size),
             value,
             is_listed=group == 0 and is_boundary(index, block_size),

@@ -7,6 +7,9 @@ Each block is in exactly one of these places:
     held       sequences hold `ref_count` ≥ 1 references; those that share a prefix share blocks.
     quarantine held also by a transfer that may still write into it, whoever else lets go.
 
+A block can be found only while its parent can: what descends from a block that was dropped is
+never served, whichever copy it was computed from and whenever it is sealed.
+
 Bookkeeping only: no bytes, no torch, no I/O, one thread. `check_integrity` is cheap enough for a
 test to call it after every operation.
 """
@@ -32,6 +35,7 @@ class Block:
     ref_count: int = 0
     generation: int = 0
     block_hash: bytes | None = None
+    """Of a sealed block; the pool's hash table says which of those with equal hashes is found."""
     parent_hash: bytes | None = None
     token_ids: tuple[int, ...] = ()
     digest: Digest | None = None
@@ -120,13 +124,16 @@ class BlockPool:
         """
         if num_blocks > len(self._free):
             raise PoolExhausted(f"{num_blocks} blocks asked, {len(self._free)} free")
-        block_ids = [self._free.popitem(last=False)[0] for _ in range(num_blocks)]
-        for block_id in block_ids:
-            self._forget(block_id)
+        block_ids: list[int] = []
+        for _ in range(num_blocks):
+            block_id, _ = self._free.popitem(last=False)
             block = self._blocks[block_id]
+            if block.block_hash is not None and self._is_findable(block_id):
+                self._forget_run(block.block_hash)
             block.ref_count = 1
             block.generation += 1
-            block.digest = None
+            block.block_hash = block.digest = None
+            block_ids.append(block_id)
         return block_ids
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -142,7 +149,7 @@ class BlockPool:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self._free[block_id] = None
-                if block.block_hash is None:
+                if not self._is_findable(block_id):
                     self._free.move_to_end(block_id, last=False)
 
     def quarantine(self, block_ids: Sequence[int]) -> None:
@@ -163,24 +170,28 @@ class BlockPool:
         self,
         block_id: int,
         block_hash: bytes,
-        parent_hash: bytes,
+        parent_hash: bytes | None,
         token_ids: tuple[int, ...],
         digest: Digest | None,
         *,
         is_listed: bool = False,
     ) -> None:
-        """The block is full and final: it can be found from now on.
+        """The block is full and final: it can be found from now on, if its parent can.
 
-        When another block has the same hash, that one stays the findable one: block tables only
-        grow at their end, so no sequence is moved over.
+        `parent_hash` is None for the first block of a prompt. When another block has the same
+        hash, that one stays the findable one: block tables only grow at their end, so no
+        sequence is moved over.
         """
         block = self._blocks[block_id]
-        block.digest = digest
+        block.block_hash, block.digest = block_hash, digest
         if block_hash in self._by_hash:
             return
-        block.block_hash, block.parent_hash, block.token_ids = block_hash, parent_hash, token_ids
+        if parent_hash is not None:
+            if parent_hash not in self._by_hash:
+                return
+            self._children.setdefault(parent_hash, set()).add(block_hash)
+        block.parent_hash, block.token_ids = parent_hash, token_ids
         self._by_hash[block_hash] = block_id
-        self._children.setdefault(parent_hash, set()).add(block_hash)
         block.is_listed = is_listed
         if is_listed:
             self._changes.removed.pop(block_hash, None)
@@ -191,40 +202,47 @@ class BlockPool:
         self._blocks[block_id].digest = digest
 
     def drop(self, block_id: int) -> None:
-        """Makes a block and all that descend from it unfindable; whoever holds them keeps them."""
-        block_hash = self._blocks[block_id].block_hash
-        if block_hash is None:
-            return
-        doomed = [block_hash]
-        while doomed:
-            current = doomed.pop()
-            doomed.extend(self._children.get(current, ()))
-            found = self._by_hash.get(current)
-            if found is not None:
-                self._forget(found)
-                if self._blocks[found].ref_count == 0:
-                    self._free.move_to_end(found, last=False)
+        """Makes a block and all that descend from it unfindable; whoever holds them keeps them.
+
+        Also when another block with its hash is the findable one: descendants don't tell from
+        which of the two they were computed.
+        """
+        block = self._blocks[block_id]
+        if block.block_hash is not None and block.block_hash in self._by_hash:
+            self._forget_run(block.block_hash)
+        block.block_hash = None
 
     def take_changes(self) -> CacheChanges:
         """What changed since the last call, for the directory."""
         changes, self._changes = self._changes, CacheChanges()
         return changes
 
-    def _forget(self, block_id: int) -> None:
-        block = self._blocks[block_id]
-        if block.block_hash is None or block.parent_hash is None:
-            return
-        del self._by_hash[block.block_hash]
-        siblings = self._children[block.parent_hash]
-        siblings.discard(block.block_hash)
-        if not siblings:
-            del self._children[block.parent_hash]
-        if block.is_listed:
-            self._changes.added.pop(block.block_hash, None)
-            self._changes.removed[block.block_hash] = None
-        block.is_listed = False
-        block.block_hash = block.parent_hash = None
-        block.token_ids = ()
+    def _is_findable(self, block_id: int) -> bool:
+        block_hash = self._blocks[block_id].block_hash
+        return block_hash is not None and self._by_hash.get(block_hash) == block_id
+
+    def _forget_run(self, block_hash: bytes) -> None:
+        """A findable hash, and all that descend from it, can't be found any more."""
+        parent_hash = self._blocks[self._by_hash[block_hash]].parent_hash
+        if parent_hash is not None:
+            siblings = self._children[parent_hash]
+            siblings.discard(block_hash)
+            if not siblings:
+                del self._children[parent_hash]
+        doomed = [block_hash]
+        while doomed:
+            current = doomed.pop()
+            doomed.extend(self._children.pop(current, ()))
+            block_id = self._by_hash.pop(current)
+            if block_id in self._free:
+                self._free.move_to_end(block_id, last=False)
+            block = self._blocks[block_id]
+            if block.is_listed:
+                self._changes.added.pop(current, None)
+                self._changes.removed[current] = None
+            block.is_listed = False
+            block.block_hash = block.parent_hash = None
+            block.token_ids = ()
 
     def check_integrity(self, held: Iterable[Sequence[int]] | None = None) -> None:
         """Raises AssertionError with what is wrong.
@@ -239,16 +257,19 @@ class BlockPool:
                 f"block {block_id}: {block.ref_count} references, "
                 f"{'in' if block_id in self._free else 'not in'} the free queue",
             )
-            if block.block_hash is not None:
-                _check(
-                    self._by_hash.get(block.block_hash) == block_id,
-                    f"block {block_id}: its hash does not lead to it",
-                )
-                _check(len(block.token_ids) == self.block_size, f"block {block_id}: not full")
-        hashed = sum(block.block_hash is not None for block in self._blocks)
-        _check(hashed == len(self._by_hash), "the hash table names blocks without that hash")
+        for block_hash, block_id in self._by_hash.items():
+            block = self._blocks[block_id]
+            _check(block.block_hash == block_hash, f"block {block_id}: found by a wrong hash")
+            _check(len(block.token_ids) == self.block_size, f"block {block_id}: not full")
+            _check(
+                block.parent_hash is None
+                or block.parent_hash in self._by_hash
+                and block_hash in self._children.get(block.parent_hash, ()),
+                f"block {block_id}: found, its parent not",
+            )
         _check(
-            sum(map(len, self._children.values())) == len(self._by_hash),
+            sum(map(len, self._children.values()))
+            == sum(self._blocks[b].parent_hash is not None for b in self._by_hash.values()),
             "children and hash table disagree",
         )
         for block_id, count in self._quarantine.items():

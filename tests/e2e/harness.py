@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 from baton.v1 import (
@@ -48,6 +49,8 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     seed: int = 0
+    request_id: str = ""
+    num_prompt_tokens: int = 0
     finish_reason: int = 0
     finished: inference_service_pb2.GenerateFinished = field(
         default_factory=inference_service_pb2.GenerateFinished
@@ -165,13 +168,30 @@ class Stack:
         popen.send_signal(signal.SIGKILL)
         assert popen.wait() == -signal.SIGKILL
 
-    def restart(self, name: str) -> None:
-        """After kill: the same worker id, a new incarnation. Failpoints are not armed again."""
-        self._failpoints.pop(name, None)
+    def send_signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].popen.send_signal(number)
+
+    def restart(self, name: str, *, keep_failpoints: bool = False) -> None:
+        """After kill: the same worker id, a new incarnation."""
+        if not keep_failpoints:
+            self._failpoints.pop(name, None)
         stdout = self.processes[name].popen.stdout
         if stdout is not None:
             stdout.close()
         self._await_ready(self._spawn(name, self._worker_command(name)))
+
+    @property
+    def redis_url(self) -> str:
+        return self._valkey.url
+
+    def kill_redis(self) -> None:
+        """SIGKILL; the fault is verified."""
+        os.kill(self._valkey.pid, signal.SIGKILL)
+        self.wait_until(lambda: not self._valkey.is_running())
+
+    def restart_redis(self) -> None:
+        """After kill_redis: empty, at the same address."""
+        self._valkey.start()
 
     # Asking
 
@@ -186,10 +206,11 @@ class Stack:
         *,
         timeout: float | None = 60.0,
         received: Sequence[int] = (),
-        **sampling: object,
+        **sampling: Any,
     ) -> Iterator[inference_service_pb2.GenerateResponse]:
         """The stream of an answer; greedy unless `sampling` says otherwise."""
-        params = types_pb2.SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})
+        fields: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, **sampling}
+        params = types_pb2.SamplingParams(**fields)
         request = inference_service_pb2.GenerateRequest(
             sampling=params, received_token_ids=received
         )
@@ -199,8 +220,16 @@ class Stack:
             request.token_ids.token_ids.extend(prompt)
         return self.stub.Generate(request, timeout=timeout)
 
-    def generate(self, prompt: Sequence[int] | str, **options: object) -> Result:
-        return collect(self.start(prompt, **options))
+    def generate(self, prompt: Sequence[int] | str, **options: Any) -> Result:
+        num_received = len(options.get("received", ()))
+        return collect(self.start(prompt, **options), num_received=num_received)
+
+    def generate_at_once(
+        self, asks: Sequence[tuple[Sequence[int] | str, dict[str, Any]]]
+    ) -> list[Result]:
+        """All are sent before any answer is read."""
+        streams = [self.start(prompt, **options) for prompt, options in asks]
+        return [collect(stream) for stream in streams]
 
     def status(self) -> inference_service_pb2.GetServerInfoResponse:
         return self.stub.GetServerInfo(inference_service_pb2.GetServerInfoRequest(), timeout=10)
@@ -246,14 +275,21 @@ class Stack:
         self.wait_until(is_idle)
 
 
-def collect(stream: Iterator[inference_service_pb2.GenerateResponse]) -> Result:
+def collect(
+    stream: Iterator[inference_service_pb2.GenerateResponse], *, num_received: int | None = None
+) -> Result:
     """Checks what holds for every stream: started first, indices without gaps, finished last."""
-    result, kinds = Result(), []
+    result, kinds, next_index = Result(), [], num_received
     for response in stream:
         kinds.append(response.WhichOneof("message"))
         if kinds[-1] == "started":
             result.seed = response.started.seed
+            result.request_id = response.started.request_id
+            result.num_prompt_tokens = response.started.num_prompt_tokens
         elif kinds[-1] == "chunk":
+            next_index = response.chunk.first_index if next_index is None else next_index
+            assert response.chunk.first_index == next_index
+            next_index += len(response.chunk.token_ids)
             result.text += response.chunk.text
             result.token_ids += response.chunk.token_ids
         else:

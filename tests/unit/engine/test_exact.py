@@ -128,6 +128,21 @@ def test_block_size_does_not_matter(
     assert torch.equal(runner.logits(Batch([BatchRow(tokens[140:], 140, [table])])), usual)
 
 
+def test_how_attention_is_cut_to_save_memory_does_not_matter(
+    make_llama: MakeLlama, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir, _ = make_llama()
+    runner = make_runner(model_dir)
+    prompts = [token_ids(length, seed=length) for length in (300, 140, 20, 130)]
+    tables = [list(range(32 * i, 32 * i + 20)) for i in range(4)]
+    fill = [BatchRow(p[:-1], 0, [t]) for p, t in zip(prompts, tables, strict=True)]
+    decode = [BatchRow(p[-1:], len(p) - 1, [t]) for p, t in zip(prompts, tables, strict=True)]
+    usual = [runner.logits(Batch(rows)).clone() for rows in (fill, decode)]
+    monkeypatch.setattr("kernels.reference._SCRATCH_BYTES", 1)
+    assert torch.equal(runner.logits(Batch(fill)), usual[0])
+    assert torch.equal(runner.logits(Batch(decode)), usual[1])
+
+
 def test_what_lies_in_unused_slots_does_not_matter(
     make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:

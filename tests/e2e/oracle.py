@@ -1,0 +1,53 @@
+"""What an answer should be: the plain loop over the same model, one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.plain_loop import PlainLoop
+from shared.engine.config import EngineConfig
+from shared.engine.model_runner import ModelRunner
+from shared.kv.sequence import SamplingParams
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: a prompt and its sampling fields, greedy unless they say otherwise."""
+
+    prompt: list[int]
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+class Oracle:
+    def __init__(self, model: Path) -> None:
+        # As the workers: the number of threads is part of what the bits depend on.
+        torch.set_num_threads(1)
+        self._runner = ModelRunner(EngineConfig(model_dir=model, num_blocks=1024))
+        assert self._runner.determinism == "exact"
+        self._loop = PlainLoop(self._runner)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self._runner.model_config.eos_token_ids
+
+    def answer(self, ask: Ask) -> list[int]:
+        [token_ids] = self.answers_of_batch([ask])
+        return token_ids
+
+    def answers(self, asks: Sequence[Ask]) -> list[list[int]]:
+        return [self.answer(ask) for ask in asks]
+
+    def answers_of_batch(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """All prompts in one running batch; no more than the pool holds."""
+        return self._loop.generate([ask.prompt for ask in asks], [_params(ask) for ask in asks])
+
+
+def _params(ask: Ask) -> SamplingParams:
+    fields = {"temperature": 0.0, "ignore_eos": True, **ask.sampling}
+    fields["stop_token_ids"] = frozenset(fields.get("stop_token_ids", ()))
+    return SamplingParams(**fields)

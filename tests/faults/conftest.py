@@ -1,0 +1,37 @@
+"""The answers that no fault disturbs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plain_loop import PlainLoop
+from shared.engine.config import EngineConfig
+from shared.engine.model_runner import ModelRunner
+from shared.kv.sequence import SamplingParams
+from tests.e2e.conftest import tiny_model as tiny_model
+
+Oracle = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny_model: Path) -> Oracle:
+    """What `Stack.start` with the same arguments must bring: one prompt, alone, in this process."""
+    config = EngineConfig(model_dir=tiny_model, device="cpu", dtype="float32", num_blocks=256)
+    loop = PlainLoop(ModelRunner(config))
+
+    def answer(prompt: list[int], **sampling: object) -> list[int]:
+        params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
+        [token_ids] = loop.generate([prompt], [params])
+        return token_ids
+
+    return answer
+
+
+def make_prompt(name: object, num_tokens: int) -> list[int]:
+    """Random token ids of the tiny model, the same for the same name."""
+    draw = random.Random(str(name))
+    return [draw.randrange(3, 512) for _ in range(num_tokens)]
