@@ -92,16 +92,18 @@ class Cluster:
         if self._directory is None:
             self._directory = await open_directory(self._url, self._name)
         records = await self._directory.workers.list()
+        now = time.monotonic()
         if not self.is_directory_reachable:
             logger.info("the directory answers")
+            # It may have come back empty: live workers get the time to register again.
+            for known in self._known.values():
+                known.seen_at = now
         self.is_directory_reachable = True
-        now = time.monotonic()
         for record in records:
             known = self._known.get(record.worker_id)
             if known is None or known.record != record:
                 known = self._known[record.worker_id] = _Known(record, now)
             known.seen_at = now
-        # A directory that came back empty hears from live workers before this runs out.
         for worker_id, known in list(self._known.items()):
             if now - known.seen_at > WORKER_TTL_S:
                 del self._known[worker_id]

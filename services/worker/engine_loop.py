@@ -113,19 +113,23 @@ class EngineLoop:
     def run(self) -> None:
         """Until Stop. Any exception that gets out of here must end the process."""
         while not self._is_stopping:
-            self._take_commands()
-            self._end_overdue()
-            self._admit()
-            self._step()
-            self._publish()
+            self.run_once()
+
+    def run_once(self, *, may_wait: bool = True) -> None:
+        """One iteration; when there is nothing to compute it waits for a command, if it may."""
+        self._take_commands(may_wait=may_wait)
+        self._end_overdue()
+        self._admit()
+        self._step()
+        self._publish()
 
     # Commands
 
-    def _take_commands(self) -> None:
+    def _take_commands(self, *, may_wait: bool) -> None:
         """Takes all that is there; waits for the first when there is nothing to compute."""
         try:
             self.is_busy = self._can_step()
-            if not self.is_busy:
+            if may_wait and not self.is_busy:
                 wait_s = _OVERDUE_CHECK_S if self._table or self._claims else _IDLE_WAIT_S
                 self._handle(self.inbox.get(timeout=wait_s))
             while True:

@@ -41,7 +41,8 @@ class Failpoints:
         if "corrupt_sealed_block" in self._armed and block_ids:
             self._fire("corrupt_sealed_block", block_ids[:1])
             block = blocks[block_ids[0]]
-            block.view(-1)[0] = block.view(-1)[0] + 1
+            # Far from small: had it been served, other tokens would show it.
+            block.view(-1)[0] = block.view(-1)[0] + 100
         if "swap_sealed_blocks" in self._armed and len(block_ids) >= 2:
             first, second = block_ids[:2]
             self._fire("swap_sealed_blocks", [first, second])

@@ -315,32 +315,32 @@ class PullTable:
             mismatched=result.mismatched,
             error=result.error,
         )
-        self._counters["digest_mismatches"] += len(result.mismatched)
         pull = self._pulls.get(job.key)
-        if result.mismatched:
-            self._report_mismatch(job, result.mismatched, pull)
         if pull is None:
+            # The claim was given up during the read: the blocks may have become another's.
             return
         if result.error is not None:
             raise SourceLost(f"pull failed: {result.error}")
+        if result.mismatched:
+            self._report_mismatch(pull, job, result.mismatched)
         self._take_verified(pull, job, result)
         self._release_when_complete(pull)
 
-    def _report_mismatch(self, job: _Job, mismatched: tuple[int, ...], pull: Pull | None) -> None:
+    def _report_mismatch(self, pull: Pull, job: _Job, mismatched: tuple[int, ...]) -> None:
+        self._counters["digest_mismatches"] += len(mismatched)
         bad = [job.expected[column] for column in mismatched]
         for column in mismatched:
             logger.error(
                 "digest mismatch: %s block %s: source %s block %d generation %d, copy in block %d",
                 job.key,
                 job.places[column],
-                pull.source.worker_id if pull else "gone",
+                pull.source.worker_id,
                 job.expected[column].remote_block_id,
                 job.expected[column].generation,
                 job.local_block_ids[column],
             )
-        if pull is not None:
-            self.cancel(pull, mismatched=[block.remote_block_id for block in bad])
-            raise DigestMismatch(f"{len(bad)} blocks differ from what was sealed")
+        self.cancel(pull, mismatched=[block.remote_block_id for block in bad])
+        raise DigestMismatch(f"{len(bad)} blocks differ from what was sealed")
 
     def _take_verified(self, pull: Pull, job: _Job, result: PullResult) -> None:
         """The copies become this worker's own sealed blocks; the tail stays open for decode."""

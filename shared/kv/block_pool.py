@@ -7,8 +7,8 @@ Each block is in exactly one of these places:
     held       sequences hold `ref_count` ≥ 1 references; those that share a prefix share blocks.
     quarantine held also by a transfer that may still write into it, whoever else lets go.
 
-A block can be found only while its parent can: what descends from a block that was dropped is
-never served, whichever copy it was computed from and whenever it is sealed.
+A block can be found only while its parent can, so that what descends from a dropped block goes
+with it, also where a block between the two was evicted.
 
 Bookkeeping only: no bytes, no torch, no I/O, one thread. `check_integrity` is cheap enough for a
 test to call it after every operation.
@@ -126,7 +126,7 @@ class BlockPool:
             raise PoolExhausted(f"{num_blocks} blocks asked, {len(self._free)} free")
         block_ids: list[int] = []
         for _ in range(num_blocks):
-            block_id, _ = self._free.popitem(last=False)
+            block_id = self._free.popitem(last=False)[0]
             block = self._blocks[block_id]
             if block.block_hash is not None and self._is_findable(block_id):
                 self._forget_run(block.block_hash)

@@ -206,9 +206,11 @@ class Stack:
         *,
         timeout: float | None = 60.0,
         received: Sequence[int] = (),
+        stub: inference_service_pb2_grpc.InferenceServiceStub | None = None,
         **sampling: Any,
     ) -> Iterator[inference_service_pb2.GenerateResponse]:
-        """The stream of an answer; greedy unless `sampling` says otherwise."""
+        """The stream of an answer; greedy unless `sampling` says otherwise. `stub`: a client of
+        one's own instead of the stack's."""
         fields: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, **sampling}
         params = types_pb2.SamplingParams(**fields)
         request = inference_service_pb2.GenerateRequest(
@@ -218,7 +220,7 @@ class Stack:
             request.text = prompt
         else:
             request.token_ids.token_ids.extend(prompt)
-        return self.stub.Generate(request, timeout=timeout)
+        return (stub or self.stub).Generate(request, timeout=timeout)
 
     def generate(self, prompt: Sequence[int] | str, **options: Any) -> Result:
         num_received = len(options.get("received", ()))

@@ -1,4 +1,4 @@
-"""A block whose bytes are not those that were sealed: counted, logged, computed anew, not served."""
+"""A block whose bytes are not those that were sealed: counted, logged, never served."""
 
 from __future__ import annotations
 

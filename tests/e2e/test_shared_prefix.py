@@ -1,4 +1,4 @@
-"""A prefix that many requests share is computed once and pulled once, also when all come at once."""
+"""A prefix that many requests share is computed once, also when all of them come at once."""
 
 from __future__ import annotations
 

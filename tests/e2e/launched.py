@@ -1,0 +1,139 @@
+"""`baton` as users start it: a process, what it writes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.harness import ROOT
+
+_PATIENCE_S = 60.0
+
+
+class Launched:
+    """`python -m MODULE ARGUMENTS...`; its temporary files go to `tmp_path`."""
+
+    def __init__(self, tmp_path: Path, module: str, *arguments: str) -> None:
+        self.tmp_path = tmp_path
+        self.stdout_path, self.stderr_path = tmp_path / "stdout", tmp_path / "stderr"
+        self.shm_before = shm_entries()
+        with self.stdout_path.open("wb") as stdout, self.stderr_path.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                cwd=ROOT,
+                env=environment(tmp_path),
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self.stdout_path.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_path.read_text()
+
+    def wait_ready(self) -> str:
+        """The address in the only line of standard output."""
+        wait_for(lambda: "\n" in self.stdout or self.process.poll() is not None)
+        ready = re.fullmatch(r"READY grpc=(127\.0\.0\.1:\d+)\n", self.stdout)
+        assert ready is not None, self.stderr
+        return ready[1]
+
+    def wait_exit(self) -> int:
+        return self.process.wait(_PATIENCE_S)
+
+    def kill(self) -> None:
+        """Of a launcher that is still there; its roles must follow by themselves."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def pids(self) -> dict[str, int]:
+        """The launcher's processes: worker id, `gateway` or `valkey` → pid."""
+        roles = {_role(pid): pid for pid in descendants(self.process.pid) if is_alive(pid)}
+        return {role: pid for role, pid in roles.items() if role}
+
+    def assert_nothing_left(self, pids: dict[str, int]) -> None:
+        """No process, and nothing in shared memory."""
+        wait_for(lambda: not any(map(is_alive, pids.values())))
+        assert shm_entries() <= self.shm_before
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'shared' / 'gen'}",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(tmp_path),
+    }
+
+
+def ask(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a client command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.launcher", *arguments],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE_S,
+        check=False,
+    )
+
+
+def only_line(output: str) -> dict[str, Any]:
+    """One JSON object on one line, and nothing else."""
+    assert output.count("\n") == 1 and output.endswith("\n")
+    parsed: dict[str, Any] = json.loads(output)
+    return parsed
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def shm_entries() -> set[str]:
+    return {path.name for path in Path("/dev/shm").rglob("*baton-*")}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    children: list[int] = []
+    # Threads and processes may end while they are listed.
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                children += map(int, (task / "children").read_text().split())
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def _role(pid: int) -> str:
+    """Empty for what is gone, or is not a role yet."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return ""
+    if "--worker-id" in command:
+        return command[command.index("--worker-id") + 1]
+    if "services.gateway" in command:
+        return "gateway"
+    return "valkey" if any(part.endswith("-server") for part in command) else ""

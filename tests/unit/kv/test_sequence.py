@@ -1,0 +1,83 @@
+"""Sequence: indices across attempts, what ends one, slices over prompt and output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.kv.sequence import (
+    AttemptKey,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    num_blocks_for,
+)
+
+EOS = frozenset({2})
+
+
+def sequence(
+    prompt: tuple[int, ...] = (5, 6, 7), *, first_index: int = 0, **params: Any
+) -> Sequence:
+    sampling = SamplingParams(**{"max_tokens": 3, **params})
+    return Sequence(AttemptKey("r", 0, 1), prompt, sampling, first_index)
+
+
+def test_the_last_token_allowed_ends_it() -> None:
+    one = sequence()
+    assert [one.append(token, EOS) for token in (9, 9, 9)] == [None, None, FinishReason.LENGTH]
+    assert one.next_index == 3 and one.num_tokens == 6
+
+
+def test_max_tokens_counts_those_of_earlier_attempts() -> None:
+    """The prompt of the second attempt ends with the two tokens that the first one drew."""
+    again = sequence((5, 6, 7, 9, 9), first_index=2)
+    assert again.next_index == 2
+    assert again.append(9, EOS) is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("token_id", "params", "reason"),
+    [
+        (2, {}, FinishReason.STOP),
+        (2, {"ignore_eos": True}, None),
+        (4, {"stop_token_ids": frozenset({4})}, FinishReason.STOP),
+        (2, {"stop_token_ids": frozenset({2}), "ignore_eos": True}, FinishReason.STOP),
+        (2, {"max_tokens": 1}, FinishReason.STOP),
+        (3, {"max_tokens": 1}, FinishReason.LENGTH),
+    ],
+)
+def test_what_ends_a_sequence(
+    token_id: int, params: dict[str, Any], reason: FinishReason | None
+) -> None:
+    one = sequence(**params)
+    assert one.append(token_id, EOS) is reason
+    assert one.output_token_ids == [token_id], "the token that stops it is kept"
+
+
+tokens = st.lists(st.integers(0, 9), max_size=6)
+
+
+@given(prompt=tokens, output=tokens, start=st.integers(0, 12), length=st.integers(0, 12))
+def test_slices_take_prompt_and_output_as_one_list(
+    prompt: list[int], output: list[int], start: int, length: int
+) -> None:
+    one = sequence(tuple(prompt), max_tokens=100, ignore_eos=True)
+    for token in output:
+        one.append(token, EOS)
+    assert one.token_slice(start, start + length) == tuple(prompt + output)[start : start + length]
+
+
+def test_attempts_are_ordered_and_share_their_sequence() -> None:
+    first, second = AttemptKey("r", 1, 1), AttemptKey("r", 1, 2)
+    assert first < second and first.sequence == second.sequence == ("r", 1)
+    assert str(second) == "r/1#2"
+
+
+@given(num_tokens=st.integers(0, 10**6), block_size=st.integers(1, 128))
+def test_blocks_just_cover_the_tokens(num_tokens: int, block_size: int) -> None:
+    num_blocks = num_blocks_for(num_tokens, block_size)
+    assert num_blocks * block_size >= num_tokens > (num_blocks - 1) * block_size

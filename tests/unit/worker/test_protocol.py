@@ -1,0 +1,184 @@
+"""Two engine loops, wired to each other by a network that Hypothesis drives.
+
+Whatever is delayed, lost, cancelled, corrupted or killed, and in whatever order: blocks are
+counted exactly after every step; in the end everything is free on both workers, and every token
+that was ever sent is the one that an undisturbed run draws.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from benchmarks.plain_loop import PlainLoop
+from shared.engine.model_runner import ModelRunner
+from shared.kv.sequence import FinishReason, SamplingParams
+from shared.rpc.errors import DeadlineExceeded
+from tests.unit.worker.conftest import MakeRunner
+from tests.unit.worker.simulation import Clock, Cluster
+
+NUM_BLOCKS = 12
+BASE = tuple(3 + 7 * i % 50 for i in range(16))
+GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
+PARAMS = [
+    GREEDY,
+    SamplingParams(temperature=0.0, max_tokens=1),
+    SamplingParams(temperature=0.0, max_tokens=2),
+    SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True),
+]
+
+Prompt = tuple[int, ...]
+
+prompts = st.builds(
+    lambda shared, own, which: BASE[:shared] + tuple(range(30 + which, 30 + which + own)),
+    shared=st.sampled_from([0, 4, 8, 12, 16]),
+    own=st.integers(1, 9),
+    which=st.integers(0, 1),
+)
+indices = st.integers(0, 1000)
+names = st.sampled_from(["prefill", "decode"])
+
+
+class Oracle:
+    """What undisturbed runs answer."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._loop = PlainLoop(runner)
+        self._answers: dict[tuple[Prompt, SamplingParams], list[int]] = {}
+
+    def answer(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        known = self._answers.get((prompt, params))
+        if known is None:
+            [known] = self._loop.generate([prompt], [params])
+            self._answers[prompt, params] = known
+        return known
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    runners: dict[str, ModelRunner]
+    oracle: Oracle
+    clock: Clock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = Cluster(self.runners, self.clock)
+
+    @rule(
+        prompt=prompts,
+        params=st.sampled_from(PARAMS),
+        is_local=st.sampled_from([False, False, False, True]),
+        time_left_s=st.sampled_from([None, None, 3.0]),
+    )
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, is_local: bool, time_left_s: float | None
+    ) -> None:
+        self.cluster.submit(
+            prompt,
+            params,
+            self.oracle.answer(prompt, params),
+            is_local=is_local,
+            time_left_s=time_left_s,
+        )
+
+    @precondition(lambda self: self.cluster.busy_channels)
+    @rule(index=indices, num_messages=st.integers(1, 4))
+    def deliver(self, index: int, num_messages: int) -> None:
+        channels = self.cluster.busy_channels
+        channel = channels[index % len(channels)]
+        for _ in range(num_messages):
+            if self.cluster.channels[channel]:
+                self.cluster.deliver(channel)
+
+    @rule(name=names)
+    def step(self, name: str) -> None:
+        self.cluster.step(name)
+
+    @rule(num_rounds=st.integers(1, 4))
+    def go_on(self, num_rounds: int) -> None:
+        """All is well for a while; pulls take longer than anything else."""
+        for _ in range(num_rounds):
+            for channel in self.cluster.busy_channels:
+                self.cluster.deliver(channel)
+            for name in self.cluster.workers:
+                self.cluster.step(name)
+
+    @precondition(lambda self: self.cluster.workers["decode"].jobs)
+    @rule(corrupt=st.sampled_from([False, False, False, True]))
+    def finish_pull(self, corrupt: bool) -> None:
+        self.cluster.finish_pull("decode", corrupt=corrupt)
+
+    @precondition(lambda self: self.cluster.requests)
+    @rule(index=indices)
+    def cancel(self, index: int) -> None:
+        self.cluster.cancel(self.cluster.requests[index % len(self.cluster.requests)])
+
+    @precondition(lambda self: self.cluster.holds)
+    @rule()
+    def break_hold(self) -> None:
+        self.cluster.break_hold(next(iter(self.cluster.holds.values())))
+
+    @rule()
+    def break_gateway_stream(self) -> None:
+        self.cluster.break_gateway_stream("decode")
+
+    @rule(name=names)
+    def kill(self, name: str) -> None:
+        self.cluster.kill(name)
+
+    @rule(seconds=st.sampled_from([0.1, 2.5, 6.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @invariant()
+    def blocks_are_counted_exactly(self) -> None:
+        self.cluster.check()
+
+    def teardown(self) -> None:
+        self.cluster.settle()
+        for request in self.cluster.requests:
+            if isinstance(request.outcome, FinishReason):
+                assert request.token_ids == request.expected
+            else:
+                assert isinstance(request.outcome, str | DeadlineExceeded)
+
+
+@pytest.fixture(scope="module")
+def runners(make_runner: MakeRunner) -> dict[str, ModelRunner]:
+    return {name: make_runner(NUM_BLOCKS) for name in ("prefill", "decode")}
+
+
+@pytest.fixture(scope="module")
+def oracle(make_runner: MakeRunner) -> Oracle:
+    return Oracle(make_runner(NUM_BLOCKS))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("engine_loop", "handoff"):
+        monkeypatch.setattr(f"services.worker.{module}.time", clock)
+    return clock
+
+
+def test_any_interleaving(runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock) -> None:
+    class Machine(ProtocolMachine):
+        pass
+
+    Machine.runners, Machine.oracle, Machine.clock = runners, oracle, clock
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
