@@ -25,7 +25,7 @@ class DecodeHost(Protocol):
 
     capability_hash: str
 
-    def attach_gateway(self) -> tuple[str, DecodeEvents]:
+    def attach_gateway(self, incarnation: str) -> tuple[str, DecodeEvents]:
         """A new stream: its name here, and what is to be sent on it."""
 
     def detach_gateway(self, gateway: str) -> None:
@@ -55,8 +55,12 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             decode_service_pb2.DecodeRequest, decode_service_pb2.DecodeResponse
         ],
     ) -> AsyncIterator[decode_service_pb2.DecodeResponse]:
-        gateway, events = self._host.attach_gateway()
-        reader = asyncio.create_task(self._read(gateway, events, request_iterator))
+        requests = until_silence(request_iterator, 2 * SILENCE_S)
+        first = await anext(requests, None)
+        if first is None or not first.HasField("hello"):
+            return
+        gateway, events = self._host.attach_gateway(first.hello.gateway_incarnation)
+        reader = asyncio.create_task(self._read(gateway, events, requests))
         try:
             async for event in with_ticks(events, self._tick):
                 if reader.done():
@@ -74,7 +78,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
     ) -> None:
         """Until the gateway closes the stream or falls silent."""
         try:
-            async for message in until_silence(requests, 2 * SILENCE_S):
+            async for message in requests:
                 match message.WhichOneof("message"):
                     case "start":
                         self._start(gateway, events, message.start)

@@ -44,8 +44,6 @@ class Admitted:
     stops: tuple[str, ...]
     received: tuple[int, ...]
     """Generated tokens that the client already has; at most `params.max_tokens`."""
-    seed_drawn: bool
-    """Whether `params.seed` is the gateway's, not the client's."""
 
 
 async def admit(
@@ -68,8 +66,8 @@ async def admit(
     received = tuple(request.received_token_ids)
     check_token_ids("received_token_ids", received, limits)
     temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-    seed_drawn = not sampling.HasField("seed")
-    if received and temperature > 0 and seed_drawn:
+    has_seed = sampling.HasField("seed")
+    if received and temperature > 0 and not has_seed:
         limit = "the seed that the first message told"
         raise InvalidField("sampling.seed", "is missing for resuming a sampled answer", limit=limit)
 
@@ -85,12 +83,12 @@ async def admit(
         top_k=sampling.top_k,
         top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
         min_p=sampling.min_p,
-        seed=draw_seed() if seed_drawn else sampling.seed,
+        seed=sampling.seed if has_seed else draw_seed(),
         max_tokens=max_tokens,
         stop_token_ids=frozenset(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
     )
-    return Admitted(prompt, params, stops, received, seed_drawn)
+    return Admitted(prompt, params, stops, received)
 
 
 def _check_ranges(sampling: types_pb2.SamplingParams, limits: Limits) -> None:

@@ -25,6 +25,7 @@ from shared.directory.workers import WorkerRecord
 from shared.engine.config import ModelConfig
 from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
 from shared.kv.sequence import num_blocks_for
+from shared.rpc.errors import InvalidField
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _DOUBT_S = 1.0
 _MAX_DOUBT_S = 8.0
+_CHANNEL_GRACE_S = 600.0
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class Cluster:
         self._doubts: dict[str, _Doubt] = {}
         self._links: dict[str, DecodeLink] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._spread = 0
 
@@ -100,10 +103,11 @@ class Cluster:
                 known.seen_at = now
         self.is_directory_reachable = True
         for record in records:
-            known = self._known.get(record.worker_id)
-            if known is None or known.record != record:
-                known = self._known[record.worker_id] = _Known(record, now)
-            known.seen_at = now
+            previous = self._known.get(record.worker_id)
+            if previous is not None and previous.record == record:
+                previous.seen_at = now
+            else:
+                self._known[record.worker_id] = _Known(record, now)
         for worker_id, known in list(self._known.items()):
             if now - known.seen_at > WORKER_TTL_S:
                 del self._known[worker_id]
@@ -120,7 +124,10 @@ class Cluster:
         for address, channel in list(self._channels.items()):
             if address not in addresses:
                 del self._channels[address]
-                await channel.close(grace=_MAX_DOUBT_S)
+                # Calls that still run on it end by themselves.
+                closing = asyncio.create_task(channel.close(grace=_CHANNEL_GRACE_S))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
         now = time.monotonic()
         for incarnation, doubt in list(self._doubts.items()):
             if incarnation not in incarnations and doubt.until < now:
@@ -129,13 +136,17 @@ class Cluster:
     # What is known
 
     def doubt(self, incarnation: str) -> None:
-        """The worker failed an attempt: nothing new goes there for a while, longer each time."""
-        last = self._doubts.get(incarnation)
-        seconds = min(2 * last.seconds, _MAX_DOUBT_S) if last else _DOUBT_S
-        self._doubts[incarnation] = _Doubt(time.monotonic() + seconds, seconds)
+        """The worker failed an attempt: nothing new goes there for a while.
 
-    def trust(self, incarnation: str) -> None:
-        self._doubts.pop(incarnation, None)
+        Longer each time it happens anew soon after; the streams that fail together count once.
+        """
+        now, last = time.monotonic(), self._doubts.get(incarnation)
+        seconds = _DOUBT_S
+        if last is not None and now < last.until + _MAX_DOUBT_S:
+            if now < last.until:
+                return
+            seconds = min(2 * last.seconds, _MAX_DOUBT_S)
+        self._doubts[incarnation] = _Doubt(now + seconds, seconds)
 
     def _is_doubted(self, incarnation: str) -> bool:
         doubt = self._doubts.get(incarnation)
@@ -196,7 +207,7 @@ class Cluster:
         ]
         return Limits(
             vocab_size=self._model.vocab_size,
-            max_model_len=max(lengths, default=self._model.max_position_embeddings),
+            max_model_len=min(lengths, default=self._model.max_position_embeddings),
             max_pool_tokens=min((pool for pool in pools if pool is not None), default=None),
         )
 
@@ -208,16 +219,24 @@ class Cluster:
     async def route(
         self, token_ids: list[int], num_new_tokens: int, capability_hash: str | None
     ) -> Route:
-        """Locates the prompt's prefixes and chooses; waits as long as nobody can take it."""
+        """Locates the prompt's prefixes and chooses; waits as long as nobody can take it.
+
+        Raises InvalidField when no pool will ever hold it.
+        """
         while True:
             changed = self._changed
             snapshots = self.snapshots()
-            block_size = snapshots[0].block_size if snapshots else 1
+            if choose(snapshots, {}, 1, 1, capability_hash=capability_hash) is None:
+                await changed.wait()
+                continue
+            hits = await self._locate(token_ids, snapshots)
+            block_size = snapshots[0].block_size
+            num_blocks = num_blocks_for(len(token_ids) + num_new_tokens, block_size)
             route = choose(
                 snapshots,
-                await self._locate(token_ids, snapshots),
+                hits,
                 len(token_ids),
-                num_blocks_for(len(token_ids) + num_new_tokens, block_size),
+                num_blocks,
                 capability_hash=capability_hash,
                 spread=self._spread,
             )
@@ -225,6 +244,10 @@ class Cluster:
                 self._spread += 1
                 self._note_started(route, len(token_ids), block_size)
                 return route
+            largest = max(s.num_blocks for s in snapshots)
+            if num_blocks > largest:
+                limit = f"{largest} blocks, the largest pool"
+                raise InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
             await changed.wait()
 
     def _note_started(self, route: Route, num_tokens: int, block_size: int) -> None:

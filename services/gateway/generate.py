@@ -44,14 +44,15 @@ from shared.rpc.errors import (
     EngineFailure,
     SourceLost,
     TooManyAttempts,
-    WorkerLost,
 )
 from shared.telemetry import Counters
 
 logger = logging.getLogger(__name__)
 
 _MAX_ENGINE_FAILURES = 3
-_MAX_LOST_WORKERS = 8
+_MAX_FRUITLESS = 16
+"""Attempts in a row without a token: a fault that stays. Waiting for a worker is no attempt."""
+_MAX_PATIENCE_DOUBLINGS = 5
 _PAUSE_S = 0.02
 """Before another attempt: a fault that repeats at once must not spin."""
 
@@ -69,6 +70,8 @@ class Generation:
     """Generated so far, those received before included."""
     finish_reason: FinishReason | None = None
     num_attempts: int = 0
+    num_fruitless: int = 0
+    """Attempts in a row that brought no token."""
     distrust: bool = False
     capability_hash: str | None = None
     num_cached_tokens: int = 0
@@ -185,12 +188,14 @@ async def attempts(
     generation: Generation, cluster: Cluster, counters: Counters
 ) -> AsyncGenerator[list[int], None]:
     """Runs of new tokens, until the last one. Raises what no other attempt would mend."""
-    num_engine_failures = num_lost_workers = 0
+    num_engine_failures = 0
     while generation.finish_reason is None:
         generation.num_attempts += 1
+        generation.num_fruitless += 1
         try:
             async with aclosing(run_attempt(generation, cluster)) as runs:
                 async for run in runs:
+                    generation.num_fruitless = 0
                     yield run
         except (AttemptFailed, Draining, CapabilityMismatch) as error:
             logger.warning(
@@ -202,12 +207,12 @@ async def attempts(
                 error.message,
             )
             num_engine_failures += isinstance(error, EngineFailure)
-            num_lost_workers += isinstance(error, WorkerLost)
             if num_engine_failures >= _MAX_ENGINE_FAILURES:
                 raise
-            if num_lost_workers >= _MAX_LOST_WORKERS:
+            if generation.num_fruitless >= _MAX_FRUITLESS:
                 raise TooManyAttempts(
-                    f"{num_lost_workers} workers were lost on this request"
+                    f"{_MAX_FRUITLESS} attempts in a row brought no token; the last: "
+                    f"{error.message}"
                 ) from error
             generation.distrust |= isinstance(error, DigestMismatch)
             counters["extra_attempts"] += 1
@@ -227,17 +232,18 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     generation.decode_worker_id = route.decode.worker_id if wants_decode else ""
 
     events: Events = asyncio.Queue()
+    patience = 2.0 ** min(generation.num_fruitless - 1, _MAX_PATIENCE_DOUBLINGS)
     prefill = link = None
     slot = 0
     if route.prefill is not None:
         request = prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode)
         call = follow_prefill(
-            cluster.channel(route.prefill), route.prefill.incarnation, request, events
+            cluster.channel(route.prefill), route.prefill.incarnation, request, events, patience
         )
         prefill = asyncio.create_task(call)
     if wants_decode:
         link = cluster.link(route.decode)
-        slot = link.start(spec, _source(route), events)
+        slot = link.start(spec, _source(route), events, patience)
     try:
         while generation.finish_reason is None:
             run: list[int] = []

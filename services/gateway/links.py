@@ -28,11 +28,15 @@ from shared.rpc.convert import (
     duration_from_pb,
     key_to_pb,
 )
-from shared.rpc.errors import BatonError, WorkerLost, from_failure, from_rpc_error
+from shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
 from shared.rpc.streams import SILENCE_S, TICK_S, until_silence, with_ticks
 
 logger = logging.getLogger(__name__)
+
+_STUCK_S = 5.0
+_STUCK_STEPS = 10
+"""An engine is stuck after that many times its longest step, and at least `_STUCK_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +72,31 @@ Event = Token | Admitted | Joined | Failed
 Events = asyncio.Queue[Event]
 
 
-def silence_limit_s(attempt: int) -> float:
-    """Doubled with every attempt, so that a merely slow cluster is waited for in the end."""
-    return float(SILENCE_S * 2 ** min(attempt - 1, 6))
+class StepWatch:
+    """Notices an engine that stands still with work to do, while its streams still tick."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._since_s = time.monotonic()
+        self._longest_s = 0.0
+
+    def heard(self, step: int, *, busy: bool = True) -> None:
+        now = time.monotonic()
+        if step != self._step and busy:
+            self._longest_s = max(self._longest_s, now - self._since_s)
+        if step != self._step or not busy:
+            self._step, self._since_s = step, now
+
+    def is_stuck(self, patience: float) -> bool:
+        limit_s = patience * max(_STUCK_S, _STUCK_STEPS * self._longest_s)
+        return time.monotonic() - self._since_s > limit_s
 
 
 @dataclass(slots=True)
 class _Slot:
     events: Events
-    silence_s: float
+    patience: float
+    """Times the usual silence: more after fruitless attempts, as the cluster may just be slow."""
 
 
 class DecodeLink:
@@ -97,6 +117,7 @@ class DecodeLink:
         self._requests.put_nowait(decode_service_pb2.DecodeRequest(hello=hello))
         self._on_broken = on_broken
         self._last_heard_s = time.monotonic()
+        self._steps = StepWatch()
         self._task = asyncio.create_task(self._run())
         self._watchdog = asyncio.create_task(self._watch())
 
@@ -109,12 +130,13 @@ class DecodeLink:
         spec: types_pb2.SequenceSpec,
         source: types_pb2.WorkerAddress | None,
         events: Events,
+        patience: float,
     ) -> int:
         """Begins an attempt; returns its slot."""
         slot = next(self._numbers)
         if not self._slots:
             self._last_heard_s = time.monotonic()
-        self._slots[slot] = _Slot(events, silence_limit_s(spec.key.attempt))
+        self._slots[slot] = _Slot(events, patience)
         start = decode_service_pb2.StartSequence(sequence=spec, slot=slot, source=source)
         self._requests.put_nowait(decode_service_pb2.DecodeRequest(start=start))
         return slot
@@ -151,20 +173,27 @@ class DecodeLink:
         self._on_broken(self.incarnation)
 
     async def _watch(self) -> None:
-        """Silence fails the attempts on the stream, each after its own patience."""
+        """Silence, or an engine that is stuck, fails each attempt after its own patience."""
         while True:
             await asyncio.sleep(TICK_S / 2)
             silent_s = time.monotonic() - self._last_heard_s
             for number, slot in list(self._slots.items()):
-                if silent_s > slot.silence_s:
+                if silent_s > slot.patience * SILENCE_S:
                     error = WorkerLost(f"the decode worker was silent for {silent_s:.1f} s")
-                    slot.events.put_nowait(Failed(error, self.incarnation))
-                    del self._slots[number]
+                elif self._steps.is_stuck(slot.patience):
+                    error = WorkerLost("the decode worker's engine stands still")
+                else:
+                    continue
+                slot.events.put_nowait(Failed(error, self.incarnation))
+                del self._slots[number]
 
     def _take(self, message: decode_service_pb2.DecodeResponse) -> None:
         match message.WhichOneof("message"):
+            case "tick":
+                self._steps.heard(message.tick.step, busy=message.tick.busy)
             case "step":
                 step = message.step
+                self._steps.heard(step.step)
                 for number, index, token_id, finish_reason in zip(
                     step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
                 ):
@@ -183,7 +212,11 @@ class DecodeLink:
             case "failed":
                 slot = self._slots.pop(message.failed.slot, None)
                 if slot is not None:
-                    slot.events.put_nowait(Failed(from_failure(message.failed.failure), None))
+                    error = from_failure(message.failed.failure)
+                    slot.events.put_nowait(Failed(error, self._doubted(error)))
+
+    def _doubted(self, error: BatonError) -> str | None:
+        return self.incarnation if isinstance(error, Draining) else None
 
 
 def _tick_request() -> decode_service_pb2.DecodeRequest:
@@ -195,25 +228,34 @@ async def follow_prefill(
     incarnation: str,
     request: prefill_service_pb2.PrefillRequest,
     events: Events,
+    patience: float,
 ) -> None:
-    """Runs one Prefill call; cancelling the task cancels the prompt."""
+    """Runs one Prefill call, to its first token or a Failed; cancelling the task cancels it."""
     call = prefill_service_pb2_grpc.PrefillServiceStub(channel).Prefill(request)
-    first_index = request.sequence.first_index
-    silence_s = silence_limit_s(request.sequence.key.attempt)
+    first_index, steps = request.sequence.first_index, StepWatch()
+    error: BatonError = WorkerLost("the prefill worker ended without a token")
+    is_doubtful = True
     try:
-        async for event in until_silence(aiter(call), silence_s):
-            if event.HasField("admitted"):
+        async for event in until_silence(aiter(call), patience * SILENCE_S):
+            if event.HasField("tick"):
+                steps.heard(event.tick.step, busy=event.tick.busy)
+                if steps.is_stuck(patience):
+                    error = WorkerLost("the prefill worker's engine stands still")
+                    break
+            elif event.HasField("admitted"):
                 events.put_nowait(Admitted(event.admitted.num_cached_tokens))
             elif event.HasField("first_token"):
                 first = event.first_token
                 reason = FINISH_REASON_FROM_PB[first.finish_reason]
                 events.put_nowait(Token(first_index, first.token_id, reason))
+                return
     except TimeoutError:
-        error = WorkerLost(f"the prefill worker was silent for {silence_s:.1f} s")
-        events.put_nowait(Failed(error, incarnation))
+        error = WorkerLost(f"the prefill worker was silent for {patience * SILENCE_S:.1f} s")
     except grpc.aio.AioRpcError as rpc_error:
-        failure = from_rpc_error(rpc_error)
-        doubted = incarnation if isinstance(failure, WorkerLost) else None
-        events.put_nowait(Failed(failure, doubted))
+        error = from_rpc_error(rpc_error)
+        is_doubtful = isinstance(error, WorkerLost | Draining)
+    except Exception:
+        logger.exception("a Prefill call failed")
     finally:
         call.cancel()
+    events.put_nowait(Failed(error, incarnation if is_doubtful else None))

@@ -44,7 +44,6 @@ def choose(
     num_prompt_tokens: int,
     num_blocks_needed: int,
     *,
-    exclude: Collection[str] = (),
     capability_hash: str | None = None,
     spread: int = 0,
 ) -> Route | None:
@@ -59,16 +58,13 @@ def choose(
     num_prompt_tokens: what has to be in the cache before the next token can be drawn.
     num_blocks_needed: of the whole sequence; smaller pools are left out. The prefill worker's
         must hold the prompt.
-    exclude: incarnations that must not be chosen, for instance those that failed before.
     capability_hash: the only one acceptable, once an attempt has emitted tokens.
     spread: a counter; successive values take equal workers in turn.
     """
     usable = [
         worker
         for worker in workers
-        if not worker.suspect
-        and worker.incarnation not in exclude
-        and capability_hash in (None, worker.capability_hash)
+        if not worker.suspect and capability_hash in (None, worker.capability_hash)
     ]
     prefills = [
         worker

@@ -6,7 +6,8 @@ waits for the first one's blocks, then finds them in the cache.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
+from itertools import takewhile
 
 from services.prefill.scheduler import Admission, admission
 from services.worker.sealing import Sealer
@@ -14,14 +15,20 @@ from services.worker.sequence_table import SequenceTable
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
 
-logger = logging.getLogger(__name__)
-
 
 class Admitter:
-    def __init__(self, pool: BlockPool, sealer: Sealer, table: SequenceTable) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        sealer: Sealer,
+        table: SequenceTable,
+        on_dropped: Callable[[int, list[int]], None],
+    ) -> None:
+        """`on_dropped`: told the cache group and ids of blocks that failed their check."""
         self._pool = pool
         self._sealer = sealer
         self._table = table
+        self._on_dropped = on_dropped
         self._coming: dict[bytes, tuple[AttemptKey, int]] = {}
         """Hash of a block that a sequence computes or pulls → who, and where in its table."""
 
@@ -33,15 +40,16 @@ class Admitter:
         num_matched, num_groups = len(matched[0]), len(matched)
         num_new = num_blocks_for(sequence.num_prompt_tokens, self._pool.block_size) - num_matched
         cached = [block_id for block_ids in matched for block_id in block_ids]
-        num_matched_free = sum(self._pool.block(block_id).ref_count == 0 for block_id in cached)
         sequence.num_sealed_blocks = num_matched
         verdict = admission(
             num_new_blocks=num_new * num_groups,
-            num_free_blocks=self._pool.num_free - num_matched_free,
+            num_free_blocks=self._pool.num_free_beside(cached),
             num_growing=num_groups * len(self._table.growing()),
             prefix_is_coming=self._is_coming(sequence, num_matched),
         )
         if verdict is Admission.ADMIT:
+            if sequence.distrust and self._has_corrupt(matched):
+                return self.try_admit(sequence)
             self._pool.acquire(cached)
             sequence.block_tables = [ids + self._pool.allocate(num_new) for ids in matched]
             sequence.num_cached_tokens = num_matched * self._pool.block_size
@@ -72,7 +80,7 @@ class Admitter:
     def _match(self, sequence: Sequence) -> list[list[int]]:
         """[group] → cached blocks at the front, as deep as every group has them.
 
-        A sequence marked `distrust` uses no block whose digest it has not checked.
+        A sequence marked `distrust` uses no block that has no digest to check.
         """
         usable = self._num_usable(sequence)
         matched = [
@@ -80,10 +88,19 @@ class Admitter:
             for hashes in sequence.block_hashes
         ]
         if sequence.distrust:
-            for group, block_ids in enumerate(matched):
-                bad = self._sealer.drop_corrupt(group, block_ids)
-                if bad:
-                    logger.error("%s: cached blocks %s are corrupt, dropped", sequence.key, bad)
-                    matched[group] = block_ids[: block_ids.index(bad[0])]
+            matched = [list(takewhile(self._has_digest, block_ids)) for block_ids in matched]
         depth = min(len(block_ids) for block_ids in matched)
         return [block_ids[:depth] for block_ids in matched]
+
+    def _has_digest(self, block_id: int) -> bool:
+        return self._pool.block(block_id).digest is not None
+
+    def _has_corrupt(self, matched: list[list[int]]) -> bool:
+        """Whether any of the cached blocks had to go."""
+        has_dropped = False
+        for group, block_ids in enumerate(matched):
+            bad = self._sealer.drop_corrupt(group, block_ids)
+            if bad:
+                self._on_dropped(group, bad)
+                has_dropped = True
+        return has_dropped

@@ -10,8 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from itertools import islice
 
 from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
+from shared.directory.keys import LEDGER_TTL_S
 from shared.directory.ledger import LedgerEntry
 from shared.directory.workers import WorkerRecord
 from shared.kv.block_pool import CacheChanges
@@ -23,6 +25,8 @@ HEARTBEAT_S = 0.5
 _FLUSH_S = 0.02
 _PREFIX_REFRESH_S = 20.0
 _LEDGER_REFRESH_S = 10.0
+_WRITES = 256
+"""Entries, and ends, in one round trip."""
 
 
 class DirectorySync:
@@ -43,7 +47,8 @@ class DirectorySync:
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
         """Live entries that this worker wrote last."""
         self._dirty: dict[tuple[str, int], None] = {}
-        self._finished: dict[AttemptKey, None] = {}
+        self._finished: dict[AttemptKey, float] = {}
+        """Ends to be written → when they were; the entry itself goes after LEDGER_TTL_S."""
         self._held: dict[bytes, None] = {}
         self._added: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -64,7 +69,7 @@ class DirectorySync:
         if entry is not None and entry.attempt <= key.attempt:
             del self._entries[key.sequence]
             self._dirty.pop(key.sequence, None)
-        self._finished[key] = None
+        self._finished[key] = time.monotonic()
         self._changed.set()
 
     def forget(self, key: AttemptKey) -> None:
@@ -155,26 +160,30 @@ class DirectorySync:
         await self._flush_prefixes(self._directory)
 
     async def _flush_ledger(self, directory: Directory) -> None:
-        if not self._dirty and not self._finished:
-            return
-        entries = [self._entries[sequence] for sequence in self._dirty]
-        finished = list(self._finished)
-        await directory.ledger.write(entries, finished)
-        for entry in entries:
-            sequence = (entry.request_id, entry.sample)
-            if self._entries.get(sequence) is entry:
-                self._dirty.pop(sequence, None)
-        for key in finished:
-            self._finished.pop(key, None)
+        while self._dirty or self._finished:
+            entries = [self._entries[sequence] for sequence in islice(self._dirty, _WRITES)]
+            finished = list(islice(self._finished, _WRITES))
+            await directory.ledger.write(entries, finished)
+            for entry in entries:
+                sequence = (entry.request_id, entry.sample)
+                if self._entries.get(sequence) is entry:
+                    self._dirty.pop(sequence, None)
+            for key in finished:
+                self._finished.pop(key, None)
 
     async def _flush_prefixes(self, directory: Directory) -> None:
         if not self._added and not self._removed:
             return
-        added, self._added = self._added, {}
-        removed, self._removed = self._removed, {}
+        added, removed = list(self._added), list(self._removed)
         await directory.prefix_index.publish(
-            self._worker_id, self._incarnation, added=list(added), removed=list(removed)
+            self._worker_id, self._incarnation, added=added, removed=removed
         )
+        for block_hash in added:
+            self._added.pop(block_hash, None)
+        for block_hash in removed:
+            self._removed.pop(block_hash, None)
 
     def _say_all_again(self) -> None:
+        forgotten_before = time.monotonic() - LEDGER_TTL_S
+        self._finished = {k: t for k, t in self._finished.items() if t > forgotten_before}
         self._next_heartbeat = self._next_prefixes = self._next_ledger = 0.0

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from baton.v1 import kv_service_pb2 as kv
 from baton.v1 import worker_service_pb2 as wrk
 
 from services.decode import scheduler as decode_policy
@@ -41,6 +42,7 @@ from shared.rpc.errors import (
     Cancelled,
     ClaimBroken,
     DeadlineExceeded,
+    DigestMismatch,
     Draining,
     EngineFailure,
     InvalidField,
@@ -95,7 +97,7 @@ class EngineLoop:
         self.is_busy = False
         self._table = SequenceTable()
         self._reports = Reports(identity, self._table, deliver)
-        self._admitter = Admitter(pool, sealer, self._table)
+        self._admitter = Admitter(pool, sealer, self._table, self._fail_holders)
         self._claims = ClaimTable(pool, sealer, self._reports.emit, trace)
         self._pulls = PullTable(pool, sealer, submit_pull, self._reports.emit, counters, trace)
         self._unclaimed: set[AttemptKey] = set()
@@ -104,6 +106,8 @@ class EngineLoop:
         """When the prompt of a prefill-hosted sequence was complete."""
         self._is_draining = False
         self._is_stopping = False
+        self._is_stalled = False
+        """The last iteration had nothing to compute, though sequences may be waiting for blocks."""
         self._next_overdue_check = 0.0
 
     @property
@@ -120,16 +124,16 @@ class EngineLoop:
         self._take_commands(may_wait=may_wait)
         self._end_overdue()
         self._admit()
-        self._step()
+        self._is_stalled = not self._step()
         self._publish()
 
     # Commands
 
     def _take_commands(self, *, may_wait: bool) -> None:
-        """Takes all that is there; waits for the first when there is nothing to compute."""
+        """Takes all that is there; waits for the first when nothing can be computed without."""
         try:
             self.is_busy = self._can_step()
-            if may_wait and not self.is_busy:
+            if may_wait and (not self.is_busy or self._is_stalled):
                 wait_s = _OVERDUE_CHECK_S if self._table or self._claims else _IDLE_WAIT_S
                 self._handle(self.inbox.get(timeout=wait_s))
             while True:
@@ -159,6 +163,7 @@ class EngineLoop:
             case msg.FromSource():
                 self._on_source(command)
             case msg.SourceGone(source, error):
+                self._pulls.forget_source(source)
                 for pull in self._pulls.of_source(source):
                     self._fail(pull.sequence, SourceLost(error.message))
             case msg.Pulled():
@@ -216,27 +221,49 @@ class EngineLoop:
                     self._reports.emit(msg.LedgerHandedOver(key))
             case "cancel":
                 key = key_from_pb(message.cancel.key)
-                self._drop_corrupt(list(message.cancel.mismatched_block_ids))
                 self._table.refuse_up_to(key)
                 self._claims.forget(key)
-                self._fail_key(key, Cancelled("the reader gave its claim up"))
+                self._check_mismatched(message.cancel)
+                error: AttemptFailed = Cancelled("the reader gave its claim up")
+                if message.cancel.mismatched_block_ids:
+                    error = DigestMismatch("the reader got other bytes than were sealed")
+                self._fail_key(key, error)
 
     def _on_claim(self, key: AttemptKey, reader: str) -> None:
         sequence = self._table.get(key)
         if sequence is None and self._table.is_stale(key):
             self._claims.refuse(key, reader, ClaimBroken("the sequence has ended"))
             return
+        if self._table.slot(key) is not None:
+            self._claims.refuse(key, reader, ClaimBroken("the sequence is not to be handed over"))
+            return
         self._claims.add(key, reader)
         if sequence is not None and sequence.block_tables:
             self._claims.tell_admitted(key)
             self._claims.announce(sequence)
 
-    def _drop_corrupt(self, block_ids: list[int]) -> None:
-        """A reader found these different from what was sealed: look who is right."""
-        for group in range(self._sealer.num_groups):
-            bad = self._sealer.drop_corrupt(group, block_ids)
-            if bad:
-                logger.error("digest mismatch: own blocks %s are corrupt, dropped", bad)
+    def _check_mismatched(self, cancel: kv.CancelClaim) -> None:
+        """A reader found blocks different from what was sealed: look who is right."""
+        for group, block_id, generation in zip(
+            cancel.mismatched_groups,
+            cancel.mismatched_block_ids,
+            cancel.mismatched_generations,
+            strict=False,
+        ):
+            is_ours = group < self._sealer.num_groups and block_id < self._pool.num_blocks
+            # Of a later generation, they are another sequence's by now.
+            if is_ours and self._pool.block(block_id).generation == generation:
+                self._fail_holders(group, self._sealer.drop_corrupt(group, [block_id]))
+
+    def _fail_holders(self, group: int, corrupt: list[int]) -> None:
+        """What was computed from corrupt blocks is wrong, whatever its own digests say."""
+        if not corrupt:
+            return
+        logger.error("digest mismatch: own blocks %s are corrupt, dropped", corrupt)
+        for sequence in self._table.all():
+            table = sequence.block_tables[group] if sequence.block_tables else []
+            if not set(corrupt).isdisjoint(table):
+                self._fail(sequence, DigestMismatch("it was computed from a corrupt block"))
 
     def _on_source(self, command: msg.FromSource) -> None:
         try:
@@ -291,18 +318,20 @@ class EngineLoop:
         computing = (SequenceState.PREFILLING, SequenceState.DECODING)
         return any(sequence.state in computing for sequence in self._table.all())
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Whether there was anything that could be computed."""
         decoding = self._plan_decode()
         chunks = prefill_policy.plan_chunks(
             self._table.in_state(SequenceState.PREFILLING),
-            token_budget=self._limits.token_budget - len(decoding),
+            # However many decode, prompts go on by a block at least.
+            token_budget=max(self._limits.token_budget - len(decoding), self._pool.block_size),
             max_rows=self._limits.max_num_seqs - len(decoding),
             block_size=self._pool.block_size,
         )
         work = [(sequence, 1) for sequence in decoding]
         work += [(chunk.sequence, chunk.num_tokens) for chunk in chunks]
         if not work:
-            return
+            return False
         started_s = time.monotonic()
         self._failpoints.before_step()
         token_ids = self._forward(work)
@@ -315,6 +344,7 @@ class EngineLoop:
                 sequence.num_computed_tokens += 1
                 self._sealer.seal_computed(sequence, with_digests=False)
                 self._took_token(sequence, token_id)
+        return True
 
     def _plan_decode(self) -> list[Sequence]:
         """The running rows of this step, each with room for its token."""
@@ -385,6 +415,8 @@ class EngineLoop:
         slot = self._table.slot(sequence.key)
         if token_id is None:
             self._claims.announce(sequence)
+        elif self._is_corrupt(sequence):
+            return
         elif slot is None:
             self._took_first_token(sequence, token_id)
         else:
@@ -392,6 +424,20 @@ class EngineLoop:
             self._reports.joined(sequence, slot, None)
             self._reports.owns(sequence, Stage.DECODING)
             self._took_token(sequence, token_id)
+
+    def _is_corrupt(self, sequence: Sequence) -> bool:
+        """Whether a block that the prompt was computed from is not what was sealed; ends it then.
+
+        Checked before the first token leaves: a reader that holds the block itself would never
+        read ours, and notice nothing.
+        """
+        num_corrupt = 0
+        for group, table in enumerate(sequence.block_tables):
+            corrupt = self._sealer.drop_corrupt(group, table[: sequence.num_sealed_blocks])
+            num_corrupt += len(corrupt)
+            self._fail_holders(group, corrupt)
+        self._counters["digest_mismatches"] += num_corrupt
+        return num_corrupt > 0
 
     def _took_first_token(self, sequence: Sequence, token_id: int) -> None:
         """Our part of a prefill-hosted sequence is over, but for the reader's pulls."""
@@ -446,7 +492,7 @@ class EngineLoop:
         for key, computed_at in list(self._computed_at.items()):
             if key not in self._claims and now - computed_at > CLAIM_WAITS_S:
                 self._fail_key(key, ClaimBroken("nobody claimed the blocks"))
-        for key in self._claims.waiting_since(now - CLAIM_WAITS_S):
+        for key in self._claims.older_than(now - CLAIM_WAITS_S):
             if key not in self._table:
                 self._claims.fail(key, ClaimBroken("the sequence did not come"))
 

@@ -30,7 +30,15 @@ from services.worker.sealing import Sealer
 from shared.kv.block_pool import BlockPool, Digest
 from shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
 from shared.rpc.convert import key_from_pb, key_to_pb
-from shared.rpc.errors import BatonError, ClaimBroken, DigestMismatch, SourceLost, to_failure
+from shared.rpc.errors import (
+    BatonError,
+    ClaimBroken,
+    DigestMismatch,
+    EngineFailure,
+    SourceLost,
+    from_failure,
+    to_failure,
+)
 from shared.telemetry import Counters, Trace
 from shared.transfer.interface import BlockCopy
 from shared.transfer.puller import ExpectedBlock, PullJob, PullResult
@@ -118,7 +126,10 @@ class ClaimTable:
 
     def release(self, key: AttemptKey, reader: str) -> bool:
         """The reader is done. Answers, and returns, whether its claim held throughout."""
-        held = self._claims.pop(key, None) is not None
+        claim = self._claims.get(key)
+        held = claim is not None and claim.reader == reader
+        if held:
+            del self._claims[key]
         released = kv.ClaimReleased(key=key_to_pb(key), held=held)
         self._emit(ToReader(reader, kv.HoldResponse(released=released)))
         return held
@@ -138,7 +149,7 @@ class ClaimTable:
     def of_reader(self, reader: str) -> list[AttemptKey]:
         return [key for key, claim in self._claims.items() if claim.reader == reader]
 
-    def waiting_since(self, then: float) -> list[AttemptKey]:
+    def older_than(self, then: float) -> list[AttemptKey]:
         return [key for key, claim in self._claims.items() if claim.since < then]
 
 
@@ -213,6 +224,10 @@ class PullTable:
         claim = kv.ClaimBlocks(key=key_to_pb(sequence.key), sequence_blocks=kv.SequenceBlocks())
         self._emit(ToSource(source, kv.HoldRequest(claim=claim)))
 
+    def forget_source(self, source: Peer) -> None:
+        """Its stream is gone: so is the description of its pool."""
+        self._pools.pop(source.incarnation, None)
+
     def of_source(self, source: Peer) -> list[Pull]:
         return [
             pull for pull in self._pulls.values() if pull.source.incarnation == source.incarnation
@@ -251,16 +266,27 @@ class PullTable:
         elif kind == "announce":
             self._on_announce(pull, message.announce)
         elif kind == "failed":
-            raise SourceLost(f"claim ended by its owner: {message.failed.failure.message}")
+            error = from_failure(message.failed.failure)
+            if isinstance(error, DigestMismatch | EngineFailure):
+                raise error
+            raise ClaimBroken(f"ended by its owner: {error.message}")
         elif kind == "released":
-            if not message.released.held:
+            if not message.released.held or not pull.is_released:
                 raise ClaimBroken("the claim did not hold until release")
             del self._pulls[key]
             return pull
         return None
 
     def _on_announce(self, pull: Pull, message: kv.AnnounceBlocks) -> None:
-        num_heads = self._pools[pull.source.incarnation].num_heads
+        pool = self._pools.get(pull.source.incarnation)
+        num_heads = pool.num_heads if pool is not None else 0
+        num_blocks = len(message.block_indices)
+        if not (
+            num_heads
+            and num_blocks == len(message.block_ids) == len(message.generations)
+            and num_blocks * num_heads == len(message.digests)
+        ):
+            raise ClaimBroken("an announcement that makes no sense")
         for column, index in enumerate(message.block_indices):
             digest: Digest = tuple(message.digests[column * num_heads : (column + 1) * num_heads])
             pull.announced[message.group, index] = ExpectedBlock(
@@ -320,7 +346,8 @@ class PullTable:
             # The claim was given up during the read: the blocks may have become another's.
             return
         if result.error is not None:
-            raise SourceLost(f"pull failed: {result.error}")
+            logger.error("%s: pull from %s failed: %s", job.key, pull.source, result.error)
+            raise SourceLost("the source's blocks could not be read")
         if result.mismatched:
             self._report_mismatch(pull, job, result.mismatched)
         self._take_verified(pull, job, result)
@@ -328,7 +355,7 @@ class PullTable:
 
     def _report_mismatch(self, pull: Pull, job: _Job, mismatched: tuple[int, ...]) -> None:
         self._counters["digest_mismatches"] += len(mismatched)
-        bad = [job.expected[column] for column in mismatched]
+        bad = [(job.places[column], job.expected[column]) for column in mismatched]
         for column in mismatched:
             logger.error(
                 "digest mismatch: %s block %s: source %s block %d generation %d, copy in block %d",
@@ -339,7 +366,7 @@ class PullTable:
                 job.expected[column].generation,
                 job.local_block_ids[column],
             )
-        self.cancel(pull, mismatched=[block.remote_block_id for block in bad])
+        self.cancel(pull, mismatched=bad)
         raise DigestMismatch(f"{len(bad)} blocks differ from what was sealed")
 
     def _take_verified(self, pull: Pull, job: _Job, result: PullResult) -> None:
@@ -366,9 +393,13 @@ class PullTable:
         release = kv.ReleaseClaim(key=key_to_pb(pull.sequence.key))
         self._emit(ToSource(pull.source, kv.HoldRequest(release=release)))
 
-    def cancel(self, pull: Pull, *, mismatched: Iterable[int] = ()) -> None:
+    def cancel(self, pull: Pull, *, mismatched: Iterable[tuple[Place, ExpectedBlock]] = ()) -> None:
         """Gives the claim up. Blocks under a job in flight stay in quarantine until it ends."""
         if self._pulls.pop(pull.sequence.key, None) is None:
             return
-        cancel = kv.CancelClaim(key=key_to_pb(pull.sequence.key), mismatched_block_ids=mismatched)
+        cancel = kv.CancelClaim(key=key_to_pb(pull.sequence.key))
+        for (group, _), block in mismatched:
+            cancel.mismatched_groups.append(group)
+            cancel.mismatched_block_ids.append(block.remote_block_id)
+            cancel.mismatched_generations.append(block.generation)
         self._emit(ToSource(pull.source, kv.HoldRequest(cancel=cancel)))

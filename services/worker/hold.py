@@ -134,11 +134,13 @@ class HoldClient:
             error = SourceLost(from_rpc_error(rpc_error).message)
         except BatonError as failure:
             error = failure
+        except Exception:
+            logger.exception("hand-off stream to %s failed", self.source.worker_id)
         logger.warning("hand-off stream to %s ended: %s", self.source.worker_id, error.message)
         self._on_lost(self.source, error)
 
     async def _read(self, responses: AsyncIterator[kv.HoldResponse]) -> None:
-        async for message in until_silence(responses, SILENCE_S):
+        async for message in until_silence(responses, 2 * SILENCE_S):
             if message.HasField("hello") and message.hello.incarnation != self.source.incarnation:
                 raise SourceLost("the source has been restarted")
             if not message.HasField("tick"):

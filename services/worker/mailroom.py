@@ -20,7 +20,7 @@ from services.worker.directory_sync import DirectorySync
 from services.worker.hold import HoldClient
 from services.worker.sequence_table import Slot
 from shared.kv.sequence import AttemptKey, Sequence
-from shared.rpc.errors import BatonError
+from shared.rpc.errors import BatonError, StaleAttempt
 
 
 class Mailroom:
@@ -31,11 +31,13 @@ class Mailroom:
         capability_hash: str,
         inbox: queue.SimpleQueue[msg.Command],
         describe_pool: Callable[[], kv_service_pb2.PoolDescription],
+        drop_peer: Callable[[str], None],
         directory: DirectorySync,
     ) -> None:
         self.identity = identity
         self.capability_hash = capability_hash
         self.describe_pool = describe_pool
+        self._drop_peer = drop_peer
         self._inbox = inbox
         self.progress: Callable[[], tuple[int, bool]] = lambda: (0, False)
         """The engine's steps so far, and whether it has work."""
@@ -82,6 +84,8 @@ class Mailroom:
     # PrefillHost
 
     def start_prefill(self, sequence: Sequence, *, unclaimed: bool) -> PrefillEvents:
+        if sequence.key in self._prefills:
+            raise StaleAttempt("this attempt is being computed already")
         events: PrefillEvents = asyncio.Queue()
         self._prefills[sequence.key] = events
         self._inbox.put(msg.StartPrefill(sequence, unclaimed))
@@ -94,8 +98,8 @@ class Mailroom:
 
     # DecodeHost
 
-    def attach_gateway(self) -> tuple[str, DecodeEvents]:
-        name = f"gateway-{next(self._names)}"
+    def attach_gateway(self, incarnation: str) -> tuple[str, DecodeEvents]:
+        name = f"gateway-{incarnation[:8]}-{next(self._names)}"
         self._gateways[name] = asyncio.Queue()
         return name, self._gateways[name]
 
@@ -158,6 +162,7 @@ class Mailroom:
 
     def _source_lost(self, source: msg.Peer, error: BatonError) -> None:
         self._sources.pop(source.incarnation, None)
+        self._drop_peer(source.incarnation)
         self._inbox.put(msg.SourceGone(source, error))
 
     # Looking in

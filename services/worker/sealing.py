@@ -112,16 +112,19 @@ class Sealer:
         return [value for value in digests if value is not None]
 
     def drop_corrupt(self, group: int, block_ids: Seq[int]) -> list[int]:
-        """Checks blocks against their digests; those that fail, or have none, leave the cache.
+        """Checks blocks against their digests; those that fail leave the cache with all that
+        descends from them. Blocks without digest are left alone.
 
         Returns the ids that failed.
         """
-        if not block_ids:
+        digested = [
+            block_id for block_id in block_ids if self._pool.block(block_id).digest is not None
+        ]
+        if not digested:
             return []
-        now = self.digests(group, block_ids)
         bad = [
             block_id
-            for block_id, value in zip(block_ids, now, strict=True)
+            for block_id, value in zip(digested, self.digests(group, digested), strict=True)
             if self._pool.block(block_id).digest != value
         ]
         for block_id in bad:

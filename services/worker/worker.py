@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -22,6 +23,7 @@ from baton.v1 import (
     decode_service_pb2_grpc,
     kv_service_pb2_grpc,
     prefill_service_pb2_grpc,
+    worker_service_pb2,
     worker_service_pb2_grpc,
 )
 
@@ -58,6 +60,7 @@ _ROLE_SERVICES = {
     "both": ["baton.v1.PrefillService", "baton.v1.DecodeService", "baton.v1.KvService"],
 }
 _DRAIN_POLL_S = 0.05
+_INSPECT_S = 0.2
 _STOP_GRACE_S = 0.5
 
 
@@ -76,6 +79,7 @@ class Worker:
         self._incarnation = secrets.token_hex(16)
         self._counters = Counters()
         self._failpoints = Failpoints.from_environment()
+        self._state = worker_service_pb2.GetWorkerStateResponse()
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
         torch.set_num_threads(args.threads)
         sweep_stale(args.shm_dir)
@@ -119,19 +123,20 @@ class Worker:
         directory = DirectorySync(
             args.redis_url, args.cluster, worker_id=args.worker_id, incarnation=self._incarnation
         )
-        mailroom = Mailroom(
-            identity=identity,
-            capability_hash=self._capability.hash(),
-            inbox=inbox,
-            describe_pool=self._transport.describe,
-            directory=directory,
-        )
 
         def on_pulled(result: PullResult) -> None:
             self._failpoints.after_pull()
             inbox.put(msg.Pulled(result))
 
         puller = Puller(self._transport, self._transport_pool, on_pulled)
+        mailroom = Mailroom(
+            identity=identity,
+            capability_hash=self._capability.hash(),
+            inbox=inbox,
+            describe_pool=self._transport.describe,
+            drop_peer=puller.drop_peer,
+            directory=directory,
+        )
         engine = self._build_engine(identity, inbox, mailroom, puller)
         mailroom.progress = lambda: (engine.num_steps, engine.is_busy)
         self._register_services(endpoint, mailroom)
@@ -214,8 +219,11 @@ class Worker:
         )
 
     async def _record(self, mailroom: Mailroom, address: str) -> WorkerRecord:
-        state = await mailroom.inspect(check_integrity=False)
-        model = self._runner.model_config
+        # A heartbeat must not wait for a long step: the last state is told again then.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_INSPECT_S):
+                self._state = await mailroom.inspect(check_integrity=False)
+        state, model = self._state, self._runner.model_config
         return WorkerRecord(
             worker_id=self._args.worker_id,
             incarnation=self._incarnation,
@@ -229,7 +237,7 @@ class Worker:
                 max_model_len=self._runner.max_model_len,
                 eos_token_ids=tuple(model.eos_token_ids),
             ),
-            num_blocks=state.num_blocks,
+            num_blocks=self._transport_pool.num_blocks,
             load=WorkerLoad(
                 num_waiting=state.num_waiting,
                 num_running=state.num_running,

@@ -102,10 +102,9 @@ class BlockPool:
             block_ids.append(block_id)
         return block_ids
 
-    def can_allocate(self, num_new: int, matched: Sequence[int] = ()) -> bool:
-        """Whether `num_new` blocks are free beside the matched ones, which may be free too."""
-        num_matched_free = sum(self._blocks[block_id].ref_count == 0 for block_id in matched)
-        return len(self._free) - num_matched_free >= num_new
+    def num_free_beside(self, matched: Sequence[int]) -> int:
+        """Free blocks that are left when the matched ones, which may be free too, are taken."""
+        return len(self._free) - sum(self._blocks[b].ref_count == 0 for b in matched)
 
     # Taking and giving back
 

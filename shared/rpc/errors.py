@@ -3,7 +3,6 @@
     BatonError
     ├── InvalidField          a request field is out of range
     ├── NoTokenizer           text asked of a model directory without tokenizer
-    ├── NoWorker              nobody can take the request
     ├── Draining              the process is shutting down
     ├── DeadlineExceeded      the request's own deadline
     ├── CapabilityMismatch    model, layout or dtype differ
@@ -24,12 +23,15 @@ multiplexed streams `to_failure` and `from_failure` carry the same tree as messa
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import grpc
 from baton.v1 import error_details_pb2 as pb
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
+
+logger = logging.getLogger(__name__)
 
 _DETAILS_KEY = "grpc-status-details-bin"
 
@@ -60,11 +62,6 @@ class InvalidField(BatonError):
 class NoTokenizer(BatonError):
     code = grpc.StatusCode.UNIMPLEMENTED
     reason = pb.FAILURE_REASON_NO_TOKENIZER
-
-
-class NoWorker(BatonError):
-    code = grpc.StatusCode.UNAVAILABLE
-    reason = pb.FAILURE_REASON_NO_WORKER
 
 
 class Draining(BatonError):
@@ -166,11 +163,15 @@ def trailers(error: BatonError) -> tuple[tuple[str, bytes], ...]:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> BatonError:
-    """The error that the server raised; `WorkerLost` when it carries no detail of ours."""
+    """The error that the server raised; `WorkerLost` when it carries no detail of ours.
+
+    gRPC's own text names addresses: it stays in the log.
+    """
     failure = failure_of(error)
     if failure is not None:
         return from_failure(failure)
-    return WorkerLost(f"{error.code().name}: {error.details()}")
+    logger.info("%s: %s", error.code().name, error.details())
+    return WorkerLost(f"the call ended with {error.code().name}")
 
 
 def failure_of(error: grpc.aio.AioRpcError) -> pb.Failure | None:

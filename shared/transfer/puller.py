@@ -176,8 +176,13 @@ class Puller:
 
     def _disconnect(self, incarnation: str) -> None:
         connection = self._connections.pop(incarnation, None)
-        if connection is not None:
+        if connection is None:
+            return
+        try:
             connection.close()
+        except Exception:
+            # The thread must live: every job is answered.
+            log.exception("closing the connection to %s failed", incarnation)
 
     def _announced(self, job: PullJob) -> tuple[Uint64Array, Uint64Array]:
         """Seeds and digests of the job's blocks, each [copies, num_heads]."""

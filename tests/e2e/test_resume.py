@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from baton.v1 import inference_service_pb2, types_pb2
 
+from services.gateway.tokenizer import StreamDecoder, TextCodec
 from tests.e2e.harness import Result, Stack, collect
 from tests.e2e.oracle import Ask, Oracle
 
@@ -85,7 +88,7 @@ def test_stream_that_is_cut_off_goes_on(stack: Stack) -> None:
     """As a client would: it keeps what came, hangs up, and asks again; more than once."""
     options = {**SAMPLINGS["sampled"], "max_tokens": NUM_TOKENS}
     token_ids: list[int] = []
-    text, seed = "", {}
+    text, seed = "", dict[str, Any]()
     for _ in range(3):
         stream = stack.start(PROMPT, received=token_ids, **options, **seed)
         num_wanted = len(token_ids) + 10
@@ -96,6 +99,7 @@ def test_stream_that_is_cut_off_goes_on(stack: Stack) -> None:
             text += response.chunk.text
             if len(token_ids) >= num_wanted:
                 break
+        assert isinstance(stream, grpc.Call)
         stream.cancel()
     rest = stack.generate(PROMPT, received=token_ids, **options, **seed)
     whole = stack.generate(PROMPT, **options, **seed)
@@ -136,36 +140,44 @@ def test_received_stop_token_is_the_end(stack: Stack, demo_oracle: Oracle) -> No
 def test_stop_string_across_tokens(stack: Stack) -> None:
     """The text ends before it, the tokens with the one that completes it; resumed or not."""
     options = {**SAMPLINGS["sampled"], "max_tokens": NUM_TOKENS, "seed": 1}
-    whole, parts = parts_of(stack, **options)
-    for first, end in stops_across_tokens(whole, parts):
+    whole = stack.generate(PROMPT, **options)
+    ends = text_ends(whole.token_ids)
+    assert ends[-1] == len(whole.text)
+    for first, end in stops_across_tokens(whole.text, ends):
         stop = whole.text[first:end]
-        with_stops = {**options, "stops": ["\0never", stop, whole.text[-3:]]}
-        stopped, stopped_parts = parts_of(stack, **with_stops)
-        num_used = next(n for n, part in enumerate(parts) if len(part.text) >= end)
+        with_stops = {**options, "stops": [f"{stop}\0", stop, "\0"]}
+        stopped, parts = parts_of(stack, **with_stops)
+        num_used = next(n for n, text_end in enumerate(ends) if text_end >= end)
         assert stopped.text == whole.text[:first]
         assert stopped.token_ids == whole.token_ids[:num_used]
         assert stopped.finish_reason == STOP
         assert stopped.finished.usage.num_completion_tokens == num_used
-        for part in [*stopped_parts[1:3], *stopped_parts[-4:]]:
+        for part in [*parts[1:3], *parts[-4:]]:
             assert_resumes(stack, stopped, part, **with_stops)
     stack.assert_idle()
 
 
-def stops_across_tokens(whole: Result, parts: list[Part]) -> list[tuple[int, int]]:
-    """Some places (start, end) in the text that lie in two or three tokens, where the text there
-    occurs for the first time."""
-    assert [len(part.token_ids) for part in parts] == list(range(NUM_TOKENS + 1))
-    ends = [len(part.text) for part in parts]
+def text_ends(token_ids: list[int]) -> list[int]:
+    """Length of the text after 0, 1, 2, … tokens."""
+    codec = TextCodec.load(DEMO)
+    assert codec is not None
+    decoder = StreamDecoder(codec, [])
+    ends = [0, *accumulate(len(decoder.push([token_id]).text) for token_id in token_ids)]
+    codec.close()
+    return ends
+
+
+def stops_across_tokens(text: str, ends: list[int]) -> list[tuple[int, int]]:
+    """Places (start, end) that begin in one token and end in the next, or in the one after it,
+    and are the first with that text."""
     places = [
-        (ends[n] - 1, ends[n + width] + 1)
-        for n, width in ((6, 0), (13, 0), (20, 1), (30, 1))
-        if ends[n - 1] < ends[n]
+        (ends[n] - 1, ends[n + n % 2] + 1)
+        for n in range(5, NUM_TOKENS - 3)
+        if ends[n - 1] < ends[n] and ends[n + n % 2] < ends[n + n % 2 + 1]
     ]
-    places = [
-        (first, end) for first, end in places if whole.text.find(whole.text[first:end]) == first
-    ]
-    assert len(places) >= 2
-    return places
+    places = [(first, end) for first, end in places if text.find(text[first:end]) == first]
+    assert len(places) >= 4
+    return places[:: len(places) // 4][:4]
 
 
 def tokens_of(stack: Stack, text: str) -> list[int]:

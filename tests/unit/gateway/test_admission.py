@@ -57,7 +57,6 @@ async def test_unset_fields_take_their_defaults() -> None:
         params=SamplingParams(seed=4711, max_tokens=20),
         stops=(),
         received=(),
-        seed_drawn=True,
     )
     bare = pb.GenerateRequest(text="abc")
     assert (await admitted(bare)).params.temperature == 1.0
@@ -87,12 +86,11 @@ async def test_set_fields_arrive() -> None:
         stop_token_ids=frozenset([8, 9]),
         ignore_eos=True,
     )
-    assert await admitted(message) == Admitted((7, 7, 7), params, ("x", "yz"), (4, 5), False)
+    assert await admitted(message) == Admitted((7, 7, 7), params, ("x", "yz"), (4, 5))
 
 
 async def test_a_seed_of_zero_is_a_seed() -> None:
-    result = await admitted(request(seed=0))
-    assert (result.params.seed, result.seed_drawn) == (0, False)
+    assert (await admitted(request(seed=0))).params.seed == 0
 
 
 async def test_drawn_seeds_differ() -> None:

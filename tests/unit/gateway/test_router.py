@@ -116,14 +116,13 @@ def test_a_later_attempt_keeps_its_capability() -> None:
     assert route(*workers, capability_hash="c") is None
 
 
-def test_suspect_and_excluded_workers_get_nothing() -> None:
+def test_suspect_workers_get_nothing() -> None:
     prefill, decode = worker("p", "prefill"), worker("d", "decode")
-    assert route(worker("p", "prefill", suspect=True), decode) is None
-    assert route(prefill, decode, exclude={"d-first"}) is None
-    # Started anew it is another worker.
-    assert route(prefill, worker("d", "decode", incarnation="2"), exclude={"d-first"}) == ("p", "d")
+    doubted = worker("p", "prefill", suspect=True)
+    assert route(doubted, decode) is None
+    assert route(prefill, worker("d", "decode", suspect=True)) is None
     # When the only prefill worker is gone, `both` takes its part.
-    assert route(prefill, decode, worker("b", "both"), exclude={"p-first"}) == (None, "b")
+    assert route(doubted, decode, worker("b", "both")) == (None, "b")
 
 
 def test_pools_that_cannot_hold_the_request_are_left_out() -> None:

@@ -162,7 +162,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         num_new = num_blocks - len(matched)
         num_matched_free = sum(not self.model.num_references[block_id] for block_id in matched)
         has_room = self.model.num_free - num_matched_free >= num_new
-        assert self.pool.can_allocate(num_new, matched) == has_room
+        assert (self.pool.num_free_beside(matched) >= num_new) == has_room
         if has_room:
             self.pool.acquire(matched)
             self.model.take(matched)

@@ -16,10 +16,12 @@ import queue
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import torch
-from baton.v1 import decode_service_pb2, kv_service_pb2
+from baton.v1 import decode_service_pb2, kv_service_pb2, types_pb2
+from baton.v1.prefill_service_pb2 import PrefillResponse
 
 from services.worker import messages as msg
 from services.worker.engine_loop import EngineLoop, StepLimits
@@ -296,15 +298,13 @@ class Cluster:
                 case msg.ToPrefillStream(key, event):
                     self._send(
                         ("first", key, worker.incarnation),
-                        lambda key=key, event=event: self._on_prefill_event(key, event),
+                        partial(self._on_prefill_event, key, event),
                     )
                 case msg.ToGateway(stream, response):
                     if stream == worker.gateway_stream:
                         self._send(
                             ("tokens", stream, worker.incarnation),
-                            lambda stream=stream, response=response: self._on_decode_event(
-                                stream, response
-                            ),
+                            partial(self._on_decode_event, stream, response),
                         )
                 case msg.ToSource(source, request):
                     self._to_source(worker, source, request)
@@ -452,16 +452,16 @@ class Cluster:
         lost = WorkerLost("it fell silent")
         self._send(("silence", attempt.key), lambda: self._on_failed(attempt, lost))
 
-    def _on_prefill_event(self, key: AttemptKey, event: object) -> None:
+    def _on_prefill_event(self, key: AttemptKey, event: PrefillResponse | BatonError) -> None:
         attempt = self._attempts[key]
         if attempt.prefill is None:
             return
         if isinstance(event, BatonError):
             attempt.prefill = None
             self._on_failed(attempt, event)
-        elif event.HasField("first_token"):  # type: ignore[attr-defined]
+        elif event.HasField("first_token"):
             attempt.prefill = None
-            first = event.first_token  # type: ignore[attr-defined]
+            first = event.first_token
             self._on_token(attempt, attempt.first_index, first.token_id, first.finish_reason)
 
     def _on_decode_event(self, stream: str, response: decode_service_pb2.DecodeResponse) -> None:
@@ -480,10 +480,12 @@ class Cluster:
                     attempt.decode = None
                 self._on_token(attempt, index, token_id, reason)
 
-    def _on_token(self, attempt: Attempt, index: int, token_id: int, reason_pb: object) -> None:
+    def _on_token(
+        self, attempt: Attempt, index: int, token_id: int, reason_pb: types_pb2.FinishReason
+    ) -> None:
         """Every token that any attempt says is the right one, also where it isn't taken."""
         request = attempt.request
-        reason = FINISH_REASON_FROM_PB[reason_pb]  # type: ignore[index]
+        reason = FINISH_REASON_FROM_PB[reason_pb]
         assert request.expected[index] == token_id, (attempt.key, index)
         assert (reason is not None) == (index == len(request.expected) - 1)
         is_current = attempt.key.attempt == request.num_attempts and request.outcome is None

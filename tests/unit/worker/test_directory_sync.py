@@ -1,0 +1,303 @@
+"""DirectorySync against a directory that comes and goes: nothing lost, nothing resurrected."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from services.worker import directory_sync
+from services.worker.directory_sync import DirectorySync
+from shared.directory.directory import Directory, DirectoryUnavailable
+from shared.directory.ledger import LedgerEntry, Stage
+from shared.directory.workers import WorkerRecord
+from shared.kv.block_pool import CacheChanges
+from shared.kv.sequence import AttemptKey
+
+RECORD = cast(WorkerRecord, "the worker as it is now")
+A, B, C = (letter.encode() * 32 for letter in "abc")
+
+
+class FakeDirectory:
+    """What the calls would leave in Redis, as long as it is there; all three parts in one."""
+
+    def __init__(self) -> None:
+        self.is_away = False
+        self.num_published = 0
+        self.registered: list[WorkerRecord] = []
+        self.entries: dict[tuple[str, int], LedgerEntry] = {}
+        self.prefixes: set[bytes] = set()
+        self.writes: list[list[LedgerEntry]] = []
+        self.held_back: asyncio.Event | None = None
+        """When set, calls wait for it."""
+        self.workers = self.prefix_index = self.ledger = self
+
+    async def _arrive(self) -> None:
+        if self.held_back is not None:
+            await self.held_back.wait()
+        if self.is_away:
+            raise DirectoryUnavailable("away")
+
+    async def publish(self, *record: Any, **prefixes: Sequence[bytes]) -> None:
+        await self._arrive()
+        if prefixes:
+            self.prefixes |= set(prefixes["added"])
+            self.prefixes -= set(prefixes["removed"])
+        else:
+            self.num_published += 1
+            self.registered = list(record)
+
+    async def remove(self, worker_id: str, incarnation: str) -> None:
+        await self._arrive()
+        self.registered = []
+
+    async def write(self, entries: Sequence[LedgerEntry], finished: Sequence[AttemptKey]) -> None:
+        await self._arrive()
+        self.writes.append(list(entries))
+        for entry in entries:
+            self.entries[entry.request_id, entry.sample] = entry
+        for key in finished:
+            entry_there = self.entries.get(key.sequence)
+            if entry_there is not None and entry_there.attempt <= key.attempt:
+                del self.entries[key.sequence]
+
+    async def aclose(self) -> None:
+        pass
+
+    def forget_everything(self) -> None:
+        """As a server does that is restarted empty."""
+        self.registered, self.entries, self.prefixes = [], {}, set()
+
+
+def entry(attempt: int = 1, stage: Stage = Stage.PREFILLING, name: str = "r") -> LedgerEntry:
+    return LedgerEntry(name, 0, attempt, stage, "me", "ab", "", 3)
+
+
+def key(attempt: int = 1, name: str = "r") -> AttemptKey:
+    return AttemptKey(name, 0, attempt)
+
+
+def changes(added: list[bytes], removed: list[bytes]) -> CacheChanges:
+    return CacheChanges(dict.fromkeys(added), dict.fromkeys(removed))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
+    """Opened instead of the real one; everything periodic comes soon."""
+    fake = FakeDirectory()
+
+    async def open_fake(url: str, cluster: str) -> Directory:
+        await fake._arrive()
+        return cast(Directory, fake)
+
+    monkeypatch.setattr(directory_sync, "open_directory", open_fake)
+    monkeypatch.setattr(directory_sync, "_FLUSH_S", 0.001)
+    monkeypatch.setattr(directory_sync, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(directory_sync, "_LEDGER_REFRESH_S", 0.02)
+    monkeypatch.setattr(directory_sync, "_PREFIX_REFRESH_S", 0.02)
+    return fake
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[DirectorySync]:
+    async def make_record() -> WorkerRecord:
+        return RECORD
+
+    sync = DirectorySync("redis://nowhere", "default", worker_id="me", incarnation="ab")
+    task = asyncio.create_task(sync.run(make_record))
+    yield sync
+    assert not task.done(), "it goes on whatever the directory does"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def rounds(fake: FakeDirectory, num_rounds: int = 5) -> None:
+    """Time for every refresh to come round."""
+    end = fake.num_published + num_rounds
+    await until(lambda: fake.num_published >= end)
+
+
+async def test_what_the_engine_says_arrives(fake: FakeDirectory) -> None:
+    async with running() as sync:
+        sync.write(entry())
+        sync.cache_changed(changes([A, B], []))
+        await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
+        assert fake.registered == [RECORD]
+        sync.write(entry(stage=Stage.DECODING))
+        sync.cache_changed(changes([C], [A]))
+        await until(lambda: fake.prefixes == {B, C})
+        await until(lambda: fake.entries["r", 0].stage is Stage.DECODING)
+
+
+async def test_only_the_latest_of_an_entry_is_written(fake: FakeDirectory) -> None:
+    async with running() as sync:
+        await rounds(fake, 1)
+        for stage in Stage:
+            sync.write(entry(stage=stage))
+        await until(lambda: bool(fake.writes))
+        assert [each.stage for each in fake.writes[0]] == [Stage.DECODING]
+
+
+async def test_entries_live_on_and_end_for_good(fake: FakeDirectory) -> None:
+    async with running() as sync:
+        sync.write(entry())
+        await until(lambda: bool(fake.entries))
+        fake.forget_everything()
+        await until(lambda: bool(fake.entries))
+        sync.end(key())
+        await until(lambda: not fake.entries)
+        await rounds(fake)
+        assert not fake.entries, "a refresh brought it back"
+
+
+async def test_an_entry_that_another_worker_goes_on_with_is_not_refreshed(
+    fake: FakeDirectory,
+) -> None:
+    async with running() as sync:
+        sync.write(entry())
+        await until(lambda: bool(fake.entries))
+        sync.forget(key())
+        await rounds(fake)
+        fake.forget_everything()
+        await rounds(fake)
+        assert not fake.entries
+
+
+async def test_the_end_of_an_old_attempt_leaves_the_new_one(fake: FakeDirectory) -> None:
+    async with running() as sync:
+        sync.write(entry(1))
+        sync.write(entry(2))
+        sync.end(key(1))
+        sync.forget(key(1))
+        await rounds(fake)
+        assert fake.entries["r", 0].attempt == 2
+
+
+async def test_what_was_said_while_it_was_away_is_said_when_it_is_back(
+    fake: FakeDirectory,
+) -> None:
+    async with running() as sync:
+        sync.write(entry(name="ends"))
+        sync.write(entry(name="goes on"))
+        sync.cache_changed(changes([A, B], []))
+        await until(lambda: len(fake.entries) == 2 and fake.prefixes == {A, B})
+        fake.is_away = True
+        await asyncio.sleep(0.03)
+        sync.end(key(name="ends"))
+        sync.write(entry(name="new"))
+        sync.cache_changed(changes([C], [A]))
+        await asyncio.sleep(0.03)
+        fake.is_away = False
+        await until(lambda: {name for name, _ in fake.entries} == {"goes on", "new"})
+        await until(lambda: fake.prefixes == {B, C})
+
+
+async def test_a_directory_that_lost_everything_is_told_everything(
+    fake: FakeDirectory,
+) -> None:
+    async with running() as sync:
+        sync.write(entry())
+        sync.cache_changed(changes([A, B], []))
+        await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
+        fake.is_away = True
+        await asyncio.sleep(0.03)
+        fake.forget_everything()
+        fake.is_away = False
+        await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
+        assert fake.registered == [RECORD]
+
+
+async def test_it_may_be_away_from_the_start(fake: FakeDirectory) -> None:
+    fake.is_away = True
+    async with running() as sync:
+        sync.write(entry())
+        sync.cache_changed(changes([A], []))
+        await asyncio.sleep(0.03)
+        fake.is_away = False
+        await until(lambda: bool(fake.entries) and fake.prefixes == {A})
+
+
+async def test_what_changes_during_a_write_is_not_taken_for_written(
+    fake: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_sync, "_LEDGER_REFRESH_S", 1000.0)
+    async with running() as sync:
+        await rounds(fake, 1)
+        fake.held_back = asyncio.Event()
+        sync.write(entry())
+        await asyncio.sleep(0.02)
+        sync.write(entry(stage=Stage.DECODING))
+        sync.write(entry(name="other"))
+        fake.held_back.set()
+        await until(lambda: len(fake.entries) == 2)
+        await until(lambda: fake.entries["r", 0].stage is Stage.DECODING)
+
+
+async def test_an_end_during_a_write_is_kept(fake: FakeDirectory) -> None:
+    async with running() as sync:
+        await rounds(fake, 1)
+        fake.held_back = asyncio.Event()
+        sync.write(entry())
+        await asyncio.sleep(0.02)
+        sync.end(key())
+        fake.held_back.set()
+        await rounds(fake)
+        assert not fake.entries
+
+
+async def test_a_prefix_that_goes_and_comes_during_a_failed_publish_is_listed(
+    fake: FakeDirectory,
+) -> None:
+    async with running() as sync:
+        sync.cache_changed(changes([A], []))
+        await until(lambda: fake.prefixes == {A})
+        fake.is_away = True
+        sync.cache_changed(changes([], [A]))
+        await asyncio.sleep(0.03)
+        sync.cache_changed(changes([A], []))
+        fake.is_away = False
+        await rounds(fake)
+        assert fake.prefixes == {A}
+
+
+async def test_a_removed_prefix_whose_publish_failed_is_removed_later(
+    fake: FakeDirectory,
+) -> None:
+    async with running() as sync:
+        sync.cache_changed(changes([A, B], []))
+        await until(lambda: fake.prefixes == {A, B})
+        fake.is_away = True
+        sync.cache_changed(changes([], [A]))
+        await asyncio.sleep(0.03)
+        fake.is_away = False
+        await until(lambda: fake.prefixes == {B})
+
+
+async def test_a_retired_worker_is_not_registered_again_but_its_ledger_goes_on(
+    fake: FakeDirectory,
+) -> None:
+    async with running() as sync:
+        await rounds(fake, 1)
+        await sync.retire()
+        sync.write(entry())
+        await until(lambda: bool(fake.entries))
+        await asyncio.sleep(0.05)
+        assert not fake.registered
+        sync.end(key())
+        await until(lambda: not fake.entries)
+
+
+async def test_retiring_while_it_is_away_is_no_error(fake: FakeDirectory) -> None:
+    async with running() as sync:
+        await rounds(fake, 1)
+        fake.is_away = True
+        await sync.retire()

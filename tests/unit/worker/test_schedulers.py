@@ -1,0 +1,166 @@
+"""Pure policy: who enters, what a step computes, who yields."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.decode.scheduler import (
+    choose_victim,
+    is_short_of_blocks,
+    num_blocks_wanted,
+    plan_rows,
+)
+from services.prefill.scheduler import Admission, admission, plan_chunks
+from shared.kv.sequence import AttemptKey, SamplingParams, Sequence, num_blocks_for
+
+BLOCK_SIZE = 4
+
+
+def sequence(num_prompt: int, *, num_computed: int = 0, name: str = "r") -> Sequence:
+    key = AttemptKey(name, 0, 1)
+    made = Sequence(key, tuple(range(num_prompt)), SamplingParams(max_tokens=1000))
+    made.num_computed_tokens = num_computed
+    return made
+
+
+def running(num_tokens: int, num_blocks: int, name: str = "r") -> Sequence:
+    """Decoding, with a block table of `num_blocks` in its one group."""
+    made = sequence(num_tokens, num_computed=num_tokens - 1, name=name)
+    made.block_tables = [list(range(num_blocks))]
+    return made
+
+
+# Prefill
+
+
+@pytest.mark.parametrize(
+    ("num_new", "num_free", "num_growing", "verdict"),
+    [
+        (4, 4, 0, Admission.ADMIT),
+        (5, 4, 0, Admission.WAIT_FOR_ROOM),
+        (3, 4, 1, Admission.ADMIT),
+        (4, 4, 1, Admission.WAIT_FOR_ROOM),
+        (0, 0, 0, Admission.ADMIT),
+    ],
+)
+def test_a_prompt_enters_when_all_of_it_fits_beside_those_that_grow(
+    num_new: int, num_free: int, num_growing: int, verdict: Admission
+) -> None:
+    assert verdict is admission(
+        num_new_blocks=num_new,
+        num_free_blocks=num_free,
+        num_growing=num_growing,
+        prefix_is_coming=False,
+    )
+
+
+def test_a_prompt_whose_prefix_is_coming_does_not_block_those_behind_it() -> None:
+    """Also when there is no room: only WAIT_FOR_ROOM makes the others wait."""
+    assert Admission.WAIT_FOR_PREFIX is admission(
+        num_new_blocks=9, num_free_blocks=0, num_growing=0, prefix_is_coming=True
+    )
+
+
+def chunks(prompts: list[Sequence], budget: int, max_rows: int = 100) -> list[tuple[str, int]]:
+    planned = plan_chunks(prompts, token_budget=budget, max_rows=max_rows, block_size=BLOCK_SIZE)
+    return [(chunk.sequence.key.request_id, chunk.num_tokens) for chunk in planned]
+
+
+def test_chunks_first_come_first_served() -> None:
+    prompts = [sequence(6, name="a"), sequence(9, name="b"), sequence(3, name="c")]
+    assert chunks(prompts, 100) == [("a", 6), ("b", 9), ("c", 3)]
+    assert chunks(prompts, 14) == [("a", 6), ("b", 8)]
+    assert chunks(prompts, 6) == [("a", 6)]
+    assert chunks(prompts, 100, max_rows=2) == [("a", 6), ("b", 9)]
+    assert chunks(prompts, 0) == chunks(prompts, -3) == []
+
+
+def test_a_chunk_ends_with_a_block_unless_it_is_the_last_or_too_small() -> None:
+    assert chunks([sequence(20)], 10) == [("r", 8)]
+    assert chunks([sequence(20, num_computed=3)], 10) == [("r", 9)]
+    assert chunks([sequence(20, num_computed=2)], 2) == [("r", 2)]
+    assert chunks([sequence(20)], 3) == [("r", 3)], "less than a block is still progress"
+    assert chunks([sequence(7, num_computed=4)], 10) == [("r", 3)]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    budget=st.integers(1, 30),
+    max_rows=st.integers(1, 5),
+)
+def test_every_prompt_is_computed_once_within_budget(
+    lengths: list[int], budget: int, max_rows: int
+) -> None:
+    left = [sequence(length, name=str(i)) for i, length in enumerate(lengths)]
+    finished: list[int] = []
+    while left:
+        planned = plan_chunks(left, token_budget=budget, max_rows=max_rows, block_size=BLOCK_SIZE)
+        assert planned, "no step is without progress"
+        assert sum(chunk.num_tokens for chunk in planned) <= budget
+        assert len(planned) <= max_rows and all(chunk.num_tokens > 0 for chunk in planned)
+        for chunk in planned:
+            chunk.sequence.num_computed_tokens += chunk.num_tokens
+        finished += [each.num_computed_tokens for each in left if _is_computed(each)]
+        left = [each for each in left if not _is_computed(each)]
+    assert sorted(finished) == sorted(lengths)
+
+
+def _is_computed(each: Sequence) -> bool:
+    return each.num_computed_tokens >= each.num_prompt_tokens
+
+
+# Decode
+
+
+def test_a_sequence_wants_a_block_when_its_next_token_has_no_slot() -> None:
+    assert num_blocks_wanted(running(8, 2), BLOCK_SIZE) == 0
+    assert num_blocks_wanted(running(9, 2), BLOCK_SIZE) == 1
+
+
+def test_every_group_wants_its_own_block() -> None:
+    both = running(9, 2)
+    both.block_tables.append([7, 8])
+    assert num_blocks_wanted(both, BLOCK_SIZE) == 2
+
+
+def test_short_of_blocks_counts_all_that_is_wanted() -> None:
+    batch = [running(9, 2), running(5, 1), running(4, 1)]
+    assert not is_short_of_blocks(batch, 2, BLOCK_SIZE)
+    assert is_short_of_blocks(batch, 1, BLOCK_SIZE)
+
+
+def test_the_latest_is_preempted_and_the_first_never() -> None:
+    batch = [running(4, 1, name) for name in "abc"]
+    assert choose_victim(batch) is batch[2]
+    assert choose_victim(batch[:1]) is None
+    assert choose_victim([]) is None
+
+
+def rows(batch: list[Sequence], num_free: int, max_rows: int = 100) -> list[str]:
+    planned = plan_rows(batch, num_free_blocks=num_free, max_rows=max_rows, block_size=BLOCK_SIZE)
+    return [each.key.request_id for each in planned]
+
+
+def test_rows_oldest_first_and_who_finds_no_block_sits_out() -> None:
+    batch = [running(9, 2, "a"), running(9, 2, "b"), running(7, 2, "c")]
+    assert rows(batch, 2) == ["a", "b", "c"]
+    assert rows(batch, 1) == ["a", "c"]
+    assert rows(batch, 0) == ["c"]
+    assert rows(batch, 2, max_rows=1) == ["a"]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 1)), max_size=8),
+    num_free=st.integers(0, 6),
+)
+def test_planned_rows_fit_into_what_is_free(sizes: list[tuple[int, int]], num_free: int) -> None:
+    batch = [
+        running(tokens, num_blocks_for(tokens, BLOCK_SIZE) - lacking, str(i))
+        for i, (tokens, lacking) in enumerate(sizes)
+    ]
+    planned = plan_rows(batch, num_free_blocks=num_free, max_rows=100, block_size=BLOCK_SIZE)
+    assert sum(num_blocks_wanted(each, BLOCK_SIZE) for each in planned) <= num_free
+    sitting_out = [each for each in batch if each not in planned]
+    assert all(num_blocks_wanted(each, BLOCK_SIZE) for each in sitting_out)
