@@ -91,8 +91,8 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
     readiness.cancel()
     await endpoint.set_ready(is_ready=False)
     servicer.is_draining = True
-    give_up_at = time.monotonic() + (0.0 if is_orphaned() else args.drain_s)
-    while servicer.num_in_flight and time.monotonic() < give_up_at:
+    give_up_at = time.monotonic() + args.drain_s
+    while servicer.num_in_flight and time.monotonic() < give_up_at and not is_orphaned():
         await asyncio.sleep(_READY_POLL_S)
     await endpoint.stop(_STOP_GRACE_S)
     following.cancel()

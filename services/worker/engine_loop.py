@@ -244,16 +244,24 @@ class EngineLoop:
 
     def _check_mismatched(self, cancel: kv.CancelClaim) -> None:
         """A reader found blocks different from what was sealed: look who is right."""
-        for group, block_id, generation in zip(
-            cancel.mismatched_groups,
-            cancel.mismatched_block_ids,
-            cancel.mismatched_generations,
-            strict=False,
-        ):
-            is_ours = group < self._sealer.num_groups and block_id < self._pool.num_blocks
+        columns = list(
+            zip(
+                cancel.mismatched_groups,
+                cancel.mismatched_block_ids,
+                cancel.mismatched_generations,
+                strict=False,
+            )
+        )
+        for group in range(self._sealer.num_groups):
             # Of a later generation, they are another sequence's by now.
-            if is_ours and self._pool.block(block_id).generation == generation:
-                self._fail_holders(group, self._sealer.drop_corrupt(group, [block_id]))
+            block_ids = [
+                block_id
+                for its_group, block_id, generation in columns
+                if its_group == group
+                and block_id < self._pool.num_blocks
+                and self._pool.block(block_id).generation == generation
+            ]
+            self._fail_holders(group, self._sealer.drop_corrupt(group, block_ids))
 
     def _fail_holders(self, group: int, corrupt: list[int]) -> None:
         """What was computed from corrupt blocks is wrong, whatever its own digests say."""
@@ -424,6 +432,7 @@ class EngineLoop:
             self._reports.joined(sequence, slot, None)
             self._reports.owns(sequence, Stage.DECODING)
             self._took_token(sequence, token_id)
+        self._sealer.plant_faults(sequence, num_sealed, sequence.num_sealed_blocks)
 
     def _is_corrupt(self, sequence: Sequence) -> bool:
         """Whether a block that the prompt was computed from is not what was sealed; ends it then.

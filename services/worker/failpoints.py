@@ -1,7 +1,8 @@
 """Faults that tests plant in a worker: named, off unless BATON_FAILPOINTS lists them.
 
-corrupt_sealed_block    once: changes one value of a block after it was sealed
-swap_sealed_blocks      once: exchanges the bytes of two blocks after they were sealed
+corrupt_own_block       once: scrambles a block as soon as it is sealed
+corrupt_sealed_block    once: scrambles a block as it is announced, before its reader pulls it
+swap_sealed_blocks      once: exchanges the bytes of two blocks as they are announced
 slow_steps              every step takes 50 ms longer
 slow_pulls              every pull takes 500 ms longer
 """
@@ -11,12 +12,19 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 
 from shared.engine.kv_cache import KvCache
 
 logger = logging.getLogger(__name__)
 
-_KNOWN = {"corrupt_sealed_block", "swap_sealed_blocks", "slow_steps", "slow_pulls"}
+_KNOWN = {
+    "corrupt_own_block",
+    "corrupt_sealed_block",
+    "swap_sealed_blocks",
+    "slow_steps",
+    "slow_pulls",
+}
 _STEP_DELAY_S = 0.05
 _PULL_DELAY_S = 0.5
 
@@ -34,19 +42,23 @@ class Failpoints:
     def from_environment(cls) -> Failpoints:
         return cls({name for name in os.environ.get("BATON_FAILPOINTS", "").split(",") if name})
 
-    def after_seal(self, cache: KvCache, group: int, block_ids: list[int]) -> None:
-        if not self._armed:
-            return
-        blocks = cache.tensors[group]
+    def after_seal(self, cache: KvCache, group: int, block_ids: Sequence[int]) -> None:
+        if "corrupt_own_block" in self._armed and block_ids:
+            self._scramble("corrupt_own_block", cache, group, block_ids[0])
+
+    def before_announcing(self, cache: KvCache, group: int, block_ids: Sequence[int]) -> None:
         if "corrupt_sealed_block" in self._armed and block_ids:
-            self._fire("corrupt_sealed_block", block_ids[:1])
-            block = blocks[block_ids[0]]
-            # Far from small: had it been served, other tokens would show it.
-            block.view(-1)[0] = block.view(-1)[0] + 100
+            self._scramble("corrupt_sealed_block", cache, group, block_ids[0])
         if "swap_sealed_blocks" in self._armed and len(block_ids) >= 2:
             first, second = block_ids[:2]
             self._fire("swap_sealed_blocks", [first, second])
+            blocks = cache.tensors[group]
             blocks[[first, second]] = blocks[[second, first]]
+
+    def _scramble(self, name: str, cache: KvCache, group: int, block_id: int) -> None:
+        """Far from what it was: had it been served, other tokens would show it."""
+        self._fire(name, [block_id])
+        cache.tensors[group][block_id].neg_().add_(3.0)
 
     def before_step(self) -> None:
         if "slow_steps" in self._armed:

@@ -114,7 +114,7 @@ class ClaimTable:
         self, key: AttemptKey, group: int, table: list[int], first: int, end: int
     ) -> kv.AnnounceBlocks:
         block_ids = table[first:end]
-        digests = self._sealer.ensure_digests(group, block_ids)
+        digests = self._sealer.digests_to_announce(group, block_ids)
         return kv.AnnounceBlocks(
             key=key_to_pb(key),
             group=group,

@@ -76,9 +76,12 @@ class Sealer:
             )
             for index, block_id, value in zip(range(first, end), block_ids, digests, strict=True):
                 self.seal_block(sequence, group, index, block_id, value)
-            if with_digests:
-                self._failpoints.after_seal(self._cache, group, block_ids)
         sequence.num_sealed_blocks = end
+
+    def plant_faults(self, sequence: Sequence, first: int, end: int) -> None:
+        """The failpoints' turn at blocks just sealed, after this worker's own check of them."""
+        for group, table in enumerate(sequence.block_tables):
+            self._failpoints.after_seal(self._cache, group, table[first:end])
 
     def seal_block(
         self, sequence: Sequence, group: int, index: int, block_id: int, value: Digest | None
@@ -102,12 +105,13 @@ class Sealer:
             self._cache.tensors[group][table[-1], :, :, :, fill:].zero_()
             self._pool.set_digest(table[-1], self.digests(group, table[-1:])[0])
 
-    def ensure_digests(self, group: int, block_ids: Seq[int]) -> list[Digest]:
-        """The blocks' digests; made now for those that decode wrote."""
+    def digests_to_announce(self, group: int, block_ids: Seq[int]) -> list[Digest]:
+        """As they were made when the blocks were sealed; now for those that decode wrote."""
         bare = [block_id for block_id in block_ids if self._pool.block(block_id).digest is None]
         if bare:
             for block_id, value in zip(bare, self.digests(group, bare), strict=True):
                 self._pool.set_digest(block_id, value)
+        self._failpoints.before_announcing(self._cache, group, block_ids)
         digests = [self._pool.block(block_id).digest for block_id in block_ids]
         return [value for value in digests if value is not None]
 

@@ -302,7 +302,7 @@ async def _drain(engine: EngineLoop, drain_s: float) -> None:
     """Finishes what is here, takes nothing new; what is left in the end goes elsewhere."""
     engine.inbox.put(msg.Drain())
     give_up_at = time.monotonic() + drain_s
-    while engine.num_sequences and time.monotonic() < give_up_at:
+    while engine.num_sequences and time.monotonic() < give_up_at and not is_orphaned():
         await asyncio.sleep(_DRAIN_POLL_S)
     engine.inbox.put(msg.FailAll(Draining("the worker is shutting down")))
     # Time for the failures to get out, and for the ledger's last write.

@@ -81,6 +81,16 @@ class Connection:
 
         `DirectoryUnavailable` when any of them failed; the others may have been executed.
         """
+        task = asyncio.current_task()
+        num_cancels = task.cancelling() if task else 0
+        try:
+            return await self._execute(commands)
+        finally:
+            # Python 3.11's wait_for, which the client uses, may swallow a cancel.
+            if task and task.cancelling() > num_cancels:
+                raise asyncio.CancelledError
+
+    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
         if not commands:
             return []
         if time.monotonic() < self._paused_until:

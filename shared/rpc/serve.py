@@ -22,6 +22,9 @@ PUBLIC_MESSAGE_BYTES = 4 << 20
 INTERNAL_MESSAGE_BYTES = 16 << 20
 LAUNCHER_PID_VARIABLE = "BATON_LAUNCHER_PID"
 
+_SAME_SIGNAL_S = 1.0
+"""A launcher that is killed has the kernel send its signal once for each of its threads."""
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -150,15 +153,19 @@ class Endpoint:
 
 
 def stop_event() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """Set by the first SIGTERM or SIGINT; one more, later, ends the process at once."""
     event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    set_at = 0.0
 
     def on_signal() -> None:
-        if event.is_set():
+        nonlocal set_at
+        if not event.is_set():
+            event.set()
+            set_at = loop.time()
+        elif loop.time() - set_at > _SAME_SIGNAL_S:
             os._exit(130)
-        event.set()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     return event

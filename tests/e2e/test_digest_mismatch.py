@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Stack
+from tests.e2e.harness import Result, Stack
 from tests.e2e.oracle import Ask, Oracle
 
 pytestmark = pytest.mark.e2e
@@ -19,17 +20,25 @@ NUM_READER_BLOCKS = 32
 
 @dataclass(frozen=True)
 class Fault:
-    failpoints: str
+    """`found_by`: the worker that is to notice `num_mismatches` bad blocks first."""
+
+    producer: str
     num_chunks: int
     num_mismatches: int
+    found_by: str = "d0"
+    reader: str = ""
 
 
 FAULTS = {
     "corrupted": Fault("corrupt_sealed_block", num_chunks=1, num_mismatches=1),
     "swapped": Fault("swap_sealed_blocks", num_chunks=1, num_mismatches=2),
-    # Steps are slow, so that the mismatch is found while later chunks still compute.
+    # Slow steps: the reader notices while later chunks, built upon the bad block, still compute.
     "corrupted_while_computing": Fault(
         "corrupt_sealed_block,slow_steps", num_chunks=6, num_mismatches=1
+    ),
+    # Slow pulls: the first token, drawn from the bad block, is ready before the reader notices.
+    "corrupted_before_first_token": Fault(
+        "corrupt_sealed_block", num_chunks=6, num_mismatches=1, found_by="p0", reader="slow_pulls"
     ),
 }
 
@@ -50,7 +59,7 @@ def stack(fault: Fault, tiny_model: Path, tmp_path: Path) -> Iterator[Stack]:
             "p0": ["--token-budget", str(budget)],
             "d0": ["--num-blocks", str(NUM_READER_BLOCKS)],
         },
-        failpoints={"p0": fault.failpoints},
+        failpoints={"p0": fault.producer, "d0": fault.reader},
     ) as stack:
         yield stack
 
@@ -65,24 +74,26 @@ def test_mismatch_is_computed_anew(fault: Fault, stack: Stack, oracle: Oracle) -
 
     assert disturbed.token_ids == expected
     assert disturbed.attempts == 2
-    reader = stack.state("d0").counters
-    assert reader.num_digest_mismatches == fault.num_mismatches
-    assert_logged_at_both_ends(stack, fault)
+    finder = stack.state(fault.found_by).counters
+    assert finder.num_digest_mismatches == fault.num_mismatches
+    assert_logged(stack, fault)
     # The first block was bad and all others descend from it: the producer kept none of them.
-    num_computed = stack.state("p0").counters.num_computed_blocks
-    assert disturbed.finished.usage.num_cached_tokens == 0
-    assert num_computed >= 14 + (14 if fault.num_chunks == 1 else 1)
+    assert num_tokens_computed(stack, disturbed, attempt=2) >= len(prompt)
+    before = stack.state("p0").counters, stack.state("d0").counters
 
     evict_everything_from_reader(stack, oracle)
+    num_pulled = stack.state("d0").counters.num_pulled_blocks
     again = stack.generate(ask.prompt, **ask.sampling)
 
     assert again.token_ids == expected
     assert again.attempts == 1
     assert again.finished.usage.num_cached_tokens == 224, "the producer cached what it recomputed"
-    pulled = stack.state("d0").counters.num_pulled_blocks - reader.num_pulled_blocks
-    assert pulled == 15 + NUM_READER_BLOCKS - 1, "the producer's blocks were read and verified"
-    assert stack.state("d0").counters.num_digest_mismatches == fault.num_mismatches
-    assert_in_status(stack, fault)
+    after = stack.state("p0").counters, stack.state("d0").counters
+    assert after[1].num_pulled_blocks == num_pulled + 15, "all were read from the producer"
+    num_mismatches = [each.num_digest_mismatches for each in after]
+    assert num_mismatches == [each.num_digest_mismatches for each in before]
+    stack.wait_until(lambda: stack.status().counters.num_digest_mismatches == sum(num_mismatches))
+    assert stack.status().counters.num_extra_attempts == 1
     stack.assert_idle()
 
 
@@ -94,23 +105,48 @@ def evict_everything_from_reader(stack: Stack, oracle: Oracle) -> None:
     assert stack.generate(flood.prompt, **flood.sampling).token_ids == oracle.answer(flood)
 
 
-def assert_logged_at_both_ends(stack: Stack, fault: Fault) -> None:
+def num_tokens_computed(stack: Stack, result: Result, *, attempt: int) -> int:
+    """By the producer."""
+    return sum(
+        int(str(event["num_tokens"]))
+        for event in stack.trace("p0")
+        if event["event"] == "chunk" and event["key"] == f"{result.request_id}/0#{attempt}"
+    )
+
+
+def assert_logged(stack: Stack, fault: Fault) -> None:
     """The reader names source and copy of every bad block, the producer its own bad blocks."""
-    lines = stack.processes["d0"].log.read_text().splitlines()
-    mismatches = [line for line in lines if "digest mismatch" in line]
-    assert len(mismatches) == fault.num_mismatches
-    for line in mismatches:
-        assert "source p0 block " in line and "copy in block " in line
-    lines = stack.processes["p0"].log.read_text().splitlines()
-    [dropped] = [line for line in lines if "digest mismatch" in line]
-    [fired] = [line for line in lines if "fired on blocks" in line]
-    assert fired.rpartition("blocks ")[2] in dropped
+    if fault.found_by == "d0":
+        lines = stack.processes["d0"].log.read_text().splitlines()
+        mismatches = [line for line in lines if "digest mismatch" in line]
+        assert len(mismatches) == fault.num_mismatches
+        for line in mismatches:
+            assert "source p0 block " in line and "copy in block " in line
+    log = stack.processes["p0"].log.read_text()
+    [fired] = re.findall(r"fired on blocks \[(.*)\]", log)
+    dropped = re.findall(r"digest mismatch: own blocks \[(.*)\] are corrupt", log)
+    assert sorted(", ".join(dropped).split(", ")) == sorted(fired.split(", "))
 
 
-def assert_in_status(stack: Stack, fault: Fault) -> None:
-    def is_told() -> bool:
-        counters = stack.status().counters
-        return counters.num_digest_mismatches == fault.num_mismatches
-
-    stack.wait_until(is_told)
-    assert stack.status().counters.num_extra_attempts == 1
+def test_a_block_that_goes_bad_under_its_own_prompt_is_never_served(
+    tiny_model: Path, tmp_path: Path, oracle: Oracle
+) -> None:
+    """The producer's own check: no reader sees the block before the first token is drawn from it,
+    least of all one that holds a sound copy."""
+    source = random.Random(3)
+    prompt = [source.randrange(3, 512) for _ in range(600)]
+    ask = Ask(prompt, {"max_tokens": 20})
+    with Stack(
+        tiny_model,
+        tmp_path,
+        {"p0": "prefill", "d0": "decode"},
+        worker_flags={"p0": ["--token-budget", "256"]},
+        # The reader's complaint comes too late to mend anything.
+        failpoints={"p0": "corrupt_own_block", "d0": "slow_pulls"},
+    ) as stack:
+        disturbed = stack.generate(ask.prompt, **ask.sampling)
+        assert disturbed.token_ids == oracle.answer(ask)
+        assert disturbed.attempts == 2
+        assert stack.state("p0").counters.num_digest_mismatches == 1
+        assert stack.generate(ask.prompt, **ask.sampling).attempts == 1
+        stack.assert_idle()

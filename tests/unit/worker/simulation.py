@@ -171,7 +171,8 @@ class Cluster:
         self.requests: list[Request] = []
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._slots: dict[Slot, AttemptKey] = {}
-        self.num_corrupted = 0
+        self.corrupted: set[tuple[str, int]] = set()
+        """(incarnation, block id) of every block that was ever changed by other than its owner."""
         for name in runners:
             self._boot(name)
 
@@ -196,6 +197,21 @@ class Cluster:
         worker = self.workers[name]
         if worker.jobs:
             worker.inbox.put(msg.Pulled(self._pull(worker, worker.jobs.popleft(), corrupt)))
+
+    def corrupt_sealed(self, name: str, index: int) -> None:
+        """One bit of one block flips that is sealed, and held or to be found."""
+        worker = self.workers[name]
+        blocks = [worker.pool.block(block_id) for block_id in range(worker.pool.num_blocks)]
+        sealed = [
+            block_id
+            for block_id, block in enumerate(blocks)
+            if block.digest is not None and (block.ref_count or block.block_hash is not None)
+        ]
+        if sealed:
+            block_id = sealed[index % len(sealed)]
+            words = worker.runner.kv_cache.tensors[0][block_id].view(torch.int32).view(-1)
+            words[index % len(words)] ^= 1 << 20
+            self.corrupted.add((worker.incarnation, block_id))
 
     def submit(
         self,
@@ -371,7 +387,7 @@ class Cluster:
         blocks = worker.runner.kv_cache.tensors[0]
         blocks[local] = source.runner.kv_cache.tensors[0][remote]
         if corrupt:
-            self.num_corrupted += 1
+            self.corrupted.add((source.incarnation, remote[-1]))
             blocks[local[-1]].view(-1)[-1] += 1
         sums = block_sums(worker.runner.kv_cache.block_words(local))
         generations = [block.generation for block in job.expected]
@@ -381,7 +397,8 @@ class Cluster:
             for i, (row, block) in enumerate(zip(landed, job.expected, strict=True))
             if tuple(row) != block.digests
         )
-        if mismatched and not corrupt:
+        honest = [i for i in mismatched if (source.incarnation, remote[i]) not in self.corrupted]
+        if honest:
             key = worker.engine._pulls._jobs[job.job_id].key
             assert key not in source.engine._claims, "claimed blocks were written"
         return PullResult(job.job_id, mismatched, sums, None, now, now)

@@ -115,6 +115,10 @@ class ProtocolMachine(RuleBasedStateMachine):
     def finish_pull(self, corrupt: bool) -> None:
         self.cluster.finish_pull("decode", corrupt=corrupt)
 
+    @rule(index=indices)
+    def corrupt_source(self, index: int) -> None:
+        self.cluster.corrupt_sealed("prefill", index)
+
     @precondition(lambda self: self.cluster.requests)
     @rule(index=indices)
     def cancel(self, index: int) -> None:
