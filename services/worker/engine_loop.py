@@ -432,7 +432,6 @@ class EngineLoop:
             self._reports.joined(sequence, slot, None)
             self._reports.owns(sequence, Stage.DECODING)
             self._took_token(sequence, token_id)
-        self._sealer.plant_faults(sequence, num_sealed, sequence.num_sealed_blocks)
 
     def _is_corrupt(self, sequence: Sequence) -> bool:
         """Whether a block that the prompt was computed from is not what was sealed; ends it then.

@@ -76,12 +76,9 @@ class Sealer:
             )
             for index, block_id, value in zip(range(first, end), block_ids, digests, strict=True):
                 self.seal_block(sequence, group, index, block_id, value)
+            if with_digests:
+                self._failpoints.after_seal(self._cache, group, block_ids)
         sequence.num_sealed_blocks = end
-
-    def plant_faults(self, sequence: Sequence, first: int, end: int) -> None:
-        """The failpoints' turn at blocks just sealed, after this worker's own check of them."""
-        for group, table in enumerate(sequence.block_tables):
-            self._failpoints.after_seal(self._cache, group, table[first:end])
 
     def seal_block(
         self, sequence: Sequence, group: int, index: int, block_id: int, value: Digest | None

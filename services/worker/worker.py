@@ -169,6 +169,10 @@ class Worker:
         engine_thread.join()
         puller.close()
         self._transport.close()
+        if is_orphaned():
+            # The launcher's own directory: the last of its workers finds it empty.
+            with contextlib.suppress(OSError):
+                args.shm_dir.rmdir()
         self._trace.close()
         return 1 if has_failed else 0
 

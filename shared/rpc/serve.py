@@ -24,6 +24,7 @@ LAUNCHER_PID_VARIABLE = "BATON_LAUNCHER_PID"
 
 _SAME_SIGNAL_S = 1.0
 """A launcher that is killed has the kernel send its signal once for each of its threads."""
+_ORPHAN_END_S = 5
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -158,11 +159,17 @@ def stop_event() -> asyncio.Event:
     loop = asyncio.get_running_loop()
     set_at = 0.0
 
+    def limit_orphan() -> None:
+        if is_orphaned():
+            # Nobody else would kill a process that does not come to its end.
+            signal.alarm(_ORPHAN_END_S)
+
     def on_signal() -> None:
         nonlocal set_at
         if not event.is_set():
             event.set()
             set_at = loop.time()
+            loop.call_later(_SAME_SIGNAL_S, limit_orphan)
         elif loop.time() - set_at > _SAME_SIGNAL_S:
             os._exit(130)
 

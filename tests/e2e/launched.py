@@ -16,6 +16,8 @@ from typing import Any
 from tests.e2e.harness import ROOT
 
 _PATIENCE_S = 60.0
+_ORPHANS_PATIENCE_S = 15.0
+"""Half of what running answers get in a drain: nobody waits for those of a dead launcher."""
 
 
 class Launched:
@@ -24,7 +26,8 @@ class Launched:
     def __init__(self, tmp_path: Path, module: str, *arguments: str) -> None:
         self.tmp_path = tmp_path
         self.stdout_path, self.stderr_path = tmp_path / "stdout", tmp_path / "stderr"
-        self.shm_before = shm_entries()
+        self._pids: set[int] = set()
+        self._shm_dirs: set[Path] = set()
         with self.stdout_path.open("wb") as stdout, self.stderr_path.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
@@ -50,7 +53,14 @@ class Launched:
         return ready[1]
 
     def wait_exit(self) -> int:
-        return self.process.wait(_PATIENCE_S)
+        """The exit code; what runs until then is remembered."""
+
+        def has_ended() -> bool:
+            self.pids()
+            return self.process.poll() is not None
+
+        wait_for(has_ended)
+        return self.process.wait()
 
     def kill(self) -> None:
         """Of a launcher that is still there; its roles must follow by themselves."""
@@ -59,14 +69,21 @@ class Launched:
             self.process.wait()
 
     def pids(self) -> dict[str, int]:
-        """The launcher's processes: worker id, `gateway` or `valkey` → pid."""
-        roles = {_role(pid): pid for pid in descendants(self.process.pid) if is_alive(pid)}
-        return {role: pid for role, pid in roles.items() if role}
+        """The launcher's processes now: worker id, `gateway` or `valkey` → pid."""
+        roles: dict[str, int] = {}
+        for pid in descendants(self.process.pid):
+            command = _command(pid)
+            self._pids.add(pid)
+            if "--shm-dir" in command:
+                self._shm_dirs.add(Path(command[command.index("--shm-dir") + 1]))
+            if is_alive(pid) and (role := _role(command)):
+                roles[role] = pid
+        return roles
 
-    def assert_nothing_left(self, pids: dict[str, int]) -> None:
-        """No process, and nothing in shared memory."""
-        wait_for(lambda: not any(map(is_alive, pids.values())))
-        assert shm_entries() <= self.shm_before
+    def assert_nothing_left(self) -> None:
+        """No process, and nothing in shared memory, of all that was seen."""
+        wait_for(lambda: not any(map(is_alive, self._pids)), patience_s=_ORPHANS_PATIENCE_S)
+        assert not any(path.exists() for path in self._shm_dirs)
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -98,15 +115,11 @@ def only_line(output: str) -> dict[str, Any]:
     return parsed
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+def wait_for(condition: Callable[[], bool], *, patience_s: float = _PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def shm_entries() -> set[str]:
-    return {path.name for path in Path("/dev/shm").rglob("*baton-*")}
 
 
 def is_alive(pid: int) -> bool:
@@ -126,14 +139,19 @@ def descendants(pid: int) -> list[int]:
     return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
-def _role(pid: int) -> str:
-    """Empty for what is gone, or is not a role yet."""
+def _command(pid: int) -> list[str]:
+    """Empty for what is gone."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
-        return ""
+        return []
+
+
+def _role(command: list[str]) -> str:
+    """Empty for what is not a role yet."""
     if "--worker-id" in command:
         return command[command.index("--worker-id") + 1]
     if "services.gateway" in command:
         return "gateway"
-    return "valkey" if any(part.endswith("-server") for part in command) else ""
+    # It adds to its name where it listens.
+    return "valkey" if any("-server" in part for part in command[:1]) else ""

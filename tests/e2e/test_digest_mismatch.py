@@ -34,11 +34,11 @@ FAULTS = {
     "swapped": Fault("swap_sealed_blocks", num_chunks=1, num_mismatches=2),
     # Slow steps: the reader notices while later chunks, built upon the bad block, still compute.
     "corrupted_while_computing": Fault(
-        "corrupt_sealed_block,slow_steps", num_chunks=6, num_mismatches=1
+        "corrupt_sealed_block,slow_steps", num_chunks=15, num_mismatches=1
     ),
-    # Slow pulls: the first token, drawn from the bad block, is ready before the reader notices.
+    # Slow pulls: the reader would notice only after a first token drawn from the bad block.
     "corrupted_before_first_token": Fault(
-        "corrupt_sealed_block", num_chunks=6, num_mismatches=1, found_by="p0", reader="slow_pulls"
+        "corrupt_own_block", num_chunks=2, num_mismatches=1, found_by="p0", reader="slow_pulls"
     ),
 }
 
@@ -126,27 +126,3 @@ def assert_logged(stack: Stack, fault: Fault) -> None:
     [fired] = re.findall(r"fired on blocks \[(.*)\]", log)
     dropped = re.findall(r"digest mismatch: own blocks \[(.*)\] are corrupt", log)
     assert sorted(", ".join(dropped).split(", ")) == sorted(fired.split(", "))
-
-
-def test_a_block_that_goes_bad_under_its_own_prompt_is_never_served(
-    tiny_model: Path, tmp_path: Path, oracle: Oracle
-) -> None:
-    """The producer's own check: no reader sees the block before the first token is drawn from it,
-    least of all one that holds a sound copy."""
-    source = random.Random(3)
-    prompt = [source.randrange(3, 512) for _ in range(600)]
-    ask = Ask(prompt, {"max_tokens": 20})
-    with Stack(
-        tiny_model,
-        tmp_path,
-        {"p0": "prefill", "d0": "decode"},
-        worker_flags={"p0": ["--token-budget", "256"]},
-        # The reader's complaint comes too late to mend anything.
-        failpoints={"p0": "corrupt_own_block", "d0": "slow_pulls"},
-    ) as stack:
-        disturbed = stack.generate(ask.prompt, **ask.sampling)
-        assert disturbed.token_ids == oracle.answer(ask)
-        assert disturbed.attempts == 2
-        assert stack.state("p0").counters.num_digest_mismatches == 1
-        assert stack.generate(ask.prompt, **ask.sampling).attempts == 1
-        stack.assert_idle()

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 
 from tests.e2e.harness import ROOT
 from tests.e2e.launched import Launched, ask, only_line, wait_for
@@ -126,10 +128,14 @@ def test_sigterm_drains_and_leaves_nothing(launch: Launch, tiny_model: Path) -> 
         "decode": "both-0",
     }
 
-    launched.process.send_signal(signal.SIGTERM)
+    with grpc.insecure_channel(address) as channel:
+        answer = _begin_answer(channel, max_tokens=300)
+        launched.process.send_signal(signal.SIGTERM)
+        *_, last = answer
 
+    assert last.finished.usage.num_completion_tokens == 300
     assert launched.wait_exit() == 0
-    launched.assert_nothing_left(pids)
+    launched.assert_nothing_left()
     assert list(launched.tmp_path.glob("baton-*")) == []
     assert launched.stdout == f"READY grpc={address}\n"
     assert not _answers(address)
@@ -141,9 +147,13 @@ def test_nothing_outlives_a_launcher_that_is_killed(launch: Launch, tiny_model: 
     pids = launched.pids()
     assert set(pids) == {"prefill-0", "decode-0", "gateway", "valkey"}
 
-    launched.kill()
+    with grpc.insecure_channel(address) as channel:
+        answer = _begin_answer(channel, max_tokens=4000)
+        launched.kill()
+        with pytest.raises(grpc.RpcError):
+            list(answer)
 
-    launched.assert_nothing_left(pids)
+    launched.assert_nothing_left()
     assert not _answers(address)
 
 
@@ -154,7 +164,7 @@ def test_run_once_streams_one_answer_of_the_demo_model(launch: Launch) -> None:
     answer, summary = launched.stdout.split("\n\nTTFT ")
     assert answer.startswith("In the beginning") and len(answer) > len("In the beginning") + 20
     assert "96 tokens, gateway -> prefill-0 -> decode-0" in summary
-    launched.assert_nothing_left({})
+    launched.assert_nothing_left()
 
 
 def _missing_directory(model: Path) -> str:
@@ -218,6 +228,7 @@ def test_bad_model_is_one_line_and_nothing_listens(
     launched = launch(UP, "up", "--model", str(model), "--port", port)
     listened = False
     while launched.process.poll() is None:
+        launched.pids()
         listened |= _answers(address)
 
     assert launched.wait_exit() == 2
@@ -225,7 +236,7 @@ def test_bad_model_is_one_line_and_nothing_listens(
     assert launched.stderr.count("\n") == 1
     assert launched.stdout == ""
     assert not listened
-    launched.assert_nothing_left({})
+    launched.assert_nothing_left()
 
 
 def _change_config(model: Path, **fields: object) -> None:
@@ -240,6 +251,20 @@ def _generate(launched: Launched, *arguments: str) -> dict[str, Any]:
     )
     assert run.returncode == 0, run.stderr
     return only_line(run.stdout)
+
+
+def _begin_answer(
+    channel: grpc.Channel, *, max_tokens: int
+) -> Iterator[inference_service_pb2.GenerateResponse]:
+    """The rest of an answer whose first tokens have come."""
+    request = inference_service_pb2.GenerateRequest(
+        token_ids=inference_service_pb2.TokenIds(token_ids=[5, 6, 7]),
+        sampling=types_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+    )
+    answer = inference_service_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+    assert next(answer).HasField("started")
+    assert next(answer).HasField("chunk")
+    return answer
 
 
 def _status(launched: Launched) -> dict[str, Any]:

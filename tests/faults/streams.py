@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from baton.v1 import inference_service_pb2
 
@@ -16,7 +17,7 @@ _PATIENCE_S = 60.0
 class Background:
     """One answer of `stack`, read by a thread of its own from construction on."""
 
-    def __init__(self, stack: Stack, prompt: list[int], **sampling: object) -> None:
+    def __init__(self, stack: Stack, prompt: list[int], **sampling: Any) -> None:
         self.prompt = prompt
         self.sampling = sampling
         self.request_id = ""

@@ -48,7 +48,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 class Victim:
     request_id: str
     has_tokens: Callable[[], bool]
-    end: Callable[[], None]
+    end: Callable[[], object]
 
 
 def cancelled(stack: Stack, request: inference_service_pb2.GenerateRequest, _: float) -> Victim:

@@ -57,9 +57,10 @@ def test_prompts_that_do_not_fit_together_take_turns(stack: Stack, oracle: Oracl
     streams = _start_all(stack, "long", num_prompt=170, num_answer=8)
 
     _assert_undisturbed(streams, oracle)
-    for stream in streams:
-        first_host = _workers(stack)[0]
-        assert events(stack, first_host, "admitted", stream.request_id)
+    host = _workers(stack)[0]
+    admitted_at = sorted(_first_at(stack, host, "admitted", stream) for stream in streams)
+    computed_at = [_first_at(stack, host, "chunk", stream) for stream in streams]
+    assert admitted_at[2] > min(computed_at)
     stack.assert_idle()
 
 
@@ -90,6 +91,10 @@ def _start_all(stack: Stack, name: str, *, num_prompt: int, num_answer: int) -> 
 def _assert_undisturbed(streams: list[Background], oracle: Oracle) -> None:
     for stream in streams:
         assert stream.result().token_ids == oracle(stream.prompt, **stream.sampling)
+
+
+def _first_at(stack: Stack, worker: str, event: str, stream: Background) -> float:
+    return min(float(str(e["t"])) for e in events(stack, worker, event, stream.request_id))
 
 
 def _workers(stack: Stack) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from redis.asyncio import Redis
 
-from shared.directory.connection import CALL_TIMEOUT_S
+from shared.directory.connection import CALL_TIMEOUT_S, Connection
 from shared.directory.directory import (
     Directory,
     DirectoryMisconfigured,
@@ -173,3 +173,22 @@ async def test_bad_url_is_told_without_its_password(url: str) -> None:
 async def test_bad_cluster_name_is_refused(server: EmbeddedValkey, cluster: str) -> None:
     with pytest.raises(DirectoryMisconfigured):
         await open_directory(server.url, cluster)
+
+
+async def test_cancel_that_the_client_swallows_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asyncio.wait_for of Python 3.11 does when what it waits for ends at the same time."""
+    connection = Connection("redis://127.0.0.1:1", [])
+
+    async def swallow(commands: object) -> list[str]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return ["PONG"]
+        return []
+
+    monkeypatch.setattr(connection, "_send", swallow)
+    call = asyncio.create_task(connection.execute([("PING",)]))
+    await asyncio.sleep(0.01)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
