@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -22,5 +23,11 @@ class Capability:
     """`exact` or `consistent`, and what equal bits rest on beside it (docs/architecture.md)."""
 
     def hash(self) -> str:
-        fields = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(b"baton.capability.v1\0" + fields.encode()).hexdigest()
+        return _hash(self)
+
+
+# The gateway asks for it again and again.
+@functools.lru_cache(maxsize=256)
+def _hash(capability: Capability) -> str:
+    fields = json.dumps(dataclasses.asdict(capability), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(b"baton.capability.v1\0" + fields.encode()).hexdigest()

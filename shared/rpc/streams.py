@@ -1,4 +1,4 @@
-"""Long-lived streams: a tick whenever nothing else was sent, silence as loss.
+"""Long-lived streams: they tick, so that silence means loss.
 
 Every internal stream carries something at least each `TICK_S`, from the asyncio thread, so that
 silence means a process or path that is gone, not an engine that is busy.
@@ -18,14 +18,23 @@ T = TypeVar("T")
 
 
 async def with_ticks(queue: asyncio.Queue[T], tick: Callable[[], T]) -> AsyncIterator[T]:
-    """What comes through the queue, and a tick for every `TICK_S` without."""
-    while True:
-        try:
-            async with asyncio.timeout(TICK_S):
-                message = await queue.get()
-        except TimeoutError:
-            message = tick()
-        yield message
+    """What comes through the queue, and a tick each `TICK_S`.
+
+    One timer for the stream: a timeout per message would cost as much as the message.
+    """
+    loop = asyncio.get_running_loop()
+
+    def put_tick() -> None:
+        nonlocal timer
+        queue.put_nowait(tick())
+        timer = loop.call_later(TICK_S, put_tick)
+
+    timer = loop.call_later(TICK_S, put_tick)
+    try:
+        while True:
+            yield await queue.get()
+    finally:
+        timer.cancel()
 
 
 async def until_silence(stream: AsyncIterator[T], silence_s: float) -> AsyncIterator[T]:
