@@ -24,12 +24,13 @@ async def with_ticks(queue: asyncio.Queue[T], tick: Callable[[], T]) -> AsyncIte
     """
     loop = asyncio.get_running_loop()
 
+    timer = loop.call_later(TICK_S, lambda: put_tick())
+
     def put_tick() -> None:
         nonlocal timer
         queue.put_nowait(tick())
         timer = loop.call_later(TICK_S, put_tick)
 
-    timer = loop.call_later(TICK_S, put_tick)
     try:
         while True:
             yield await queue.get()

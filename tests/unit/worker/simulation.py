@@ -199,7 +199,7 @@ class Cluster:
             worker.inbox.put(msg.Pulled(self._pull(worker, worker.jobs.popleft(), corrupt)))
 
     def corrupt_sealed(self, name: str, index: int) -> None:
-        """One bit of one block flips that is sealed, and held or to be found."""
+        """Writes over one block that is sealed, and held or to be found."""
         worker = self.workers[name]
         blocks = [worker.pool.block(block_id) for block_id in range(worker.pool.num_blocks)]
         sealed = [
@@ -209,8 +209,7 @@ class Cluster:
         ]
         if sealed:
             block_id = sealed[index % len(sealed)]
-            words = worker.runner.kv_cache.tensors[0][block_id].view(torch.int32).view(-1)
-            words[index % len(words)] ^= 1 << 20
+            worker.runner.kv_cache.tensors[0][block_id].neg_().sub_(1)
             self.corrupted.add((worker.incarnation, block_id))
 
     def submit(
@@ -293,7 +292,8 @@ class Cluster:
             ):
                 return
         left = {name: worker.leftovers for name, worker in self.workers.items()}
-        raise AssertionError(f"does not come to rest: {left}, {self.requests}")
+        outcomes = [(request.request_id, request.outcome) for request in self.requests]
+        raise AssertionError(f"does not come to rest: {left}, {outcomes}")
 
     def check(self) -> None:
         for worker in self.workers.values():
@@ -388,7 +388,7 @@ class Cluster:
         blocks[local] = source.runner.kv_cache.tensors[0][remote]
         if corrupt:
             self.corrupted.add((source.incarnation, remote[-1]))
-            blocks[local[-1]].view(-1)[-1] += 1
+            blocks[local[-1]].neg_().sub_(1)
         sums = block_sums(worker.runner.kv_cache.block_words(local))
         generations = [block.generation for block in job.expected]
         landed = digests(sums, seeds(source.incarnation, remote, generations, num_heads)).tolist()

@@ -180,8 +180,8 @@ def test_any_interleaving(runners: dict[str, ModelRunner], oracle: Oracle, clock
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=50,
+            max_examples=80,
+            stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

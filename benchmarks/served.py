@@ -1,0 +1,80 @@
+"""The whole served stack as a benchmark's subject: `baton up` and concurrent streams to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextmanager
+def served(model: Path, *, num_threads: int, counts: Sequence[str] = ()) -> Iterator[str]:
+    """Gateway, prefill and decode worker as `baton up` starts them → the gateway's address.
+
+    `counts`: other roles, as flags of `baton up`.
+    """
+    command = [sys.executable, "-m", "services.launcher", "up", "--model", str(model)]
+    command += ["--port", "0", "--dtype", "float32", "--device", "cpu", *counts]
+    paths = [str(ROOT), str(ROOT / "shared" / "gen"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "BATON_THREADS": str(num_threads),
+    }
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.startswith("READY grpc="):
+            raise RuntimeError("the stack did not start")
+        yield line.removeprefix("READY grpc=").strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def generate_all(
+    address: str, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> tuple[float, list[list[int]]]:
+    """All prompts at once, greedy, end-of-sequence ignored → seconds from the first request to
+    the last token, and the token ids by prompt."""
+    return asyncio.run(_generate_all(address, prompts, max_tokens))
+
+
+async def _generate_all(
+    address: str, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> tuple[float, list[list[int]]]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        await channel.channel_ready()
+        stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        started_s = time.perf_counter()
+        answers = await asyncio.gather(*(_generate(stub, prompt, max_tokens) for prompt in prompts))
+        return time.perf_counter() - started_s, answers
+
+
+async def _generate(
+    stub: inference_service_pb2_grpc.InferenceServiceAsyncStub,
+    prompt: Sequence[int],
+    max_tokens: int,
+) -> list[int]:
+    request = inference_service_pb2.GenerateRequest(
+        token_ids=types_pb2.TokenIds(token_ids=prompt),
+        sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+    )
+    token_ids: list[int] = []
+    async for response in stub.Generate(request):
+        if response.HasField("chunk"):
+            token_ids += response.chunk.token_ids
+    return token_ids
