@@ -70,7 +70,7 @@ async def _generate(
     max_tokens: int,
 ) -> list[int]:
     request = inference_service_pb2.GenerateRequest(
-        token_ids=types_pb2.TokenIds(token_ids=prompt),
+        token_ids=inference_service_pb2.TokenIds(token_ids=prompt),
         sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
     )
     token_ids: list[int] = []

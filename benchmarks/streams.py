@@ -129,7 +129,8 @@ def _prompts(seed: str, num_prompts: int, mean_tokens: int) -> list[list[int]]:
 
 
 def _transformers(model_dir: Path, new_tokens: int) -> Run:
-    model: Any = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model.eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 

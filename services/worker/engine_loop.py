@@ -2,7 +2,7 @@
 
     inbox ─► commands ─► admit ─► step: decode rows + prompt chunks ─► reports, once per step
                 │                        │
-                ├── claims (handoff.py)  ├── ModelRunner.forward(batch)
+                ├── claims (handoff.py)  ├── ModelRunner.forward(batch)   (stepper.py)
                 └── pulls  (handoff.py)  └── seal what became final (sealing.py)
 
 It owns every sequence, the block pool and both sides of the hand-off, so nothing here needs a
@@ -15,23 +15,19 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from baton.v1 import kv_service_pb2 as kv
-from baton.v1 import worker_service_pb2 as wrk
-
-from services.decode import scheduler as decode_policy
-from services.prefill import scheduler as prefill_policy
 from services.prefill.scheduler import Admission
 from services.worker import messages as msg
 from services.worker.admission import Admitter
+from services.worker.corruption import CorruptionGuard
 from services.worker.failpoints import Failpoints
 from services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
+from services.worker.inspection import snapshot
 from services.worker.reports import Reports
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import SequenceTable, Slot
+from services.worker.stepper import StepLimits, Stepper
 from shared.directory.ledger import Stage
-from shared.engine.batch import Batch, BatchRow
 from shared.engine.model_runner import ModelRunner
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import AttemptKey, Sequence, SequenceState, num_blocks_for
@@ -59,14 +55,6 @@ _IDLE_WAIT_S = 0.25
 _OVERDUE_CHECK_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows."""
-
-    token_budget: int
-    max_num_seqs: int
-
-
 class EngineLoop:
     def __init__(
         self,
@@ -83,11 +71,8 @@ class EngineLoop:
         counters: Counters,
         trace: Trace,
     ) -> None:
-        self._runner = runner
         self._pool = pool
         self._sealer = sealer
-        self._limits = limits
-        self._failpoints = failpoints
         self._counters = counters
         self._trace = trace
         self._eos = frozenset(runner.model_config.eos_token_ids)
@@ -96,8 +81,10 @@ class EngineLoop:
         self.num_steps = 0
         self.is_busy = False
         self._table = SequenceTable()
+        self._stepper = Stepper(runner, pool, self._table, limits, failpoints)
         self._reports = Reports(identity, self._table, deliver)
-        self._admitter = Admitter(pool, sealer, self._table, self._fail_holders)
+        self._guard = CorruptionGuard(pool, sealer, self._table, self._fail, counters)
+        self._admitter = Admitter(pool, sealer, self._table, self._guard.found)
         self._claims = ClaimTable(pool, sealer, self._reports.emit, trace)
         self._pulls = PullTable(pool, sealer, submit_pull, self._reports.emit, counters, trace)
         self._unclaimed: set[AttemptKey] = set()
@@ -169,7 +156,9 @@ class EngineLoop:
             case msg.Pulled():
                 self._on_pulled(command)
             case msg.Inspect(check_integrity, reply):
-                reply(self._inspect(check_integrity=check_integrity))
+                state = snapshot(self._table, self._pool, self._counters, check_integrity)
+                state.num_claims = len(self._claims)
+                reply(state)
             case msg.Drain():
                 self._is_draining = True
             case msg.FailAll(error):
@@ -223,7 +212,7 @@ class EngineLoop:
                 key = key_from_pb(message.cancel.key)
                 self._table.refuse_up_to(key)
                 self._claims.forget(key)
-                self._check_mismatched(message.cancel)
+                self._guard.check_reported(message.cancel)
                 error: AttemptFailed = Cancelled("the reader gave its claim up")
                 if message.cancel.mismatched_block_ids:
                     error = DigestMismatch("the reader got other bytes than were sealed")
@@ -241,37 +230,6 @@ class EngineLoop:
         if sequence is not None and sequence.block_tables:
             self._claims.tell_admitted(key)
             self._claims.announce(sequence)
-
-    def _check_mismatched(self, cancel: kv.CancelClaim) -> None:
-        """A reader found blocks different from what was sealed: look who is right."""
-        columns = list(
-            zip(
-                cancel.mismatched_groups,
-                cancel.mismatched_block_ids,
-                cancel.mismatched_generations,
-                strict=False,
-            )
-        )
-        for group in range(self._sealer.num_groups):
-            # Of a later generation, they are another sequence's by now.
-            block_ids = [
-                block_id
-                for its_group, block_id, generation in columns
-                if its_group == group
-                and block_id < self._pool.num_blocks
-                and self._pool.block(block_id).generation == generation
-            ]
-            self._fail_holders(group, self._sealer.drop_corrupt(group, block_ids))
-
-    def _fail_holders(self, group: int, corrupt: list[int]) -> None:
-        """What was computed from corrupt blocks is wrong, whatever its own digests say."""
-        if not corrupt:
-            return
-        logger.error("digest mismatch: own blocks %s are corrupt, dropped", corrupt)
-        for sequence in self._table.all():
-            table = sequence.block_tables[group] if sequence.block_tables else []
-            if not set(corrupt).isdisjoint(table):
-                self._fail(sequence, DigestMismatch("it was computed from a corrupt block"))
 
     def _on_source(self, command: msg.FromSource) -> None:
         try:
@@ -328,82 +286,28 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """Whether there was anything that could be computed."""
-        decoding = self._plan_decode()
-        chunks = prefill_policy.plan_chunks(
-            self._table.in_state(SequenceState.PREFILLING),
-            # However many decode, prompts go on by a block at least.
-            token_budget=max(self._limits.token_budget - len(decoding), self._pool.block_size),
-            max_rows=self._limits.max_num_seqs - len(decoding),
-            block_size=self._pool.block_size,
-        )
-        work = [(sequence, 1) for sequence in decoding]
-        work += [(chunk.sequence, chunk.num_tokens) for chunk in chunks]
+        work = self._stepper.plan(self._preempt)
         if not work:
             return False
         started_s = time.monotonic()
-        self._failpoints.before_step()
-        token_ids = self._forward(work)
+        drawn = self._stepper.forward(work)
         self.num_steps += 1
         self._counters["steps"] += 1
-        for (sequence, num_tokens), token_id in zip(work, token_ids, strict=True):
-            if sequence.state is SequenceState.PREFILLING:
-                self._took_chunk(sequence, num_tokens, token_id, started_s)
+        for part, token_id in zip(work, drawn, strict=True):
+            sequence = part.sequence
+            if isinstance(token_id, EngineFailure):
+                self._fail(sequence, token_id)
+            elif sequence.state is SequenceState.PREFILLING:
+                self._took_chunk(sequence, part.num_tokens, token_id, started_s)
             elif sequence.state is SequenceState.DECODING and token_id is not None:
                 sequence.num_computed_tokens += 1
                 self._sealer.seal_computed(sequence, with_digests=False)
                 self._took_token(sequence, token_id)
         return True
 
-    def _plan_decode(self) -> list[Sequence]:
-        """The running rows of this step, each with room for its token."""
-        block_size = self._pool.block_size
-        running = self._table.in_state(SequenceState.DECODING)
-        while decode_policy.is_short_of_blocks(running, self._pool.num_free, block_size):
-            victim = decode_policy.choose_victim(self._table.growing())
-            if victim is None or self._pool.num_quarantined:
-                break
-            self._counters["preemptions"] += 1
-            self._fail(victim, Preempted("no free block"))
-            running = self._table.in_state(SequenceState.DECODING)
-        rows = decode_policy.plan_rows(
-            running,
-            num_free_blocks=self._pool.num_free,
-            max_rows=self._limits.max_num_seqs,
-            block_size=block_size,
-        )
-        for sequence in rows:
-            for table in sequence.block_tables:
-                if len(table) * block_size < sequence.num_tokens:
-                    table.extend(self._pool.allocate(1))
-        return rows
-
-    def _forward(self, work: list[tuple[Sequence, int]]) -> list[int | None]:
-        """One step for all; row by row if that fails, so that no sequence stops another."""
-        rows = [self._row(sequence, num_tokens) for sequence, num_tokens in work]
-        try:
-            return self._runner.forward(Batch(rows))
-        except Exception:
-            logger.exception("a step of %d rows failed; trying them one by one", len(rows))
-        token_ids: list[int | None] = []
-        for (sequence, _), row in zip(work, rows, strict=True):
-            try:
-                token_ids += self._runner.forward(Batch([row]))
-            except Exception as error:
-                logger.exception("%s failed alone", sequence.key)
-                self._fail(sequence, EngineFailure(f"the engine failed: {type(error).__name__}"))
-                token_ids.append(None)
-        return token_ids
-
-    def _row(self, sequence: Sequence, num_tokens: int) -> BatchRow:
-        start = sequence.num_computed_tokens
-        draws = start + num_tokens == sequence.num_tokens
-        return BatchRow(
-            token_ids=sequence.token_slice(start, start + num_tokens),
-            position=start,
-            block_tables=sequence.block_tables,
-            sampling=sequence.params if draws else None,
-            sample_index=sequence.key.sample,
-        )
+    def _preempt(self, sequence: Sequence) -> None:
+        self._counters["preemptions"] += 1
+        self._fail(sequence, Preempted("no free block"))
 
     def _took_chunk(
         self, sequence: Sequence, num_tokens: int, token_id: int | None, started_s: float
@@ -423,7 +327,7 @@ class EngineLoop:
         slot = self._table.slot(sequence.key)
         if token_id is None:
             self._claims.announce(sequence)
-        elif self._is_corrupt(sequence):
+        elif self._guard.has_spoiled(sequence):
             return
         elif slot is None:
             self._took_first_token(sequence, token_id)
@@ -432,20 +336,6 @@ class EngineLoop:
             self._reports.joined(sequence, slot, None)
             self._reports.owns(sequence, Stage.DECODING)
             self._took_token(sequence, token_id)
-
-    def _is_corrupt(self, sequence: Sequence) -> bool:
-        """Whether a block that the prompt was computed from is not what was sealed; ends it then.
-
-        Checked before the first token leaves: a reader that holds the block itself would never
-        read ours, and notice nothing.
-        """
-        num_corrupt = 0
-        for group, table in enumerate(sequence.block_tables):
-            corrupt = self._sealer.drop_corrupt(group, table[: sequence.num_sealed_blocks])
-            num_corrupt += len(corrupt)
-            self._fail_holders(group, corrupt)
-        self._counters["digest_mismatches"] += num_corrupt
-        return num_corrupt > 0
 
     def _took_first_token(self, sequence: Sequence, token_id: int) -> None:
         """Our part of a prefill-hosted sequence is over, but for the reader's pulls."""
@@ -544,27 +434,3 @@ class EngineLoop:
         if changes.added or changes.removed:
             self._reports.emit(msg.CacheChanged(changes))
         self._reports.flush(self.num_steps)
-
-    def _inspect(self, *, check_integrity: bool) -> wrk.GetWorkerStateResponse:
-        sequences = self._table.all()
-        num_waiting = len(self._table.in_state(SequenceState.WAITING))
-        state = wrk.GetWorkerStateResponse(
-            num_blocks=self._pool.num_blocks,
-            num_free_blocks=self._pool.num_free,
-            num_quarantined_blocks=self._pool.num_quarantined,
-            num_cached_blocks=self._pool.num_cached,
-            num_waiting=num_waiting,
-            num_running=len(sequences) - num_waiting,
-            num_claims=len(self._claims),
-            counters=wrk.WorkerCounters(
-                **{f"num_{name}": value for name, value in self._counters.items()}
-            ),
-        )
-        if check_integrity:
-            try:
-                self._pool.check_integrity(
-                    table for sequence in sequences for table in sequence.block_tables
-                )
-            except AssertionError as error:
-                state.integrity_error = str(error)
-        return state

@@ -6,6 +6,37 @@ import grpc
 from baton.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
 from services.worker.mailroom import Mailroom
+from services.worker.sequence_table import SequenceTable
+from shared.kv.block_pool import BlockPool
+from shared.kv.sequence import SequenceState
+from shared.telemetry import Counters
+
+
+def snapshot(
+    table: SequenceTable, pool: BlockPool, counters: Counters, check_integrity: bool
+) -> worker_service_pb2.GetWorkerStateResponse:
+    """On the engine thread, between two steps."""
+    sequences = table.all()
+    num_waiting = len(table.in_state(SequenceState.WAITING))
+    state = worker_service_pb2.GetWorkerStateResponse(
+        num_blocks=pool.num_blocks,
+        num_free_blocks=pool.num_free,
+        num_quarantined_blocks=pool.num_quarantined,
+        num_cached_blocks=pool.num_cached,
+        num_waiting=num_waiting,
+        num_running=len(sequences) - num_waiting,
+        counters=worker_service_pb2.WorkerCounters(
+            **{f"num_{name}": value for name, value in counters.items()}
+        ),
+    )
+    if check_integrity:
+        try:
+            pool.check_integrity(
+                block_table for sequence in sequences for block_table in sequence.block_tables
+            )
+        except AssertionError as error:
+            state.integrity_error = str(error)
+    return state
 
 
 class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):

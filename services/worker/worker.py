@@ -31,12 +31,13 @@ from services.decode.server import DecodeServicer
 from services.prefill.server import PrefillServicer
 from services.worker import messages as msg
 from services.worker.directory_sync import DirectorySync
-from services.worker.engine_loop import EngineLoop, StepLimits
+from services.worker.engine_loop import EngineLoop
 from services.worker.failpoints import Failpoints
 from services.worker.hold import KvServicer
 from services.worker.inspection import WorkerServicer
 from services.worker.mailroom import Mailroom
 from services.worker.sealing import Sealer
+from services.worker.stepper import StepLimits
 from shared.directory.directory import DirectoryMisconfigured
 from shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
 from shared.engine.config import EngineConfig

@@ -20,14 +20,15 @@ from functools import partial
 from itertools import count
 
 import torch
-from baton.v1 import decode_service_pb2, kv_service_pb2, types_pb2
+from baton.v1 import decode_service_pb2, kv_service_pb2, types_pb2, worker_service_pb2
 from baton.v1.prefill_service_pb2 import PrefillResponse
 
 from services.worker import messages as msg
-from services.worker.engine_loop import EngineLoop, StepLimits
+from services.worker.engine_loop import EngineLoop
 from services.worker.failpoints import Failpoints
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import Slot
+from services.worker.stepper import StepLimits
 from shared.engine.model_runner import ModelRunner
 from shared.kv.block_pool import BlockPool
 from shared.kv.digest import block_sums, digests, seeds
@@ -101,7 +102,9 @@ class SimWorker:
         )
 
     def check(self) -> None:
-        assert self.engine._inspect(check_integrity=True).integrity_error == ""
+        states: list[worker_service_pb2.GetWorkerStateResponse] = []
+        self.engine._handle(msg.Inspect(True, states.append))
+        assert [state.integrity_error for state in states] == [""]
 
     @property
     def leftovers(self) -> dict[str, object]:
