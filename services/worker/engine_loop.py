@@ -16,6 +16,8 @@ import queue
 import time
 from collections.abc import Callable
 
+from baton.v1 import kv_service_pb2 as kv
+
 from services.prefill.scheduler import Admission
 from services.worker import messages as msg
 from services.worker.admission import Admitter
@@ -101,6 +103,10 @@ class EngineLoop:
     def num_sequences(self) -> int:
         return len(self._table)
 
+    def answer_release(self, key: AttemptKey, reader: str) -> kv.HoldResponse:
+        """From any thread."""
+        return self._claims.answer_release(key, reader)
+
     def run(self) -> None:
         """Until Stop. Any exception that gets out of here must end the process."""
         while not self._is_stopping:
@@ -111,6 +117,8 @@ class EngineLoop:
         self._take_commands(may_wait=may_wait)
         self._end_overdue()
         self._admit()
+        # What others wait for must not wait for the step.
+        self._publish()
         self._is_stalled = not self._step()
         self._publish()
 
@@ -293,6 +301,7 @@ class EngineLoop:
         drawn = self._stepper.forward(work)
         self.num_steps += 1
         self._counters["steps"] += 1
+        self._trace.emit("step", started=started_s, num_rows=len(work))
         for part, token_id in zip(work, drawn, strict=True):
             sequence = part.sequence
             if isinstance(token_id, EngineFailure):

@@ -124,14 +124,23 @@ class ClaimTable:
             digests=[value for digest in digests for value in digest],
         )
 
-    def release(self, key: AttemptKey, reader: str) -> bool:
-        """The reader is done. Answers, and returns, whether its claim held throughout."""
+    def holds(self, key: AttemptKey, reader: str) -> bool:
+        """Whether the claim has held until now. Any thread may ask: it is one look into a dict,
+        which a claim leaves before the first of its blocks is let go."""
         claim = self._claims.get(key)
-        held = claim is not None and claim.reader == reader
+        return claim is not None and claim.reader == reader
+
+    def answer_release(self, key: AttemptKey, reader: str) -> kv.HoldResponse:
+        """Whether the claim held throughout, from any thread: the reader's stream must not wait
+        for a step of the owner. The claim itself ends on the engine's thread."""
+        held = self.holds(key, reader)
+        return kv.HoldResponse(released=kv.ClaimReleased(key=key_to_pb(key), held=held))
+
+    def release(self, key: AttemptKey, reader: str) -> bool:
+        """The reader is done; whether it had a claim."""
+        held = self.holds(key, reader)
         if held:
             del self._claims[key]
-        released = kv.ClaimReleased(key=key_to_pb(key), held=held)
-        self._emit(ToReader(reader, kv.HoldResponse(released=released)))
         return held
 
     def fail(self, key: AttemptKey, error: BatonError) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import queue
 from collections.abc import Callable
 from itertools import count
+from typing import Protocol
 
 from baton.v1 import kv_service_pb2, types_pb2, worker_service_pb2
 
@@ -20,10 +21,23 @@ from services.worker.directory_sync import DirectorySync
 from services.worker.hold import HoldClient
 from services.worker.sequence_table import Slot
 from shared.kv.sequence import AttemptKey, Sequence
+from shared.rpc.convert import key_from_pb
 from shared.rpc.errors import BatonError, StaleAttempt
 
 
+class EngineView(Protocol):
+    """What may be asked of the engine from outside its thread."""
+
+    num_steps: int
+    is_busy: bool
+
+    def answer_release(self, key: AttemptKey, reader: str) -> kv_service_pb2.HoldResponse: ...
+
+
 class Mailroom:
+    engine: EngineView
+    """Set before anything is served; the engine itself is made with this mailroom's outbox."""
+
     def __init__(
         self,
         *,
@@ -39,8 +53,6 @@ class Mailroom:
         self.describe_pool = describe_pool
         self._drop_peer = drop_peer
         self._inbox = inbox
-        self.progress: Callable[[], tuple[int, bool]] = lambda: (0, False)
-        """The engine's steps so far, and whether it has work."""
         self._directory = directory
         self._loop = asyncio.get_running_loop()
         self._names = count(1)
@@ -50,8 +62,7 @@ class Mailroom:
         self._sources: dict[str, HoldClient] = {}
 
     def tick(self) -> types_pb2.Tick:
-        step, is_busy = self.progress()
-        return types_pb2.Tick(step=step, busy=is_busy)
+        return types_pb2.Tick(step=self.engine.num_steps, busy=self.engine.is_busy)
 
     # The engine's outbox
 
@@ -130,6 +141,9 @@ class Mailroom:
         return reader, self._readers[reader]
 
     def from_reader(self, reader: str, message: kv_service_pb2.HoldRequest) -> None:
+        if message.HasField("release") and reader in self._readers:
+            key = key_from_pb(message.release.key)
+            self._readers[reader].put_nowait(self.engine.answer_release(key, reader))
         self._inbox.put(msg.FromReader(reader, message))
 
     def detach_reader(self, reader: str) -> None:

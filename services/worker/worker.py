@@ -139,7 +139,7 @@ class Worker:
             directory=directory,
         )
         engine = self._build_engine(identity, inbox, mailroom, puller)
-        mailroom.progress = lambda: (engine.num_steps, engine.is_busy)
+        mailroom.engine = engine
         self._register_services(endpoint, mailroom)
         try:
             await directory.connect()

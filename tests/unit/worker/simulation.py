@@ -33,7 +33,7 @@ from shared.engine.model_runner import ModelRunner
 from shared.kv.block_pool import BlockPool
 from shared.kv.digest import block_sums, digests, seeds
 from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
-from shared.rpc.convert import FINISH_REASON_FROM_PB
+from shared.rpc.convert import FINISH_REASON_FROM_PB, key_from_pb
 from shared.rpc.errors import (
     AttemptFailed,
     BatonError,
@@ -343,8 +343,17 @@ class Cluster:
                 stream = self._open_hold(reader, source)
         if stream is not None and not stream.is_broken:
             command = msg.FromReader(stream.name, message)
-            owner = stream.owner
-            self._send(("hold", stream.name, owner.incarnation), lambda: owner.inbox.put(command))
+            owner, hold = stream.owner, stream
+
+            def hear() -> None:
+                # As the mailroom does: a release is answered without waiting for the engine.
+                if message.HasField("release"):
+                    key = key_from_pb(message.release.key)
+                    answer = owner.engine.answer_release(key, hold.name)
+                    self._tell(hold, msg.FromSource(owner.peer, answer))
+                owner.inbox.put(command)
+
+            self._send(("hold", stream.name, owner.incarnation), hear)
 
     def _open_hold(self, reader: SimWorker, source: msg.Peer) -> HoldStream | None:
         if not self._is_alive(source.incarnation):
