@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import uvloop
 from baton.v1 import inference_service_pb2_grpc
 
 from services.gateway.cluster import Cluster
@@ -55,7 +56,7 @@ def main() -> int:
     except ModelError as error:
         sys.stderr.write(f"baton gateway: {error}\n")
         return 2
-    return asyncio.run(serve(args, model, codec))
+    return uvloop.run(serve(args, model, codec))
 
 
 async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec | None) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import secrets
 import sys
 from pathlib import Path
+
+import uvloop
 
 from shared.engine.config import EngineConfig, ModelError
 from shared.rpc.flags import add_flag
@@ -92,7 +93,7 @@ def main() -> int:
     except (ModelError, WorkerStartError) as error:
         sys.stderr.write(f"baton worker: {error}\n")
         return 2
-    return asyncio.run(worker.run())
+    return uvloop.run(worker.run())
 
 
 if __name__ == "__main__":
