@@ -23,7 +23,8 @@ from shared.engine.model_runner import ModelRunner
 from shared.kv.sequence import FinishReason, SamplingParams
 from shared.rpc.errors import DeadlineExceeded
 from tests.unit.worker.conftest import MakeRunner
-from tests.unit.worker.simulation import Clock, Cluster
+from tests.unit.worker.network import Clock
+from tests.unit.worker.simulation import Cluster
 
 NUM_BLOCKS = 12
 BASE = tuple(3 + 7 * i % 50 for i in range(16))
@@ -88,54 +89,54 @@ class ProtocolMachine(RuleBasedStateMachine):
             time_left_s=time_left_s,
         )
 
-    @precondition(lambda self: self.cluster.busy_channels)
+    @precondition(lambda self: self.cluster.network.busy_channels)
     @rule(index=indices, num_messages=st.integers(1, 4))
     def deliver(self, index: int, num_messages: int) -> None:
-        channels = self.cluster.busy_channels
+        channels = self.cluster.network.busy_channels
         channel = channels[index % len(channels)]
         for _ in range(num_messages):
-            if self.cluster.channels[channel]:
-                self.cluster.deliver(channel)
+            if self.cluster.network.channels[channel]:
+                self.cluster.network.deliver(channel)
 
     @rule(name=names)
     def step(self, name: str) -> None:
-        self.cluster.step(name)
+        self.cluster.network.step(name)
 
     @rule(num_rounds=st.integers(1, 4))
     def go_on(self, num_rounds: int) -> None:
         """All is well for a while; pulls take longer than anything else."""
         for _ in range(num_rounds):
-            for channel in self.cluster.busy_channels:
-                self.cluster.deliver(channel)
-            for name in self.cluster.workers:
-                self.cluster.step(name)
+            for channel in self.cluster.network.busy_channels:
+                self.cluster.network.deliver(channel)
+            for name in self.cluster.network.workers:
+                self.cluster.network.step(name)
 
-    @precondition(lambda self: self.cluster.workers["decode"].jobs)
+    @precondition(lambda self: self.cluster.network.workers["decode"].jobs)
     @rule(corrupt=st.sampled_from([False, False, False, True]))
     def finish_pull(self, corrupt: bool) -> None:
-        self.cluster.finish_pull("decode", corrupt=corrupt)
+        self.cluster.network.finish_pull("decode", corrupt=corrupt)
 
     @rule(index=indices)
     def corrupt_source(self, index: int) -> None:
-        self.cluster.corrupt_sealed("prefill", index)
+        self.cluster.network.corrupt_sealed("prefill", index)
 
     @precondition(lambda self: self.cluster.requests)
     @rule(index=indices)
     def cancel(self, index: int) -> None:
         self.cluster.cancel(self.cluster.requests[index % len(self.cluster.requests)])
 
-    @precondition(lambda self: self.cluster.holds)
+    @precondition(lambda self: self.cluster.network.holds)
     @rule()
     def break_hold(self) -> None:
-        self.cluster.break_hold(next(iter(self.cluster.holds.values())))
+        self.cluster.network.break_hold(next(iter(self.cluster.network.holds.values())))
 
     @rule()
     def break_gateway_stream(self) -> None:
-        self.cluster.break_gateway_stream("decode")
+        self.cluster.network.break_gateway_stream("decode")
 
     @rule(name=names)
     def kill(self, name: str) -> None:
-        self.cluster.kill(name)
+        self.cluster.network.kill(name)
 
     @rule(seconds=st.sampled_from([0.1, 2.5, 6.0]))
     def wait(self, seconds: float) -> None:
@@ -143,7 +144,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_counted_exactly(self) -> None:
-        self.cluster.check()
+        self.cluster.network.check()
 
     def teardown(self) -> None:
         self.cluster.settle()

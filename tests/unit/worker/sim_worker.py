@@ -1,0 +1,95 @@
+"""One worker of the simulation: a real engine loop, its pool, and what is asked of its puller."""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable
+
+from baton.v1 import kv_service_pb2, worker_service_pb2
+
+from services.worker import messages as msg
+from services.worker.engine_loop import EngineLoop
+from services.worker.failpoints import Failpoints
+from services.worker.sealing import Sealer
+from services.worker.stepper import StepLimits
+from shared.engine.model_runner import ModelRunner
+from shared.kv.block_pool import BlockPool
+from shared.kv.sequence import AttemptKey
+from shared.telemetry import Counters, Trace
+from shared.transfer.puller import PullJob
+
+CAPABILITY = "c" * 64
+
+
+class SimWorker:
+    """One start of one worker."""
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: str,
+        runner: ModelRunner,
+        post: Callable[[SimWorker, list[msg.Outgoing]], None],
+    ) -> None:
+        """`post` takes what the engine delivers at the end of an iteration."""
+        self.peer = msg.Peer(name, incarnation, f"{name}.test")
+        self.runner = runner
+        self.pool = BlockPool(runner.num_blocks, runner.kv_cache.block_size)
+        self.inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
+        self.jobs: deque[PullJob] = deque()
+        self.counters = Counters()
+        self.gateway_stream = f"{name}-{incarnation}-gateway-1"
+        self.ledger: set[AttemptKey] = set()
+        """Attempts of which this worker would refresh the entry."""
+        failpoints = Failpoints(set())
+        self.engine = EngineLoop(
+            runner,
+            self.pool,
+            Sealer(self.pool, runner.kv_cache, incarnation, CAPABILITY, failpoints),
+            identity=self.peer,
+            limits=StepLimits(token_budget=8, max_num_seqs=4),
+            inbox=self.inbox,
+            submit_pull=self.jobs.append,
+            deliver=lambda mail: post(self, mail),
+            failpoints=failpoints,
+            counters=self.counters,
+            trace=Trace(None, name),
+        )
+
+    @property
+    def incarnation(self) -> str:
+        return self.peer.incarnation
+
+    def description(self) -> kv_service_pb2.PoolDescription:
+        cache = self.runner.kv_cache
+        return kv_service_pb2.PoolDescription(
+            incarnation=self.incarnation,
+            num_blocks=cache.num_blocks,
+            block_bytes=cache.block_bytes,
+            num_heads=cache.groups[0].spec.num_kv_heads,
+        )
+
+    def check(self) -> None:
+        states: list[worker_service_pb2.GetWorkerStateResponse] = []
+        self.engine._handle(msg.Inspect(True, states.append))
+        assert [state.integrity_error for state in states] == [""]
+
+    @property
+    def leftovers(self) -> dict[str, object]:
+        """All that must be nothing when every request is over; {} when it is."""
+        engine = self.engine
+        found = {
+            "blocks": self.pool.num_blocks - self.pool.num_free,
+            "quarantined": self.pool.num_quarantined,
+            "sequences": engine._table.all(),
+            "claims": engine._claims._claims,
+            "pulls": engine._pulls._pulls,
+            "jobs": engine._pulls._jobs,
+            "slots": engine._table._slots,
+            "coming": engine._admitter._coming,
+            "unclaimed": engine._unclaimed,
+            "computed_at": engine._computed_at,
+            "ledger": self.ledger,
+        }
+        return {name: left for name, left in found.items() if left}
