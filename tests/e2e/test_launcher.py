@@ -80,6 +80,8 @@ def test_generate_says_code_and_message_of_an_error(up: Launched) -> None:
 
 
 def test_status_tells_workers_ledger_and_counters(up: Launched) -> None:
+    # Load comes with the heartbeats: what was before this test may still be told.
+    wait_for(lambda: all(w["num_free_blocks"] == 64 for w in _status(up)["workers"]))
     status = _status(up)
 
     workers = {worker["id"]: worker for worker in status["workers"]}
