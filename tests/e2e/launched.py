@@ -125,7 +125,7 @@ def wait_for(condition: Callable[[], bool], *, patience_s: float = _PATIENCE_S) 
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before or while it is read
         return False
 
 
