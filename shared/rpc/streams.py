@@ -12,7 +12,7 @@ from typing import TypeVar
 
 TICK_S = 0.25
 SILENCE_S = 1.0
-"""Silence that long counts as loss; doubled with every attempt where an attempt hangs on it."""
+"""Silence that long counts as loss; doubled with every fruitless attempt of a request."""
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.launched import descendants, is_alive
 
 _ROOT = Path(__file__).parents[3]
 _PATIENCE_S = 30.0
@@ -71,23 +72,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # gone before or while it is read
-        return False
-
-
-def descendants(pid: int) -> list[int]:
-    children: list[int] = []
-    # Threads and processes may end while they are listed.
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                children += map(int, (task / "children").read_text().split())
-    return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
 @pytest.fixture
