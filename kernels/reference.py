@@ -21,8 +21,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.reference_sampling import sample as sample
-
 TILE = 128
 """Keys per tile; a multiple of every block size."""
 _SCRATCH_BYTES = 32 * 2**20
@@ -47,12 +45,16 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, in] times a weight from `pack_weight`, plus bias [out] → [T, out]."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """x [T, in] times a weight from `pack_weight`, plus bias [out], plus residual [T, out] →
+    [T, out]."""
     if _linear_packed is None or not weight.is_mkldnn:
-        return torch.nn.functional.linear(x, weight, bias)
-    y: Tensor = _linear_packed(x, weight, bias, "none", [], "")
-    return y
+        y = torch.nn.functional.linear(x, weight, bias)
+    else:
+        y = _linear_packed(x, weight, bias, "none", [], "")
+    return y if residual is None else y.add_(residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,6 +62,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`linear` of `rms_norm`: x [T, in] → [T, out]."""
+    return linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+
+def norm_gate_up(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """silu(gate) · up, where (gate, up) = `norm_linear`: x [T, in], weight [2 · size, in] →
+    [T, size]."""
+    return silu_and_mul(norm_linear(x, norm_weight, eps, weight, bias))
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up of x [T, 2 · size] = (gate, up) → [T, size]."""
+    gate, up = x.chunk(2, -1)
+    if x.dtype != torch.float32:
+        return torch.nn.functional.silu(gate).mul_(up)
+    return torch.neg(gate).exp_().add_(1).reciprocal_().mul_(gate).mul_(up)
+
+
+def pack_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Brings the angles of rotary pairs, float32 [positions, head_dim / 2] each, into the form
+    that `rotary` takes: [positions, 1, head_dim] in the engine's dtype."""
+    return (
+        torch.cat((cos, cos), -1)[:, None].to(dtype),
+        torch.cat((-sin, sin), -1)[:, None].to(dtype),
+    )
+
+
+def take_rope(table: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of a step's tokens, once for all layers; positions int [T]."""
+    cos, sin = table
+    return cos.index_select(0, positions), sin.index_select(0, positions)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,12 +113,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return swapped.mul_(sin).add_(x * cos)
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """silu(gate) · up of x [T, 2 · size] = (gate, up) → [T, size]."""
-    gate, up = x.chunk(2, -1)
-    if x.dtype != torch.float32:
-        return torch.nn.functional.silu(gate).mul_(up)
-    return torch.neg(gate).exp_().add_(1).reciprocal_().mul_(gate).mul_(up)
+def rope_and_store(
+    qkv: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor, layer: int, plan: StepPlan, num_heads: int
+) -> Tensor:
+    """Rotates queries and keys of qkv [≥ T, num_heads + 2 · num_kv_heads, head_dim], stores keys
+    and values → query [≥ T, num_heads, head_dim]."""
+    num_rotated = num_heads + kv.shape[1]
+    rotated = rotary(qkv[:, :num_rotated], *rope)
+    store_kv(rotated[:, num_heads:], qkv[:, num_rotated:], kv, layer, plan)
+    return rotated[:, :num_heads]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from shared.kv.sequence import Sequence, num_blocks_for
+from shared.kv.sequence import Sequence, SequenceState
+
+
+def is_running(sequence: Sequence) -> bool:
+    """Whether its next token can be computed in the coming step.
+
+    The last chunk of a prompt that stays here may be in flight: the token that it draws is on the
+    device before the step that needs it begins.
+    """
+    if sequence.state is SequenceState.DECODING:
+        return sequence.draws_on
+    return (
+        sequence.state is SequenceState.PREFILLING
+        and sequence.num_scheduled_tokens >= sequence.num_prompt_tokens
+        and sequence.draws_on
+    )
 
 
 def num_blocks_wanted(sequence: Sequence, block_size: int) -> int:
     """Blocks that a sequence lacks for the token that it computes next, over all groups."""
-    have = num_blocks_for(sequence.num_tokens, block_size)
-    return sum(have - len(table) for table in sequence.block_tables)
+    have = sequence.num_scheduled_tokens // block_size + 1
+    wanted = 0
+    for table in sequence.block_tables:
+        wanted += have - len(table)
+    return max(0, wanted)
 
 
 def is_short_of_blocks(running: Iterable[Sequence], num_free_blocks: int, block_size: int) -> bool:
@@ -35,13 +53,13 @@ def plan_rows(
 ) -> list[Sequence]:
     """Those that decode in this step, oldest first.
 
-    One that lacks a block which a transfer still keeps in quarantine sits the step out.
+    One that lacks a block which a transfer, or a step in flight, still keeps sits the step out.
     """
     rows: list[Sequence] = []
     for sequence in running:
-        wanted = num_blocks_wanted(sequence, block_size)
         if len(rows) == max_rows:
             break
+        wanted = num_blocks_wanted(sequence, block_size)
         if wanted <= num_free_blocks:
             num_free_blocks -= wanted
             rows.append(sequence)

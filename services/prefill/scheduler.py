@@ -52,10 +52,12 @@ def plan_chunks(
     for sequence in prefilling:
         if token_budget <= 0 or len(chunks) >= max_rows:
             break
-        left = sequence.num_prompt_tokens - sequence.num_computed_tokens
+        left = sequence.num_prompt_tokens - sequence.num_scheduled_tokens
+        if left <= 0:
+            continue
         num_tokens = min(left, token_budget)
         if num_tokens < left:
-            overhang = (sequence.num_computed_tokens + num_tokens) % block_size
+            overhang = (sequence.num_scheduled_tokens + num_tokens) % block_size
             if overhang < num_tokens:
                 num_tokens -= overhang
         chunks.append(Chunk(sequence, num_tokens))

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import uvloop
 
-from shared.engine.config import EngineConfig, ModelError
-from shared.rpc.flags import add_flag
+from shared.engine.config import (
+    DEVICES,
+    DTYPES,
+    KERNELS,
+    LOAD_FORMATS,
+    EngineConfig,
+    ModelError,
+)
+from shared.rpc.flags import add_flag, add_switch
 from shared.telemetry import configure_logging
 
 logger = logging.getLogger("worker")
@@ -45,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--device",
         type=str,
         default="auto",
-        choices=("auto", "cpu", "cuda"),
+        choices=DEVICES,
         help="where to compute",
     )
     add_flag(
@@ -53,13 +60,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         type=str,
         default="auto",
-        choices=("auto", "float32", "bfloat16"),
+        choices=DTYPES,
         help="auto: float32 on CPU, bfloat16 on CUDA",
     )
+    add_flag(
+        parser,
+        "--kernels",
+        type=str,
+        default="auto",
+        choices=KERNELS,
+        help="what to compute with; auto: Triton on CUDA, the torch reference on CPU",
+    )
+    add_flag(
+        parser,
+        "--load-format",
+        type=str,
+        default="auto",
+        choices=LOAD_FORMATS,
+        help="dummy: random weights of the shapes in config.json, to measure with",
+    )
+    add_flag(
+        parser,
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="share of the GPU's memory that this worker may take, weights included",
+    )
+    add_switch(parser, "--no-cuda-graphs", help="launch every kernel by itself, to debug with")
     add_flag(parser, "--num-blocks", type=int, help="size of the KV pool; default: from memory")
     add_flag(parser, "--block-size", type=int, default=16, help="tokens per block")
     add_flag(parser, "--max-model-len", type=int, help="prompt and answer; default: the model's")
-    add_flag(parser, "--token-budget", type=int, default=512, help="tokens per engine step")
+    add_flag(
+        parser,
+        "--token-budget",
+        type=int,
+        help="tokens per engine step; default: 512 on CPU, measured at start on CUDA",
+    )
     add_flag(parser, "--max-num-seqs", type=int, default=256, help="sequences per engine step")
     add_flag(parser, "--threads", type=int, default=1, help="CPU threads of the engine")
     add_flag(
@@ -72,10 +108,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_args()
-    configure_logging(args.worker_id)
-    config = EngineConfig(
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
         model_dir=args.model,
         device=args.device,
         dtype=args.dtype,
@@ -84,12 +118,21 @@ def main() -> int:
         max_model_len=args.max_model_len,
         token_budget=args.token_budget,
         max_num_seqs=args.max_num_seqs,
+        kernels=args.kernels,
+        load_format=args.load_format,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        cuda_graphs=not args.no_cuda_graphs,
     )
+
+
+def main() -> int:
+    args = parse_args()
+    configure_logging(args.worker_id)
     # After the flags, so that --help and usage errors don't wait for torch.
     from services.worker.worker import Worker, WorkerStartError
 
     try:
-        worker = Worker(args, config)
+        worker = Worker(args, _engine_config(args))
     except (ModelError, WorkerStartError) as error:
         sys.stderr.write(f"baton worker: {error}\n")
         return 2

@@ -1,9 +1,14 @@
 """The engine thread: schedule → forward → publish, for whatever role the worker has.
 
-    inbox ─► commands ─► admit ─► step: decode rows + prompt chunks ─► reports, once per step
-                │                        │
-                ├── claims (handoff.py)  ├── ModelRunner.forward(batch)   (stepper.py)
-                └── pulls  (handoff.py)  └── seal what became final (sealing.py)
+    inbox ─► commands ─► admit ─► launch a step ─► retire the one before ─► reports, once per step
+                │                    │                 │
+                ├── claims           │                 ├── tokens, endings
+                └── pulls            └── stepper.py    └── seal what became final (sealing.py)
+                   (handoff.py)
+
+On a GPU a step is launched while the one before runs (`ModelRunner.steps_ahead`); on a CPU it is
+retired at once. A sequence that ends while a step in flight has a row for it gives its blocks back
+when that step has retired: until then the step may write to them.
 
 It owns every sequence, the block pool and both sides of the hand-off, so nothing here needs a
 lock. It never waits for RPC, Redis or a transfer; those come back as commands.
@@ -14,6 +19,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 
 from baton.v1 import kv_service_pb2 as kv
@@ -28,7 +34,7 @@ from services.worker.inspection import snapshot
 from services.worker.reports import Reports
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import SequenceTable, Slot
-from services.worker.stepper import StepLimits, Stepper
+from services.worker.stepper import StepInFlight, StepLimits, Stepper, Work
 from shared.directory.ledger import Stage
 from shared.engine.model_runner import ModelRunner
 from shared.kv.block_pool import BlockPool
@@ -84,6 +90,8 @@ class EngineLoop:
         self.is_busy = False
         self._table = SequenceTable()
         self._stepper = Stepper(runner, pool, self._table, limits, failpoints)
+        self._steps_ahead = runner.steps_ahead
+        self._in_flight: deque[StepInFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
         self._guard = CorruptionGuard(pool, sealer, self._table, self._fail, counters)
         self._admitter = Admitter(pool, sealer, self._table, self._guard.found)
@@ -164,7 +172,8 @@ class EngineLoop:
             case msg.Pulled():
                 self._on_pulled(command)
             case msg.Inspect(check_integrity, reply):
-                state = snapshot(self._table, self._pool, self._counters, check_integrity)
+                orphans = [table for step in self._in_flight for table in step.orphans]
+                state = snapshot(self._table, self._pool, self._counters, check_integrity, orphans)
                 state.num_claims = len(self._claims)
                 reply(state)
             case msg.Drain():
@@ -279,6 +288,7 @@ class EngineLoop:
             return
         sequence.state = SequenceState.PREFILLING
         sequence.num_computed_tokens = sequence.num_cached_tokens
+        sequence.num_scheduled_tokens = sequence.num_cached_tokens
         self._counters["cached_prompt_tokens"] += sequence.num_cached_tokens
         self._reports.owns(sequence, Stage.PREFILLING)
         if self._table.slot(key) is None:
@@ -290,29 +300,53 @@ class EngineLoop:
 
     def _can_step(self) -> bool:
         computing = (SequenceState.PREFILLING, SequenceState.DECODING)
-        return any(sequence.state in computing for sequence in self._table.all())
+        return bool(self._in_flight) or any(
+            sequence.state in computing for sequence in self._table.all()
+        )
 
     def _step(self) -> bool:
-        """Whether there was anything that could be computed."""
-        work = self._stepper.plan(self._preempt)
-        if not work:
-            return False
-        started_s = time.monotonic()
-        drawn = self._stepper.forward(work)
+        """Launches a step, retires those before it; whether there was anything to do."""
+        work = self._stepper.plan(self._preempt, self._blocks_are_coming)
+        num_kept = 0
+        if work:
+            launched = self._stepper.launch(work)
+            self._in_flight.append(launched)
+            # After a failure nothing is planned before everything is known again.
+            num_kept = self._steps_ahead if launched.step is not None else 0
+        has_retired = False
+        while len(self._in_flight) > num_kept:
+            self._retire(self._in_flight.popleft())
+            has_retired = True
+        return bool(work) or has_retired
+
+    def _blocks_are_coming(self) -> bool:
+        return any(step.orphans for step in self._in_flight)
+
+    def _retire(self, step: StepInFlight) -> None:
+        """Takes what a step drew."""
+        drawn = self._stepper.collect(step)
         self.num_steps += 1
         self._counters["steps"] += 1
-        self._trace.emit("step", started=started_s, num_rows=len(work))
-        for part, token_id in zip(work, drawn, strict=True):
-            sequence = part.sequence
+        self._trace.emit("step", started=step.started_s, num_rows=len(step.work))
+        for part, token_id in zip(step.work, drawn, strict=True):
+            self._took(part, token_id, step.started_s)
+        for table in step.orphans:
+            self._pool.release(table)
+
+    def _took(self, part: Work, token_id: int | EngineFailure | None, started_s: float) -> None:
+        sequence = part.sequence
+        if sequence.state is SequenceState.DECODING:
             if isinstance(token_id, EngineFailure):
                 self._fail(sequence, token_id)
-            elif sequence.state is SequenceState.PREFILLING:
-                self._took_chunk(sequence, part.num_tokens, token_id, started_s)
-            elif sequence.state is SequenceState.DECODING and token_id is not None:
+            elif token_id is not None:
                 sequence.num_computed_tokens += 1
                 self._sealer.seal_computed(sequence, with_digests=False)
                 self._took_token(sequence, token_id)
-        return True
+        elif sequence.state is SequenceState.PREFILLING:
+            if isinstance(token_id, EngineFailure):
+                self._fail(sequence, token_id)
+            else:
+                self._took_chunk(sequence, part.num_tokens, token_id, started_s)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._counters["preemptions"] += 1
@@ -358,6 +392,7 @@ class EngineLoop:
             self._reports.ended(key)
             return
         sequence.state = SequenceState.TRANSFERRING
+        self._stepper.forget(key)
         self._computed_at[key] = time.monotonic()
         self._sealer.freeze_tail(sequence)
         self._claims.announce(sequence)
@@ -369,6 +404,7 @@ class EngineLoop:
             raise RuntimeError(f"{sequence.key} joins without slot or first token")
         sequence.state = SequenceState.DECODING
         sequence.num_computed_tokens = sequence.num_prompt_tokens
+        sequence.num_scheduled_tokens = sequence.num_prompt_tokens
         self._trace.emit("joined", key=sequence.key, num_pulled_blocks=pull.num_pulled_blocks)
         self._reports.joined(sequence, slot, pull)
         self._reports.owns(sequence, Stage.DECODING, peer=pull.source.worker_id)
@@ -425,12 +461,16 @@ class EngineLoop:
         self._reports.ended(key)
 
     def _end(self, sequence: Sequence, state: SequenceState) -> None:
-        """Gives back all that a sequence holds; no step that writes its blocks is in flight."""
+        """Gives back all that a sequence holds; its blocks when no step writes to them any more."""
         key = sequence.key
         self._table.remove(key)
+        self._stepper.forget(key)
         sequence.state = state
         for table in sequence.block_tables:
-            self._pool.release(table)
+            if sequence.num_steps_in_flight:
+                self._in_flight[-1].orphans.append(table)
+            else:
+                self._pool.release(table)
         sequence.block_tables = []
         self._admitter.forget(sequence)
         self._computed_at.pop(key, None)

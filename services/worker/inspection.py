@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import grpc
 from baton.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
@@ -13,9 +15,16 @@ from shared.telemetry import Counters
 
 
 def snapshot(
-    table: SequenceTable, pool: BlockPool, counters: Counters, check_integrity: bool
+    table: SequenceTable,
+    pool: BlockPool,
+    counters: Counters,
+    check_integrity: bool,
+    orphans: Seq[list[int]],
 ) -> worker_service_pb2.GetWorkerStateResponse:
-    """On the engine thread, between two steps."""
+    """On the engine thread, between two steps.
+
+    `orphans`: block tables that sequences which have ended left to a step in flight.
+    """
     sequences = table.all()
     num_waiting = len(table.in_state(SequenceState.WAITING))
     state = worker_service_pb2.GetWorkerStateResponse(
@@ -31,9 +40,8 @@ def snapshot(
     )
     if check_integrity:
         try:
-            pool.check_integrity(
-                block_table for sequence in sequences for block_table in sequence.block_tables
-            )
+            held = [table for sequence in sequences for table in sequence.block_tables]
+            pool.check_integrity([*held, *orphans])
         except AssertionError as error:
             state.integrity_error = str(error)
     return state

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from services.worker.failpoints import Failpoints
+from shared.engine.block_sums import BlockSums
 from shared.engine.kv_cache import KvCache
 from shared.kv import digest as block_digest
 from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
@@ -20,12 +21,14 @@ class Sealer:
         self,
         pool: BlockPool,
         kv_cache: KvCache,
+        block_sums: BlockSums,
         incarnation: str,
         capability_hash: str,
         failpoints: Failpoints,
     ) -> None:
         self._pool = pool
         self._cache = kv_cache
+        self._block_sums = block_sums
         self._incarnation = incarnation
         self._capability_hash = capability_hash
         self._failpoints = failpoints
@@ -48,8 +51,7 @@ class Sealer:
 
     def digests(self, group: int, block_ids: Seq[int]) -> list[Digest]:
         """As the bytes are now."""
-        words = self._cache.block_words(block_ids, group)
-        return self.digests_of_sums(block_ids, block_digest.block_sums(words))
+        return self.digests_of_sums(block_ids, self._block_sums(block_ids, group))
 
     def digests_of_sums(self, block_ids: Seq[int], sums: block_digest.Uint64Array) -> list[Digest]:
         """`sums`: [n, num_heads], of what the blocks hold."""

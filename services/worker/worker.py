@@ -189,6 +189,7 @@ class Worker:
         sealer = Sealer(
             pool,
             cache,
+            self._runner.block_sums(),
             self._incarnation,
             self._capability.hash(),
             self._failpoints,
@@ -198,7 +199,7 @@ class Worker:
             pool,
             sealer,
             identity=identity,
-            limits=StepLimits(self._config.token_budget, self._config.max_num_seqs),
+            limits=StepLimits(self._runner.token_budget, self._config.max_num_seqs),
             inbox=inbox,
             submit_pull=puller.submit,
             deliver=mailroom.deliver_from_thread,

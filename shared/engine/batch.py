@@ -14,12 +14,35 @@ from shared.kv.sequence import SamplingParams
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
+class RowHandle:
+    """A sequence's place in the engine's state, from its first step to its last.
+
+    Made and given back by `ModelRunner.open_row` and `close_row`; the rest is the runner's own
+    knowledge of what lies on the device.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    sample_index: int
+    is_sent: bool = False
+    """The sampling parameters are on the device."""
+    context_len: int = -1
+    num_blocks: int = 0
+    """Ids of the block table that are on the device."""
+    drawn_at: int = -1
+    """Position of the token that was drawn last; it is the input of the next row there."""
+    drawn_token: int = -1
+    """That token, where the host knows it."""
+
+
+@dataclass(slots=True)
 class BatchRow:
     """One sequence's part of a step."""
 
-    token_ids: Sequence[int]
-    """Tokens whose KV is computed in this step; at least one."""
+    token_ids: Sequence[int] | None
+    """Tokens whose KV is computed in this step; None: the one that was drawn for `handle` in the
+    step before, which the host may not know yet."""
     position: int
     """Position of the first of them; the KV of all earlier ones is in the blocks already."""
     block_tables: Sequence[Sequence[int]]
@@ -28,10 +51,16 @@ class BatchRow:
     """How to draw the token that follows the last one; None: draw none."""
     sample_index: int = 0
     """Which of the samples of one request this is."""
+    handle: RowHandle | None = None
+    """None: nothing is kept of this row after the step."""
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 if self.token_ids is None else len(self.token_ids)
 
     @property
     def context_len(self) -> int:
-        return self.position + len(self.token_ids)
+        return self.position + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +71,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.token_ids) for row in self.rows)
+        return sum(row.num_tokens for row in self.rows)
 
     def columns(self, block_size: int) -> BatchColumns:
         """The rows as arrays.
@@ -79,11 +108,11 @@ class BatchColumns:
 def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
     order = sorted(
         range(len(rows)),
-        key=lambda i: (len(rows[i].token_ids) > 1, -rows[i].context_len),
+        key=lambda i: (rows[i].num_tokens > 1, -rows[i].context_len),
     )
     ordered = [rows[i] for i in order]
     num_rows = len(ordered)
-    lens = np.fromiter((len(row.token_ids) for row in ordered), np.int64, num_rows)
+    lens = np.fromiter((row.num_tokens for row in ordered), np.int64, num_rows)
     first = np.fromiter((row.position for row in ordered), np.int64, num_rows)
     if num_rows == 0 or lens.min() < 1:
         raise ValueError("a batch needs rows and each row a token")
@@ -103,7 +132,7 @@ def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
     return BatchColumns(
         order=order,
         input_ids=np.fromiter(
-            chain.from_iterable(row.token_ids for row in ordered), np.int64, num_tokens
+            chain.from_iterable(_token_ids(row) for row in ordered), np.int64, num_tokens
         ),
         positions=positions,
         query_start=query_start,
@@ -113,6 +142,14 @@ def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
             table[row_of_token, block_of_token] * block_size + offset for table in block_tables
         ],
     )
+
+
+def _token_ids(row: BatchRow) -> Sequence[int]:
+    if row.token_ids is not None:
+        return row.token_ids
+    if row.handle is None or row.handle.drawn_at != row.position:
+        raise ValueError("a row without tokens, for which none was drawn")
+    return (row.handle.drawn_token,)
 
 
 def _block_table(tables: Sequence[Sequence[int]], num_blocks: Ints) -> Ints:

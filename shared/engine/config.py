@@ -24,6 +24,10 @@ class DeviceError(ModelError):
 
 
 MAX_BLOCK_SIZE = 128
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "triton", "torch")
+LOAD_FORMATS = ("auto", "dummy")
 
 _HARMLESS = frozenset(
     """
@@ -77,8 +81,14 @@ class ModelConfig:
 class EngineConfig:
     """How to run a model.
 
-    `token_budget` is the most tokens of one step, `max_num_seqs` the most rows. `num_blocks` None
-    lets the engine choose; `max_model_len` None means the model's own limit.
+    `token_budget` is the most tokens of one step, `max_num_seqs` the most rows. None lets the
+    engine choose: `num_blocks` from memory, `token_budget` by measurement on a GPU; for
+    `max_model_len` it means the model's own limit.
+
+    `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
+    `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.
+    `gpu_memory_utilization`: share of the GPU's memory that this engine may take, weights included.
+    `cuda_graphs`: decode steps are captured once and replayed.
 
     Raises:
         ModelError: a value is out of range.
@@ -90,14 +100,28 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int | None = None
     max_model_len: int | None = None
-    token_budget: int = 512
+    token_budget: int | None = None
     max_num_seqs: int = 256
+    kernels: str = "auto"
+    load_format: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ModelError(f"device: must be auto, cpu or cuda, not {self.device!r}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ModelError(f"dtype: must be auto, float32 or bfloat16, not {self.dtype!r}")
+        for name, choices in (
+            ("device", DEVICES),
+            ("dtype", DTYPES),
+            ("kernels", KERNELS),
+            ("load_format", LOAD_FORMATS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ModelError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ModelError(
+                f"gpu_memory_utilization: must be above 0 and at most 1, "
+                f"not {self.gpu_memory_utilization}"
+            )
         # A block must not straddle the fixed key tiles of the reference attention.
         if self.block_size < 1 or MAX_BLOCK_SIZE % self.block_size:
             raise ModelError(

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import os
+import time
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shared.engine import determinism
-from shared.engine.batch import Batch, BatchColumns
+from shared.engine.batch import Batch, BatchRow, RowHandle
+from shared.engine.block_sums import BlockSums, DeviceBlockSums, HostBlockSums
 from shared.engine.cache_spec import CacheGroup, cache_groups
 from shared.engine.config import (
     DeviceError,
     EngineConfig,
-    ModelError,
     load_model_config,
     resolve_max_model_len,
 )
+from shared.engine.host_steps import HostSteps
 from shared.engine.kv_cache import KvCache, block_bytes
+from shared.engine.memory import check_weights_fit, choose_num_blocks
 from shared.engine.models import llama
-from shared.engine.operations import operations_for
-from shared.engine.sampler import sample_tokens
-from shared.engine.weights import Progress, ProgressReport, WeightFiles
+from shared.engine.operations import Operations, reference_operations
+from shared.engine.steps import Step, Steps
+from shared.engine.weights import DummyWeights, Progress, ProgressReport, WeightFiles
+from shared.kv.sequence import SamplingParams
 
-_POOL_BYTES = 256 * 2**20
-_MAX_POOL_BYTES = 2**30
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HOST_TOKEN_BUDGET = 512
+_TOKEN_BUDGETS = (512, 1024, 2048, 4096)
+_GOOD_ENOUGH = 0.97
+"""The smallest token budget with so much of the best throughput is taken: steps stay short."""
+_MIN_CAPABILITY = (8, 0)
 
 
 class ModelRunner:
@@ -41,6 +53,9 @@ class ModelRunner:
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
         model_digest: hex SHA-256 over config.json and the weight files.
+        kernels: 'torch' or 'triton'.
+        token_budget: the most tokens of one step.
+        steps_ahead: how many steps may be launched before the result of the first is taken.
     """
 
     def __init__(
@@ -50,7 +65,7 @@ class ModelRunner:
         pool_memory: Callable[[int], Tensor] | None = None,
         progress: Progress = lambda _: None,
     ) -> None:
-        """Loads the model and allocates its block pool.
+        """Loads the model, allocates its block pool, and compiles what has to be compiled.
 
         The number of threads must be set before; no global state of torch is changed.
 
@@ -65,106 +80,96 @@ class ModelRunner:
         self.max_model_len = resolve_max_model_len(config, self.model_config)
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
+        self.kernels = _kernels(config.kernels, self.device)
         self.groups: tuple[CacheGroup, ...] = cache_groups(llama.cache_specs(self.model_config))
-        self._ops = operations_for(self.device)
+        self._config = config
+        self._ops = _operations(self.kernels)
 
-        weights = WeightFiles(config.model_dir)
-        weights.check(llama.tensor_shapes(self.model_config), llama.is_ignored_tensor)
+        weights = self._find_weights()
         num_weights = sum(math.prod(shape) for shape in weights.shapes.values())
-        self.num_blocks = self._choose_num_blocks(config, num_weights * self.dtype.itemsize)
+        weight_bytes = num_weights * self.dtype.itemsize
+        check_weights_fit(config, weight_bytes, self.device)
+        if self.device.type == "cpu":
+            self.num_blocks = self._choose_num_blocks(weight_bytes)
         self.model_digest = weights.digest(config.model_dir / "config.json", progress)
         self._model = self._load(weights, progress)
         weights.close()
 
         self.determinism, self._min_rows = self._measure_determinism()
-        self.numerics = _numerics(self.device)
+        self.numerics = _numerics(self.device, self.kernels)
+        self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
+        if self.device.type == "cuda":
+            self.num_blocks = self._choose_num_blocks(self._measure_peak(progress))
         shape = (self.groups, self.num_blocks, config.block_size, self.dtype)
         memory = pool_memory(KvCache.required_bytes(*shape)) if pool_memory else None
         self.kv_cache = KvCache(*shape, memory=memory, device=self.device)
+        self._steps: Steps = self._make_steps(self.kv_cache)
+        self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
+        self._warm_up(progress)
+
+    def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
+        """A place for a sequence in the state that steps go on from.
+
+        Raises:
+            ValueError: all places are taken (`num_free_rows`).
+        """
+        return self._steps.open_row(sampling, sample_index)
+
+    def close_row(self, handle: RowHandle) -> None:
+        self._steps.close_row(handle)
+
+    @property
+    def num_free_rows(self) -> int:
+        return self._steps.num_free_rows
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> list[int | None]:
-        """Computes a step → by row, the token that follows its last one; None where none is drawn.
+    def launch(self, batch: Batch) -> Step:
+        """Starts a step. On a GPU it returns at once: take the result when the next is launched.
 
         Raises:
             ValueError: a row is empty, too long, or names blocks that do not exist.
+            torch.OutOfMemoryError: the step needs more memory than there is; nothing was computed.
         """
-        columns = batch.columns(self.kv_cache.block_size)
-        hidden = self._hidden_states(columns)
-        rows = [batch.rows[i] for i in columns.order]
-        drawing = [i for i, row in enumerate(rows) if row.sampling is not None]
-        result: list[int | None] = [None] * len(rows)
-        if drawing:
-            tokens = sample_tokens(
-                self._ops,
-                self._last_logits(hidden, columns, drawing),
-                [sampling for row in rows if (sampling := row.sampling) is not None],
-                [rows[i].sample_index for i in drawing],
-                [rows[i].context_len for i in drawing],
-            )
-            for i, token in zip(drawing, tokens, strict=True):
-                result[columns.order[i]] = token
-        return result
+        return self._steps.launch(batch)
+
+    def forward(self, batch: Batch) -> list[int | None]:
+        """`launch` and its result: by row, the token that follows its last one; None where none is
+        drawn."""
+        return self.launch(batch).result()
+
+    def block_sums(self) -> BlockSums:
+        """What sums the pool's blocks; one for each thread that asks."""
+        if self.kernels == "triton" and self.device.type == "cuda":
+            return DeviceBlockSums(self.kv_cache)
+        return HostBlockSums(self.kv_cache)
+
+    def check_device(self) -> None:
+        """After a failure: raises when the device is in no state to go on.
+
+        An error of a kernel stays with the process for good; nothing that it computes counts then.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Computes a step → float32 [rows, vocab], the logits at each row's last token."""
-        columns = batch.columns(self.kv_cache.block_size)
-        hidden = self._hidden_states(columns)
-        logits = self._last_logits(hidden, columns, range(len(columns.order)))
-        result = torch.empty_like(logits)
-        result[columns.order] = logits
-        return result
+        return self._steps.logits(batch)
 
-    def _hidden_states(self, columns: BatchColumns) -> Tensor:
-        """[at least T, hidden]; rows behind the step's tokens are padding."""
-        self._check(columns)
-        plans = [
-            self._ops.plan_step(
-                columns.query_start,
-                columns.context_lens,
-                columns.block_tables[group],
-                columns.slot_mapping[group],
-                kv,
-                num_heads=self.model_config.num_heads,
-                min_rows=self._min_rows,
-            )
-            for group, kv in enumerate(self.kv_cache.padded_tensors)
-        ]
-        return self._model.hidden_states(
-            self._padded(columns.input_ids),
-            self._padded(columns.positions),
-            self.kv_cache.padded_tensors,
-            plans,
-        )
+    def _find_weights(self) -> WeightFiles | DummyWeights:
+        shapes = llama.tensor_shapes(self.model_config)
+        if self._config.load_format == "dummy":
+            return DummyWeights(shapes)
+        weights = WeightFiles(self._config.model_dir)
+        weights.check(shapes, llama.is_ignored_tensor)
+        return weights
 
-    def _last_logits(self, hidden: Tensor, columns: BatchColumns, rows: Sequence[int]) -> Tensor:
-        """float32 [len(rows), vocab]."""
-        last = columns.query_start[1:][list(rows)] - 1
-        return self._model.logits(hidden.index_select(0, self._padded(last)))[: len(last)]
-
-    def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        num_missing = determinism.MIN_LINEAR_ROWS - len(column)
-        if num_missing > 0:
-            column = np.concatenate((column, np.zeros(num_missing, np.int64)))
-        return torch.from_numpy(column).to(self.device, non_blocking=True)
-
-    def _check(self, columns: BatchColumns) -> None:
-        longest = int(columns.context_lens.max())
-        if longest > self.max_model_len:
-            raise ValueError(f"a row of {longest} tokens exceeds max_model_len")
-        if len(columns.block_tables) != len(self.groups):
-            raise ValueError(f"rows need {len(self.groups)} block tables")
-        for table, slots in zip(columns.block_tables, columns.slot_mapping, strict=True):
-            if int(table.max()) >= self.num_blocks or int(slots.min()) < 0:
-                raise ValueError("a block table names a block that does not exist")
-
-    def _load(self, weights: WeightFiles, progress: Progress) -> llama.Llama:
+    def _load(self, weights: WeightFiles | DummyWeights, progress: Progress) -> llama.Llama:
         report = ProgressReport(progress, "loading weights", len(weights.shapes))
 
         def load(name: str) -> Tensor:
             report.advance(1)
-            return weights.tensor(name, self.dtype).to(self.device)
+            return weights.tensor(name, self.dtype, self.device)
 
         with torch.inference_mode():
             return llama.Llama(
@@ -178,7 +183,7 @@ class ModelRunner:
 
     def _measure_determinism(self) -> tuple[str, int]:
         """The class, and the fewest rows of attention's products."""
-        if self.device.type != "cpu" or self.dtype != torch.float32:
+        if self.device.type != "cpu" or self.dtype != torch.float32 or self.kernels != "torch":
             return "consistent", 1
         with torch.inference_mode():
             min_rows = determinism.min_attention_rows(self.model_config)
@@ -190,38 +195,92 @@ class ModelRunner:
                 return "consistent", determinism.MIN_LINEAR_ROWS
         return "exact", min_rows
 
-    def _choose_num_blocks(self, config: EngineConfig, weight_bytes: int) -> int:
-        """The configured number of blocks, else what the machine can spare.
+    def _choose_num_blocks(self, used_bytes: int) -> int:
+        return choose_num_blocks(
+            self._config,
+            block_bytes=block_bytes(self.groups, self._config.block_size, self.dtype),
+            max_model_len=self.max_model_len,
+            used_bytes=used_bytes,
+            device=self.device,
+        )
 
-        On a CPU: four sequences of max_model_len or 256 MiB, whichever is more, but at most 1 GiB
-        and half of what is free. On a GPU: 85 % of what is free beside the weights.
-
-        Raises:
-            ModelError: not even one sequence of max_model_len fits, or the configured number does
-                not fit into memory.
-        """
-        per_block = block_bytes(self.groups, config.block_size, self.dtype)
-        free_bytes = _free_bytes(self.device) - weight_bytes
-        if config.num_blocks is not None:
-            if config.num_blocks * per_block > free_bytes:
-                raise ModelError(
-                    f"num_blocks: {config.num_blocks} blocks of {per_block} bytes do not fit "
-                    f"into the {max(0, free_bytes)} bytes that are free"
-                )
-            return config.num_blocks
-        longest = -(-self.max_model_len // config.block_size)
-        if self.device.type == "cuda":
-            num_bytes = int(free_bytes * 0.85)
-        else:
-            wanted = max(4 * longest * per_block, _POOL_BYTES)
-            num_bytes = min(wanted, _MAX_POOL_BYTES, free_bytes // 2)
-        num_blocks = num_bytes // per_block
-        if num_blocks < longest:
-            raise ModelError(
-                f"max_model_len: a sequence of {self.max_model_len} tokens needs {longest} blocks, "
-                f"the pool would have {num_blocks}; set num_blocks or a lower max_model_len"
+    def _make_steps(self, kv_cache: KvCache) -> Steps:
+        if self.kernels == "torch":
+            return HostSteps(
+                self._model,
+                kv_cache,
+                self.device,
+                num_heads=self.model_config.num_heads,
+                max_model_len=self.max_model_len,
+                min_rows=self._min_rows,
             )
-        return num_blocks
+        from shared.engine.device_steps import DeviceSteps
+
+        return DeviceSteps(
+            self._model,
+            kv_cache,
+            self.device,
+            num_heads=self.model_config.num_heads,
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self._config.max_num_seqs,
+        )
+
+    # On a GPU
+
+    def _measure_peak(self, progress: Progress) -> int:
+        """Bytes that weights and the largest step take, with a pool just large enough for it."""
+        progress("measuring memory")
+        num_tokens = min(self._config.token_budget or _TOKEN_BUDGETS[-1], self.max_model_len)
+        num_blocks = -(-num_tokens // self._config.block_size)
+        cache = KvCache(
+            self.groups, num_blocks, self._config.block_size, self.dtype, device=self.device
+        )
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.inference_mode():
+            steps = self._make_steps(cache)
+            steps.launch(Batch([self._prompt_row(num_tokens)])).result()
+        pool_bytes = cache.memory.numel()
+        peak = torch.cuda.max_memory_allocated(self.device) - pool_bytes
+        del steps, cache
+        torch.cuda.empty_cache()
+        return int(peak)
+
+    def _warm_up(self, progress: Progress) -> None:
+        """Compiles kernels and captures graphs; nobody's first request waits for that."""
+        if self.kernels != "triton" or self.device.type != "cuda":
+            return
+        from shared.engine.device_steps import DeviceSteps
+
+        assert isinstance(self._steps, DeviceSteps)
+        progress("compiling kernels and capturing graphs")
+        with torch.inference_mode():
+            self._steps.capture(graphs=self._config.cuda_graphs)
+            limit = min(self.max_model_len, self.num_blocks * self._config.block_size)
+            budgets = [self._config.token_budget] if self._config.token_budget else _TOKEN_BUDGETS
+            usable = [min(budget, limit) for budget in budgets if budget is not None]
+            # The kernels of short chunks are others than those of long ones.
+            for num_tokens in (2, 17, 65):
+                self._time_prompt(min(num_tokens, limit))
+            rates = {budget: budget / self._time_prompt(budget) for budget in usable}
+        best = max(rates.values())
+        self.token_budget = min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
+        measured = ", ".join(f"{b}: {rate:.0f}" for b, rate in rates.items())
+        progress(f"token budget {self.token_budget} (prompt tokens/s by chunk: {measured})")
+
+    def _time_prompt(self, num_tokens: int) -> float:
+        """Seconds of a step with one chunk; the second of two runs."""
+        elapsed_s = 0.0
+        for _ in range(2):
+            started_s = time.perf_counter()
+            self._steps.launch(Batch([self._prompt_row(num_tokens)])).result()
+            elapsed_s = time.perf_counter() - started_s
+        return elapsed_s
+
+    def _prompt_row(self, num_tokens: int) -> BatchRow:
+        table = list(range(-(-num_tokens // self._config.block_size)))
+        greedy = SamplingParams(temperature=0.0)
+        return BatchRow([0] * num_tokens, 0, [table], greedy)
 
 
 def _device(name: str) -> torch.device:
@@ -237,16 +296,50 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _numerics(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"torch {torch.__version__} {torch.cuda.get_device_name(device)}"
-    return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+def _kernels(name: str, device: torch.device) -> str:
+    """'torch' or 'triton'. DeviceError when Triton was named and cannot be had."""
+    if name == "torch" or (name == "auto" and device.type == "cpu"):
+        return "torch"
+    problem = _why_no_triton(device)
+    if problem is None:
+        return "triton"
+    if name == "triton":
+        raise DeviceError(f"kernels: triton was asked for, but {problem}")
+    logger.warning("kernels: the torch reference, which is slow on a GPU: %s", problem)
+    return "torch"
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2 * _MAX_POOL_BYTES
+def _why_no_triton(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if device.type == "cpu":
+        # The interpreter computes on the CPU what the kernels would: for tests.
+        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if is_interpreted else "the device is a CPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return (
+            f"{name} has compute capability {capability[0]}.{capability[1]}, "
+            f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} is needed"
+        )
+    return None
+
+
+def _operations(kernels: str) -> Operations:
+    if kernels == "torch":
+        return reference_operations()
+    from shared.engine.triton_operations import TritonOperations
+
+    return TritonOperations()
+
+
+def _numerics(device: torch.device, kernels: str) -> str:
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return f"torch {torch.__version__} {where} {kernels}"

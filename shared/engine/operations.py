@@ -1,11 +1,13 @@
-"""The operations a model is made of: the seam between the torch reference and faster kernels."""
+"""The operations a model is made of: one interface, two tables of kernels.
+
+`reference` is plain torch and serves every device; its bits are the class `exact` on a CPU.
+`triton` is kernels/*.py on a GPU. A model is written once, over this interface.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,49 +17,38 @@ import kernels.reference
 class Operations(Protocol):
     """Shapes and meaning of each are given in kernels/reference.py.
 
-    `plan_step` prepares a step for all layers of a cache group; what it returns is for the same
-    table's `store_kv` and `paged_attention` only.
+    A `rope` and a `plan` are made once per step for all layers, by whoever prepares the step; what
+    they are is between the table and its steps (host_steps.py, device_steps.py).
     """
 
     def pack_weight(self, weight: Tensor) -> Tensor: ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def pack_rope(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Any: ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def take_rope(self, table: Any, positions: Tensor) -> Any: ...
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The residual's memory may be taken for the result."""
 
-    def silu_and_mul(self, x: Tensor) -> Tensor: ...
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor: ...
 
-    def plan_step(
-        self,
-        query_start: npt.NDArray[np.int64],
-        context_lens: npt.NDArray[np.int64],
-        block_table: npt.NDArray[np.int64],
-        slot_mapping: npt.NDArray[np.int64],
-        kv: Tensor,
-        *,
-        num_heads: int,
-        min_rows: int,
-    ) -> Any: ...
+    def norm_gate_up(
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor: ...
 
-    def store_kv(self, key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: Any) -> None: ...
+    def rope_and_store(
+        self, qkv: Tensor, rope: Any, kv: Tensor, layer: int, plan: Any, num_heads: int
+    ) -> Tensor: ...
 
     def paged_attention(
         self, query: Tensor, kv: Tensor, layer: int, plan: Any, scale: float
     ) -> Tensor: ...
 
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        key: Tensor,
-    ) -> Tensor: ...
 
-
-def operations_for(device: torch.device) -> Operations:
-    """The table for a device; today the torch reference serves them all."""
+def reference_operations() -> Operations:
+    """The torch reference."""
     return cast(Operations, kernels.reference)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shared.engine.operations import Operations
+import kernels.reference_sampling
 from shared.kv.sequence import SamplingParams
 
 _MASK = 2**64 - 1
@@ -20,13 +20,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def sample_tokens(
-    ops: Operations,
     logits: Tensor,
     params: Sequence[SamplingParams],
     sample_indices: Sequence[int],
     positions: Sequence[int],
 ) -> list[int]:
-    """Draws one token per row.
+    """Draws one token per row; −1 where the logits hold a NaN.
 
     Args:
         logits: float32 [R, vocab].
@@ -35,26 +34,29 @@ def sample_tokens(
         positions: [R], position that the drawn token will have.
     """
     random = [i for i, each in enumerate(params) if each.temperature > 0]
-    if not random:
-        return [int(token) for token in logits.argmax(-1).tolist()]
-    tokens = logits.argmax(-1) if len(random) < len(params) else None
-    drawn = _draw(ops, logits, params, sample_indices, positions, random)
-    if tokens is None:
-        return [int(token) for token in drawn.tolist()]
-    tokens[random] = drawn
-    return [int(token) for token in tokens.tolist()]
+    highest, tokens = logits.max(-1)
+    if random:
+        drawn = _draw(logits, params, sample_indices, positions, random)
+        if len(random) < len(params):
+            tokens[random] = drawn
+        else:
+            tokens = drawn
+    return [int(token) for token in tokens.masked_fill_(highest.isnan(), -1).tolist()]
+
+
+def draw_stream(seed: int, sample_index: int) -> int:
+    """The random stream of one sample: 64 bits, as a signed number."""
+    state = _mix((seed + _GOLDEN) & _MASK)
+    return _signed(_mix((state + (sample_index + 1) * _GOLDEN) & _MASK))
 
 
 def draw_key(seed: int, sample_index: int, position: int) -> int:
     """The 64 random bits of one draw, as a signed number."""
-    state = _mix((seed + _GOLDEN) & _MASK)
-    for field in (sample_index, position):
-        state = _mix((state + (field + 1) * _GOLDEN) & _MASK)
-    return state - 2**64 if state >> 63 else state
+    stream = draw_stream(seed, sample_index)
+    return _signed(_mix((stream + (position + 1) * _GOLDEN) & _MASK))
 
 
 def _draw(
-    ops: Operations,
     logits: Tensor,
     params: Sequence[SamplingParams],
     sample_indices: Sequence[int],
@@ -68,7 +70,7 @@ def _draw(
     def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-    return ops.sample(
+    return kernels.reference_sampling.sample(
         logits if len(rows) == len(params) else logits[list(rows)],
         column([each.temperature for each in chosen], torch.float32),
         column([each.top_k for each in chosen], torch.int64),
@@ -76,6 +78,10 @@ def _draw(
         column([each.min_p for each in chosen], torch.float32),
         column(keys, torch.int64),
     )
+
+
+def _signed(state: int) -> int:
+    return state - 2**64 if state >> 63 else state
 
 
 def _mix(state: int) -> int:

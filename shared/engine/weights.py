@@ -76,8 +76,8 @@ class WeightFiles:
             if name not in shapes and not is_ignored(name):
                 raise ModelError(f"{self._file_of[name]}: {name}: unexpected tensor")
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Reads one tensor onto the CPU.
+    def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Reads one tensor.
 
         Raises:
             ModelError: the file cannot be read.
@@ -90,7 +90,7 @@ class WeightFiles:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: {name}: {' '.join(str(error).split())}") from None
         # A copy: what is read is a view of the mapped file, which others may change.
-        return tensor.to(dtype, copy=True)
+        return tensor.to(device, dtype, copy=True)
 
     def close(self) -> None:
         """Unmaps the files; tensors that were read stay valid."""
@@ -110,6 +110,33 @@ class WeightFiles:
                     digest.update(chunk)
                     report.advance(len(chunk))
         return digest.hexdigest()
+
+
+class DummyWeights:
+    """Random weights of a model's shapes, the same for every engine with one kind of device.
+
+    Norms are one and matrices small, so that activations stay in range at any depth.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = dict(shapes)
+
+    def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            value = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, value, dtype=dtype, device=device)
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+        generator = torch.Generator(device).manual_seed(seed)
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        return weight.normal_(std=0.02, generator=generator)
+
+    def digest(self, config_path: Path, progress: Progress) -> str:
+        """Of config.json alone."""
+        return hashlib.sha256(b"dummy weights\0" + config_path.read_bytes()).hexdigest()
+
+    def close(self) -> None:
+        """There are no files."""
 
 
 class ProgressReport:

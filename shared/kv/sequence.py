@@ -94,6 +94,9 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    """Computed, or being computed by a step in flight."""
+    num_steps_in_flight: int = 0
     num_sealed_blocks: int = 0
     """Blocks at the front that are full, final and digested, in every group."""
 
@@ -104,6 +107,12 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def draws_on(self) -> bool:
+        """Whether another token will be drawn after those that are drawn or being drawn now."""
+        num_drawn = max(0, self.num_scheduled_tokens - len(self.prompt_token_ids) + 1)
+        return self.first_index + num_drawn < self.params.max_tokens
 
     @property
     def next_index(self) -> int:

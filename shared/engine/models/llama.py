@@ -97,8 +97,7 @@ class Llama:
         self._norm = load("model.norm.weight")
         self._layers = [self._load_layer(layer) for layer in range(config.num_layers)]
         cos, sin = rope_tables(config.rope, config.head_dim, max_model_len)
-        self._cos = cos.to(device, dtype)
-        self._sin = sin.to(device, dtype)
+        self._rope = ops.pack_rope(cos.to(device), sin.to(device), dtype)
 
     def hidden_states(
         self,
@@ -107,50 +106,43 @@ class Llama:
         kv_caches: Sequence[Tensor],
         plans: Sequence[Any],
     ) -> Tensor:
-        """Runs all layers and stores the tokens' KV → [T, hidden], normalised for `logits`.
+        """Runs all layers and stores the tokens' KV → [T, hidden], for `logits`.
 
         Args:
-            input_ids, positions: int64 [T].
+            input_ids, positions: int32 or int64 [T].
             kv_caches: by cache group, [blocks + 1, num_kv_heads, num_layers, 2, block_size,
                 head_dim].
-            plans: by cache group, of ops.plan_step.
+            plans: by cache group, where the step's tokens are stored and what they attend to.
         """
         ops, eps = self._ops, self.config.rms_norm_eps
         (kv,), (plan,) = kv_caches, plans
         hidden = self.embedding.index_select(0, input_ids)
-        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        rope = ops.take_rope(self._rope, positions)
         for index, layer in enumerate(self._layers):
-            x = ops.rms_norm(hidden, layer.input_norm, eps)
-            hidden = self._attention(layer, index, x, cos, sin, kv, plan).add_(hidden)
-            x = ops.rms_norm(hidden, layer.post_attention_norm, eps)
-            x = ops.silu_and_mul(ops.linear(x, layer.gate_up.weight, layer.gate_up.bias))
-            hidden = ops.linear(x, layer.down.weight, layer.down.bias).add_(hidden)
-        return ops.rms_norm(hidden, self._norm, eps)
+            attended = self._attention(layer, index, hidden, rope, kv, plan)
+            hidden = ops.linear(attended, layer.output.weight, layer.output.bias, hidden)
+            x = ops.norm_gate_up(
+                hidden, layer.post_attention_norm, eps, layer.gate_up.weight, layer.gate_up.bias
+            )
+            hidden = ops.linear(x, layer.down.weight, layer.down.bias, hidden)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] of `hidden_states` → float32 [R, vocab]."""
-        return self._ops.linear(hidden, self._head, None).float()
+        """hidden [R, hidden] of `hidden_states` → [R, vocab]."""
+        eps = self.config.rms_norm_eps
+        return self._ops.norm_linear(hidden, self._norm, eps, self._head, None)
 
     def _attention(
-        self,
-        layer: _Layer,
-        index: int,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        kv: Tensor,
-        plan: Any,
+        self, layer: _Layer, index: int, hidden: Tensor, rope: Any, kv: Tensor, plan: Any
     ) -> Tensor:
-        """x [T, hidden]; cos, sin [T, 1, head_dim] → [T, hidden]."""
+        """hidden [T, hidden] → [T, num_heads · head_dim]."""
         ops, config = self._ops, self.config
-        num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = ops.linear(x, layer.qkv.weight, layer.qkv.bias).view(len(x), -1, head_dim)
-        rotated = ops.rotary(qkv[:, : num_heads + num_kv_heads], cos, sin)
-        value = qkv[:, num_heads + num_kv_heads :]
-        ops.store_kv(rotated[:, num_heads:], value, kv, index, plan)
-        scale = 1 / math.sqrt(head_dim)
-        attended = ops.paged_attention(rotated[:, :num_heads], kv, index, plan, scale)
-        return ops.linear(attended.view(len(x), -1), layer.output.weight, layer.output.bias)
+        qkv = ops.norm_linear(
+            hidden, layer.input_norm, config.rms_norm_eps, layer.qkv.weight, layer.qkv.bias
+        ).view(len(hidden), -1, config.head_dim)
+        query = ops.rope_and_store(qkv, rope, kv, index, plan, config.num_heads)
+        scale = 1 / math.sqrt(config.head_dim)
+        return ops.paged_attention(query, kv, index, plan, scale).view(len(hidden), -1)
 
     def _load_layer(self, layer: int) -> _Layer:
         prefix = f"model.layers.{layer}"
@@ -173,14 +165,10 @@ class Llama:
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for `ops.rotary`: float32 [num_positions, 1, head_dim] each.
-
-    The first half of sin is negated: it belongs to the first element of each pair.
-    """
+    """cos and sin of each pair's angle: float32 [num_positions, head_dim / 2] each."""
     frequencies = _inverse_frequencies(rope, head_dim)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+    return angles.cos(), angles.sin()
 
 
 def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

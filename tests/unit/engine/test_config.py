@@ -143,7 +143,7 @@ def test_max_model_len_is_limited_by_the_model(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("device", "tpu"),
-        ("dtype", "float16"),
+        ("dtype", "float64"),
         ("block_size", 24),
         ("block_size", 256),
         ("num_blocks", 0),

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.reference_sampling import random_bits, sample
-from shared.engine.operations import operations_for
 from shared.engine.sampler import draw_key, sample_tokens
 from shared.kv.sequence import SamplingParams
 
-OPS = operations_for(torch.device("cpu"))
 NUM_DRAWS = 200_000
 GATE = 1e-6
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -2.0, -4.0, 2.2, 0.9])
@@ -125,13 +123,12 @@ def test_a_draw_is_a_function_of_its_row() -> None:
         for i in range(24)
     ]
     samples, positions = [i % 2 for i in range(24)], list(range(24))
-    together = sample_tokens(OPS, logits, params, samples, positions)
+    together = sample_tokens(logits, params, samples, positions)
     for i in range(24):
-        alone = sample_tokens(OPS, logits[i : i + 1], [params[i]], [samples[i]], [positions[i]])
+        alone = sample_tokens(logits[i : i + 1], [params[i]], [samples[i]], [positions[i]])
         assert alone == [together[i]]
     order = torch.randperm(24, generator=generator).tolist()
     shuffled = sample_tokens(
-        OPS,
         logits[order],
         [params[i] for i in order],
         [samples[i] for i in order],
@@ -166,7 +163,7 @@ def test_filters_that_need_the_whole_vocabulary(top_k: int, top_p: float) -> Non
 )
 def test_the_most_likely_token_survives(params: SamplingParams) -> None:
     logits = torch.randn(64, 500) * 100
-    tokens = sample_tokens(OPS, logits, [params] * 64, [0] * 64, list(range(64)))
+    tokens = sample_tokens(logits, [params] * 64, [0] * 64, list(range(64)))
     assert tokens == logits.argmax(-1).tolist()
 
 

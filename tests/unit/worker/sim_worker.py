@@ -46,7 +46,14 @@ class SimWorker:
         self.engine = EngineLoop(
             runner,
             self.pool,
-            Sealer(self.pool, runner.kv_cache, incarnation, CAPABILITY, failpoints),
+            Sealer(
+                self.pool,
+                runner.kv_cache,
+                runner.block_sums(),
+                incarnation,
+                CAPABILITY,
+                failpoints,
+            ),
             identity=self.peer,
             limits=StepLimits(token_budget=8, max_num_seqs=4),
             inbox=self.inbox,

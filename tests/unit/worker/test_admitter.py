@@ -11,6 +11,7 @@ from services.worker.admission import Admitter
 from services.worker.failpoints import Failpoints
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import SequenceTable, Slot
+from shared.engine.block_sums import HostBlockSums
 from shared.engine.kv_cache import KvCache
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
@@ -65,7 +66,7 @@ class Bench:
 def bench(make_runner: MakeRunner) -> Bench:
     cache = make_runner(NUM_BLOCKS).kv_cache
     pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
-    sealer = Sealer(pool, cache, "ab" * 16, "c" * 64, Failpoints(set()))
+    sealer = Sealer(pool, cache, HostBlockSums(cache), "ab" * 16, "c" * 64, Failpoints(set()))
     table = SequenceTable()
     dropped: list[tuple[int, list[int]]] = []
     admitter = Admitter(pool, sealer, table, lambda group, ids: dropped.append((group, ids)))

@@ -12,6 +12,7 @@ from services.worker.failpoints import Failpoints
 from services.worker.handoff import ClaimTable, Pull, PullTable
 from services.worker.messages import Outgoing, Peer, ToReader, ToSource
 from services.worker.sealing import Sealer
+from shared.engine.block_sums import HostBlockSums
 from shared.engine.kv_cache import KvCache
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
@@ -56,7 +57,7 @@ def side(make_runner: MakeRunner) -> Side:
     cache = make_runner(NUM_BLOCKS).kv_cache
     cache.tensors[0].normal_()
     pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
-    return Side(pool, cache, Sealer(pool, cache, "ab" * 16, "c" * 64, Failpoints(set())))
+    return Side(pool, cache, Sealer(pool, cache, HostBlockSums(cache), "ab" * 16, "c" * 64, Failpoints(set())))
 
 
 # The owner's side

@@ -7,6 +7,8 @@ that was ever sent is the one that an undisturbed run draws.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from shared.engine.model_runner import ModelRunner
 from shared.kv.sequence import FinishReason, SamplingParams
 from shared.rpc.errors import DeadlineExceeded
 from tests.unit.worker.conftest import MakeRunner
+from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock
 from tests.unit.worker.simulation import Cluster
 
@@ -173,11 +176,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_any_interleaving(runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_any_interleaving(
+    runs_ahead: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
+) -> None:
     class Machine(ProtocolMachine):
         pass
 
-    Machine.runners, Machine.oracle, Machine.clock = runners, oracle, clock
+    late: dict[str, Any] = {name: LateRunner(runner) for name, runner in runners.items()}
+    Machine.runners = late if runs_ahead else runners
+    Machine.oracle, Machine.clock = oracle, clock
     run_state_machine_as_test(
         Machine,
         settings=settings(

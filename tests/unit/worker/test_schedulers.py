@@ -21,7 +21,7 @@ BLOCK_SIZE = 4
 def sequence(num_prompt: int, *, num_computed: int = 0, name: str = "r") -> Sequence:
     key = AttemptKey(name, 0, 1)
     made = Sequence(key, tuple(range(num_prompt)), SamplingParams(max_tokens=1000))
-    made.num_computed_tokens = num_computed
+    made.num_computed_tokens = made.num_scheduled_tokens = num_computed
     return made
 
 
@@ -102,6 +102,7 @@ def test_every_prompt_is_computed_once_within_budget(
         assert len(planned) <= max_rows and all(chunk.num_tokens > 0 for chunk in planned)
         for chunk in planned:
             chunk.sequence.num_computed_tokens += chunk.num_tokens
+            chunk.sequence.num_scheduled_tokens += chunk.num_tokens
         finished += [each.num_computed_tokens for each in left if _is_computed(each)]
         left = [each for each in left if not _is_computed(each)]
     assert sorted(finished) == sorted(lengths)

@@ -1,0 +1,140 @@
+"""The worker's engine loop without a worker: no RPC, no directory, one thread.
+
+What it measures is the engine as workers run it, scheduler and bookkeeping included.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+from baton.v1 import decode_service_pb2
+
+from services.worker import messages as msg
+from services.worker.engine_loop import EngineLoop
+from services.worker.failpoints import Failpoints
+from services.worker.sealing import Sealer
+from services.worker.sequence_table import Slot
+from services.worker.stepper import StepLimits
+from shared.engine.block_sums import BlockSums
+from shared.engine.model_runner import ModelRunner
+from shared.kv.block_pool import BlockPool
+from shared.kv.digest import Uint64Array
+from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from shared.telemetry import Counters, Trace
+
+_GATEWAY = "gateway"
+
+
+class NoBlockSums:
+    """In place of digests, to see what they cost."""
+
+    def __init__(self, num_kv_heads: int) -> None:
+        self._num_kv_heads = num_kv_heads
+
+    def __call__(self, block_ids: Seq[int], group: int = 0) -> Uint64Array:
+        return np.zeros((len(block_ids), self._num_kv_heads), np.uint64)
+
+
+@dataclass
+class Steps:
+    """What the engine delivered, by step with tokens."""
+
+    at_s: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+
+
+class InProcessEngine:
+    def __init__(
+        self, runner: ModelRunner, *, max_num_seqs: int = 256, with_digests: bool = True
+    ) -> None:
+        self.runner = runner
+        self.pool = BlockPool(runner.num_blocks, runner.kv_cache.block_size)
+        self._inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
+        sums: BlockSums = runner.block_sums()
+        if not with_digests:
+            sums = NoBlockSums(runner.groups[0].spec.num_kv_heads)
+        failpoints = Failpoints(set())
+        self.engine = EngineLoop(
+            runner,
+            self.pool,
+            Sealer(self.pool, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
+            identity=msg.Peer("benchmark", "ab" * 16, ""),
+            limits=StepLimits(runner.token_budget, max_num_seqs),
+            inbox=self._inbox,
+            submit_pull=lambda job: None,
+            deliver=self._take,
+            failpoints=failpoints,
+            counters=Counters(),
+            trace=Trace(None, "benchmark"),
+        )
+        self._names = count(1)
+        self.steps = Steps()
+        self.failures: list[str] = []
+
+    def submit(self, prompt: Seq[int], max_tokens: int) -> None:
+        """Greedy, local prefill, nothing ends early."""
+        number = next(self._names)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        key = AttemptKey(f"benchmark-{number}", 0, 1)
+        sequence = Sequence(key, tuple(prompt), params)
+        self._inbox.put(msg.StartDecode(sequence, Slot(_GATEWAY, number), None))
+
+    def run_until_idle(self) -> Steps:
+        """Runs all that was submitted → when tokens came, and how many at a time."""
+        self.steps = Steps()
+        self.engine.run_once(may_wait=False)
+        while self.engine.num_sequences:
+            self.engine.run_once(may_wait=False)
+        while self.engine.is_busy:
+            self.engine.run_once(may_wait=False)
+        if self.failures:
+            raise RuntimeError(f"the engine failed: {self.failures[0]}")
+        return self.steps
+
+    def decode(self, batch: int, context: int, num_steps: int) -> list[float]:
+        """Seconds of each of `num_steps` steps in which `batch` sequences decode, their contexts
+        growing from `context` tokens on."""
+        prompts = random_prompts(batch, context, self.runner.model_config.vocab_size)
+        # Twice, so that the second time all start together: all but their last block is cached.
+        for prompt in prompts:
+            self.submit(prompt, 1)
+        self.run_until_idle()
+        num_starting = 2 * (batch * self.pool.block_size // self.runner.token_budget + 2)
+        for prompt in prompts:
+            self.submit(prompt, num_starting + num_steps)
+        steps = self.run_until_idle()
+        full = [i for i, num in enumerate(steps.num_tokens) if num == batch]
+        if len(full) < num_steps + 1:
+            raise RuntimeError(f"only {len(full)} steps had all {batch} sequences")
+        times = [steps.at_s[i] for i in full[: num_steps + 1]]
+        return [b - a for a, b in zip(times[:-1], times[1:], strict=True)]
+
+    def prefill(self, batch: int, num_tokens: int) -> float:
+        """Seconds from the prompts' arrival to the last one's first token."""
+        prompts = random_prompts(batch, num_tokens, self.runner.model_config.vocab_size)
+        started_s = time.perf_counter()
+        for prompt in prompts:
+            self.submit(prompt, 1)
+        return self.run_until_idle().at_s[-1] - started_s
+
+    def _take(self, messages: list[msg.Outgoing]) -> None:
+        for message in messages:
+            if not isinstance(message, msg.ToGateway):
+                continue
+            response: decode_service_pb2.DecodeResponse = message.message
+            if response.HasField("step"):
+                self.steps.at_s.append(time.perf_counter())
+                self.steps.num_tokens.append(len(response.step.slots))
+            elif response.HasField("failed"):
+                self.failures.append(response.failed.failure.message)
+
+
+def random_prompts(num_prompts: int, num_tokens: int, vocab_size: int) -> list[list[int]]:
+    """Different in every call: nothing is found in the prefix cache."""
+    rows = np.random.default_rng().integers(0, vocab_size, (num_prompts, num_tokens))
+    return [row.tolist() for row in rows]

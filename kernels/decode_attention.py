@@ -1,0 +1,352 @@
+"""Paged attention for rows of one query token, cut so that every processor gets a like share.
+
+One program attends one KV head of one work item (kernels/decode_plan.py); programs without an item
+end at once. A row of one item is written at once. Of a row of several, each item leaves its
+normalised sum and the logarithm (base 2) of its weight, and either the program that comes last or a
+second kernel adds them up. Which it is, is configured; the arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.decode_plan import (
+    ITEM_FIELDS,
+    DecodeConfig,
+    DecodeWork,
+    decode_config,
+    make_work,
+    plan_decode,
+)
+
+__all__ = [
+    "DecodeConfig",
+    "DecodeWork",
+    "decode_config",
+    "make_work",
+    "paged_decode_attention",
+    "plan_decode",
+]
+
+_COMBINED_AT_ONCE = 8
+_TILE_BYTES = 160 * 1024
+"""Shared memory that a program's tiles of keys and values may take: n stages hold n − 1 of each."""
+
+
+def paged_decode_attention(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    rows: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    work: DecodeWork,
+    scale: float,
+    *,
+    window: int = 0,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """One query token a row, over the row's keys in the pool → [B, num_heads, head_dim].
+
+    `plan_decode` has been called with the same rows, context_lens and window; what those say is
+    taken from the plan. A row of −1 becomes zero.
+
+    Args:
+        query: [B, num_heads, head_dim], the last dimension contiguous.
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous, the dtype
+            of `query`. Slots behind a row's context may hold anything, NaN included.
+        layer: which layer of `kv`.
+        rows, context_lens: as for `plan_decode`.
+        block_tables: int32 [slots, ≥ blocks of the context]; what follows them, and what lies
+            before the window, is not read.
+        scale: of the products of query and key.
+        out: where the result goes, every element; the last dimension contiguous.
+        pdl: start while the kernel before still runs. It may write `query` and `kv`, but neither
+            the plan nor the block tables.
+
+    Raises:
+        ValueError: shapes, or a window, that `work` was not made and planned for.
+    """
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    num_rows, num_heads, head_dim = query.shape
+    _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
+    if num_rows != work.num_rows or num_heads != work.num_heads or rows.shape != (num_rows,):
+        raise ValueError(f"{num_rows} × {num_heads} heads are not what the work was made for")
+    if work.window != window:
+        raise ValueError(f"planned for window {work.window}, asked for {window}")
+    config, num_items = work.config, work.items.shape[0]
+    group = num_heads // num_kv_heads
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    stage_bytes = 2 * config.block_n * block_d * kv.element_size()
+    # Float32 products do not go through tensor cores, and hold whole operands in registers.
+    num_warps = max(config.num_warps, 8 if kv.element_size() == 4 else 0)
+    _attend[(num_kv_heads, num_items)](
+        out,
+        query,
+        kv,
+        work.items,
+        block_tables,
+        work.partial,
+        work.weight,
+        work.arrived,
+        layer,
+        scale * 1.4426950408889634,  # exp2 is what the hardware has
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        block_tables.stride(0),
+        KV_HEADS=num_kv_heads,
+        LAYERS=num_layers,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        GROUP=group,
+        BLOCK_H=max(16, triton.next_power_of_2(group)),
+        BLOCK_D=block_d,
+        BLOCK_N=config.block_n,
+        AT_ONCE=_COMBINED_AT_ONCE,
+        FIELDS=ITEM_FIELDS,
+        FUSED=config.fused,
+        PDL=pdl,
+        num_warps=num_warps,
+        num_stages=max(2, min(config.num_stages, 1 + _TILE_BYTES // stage_bytes)),
+        launch_pdl=pdl,
+    )
+    if not config.fused:
+        _combine[(num_kv_heads, num_rows)](
+            out,
+            work.row_items,
+            work.partial,
+            work.weight,
+            out.stride(0),
+            out.stride(1),
+            KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            GROUP=group,
+            BLOCK_D=block_d,
+            AT_ONCE=_COMBINED_AT_ONCE,
+            num_warps=4,
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["layer", "table_stride"])
+def _attend(
+    out,
+    query,
+    kv,
+    items,
+    block_tables,
+    partial,
+    weight,
+    arrived,
+    layer,
+    scale,
+    query_row,
+    query_head,
+    out_row,
+    out_head,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    FUSED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One KV head of one item."""
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    entry = items + item * FIELDS
+    row = tl.load(entry)
+    slot = tl.load(entry + 1)
+    begin = tl.load(entry + 2)
+    end = tl.load(entry + 3)
+    first_item = tl.load(entry + 4)
+    num_splits = tl.load(entry + 5)
+    # Keys that are not the item's are replaced by its nearest one: no load needs a mask, nothing
+    # unwritten is read, and no entry of the table beyond the row's own.
+    first = begin // BLOCK_N * BLOCK_N
+    near = tl.minimum(tl.maximum(first + tl.arange(0, BLOCK_N), begin), end - 1)
+    table = block_tables + slot.to(tl.int64) * table_stride
+    at_block = first if BLOCK_N <= BLOCK_SIZE else near
+    block = tl.load(table + at_block // BLOCK_SIZE, mask=begin < end, other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if row < 0:
+        return
+
+    head = tl.arange(0, BLOCK_H)
+    dim = tl.arange(0, BLOCK_D)
+    is_real = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    heads = kv_head * GROUP + head
+    q_at = row.to(tl.int64) * query_row + heads[:, None] * query_head + dim[None, :]
+    q = tl.load(query + q_at, mask=is_real, other=0.0)
+
+    # A block's offset needs 64 bits; what follows inside the block does not.
+    block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * BLOCK_SIZE * HEAD_DIM
+    keys = kv + (kv_head * LAYERS + layer) * (2 * BLOCK_SIZE * HEAD_DIM)
+    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    # Summed over keys at the end only: between warps that costs a barrier.
+    shares = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for start in tl.range(first, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        offset = (near % BLOCK_SIZE * HEAD_DIM)[:, None] + dim[None, :]
+        ahead = block.to(tl.int64) * block_elements
+        if BLOCK_N <= BLOCK_SIZE:
+            source = keys + ahead + offset
+        else:
+            source = keys + ahead[:, None] + offset
+        # The next tile's blocks, a turn early: no load of keys waits for the table.
+        near = tl.minimum(key + BLOCK_N, end - 1)
+        at_block = tl.minimum(start + BLOCK_N, end - 1) if BLOCK_N <= BLOCK_SIZE else near
+        block = tl.load(table + at_block // BLOCK_SIZE)
+        if BLOCK_D == HEAD_DIM:
+            k = tl.load(source)
+            v = tl.load(source + BLOCK_SIZE * HEAD_DIM)
+        else:
+            k = tl.load(source, mask=dim[None, :] < HEAD_DIM, other=0.0)
+            v = tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=dim[None, :] < HEAD_DIM, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        score = tl.where(((key >= begin) & (key < end))[None, :], score, float("-inf"))
+        # Every tile has a key of the item, so `above` is finite.
+        above = tl.maximum(highest, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - above[:, None])
+        fade = tl.exp2(highest - above)[:, None]
+        shares = shares * fade + p
+        acc = tl.dot(p.to(v.dtype), v, acc * fade, input_precision="ieee")
+        highest = above
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+    total = tl.sum(shares, 1)
+    # A row without keys has a total of zero and becomes zero.
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if num_splits == 1:
+        out_at = row.to(tl.int64) * out_row + heads[:, None] * out_head + dim[None, :]
+        tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)
+    else:
+        at = item * (KV_HEADS * GROUP) + heads
+        tl.store(partial + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_real)
+        tl.store(weight + at, highest + tl.log2(total), mask=head < GROUP)
+        if FUSED:
+            # The barrier puts the stores of all threads before the release of the one that adds.
+            tl.debug_barrier()
+            done = arrived + row * KV_HEADS + kv_head
+            if tl.atomic_add(done, 1, sem="acq_rel") == num_splits - 1:
+                tl.store(done, 0)
+                _add_up(
+                    out + row.to(tl.int64) * out_row,
+                    partial,
+                    weight,
+                    first_item,
+                    num_splits,
+                    kv_head,
+                    out_head,
+                    KV_HEADS,
+                    HEAD_DIM,
+                    GROUP,
+                    BLOCK_D,
+                    AT_ONCE,
+                )
+
+
+@triton.jit
+def _combine(
+    out,
+    row_items,
+    partial,
+    weight,
+    out_row,
+    out_head,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """One KV head of one row of several items."""
+    kv_head = tl.program_id(0)
+    row = tl.program_id(1)
+    first_item = tl.load(row_items + row * 2)
+    num_splits = tl.load(row_items + row * 2 + 1)
+    if num_splits > 1:
+        _add_up(
+            out + row.to(tl.int64) * out_row,
+            partial,
+            weight,
+            first_item,
+            num_splits,
+            kv_head,
+            out_head,
+            KV_HEADS,
+            HEAD_DIM,
+            GROUP,
+            BLOCK_D,
+            AT_ONCE,
+        )
+
+
+@triton.jit
+def _add_up(
+    out,
+    partial,
+    weight,
+    first_item,
+    num_splits,
+    kv_head,
+    out_head,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Adds up a row's items for one KV head; `out` points to the row."""
+    GROUP_P: tl.constexpr = triton.next_power_of_2(GROUP)
+    head = tl.arange(0, GROUP_P)
+    dim = tl.arange(0, BLOCK_D)
+    is_real = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    highest = tl.full([GROUP_P], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_P], tl.float32)
+    acc = tl.zeros([GROUP_P, BLOCK_D], tl.float32)
+    for start in tl.range(0, num_splits, AT_ONCE):
+        # Unrolled, so that the loads of several items are under way together.
+        for ahead in tl.static_range(AT_ONCE):
+            split = start + ahead
+            at = ((first_item + split) * KV_HEADS + kv_head) * GROUP + head
+            # .cg: other programs wrote these while this one ran; they are in the L2 cache.
+            w = tl.load(
+                weight + at,
+                mask=(head < GROUP) & (split < num_splits),
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            part = tl.load(
+                partial + at[:, None] * HEAD_DIM + dim[None, :],
+                mask=is_real & (split < num_splits),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            # Heads that only pad have no weight anywhere; without this they would make NaN.
+            above = tl.where(head < GROUP, tl.maximum(highest, w), 0.0)
+            share = tl.exp2(w - above)
+            fade = tl.exp2(highest - above)
+            total = total * fade + share
+            acc = acc * fade[:, None] + part * share[:, None]
+            highest = above
+    acc = acc / tl.where(head < GROUP, total, 1.0)[:, None]
+    out_at = (kv_head * GROUP + head)[:, None] * out_head + dim[None, :]
+    tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)

@@ -1,0 +1,189 @@
+"""Cuts the keys of a decode step into work items for kernels/decode_attention.py, on the device.
+
+A work item is a stretch of one row's keys. How many items there are at most follows from the padded
+batch size alone, so one CUDA graph serves every mixture of lengths: an item holds its share of the
+step's keys, however they are spread over rows, and items that are not needed are marked so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ITEM_FIELDS = 8
+"""An item: row, slot, first key, end of keys, first item of the row, items of the row, two unused.
+A row of −1 marks an item that is not used."""
+_PLANNED_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the work is cut; the defaults of `decode_config` are for an H200."""
+
+    block_n: int = 64
+    """Keys of a tile; a power of two, at least 16."""
+    num_warps: int = 4
+    num_stages: int = 3
+    programs: int = 512
+    """About so many programs share the work where rows alone do not make as many."""
+    fused: bool = True
+    """The last program of a row combines its items; else a second kernel does."""
+
+
+def decode_config(num_rows: int, num_kv_heads: int, head_dim: int) -> DecodeConfig:
+    """The configuration for a padded batch of `num_rows`."""
+    if head_dim > 128:
+        return DecodeConfig(block_n=32)
+    return DecodeConfig()
+
+
+@dataclass(slots=True)
+class DecodeWork:
+    """Device buffers of one padded batch size (and one window); see `make_work`."""
+
+    config: DecodeConfig
+    num_heads: int
+    items: Tensor
+    """int32 [items, 8]: see ITEM_FIELDS."""
+    row_items: Tensor
+    """int32 [rows, 2]: a row's first item and how many it has."""
+    partial: Tensor
+    """float32 [items, num_heads, head_dim]"""
+    weight: Tensor
+    """float32 [items, num_heads]: log2 of the sum of exp of an item's scores."""
+    arrived: Tensor
+    """int32 [rows, num_kv_heads]: items of the row that are done; zero between kernels."""
+    window: int | None = None
+    """What the plan was made for."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_items.shape[0]
+
+
+def make_work(
+    num_rows: int,
+    num_kv_heads: int,
+    num_heads: int,
+    head_dim: int,
+    device: torch.device,
+    *,
+    num_items: int | None = None,
+    config: DecodeConfig | None = None,
+) -> DecodeWork:
+    """Allocates what decode attention over `num_rows` padded rows needs.
+
+    That is about 4 · head_dim bytes for each head of each item. Layers share it, for they run one
+    after another. Cache groups of different windows, and steps that may run at the same time, need
+    one each.
+
+    Args:
+        num_items: upper bound of the items of a step, more than `num_rows`; without it, room for
+            `config.programs` programs' worth of items or one a row, whichever is more, and for one
+            more a row, which the rounding of shares to whole tiles needs.
+        config: instead of that of `decode_config`.
+
+    Raises:
+        ValueError: heads that do not share KV heads evenly, or too few items.
+    """
+    config = config or decode_config(num_rows, num_kv_heads, head_dim)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
+    if num_items is None:
+        num_items = num_rows + max(num_rows, triton.cdiv(config.programs, num_kv_heads))
+    if num_items <= num_rows:
+        raise ValueError(f"{num_items} items are not more than {num_rows} rows")
+    return DecodeWork(
+        config=config,
+        num_heads=num_heads,
+        items=torch.full((num_items, ITEM_FIELDS), -1, dtype=torch.int32, device=device),
+        row_items=torch.zeros(num_rows, 2, dtype=torch.int32, device=device),
+        partial=torch.empty(num_items, num_heads, head_dim, dtype=torch.float32, device=device),
+        weight=torch.empty(num_items, num_heads, dtype=torch.float32, device=device),
+        arrived=torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+def plan_decode(rows: Tensor, context_lens: Tensor, work: DecodeWork, *, window: int = 0) -> None:
+    """Lists the items of a step in `work`, for all layers with this window.
+
+    Args:
+        rows: int32 [B], the slot of each row, −1 for none; B is what `work` was made for.
+        context_lens: int32 [slots], at least 1 for a slot in `rows`.
+        window: a row sees its last `window` keys only; 0 means all of them.
+    """
+    num_rows, num_items = work.num_rows, work.items.shape[0]
+    if rows.shape != (num_rows,):
+        raise ValueError(f"planned for {num_rows} rows, got {tuple(rows.shape)}")
+    work.window = window
+    _plan[(triton.cdiv(num_items, _PLANNED_AT_ONCE),)](
+        rows,
+        context_lens,
+        work.items,
+        work.row_items,
+        num_rows,
+        num_items,
+        window,
+        TILE=work.config.block_n,
+        ROWS=triton.next_power_of_2(num_rows),
+        ITEMS=_PLANNED_AT_ONCE,
+        FIELDS=ITEM_FIELDS,
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_items", "window"])
+def _plan(
+    rows,
+    context_lens,
+    items,
+    row_items,
+    num_rows,
+    num_items,
+    window,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Writes ITEMS entries of the list; every program finds out by itself where rows begin."""
+    row = tl.arange(0, ROWS)
+    slot = tl.load(rows + row, mask=row < num_rows, other=-1)
+    length = tl.load(context_lens + slot, mask=slot >= 0, other=0)
+    first_key = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    tiles = tl.cdiv(length, TILE) - first_key // TILE
+    # The sum over rows of ceil(tiles / per_item) is at most (num_items − num_rows) + num_rows.
+    per_item = tl.maximum(tl.cdiv(tl.sum(tiles), num_items - num_rows), 1)
+    splits = tl.where(row < num_rows, tl.maximum(tl.cdiv(tiles, per_item), 1), 0)
+    ends = tl.cumsum(splits)[None, :]
+
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    is_before = ends <= item[:, None]
+    row = tl.sum(is_before.to(tl.int32), 1)
+    first_item = tl.max(tl.where(is_before, ends, 0), 1)
+    is_used = row < num_rows
+    slot = tl.load(rows + row, mask=is_used, other=-1)
+    length = tl.load(context_lens + slot, mask=slot >= 0, other=0)
+    first_key = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    first_tile = first_key // TILE
+    tiles = tl.cdiv(length, TILE) - first_tile
+    splits = tl.maximum(tl.cdiv(tiles, per_item), 1)
+    split = item - first_item
+    begin = (first_tile + split * tiles // splits) * TILE
+    end = (first_tile + (split + 1) * tiles // splits) * TILE
+
+    is_item = item < num_items
+    entry = items + item * FIELDS
+    tl.store(entry, tl.where(is_used, row, -1), mask=is_item)
+    tl.store(entry + 1, slot, mask=is_item)
+    tl.store(entry + 2, tl.maximum(begin, first_key), mask=is_item)
+    tl.store(entry + 3, tl.minimum(end, length), mask=is_item)
+    tl.store(entry + 4, first_item, mask=is_item)
+    tl.store(entry + 5, splits, mask=is_item)
+    is_first = is_item & is_used & (split == 0)
+    tl.store(row_items + row * 2, first_item, mask=is_first)
+    tl.store(row_items + row * 2 + 1, splits, mask=is_first)

@@ -1,0 +1,385 @@
+"""Attention of prompt chunks over the paged cache: causal, optionally within a window.
+
+A program takes a tile of query tokens of one row and one head (or several heads of one KV head,
+packed among the rows of the product) and walks the keys in three stretches: those that a window
+hides from some tokens, those that all tokens see, without any mask, and those on the diagonal.
+Keys are scored in powers of two, so that the softmax needs one multiply-add per score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _walk(
+    acc,
+    total,
+    peak,
+    query,
+    kv,
+    rows,
+    table,
+    first_run,
+    first,
+    last,
+    low,
+    end,
+    position,
+    scale,
+    block_runs: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    window: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Attends to the keys from `first` to `last`, multiples of BLOCK_N.
+
+    A run is the block_size keys, or values, of one block, head and layer. MASKED: only keys from
+    `low` to `end` may be read, and each row sees what its position allows. Block ids are read one
+    tile ahead, so that the copies of a tile do not wait for them.
+    """
+    key = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    block_stride: tl.constexpr = block_runs * block_size * head_dim
+    if block_size % BLOCK_N == 0:
+        # One block holds the whole tile: only its base differs from tile to tile.
+        number = first // block_size
+    else:
+        number = first // block_size + key // block_size
+    low_number = low // block_size
+    end_number = (end + block_size - 1) // block_size
+    known = number < end_number
+    if window > 0:
+        known = known & (number >= low_number)
+    block = tl.load(table + number, mask=known, other=0)
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        if block_size % BLOCK_N == 0:
+            offset = start % block_size
+            number = (start + BLOCK_N) // block_size
+        else:
+            offset = key % block_size
+            number = (start + BLOCK_N) // block_size + key // block_size
+        known = number < end_number
+        if window > 0:
+            known = known & (number >= low_number)
+        coming = tl.load(table + number, mask=known, other=0)
+        if DESCRIPTOR:
+            row = (block * block_runs + first_run) * block_size + offset
+            keys = rows.load([row, 0])
+        else:
+            source = kv + block.to(tl.int64) * block_stride
+            source += first_run * (block_size * head_dim) + offset * head_dim
+            if block_size % BLOCK_N == 0:
+                source = source + key[:, None] * head_dim + dim[None, :]
+            else:
+                source = source[:, None] + dim[None, :]
+            if MASKED:
+                readable = (start + key < end)[:, None] & (dim < head_dim)[None, :]
+                if window > 0:
+                    readable = readable & (start + key >= low)[:, None]
+                keys = tl.load(source, mask=readable, other=0.0)
+            elif BLOCK_D == head_dim:
+                keys = tl.load(source)
+            else:
+                keys = tl.load(source, mask=(dim < head_dim)[None, :], other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        if MASKED:
+            column = (start + key)[None, :]
+            visible = column <= position[:, None]
+            if window > 0:
+                visible = visible & (column > position[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+        weight = tl.exp2(scores * scale - higher[:, None])
+        fade = tl.exp2(peak - higher)
+        total = total * fade + tl.sum(weight, 1)
+        acc = acc * fade[:, None]
+        if DESCRIPTOR:
+            values = rows.load([row + block_size, 0])
+        else:
+            if MASKED:
+                values = tl.load(source + block_size * head_dim, mask=readable, other=0.0)
+            elif BLOCK_D == head_dim:
+                values = tl.load(source + block_size * head_dim)
+            else:
+                inside = (dim < head_dim)[None, :]
+                values = tl.load(source + block_size * head_dim, mask=inside, other=0.0)
+        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
+        peak = higher
+        block = coming
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _prefill_attention(
+    query,
+    kv,
+    rows,
+    tiles,
+    block_tables,
+    out,
+    layer,
+    scale,
+    query_token_stride,
+    query_head_stride,
+    out_token_stride,
+    out_head_stride,
+    table_stride,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    num_layers: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    window: tl.constexpr,
+    PACK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Program (x, y): heads x · PACK and on, tile y. Row m of the products is token m // PACK."""
+    tile = tiles + tl.program_id(1) * 4
+    first_token = tl.load(tile).to(tl.int64)
+    num_tokens = tl.load(tile + 1)
+    slot = tl.load(tile + 2)
+    first_position = tl.load(tile + 3)
+    # An idle tile has no keys and stores nothing.
+    num_tokens = tl.where(slot < 0, 0, tl.minimum(num_tokens, TOKENS))
+    first_position = tl.where(num_tokens > 0, first_position, -1)
+    first_head = tl.program_id(0) * PACK
+    kv_head = first_head // (num_heads // num_kv_heads)
+
+    row = tl.arange(0, BLOCK_M)
+    token = row // PACK
+    head = first_head + row % PACK
+    dim = tl.arange(0, BLOCK_D)
+    real = (token < num_tokens)[:, None] & (dim < head_dim)[None, :]
+    source = query + (first_token + token)[:, None] * query_token_stride
+    source += head[:, None] * query_head_stride + dim[None, :]
+    queries = tl.load(source, mask=real, other=0.0)
+    position = first_position + token
+
+    end = tl.maximum(first_position + num_tokens, 0)
+    clear_end = (first_position + 1) // BLOCK_N * BLOCK_N
+    if window > 0:
+        low = tl.maximum(first_position - window + 1, 0)
+        clear = tl.maximum(end - window, 0)
+        clear_start = (clear + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        diagonal = tl.maximum(clear_start, clear_end)
+    else:
+        low = 0
+        diagonal = clear_end
+
+    table = block_tables + slot.to(tl.int64) * table_stride
+    block_runs: tl.constexpr = num_kv_heads * num_layers * 2
+    first_run = (kv_head * num_layers + layer) * 2
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # Finite, so that a tile of hidden keys gives exp2(−inf), never exp2(−inf + inf).
+    peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    if window > 0:
+        acc, total, peak = _walk(
+            acc, total, peak, queries, kv, rows, table, first_run,
+            low // BLOCK_N * BLOCK_N, tl.minimum(clear_start, end), low, end, position, scale,
+            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
+        )  # fmt: skip
+        acc, total, peak = _walk(
+            acc, total, peak, queries, kv, rows, table, first_run,
+            clear_start, clear_end, low, end, position, scale,
+            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False,
+            DESCRIPTOR,
+        )  # fmt: skip
+    else:
+        acc, total, peak = _walk(
+            acc, total, peak, queries, kv, rows, table, first_run,
+            0, clear_end, low, end, position, scale,
+            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False,
+            DESCRIPTOR,
+        )  # fmt: skip
+    acc, total, peak = _walk(
+        acc, total, peak, queries, kv, rows, table, first_run,
+        diagonal, end, low, end, position, scale,
+        block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
+    )  # fmt: skip
+
+    target = out + (first_token + token)[:, None] * out_token_stride
+    target += head[:, None] * out_head_stride + dim[None, :]
+    # Rows behind the tile's last token may have seen no key at all; they are not stored.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=real)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """How the kernel runs; see `_config` for what is chosen when none is given."""
+
+    pack: int
+    """Heads of a KV head among the rows of a product."""
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptor: bool = False
+    """Keys and values come by the bulk copy engine; needs block_n ≤ block_size."""
+    masked_stages: int = 1
+    """Pipeline depth of the stretches with a mask, which are one to three tiles long."""
+    max_registers: int | None = None
+    """Of a thread, so that two programs fit a multiprocessor."""
+
+
+def _config(block_m: int, group: int, head_dim: int, itemsize: int) -> PrefillConfig:
+    """`group`: query heads per KV head. Chosen so that nothing spills on compute capability 9.0."""
+    if itemsize == 4:
+        # Products of float32 run outside the tensor cores and want their operands in registers.
+        return PrefillConfig(1, 32, 8 if block_m > 16 or head_dim > 128 else 4, 1)
+    if block_m <= 16:
+        pack = max(p for p in range(1, group + 1) if group % p == 0 and p * block_m <= 128)
+        num_stages = 3 if head_dim <= 128 else 2
+        return PrefillConfig(pack, 64, 8 if pack * block_m > 64 else 4, num_stages)
+    if head_dim > 128:
+        return PrefillConfig(1, 64, 8, 2)
+    # Wide tiles of keys rescale the sums half as often.
+    return PrefillConfig(1, 128, 8 if block_m > 64 else 4, 2)
+
+
+def block_m_for(longest: int, head_dim: int, itemsize: int = 2) -> int:
+    """Query tokens per tile for a launch whose longest chunk row has `longest` tokens.
+
+    Rows of a handful of tokens are best launched apart from long ones: with 16 tokens a tile, the
+    heads of a KV head share one reading of the keys. `itemsize`: bytes of an element.
+    """
+    if longest <= 32:
+        return 16
+    if itemsize == 4:
+        return 32 if head_dim <= 128 else 16
+    return 64 if longest <= 64 else 128
+
+
+def prefill_tiles(
+    query_start: npt.NDArray[np.integer[Any]],
+    rows: npt.NDArray[np.integer[Any]],
+    first_positions: npt.NDArray[np.integer[Any]],
+    *,
+    block_m: int,
+) -> npt.NDArray[np.int32]:
+    """Cuts chunk rows into tiles of at most `block_m` query tokens, most keys first.
+
+    Args:
+        query_start: [R + 1], where each row's tokens begin in `query`, and where the last end.
+        rows: [R], slots of the batch state.
+        first_positions: [R], position of each row's first token.
+        block_m: as given to `paged_prefill_attention`.
+
+    Returns:
+        int32 [NT, 4]: index of the first token in `query`, number of tokens, slot, position of the
+        first token.
+    """
+    counts = np.diff(query_start).astype(np.int64)
+    per_row = -(-counts // block_m)
+    row = np.repeat(np.arange(len(counts)), per_row)
+    offset = (np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)) * block_m
+    tiles = np.stack(
+        (
+            np.asarray(query_start)[row] + offset,
+            np.minimum(counts[row] - offset, block_m),
+            np.asarray(rows)[row],
+            np.asarray(first_positions)[row] + offset,
+        ),
+        axis=1,
+    ).astype(np.int32)
+    return tiles[np.argsort(-(tiles[:, 3] + tiles[:, 1]), kind="stable")]
+
+
+def paged_prefill_attention(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    tiles: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    *,
+    block_m: int,
+    window: int = 0,
+    out: Tensor | None = None,
+    config: PrefillConfig | None = None,
+) -> Tensor:
+    """Causal attention of chunk tokens over their row's blocks, which hold their own keys already.
+
+    Args:
+        query: [T, num_heads, head_dim], contiguous along head_dim.
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous. Slots that
+            no token of a tile may see are never used, NaN included.
+        layer: which layer of `kv`.
+        tiles: int32 [NT, 4], from `prefill_tiles` with the same `block_m`; a tile without tokens,
+            or of a slot below zero, is skipped.
+        block_tables: int32 [slots, blocks]; entries outside a tile's visible keys are not read.
+        scale: positive; of the scores.
+        block_m: query tokens per tile, see `block_m_for`.
+        window: a token at position p sees keys from p − window + 1 on; 0: all of them.
+        out: like `query`; only tokens in tiles are written.
+        config: for measurements.
+
+    Returns:
+        `out`, [T, num_heads, head_dim].
+    """
+    _, num_heads, head_dim = query.shape
+    num_blocks, num_kv_heads, num_layers, _, block_size, _ = kv.shape
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if tiles.shape[0] == 0:
+        return out
+    config = config or _config(block_m, num_heads // num_kv_heads, head_dim, query.element_size())
+    rows: Any = kv
+    if config.descriptor:
+        num_rows = num_blocks * num_kv_heads * num_layers * 2 * block_size
+        rows = TensorDescriptor(kv, [num_rows, head_dim], [head_dim, 1], [config.block_n, head_dim])
+    _prefill_attention[(num_heads // config.pack, tiles.shape[0])](
+        query,
+        kv,
+        rows,
+        tiles,
+        block_tables,
+        out,
+        layer,
+        scale * _LOG2E,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        block_tables.stride(0),
+        num_heads,
+        num_kv_heads,
+        num_layers,
+        block_size,
+        head_dim,
+        window,
+        PACK=config.pack,
+        TOKENS=block_m,
+        BLOCK_M=max(16, triton.next_power_of_2(block_m * config.pack)),
+        BLOCK_N=config.block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        STAGES=config.num_stages,
+        MASKED_STAGES=config.masked_stages,
+        DESCRIPTOR=config.descriptor,
+        num_warps=config.num_warps,
+        maxnreg=config.max_registers,
+    )
+    return out

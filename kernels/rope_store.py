@@ -1,0 +1,172 @@
+"""Rotary embedding of queries and keys, fused with the store of keys and values into the pool."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _rope_and_store(
+    qkv,
+    cos,
+    sin,
+    positions,
+    slots,
+    q_norm,
+    k_norm,
+    query,
+    kv,
+    layer,
+    eps,
+    query_stride,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    num_layers: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program turns HEADS of the num_heads + 2 · num_kv_heads vectors of one token."""
+    all_heads: tl.constexpr = num_heads + 2 * num_kv_heads
+    groups: tl.constexpr = (all_heads + HEADS - 1) // HEADS
+    half: tl.constexpr = head_dim // 2
+    token = (tl.program_id(0) // groups).to(tl.int64)
+    head = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, HALF)
+    in_head = pair < half
+    is_query = head < num_heads
+    is_value = head >= num_heads + num_kv_heads
+    rotates = (head < num_heads + num_kv_heads)[:, None]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    source = qkv + token * (all_heads * head_dim) + head[:, None] * head_dim + pair[None, :]
+    exists = (head < all_heads)[:, None] & in_head[None, :]
+    x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+    y = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
+    angle = position.to(tl.int64) * half + pair
+    c = tl.load(cos + angle, mask=in_head, other=0.0)[None, :]
+    s = tl.load(sin + angle, mask=in_head, other=0.0)[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+    if HAS_Q_NORM or HAS_K_NORM:
+        mean = (tl.sum(x * x, 1) + tl.sum(y * y, 1)) / head_dim
+        inverse = tl.rsqrt(mean + eps)[:, None]
+        is_query_column = is_query[:, None]
+        is_key_column = rotates & (head >= num_heads)[:, None]
+        if HAS_Q_NORM:
+            weight_x = tl.load(q_norm + pair, mask=in_head, other=0.0).to(tl.float32)
+            weight_y = tl.load(q_norm + half + pair, mask=in_head, other=0.0).to(tl.float32)
+            x = tl.where(is_query_column, x * inverse * weight_x[None, :], x)
+            y = tl.where(is_query_column, y * inverse * weight_y[None, :], y)
+        if HAS_K_NORM:
+            weight_x = tl.load(k_norm + pair, mask=in_head, other=0.0).to(tl.float32)
+            weight_y = tl.load(k_norm + half + pair, mask=in_head, other=0.0).to(tl.float32)
+            x = tl.where(is_key_column, x * inverse * weight_x[None, :], x)
+            y = tl.where(is_key_column, y * inverse * weight_y[None, :], y)
+
+    turned_x = tl.where(rotates, x * c - y * s, x)
+    turned_y = tl.where(rotates, y * c + x * s, y)
+
+    target = query + token * query_stride + head[:, None] * head_dim + pair[None, :]
+    to_query = is_query[:, None] & in_head[None, :]
+    tl.store(target, turned_x.to(query.dtype.element_ty), mask=to_query)
+    tl.store(target + half, turned_y.to(query.dtype.element_ty), mask=to_query)
+
+    block = slot // block_size
+    kv_head = tl.where(is_value, head - num_kv_heads, head) - num_heads
+    run = ((block * num_kv_heads + kv_head) * num_layers + layer) * 2 + is_value.to(tl.int64)
+    place = (run * block_size + slot % block_size) * head_dim
+    target = kv + place[:, None] + pair[None, :]
+    to_pool = exists & (head >= num_heads)[:, None] & (slot >= 0)
+    tl.store(target, turned_x.to(kv.dtype.element_ty), mask=to_pool)
+    tl.store(target + half, turned_y.to(kv.dtype.element_ty), mask=to_pool)
+
+
+def _config(num_tokens: int, pairs: int) -> tuple[int, int]:
+    """Vectors per program, warps: small programs spread a decode step over the multiprocessors."""
+    heads = 8 if num_tokens <= 64 else 16
+    per_program = heads * pairs
+    return heads, max(1, min(8, per_program // 256))
+
+
+def rope_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kv: Tensor,
+    layer: int,
+    *,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    out: Tensor | None = None,
+    pdl: bool = False,
+    config: tuple[int, int] | None = None,
+) -> Tensor:
+    """Normalises (if asked) and rotates queries and keys; stores keys and values.
+
+    Args:
+        qkv: [T, num_heads + 2 · num_kv_heads, head_dim], contiguous.
+        cos, sin: float32 [max position, head_dim / 2]: of the pair (i, i + head_dim / 2).
+        positions: int32 [T].
+        slots: int64 [T], block id · block_size + offset; below zero: nothing is stored.
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous.
+        layer: which layer of `kv`.
+        num_heads: query heads.
+        q_norm, k_norm: [head_dim], weights of an RMSNorm over each query and key head.
+        out: where the queries go, [T, num_heads, head_dim] with contiguous rows.
+        pdl: launched so that it may start before the kernel in front of it has ended.
+        config: vectors per program and warps, for measurements.
+
+    Returns:
+        the queries, [T, num_heads, head_dim].
+    """
+    num_tokens, _, head_dim = qkv.shape
+    _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
+    if out is None:
+        out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return out
+    half = triton.next_power_of_2(head_dim // 2)
+    heads, num_warps = config or _config(num_tokens, half)
+    groups = triton.cdiv(num_heads + 2 * num_kv_heads, heads)
+    _rope_and_store[(num_tokens * groups,)](
+        qkv,
+        cos,
+        sin,
+        positions,
+        slots,
+        q_norm,
+        k_norm,
+        out,
+        kv,
+        layer,
+        eps,
+        out.stride(0),
+        num_heads,
+        num_kv_heads,
+        num_layers,
+        block_size,
+        head_dim,
+        HEADS=heads,
+        HALF=half,
+        HAS_Q_NORM=q_norm is not None,
+        HAS_K_NORM=k_norm is not None,
+        PDL=pdl,
+        num_warps=num_warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return out

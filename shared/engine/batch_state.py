@@ -1,0 +1,150 @@
+"""BatchState: what the GPU knows of every running sequence, and the host's changes to it.
+
+All of it lies in one int32 tensor, so that a step's changes, whatever they are, are one list of
+(offset, value) pairs: one copy and one small kernel. A step in which no sequence joined, left or
+took a block changes nothing and sends nothing.
+
+    streams        int64   [S]      random stream of each slot (sampler.draw_stream)
+    token_ids      int32   [S]      the last drawn token: input of the slot's next row
+    context_lens   int32   [S]      keys visible to the last token of the slot
+    top_k          int32   [S]
+    temperature, top_p, min_p  float32 [S]
+    rows           int32   by padded batch size B: [B] slots of the decode rows, −1 = padding
+    block_tables   int32   [S, max_blocks]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shared.engine.batch import RowHandle
+from shared.engine.sampler import draw_stream
+
+Int32s = npt.NDArray[np.int32]
+
+
+class BatchState:
+    def __init__(
+        self, num_slots: int, max_blocks: int, batch_sizes: Sequence[int], device: torch.device
+    ) -> None:
+        """`batch_sizes`: the padded sizes that decode batches come in."""
+        sizes = {
+            "streams": 2 * num_slots,
+            "token_ids": num_slots,
+            "context_lens": num_slots,
+            "top_k": num_slots,
+            "temperature": num_slots,
+            "top_p": num_slots,
+            "min_p": num_slots,
+            **{f"rows{size}": size for size in batch_sizes},
+            "block_tables": num_slots * max_blocks,
+        }
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, size in sizes.items():
+            self._starts[name] = end
+            # Every part begins at 16 bytes: kernels are compiled for aligned pointers.
+            end += -(-size // 4) * 4
+        self.arena = torch.zeros(end, dtype=torch.int32, device=device)
+
+        def part(name: str) -> Tensor:
+            return self.arena[self._starts[name] :][: sizes[name]]
+
+        self.streams = part("streams").view(torch.int64)
+        self.token_ids = part("token_ids")
+        self.context_lens = part("context_lens")
+        self.top_k = part("top_k")
+        self.temperature = part("temperature").view(torch.float32)
+        self.top_p = part("top_p").view(torch.float32)
+        self.min_p = part("min_p").view(torch.float32)
+        self.rows = {size: part(f"rows{size}").fill_(-1) for size in batch_sizes}
+        self.block_tables = part("block_tables").view(num_slots, max_blocks)
+        self._max_blocks = max_blocks
+        self._sent_rows = {size: [-1] * size for size in batch_sizes}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._offsets: list[int] = []
+        self._values: list[int] = []
+        self._runs: list[tuple[int, Int32s]] = []
+
+    def open_slot(self) -> int:
+        """ValueError when all are taken."""
+        if not self._free_slots:
+            raise ValueError("every slot of the batch state is taken")
+        return self._free_slots.pop()
+
+    def close_slot(self, slot: int) -> None:
+        self._free_slots.append(slot)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    # Changes, sent by the next `take_updates`
+
+    def send_sampling(self, handle: RowHandle) -> None:
+        params, slot = handle.sampling, handle.slot
+        stream = draw_stream(params.seed, handle.sample_index) & (2**64 - 1)
+        self._set("streams", 2 * slot, _signed(stream & 0xFFFFFFFF))
+        self._set("streams", 2 * slot + 1, _signed(stream >> 32))
+        # The kernels count with int32; a k beyond any vocabulary means no limit all the same.
+        self._set("top_k", slot, min(params.top_k, 2**31 - 1))
+        for name in ("temperature", "top_p", "min_p"):
+            bits = np.float32(getattr(params, name)).view(np.int32)
+            self._set(name, slot, int(bits))
+
+    def send_token(self, slot: int, token_id: int) -> None:
+        self._set("token_ids", slot, token_id)
+
+    def send_context_len(self, slot: int, context_len: int) -> None:
+        self._set("context_lens", slot, context_len)
+
+    def send_blocks(self, slot: int, first: int, block_ids: Sequence[int]) -> None:
+        """Entries of the slot's block table from index `first` on."""
+        start = self._starts["block_tables"] + slot * self._max_blocks + first
+        if len(block_ids) == 1:
+            self._offsets.append(start)
+            self._values.append(block_ids[0])
+        else:
+            self._runs.append((start, np.array(block_ids, np.int32)))
+
+    def send_rows(self, size: int, slots: list[int]) -> None:
+        """Which slots decode; `slots` has at most `size` entries."""
+        wanted = slots + [-1] * (size - len(slots))
+        sent = self._sent_rows[size]
+        if wanted == sent:
+            return
+        changed = [i for i in range(size) if wanted[i] != sent[i]]
+        start = self._starts[f"rows{size}"]
+        self._offsets.extend(start + i for i in changed)
+        self._values.extend(wanted[i] for i in changed)
+        self._sent_rows[size] = wanted
+
+    def forget_rows(self) -> None:
+        """What `rows` hold on the device may be anything."""
+        for size in self._sent_rows:
+            self._sent_rows[size] = [-2] * size
+
+    def take_updates(self) -> Int32s | None:
+        """[2, n]: offsets into `arena` and their new values; None when nothing changed."""
+        if not self._offsets and not self._runs:
+            return None
+        offsets = [np.array(self._offsets, np.int32)]
+        values = [np.array(self._values, np.int32)]
+        for start, run in self._runs:
+            offsets.append(np.arange(start, start + len(run), dtype=np.int32))
+            values.append(run)
+        self._offsets, self._values, self._runs = [], [], []
+        return np.stack((np.concatenate(offsets), np.concatenate(values)))
+
+    def _set(self, name: str, index: int, value: int) -> None:
+        self._offsets.append(self._starts[name] + index)
+        self._values.append(value)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >> 31 else word

@@ -1,0 +1,65 @@
+"""What a step needs and gives, whatever computes it.
+
+`HostSteps` (host_steps.py) plans each step with numpy and runs the torch reference: the CPU path.
+`DeviceSteps` (device_steps.py) keeps the sequences' state on the GPU and runs the Triton kernels.
+Both take the same batches and the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from shared.engine.batch import Batch, RowHandle
+from shared.engine.kv_cache import KvCache
+from shared.kv.sequence import SamplingParams
+
+BAD_LOGITS = -1
+"""In place of a token: the logits were not numbers."""
+
+
+class Model(Protocol):
+    """The forward pass of shared/engine/models/*.py."""
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: Sequence[Tensor],
+        plans: Sequence[object],
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class Step(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> list[int | None]:
+        """By row, the token that follows its last one; None where none was drawn, BAD_LOGITS
+        where none could be. Waits for the device."""
+
+
+class Steps(Protocol):
+    kv_cache: KvCache
+
+    def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
+        """A place for a sequence. ValueError when all are taken."""
+
+    def close_row(self, handle: RowHandle) -> None: ...
+
+    @property
+    def num_free_rows(self) -> int:
+        """How many more may be opened."""
+
+    def launch(self, batch: Batch) -> Step:
+        """Starts a step; those launched run one after another.
+
+        Raises:
+            ValueError: a row is empty, too long, or names blocks that do not exist.
+        """
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Computes a step, draws nothing → float32 [rows, vocab], at each row's last token."""

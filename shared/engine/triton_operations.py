@@ -1,0 +1,151 @@
+"""The table of Triton kernels, and what each shape is computed by.
+
+Matrix products of few rows go to our own kernel where a table, measured on the GPU, says that it is
+faster than cuBLAS; there the norm before and the activation or residual behind are part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import linear_table
+from kernels.decode_attention import DecodeWork, paged_decode_attention
+from kernels.prefill_attention import paged_prefill_attention
+from kernels.rms_norm import rms_norm
+from kernels.rope_store import rope_and_store
+from kernels.silu_mul import silu_mul
+from kernels.skinny_linear import skinny_linear
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Where the tokens of a step are stored and what they attend to, in one cache group.
+
+    A step's tokens are B decode rows, padding included, then prompt chunks.
+    """
+
+    positions: Tensor
+    """int32 [T]"""
+    slots: Tensor
+    """int64 [T]: block id · block_size + offset; −1: store nothing."""
+    context_lens: Tensor
+    """int32 [S]"""
+    block_tables: Tensor
+    """int32 [S, max_blocks]"""
+    rows: Tensor | None
+    """int32 [B]; None: no decode rows."""
+    work: DecodeWork | None
+    tiles: Tensor | None
+    """int32 [NT, 4], see prefill_tiles; None: no prompt chunks."""
+    block_m: int
+
+
+Rope = tuple[Tensor, Tensor]
+
+
+class TritonOperations:
+    """`use_skinny`: False leaves all matrix products to cuBLAS."""
+
+    def __init__(self, *, use_skinny: bool = True) -> None:
+        self._use_skinny = use_skinny
+
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    def pack_rope(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
+        return cos.contiguous(), sin.contiguous()
+
+    def take_rope(self, table: Rope, positions: Tensor) -> Rope:
+        """The kernel reads the table by position."""
+        return table
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        config = self._choose(x, weight, fused=residual is not None)
+        if config is not None:
+            return skinny_linear(
+                x, weight, bias, residual=residual, out=residual, config=config, pdl=config.pdl
+            )
+        if residual is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        if bias is not None:
+            residual.add_(bias)
+        # In place: the product is added where the residual lies, in float32 before rounding.
+        return residual.addmm_(x, weight.t())
+
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        config = self._choose(x, weight, fused=True)
+        if config is not None:
+            return skinny_linear(
+                x, weight, bias, norm_weight=norm_weight, eps=eps, config=config, pdl=config.pdl
+            )
+        return torch.nn.functional.linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+    def norm_gate_up(
+        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        config = self._choose(x, weight, fused=True)
+        if config is not None:
+            return skinny_linear(
+                x,
+                weight,
+                bias,
+                norm_weight=norm_weight,
+                eps=eps,
+                silu_mul=True,
+                config=config,
+                pdl=config.pdl,
+            )
+        gate_up = torch.nn.functional.linear(rms_norm(x, norm_weight, eps), weight, bias)
+        return silu_mul(gate_up)
+
+    def rope_and_store(
+        self, qkv: Tensor, rope: Rope, kv: Tensor, layer: int, plan: DevicePlan, num_heads: int
+    ) -> Tensor:
+        cos, sin = rope
+        return rope_and_store(
+            qkv, cos, sin, plan.positions, plan.slots, kv, layer, num_heads=num_heads
+        )
+
+    def paged_attention(
+        self, query: Tensor, kv: Tensor, layer: int, plan: DevicePlan, scale: float
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        num_decode = 0
+        if plan.rows is not None and plan.work is not None:
+            num_decode = len(plan.rows)
+            paged_decode_attention(
+                query[:num_decode],
+                kv,
+                layer,
+                plan.rows,
+                plan.context_lens,
+                plan.block_tables,
+                plan.work,
+                scale,
+                out=out[:num_decode],
+            )
+        if plan.tiles is not None:
+            paged_prefill_attention(
+                query,
+                kv,
+                layer,
+                plan.tiles,
+                plan.block_tables,
+                scale,
+                block_m=plan.block_m,
+                out=out,
+            )
+        return out
+
+    def _choose(self, x: Tensor, weight: Tensor, *, fused: bool) -> linear_table.Config | None:
+        if not self._use_skinny:
+            return None
+        num_out, num_in = weight.shape
+        return linear_table.choose(x.shape[0], num_out, num_in, x.dtype, fused=fused)

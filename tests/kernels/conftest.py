@@ -1,0 +1,54 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, so before any module of kernels/ is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_HAS_GPU = torch.cuda.is_available()
+# The interpreter multiplies bfloat16 wrongly, and silently.
+_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if _HAS_GPU else [])
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if _HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    value: torch.dtype = request.param
+    return value
+
+
+@pytest.fixture
+def poisoned(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Makes tensors whose every element shows if it was not written."""
+
+    def make(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        value = float("nan") if dtype.is_floating_point else 0x7EADBEEF
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    return make
+
+
+@pytest.fixture
+def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """max |error| / max |reference|, where the reference is float64."""
+
+    def check(actual: torch.Tensor, reference: torch.Tensor) -> None:
+        reference = reference.double().cpu()
+        error = (actual.double().cpu() - reference).abs().max()
+        assert not error.isnan(), "not every element was written, or a NaN got through"
+        limit = TOLERANCE[actual.dtype] * max(float(reference.abs().max()), 1e-6)
+        assert float(error) <= limit, f"max |error| {float(error):.3g} exceeds {limit:.3g}"
+
+    return check

@@ -1,0 +1,162 @@
+"""The engine over the Triton kernels against the torch reference: logits, tokens, steps ahead."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shared.engine.batch import Batch, BatchRow
+from shared.engine.config import EngineConfig, load_model_config
+from shared.engine.model_runner import ModelRunner
+from shared.engine.models import llama
+from shared.kv.sequence import SamplingParams
+
+# Hashes wrap around; NumPy, which the interpreter computes with, would rather not.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
+]
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 83,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 160,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+}
+Make = Callable[..., ModelRunner]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Runners over one random llama, whose logits are far apart."""
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        name: torch.rand(shape, generator=generator) + 0.5
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * 0.3
+        for name, shape in llama.tensor_shapes(load_model_config(directory)).items()
+    }
+    save_file(weights, directory / "model.safetensors")
+
+    def make_runner(kernels: str, device: torch.device, **changes: Any) -> ModelRunner:
+        fields = {"num_blocks": 40, "max_num_seqs": 4, "dtype": "float32", **changes}
+        return ModelRunner(EngineConfig(directory, device.type, kernels=kernels, **fields))
+
+    return make_runner
+
+
+@pytest.fixture(scope="module")
+def reference(make: Make) -> ModelRunner:
+    return make("torch", torch.device("cpu"))
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(CONFIG["vocab_size"]), k=length)
+
+
+def test_logits_of_chunks_and_decode_rows(
+    make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """Chunks over cached prefixes, single tokens and fresh prompts in one step."""
+    runner = make("triton", device)
+    table = {"a": [7, 3, 30, 9], "b": [12, 1], "c": [20, 21, 22, 39]}
+    a, b, c = tokens(40, 1), tokens(17, 2), tokens(50, 3)
+    steps = [
+        [BatchRow(a[:33], 0, [table["a"]]), BatchRow(b[:1], 0, [table["b"]])],
+        [
+            BatchRow(c[:20], 0, [table["c"]]),
+            BatchRow(a[33:34], 33, [table["a"]]),
+            BatchRow(b[1:16], 1, [table["b"]]),
+        ],
+        [
+            BatchRow(a[34:35], 34, [table["a"]]),
+            BatchRow(b[16:], 16, [table["b"]]),
+            BatchRow(c[20:], 20, [table["c"]]),
+        ],
+        [BatchRow(a[35:36], 35, [table["a"]])],
+    ]
+    for rows in steps:
+        expected = reference.logits(Batch(rows))
+        actual = runner.logits(Batch(rows)).cpu()
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert float(error) < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_tokens_of_steps_launched_ahead(
+    temperature: float, make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """Two sequences, prompts in chunks, each step launched before the last one's tokens are taken;
+    one ends and its slot goes to a third."""
+    runner = make("triton", device, cuda_graphs=True)
+    params = SamplingParams(temperature=temperature, top_p=0.9, seed=4, max_tokens=9)
+    prompts = [tokens(19, 5), tokens(7, 6), tokens(5, 7)]
+    tables = [[[5, 6, 7]], [[0, 1]], [[11, 12]]]
+    expected = [
+        _alone(reference, prompt, table, params)
+        for prompt, table in zip(prompts, tables, strict=True)
+    ]
+    handles = [runner.open_row(params, 0) for _ in range(2)]
+
+    def chunk(i: int, start: int, end: int) -> BatchRow:
+        draws = params if end == len(prompts[i]) else None
+        return BatchRow(prompts[i][start:end], start, tables[i], draws, 0, handles[i])
+
+    def decode(i: int, position: int) -> BatchRow:
+        return BatchRow(None, position, tables[i], params, 0, handles[i])
+
+    launched = [
+        runner.launch(Batch([chunk(0, 0, 16), chunk(1, 0, 7)])),
+        runner.launch(Batch([chunk(0, 16, 19), decode(1, 7)])),
+    ]
+    drawn: list[list[int | None]] = [[], [], []]
+    results = [launched.pop(0).result()]
+    launched.append(runner.launch(Batch([decode(0, 19), decode(1, 8)])))
+    results.append(launched.pop(0).result())
+    drawn[1] += [results[0][1], results[1][1]]
+    drawn[0] += [results[1][0]]
+    runner.close_row(handles[1])
+    handles[1] = handles[0]
+    handles.append(runner.open_row(params, 0))
+    launched.append(runner.launch(Batch([decode(0, 20), chunk(2, 0, 5)])))
+    drawn[0].append(launched.pop(0).result()[0])
+    launched.append(runner.launch(Batch([decode(2, 5), decode(0, 21)])))
+    zero, two = launched.pop(0).result()
+    drawn[0].append(zero)
+    drawn[2].append(two)
+    two, zero = launched.pop(0).result()
+    drawn[0].append(zero)
+    drawn[2].append(two)
+    for got, answer in zip(drawn, expected, strict=True):
+        assert got == answer[: len(got)] and len(got) >= 2
+
+
+def _alone(
+    runner: ModelRunner, prompt: list[int], table: list[list[int]], params: SamplingParams
+) -> list[int | None]:
+    [token] = runner.forward(Batch([BatchRow(prompt, 0, table, params)]))
+    drawn = [token]
+    for position in range(len(prompt), len(prompt) + 4):
+        assert token is not None
+        [token] = runner.forward(Batch([BatchRow([token], position, table, params)]))
+        drawn.append(token)
+    return drawn

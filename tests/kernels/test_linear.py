@@ -1,0 +1,136 @@
+"""skinny_linear against float64, in all its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.linear_table import Config, choose, guess
+from kernels.reference_linear import skinny_linear_reference
+from kernels.skinny_linear import linear_work, skinny_linear
+
+Check = Callable[[Tensor, Tensor], None]
+Poisoned = Callable[..., Tensor]
+
+FMA = Config("fma", 8, 256, num_warps=1, num_stages=2)
+DOT = Config("dot", 16, 32)
+DOT_SPLIT = Config("dot", 32, 16, split_k=3)
+TMA = Config("tma", 16, 32, split_k=2)
+
+
+def draw(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "size_n", "size_k"),
+    [
+        (FMA, 1, 40, 512),
+        (FMA, 2, 19, 264),
+        (FMA, 3, 8, 250),
+        (FMA, 4, 24, 300),
+        (DOT, 1, 48, 64),
+        (DOT, 5, 33, 96),
+        (DOT, 16, 16, 45),
+        (DOT, 33, 17, 32),
+        (Config("dot", 16, 32, block_m=16), 37, 20, 64),
+        (DOT_SPLIT, 2, 32, 96),
+        (DOT_SPLIT, 7, 70, 40),
+        (DOT_SPLIT, 64, 33, 16),
+        (TMA, 3, 48, 128),
+        (TMA, 20, 24, 72),
+        (None, 4, 30, 50),
+        (None, 1, 30, 64),
+    ],
+)
+@pytest.mark.parametrize("form", ["plain", "bias", "norm", "residual", "silu", "all"])
+def test_products(
+    form: str,
+    config: Config | None,
+    rows: int,
+    size_n: int,
+    size_k: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    poisoned: Poisoned,
+    assert_close: Check,
+) -> None:
+    silu = form in ("silu", "all")
+    x = draw(rows, size_k + 8, dtype=dtype, device=device)[:, :size_k]
+    weight = draw(size_n * 2 if silu else size_n, size_k, dtype=dtype, device=device)
+    weight *= size_k**-0.5
+    bias = norm = residual = None
+    if form in ("bias", "all"):
+        bias = draw(weight.shape[0], dtype=dtype, device=device)
+    if form in ("norm", "all"):
+        norm = draw(size_k, dtype=dtype, device=device)
+    if form in ("residual", "all"):
+        residual = draw(rows, size_n, dtype=dtype, device=device)
+    expected = skinny_linear_reference(
+        x.double(),
+        weight,
+        bias,
+        norm_weight=norm,
+        eps=1e-5,
+        residual=residual,
+        silu_mul=silu,
+    )
+    out = poisoned(rows, size_n + 3, dtype=dtype)[:, :size_n]
+    for target in (out, residual):  # Written elsewhere, then in place.
+        if target is not None:
+            result = skinny_linear(
+                x,
+                weight,
+                bias,
+                norm_weight=norm,
+                eps=1e-5,
+                residual=residual,
+                silu_mul=silu,
+                out=target,
+                config=config,
+            )
+            assert result is target
+            assert_close(target, expected)
+    assert not linear_work(device).arrivals.any()
+
+
+def test_nothing_outside_is_written_or_read(
+    device: torch.device, poisoned: Poisoned, assert_close: Check
+) -> None:
+    for config in (FMA, DOT, DOT_SPLIT):
+        x = poisoned(4, 300, dtype=torch.float16)
+        x[:3, :41] = torch.randn(3, 41, device=device).half()
+        weight = draw(21, 41, dtype=torch.float16, device=device)
+        whole = poisoned(5, 40, dtype=torch.float16)
+        skinny_linear(x[:3, :41], weight, out=whole[1:4, 8:29], config=config)
+        expected = skinny_linear_reference(x[:3, :41].double(), weight)
+        assert_close(whole[1:4, 8:29], expected)
+        written = torch.zeros_like(whole, dtype=torch.bool)
+        written[1:4, 8:29] = True
+        assert whole[~written].isnan().all()
+
+
+def test_no_rows(device: torch.device) -> None:
+    x = torch.empty(0, 64, device=device)
+    assert skinny_linear(x, torch.empty(32, 64, device=device)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 32, 64, 100, 256])
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (128256, 4096), (5120, 5120)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_choices_are_possible(rows: int, shape: tuple[int, int], fused: bool) -> None:
+    config = choose(rows, *shape, torch.bfloat16, fused=fused)
+    if config is not None:
+        assert config.variant in ("fma", "dot", "tma")
+        assert config.variant != "fma" or (rows <= 4 and config.split_k == 1)
+        for block in (config.block_n, config.block_k):
+            assert block & (block - 1) == 0
+
+
+def test_small_and_wide_products_are_left_to_the_library() -> None:
+    assert guess(8, 256, 256) is None
+    assert choose(8, 4096, 4096, torch.float32, fused=False) is None
+    assert choose(257, 4096, 4096, torch.bfloat16, fused=False) is None

@@ -1,0 +1,52 @@
+"""rms_norm against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.reference_linear import rms_norm_reference
+from kernels.rms_norm import rms_norm
+
+Check = Callable[[Tensor, Tensor], None]
+Poisoned = Callable[..., Tensor]
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden"), [(1, 1), (1, 4096), (3, 70), (5, 576), (140, 33), (2, 16384)]
+)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(
+    rows: int,
+    hidden: int,
+    with_residual: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    poisoned: Poisoned,
+    assert_close: Check,
+) -> None:
+    x = torch.randn(rows, hidden + 4, device=device).to(dtype)[:, :hidden]
+    weight = torch.randn(hidden, device=device).to(dtype)
+    residual = torch.randn(rows, hidden, device=device).to(dtype) if with_residual else None
+    expected_sum = None if residual is None else x.double() + residual.double()
+    wide_sum = None if expected_sum is None else expected_sum.to(dtype).double()
+    expected = rms_norm_reference(x.double() if wide_sum is None else wide_sum, weight, 1e-5)
+    out = poisoned(rows, hidden + 2, dtype=dtype)[:, :hidden]
+    assert rms_norm(x, weight, 1e-5, residual=residual, out=out) is out
+    assert_close(out, expected)
+    if residual is not None:
+        assert expected_sum is not None
+        assert_close(residual, expected_sum)
+
+
+def test_in_place_and_new(device: torch.device, assert_close: Check) -> None:
+    x = torch.randn(4, 96, device=device)
+    weight = torch.randn(96, device=device)
+    expected = rms_norm_reference(x.double(), weight, 1e-6)
+    assert_close(rms_norm(x, weight, 1e-6), expected)
+    assert rms_norm(x, weight, 1e-6, out=x) is x
+    assert_close(x, expected)
+    assert rms_norm(x[:0], weight, 1e-6).shape == (0, 96)
