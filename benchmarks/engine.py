@@ -144,7 +144,9 @@ class _GapMeter:
         torch.cuda.synchronize()
         events = self._events[-num_steps:]
         pairs = zip(events[:-1], events[1:], strict=True)
-        return statistics.median(end.elapsed_time(start) * 1e3 for (_, end), (start, _) in pairs)
+        return float(
+            statistics.median(end.elapsed_time(start) * 1e3 for (_, end), (start, _) in pairs)
+        )
 
 
 def decode_floor_s(runner: ModelRunner, batch: int, context: int, ceilings: Ceilings) -> float:

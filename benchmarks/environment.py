@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("torch", "transformers", "grpcio", "numpy")
@@ -20,8 +20,20 @@ def describe_environment() -> dict[str, str]:
         "load_before": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
+        **_gpu(),
         "commit": _commit(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """Of the first GPU; nothing where there is none."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0")
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        name, _, driver = line.partition(", ")
+        return {"gpu": name, "driver": driver, "triton": version("triton")}
+    except (OSError, subprocess.CalledProcessError, PackageNotFoundError):
+        return {}
 
 
 def _cpu_model() -> str:

@@ -74,7 +74,7 @@ def begin_step(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stride"])
 def _scatter(state, updates, count, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     offset = tl.load(updates + i, mask=i < count, other=-1)
@@ -82,7 +82,7 @@ def _scatter(state, updates, count, stride, BLOCK: tl.constexpr):
     tl.store(state + offset, value, mask=offset >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "max_blocks"])
 def _begin_step(
     rows,
     token_ids,

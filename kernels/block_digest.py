@@ -101,7 +101,7 @@ def mix64(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sums", "span"])
 def _block_sums(
     words,
     block_ids,

@@ -24,11 +24,11 @@ _PLANNED_AT_ONCE = 32
 class DecodeConfig:
     """How the work is cut; the defaults of `decode_config` are for an H200."""
 
-    block_n: int = 64
+    block_n: int = 32
     """Keys of a tile; a power of two, at least 16."""
     num_warps: int = 4
-    num_stages: int = 3
-    programs: int = 512
+    num_stages: int = 4
+    programs: int = 384
     """About so many programs share the work where rows alone do not make as many."""
     fused: bool = True
     """The last program of a row combines its items; else a second kernel does."""
@@ -36,9 +36,9 @@ class DecodeConfig:
 
 def decode_config(num_rows: int, num_kv_heads: int, head_dim: int) -> DecodeConfig:
     """The configuration for a padded batch of `num_rows`."""
-    if head_dim > 128:
-        return DecodeConfig(block_n=32)
-    return DecodeConfig()
+    # Few rows: one wave of programs ends sooner. More of them: the last ones to end are shorter.
+    programs = 256 if num_rows <= 8 else 384
+    return DecodeConfig(programs=programs)
 
 
 @dataclass(slots=True)

@@ -94,8 +94,7 @@ def guess(M: int, N: int, K: int, *, fused: bool = False) -> Config | None:
     if M > 64 or N * K < 2**21:
         return None
     if M <= 2:
-        block_n = 8 if N <= 16384 else 16
-        return Config("fma", block_n, 1024, num_warps=4, num_stages=2)
+        return Config("fma", 8, 1024, num_warps=4, num_stages=2)
     if fused and M > 16:
         return None
     tiles = -(-N // 64)

@@ -1,8 +1,8 @@
 """Attention of prompt chunks over the paged cache: causal, optionally within a window.
 
 A program takes a tile of query tokens of one row and one head (or several heads of one KV head,
-packed among the rows of the product) and walks the keys in three stretches: those that a window
-hides from some tokens, those that all tokens see, without any mask, and those on the diagonal.
+packed among the rows of the product) and walks first the keys that all its tokens see, without any
+mask, then those at the two ends: on the diagonal, and where a window begins.
 Keys are scored in powers of two, so that the softmax needs one multiply-add per score.
 """
 
@@ -34,6 +34,8 @@ def _walk(
     first_run,
     first,
     last,
+    hole,
+    hole_size,
     low,
     end,
     position,
@@ -48,7 +50,9 @@ def _walk(
     MASKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Attends to the keys from `first` to `last`, multiples of BLOCK_N.
+    """Attends to the keys from `first` on, `last` − `first` of them, but for a hole.
+
+    `first`, `hole` (where it begins) and `hole_size` are multiples of BLOCK_N.
 
     A run is the block_size keys, or values, of one block, head and layer. MASKED: only keys from
     `low` to `end` may be read, and each row sees what its position allows. Block ids are read one
@@ -57,24 +61,32 @@ def _walk(
     key = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     block_stride: tl.constexpr = block_runs * block_size * head_dim
-    if block_size % BLOCK_N == 0:
-        # One block holds the whole tile: only its base differs from tile to tile.
-        number = first // block_size
-    else:
-        number = first // block_size + key // block_size
     low_number = low // block_size
     end_number = (end + block_size - 1) // block_size
+    # Where one block holds a whole tile, a tile has one number and one offset.
+    if block_size % BLOCK_N == 0:
+        in_tile = 0
+    else:
+        in_tile = key // block_size
+    start = first
+    if MASKED and window > 0:
+        start += tl.where(first >= hole, hole_size, 0)
+    number = start // block_size + in_tile
     known = number < end_number
     if window > 0:
         known = known & (number >= low_number)
     block = tl.load(table + number, mask=known, other=0)
-    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+    for step in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        start = step
+        ahead = step + BLOCK_N
+        if MASKED and window > 0:
+            start += tl.where(step >= hole, hole_size, 0)
+            ahead += tl.where(step + BLOCK_N >= hole, hole_size, 0)
         if block_size % BLOCK_N == 0:
             offset = start % block_size
-            number = (start + BLOCK_N) // block_size
         else:
             offset = key % block_size
-            number = (start + BLOCK_N) // block_size + key // block_size
+        number = ahead // block_size + in_tile
         known = number < end_number
         if window > 0:
             known = known & (number >= low_number)
@@ -182,12 +194,16 @@ def _prefill_attention(
     clear_end = (first_position + 1) // BLOCK_N * BLOCK_N
     if window > 0:
         low = tl.maximum(first_position - window + 1, 0)
-        clear = tl.maximum(end - window, 0)
-        clear_start = (clear + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-        diagonal = tl.maximum(clear_start, clear_end)
+        first = low // BLOCK_N * BLOCK_N
+        # Tokens further on no longer see all keys below clear_start.
+        clear_start = tl.maximum(end - window, 0)
+        clear_start = (clear_start + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        hole_size = tl.maximum(clear_end - clear_start, 0)
     else:
         low = 0
-        diagonal = clear_end
+        first = 0
+        clear_start = 0
+        hole_size = clear_end
 
     table = block_tables + slot.to(tl.int64) * table_stride
     block_runs: tl.constexpr = num_kv_heads * num_layers * 2
@@ -196,28 +212,17 @@ def _prefill_attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     # Finite, so that a tile of hidden keys gives exp2(−inf), never exp2(−inf + inf).
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    if window > 0:
-        acc, total, peak = _walk(
-            acc, total, peak, queries, kv, rows, table, first_run,
-            low // BLOCK_N * BLOCK_N, tl.minimum(clear_start, end), low, end, position, scale,
-            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
-        )  # fmt: skip
-        acc, total, peak = _walk(
-            acc, total, peak, queries, kv, rows, table, first_run,
-            clear_start, clear_end, low, end, position, scale,
-            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False,
-            DESCRIPTOR,
-        )  # fmt: skip
-    else:
-        acc, total, peak = _walk(
-            acc, total, peak, queries, kv, rows, table, first_run,
-            0, clear_end, low, end, position, scale,
-            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False,
-            DESCRIPTOR,
-        )  # fmt: skip
     acc, total, peak = _walk(
         acc, total, peak, queries, kv, rows, table, first_run,
-        diagonal, end, low, end, position, scale,
+        clear_start, clear_end, 0, 0, low, end, position, scale,
+        block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False, DESCRIPTOR,
+    )  # fmt: skip
+    if window == 0:
+        first = clear_end
+        hole_size = 0
+    acc, total, peak = _walk(
+        acc, total, peak, queries, kv, rows, table, first_run,
+        first, end - hole_size, clear_start, hole_size, low, end, position, scale,
         block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
     )  # fmt: skip
 
@@ -256,8 +261,10 @@ def _config(block_m: int, group: int, head_dim: int, itemsize: int) -> PrefillCo
         return PrefillConfig(pack, 64, 8 if pack * block_m > 64 else 4, num_stages)
     if head_dim > 128:
         return PrefillConfig(1, 64, 8, 2)
+    if block_m <= 64:
+        return PrefillConfig(1, 64, 4, 3)
     # Wide tiles of keys rescale the sums half as often.
-    return PrefillConfig(1, 128, 8 if block_m > 64 else 4, 2)
+    return PrefillConfig(1, 128, 8, 3)
 
 
 def block_m_for(longest: int, head_dim: int, itemsize: int = 2) -> int:
@@ -350,6 +357,8 @@ def paged_prefill_attention(
     rows: Any = kv
     if config.descriptor:
         num_rows = num_blocks * num_kv_heads * num_layers * 2 * block_size
+        if num_rows >= 2**31 or block_size % config.block_n:
+            raise ValueError("bulk copies need a smaller pool, or block_n ≤ block_size")
         rows = TensorDescriptor(kv, [num_rows, head_dim], [head_dim, 1], [config.block_n, head_dim])
     _prefill_attention[(num_heads // config.pack, tiles.shape[0])](
         query,

@@ -38,7 +38,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     On a CPU that is oneDNN's blocked layout: twice the speed of the plain product for a step of 16
     rows, and bits that do not depend on the number of rows.
     """
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_onednn: bool = torch.backends.mkldnn.is_available()
     if _pack is None or not has_onednn or weight.device.type != "cpu":
         return weight
     packed: Tensor = _pack(weight, 16)

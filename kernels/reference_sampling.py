@@ -64,7 +64,8 @@ def _shift_right(bits: Tensor, shift: int) -> Tensor:
 def _exponential(key: Tensor, num_tokens: int) -> Tensor:
     """Exponential variates with mean 1: float32 [R, num_tokens], finest near 0, where races end."""
     uniform = _shift_right(random_bits(key, num_tokens), 11).float().add_(0.5).mul_(2.0**-53)
-    return uniform.neg_().log1p_().neg_()
+    # Rounded to 1 it would make an infinite time, which loses even against nobody.
+    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
 def _lowest_kept(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -93,10 +93,13 @@ def _rope_and_store(
 
 
 def _config(num_tokens: int, pairs: int) -> tuple[int, int]:
-    """Vectors per program, warps: small programs spread a decode step over the multiprocessors."""
-    heads = 8 if num_tokens <= 64 else 16
-    per_program = heads * pairs
-    return heads, max(1, min(8, per_program // 256))
+    """Vectors per program, warps.
+
+    Small programs of many threads spread a decode step over the multiprocessors. At `pairs` = 64
+    neither choice needs shared memory to bring the angles to the threads.
+    """
+    heads, per_warp = (8, 128) if num_tokens <= 64 else (16, 256)
+    return heads, max(1, min(8, heads * pairs // per_warp))
 
 
 def rope_and_store(

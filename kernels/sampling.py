@@ -212,7 +212,7 @@ def _splits(num_rows: int, vocab: int, block: int, programs: int = _PROGRAMS) ->
     return triton.cdiv(blocks, span), span * block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def _maxima(
     logits,
     rows,
@@ -254,7 +254,7 @@ def _maxima(
         tl.store(part_token + row * MAX_SPLITS + split, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["span"])
 def _race(
     logits,
     rows,

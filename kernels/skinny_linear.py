@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -80,33 +81,33 @@ def skinny_linear(
     if rows == 0:
         return out
     if config is None:
-        config = guess(rows, weight.shape[0], size_k) or Config("dot", 64, 64, num_stages=3)
+        config = _config(rows, weight)
     aligned = size_k * x.element_size() % 16 == 0
     pdl = pdl and x.is_cuda
-    common = dict(
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        norm_ptr=norm_weight,
-        residual_ptr=residual,
-        out_ptr=out,
-        rows=rows,
-        size_n=size_n,
-        size_k=size_k,
-        x_stride=x.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
-        out_stride=out.stride(0),
-        eps=eps,
-        SILU_MUL=silu_mul,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        EVEN_N=size_n % config.block_n == 0,
-        EVEN_K=size_k % config.block_k == 0,
-        PDL=pdl,
-        PREFETCH=config.prefetch if aligned else 0,
-        NUM_THREADS=32 * config.num_warps,
-        num_warps=config.num_warps,
-    )
+    common: dict[str, Any] = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "norm_ptr": norm_weight,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "rows": rows,
+        "size_n": size_n,
+        "size_k": size_k,
+        "x_stride": x.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "out_stride": out.stride(0),
+        "eps": eps,
+        "SILU_MUL": silu_mul,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "EVEN_N": size_n % config.block_n == 0,
+        "EVEN_K": size_k % config.block_k == 0,
+        "PDL": pdl,
+        "PREFETCH": config.prefetch if aligned else 0,
+        "NUM_THREADS": 32 * config.num_warps,
+        "num_warps": config.num_warps,
+    }
     if pdl:
         common["launch_pdl"] = True
     num_tiles = triton.cdiv(size_n, config.block_n)
@@ -117,21 +118,26 @@ def skinny_linear(
     return out
 
 
-def _launch_fma(config: Config, num_tiles: int, common: dict[str, object]) -> None:
-    rows = common["rows"]
-    assert isinstance(rows, int) and rows <= 4 and config.split_k == 1
+def _config(rows: int, weight: Tensor) -> Config:
+    """Whatever works where nobody has chosen; float32 has no tensor cores and needs small tiles."""
+    if weight.element_size() == 4:
+        return Config("dot", 32, 32, num_stages=3)
+    return guess(rows, *weight.shape) or Config("dot", 64, 64, num_stages=3)
+
+
+def _launch_fma(config: Config, num_tiles: int, common: dict[str, Any]) -> None:
+    assert common["rows"] <= 4 and config.split_k == 1
     fma_kernel[(num_tiles,)](
         **common,
-        BLOCK_M=triton.next_power_of_2(rows),
+        BLOCK_M=triton.next_power_of_2(common["rows"]),
         STAGES=config.num_stages,
     )
 
 
 def _launch_dot(
-    config: Config, num_tiles: int, common: dict[str, object], device: torch.device
+    config: Config, num_tiles: int, common: dict[str, Any], device: torch.device
 ) -> None:
     rows, size_k, weight = common["rows"], common["size_k"], common["weight_ptr"]
-    assert isinstance(rows, int) and isinstance(size_k, int) and isinstance(weight, Tensor)
     block_m = config.block_m or min(64, max(16, triton.next_power_of_2(rows)))
     num_tiles *= triton.cdiv(rows, block_m)
     partials, arrivals = None, None

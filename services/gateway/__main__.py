@@ -14,6 +14,7 @@ import uvloop
 from baton.v1 import inference_service_pb2_grpc
 
 from services.gateway.cluster import Cluster
+from services.gateway.router import LocalPrefill
 from services.gateway.server import InferenceServicer
 from services.gateway.tokenizer import TextCodec
 from shared.directory.directory import DirectoryMisconfigured
@@ -43,6 +44,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flag(parser, "--host", type=str, default="127.0.0.1", help="address to listen on")
     add_flag(parser, "--port", type=int, default=50051, help="port to listen on; 0 picks one")
     add_switch(parser, "--reflection", help="serve gRPC reflection")
+    add_flag(
+        parser,
+        "--local-prefill-tokens",
+        type=int,
+        help="queue of a prefill worker, in prompt tokens, from which on a partner of role both "
+        "computes a prompt by itself; default: never",
+    )
+    add_flag(
+        parser,
+        "--local-prefill-share",
+        type=float,
+        default=0.25,
+        help="the partner's own queue of prompts, at most, as a share of that one",
+    )
     add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
     return parser.parse_args(argv)
 
@@ -63,7 +78,16 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
     """Until a signal; returns the exit status."""
     stop = stop_event()
     incarnation = secrets.token_hex(16)
-    cluster = Cluster(args.redis_url, args.cluster, incarnation=incarnation, model=model)
+    local_prefill = None
+    if args.local_prefill_tokens is not None:
+        local_prefill = LocalPrefill(args.local_prefill_tokens, args.local_prefill_share)
+    cluster = Cluster(
+        args.redis_url,
+        args.cluster,
+        incarnation=incarnation,
+        model=model,
+        local_prefill=local_prefill,
+    )
     servicer = InferenceServicer(
         cluster,
         codec,

@@ -17,7 +17,7 @@ from baton.v1 import decode_service_pb2
 
 from services.gateway.admission import Limits
 from services.gateway.links import DecodeLink
-from services.gateway.router import Route, WorkerSnapshot, choose, longest_run
+from services.gateway.router import LocalPrefill, Route, WorkerSnapshot, choose, longest_run
 from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
 from shared.directory.keys import WORKER_TTL_S
 from shared.directory.ledger import Stage
@@ -52,11 +52,20 @@ class _Doubt:
 
 
 class Cluster:
-    def __init__(self, url: str, name: str, *, incarnation: str, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        incarnation: str,
+        model: ModelConfig,
+        local_prefill: LocalPrefill | None = None,
+    ) -> None:
         self._url = url
         self._name = name
         self._incarnation = incarnation
         self._model = model
+        self._local_prefill = local_prefill
         self._directory: Directory | None = None
         self.is_directory_reachable = False
         self._known: dict[str, _Known] = {}
@@ -66,6 +75,8 @@ class Cluster:
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._spread = 0
+        self._outstanding_tokens: Counter[str] = Counter()
+        """By incarnation: prompt tokens to compute of routes that have not ended or answered."""
 
     # Following the directory
 
@@ -167,6 +178,7 @@ class Cluster:
                 ),
                 num_waiting=known.record.load.num_waiting + known.num_started,
                 num_running=known.record.load.num_running,
+                num_outstanding_tokens=self._outstanding_tokens[known.record.incarnation],
                 suspect=self._is_doubted(known.record.incarnation),
             )
             for known in self._known.values()
@@ -221,6 +233,8 @@ class Cluster:
     ) -> Route:
         """Locates the prompt's prefixes and chooses; waits as long as nobody can take it.
 
+        Whoever takes the route calls `prompt_ended` for it, once.
+
         Raises InvalidField when no pool will ever hold it.
         """
         while True:
@@ -238,6 +252,7 @@ class Cluster:
                 len(token_ids),
                 num_blocks,
                 capability_hash=capability_hash,
+                local_prefill=self._local_prefill,
                 spread=self._spread,
             )
             if route is not None:
@@ -250,7 +265,15 @@ class Cluster:
                 raise InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
             await changed.wait()
 
+    def prompt_ended(self, route: Route) -> None:
+        """Its first token has come, or none will."""
+        incarnation = route.computes_prompt.incarnation
+        self._outstanding_tokens[incarnation] -= route.num_new_tokens
+        if not self._outstanding_tokens[incarnation]:
+            del self._outstanding_tokens[incarnation]
+
     def _note_started(self, route: Route, num_tokens: int, block_size: int) -> None:
+        self._outstanding_tokens[route.computes_prompt.incarnation] += route.num_new_tokens
         for worker in (route.prefill, route.decode):
             known = self._known.get(worker.worker_id) if worker is not None else None
             if known is not None:

@@ -235,6 +235,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     patience = 2.0 ** min(generation.num_fruitless - 1, _MAX_PATIENCE_DOUBLINGS)
     prefill = link = None
     slot = 0
+    is_prompt_open = True
     if route.prefill is not None:
         request = prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode)
         call = follow_prefill(
@@ -265,6 +266,9 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
                             _note_cached(generation, num_cached_tokens)
                     case Failed():
                         failure = failure or event
+            if run and is_prompt_open:
+                is_prompt_open = False
+                cluster.prompt_ended(route)
             if run:
                 generation.capability_hash = route.decode.capability_hash
                 now = time.monotonic()
@@ -278,6 +282,8 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
                     cluster.doubt(route.prefill.incarnation)
                 raise failure.error
     finally:
+        if is_prompt_open:
+            cluster.prompt_ended(route)
         if prefill is not None:
             prefill.cancel()
         if link is not None:

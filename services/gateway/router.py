@@ -27,6 +27,8 @@ class WorkerSnapshot:
     num_free_blocks: int
     num_waiting: int
     num_running: int
+    num_outstanding_tokens: int = 0
+    """Prompt tokens to compute that this gateway sent there and whose first token has not come."""
     suspect: bool = False
     """Silent, unhealthy or draining: gets nothing new."""
 
@@ -36,6 +38,30 @@ class Route:
     prefill: WorkerSnapshot | None
     """None: the decode worker computes the prompt by itself (`Start` without a source)."""
     decode: WorkerSnapshot
+    num_new_tokens: int
+    """Prompt tokens that are to be computed, as far as is known: those not cached there."""
+
+    @property
+    def computes_prompt(self) -> WorkerSnapshot:
+        return self.prefill or self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPrefill:
+    """When a `both` partner computes a prompt itself, with a prefill worker at hand.
+
+    The prefill worker comes first: as long as it keeps up, nothing disturbs the partner's
+    streams. What it cannot compute in time spills over: a prompt that would lengthen its queue
+    beyond `threshold_tokens`. The partner's own queue stays below `max_share` of that queue, as
+    it computes prompts more slowly, beside its streams; so neither side's prompts wait much
+    longer than the other's, and a long prompt needs a longer queue before it may disturb.
+
+    How much a prompt delays the partner's streams is the partner's matter: its token budget.
+    """
+
+    threshold_tokens: int
+    """About half of the time to first token that is allowed, times the prefill rate."""
+    max_share: float = 0.25
 
 
 def choose(
@@ -45,6 +71,7 @@ def choose(
     num_blocks_needed: int,
     *,
     capability_hash: str | None = None,
+    local_prefill: LocalPrefill | None = None,
     spread: int = 0,
 ) -> Route | None:
     """The route of one attempt; None when it must wait for a worker to register.
@@ -52,13 +79,15 @@ def choose(
     First the worker that computes the prompt: longest cached run, then shortest queue. Prefill
     workers do that; a `both` worker does where its capability has none that could, and then
     keeps the sequence. Otherwise the prefill worker's partner follows: a `decode` or `both`
-    worker of equal capability, most free blocks, then smallest batch.
+    worker of equal capability, most free blocks, then smallest batch. When the queue of the
+    prefill worker is too long, a `both` partner may take the prompt alone (`LocalPrefill`).
 
     hits: worker id → cached tokens from the prompt's start (`longest_run`).
     num_prompt_tokens: what has to be in the cache before the next token can be drawn.
     num_blocks_needed: of the whole sequence; smaller pools are left out. The prefill worker's
         must hold the prompt.
     capability_hash: the only one acceptable, once an attempt has emitted tokens.
+    local_prefill: None: a prompt never goes around the prefill workers.
     spread: a counter; successive values take equal workers in turn.
     """
     usable = [
@@ -87,16 +116,30 @@ def choose(
     if not firsts:
         return None
 
-    def prefill_rank(worker: WorkerSnapshot) -> tuple[int, int]:
+    def num_new_tokens(worker: WorkerSnapshot) -> int:
         # A hit never covers the last token: its logits have to be computed.
-        cached = min(hits.get(worker.worker_id, 0), num_prompt_tokens - 1)
-        return (-cached, worker.num_waiting + worker.num_running)
+        return num_prompt_tokens - min(hits.get(worker.worker_id, 0), num_prompt_tokens - 1)
+
+    def prefill_rank(worker: WorkerSnapshot) -> tuple[int, int]:
+        return (num_new_tokens(worker), worker.num_waiting + worker.num_running)
+
+    def queue_with_it(worker: WorkerSnapshot) -> int:
+        return worker.num_outstanding_tokens + num_new_tokens(worker)
+
+    def alone(worker: WorkerSnapshot) -> Route:
+        return Route(None, worker, num_new_tokens(worker))
 
     first = _best(firsts, prefill_rank, spread)
     if first.role == "both":
-        return Route(prefill=None, decode=first)
+        return alone(first)
     partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
-    return Route(prefill=first, decode=_best(partners, _decode_rank, spread))
+    queue = queue_with_it(first)
+    if local_prefill is not None and queue > local_prefill.threshold_tokens:
+        most = local_prefill.max_share * queue
+        takers = [w for w in partners if w.role == "both" and queue_with_it(w) <= most]
+        if takers:
+            return alone(_best(takers, lambda w: (queue_with_it(w), *_decode_rank(w)), spread))
+    return Route(first, _best(partners, _decode_rank, spread), num_new_tokens(first))
 
 
 def longest_run(

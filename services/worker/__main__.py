@@ -99,6 +99,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flag(parser, "--max-num-seqs", type=int, default=256, help="sequences per engine step")
     add_flag(parser, "--threads", type=int, default=1, help="CPU threads of the engine")
     add_flag(
+        parser,
+        "--transport",
+        type=str,
+        default="auto",
+        choices=("auto", "shm", "nixl"),
+        help="how blocks move between workers; auto: shm for CPU pools, nixl for GPU pools",
+    )
+    add_flag(
         parser, "--shm-dir", type=Path, default=Path("/dev/shm"), help="where CPU pools are shared"
     )
     add_flag(parser, "--trace-dir", type=Path, help="write a trace of events there")

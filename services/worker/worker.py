@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import queue
 import secrets
@@ -48,7 +49,10 @@ from shared.rpc.convert import ROLE_TO_PB
 from shared.rpc.errors import Draining
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, is_orphaned, stop_event
 from shared.telemetry import Counters, Trace
-from shared.transfer.interface import LocalPool, TransferError
+from shared.transfer import nixl_agent
+from shared.transfer.choose import TransportUnavailable, choose_transport
+from shared.transfer.interface import KvTransport, LocalPool, TransferError
+from shared.transfer.nixl import NixlTransport
 from shared.transfer.puller import Puller, PullResult
 from shared.transfer.shm import ShmTransport, sweep_stale
 
@@ -63,6 +67,8 @@ _ROLE_SERVICES = {
 _DRAIN_POLL_S = 0.05
 _INSPECT_S = 0.2
 _STOP_GRACE_S = 0.5
+_SWITCH_INTERVAL_S = 0.0005
+"""How long the engine may keep the streams' thread waiting while it launches kernels."""
 
 
 class WorkerStartError(Exception):
@@ -83,13 +89,27 @@ class Worker:
         self._state = worker_service_pb2.GetWorkerStateResponse()
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
         torch.set_num_threads(args.threads)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         sweep_stale(args.shm_dir)
-        self._transport = ShmTransport(self._incarnation, args.shm_dir)
-        device = _choose_device(args.role, config.device)
+        nixl_agent.set_defaults(args.host)
+        try:
+            choice = choose_transport(
+                role=args.role,
+                device=config.device,
+                transport=args.transport,
+                has_cuda=torch.cuda.is_available(),
+                why_no_nixl=nixl_agent.available,
+            )
+        except TransportUnavailable as error:
+            raise WorkerStartError(str(error)) from error
+        if choice.warning is not None:
+            logger.warning(choice.warning)
+        shm = ShmTransport(self._incarnation, args.shm_dir) if choice.transport == "shm" else None
+        self._transport: KvTransport = shm or NixlTransport(self._incarnation, args.host)
         try:
             self._runner = ModelRunner(
-                dataclasses.replace(config, device=device),
-                pool_memory=self._transport.allocate if device == "cpu" else None,
+                dataclasses.replace(config, device=choice.device),
+                pool_memory=shm.allocate if shm is not None and choice.device == "cpu" else None,
                 progress=logger.info,
             )
         except TransferError as error:
@@ -105,7 +125,10 @@ class Worker:
             num_heads=groups[0].spec.num_kv_heads,
             incarnation=self._incarnation,
         )
-        self._transport.bind(self._transport_pool)
+        try:
+            self._transport.bind(self._transport_pool)
+        except TransferError as error:
+            raise WorkerStartError(f"--transport {choice.transport}: {error}") from error
         self._capability = Capability(
             model_digest=self._runner.model_digest,
             dtype=str(self._runner.dtype).removeprefix("torch."),
@@ -129,7 +152,7 @@ class Worker:
             self._failpoints.after_pull()
             inbox.put(msg.Pulled(result))
 
-        puller = Puller(self._transport, self._transport_pool, on_pulled)
+        puller = Puller(self._transport, self._transport_pool, on_pulled, self._runner.block_sums())
         mailroom = Mailroom(
             identity=identity,
             capability_hash=self._capability.hash(),
@@ -152,6 +175,9 @@ class Worker:
         engine_thread = _start_engine(engine, stop)
         directory_task = asyncio.create_task(directory.run(lambda: self._record(mailroom, address)))
         directory_task.add_done_callback(lambda task: _stop_on_failure(task, stop))
+        # What is there now stays: with 50,000 blocks, looking through it takes a tenth of a second.
+        gc.collect()
+        gc.freeze()
         await endpoint.set_ready(is_ready=True)
         self._announce(address)
 
@@ -263,23 +289,6 @@ class Worker:
             self._capability.hash(),
         )
         print(f"READY grpc={address}", flush=True)  # noqa: T201
-
-
-def _choose_device(role: str, wanted: str) -> str:
-    """`shm` moves blocks between CPU pools only, so a worker that hands over computes there.
-
-    Raises WorkerStartError when another device was named.
-    """
-    if role == "both" or wanted == "cpu":
-        return wanted if wanted != "auto" or torch.cuda.is_available() else "cpu"
-    if wanted == "cuda":
-        raise WorkerStartError(
-            f"--device cuda, --role {role}: this version hands over CPU pools only; "
-            "take --role both, or --device cpu"
-        )
-    if torch.cuda.is_available():
-        logger.warning("role %s computes on the CPU: there is no transport for GPU pools", role)
-    return "cpu"
 
 
 def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:

@@ -11,6 +11,9 @@ import torch
 from shared.engine.kv_cache import KvCache
 from shared.kv.digest import Uint64Array, block_sums
 
+MOST_AT_ONCE = 1024
+"""Blocks that one launch sums."""
+
 
 class BlockSums(Protocol):
     """Used by one thread only."""
@@ -38,15 +41,29 @@ class DeviceBlockSums:
             cache.memory.view(torch.int32).view(cache.num_blocks + 1, group.spec.num_kv_heads, -1)
             for group in cache.groups
         ]
-        self._stream = torch.cuda.Stream(cache.memory.device, priority=-1)
+        self._device = cache.memory.device
+        self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        most_heads = max(group.spec.num_kv_heads for group in cache.groups)
+        self._ids = torch.zeros(MOST_AT_ONCE, dtype=torch.int32, pin_memory=True)
+        self._sums = torch.zeros(MOST_AT_ONCE * most_heads, dtype=torch.int64, pin_memory=True)
 
     def __call__(self, block_ids: Sequence[int], group: int = 0) -> Uint64Array:
+        parts = [
+            self._sum(block_ids[start : start + MOST_AT_ONCE], self._words[group])
+            for start in range(0, len(block_ids), MOST_AT_ONCE)
+        ]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _sum(self, block_ids: Sequence[int], words: torch.Tensor) -> Uint64Array:
         from kernels.block_digest import block_sums as sums_of_blocks
 
-        words = self._words[group]
-        ids = torch.from_numpy(np.array(block_ids, np.int32))
+        num_blocks = len(block_ids)
+        self._ids[:num_blocks].numpy()[:] = block_ids
+        host = self._sums[: num_blocks * words.shape[1]].view(num_blocks, -1)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             # What the caller wrote to a block just now, on the default stream, comes first.
-            self._stream.wait_stream(torch.cuda.default_stream(words.device))
-            sums = sums_of_blocks(words, ids.pin_memory().to(words.device, non_blocking=True))
-            return sums.cpu().numpy().view(np.uint64)
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
+            ids = self._ids[:num_blocks].to(self._device, non_blocking=True)
+            host.copy_(sums_of_blocks(words, ids), non_blocking=True)
+            self._stream.synchronize()
+        return host.numpy().view(np.uint64).copy()

@@ -21,8 +21,9 @@ _TOKEN_ALIGNMENT = 16
 class StepColumns:
     """T tokens: decode rows (filled in on the device), chunks, padding. R of them draw.
 
-    packed: int32, one after another: slots [T] as int64, input_ids [T], positions [T],
-        last [R] (which token), draw_rows [R] (which slot, −1 = padding), tiles [NT, 4].
+    packed: int32, one after another, each from a multiple of 16 bytes on, for kernels are compiled
+        for aligned pointers: slots [T] as int64, input_ids [T], positions [T], tiles [NT, 4],
+        last [R] (which token), draw_rows [R] (which slot, −1 = padding).
     """
 
     packed: Int32s
@@ -35,6 +36,7 @@ class StepColumns:
 def step_columns(
     decode_slots: Sequence[int],
     chunks: Sequence[tuple[int, BatchRow, bool]],
+    num_drawn: int,
     *,
     block_size: int,
     head_dim: int,
@@ -43,8 +45,9 @@ def step_columns(
     """Columns of a step.
 
     Args:
-        decode_slots: slots of the decode rows, −1 = padding.
+        decode_slots: slots of the decode rows, then −1 as padding.
         chunks: (slot, row, whether a token is drawn behind it); their block tables are long enough.
+        num_drawn: R, at least as many as draw.
         itemsize: bytes of an element of the cache.
     """
     num_decode = len(decode_slots)
@@ -52,7 +55,6 @@ def step_columns(
     num_real = num_decode + sum(lens)
     num_tokens = -(-num_real // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
     drawn = [slot for slot, _, draws in chunks if draws]
-    num_drawn = num_decode + len(drawn)
     block_m = block_m_for(max(lens, default=1), head_dim, itemsize)
     query_start = num_decode + np.cumsum([0, *lens])
     tiles = prefill_tiles(
@@ -62,19 +64,18 @@ def step_columns(
         block_m=block_m,
     )
 
-    packed = np.zeros(4 * num_tokens + 2 * num_drawn + tiles.size, np.int32)
+    aligned = -(-num_drawn // 4) * 4
+    packed = np.zeros(4 * num_tokens + tiles.size + 2 * aligned, np.int32)
     slots = packed[: 2 * num_tokens].view(np.int64)
     slots[:] = -1
     input_ids = packed[2 * num_tokens : 3 * num_tokens]
     positions = packed[3 * num_tokens : 4 * num_tokens]
-    last = packed[4 * num_tokens :][:num_drawn]
-    draw_rows = packed[4 * num_tokens + num_drawn :][:num_drawn]
-    last[:num_decode] = np.arange(num_decode)
-    draw_rows[:num_decode] = decode_slots
-    draw_rows[num_decode:] = drawn
-    packed[4 * num_tokens + 2 * num_drawn :] = tiles.reshape(-1)
-
-    num_last = num_decode
+    packed[4 * num_tokens :][: tiles.size] = tiles.reshape(-1)
+    last, draw_rows = packed[4 * num_tokens + tiles.size :].reshape(2, aligned)
+    num_last = sum(slot >= 0 for slot in decode_slots)
+    last[:num_last] = np.arange(num_last)
+    draw_rows[:] = -1
+    draw_rows[: num_last + len(drawn)] = [*decode_slots[:num_last], *drawn]
     for (_, row, draws), first, end in zip(chunks, query_start[:-1], query_start[1:], strict=True):
         assert row.token_ids is not None
         where = np.arange(row.position, row.context_len)

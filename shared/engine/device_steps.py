@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -122,16 +122,19 @@ class DeviceSteps:
         num_slots = 2 * max_num_seqs + 16
         max_blocks = -(-max_model_len // self._block_size)
         self._state = BatchState(num_slots, max_blocks, self._sizes, device)
-        self._sampling_work = make_sampling_work(2 * max_num_seqs, vocab_size, device)
+        self._sampling_work = make_sampling_work(max_num_seqs, vocab_size, device)
         _, num_kv_heads, _, _, _, head_dim = self._kv.shape
         self._work = {
             size: make_work(size, num_kv_heads, num_heads, head_dim, device) for size in self._sizes
         }
+        self._drawn_work = {
+            size: make_work(size, num_kv_heads, num_heads, head_dim, device) for size in self._sizes
+        }
         self._decode = {size: self._make_buffers(size) for size in self._sizes}
         is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._host_tokens = [
-            torch.zeros(2 * max_num_seqs, dtype=torch.int32, pin_memory=is_cuda)
+            torch.zeros(max_num_seqs, dtype=torch.int32, pin_memory=is_cuda)
             for _ in range(_STEPS_IN_FLIGHT)
         ]
         self._host_columns = [torch.zeros(0, dtype=torch.int32)] * _STEPS_IN_FLIGHT
@@ -203,7 +206,7 @@ class DeviceSteps:
     ) -> DeviceStep:
         if self.on_launch is None:
             return launch(batch, layout)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         step = launch(batch, layout)
         end.record()
@@ -229,13 +232,16 @@ class DeviceSteps:
                 layout.chunks.append(index)
             self._note(row, handle)
         num_decode = len(layout.decode)
-        if num_decode > self._sizes[-1]:
-            raise ValueError(f"a batch of {num_decode} decode rows exceeds {self._sizes[-1]}")
+        if len(batch.rows) > self._sizes[-1]:
+            raise ValueError(f"a batch of {len(batch.rows)} rows exceeds {self._sizes[-1]}")
         if num_decode:
-            layout.size = self._sizes[bisect_left(self._sizes, num_decode)]
+            layout.size = self._padded(num_decode)
             self._state.send_rows(layout.size, [layout.handles[i].slot for i in layout.decode])
         layout.wanted = layout.decode + [-1] * (layout.size - num_decode)
         return layout
+
+    def _padded(self, num_rows: int) -> int:
+        return self._sizes[bisect_left(self._sizes, num_rows)]
 
     def _note(self, row: BatchRow, handle: RowHandle) -> None:
         state, slot, table = self._state, handle.slot, row.block_tables[0]
@@ -315,33 +321,33 @@ class DeviceSteps:
     ) -> tuple[Tensor, Tensor]:
         """Runs a step with prompt chunks.
 
-        Returns the logits [R, vocab] of the decode rows, padding included, then of the chunks that
-        draw, and the slots [R] that they are of; `layout.wanted` says which rows they are.
+        Returns the logits [R, vocab] of the decode rows, of the chunks that draw, and of padding,
+        and the slots [R] that they are of; `layout.wanted` says which rows they are.
         """
         rows, handles = batch.rows, layout.handles
         slots_of_decode = [handles[i].slot for i in layout.decode]
+        layout.wanted = layout.decode + [i for i in layout.chunks if draws[i]]
+        # As many rows of logits as decode has in one of its graphs: those kernels are compiled.
+        num_drawn = self._padded(len(layout.wanted)) if layout.wanted else 0
+        layout.wanted += [-1] * (num_drawn - len(layout.wanted))
         columns = step_columns(
             slots_of_decode + [-1] * (layout.size - len(layout.decode)),
             [(handles[i].slot, rows[i], draws[i]) for i in layout.chunks],
+            num_drawn,
             block_size=self._block_size,
             head_dim=self._kv.shape[5],
             itemsize=self._kv.element_size(),
         )
-        layout.wanted += [i for i in layout.chunks if draws[i]]
         sent = self._send(columns.packed)
         assert sent is not None
-        num_tokens, num_drawn = columns.num_tokens, columns.num_drawn
+        num_tokens = columns.num_tokens
         slots = sent[: 2 * num_tokens].view(torch.int64)
-        input_ids, positions, last, draw_rows, tiles, _ = sent[2 * num_tokens :].split(
-            [
-                num_tokens,
-                num_tokens,
-                num_drawn,
-                num_drawn,
-                4 * columns.num_tiles,
-                -len(columns.packed) % 4,
-            ]
-        )
+        input_ids = sent[2 * num_tokens : 3 * num_tokens]
+        positions = sent[3 * num_tokens : 4 * num_tokens]
+        tiles = sent[4 * num_tokens :][: 4 * columns.num_tiles]
+        behind = 4 * num_tokens + tiles.numel()
+        last = sent[behind:][:num_drawn]
+        draw_rows = sent[behind + -(-num_drawn // 4) * 4 :][:num_drawn]
         has_decode = layout.size > 0
         plan = DevicePlan(
             positions=positions,
@@ -355,10 +361,19 @@ class DeviceSteps:
         )
         if has_decode:
             self._begin(input_ids, plan)
-        hidden = self._model.hidden_states(input_ids, positions, [self._kv], [plan])
+        wanted = (last, [self._plan_of_drawn(draw_rows, plan)])
+        hidden = self._model.hidden_states(input_ids, positions, [self._kv], [plan], wanted)
         if not num_drawn:
             return hidden.new_empty(0, self._vocab_size), draw_rows
-        return self._model.logits(hidden.index_select(0, last)), draw_rows
+        return self._model.logits(hidden), draw_rows
+
+    def _plan_of_drawn(self, draw_rows: Tensor, plan: DevicePlan) -> DevicePlan:
+        """What the last tokens of rows attend to: as in a decode step, all keys of the slot."""
+        work = None
+        if len(draw_rows):
+            work = self._drawn_work[len(draw_rows)]
+            plan_decode(draw_rows, self._state.context_lens, work)
+        return replace(plan, rows=draw_rows, work=work, tiles=None)
 
     def _begin(self, input_ids: Tensor, plan: DevicePlan) -> None:
         """Fills in the decode rows' tokens and places, and moves their lengths on by one."""
@@ -425,7 +440,7 @@ class DeviceSteps:
         host.copy_(tokens, non_blocking=True)
         done = None
         if self._stream is not None:
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return DeviceStep(rows, num_rows, host, done)
 

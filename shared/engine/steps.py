@@ -29,6 +29,7 @@ class Model(Protocol):
         positions: Tensor,
         kv_caches: Sequence[Tensor],
         plans: Sequence[object],
+        wanted: tuple[Tensor, Sequence[object]] | None = None,
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...

@@ -6,7 +6,7 @@ faster than cuBLAS; there the norm before and the activation or residual behind 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,10 +47,14 @@ Rope = tuple[Tensor, Tensor]
 
 
 class TritonOperations:
-    """`use_skinny`: False leaves all matrix products to cuBLAS."""
+    """`use_skinny`: False leaves all matrix products to cuBLAS. `overlaps`: kernels start while the
+    one before ends, and wait for its results by themselves (programmatic dependent launch, compute
+    capability 9.0)."""
 
-    def __init__(self, *, use_skinny: bool = True) -> None:
+    def __init__(self, *, use_skinny: bool = True, overlaps: bool = False) -> None:
         self._use_skinny = use_skinny
+        self._overlaps = overlaps
+        self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
@@ -68,7 +72,13 @@ class TritonOperations:
         config = self._choose(x, weight, fused=residual is not None)
         if config is not None:
             return skinny_linear(
-                x, weight, bias, residual=residual, out=residual, config=config, pdl=config.pdl
+                x,
+                weight,
+                bias,
+                residual=residual,
+                out=residual,
+                config=config,
+                pdl=config.pdl,
             )
         if residual is None:
             return torch.nn.functional.linear(x, weight, bias)
@@ -81,11 +91,17 @@ class TritonOperations:
         self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         config = self._choose(x, weight, fused=True)
-        if config is not None:
-            return skinny_linear(
-                x, weight, bias, norm_weight=norm_weight, eps=eps, config=config, pdl=config.pdl
-            )
-        return torch.nn.functional.linear(rms_norm(x, norm_weight, eps), weight, bias)
+        if config is None:
+            return self.linear(rms_norm(x, norm_weight, eps, pdl=self._overlaps), weight, bias)
+        return skinny_linear(
+            x,
+            weight,
+            bias,
+            norm_weight=norm_weight,
+            eps=eps,
+            config=config,
+            pdl=config.pdl,
+        )
 
     def norm_gate_up(
         self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
@@ -102,15 +118,26 @@ class TritonOperations:
                 config=config,
                 pdl=config.pdl,
             )
-        gate_up = torch.nn.functional.linear(rms_norm(x, norm_weight, eps), weight, bias)
-        return silu_mul(gate_up)
+        x = rms_norm(x, norm_weight, eps, pdl=self._overlaps)
+        config = self._choose(x, weight, fused=False)
+        if config is not None:
+            return skinny_linear(x, weight, bias, silu_mul=True, config=config, pdl=config.pdl)
+        return silu_mul(torch.nn.functional.linear(x, weight, bias), pdl=self._overlaps)
 
     def rope_and_store(
         self, qkv: Tensor, rope: Rope, kv: Tensor, layer: int, plan: DevicePlan, num_heads: int
     ) -> Tensor:
         cos, sin = rope
         return rope_and_store(
-            qkv, cos, sin, plan.positions, plan.slots, kv, layer, num_heads=num_heads
+            qkv,
+            cos,
+            sin,
+            plan.positions,
+            plan.slots,
+            kv,
+            layer,
+            num_heads=num_heads,
+            pdl=self._overlaps,
         )
 
     def paged_attention(
@@ -130,6 +157,7 @@ class TritonOperations:
                 plan.work,
                 scale,
                 out=out[:num_decode],
+                pdl=self._overlaps,
             )
         if plan.tiles is not None:
             paged_prefill_attention(
@@ -145,7 +173,18 @@ class TritonOperations:
         return out
 
     def _choose(self, x: Tensor, weight: Tensor, *, fused: bool) -> linear_table.Config | None:
+        num_out, num_in = weight.shape
+        key = (x.shape[0], num_out, num_in, x.dtype, fused)
+        if key not in self._chosen:
+            self._chosen[key] = self._look_up(*key)
+        return self._chosen[key]
+
+    def _look_up(
+        self, num_rows: int, num_out: int, num_in: int, dtype: torch.dtype, fused: bool
+    ) -> linear_table.Config | None:
         if not self._use_skinny:
             return None
-        num_out, num_in = weight.shape
-        return linear_table.choose(x.shape[0], num_out, num_in, x.dtype, fused=fused)
+        config = linear_table.choose(num_rows, num_out, num_in, dtype, fused=fused)
+        if config is not None and config.pdl and not self._overlaps:
+            config = replace(config, pdl=False)
+        return config

@@ -7,9 +7,9 @@ whether they are right is not its business: claims and digests see to that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from baton.v1 import kv_service_pb2
@@ -75,6 +75,22 @@ class PeerConnection(Protocol):
         """When it returns, nothing lands any more."""
 
 
+class PendingRead(Protocol):
+    """A read that goes on by itself."""
+
+    def wait(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Returns when all blocks have landed. `TransferError`: any part of them may have landed,
+        or may land until the connection is closed; so too when `give_up()` turns true."""
+
+
+@runtime_checkable
+class OverlappingConnection(PeerConnection, Protocol):
+    """A connection whose reads leave the thread free."""
+
+    def start(self, copies: Sequence[BlockCopy]) -> PendingRead:
+        """Begins what `read` does; one at a time. `TransferError` as `read`."""
+
+
 class KvTransport(Protocol):
     @property
     def name(self) -> str: ...
@@ -93,3 +109,14 @@ class KvTransport(Protocol):
 
     def close(self) -> None:
         """Takes the pool off offer. Peers that read it notice."""
+
+
+def check_layout(local: LocalPool, peer: kv_service_pb2.PoolDescription) -> None:
+    """`TransferError` unless the peer's blocks can be copied into ours as they are."""
+    if (peer.block_bytes, peer.num_heads) != (local.block_bytes, local.num_heads):
+        raise TransferError(
+            f"pool {peer.incarnation} has blocks of {peer.block_bytes} bytes and "
+            f"{peer.num_heads} heads, this one of {local.block_bytes} and {local.num_heads}"
+        )
+    if peer.num_blocks < 1:
+        raise TransferError(f"pool {peer.incarnation} has no blocks")

@@ -5,7 +5,8 @@
                               └───────────────────────────────────────┘
 
 One thread owns the connections. Every job that was submitted is answered once, in the order of
-submission; when it is answered, nothing of it lands any more.
+submission; when it is answered, nothing of it lands any more. Where a transport's reads go on by
+themselves, a piece is summed while the next one is read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from shared.transfer.interface import (
     BlockCopy,
     KvTransport,
     LocalPool,
+    OverlappingConnection,
     PeerConnection,
     TransferError,
 )
@@ -35,6 +38,11 @@ log = logging.getLogger(__name__)
 
 # Small enough to be summed while still in the processor's cache.
 _PIECE_BYTES = 1 << 20
+# Large enough that a GPU's launches and a transport's start don't count.
+_DEVICE_PIECE_BYTES = 64 << 20
+
+SumBlocks = Callable[[Sequence[int]], Uint64Array]
+"""Local block ids → [ids, num_heads], what `block_sums` gives for these blocks."""
 
 
 class ExpectedBlock(NamedTuple):
@@ -79,15 +87,25 @@ class _Stop:
 
 
 class Puller:
-    """`on_done` is called from the puller's thread, once a job, and must not block."""
+    """`on_done` is called from the puller's thread, once a job, and must not block.
+
+    `sum_blocks`: how to sum blocks of the local pool; called from the puller's thread, for a GPU's
+    pool with a stream of that thread's own as the current one, and does not return before the sums
+    are there.
+    """
 
     def __init__(
-        self, transport: KvTransport, pool: LocalPool, on_done: Callable[[PullResult], None]
+        self,
+        transport: KvTransport,
+        pool: LocalPool,
+        on_done: Callable[[PullResult], None],
+        sum_blocks: SumBlocks | None = None,
     ) -> None:
         self._transport = transport
         self._pool = pool
         self._words = pool.words()
         self._on_done = on_done
+        self._sum_blocks = sum_blocks or self._sum_by_torch
         self._connections: dict[str, PeerConnection] = {}
         self._queue: SimpleQueue[PullJob | _Drop | _Stop] = SimpleQueue()
         # Drops still in the queue, by incarnation: jobs in front of one fail at once.
@@ -124,6 +142,14 @@ class Puller:
         self._thread.join()
 
     def _run(self) -> None:
+        device = self._pool.memory.device
+        if device.type == "cuda":
+            with torch.cuda.device(device), torch.cuda.stream(_new_stream(device)):
+                self._take_jobs()
+        else:
+            self._take_jobs()
+
+    def _take_jobs(self) -> None:
         while not isinstance(message := self._queue.get(), _Stop):
             if isinstance(message, _Drop):
                 self._disconnect(message.incarnation)
@@ -144,9 +170,15 @@ class Puller:
         error: str | None = None
         try:
             seed, announced = self._announced(job)
-            for start, end in self._pieces(len(job.copies)):
-                self._read(job.peer, job.copies[start:end])
-                sums[start:end] = block_sums(self._landed(job.copies[start:end]))
+            pieces = self._pieces(len(job.copies))
+            wait = self._start(job, *pieces[0]) if pieces else None
+            for index, (start, end) in enumerate(pieces):
+                assert wait is not None
+                wait()
+                if end < len(job.copies):
+                    wait = self._start(job, *pieces[index + 1])
+                local_ids = [copy.local_block_id for copy in job.copies[start:end]]
+                sums[start:end] = self._sum_blocks(local_ids)
                 num_landed = end
             wrong = (digests(sums, seed) != announced).any(axis=1)
             mismatched = tuple(np.flatnonzero(wrong).tolist())
@@ -165,14 +197,29 @@ class Puller:
         except Exception:
             log.exception("pull %d: its result was not taken", job.job_id)
 
-    def _read(self, peer: PoolDescription, copies: Sequence[BlockCopy]) -> None:
-        if self._closed or peer.incarnation in self._num_drops:
-            raise TransferError(f"pool {peer.incarnation} was dropped")
-        connection = self._connections.get(peer.incarnation)
+    def _start(self, job: PullJob, start: int, end: int) -> Callable[[], None]:
+        """Begins to read a piece, where the transport can; what is returned waits for its end."""
+        self._check_not_dropped(job)
+        incarnation, copies = job.peer.incarnation, job.copies[start:end]
+        connection = self._connections.get(incarnation)
         if connection is None:
-            connection = self._transport.connect(peer)
-            self._connections[peer.incarnation] = connection
-        connection.read(copies)
+            connection = self._transport.connect(job.peer)
+            self._connections[incarnation] = connection
+        if isinstance(connection, OverlappingConnection):
+            return partial(connection.start(copies).wait, lambda: self._is_dropped(incarnation))
+
+        def read() -> None:
+            self._check_not_dropped(job)
+            connection.read(copies)
+
+        return read
+
+    def _check_not_dropped(self, job: PullJob) -> None:
+        if self._is_dropped(job.peer.incarnation):
+            raise TransferError(f"pool {job.peer.incarnation} was dropped")
+
+    def _is_dropped(self, incarnation: str) -> bool:
+        return self._closed or incarnation in self._num_drops
 
     def _disconnect(self, incarnation: str) -> None:
         connection = self._connections.pop(incarnation, None)
@@ -202,11 +249,15 @@ class Puller:
 
     def _pieces(self, num_copies: int) -> list[tuple[int, int]]:
         """Ranges of copies that are read and summed together."""
-        stride = max(1, _PIECE_BYTES // self._pool.block_bytes)
+        piece_bytes = _DEVICE_PIECE_BYTES if self._pool.memory.is_cuda else _PIECE_BYTES
+        stride = max(1, piece_bytes // self._pool.block_bytes)
         return [(start, min(start + stride, num_copies)) for start in range(0, num_copies, stride)]
 
-    def _landed(self, copies: Sequence[BlockCopy]) -> torch.Tensor:
-        """[copies, num_heads, words] int32: what the local blocks hold now."""
-        if len(copies) == 1:
-            return self._words[copies[0].local_block_id].unsqueeze(0)
-        return torch.stack([self._words[copy.local_block_id] for copy in copies])
+    def _sum_by_torch(self, block_ids: Sequence[int]) -> Uint64Array:
+        if len(block_ids) == 1:
+            return block_sums(self._words[block_ids[0]].unsqueeze(0))
+        return block_sums(torch.stack([self._words[block_id] for block_id in block_ids]))
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -14,6 +14,8 @@ from shared.engine.cache_spec import Full
 from shared.engine.config import ModelConfig, RopeConfig
 from shared.engine.operations import Operations
 
+Wanted = tuple[Tensor, Sequence[Any]]
+"""Which tokens of a step, int [R], and by cache group the plan of these alone."""
 LoadTensor = Callable[[str], Tensor]
 """Reads a tensor of the checkpoint by name, in the engine's dtype and on its device."""
 
@@ -105,8 +107,12 @@ class Llama:
         positions: Tensor,
         kv_caches: Sequence[Tensor],
         plans: Sequence[Any],
+        wanted: Wanted | None = None,
     ) -> Tensor:
         """Runs all layers and stores the tokens' KV → [T, hidden], for `logits`.
+
+        With `wanted`, [R, hidden] of those tokens only: of the others the last layer computes keys
+        and values, and nothing that no layer is there to read.
 
         Args:
             input_ids, positions: int32 or int64 [T].
@@ -119,7 +125,14 @@ class Llama:
         hidden = self.embedding.index_select(0, input_ids)
         rope = ops.take_rope(self._rope, positions)
         for index, layer in enumerate(self._layers):
-            attended = self._attention(layer, index, hidden, rope, kv, plan)
+            query = self._query(layer, index, hidden, rope, kv, plan)
+            if wanted is not None and index == len(self._layers) - 1:
+                tokens, (plan,) = wanted
+                if not len(tokens):
+                    return hidden[:0]
+                query, hidden = query.index_select(0, tokens), hidden.index_select(0, tokens)
+            scale = 1 / math.sqrt(self.config.head_dim)
+            attended = ops.paged_attention(query, kv, index, plan, scale).view(len(hidden), -1)
             hidden = ops.linear(attended, layer.output.weight, layer.output.bias, hidden)
             x = ops.norm_gate_up(
                 hidden, layer.post_attention_norm, eps, layer.gate_up.weight, layer.gate_up.bias
@@ -132,17 +145,15 @@ class Llama:
         eps = self.config.rms_norm_eps
         return self._ops.norm_linear(hidden, self._norm, eps, self._head, None)
 
-    def _attention(
+    def _query(
         self, layer: _Layer, index: int, hidden: Tensor, rope: Any, kv: Tensor, plan: Any
     ) -> Tensor:
-        """hidden [T, hidden] → [T, num_heads · head_dim]."""
+        """hidden [T, hidden] → [T, num_heads, head_dim]; keys and values go to the cache."""
         ops, config = self._ops, self.config
         qkv = ops.norm_linear(
             hidden, layer.input_norm, config.rms_norm_eps, layer.qkv.weight, layer.qkv.bias
         ).view(len(hidden), -1, config.head_dim)
-        query = ops.rope_and_store(qkv, rope, kv, index, plan, config.num_heads)
-        scale = 1 / math.sqrt(config.head_dim)
-        return ops.paged_attention(query, kv, index, plan, scale).view(len(hidden), -1)
+        return ops.rope_and_store(qkv, rope, kv, index, plan, config.num_heads)
 
     def _load_layer(self, layer: int) -> _Layer:
         prefix = f"model.layers.{layer}"

@@ -9,7 +9,13 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.router import Role, Route, WorkerSnapshot, choose, longest_run
+from services.gateway.router import (
+    LocalPrefill,
+    Role,
+    WorkerSnapshot,
+    choose,
+    longest_run,
+)
 from shared.kv.block_hash import PREFIX_STRIDE_TOKENS
 
 
@@ -169,6 +175,7 @@ WORKERS = st.lists(
         num_free_blocks=st.integers(0, 3),
         num_waiting=st.integers(0, 2),
         num_running=st.integers(0, 2),
+        num_outstanding_tokens=st.sampled_from([0, 40, 160, 1000]),
         suspect=st.booleans(),
     ),
     max_size=8,
@@ -183,8 +190,8 @@ def test_a_route_keeps_every_rule_and_is_found_when_there_is_one(
     def fits(each: WorkerSnapshot) -> bool:
         return not each.suspect and each.num_blocks >= (10 if each.role == "prefill" else 12)
 
-    allowed = [
-        Route(first, second)
+    pairs = [
+        (first, second)
         for first in workers
         for second in workers
         if first.role == "prefill"
@@ -193,15 +200,85 @@ def test_a_route_keeps_every_rule_and_is_found_when_there_is_one(
         and fits(first)
         and fits(second)
     ]
-    served = {pair.decode.capability_hash for pair in allowed}
-    allowed += [
-        Route(None, each)
+    served = {second.capability_hash for _, second in pairs}
+    alone = [
+        (None, each)
         for each in workers
         if each.role == "both" and fits(each) and each.capability_hash not in served
     ]
     chosen = choose(workers, {}, 160, 12, spread=spread)
-    assert (chosen is None) == (not allowed)
-    assert chosen is None or chosen in allowed
+    assert (chosen is None) == (not pairs and not alone)
+    if chosen is not None:
+        assert (chosen.prefill, chosen.decode) in [*pairs, *alone]
+        assert chosen.num_new_tokens == 160
+    # Whatever the rule for long queues says, somebody takes what somebody could take before, and
+    # a prompt that goes around the prefill workers goes to a partner of one.
+    relieved = choose(workers, {}, 160, 12, spread=spread, local_prefill=LocalPrefill(200, 0.5))
+    assert (relieved is None) == (chosen is None)
+    if relieved is not None and relieved.prefill is None and pairs:
+        assert relieved.decode.role == "both"
+        assert relieved.decode.capability_hash in served | {w.capability_hash for _, w in alone}
+
+
+RULE = LocalPrefill(threshold_tokens=1000, max_share=0.25)
+
+
+def test_a_long_queue_spills_over_to_a_partner_that_can_compute() -> None:
+    """160 tokens: up to 840 before them, the prefill worker is fast enough."""
+    both = worker("b", "both")
+    at_threshold = worker("p", "prefill", num_outstanding_tokens=840)
+    beyond = worker("p", "prefill", num_outstanding_tokens=841)
+    assert route(at_threshold, both, local_prefill=RULE) == ("p", "b")
+    assert route(beyond, both, local_prefill=RULE) == (None, "b")
+    assert route(beyond, both) == ("p", "b")
+    # Who only decodes cannot help; nor does its room keep the one that can from helping.
+    decode = worker("d", "decode")
+    assert route(beyond, decode, local_prefill=RULE) == ("p", "d")
+    full = worker("b", "both", num_free_blocks=0)
+    assert route(beyond, decode, full, local_prefill=RULE) == (None, "b")
+
+
+def test_a_partner_takes_no_more_than_its_share_of_the_queue() -> None:
+    prefill = worker("p", "prefill", num_outstanding_tokens=1840)
+    at_share = worker("b", "both", num_outstanding_tokens=340)
+    beyond = worker("b", "both", num_outstanding_tokens=341)
+    assert route(prefill, at_share, local_prefill=RULE) == (None, "b")
+    assert route(prefill, beyond, local_prefill=RULE) == ("p", "b")
+    # So a long prompt needs a longer queue than the threshold.
+    first = worker("p", "prefill", num_outstanding_tokens=700)
+    options: dict[str, Any] = {"num_blocks_needed": 60, "local_prefill": RULE}
+    assert route(first, worker("b", "both"), num_prompt_tokens=800, **options) == ("p", "b")
+
+
+def test_of_several_partners_the_one_with_the_shortest_queue_takes_it() -> None:
+    prefill = worker("p", "prefill", num_outstanding_tokens=2000)
+    busy = worker("b1", "both", num_outstanding_tokens=100, num_free_blocks=90)
+    idle = worker("b2", "both", num_free_blocks=50)
+    assert route(prefill, busy, idle, local_prefill=RULE) == (None, "b2")
+    # The others decode as before, by their room.
+    assert route(worker("p", "prefill"), busy, idle, local_prefill=RULE) == ("p", "b1")
+    # One of another capability works alone, and is no partner.
+    stranger = worker("b3", "both", capability_hash="b", num_waiting=9)
+    assert route(prefill, busy, stranger, local_prefill=RULE) == (None, "b1")
+
+
+def test_only_tokens_that_have_to_be_computed_count() -> None:
+    prefill, both = worker("p", "prefill", num_outstanding_tokens=900), worker("b", "both")
+    assert route(prefill, both, local_prefill=RULE) == (None, "b")
+    assert route(prefill, both, hits={"p": 96}, local_prefill=RULE) == ("p", "b")
+    tight = worker("b", "both", num_outstanding_tokens=200)
+    assert route(prefill, tight, local_prefill=RULE) == ("p", "b")
+    assert route(prefill, tight, hits={"b": 112}, local_prefill=RULE) == (None, "b")
+
+
+def test_a_route_tells_what_is_left_to_compute() -> None:
+    workers = [worker("p", "prefill"), worker("b", "both")]
+    pair = choose(workers, {"p": 96, "b": 112}, 160, 12)
+    assert pair is not None and pair.computes_prompt.worker_id == "p"
+    assert pair.num_new_tokens == 64
+    alone = choose(workers[1:], {"p": 96, "b": 512}, 160, 12)
+    assert alone is not None and alone.computes_prompt.worker_id == "b"
+    assert alone.num_new_tokens == 1
 
 
 def test_longest_run_counts_from_the_start_without_gaps() -> None:

@@ -1,0 +1,464 @@
+"""Over NIXL between processes, host memory to host memory: UCX picks shared memory or, when told,
+TCP. These tests need the wheel `nixl-cu13`; `-m 'not nixl'` leaves them out."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from baton.v1.kv_service_pb2 import PoolDescription
+
+from shared.kv.digest import block_sums, digests, seeds
+from shared.transfer import nixl_agent
+from shared.transfer.interface import (
+    BlockCopy,
+    LocalPool,
+    OverlappingConnection,
+    TransferError,
+)
+from shared.transfer.nixl import NixlTransport
+from shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+
+pytestmark = pytest.mark.nixl
+
+ROOT = Path(__file__).parents[3]
+NUM_BLOCKS, NUM_HEADS, BLOCK_BYTES = 96, 2, 16384
+SEED = 2718
+
+# Another process with a pool of known bytes. Prints the pool's description, then what it is asked.
+PEER = """
+import hashlib, sys, time
+import torch
+from shared.transfer.interface import LocalPool
+from shared.transfer.nixl import NixlTransport
+incarnation, num_blocks, num_heads, block_bytes, seed = sys.argv[1], *map(int, sys.argv[2:])
+memory = torch.empty(num_blocks * block_bytes, dtype=torch.uint8)
+memory.random_(0, 256, generator=torch.Generator().manual_seed(seed))
+transport = NixlTransport(incarnation)
+transport.bind(LocalPool(memory, num_blocks, block_bytes, num_heads, incarnation))
+print(transport.describe().SerializeToString().hex(), flush=True)
+for line in sys.stdin:
+    if line == "hash\\n":
+        print(hashlib.sha256(memory.numpy().tobytes()).hexdigest(), flush=True)
+    elif line == "busy\\n":
+        print("busy", flush=True)
+        sum(i * i for i in range(10**9))
+    elif line == "cpu\\n":
+        before = time.process_time()
+        time.sleep(0.5)
+        print((time.process_time() - before) / 0.5, flush=True)
+    elif line == "close\\n":
+        transport.close()
+        print("closed", flush=True)
+"""
+
+# Reads the whole pool again and again.
+READER = """
+import sys
+import torch
+from baton.v1.kv_service_pb2 import PoolDescription
+from shared.transfer.interface import BlockCopy, LocalPool
+from shared.transfer.nixl import NixlTransport
+peer = PoolDescription.FromString(bytes.fromhex(sys.argv[1]))
+memory = torch.empty(peer.num_blocks * peer.block_bytes, dtype=torch.uint8)
+transport = NixlTransport("beef")
+transport.bind(LocalPool(memory, peer.num_blocks, peer.block_bytes, peer.num_heads, "beef"))
+connection = transport.connect(peer)
+print("reading", flush=True)
+while True:
+    connection.read([BlockCopy(block_id, block_id) for block_id in range(peer.num_blocks)])
+"""
+
+
+class Peer:
+    """`content` is what its pool holds: [num_blocks, block_bytes] uint8."""
+
+    def __init__(
+        self,
+        env: dict[str, str] | None = None,
+        num_blocks: int = NUM_BLOCKS,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.incarnation = secrets.token_hex(16)
+        numbers = [str(number) for number in (num_blocks, NUM_HEADS, block_bytes, SEED)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PEER, self.incarnation, *numbers],
+            cwd=ROOT,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "OMP_NUM_THREADS": "1"}
+            | (env or {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.content = torch.empty(num_blocks, block_bytes, dtype=torch.uint8)
+        self.content.view(-1).random_(0, 256, generator=torch.Generator().manual_seed(SEED))
+        self.description = PoolDescription.FromString(bytes.fromhex(self._line()))
+
+    def ask(self, what: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self._line()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def job(self, copies: list[tuple[int, int]], job_id: int = 1) -> PullJob:
+        """With what the peer would announce of these blocks."""
+        remote_ids = [remote for remote, _ in copies]
+        words = self.content[remote_ids].view(torch.int32).view(len(copies), NUM_HEADS, -1)
+        seed = seeds(self.incarnation, remote_ids, [7] * len(copies), NUM_HEADS)
+        rows = digests(block_sums(words), seed).tolist()
+        expected = [
+            ExpectedBlock(remote, 7, tuple(row))
+            for remote, row in zip(remote_ids, rows, strict=True)
+        ]
+        return PullJob(job_id, self.description, [BlockCopy(*copy) for copy in copies], expected)
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    """For tests that leave it as it is."""
+    peer = Peer()
+    yield peer
+    peer.kill()
+
+
+@pytest.fixture
+def start_peer() -> Iterator[Callable[..., Peer]]:
+    peers: list[Peer] = []
+
+    def start(**arguments: Any) -> Peer:
+        peers.append(Peer(**arguments))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.kill()
+
+
+@pytest.fixture
+def pool() -> LocalPool:
+    """This process's pool: all 0xA5."""
+    memory = torch.full((NUM_BLOCKS * BLOCK_BYTES,), 0xA5, dtype=torch.uint8)
+    return LocalPool(memory, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS, secrets.token_hex(16))
+
+
+@pytest.fixture
+def transport(pool: LocalPool) -> Iterator[NixlTransport]:
+    transport = NixlTransport(pool.incarnation)
+    transport.bind(pool)
+    yield transport
+    transport.close()
+
+
+def random_copies(num: int) -> list[BlockCopy]:
+    remote = torch.randperm(NUM_BLOCKS)[:num].tolist()
+    local = torch.randperm(NUM_BLOCKS)[:num].tolist()
+    return [BlockCopy(*pair) for pair in zip(remote, local, strict=True)]
+
+
+def check_landed(pool: LocalPool, peer: Peer, copies: list[BlockCopy]) -> None:
+    """The copies, and nothing else, have changed."""
+    wanted = torch.full_like(pool.blocks(), 0xA5)
+    for remote_id, local_id in copies:
+        wanted[local_id] = peer.content[remote_id]
+    assert torch.equal(pool.blocks(), wanted)
+
+
+def test_it_is_there() -> None:
+    assert nixl_agent.available("cpu") is None
+
+
+@pytest.mark.parametrize("num_copies", [1, 7, NUM_BLOCKS // 2, NUM_BLOCKS])
+def test_random_blocks_arrive_and_others_stay(
+    transport: NixlTransport, pool: LocalPool, peer: Peer, num_copies: int
+) -> None:
+    connection = transport.connect(peer.description)
+    # Measuring has touched nothing.
+    check_landed(pool, peer, [])
+    assert connection.bytes_per_second > 1e6
+    copies = random_copies(num_copies)
+    connection.read(copies)
+    check_landed(pool, peer, copies)
+    connection.close()
+
+
+def test_reads_follow_one_another(transport: NixlTransport, pool: LocalPool, peer: Peer) -> None:
+    connection = transport.connect(peer.description)
+    assert isinstance(connection, OverlappingConnection)
+    connection.read([])
+    first = connection.start([BlockCopy(3, 4)])
+    with pytest.raises(RuntimeError, match="under way"):
+        connection.start([BlockCopy(5, 6)])
+    first.wait()
+    connection.start([BlockCopy(5, 6)]).wait()
+    check_landed(pool, peer, [BlockCopy(3, 4), BlockCopy(5, 6)])
+    connection.close()
+    connection.close()
+    with pytest.raises(TransferError, match="disconnected"):
+        connection.read([BlockCopy(0, 0)])
+
+
+def test_reading_leaves_the_source_as_it_was(transport: NixlTransport, peer: Peer) -> None:
+    before = peer.ask("hash")
+    connection = transport.connect(peer.description)
+    connection.read(random_copies(NUM_BLOCKS))
+    connection.close()
+    assert peer.ask("hash") == before
+
+
+def test_an_idle_owner_takes_no_core(transport: NixlTransport, peer: Peer) -> None:
+    connection = transport.connect(peer.description)
+    assert float(peer.ask("cpu")) < 0.3
+    connection.close()
+
+
+def test_over_tcp_a_busy_owner_is_read(
+    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer]
+) -> None:
+    """TCP needs the owner's hand: its agent's thread gives it while Python is busy."""
+    peer = start_peer(env={"UCX_TLS": "tcp"})
+    assert peer.ask("busy") == "busy"
+    connection = transport.connect(peer.description)
+    copies = random_copies(NUM_BLOCKS)
+    connection.read(copies)
+    check_landed(pool, peer, copies)
+    connection.close()
+
+
+@pytest.mark.parametrize(("remote_id", "local_id"), [(-1, 0), (0, -1), (96, 0), (0, 96)])
+def test_blocks_that_are_not_there(
+    transport: NixlTransport, pool: LocalPool, peer: Peer, remote_id: int, local_id: int
+) -> None:
+    connection = transport.connect(peer.description)
+    copies = [BlockCopy(1, 1), BlockCopy(remote_id, local_id)]
+    with pytest.raises(TransferError, match=f"block {remote_id} of 96 to block {local_id} of 96"):
+        connection.read(copies)
+    check_landed(pool, peer, [])
+    connection.read(copies[:1])
+    check_landed(pool, peer, copies[:1])
+    connection.close()
+
+
+def test_wrong_layouts_are_refused(
+    transport: NixlTransport, peer: Peer, pool: LocalPool, start_peer: Callable[..., Peer]
+) -> None:
+    with pytest.raises(TransferError, match="has blocks of 8192 bytes and 2 heads"):
+        transport.connect(start_peer(num_blocks=8, block_bytes=8192).description)
+    with pytest.raises(TransferError, match="own"):
+        transport.connect(transport.describe())
+    cases: list[tuple[str, Callable[[PoolDescription], object]]] = [
+        ("and 4 heads", lambda d: setattr(d, "num_heads", 4)),
+        ("no blocks", lambda d: setattr(d, "num_blocks", 0)),
+        ("registered", lambda d: setattr(d, "num_blocks", NUM_BLOCKS + 1)),
+        ("registered", lambda d: setattr(d.nixl, "base_address", d.nixl.base_address - 64)),
+        ("registered", lambda d: setattr(d.nixl, "is_device_memory", True)),
+        ("said to be", lambda d: setattr(d.nixl, "agent_name", "baton-0")),
+        ("metadata", lambda d: setattr(d.nixl, "agent_metadata", b"")),
+        ("metadata", lambda d: setattr(d.nixl, "agent_metadata", secrets.token_bytes(400))),
+        ("not offered over nixl", lambda d: d.ClearField("nixl")),
+    ]
+    for match, damage in cases:
+        description = PoolDescription.FromString(peer.description.SerializeToString())
+        damage(description)
+        with pytest.raises(TransferError, match=match):
+            transport.connect(description)
+    connection = transport.connect(peer.description)
+    connection.read([BlockCopy(0, 0)])
+    connection.close()
+    check_landed(pool, peer, [BlockCopy(0, 0)])
+
+
+@pytest.mark.parametrize("tls", ["all", "tcp"])
+def test_a_killed_peer_is_an_error_and_another_can_be_read(
+    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer], tls: str
+) -> None:
+    victim, other = start_peer(env={"UCX_TLS": tls}), start_peer()
+    connection = transport.connect(victim.description)
+    connection.read([BlockCopy(0, 0)])
+    victim.kill()
+    started = time.monotonic()
+    with pytest.raises(TransferError, match=victim.incarnation):
+        connection.read([BlockCopy(1, 1)])
+    with pytest.raises(TransferError):
+        connection.read([BlockCopy(1, 1)])
+    connection.close()
+    assert time.monotonic() - started < 2.0
+    with pytest.raises(TransferError):
+        transport.connect(victim.description)
+    connection = transport.connect(other.description)
+    copies = random_copies(NUM_BLOCKS)
+    connection.read(copies)
+    check_landed(pool, other, copies)
+    connection.close()
+
+
+def test_a_reader_killed_in_the_middle_leaves_the_owner_alone(
+    start_peer: Callable[..., Peer],
+) -> None:
+    peer = start_peer(env={"UCX_TLS": "tcp"}, block_bytes=1 << 20)
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "OMP_NUM_THREADS": "1"}
+    before = peer.ask("hash")
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, peer.description.SerializeToString().hex()],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as reader:
+        assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
+        time.sleep(0.1)
+        reader.kill()
+    time.sleep(0.2)
+    assert peer.ask("hash") == before
+
+
+def test_a_peer_killed_in_the_middle(
+    transport: NixlTransport, start_peer: Callable[..., Peer]
+) -> None:
+    """Stopped first, so that the read is under way when the end comes."""
+    peer = start_peer(env={"UCX_TLS": "tcp"})
+    connection = transport.connect(peer.description)
+    peer.process.send_signal(signal.SIGSTOP)
+    pending = connection.start(random_copies(NUM_BLOCKS))
+    peer.kill()
+    started = time.monotonic()
+    with pytest.raises(TransferError, match=peer.incarnation):
+        pending.wait()
+    assert time.monotonic() - started < 1.0
+    connection.close()
+
+
+def test_a_read_of_a_stopped_peer_can_be_given_up(
+    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer]
+) -> None:
+    """Once the connection is closed nothing lands, not even when the peer goes on. (The peer may
+    die of it: over TCP UCX bears no reader that is gone before it is answered.)"""
+    peer = start_peer(env={"UCX_TLS": "tcp"})
+    connection = transport.connect(peer.description)
+    peer.process.send_signal(signal.SIGSTOP)
+    pending = connection.start(random_copies(NUM_BLOCKS))
+    give_up_at = time.monotonic() + 0.2
+    with pytest.raises(TransferError, match="dropped"):
+        pending.wait(lambda: time.monotonic() > give_up_at)
+    connection.close()
+    pool.memory.fill_(0xA5)
+    peer.process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    check_landed(pool, peer, [])
+    other = start_peer()
+    connection = transport.connect(other.description)
+    copies = random_copies(NUM_BLOCKS)
+    connection.read(copies)
+    check_landed(pool, other, copies)
+    connection.close()
+
+
+def test_a_stalled_read_ends(
+    transport: NixlTransport, start_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = start_peer(env={"UCX_TLS": "tcp"})
+    connection = transport.connect(peer.description)
+    peer.process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("shared.transfer.nixl._STALLED_S", 0.2)
+    with pytest.raises(TransferError, match="stalled"):
+        connection.read([BlockCopy(0, 0)])
+    connection.close()
+
+
+def test_a_closed_pool_is_off_offer(
+    transport: NixlTransport, start_peer: Callable[..., Peer]
+) -> None:
+    peer = start_peer()
+    connection = transport.connect(peer.description)
+    assert peer.ask("close") == "closed"
+    with pytest.raises(TransferError):
+        connection.read([BlockCopy(0, 0)])
+    connection.close()
+
+
+def test_the_puller_reads_verifies_and_outlives_peers(
+    transport: NixlTransport,
+    pool: LocalPool,
+    peer: Peer,
+    start_peer: Callable[..., Peer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 10 * BLOCK_BYTES)
+    results: Queue[PullResult] = Queue()
+    puller = Puller(transport, pool, results.put)
+    try:
+        copies = random_copies(NUM_BLOCKS)
+        puller.submit(peer.job([(remote, local) for remote, local in copies]))
+        result = results.get(timeout=30)
+        assert (result.error, result.mismatched) == (None, ())
+        check_landed(pool, peer, copies)
+        local_ids = [copy.local_block_id for copy in copies]
+        assert np.array_equal(result.local_sums, block_sums(pool.words()[local_ids]))
+        assert puller.rates().keys() == {peer.incarnation}
+
+        victim = start_peer()
+        puller.submit(victim.job([(0, 0)]))
+        assert results.get(timeout=30).error is None
+        victim.kill()
+        puller.submit(victim.job([(0, 0)]))
+        assert victim.incarnation in (results.get(timeout=2).error or "")
+        puller.submit(peer.job([(3, 5)]))
+        assert results.get(timeout=30).error is None
+
+        # A drop ends a read that waits for a stopped peer.
+        stopped = start_peer(env={"UCX_TLS": "tcp"})
+        puller.submit(stopped.job([(0, 0)]))
+        assert results.get(timeout=30).error is None
+        stopped.process.send_signal(signal.SIGSTOP)
+        puller.submit(stopped.job([(0, 0)]))
+        time.sleep(0.1)
+        puller.drop_peer(stopped.incarnation)
+        assert "dropped" in (results.get(timeout=5).error or "")
+        puller.submit(peer.job([(3, 5)]))
+        assert results.get(timeout=30).error is None
+    finally:
+        puller.close()
+
+
+def test_two_connections_at_once(
+    transport: NixlTransport, pool: LocalPool, peer: Peer, start_peer: Callable[..., Peer]
+) -> None:
+    one, two = transport.connect(peer.description), transport.connect(start_peer().description)
+    first, second = one.start([BlockCopy(1, 1)]), two.start([BlockCopy(2, 2)])
+    second.wait()
+    first.wait()
+    check_landed(pool, peer, [BlockCopy(1, 1), BlockCopy(2, 2)])
+    one.close()
+    two.read([BlockCopy(3, 3)])
+    two.close()
+
+
+def test_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from shared.transfer import nixl_agent; print(nixl_agent.available('cpu'))"
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "UCX_TLS": "sm,self"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert "UCX_TLS=sm,self must hold tcp" in done.stdout and done.stdout.count("\n") == 1
+
+    nixl_agent.library.cache_clear()
+    monkeypatch.setattr(nixl_agent, "_module_names", lambda: ["nixl_cu99"])
+    assert nixl_agent.available("cpu") == "NIXL is not installed (pip install nixl-cu13)"
+    nixl_agent.library.cache_clear()

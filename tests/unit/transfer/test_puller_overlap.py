@@ -1,0 +1,166 @@
+"""The puller with reads that go on by themselves, and with sums made elsewhere."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, Queue
+
+import numpy as np
+import pytest
+import torch
+from baton.v1.kv_service_pb2 import PoolDescription
+
+from shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+
+NUM_BLOCKS, NUM_HEADS, BLOCK_BYTES = 16, 2, 256
+PEER = PoolDescription(incarnation="ab12", num_blocks=NUM_BLOCKS, num_heads=NUM_HEADS)
+
+
+class Read:
+    def __init__(self, connection: Connection, copies: Sequence[BlockCopy]) -> None:
+        self.connection = connection
+        self.copies = copies
+
+    def wait(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        log, numbers = self.connection.log, [copy.remote_block_id for copy in self.copies]
+        while self.connection.hangs_at in numbers:
+            if give_up():
+                log.append("given up")
+                raise TransferError("given up")
+        if self.connection.fails_at in numbers:
+            raise TransferError("broken")
+        for remote_id, local_id in self.copies:
+            self.connection.pool.blocks()[local_id] = self.connection.source[remote_id]
+        log.append(f"landed {numbers}")
+
+
+class Connection:
+    """Blocks land when they are waited for; `log` has what happened in its order."""
+
+    bytes_per_second = 1.0
+
+    def __init__(self, pool: LocalPool, source: torch.Tensor, log: list[str]) -> None:
+        self.pool = pool
+        self.source = source
+        self.log = log
+        self.fails_at = self.hangs_at = -1
+
+    def start(self, copies: Sequence[BlockCopy]) -> Read:
+        self.log.append(f"start {[copy.remote_block_id for copy in copies]}")
+        return Read(self, copies)
+
+    def read(self, copies: Sequence[BlockCopy]) -> None:
+        pytest.fail("the puller waits for no read that it could start")
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+class Transport:
+    name = "test"
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def bind(self, pool: LocalPool) -> None: ...
+
+    def describe(self) -> PoolDescription:
+        return PEER
+
+    def connect(self, peer: PoolDescription) -> Connection:
+        return self.connection
+
+    def close(self) -> None: ...
+
+
+class Bench:
+    def __init__(self) -> None:
+        memory = torch.zeros(NUM_BLOCKS * BLOCK_BYTES, dtype=torch.uint8)
+        self.pool = LocalPool(memory, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS, secrets.token_hex(8))
+        self.log: list[str] = []
+        source = torch.randint(0, 256, (NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
+        self.connection = Connection(self.pool, source, self.log)
+        self.sum_fails = False
+        self.results: Queue[PullResult] = Queue()
+        self.puller = Puller(
+            Transport(self.connection), self.pool, self.results.put, self.sum_blocks
+        )
+
+    def sum_blocks(self, block_ids: Sequence[int]) -> Uint64Array:
+        self.log.append(f"sum {list(block_ids)}")
+        if self.sum_fails:
+            raise RuntimeError("no sums today")
+        return block_sums(self.pool.words()[list(block_ids)])
+
+    def pull(self, ids: Sequence[int]) -> None:
+        """Block i to block 15 − i."""
+        words = self.connection.source[list(ids)].view(torch.int32).view(len(ids), NUM_HEADS, -1)
+        seed = seeds(PEER.incarnation, ids, [0] * len(ids), NUM_HEADS)
+        rows = digests(block_sums(words), seed).tolist()
+        expected = [ExpectedBlock(i, 0, tuple(row)) for i, row in zip(ids, rows, strict=True)]
+        self.puller.submit(PullJob(1, PEER, [BlockCopy(i, 15 - i) for i in ids], expected))
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
+    bench = Bench()
+    yield bench
+    bench.puller.close()
+
+
+def test_a_piece_is_summed_while_the_next_is_read(bench: Bench) -> None:
+    bench.pull([3, 1, 4, 0, 5])
+    result = bench.results.get(timeout=10)
+    assert (result.error, result.mismatched) == (None, ())
+    assert bench.log == [
+        "start [3, 1]",
+        "landed [3, 1]",
+        "start [4, 0]",
+        "sum [12, 14]",
+        "landed [4, 0]",
+        "start [5]",
+        "sum [11, 15]",
+        "landed [5]",
+        "sum [10]",
+    ]
+    local = bench.pool.words()[[12, 14, 11, 15, 10]]
+    assert np.array_equal(result.local_sums, block_sums(local))
+
+
+def test_a_piece_that_fails_leaves_the_sums_before_it(bench: Bench) -> None:
+    bench.connection.fails_at = 4
+    bench.pull([3, 1, 4, 0, 5])
+    result = bench.results.get(timeout=10)
+    assert result.error == "broken"
+    assert result.local_sums.shape == (2, NUM_HEADS)
+    assert bench.log[-1] == "close"
+
+
+def test_sums_that_fail_end_the_read_under_way(bench: Bench) -> None:
+    bench.sum_fails = True
+    bench.pull([3, 1, 4, 0, 5])
+    result = bench.results.get(timeout=10)
+    assert result.error == "RuntimeError: no sums today"
+    assert bench.log == ["start [3, 1]", "landed [3, 1]", "start [4, 0]", "sum [12, 14]", "close"]
+
+
+def test_a_drop_ends_a_read_that_hangs(bench: Bench) -> None:
+    bench.connection.hangs_at = 4
+    bench.pull([3, 1, 4, 0, 5])
+    bench.puller.drop_peer("cd34")
+    with pytest.raises(Empty):
+        bench.results.get(timeout=0.1)
+    bench.puller.drop_peer(PEER.incarnation)
+    assert bench.results.get(timeout=10).error is not None
+    assert bench.log[-1] == "close"
+
+
+def test_closing_ends_a_read_that_hangs(bench: Bench) -> None:
+    bench.connection.hangs_at = 3
+    bench.pull([3])
+    bench.puller.close()
+    assert bench.results.get(timeout=1).error is not None
