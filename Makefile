@@ -36,6 +36,12 @@ run: install ## Serve the demo model and stream one answer; ONCE=1 stops after i
 test: install ## Run the whole CPU suite (PYTEST_ARGS="-k name" for a part)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# On a machine with an NVIDIA GPU. Left out by name: tests that need the same bits in every batch.
+.PHONY: test-gpu
+test-gpu: install ## Run on an NVIDIA GPU all that can run there: kernels, engine, whole stacks
+	BATON_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not exact" --timeout 600 \
+	    tests/kernels tests/gpu tests/unit/engine tests/e2e tests/faults $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: install ## Check style; rewrites nothing
 	$(BIN)/ruff check .

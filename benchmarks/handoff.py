@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _served(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What a client sees of it."""
     has_cuda = torch.cuda.is_available()
-    gpus = ("0", "1") if torch.cuda.device_count() > 1 else ("0", "0") if has_cuda else ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = tuple((visible * 2)[:2]) if has_cuda else ()
     flags = ["--token-budget", "1024"]
     if torch.cuda.device_count() == 1:
         flags += ["--gpu-memory-utilization", "0.4"]

@@ -12,19 +12,34 @@ from collections.abc import Sequence as Seq
 from shared.kv.sequence import Sequence, SequenceState
 
 
-def is_running(sequence: Sequence) -> bool:
-    """Whether its next token can be computed in the coming step.
+def running(hosted: Iterable[Sequence]) -> list[Sequence]:
+    """Those of the sequences that decode here whose next token can be computed in the coming step.
 
     The last chunk of a prompt that stays here may be in flight: the token that it draws is on the
     device before the step that needs it begins.
     """
-    if sequence.state is SequenceState.DECODING:
-        return sequence.draws_on
-    return (
-        sequence.state is SequenceState.PREFILLING
-        and sequence.num_scheduled_tokens >= sequence.num_prompt_tokens
-        and sequence.draws_on
-    )
+    decoding, prefilling = SequenceState.DECODING, SequenceState.PREFILLING
+    return [
+        sequence
+        for sequence in hosted
+        # Written out, as `draws_on`: this is asked of every sequence before every step.
+        if sequence.num_scheduled_tokens < sequence.num_to_compute
+        and (
+            sequence.state is decoding
+            or sequence.state is prefilling
+            and sequence.num_scheduled_tokens >= len(sequence.prompt_token_ids)
+        )
+    ]
+
+
+def lacking_blocks(running: Iterable[Sequence], block_size: int) -> list[Sequence]:
+    """Those that have no slot for the token that they compute next; all groups' tables grow
+    together."""
+    return [
+        sequence
+        for sequence in running
+        if len(sequence.block_tables[0]) * block_size <= sequence.num_scheduled_tokens
+    ]
 
 
 def num_blocks_wanted(sequence: Sequence, block_size: int) -> int:
@@ -37,7 +52,8 @@ def num_blocks_wanted(sequence: Sequence, block_size: int) -> int:
 
 
 def is_short_of_blocks(running: Iterable[Sequence], num_free_blocks: int, block_size: int) -> bool:
-    return sum(num_blocks_wanted(sequence, block_size) for sequence in running) > num_free_blocks
+    lacking = lacking_blocks(running, block_size)
+    return sum(num_blocks_wanted(sequence, block_size) for sequence in lacking) > num_free_blocks
 
 
 def choose_victim(holders: Seq[Sequence]) -> Sequence | None:

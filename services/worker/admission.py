@@ -13,7 +13,7 @@ from services.prefill.scheduler import Admission, admission
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import SequenceTable
 from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
+from shared.kv.sequence import Sequence, num_blocks_for
 
 
 class Admitter:
@@ -29,7 +29,7 @@ class Admitter:
         self._sealer = sealer
         self._table = table
         self._on_dropped = on_dropped
-        self._coming: dict[bytes, tuple[AttemptKey, int]] = {}
+        self._coming: dict[bytes, tuple[Sequence, int]] = {}
         """Hash of a block that a sequence computes or pulls → who, and where in its table."""
 
     def try_admit(self, sequence: Sequence) -> Admission:
@@ -53,16 +53,15 @@ class Admitter:
             self._pool.acquire(cached)
             sequence.block_tables = [ids + self._pool.allocate(num_new) for ids in matched]
             sequence.num_cached_tokens = num_matched * self._pool.block_size
-            for index, block_hash in enumerate(sequence.block_hashes[0]):
-                if index >= num_matched:
-                    self._coming[block_hash] = (sequence.key, index)
+            for index, block_hash in enumerate(sequence.block_hashes[0][num_matched:], num_matched):
+                self._coming[block_hash] = (sequence, index)
         return verdict
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended: what it was about to fill is not coming any more."""
         for block_hash in sequence.block_hashes[0]:
             coming = self._coming.get(block_hash)
-            if coming is not None and coming[0] == sequence.key:
+            if coming is not None and coming[0] is sequence:
                 del self._coming[block_hash]
 
     def _num_usable(self, sequence: Sequence) -> int:
@@ -74,8 +73,7 @@ class Admitter:
         if sequence.distrust or index >= self._num_usable(sequence):
             return False
         coming = self._coming.get(sequence.block_hashes[0][index])
-        other = self._table.get(coming[0]) if coming is not None else None
-        return other is not None and coming is not None and other.num_sealed_blocks <= coming[1]
+        return coming is not None and coming[0].num_sealed_blocks <= coming[1]
 
     def _match(self, sequence: Sequence) -> list[list[int]]:
         """[group] → cached blocks at the front, as deep as every group has them.

@@ -40,6 +40,7 @@ class CorruptionGuard:
     def has_spoiled(self, sequence: Sequence) -> bool:
         """Whether a block that the prompt was computed from is corrupt; ends the sequence then.
 
+        Asked before the last chunk's own blocks are sealed: those have nothing to be checked with.
         A reader that holds the block itself would never read ours, and notice nothing.
         """
         num_corrupt = 0

@@ -323,39 +323,74 @@ class EngineLoop:
         return any(step.orphans for step in self._in_flight)
 
     def _retire(self, step: StepInFlight) -> None:
-        """Takes what a step drew."""
+        """Takes what a step drew: its tokens leave, then comes what nobody's token waits for."""
         drawn = self._stepper.collect(step)
         self.num_steps += 1
         self._counters["steps"] += 1
         self._trace.emit("step", started=step.started_s, num_rows=len(step.work))
-        for part, token_id in zip(step.work, drawn, strict=True):
-            self._took(part, token_id, step.started_s)
+        taken = zip(step.work, drawn, strict=True)
+        unsettled = [part for part, token_id in taken if self._took(part, token_id)]
+        self._publish()
+        for part in unsettled:
+            self._settle(part, step.started_s)
         for table in step.orphans:
             self._pool.release(table)
 
-    def _took(self, part: Work, token_id: int | EngineFailure | None, started_s: float) -> None:
+    def _took(self, part: Work, token_id: int | EngineFailure | None) -> bool:
+        """Reports what a part drew; whether it filled blocks, or ended its sequence, as well."""
         sequence = part.sequence
-        if sequence.state is SequenceState.DECODING:
-            if isinstance(token_id, EngineFailure):
-                self._fail(sequence, token_id)
-            elif token_id is not None:
-                sequence.num_computed_tokens += 1
-                self._sealer.seal_computed(sequence, with_digests=False)
-                self._took_token(sequence, token_id)
-        elif sequence.state is SequenceState.PREFILLING:
-            if isinstance(token_id, EngineFailure):
-                self._fail(sequence, token_id)
-            else:
-                self._took_chunk(sequence, part.num_tokens, token_id, started_s)
+        is_decoding = sequence.state is SequenceState.DECODING
+        if not is_decoding and sequence.state is not SequenceState.PREFILLING:
+            return False
+        if isinstance(token_id, EngineFailure):
+            self._fail(sequence, token_id)
+            return False
+        if not is_decoding:
+            return self._took_chunk(sequence, part.num_tokens, token_id)
+        if token_id is None:
+            return False
+        sequence.num_computed_tokens = num_computed = sequence.num_computed_tokens + 1
+        self._took_token(sequence, token_id)
+        return num_computed % self._pool.block_size == 0 or sequence.finish_reason is not None
+
+    def _settle(self, part: Work, started_s: float) -> None:
+        """Seals what a part filled, tells its reader, and ends its sequence if that was all."""
+        sequence = part.sequence
+        if sequence.state in (SequenceState.FINISHED, SequenceState.ABORTED):
+            # Another part found a block of it corrupt.
+            return
+        if part.start < sequence.num_prompt_tokens:
+            self._settle_chunk(sequence, part.num_tokens, started_s)
+        else:
+            self._sealer.seal_computed(sequence, with_digests=False)
+        self._end_if_finished(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._counters["preemptions"] += 1
         self._fail(sequence, Preempted("no free block"))
 
-    def _took_chunk(
-        self, sequence: Sequence, num_tokens: int, token_id: int | None, started_s: float
-    ) -> None:
+    def _took_chunk(self, sequence: Sequence, num_tokens: int, token_id: int | None) -> bool:
+        """Whether the sequence is still there: its blocks may be found corrupt."""
         sequence.num_computed_tokens += num_tokens
+        if token_id is None:
+            return True
+        # Of all blocks but those that this chunk filled: they have no digest yet.
+        if self._guard.has_spoiled(sequence):
+            return False
+        slot = self._table.slot(sequence.key)
+        if slot is None:
+            sequence.state = SequenceState.TRANSFERRING
+            finish_reason = sequence.append(token_id, self._eos)
+            self._counters["generated_tokens"] += 1
+            self._reports.first_token(sequence, token_id, finish_reason)
+        else:
+            sequence.state = SequenceState.DECODING
+            self._reports.joined(sequence, slot, None)
+            self._reports.owns(sequence, Stage.DECODING)
+            self._took_token(sequence, token_id)
+        return True
+
+    def _settle_chunk(self, sequence: Sequence, num_tokens: int, started_s: float) -> None:
         num_sealed = sequence.num_sealed_blocks
         self._sealer.seal_computed(sequence, with_digests=True)
         self._counters["computed_prompt_tokens"] += num_tokens
@@ -365,34 +400,22 @@ class EngineLoop:
             key=sequence.key,
             started=started_s,
             num_tokens=num_tokens,
-            is_last=token_id is not None,
+            is_last=bool(sequence.output_token_ids),
         )
-        slot = self._table.slot(sequence.key)
-        if token_id is None:
+        if sequence.state is SequenceState.PREFILLING:
             self._claims.announce(sequence)
-        elif self._guard.has_spoiled(sequence):
-            return
-        elif slot is None:
-            self._took_first_token(sequence, token_id)
-        else:
-            sequence.state = SequenceState.DECODING
-            self._reports.joined(sequence, slot, None)
-            self._reports.owns(sequence, Stage.DECODING)
-            self._took_token(sequence, token_id)
+        elif sequence.state is SequenceState.TRANSFERRING:
+            self._hand_over(sequence)
 
-    def _took_first_token(self, sequence: Sequence, token_id: int) -> None:
+    def _hand_over(self, sequence: Sequence) -> None:
         """Our part of a prefill-hosted sequence is over, but for the reader's pulls."""
         key = sequence.key
-        finish_reason = sequence.append(token_id, self._eos)
-        self._counters["generated_tokens"] += 1
-        self._reports.first_token(sequence, token_id, finish_reason)
-        if finish_reason is not None or key in self._unclaimed:
+        if sequence.finish_reason is not None or key in self._unclaimed:
             self._claims.fail(key, Cancelled("the sequence ended with its first token"))
             self._end(sequence, SequenceState.FINISHED)
             self._reports.ended(key)
             return
-        sequence.state = SequenceState.TRANSFERRING
-        self._stepper.forget(key)
+        self._stepper.forget(sequence)
         self._computed_at[key] = time.monotonic()
         self._sealer.freeze_tail(sequence)
         self._claims.announce(sequence)
@@ -409,16 +432,17 @@ class EngineLoop:
         self._reports.joined(sequence, slot, pull)
         self._reports.owns(sequence, Stage.DECODING, peer=pull.source.worker_id)
         self._took_token(sequence, pull.first_token_id)
+        self._end_if_finished(sequence)
 
     def _took_token(self, sequence: Sequence, token_id: int) -> None:
-        slot = self._table.slot(sequence.key)
-        if slot is None:
-            raise RuntimeError(f"{sequence.key} decodes without a slot")
         index = sequence.next_index
         finish_reason = sequence.append(token_id, self._eos)
         self._counters["generated_tokens"] += 1
-        self._reports.token(slot, index, token_id, finish_reason)
-        if finish_reason is not None:
+        self._reports.token(self._table.slot_of(sequence), index, token_id, finish_reason)
+
+    def _end_if_finished(self, sequence: Sequence) -> None:
+        """After its last token, once its blocks are sealed."""
+        if sequence.state is SequenceState.DECODING and sequence.finish_reason is not None:
             self._end(sequence, SequenceState.FINISHED)
             self._reports.ended(sequence.key)
 
@@ -464,7 +488,7 @@ class EngineLoop:
         """Gives back all that a sequence holds; its blocks when no step writes to them any more."""
         key = sequence.key
         self._table.remove(key)
-        self._stepper.forget(key)
+        self._stepper.forget(sequence)
         sequence.state = state
         for table in sequence.block_tables:
             if sequence.num_steps_in_flight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from baton.v1 import decode_service_pb2 as dec
@@ -34,16 +35,25 @@ class Reports:
         self._table = table
         self._deliver = deliver
         self._outbox: list[Outgoing] = []
-        self._tokens: dict[str, dec.StepOutput] = {}
+        self._tokens: defaultdict[str, list[tuple[int, int, int, FinishReason | None]]]
+        """By gateway: slot, index, token id, and why it is the last."""
+        self._tokens = defaultdict(list)
 
     def emit(self, message: Outgoing) -> None:
         self._outbox.append(message)
 
     def flush(self, step: int) -> None:
         """Delivers; all tokens of a gateway go as one message with columns."""
-        for gateway, output in self._tokens.items():
+        for gateway, tokens in self._tokens.items():
+            slots, indices, token_ids, reasons = zip(*tokens, strict=True)
+            response = dec.DecodeResponse()
+            output = response.step
             output.step = step
-            self.emit(ToGateway(gateway, dec.DecodeResponse(step=output)))
+            output.slots.extend(slots)
+            output.indices.extend(indices)
+            output.token_ids.extend(token_ids)
+            output.finish_reasons.extend([FINISH_REASON_TO_PB[reason] for reason in reasons])
+            self.emit(ToGateway(gateway, response))
         self._tokens.clear()
         if self._outbox:
             self._deliver(self._outbox[:])
@@ -75,13 +85,7 @@ class Reports:
     def token(
         self, slot: Slot, index: int, token_id: int, finish_reason: FinishReason | None
     ) -> None:
-        output = self._tokens.get(slot.gateway)
-        if output is None:
-            output = self._tokens[slot.gateway] = dec.StepOutput()
-        output.slots.append(slot.number)
-        output.indices.append(index)
-        output.token_ids.append(token_id)
-        output.finish_reasons.append(FINISH_REASON_TO_PB[finish_reason])
+        self._tokens[slot.gateway].append((slot.number, index, token_id, finish_reason))
 
     def failed(self, key: AttemptKey, slot: Slot | None, error: BatonError) -> None:
         """To whoever hosts the sequence."""

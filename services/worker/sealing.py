@@ -11,8 +11,8 @@ from services.worker.failpoints import Failpoints
 from shared.engine.block_sums import BlockSums
 from shared.engine.kv_cache import KvCache
 from shared.kv import digest as block_digest
-from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
-from shared.kv.block_pool import BlockPool, Digest
+from shared.kv.block_hash import chain_hashes, is_boundary, root_hash
+from shared.kv.block_pool import BlockPool, DigestRow
 from shared.kv.sequence import Sequence
 
 
@@ -37,60 +37,64 @@ class Sealer:
     def hash_blocks(self, sequence: Sequence) -> None:
         """Brings the sequence's block hashes up to its full blocks."""
         block_size = self._pool.block_size
-        num_full = sequence.num_tokens // block_size
         if not sequence.block_hashes:
             sequence.block_hashes = [[] for _ in range(self.num_groups)]
-        if all(len(hashes) >= num_full for hashes in sequence.block_hashes):
+        first, end = len(sequence.block_hashes[0]), sequence.num_tokens // block_size
+        if first >= end:
             return
-        token_ids = sequence.token_slice(0, num_full * block_size)
+        token_ids = sequence.token_slice(first * block_size, end * block_size)
         for group, hashes in enumerate(sequence.block_hashes):
-            extend_hashes(hashes, self.root(sequence, group), token_ids, block_size)
+            parent = hashes[-1] if hashes else self.root(sequence, group)
+            hashes += chain_hashes(parent, token_ids, block_size)
 
     def root(self, sequence: Sequence, group: int) -> bytes:
         return root_hash(self._capability_hash, group=group, salt=sequence.salt)
 
-    def digests(self, group: int, block_ids: Seq[int]) -> list[Digest]:
+    def digests(self, group: int, block_ids: Seq[int]) -> list[DigestRow]:
         """As the bytes are now."""
         return self.digests_of_sums(block_ids, self._block_sums(block_ids, group))
 
-    def digests_of_sums(self, block_ids: Seq[int], sums: block_digest.Uint64Array) -> list[Digest]:
+    def digests_of_sums(
+        self, block_ids: Seq[int], sums: block_digest.Uint64Array
+    ) -> list[DigestRow]:
         """`sums`: [n, num_heads], of what the blocks hold."""
         generations = self._pool.generations(block_ids)
         seeds = block_digest.seeds(self._incarnation, block_ids, generations, sums.shape[1])
-        return [tuple(row) for row in block_digest.digests(sums, seeds).tolist()]
+        # Nobody needs them as ints before a reader is told of them.
+        num_heads, values = sums.shape[1], block_digest.digests(sums, seeds).ravel().data
+        return [values[i : i + num_heads] for i in range(0, len(values), num_heads)]
 
     def seal_computed(self, sequence: Sequence, *, with_digests: bool) -> None:
         """Seals the blocks that are full of computed tokens and were not sealed before.
 
         Without digests (blocks written by decode) they are made when a peer claims the block.
         """
-        first, end = (
-            sequence.num_sealed_blocks,
-            sequence.num_computed_tokens // self._pool.block_size,
-        )
+        first = sequence.num_sealed_blocks
+        end = sequence.num_computed_tokens // self._pool.block_size
         if first >= end:
             return
         self.hash_blocks(sequence)
         for group, table in enumerate(sequence.block_tables):
             block_ids = table[first:end]
-            digests: Seq[Digest | None] = (
-                self.digests(group, block_ids) if with_digests else [None] * len(block_ids)
-            )
-            for index, block_id, value in zip(range(first, end), block_ids, digests, strict=True):
-                self.seal_block(sequence, group, index, block_id, value)
+            digests: Seq[DigestRow | None] = [None] * len(block_ids)
+            if with_digests:
+                digests = self.digests(group, block_ids)
+            for index, block_id in enumerate(block_ids, first):
+                self.seal_block(sequence, group, index, block_id, digests[index - first])
             if with_digests:
                 self._failpoints.after_seal(self._cache, group, block_ids)
         sequence.num_sealed_blocks = end
 
     def seal_block(
-        self, sequence: Sequence, group: int, index: int, block_id: int, value: Digest | None
+        self, sequence: Sequence, group: int, index: int, block_id: int, value: DigestRow | None
     ) -> None:
         hashes, block_size = sequence.block_hashes[group], self._pool.block_size
+        start = index * block_size
         self._pool.seal(
             block_id,
             hashes[index],
             hashes[index - 1] if index else None,
-            sequence.token_slice(index * block_size, (index + 1) * block_size),
+            sequence.token_slice(start, start + block_size),
             value,
             is_listed=group == 0 and is_boundary(index, block_size),
         )
@@ -104,7 +108,7 @@ class Sealer:
             self._cache.tensors[group][table[-1], :, :, :, fill:].zero_()
             self._pool.set_digest(table[-1], self.digests(group, table[-1:])[0])
 
-    def digests_to_announce(self, group: int, block_ids: Seq[int]) -> list[Digest]:
+    def digests_to_announce(self, group: int, block_ids: Seq[int]) -> list[DigestRow]:
         """As they were made when the blocks were sealed; now for those that decode wrote."""
         bare = [block_id for block_id in block_ids if self._pool.block(block_id).digest is None]
         if bare:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shared.kv.sequence import AttemptKey, Sequence, SequenceState
@@ -26,7 +27,7 @@ class SequenceTable:
 
     def __init__(self) -> None:
         self._sequences: dict[AttemptKey, Sequence] = {}
-        self._slots: dict[AttemptKey, Slot] = {}
+        self._slots: dict[Sequence, Slot] = {}
         self._current: dict[tuple[str, int], AttemptKey] = {}
         self._lowest_attempt: OrderedDict[tuple[str, int], int] = OrderedDict()
 
@@ -47,14 +48,23 @@ class SequenceTable:
 
     def slot(self, key: AttemptKey) -> Slot | None:
         """None: the sequence is hosted by a Prefill call."""
-        return self._slots.get(key)
+        sequence = self._sequences.get(key)
+        return self._slots.get(sequence) if sequence is not None else None
+
+    def slot_of(self, sequence: Sequence) -> Slot:
+        """Of a decode-hosted sequence; KeyError for another."""
+        return self._slots[sequence]
+
+    def decode_hosted(self) -> Iterable[Sequence]:
+        """In order of arrival; not to be kept."""
+        return self._slots.keys()
 
     def of_gateway(self, gateway: str) -> list[Sequence]:
-        return [self._sequences[k] for k, slot in self._slots.items() if slot.gateway == gateway]
+        return [sequence for sequence, slot in self._slots.items() if slot.gateway == gateway]
 
     def growing(self) -> list[Sequence]:
         """Those that hold blocks and will want more: the decode-hosted ones."""
-        return [self._sequences[key] for key in self._slots if self._sequences[key].block_tables]
+        return [sequence for sequence in self._slots if sequence.block_tables]
 
     def add(self, sequence: Sequence, slot: Slot | None) -> None:
         """The attempt, and lower ones, will be refused from now on."""
@@ -62,14 +72,16 @@ class SequenceTable:
         self._sequences[key] = sequence
         self._current[key.sequence] = key
         if slot is not None:
-            self._slots[key] = slot
+            self._slots[sequence] = slot
         self.refuse_up_to(key)
 
     def remove(self, key: AttemptKey) -> Sequence | None:
-        self._slots.pop(key, None)
         if self._current.get(key.sequence) == key:
             del self._current[key.sequence]
-        return self._sequences.pop(key, None)
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None:
+            self._slots.pop(sequence, None)
+        return sequence
 
     def is_stale(self, key: AttemptKey) -> bool:
         return key.attempt < self._lowest_attempt.get(key.sequence, 0)

@@ -21,7 +21,7 @@ from shared.engine.batch import Batch, BatchRow, RowHandle
 from shared.engine.model_runner import ModelRunner
 from shared.engine.steps import Step
 from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey, Sequence, SequenceState
+from shared.kv.sequence import Sequence, SequenceState
 from shared.rpc.errors import EngineFailure
 
 logger = logging.getLogger(__name__)
@@ -45,13 +45,13 @@ class Work:
 
     def row(self, handle: RowHandle) -> BatchRow:
         """Draws a token when the part reaches the end of what is known of the sequence."""
-        sequence, end = self.sequence, self.start + self.num_tokens
-        is_known = end <= sequence.num_tokens
+        sequence, start = self.sequence, self.start
+        end, num_known = start + self.num_tokens, sequence.num_tokens
         return BatchRow(
-            sequence.token_slice(self.start, end) if is_known else None,
-            self.start,
+            sequence.token_slice(start, end) if end <= num_known else None,
+            start,
             sequence.block_tables,
-            sequence.params if end >= sequence.num_tokens else None,
+            sequence.params if end >= num_known else None,
             sequence.key.sample,
             handle,
         )
@@ -86,7 +86,7 @@ class Stepper:
         self._table = table
         self._limits = limits
         self._failpoints = failpoints
-        self._handles: dict[AttemptKey, RowHandle] = {}
+        self._handles: dict[Sequence, RowHandle] = {}
 
     def plan(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
@@ -97,55 +97,55 @@ class Stepper:
         may write to them any more; `blocks_are_coming` says whether such are awaited.
         """
         decoding = self._plan_decode(preempt, blocks_are_coming)
-        num_open = sum(sequence.key not in self._handles for sequence in decoding)
+        work = [Work(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
+        prefilling = self._table.in_state(SequenceState.PREFILLING)
+        if prefilling:
+            work += self._plan_chunks(prefilling, decoding)
+        return work
+
+    def _plan_chunks(self, prefilling: list[Sequence], decoding: list[Sequence]) -> list[Work]:
+        """What the step has room for beside those that decode."""
+        num_to_open = sum(sequence not in self._handles for sequence in decoding)
         chunks = prefill_policy.plan_chunks(
-            self._table.in_state(SequenceState.PREFILLING),
+            prefilling,
             # However many decode, prompts go on by a block at least.
             token_budget=max(self._limits.token_budget - len(decoding), self._pool.block_size),
             max_rows=min(
-                self._limits.max_num_seqs - len(decoding), self._runner.num_free_rows - num_open
+                self._limits.max_num_seqs - len(decoding), self._runner.num_free_rows - num_to_open
             ),
             block_size=self._pool.block_size,
         )
-        work = [Work(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
-        work += [
+        return [
             Work(chunk.sequence, chunk.sequence.num_scheduled_tokens, chunk.num_tokens)
             for chunk in chunks
         ]
-        return work
 
     def _plan_decode(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
     ) -> list[Sequence]:
         """The running sequences of this step, each with room for its token."""
-        block_size = self._pool.block_size
-        running = self._running()
+        block_size, max_rows = self._pool.block_size, self._limits.max_num_seqs
+        running = decode_policy.running(self._table.decode_hosted())
+        rows = running[:max_rows]
         while decode_policy.is_short_of_blocks(running, self._pool.num_free, block_size):
-            if self._pool.num_quarantined or blocks_are_coming():
-                break
-            victim = decode_policy.choose_victim(self._table.growing())
+            victim = None
+            if not self._pool.num_quarantined and not blocks_are_coming():
+                victim = decode_policy.choose_victim(self._table.growing())
             if victim is None:
+                rows = decode_policy.plan_rows(
+                    running,
+                    num_free_blocks=self._pool.num_free,
+                    max_rows=max_rows,
+                    block_size=block_size,
+                )
                 break
             preempt(victim)
-            running = self._running()
-        rows = decode_policy.plan_rows(
-            running,
-            num_free_blocks=self._pool.num_free,
-            max_rows=self._limits.max_num_seqs,
-            block_size=block_size,
-        )
-        for sequence in rows:
+            running = decode_policy.running(self._table.decode_hosted())
+            rows = running[:max_rows]
+        for sequence in decode_policy.lacking_blocks(rows, block_size):
             for table in sequence.block_tables:
-                if len(table) * block_size <= sequence.num_scheduled_tokens:
-                    table.extend(self._pool.allocate(1))
+                table.extend(self._pool.allocate(1))
         return rows
-
-    def _running(self) -> list[Sequence]:
-        return [
-            sequence
-            for sequence in self._table.all()
-            if self._table.slot(sequence.key) is not None and decode_policy.is_running(sequence)
-        ]
 
     def launch(self, work: list[Work]) -> StepInFlight:
         """Starts a step of all parts in one batch."""
@@ -153,7 +153,7 @@ class Stepper:
         started_s = time.monotonic()
         step = None
         try:
-            step = self._runner.launch(Batch([part.row(self._handle(part)) for part in work]))
+            step = self._runner.launch(Batch(self._rows(work)))
         except Exception:
             logger.exception("a step of %d rows failed; trying them one by one", len(work))
             self._runner.check_device()
@@ -177,9 +177,9 @@ class Stepper:
             for token in in_flight.step.result()
         ]
 
-    def forget(self, key: AttemptKey) -> None:
-        """The sequence takes part in no further step."""
-        handle = self._handles.pop(key, None)
+    def forget(self, sequence: Sequence) -> None:
+        """It takes part in no further step."""
+        handle = self._handles.pop(sequence, None)
         if handle is not None:
             self._runner.close_row(handle)
 
@@ -187,7 +187,7 @@ class Stepper:
         if not part.sequence.block_tables:
             return None
         try:
-            token = self._runner.forward(Batch([part.row(self._handle(part))]))[0]
+            token = self._runner.forward(Batch(self._rows([part])))[0]
         except Exception as error:
             logger.exception("%s failed alone", part.sequence.key)
             self._runner.check_device()
@@ -196,10 +196,11 @@ class Stepper:
             return EngineFailure("the logits were not numbers")
         return token
 
-    def _handle(self, part: Work) -> RowHandle:
-        sequence = part.sequence
-        handle = self._handles.get(sequence.key)
-        if handle is None:
-            handle = self._runner.open_row(sequence.params, sequence.key.sample)
-            self._handles[sequence.key] = handle
+    def _rows(self, work: list[Work]) -> list[BatchRow]:
+        handles = self._handles
+        return [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in work]
+
+    def _open(self, sequence: Sequence) -> RowHandle:
+        handle = self._runner.open_row(sequence.params, sequence.key.sample)
+        self._handles[sequence] = handle
         return handle

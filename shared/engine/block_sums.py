@@ -52,7 +52,10 @@ class DeviceBlockSums:
             self._sum(block_ids[start : start + MOST_AT_ONCE], self._words[group])
             for start in range(0, len(block_ids), MOST_AT_ONCE)
         ]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return np.concatenate([self._none(group), *parts]) if len(parts) != 1 else parts[0]
+
+    def _none(self, group: int) -> Uint64Array:
+        return np.empty((0, self._words[group].shape[1]), np.uint64)
 
     def _sum(self, block_ids: Sequence[int], words: torch.Tensor) -> Uint64Array:
         from kernels.block_digest import block_sums as sums_of_blocks

@@ -137,6 +137,8 @@ class DeviceSteps:
             torch.zeros(max_num_seqs, dtype=torch.int32, pin_memory=is_cuda)
             for _ in range(_STEPS_IN_FLIGHT)
         ]
+        # What was made here was made on another stream than that of the steps.
+        self.synchronize(everything=True)
         self._host_columns = [torch.zeros(0, dtype=torch.int32)] * _STEPS_IN_FLIGHT
         self._turn = 0
         self.on_launch: Callable[[tuple[torch.cuda.Event, torch.cuda.Event]], None] | None = None
@@ -197,8 +199,11 @@ class DeviceSteps:
                     self._decode_step(buffers)
                 buffers.graph, pool = graph, graph.pool()
 
-    def synchronize(self) -> None:
+    def synchronize(self, *, everything: bool = False) -> None:
+        """Waits for the steps; for all that the device has to do if asked to."""
         if self._stream is not None:
+            if everything:
+                torch.cuda.synchronize(self._device)
             self._stream.synchronize()
 
     def _timed(
@@ -261,7 +266,9 @@ class DeviceSteps:
                 state.send_token(slot, row.token_ids[0])
         else:
             state.send_context_len(slot, end)
-        handle.context_len = handle.drawn_at = end
+        handle.context_len = end
+        # A chunk in the middle of a prompt leaves no token behind.
+        handle.drawn_at = end if row.sampling is not None else -1
 
     def _check(self, row: BatchRow) -> None:
         """Raises ValueError for what must not reach the device."""

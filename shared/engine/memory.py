@@ -78,10 +78,11 @@ def choose_num_blocks(
     # The zero block behind the last one is a block too.
     num_blocks = max(0, num_bytes // block_bytes - 1)
     if num_blocks < longest:
+        missing = (longest + 1) * block_bytes - num_bytes
         raise ModelError(
             f"max_model_len: a sequence of {max_model_len} tokens needs {longest} blocks, "
-            f"the pool would have {num_blocks}: {_gib((longest - num_blocks) * block_bytes)} "
-            "missing; set num_blocks or a lower max_model_len"
+            f"the pool would have {num_blocks}: {_gib(missing)} missing; "
+            "set num_blocks or a lower max_model_len"
         )
     return num_blocks
 

@@ -17,8 +17,11 @@ PREFIX_STRIDE_TOKENS = 256
 """The directory lists the hash at every multiple of this many tokens."""
 
 
+_TAG = struct.Struct("<4sQ")
+
+
 def _tagged(tag: bytes, value: bytes) -> bytes:
-    return struct.pack("<4sQ", tag, len(value)) + value
+    return _TAG.pack(tag, len(value)) + value
 
 
 def root_hash(
@@ -44,13 +47,26 @@ def block_hash(parent: bytes, token_ids: Iterable[int]) -> bytes:
     return hashlib.sha256(_tagged(b"prnt", parent) + _tagged(b"toks", tokens)).digest()
 
 
+def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """The hashes of the full blocks of `token_ids`, whose first token follows `parent`."""
+    # As block_hash, with the tokens turned to bytes once: a prompt may have thousands of blocks.
+    tokens = array("I", token_ids)
+    num_bytes = block_size * tokens.itemsize
+    data, tag_of_tokens = tokens.tobytes(), _TAG.pack(b"toks", num_bytes)
+    hashes = []
+    for start in range(0, len(data) - num_bytes + 1, num_bytes):
+        tagged = _TAG.pack(b"prnt", len(parent)) + parent + tag_of_tokens
+        parent = hashlib.sha256(tagged + data[start : start + num_bytes]).digest()
+        hashes.append(parent)
+    return hashes
+
+
 def extend_hashes(
     hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int
 ) -> None:
     """Appends the hashes of those full blocks of `token_ids` that `hashes` does not cover yet."""
-    for index in range(len(hashes), len(token_ids) // block_size):
-        parent = hashes[-1] if hashes else root
-        hashes.append(block_hash(parent, token_ids[index * block_size : (index + 1) * block_size]))
+    parent = hashes[-1] if hashes else root
+    hashes += chain_hashes(parent, token_ids[len(hashes) * block_size :], block_size)
 
 
 def is_boundary(index: int, block_size: int) -> bool:

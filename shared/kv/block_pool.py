@@ -22,6 +22,9 @@ from dataclasses import dataclass, field
 
 Digest = tuple[int, ...]
 """One 64-bit value per KV head; see digest.py."""
+DigestRow = Digest | memoryview
+"""The same, or a row of an array of uint64, which compares and iterates alike. The two kinds are
+never equal to each other: one pool has one of them."""
 
 
 class PoolExhausted(Exception):
@@ -38,7 +41,7 @@ class Block:
     """Of a sealed block; the pool's hash table says which of those with equal hashes is found."""
     parent_hash: bytes | None = None
     token_ids: tuple[int, ...] = ()
-    digest: Digest | None = None
+    digest: DigestRow | None = None
     is_listed: bool = False
     """By the directory, as long as the block can be found."""
 
@@ -171,7 +174,7 @@ class BlockPool:
         block_hash: bytes,
         parent_hash: bytes | None,
         token_ids: tuple[int, ...],
-        digest: Digest | None,
+        digest: DigestRow | None,
         *,
         is_listed: bool = False,
     ) -> None:
@@ -188,7 +191,11 @@ class BlockPool:
         if parent_hash is not None:
             if parent_hash not in self._by_hash:
                 return
-            self._children.setdefault(parent_hash, set()).add(block_hash)
+            children = self._children.get(parent_hash)
+            if children is None:
+                self._children[parent_hash] = {block_hash}
+            else:
+                children.add(block_hash)
         block.parent_hash, block.token_ids = parent_hash, token_ids
         self._by_hash[block_hash] = block_id
         block.is_listed = is_listed
@@ -196,7 +203,7 @@ class BlockPool:
             self._changes.removed.pop(block_hash, None)
             self._changes.added[block_hash] = None
 
-    def set_digest(self, block_id: int, digest: Digest) -> None:
+    def set_digest(self, block_id: int, digest: DigestRow) -> None:
         """For a block that is frozen without being full, or that was sealed without digest."""
         self._blocks[block_id].digest = digest
 

@@ -69,9 +69,9 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """Engine state of one attempt.
+    """Engine state of one attempt; equal to itself only, and hashed as quickly.
 
     `prompt_token_ids` holds the prompt and whatever earlier attempts emitted; `first_index` says
     how many of those at its end were emitted, so that the first token drawn here has that index.
@@ -99,6 +99,14 @@ class Sequence:
     num_steps_in_flight: int = 0
     num_sealed_blocks: int = 0
     """Blocks at the front that are full, final and digested, in every group."""
+    finish_reason: FinishReason | None = None
+    """Why the token that was taken last is the last one."""
+    num_to_compute: int = field(init=False)
+    """Tokens that are ever computed; the last one drawn is not: nothing follows from it."""
+
+    def __post_init__(self) -> None:
+        num_to_draw = self.params.max_tokens - self.first_index
+        self.num_to_compute = len(self.prompt_token_ids) + num_to_draw - 1
 
     @property
     def num_tokens(self) -> int:
@@ -111,8 +119,7 @@ class Sequence:
     @property
     def draws_on(self) -> bool:
         """Whether another token will be drawn after those that are drawn or being drawn now."""
-        num_drawn = max(0, self.num_scheduled_tokens - len(self.prompt_token_ids) + 1)
-        return self.first_index + num_drawn < self.params.max_tokens
+        return self.num_scheduled_tokens < self.num_to_compute
 
     @property
     def next_index(self) -> int:
@@ -129,14 +136,15 @@ class Sequence:
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Takes a drawn token; says whether it is the last one."""
+        params = self.params
         self.output_token_ids.append(token_id)
-        if token_id in self.params.stop_token_ids:
-            return FinishReason.STOP
-        if not self.params.ignore_eos and token_id in eos_token_ids:
-            return FinishReason.STOP
-        if self.next_index >= self.params.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        if token_id in params.stop_token_ids or (
+            token_id in eos_token_ids and not params.ignore_eos
+        ):
+            self.finish_reason = FinishReason.STOP
+        elif self.first_index + len(self.output_token_ids) >= params.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        return self.finish_reason
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:

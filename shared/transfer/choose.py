@@ -37,6 +37,9 @@ def choose_transport(
     `why_no_nixl`: device → what keeps NIXL from it, or None; asked when it matters only, since
     asking costs half a second. Raises TransportUnavailable.
     """
+    if device == "cuda" and not has_cuda and transport != "nixl":
+        # The engine says so; which transport does not matter any more.
+        return Choice("cuda", "shm")
     best = "cpu" if device == "cpu" or not (has_cuda or device == "cuda") else "cuda"
     if transport == "nixl":
         problem = why_no_nixl(best)

@@ -152,6 +152,8 @@ def set_defaults(host: str) -> None:
     """
     # Standard output is the worker's own.
     os.environ.setdefault("UCX_LOG_FILE", "stderr")
+    # Not a word about settings of parts that this machine has no use for.
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     # Left to itself UCX reads through CUDA IPC only where a GPU has NVLink, and through TCP from
     # another process on the same GPU.
     os.environ.setdefault("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on")

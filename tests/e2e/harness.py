@@ -27,9 +27,7 @@ from baton.v1 import (
 )
 
 from shared.directory.embedded import EmbeddedValkey
-
-ROOT = Path(__file__).parents[2]
-_START_S = 60.0
+from tests.device import PATIENCE, ROOT, process_environment
 
 
 @dataclass
@@ -62,7 +60,10 @@ class Result:
 
 
 class Stack:
-    """`workers`: name → role; `flags`: for all workers; both ends of a `with` are synchronous."""
+    """`workers`: name → role; `flags`: for all workers; both ends of a `with` are synchronous.
+
+    `environments`: of processes, by name, beside `process_environment`.
+    """
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Stack:
         flags: Sequence[str] = (),
         worker_flags: dict[str, Sequence[str]] | None = None,
         failpoints: dict[str, str] | None = None,
+        environments: dict[str, dict[str, str]] | None = None,
     ) -> None:
         self.model = model
         self.directory = directory
@@ -81,6 +83,7 @@ class Stack:
         self._flags = list(flags)
         self._worker_flags = worker_flags or {}
         self._failpoints = failpoints or {}
+        self._environments = environments or {}
         self._valkey = EmbeddedValkey()
         self.processes: dict[str, Process] = {}
         self._channel: grpc.Channel | None = None
@@ -135,12 +138,9 @@ class Stack:
         ]
 
     def _spawn(self, name: str, command: list[str]) -> Process:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'shared' / 'gen'}",
-            "OMP_NUM_THREADS": "1",
-            "BATON_FAILPOINTS": self._failpoints.get(name, ""),
-        }
+        environment = process_environment(
+            BATON_FAILPOINTS=self._failpoints.get(name, ""), **self._environments.get(name, {})
+        )
         log = self.directory / f"{name}.log"
         with log.open("a") as stderr:
             popen = subprocess.Popen(
@@ -204,7 +204,7 @@ class Stack:
         self,
         prompt: Sequence[int] | str,
         *,
-        timeout: float | None = 60.0,
+        timeout: float | None = 60.0 * PATIENCE,
         received: Sequence[int] = (),
         stub: inference_service_pb2_grpc.InferenceServiceStub | None = None,
         **sampling: Any,
@@ -253,7 +253,7 @@ class Stack:
             for line in path.read_text().splitlines()
         ]
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 20.0 * PATIENCE) -> None:
         """For what happens behind the answer's back; fails with the logs."""
         deadline = time.monotonic() + timeout_s
         while not condition():

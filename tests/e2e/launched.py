@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.harness import ROOT
+from tests.device import PATIENCE, ROOT, process_environment
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0 * PATIENCE
 _ORPHANS_PATIENCE_S = 15.0
 """Half of what running answers get in a drain: nobody waits for those of a dead launcher."""
 
@@ -87,12 +86,7 @@ class Launched:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'shared' / 'gen'}",
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(tmp_path),
-    }
+    return process_environment(TMPDIR=str(tmp_path))
 
 
 def ask(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

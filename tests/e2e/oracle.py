@@ -13,6 +13,7 @@ from benchmarks.plain_loop import PlainLoop
 from shared.engine.config import EngineConfig
 from shared.engine.model_runner import ModelRunner
 from shared.kv.sequence import SamplingParams
+from tests.device import ENGINE, ON_GPU
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Oracle:
     def __init__(self, model: Path) -> None:
         # As the workers: the number of threads is part of what the bits depend on.
         torch.set_num_threads(1)
-        self._runner = ModelRunner(EngineConfig(model_dir=model, num_blocks=1024))
-        assert self._runner.determinism == "exact"
+        self._runner = ModelRunner(EngineConfig(model_dir=model, num_blocks=1024, **ENGINE))
+        assert ON_GPU or self._runner.determinism == "exact"
         self._loop = PlainLoop(self._runner)
 
     @property

@@ -16,7 +16,7 @@ import grpc
 import pytest
 from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 
-from tests.e2e.harness import ROOT
+from tests.device import ROOT
 from tests.e2e.launched import Launched, ask, only_line, wait_for
 
 pytestmark = pytest.mark.e2e

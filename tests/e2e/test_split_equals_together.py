@@ -95,6 +95,7 @@ def test_all_at_once_cold_and_warm(stack: Stack, oracle: Oracle) -> None:
     stack.assert_idle()
 
 
+@pytest.mark.exact
 def test_answers_do_not_depend_on_company(stack: Stack, oracle: Oracle) -> None:
     """`exact`: alone, amid 15 others, and in the plain loop with the same others."""
     ask = Ask(prompt_of(150, "company"), {"temperature": 2.0, "seed": 5, "max_tokens": 40})

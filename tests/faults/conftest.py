@@ -12,6 +12,7 @@ from benchmarks.plain_loop import PlainLoop
 from shared.engine.config import EngineConfig
 from shared.engine.model_runner import ModelRunner
 from shared.kv.sequence import SamplingParams
+from tests.device import ENGINE
 from tests.e2e.conftest import tiny_model as tiny_model
 
 Oracle = Callable[..., list[int]]
@@ -20,7 +21,7 @@ Oracle = Callable[..., list[int]]
 @pytest.fixture(scope="session")
 def oracle(tiny_model: Path) -> Oracle:
     """What `Stack.start` with the same arguments must bring: one prompt, alone, in this process."""
-    config = EngineConfig(model_dir=tiny_model, device="cpu", dtype="float32", num_blocks=256)
+    config = EngineConfig(model_dir=tiny_model, num_blocks=256, **{"dtype": "float32", **ENGINE})
     loop = PlainLoop(ModelRunner(config))
 
     def answer(prompt: list[int], **sampling: object) -> list[int]:

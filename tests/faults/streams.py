@@ -9,9 +9,10 @@ from typing import Any
 
 from baton.v1 import inference_service_pb2
 
+from tests.device import PATIENCE
 from tests.e2e.harness import Result, Stack, collect
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0 * PATIENCE
 
 
 class Background:

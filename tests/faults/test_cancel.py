@@ -19,7 +19,8 @@ import grpc
 import pytest
 from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 
-from tests.e2e.harness import ROOT, Stack
+from tests.device import ROOT
+from tests.e2e.harness import Stack
 from tests.faults.conftest import Oracle, make_prompt
 from tests.faults.streams import Background, events
 

@@ -101,6 +101,24 @@ def test_logits_of_chunks_and_decode_rows(
         assert float(error) < 1e-4
 
 
+def test_a_prompt_whose_last_chunk_is_one_token(
+    make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """It goes with the decode rows, but its token is the prompt's, and nothing was drawn before."""
+    runner = make("triton", device)
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    prompt, table = tokens(33, 9), [[4, 2, 8]]
+    [expected] = reference.forward(Batch([BatchRow(prompt, 0, table, params)]))
+    handle = runner.open_row(params, 0)
+    steps = [
+        runner.launch(Batch([BatchRow(prompt[:16], 0, table, None, 0, handle)])),
+        runner.launch(Batch([BatchRow(prompt[16:17], 16, table, None, 0, handle)])),
+        runner.launch(Batch([BatchRow(prompt[17:32], 17, table, None, 0, handle)])),
+        runner.launch(Batch([BatchRow(prompt[32:], 32, table, params, 0, handle)])),
+    ]
+    assert [step.result() for step in steps] == [[None], [None], [None], [expected]]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_tokens_of_steps_launched_ahead(
     temperature: float, make: Make, reference: ModelRunner, device: torch.device

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from shared.engine.config import EngineConfig
 from shared.engine.model_runner import ModelRunner
+from tests.device import ENGINE
 
 MakeLlama = Callable[..., tuple[Path, Any]]
 MakeRunner = Callable[..., ModelRunner]
@@ -43,12 +44,13 @@ def one_thread() -> Iterator[None]:
 def make_llama(tmp_path: Path) -> MakeLlama:
     """Saves a random llama → its directory and the transformers model, float32 and eager.
 
-    `**changes` are fields of LlamaConfig; `max_shard_size` splits the file.
+    `**changes` are fields of LlamaConfig; `max_shard_size` splits the file; `std` is that of the
+    weights. By default logits are far apart, and attention looks at few tokens.
     """
     quiet: Any = transformers_logging
     quiet.disable_progress_bar()
 
-    def make(*, max_shard_size: str = "1GB", **changes: Any) -> tuple[Path, Any]:
+    def make(*, max_shard_size: str = "1GB", std: float = 0.35, **changes: Any) -> tuple[Path, Any]:
         torch.manual_seed(7)
         fields = {**TINY, **changes, "attn_implementation": "eager"}
         model: Any = LlamaForCausalLM(LlamaConfig(**fields))
@@ -58,9 +60,9 @@ def make_llama(tmp_path: Path) -> MakeLlama:
                 if "norm" in name:
                     parameter.uniform_(0.5, 1.5)
                 elif name.endswith("bias"):
-                    parameter.normal_(std=0.5)
+                    parameter.normal_(std=std / 0.7)
                 else:
-                    parameter.normal_(std=0.35)
+                    parameter.normal_(std=std)
         model.generation_config.eos_token_id = None
         model_dir = tmp_path / f"llama-{len(list(tmp_path.iterdir()))}"
         model.save_pretrained(model_dir, max_shard_size=max_shard_size)
@@ -72,7 +74,7 @@ def make_llama(tmp_path: Path) -> MakeLlama:
 @pytest.fixture
 def make_runner() -> MakeRunner:
     def make(model_dir: Path, **changes: Any) -> ModelRunner:
-        return ModelRunner(EngineConfig(model_dir, **{"num_blocks": 128, **changes}))
+        return ModelRunner(EngineConfig(model_dir, **{"num_blocks": 128, **ENGINE, **changes}))
 
     return make
 

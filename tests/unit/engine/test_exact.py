@@ -14,6 +14,8 @@ from shared.engine.model_runner import ModelRunner
 from shared.kv.sequence import SamplingParams
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
+pytestmark = pytest.mark.exact
+
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
     "head-dim-24": {"hidden_size": 96, "num_key_value_heads": 4, "intermediate_size": 101},

@@ -12,6 +12,7 @@ from shared.engine.config import DeviceError, EngineConfig, ModelError
 from shared.engine.kv_cache import KvCache
 from shared.engine.model_runner import ModelRunner
 from shared.kv.sequence import SamplingParams
+from tests.device import DEVICE, ENGINE, ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 
@@ -30,11 +31,12 @@ def test_the_pool_lives_in_the_memory_handed_in(
     asked = []
 
     def pool_memory(num_bytes: int) -> torch.Tensor:
-        asked.append(torch.full((num_bytes + 64,), 255, dtype=torch.uint8))
+        asked.append(torch.full((num_bytes + 64,), 255, dtype=torch.uint8, device=DEVICE))
         return asked[0]
 
     runner = make_runner(model_dir, num_blocks=8)
-    with_memory = ModelRunner(EngineConfig(model_dir, num_blocks=8), pool_memory=pool_memory)
+    config = EngineConfig(model_dir, num_blocks=8, **ENGINE)
+    with_memory = ModelRunner(config, pool_memory=pool_memory)
     assert with_memory.num_blocks == 8
     assert with_memory.kv_cache.memory.data_ptr() == asked[0].data_ptr()
     assert tuple(with_memory.kv_cache.tensors[0].shape) == (8, 2, 2, 2, 16, 16)
@@ -62,9 +64,11 @@ def test_memory_that_does_not_fit_is_refused() -> None:
 
 def test_the_number_of_blocks_is_chosen(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
     model_dir, _ = make_llama()
-    runner = make_runner(model_dir, num_blocks=None)
+    share = 0.05
+    limit = share * torch.cuda.mem_get_info()[1] if ON_GPU else 2**30
+    runner = make_runner(model_dir, num_blocks=None, gpu_memory_utilization=share)
     assert runner.num_blocks >= 4 * 512 // 16
-    assert runner.num_blocks * runner.kv_cache.block_bytes <= 2**30
+    assert runner.num_blocks * runner.kv_cache.block_bytes <= limit
     with pytest.raises(ModelError, match="num_blocks: 1000000000 blocks"):
         make_runner(model_dir, num_blocks=10**9)
 
@@ -76,6 +80,26 @@ def test_cuda_without_cuda(
     model_dir, _ = make_llama()
     with pytest.raises(DeviceError, match="device: cuda"):
         make_runner(model_dir, device="cuda")
+
+
+def test_triton_on_a_cpu(
+    make_llama: MakeLlama, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model_dir, _ = make_llama()
+    with pytest.raises(DeviceError, match="kernels: triton was asked for, but "):
+        make_runner(model_dir, device="cpu", kernels="triton")
+
+
+def test_triton_on_a_gpu_that_is_too_old(
+    make_llama: MakeLlama, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Turing")
+    model_dir, _ = make_llama()
+    with pytest.raises(DeviceError, match=r"Turing has compute capability 7\.5, 8\.0 is needed"):
+        make_runner(model_dir, device="cuda", kernels="triton")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,11 @@ def side(make_runner: MakeRunner) -> Side:
     cache = make_runner(NUM_BLOCKS).kv_cache
     cache.tensors[0].normal_()
     pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
-    return Side(pool, cache, Sealer(pool, cache, HostBlockSums(cache), "ab" * 16, "c" * 64, Failpoints(set())))
+    return Side(
+        pool,
+        cache,
+        Sealer(pool, cache, HostBlockSums(cache), "ab" * 16, "c" * 64, Failpoints(set())),
+    )
 
 
 # The owner's side

@@ -1,0 +1,278 @@
+"""The engine loop with a step launched before the result of the one before is known."""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pytest
+from baton.v1 import worker_service_pb2
+
+from benchmarks.plain_loop import PlainLoop
+from services.worker import messages as msg
+from services.worker.engine_loop import EngineLoop
+from services.worker.failpoints import Failpoints
+from services.worker.sealing import Sealer
+from services.worker.sequence_table import Slot
+from services.worker.stepper import StepLimits
+from shared.engine.batch import Batch
+from shared.engine.model_runner import ModelRunner
+from shared.engine.steps import BAD_LOGITS
+from shared.kv.block_pool import BlockPool
+from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from shared.rpc.convert import FINISH_REASON_FROM_PB
+from shared.rpc.errors import BatonError, EngineFailure, from_failure
+from shared.telemetry import Counters, Trace
+from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
+from tests.unit.worker.late_runner import LateRunner, LateStep
+
+NUM_BLOCKS = 24
+PROMPTS = [(5, 9, 13, 7, 40), (11, 3, 8), (21, 30, 4, 4, 17, 9, 33)]
+BAD_SEED = 666
+
+
+@dataclass
+class LoggedStep:
+    step: LateStep
+    log: list[str]
+
+    def result(self) -> list[int | None]:
+        self.log.append("result")
+        handles = [row.handle for row in self.step.batch.rows]
+        before = [handle.drawn_token if handle is not None else 0 for handle in handles]
+        tokens = self.step.result()
+        for handle, token, last in zip(handles, tokens, before, strict=True):
+            # As on a device: the step behind reads the last token that was one.
+            if handle is not None and token == BAD_LOGITS:
+                handle.drawn_token = last
+        return tokens
+
+
+class FlakyRunner(LateRunner):
+    """Notes what is asked of it; steps with a row of `BAD_SEED` at `bad_from` or later fail."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner)
+        self.log: list[str] = []
+        self.ends: defaultdict[int, list[int]] = defaultdict(list)
+        """By seed, the context lengths of the rows that were launched."""
+        self.bad_from = 1 << 30
+
+    def launch(self, batch: Batch) -> LoggedStep:  # type: ignore[override]
+        self._refuse_bad("refused", batch)
+        for row in batch.rows:
+            if row.sampling is not None:
+                self.ends[row.sampling.seed].append(row.context_len)
+        self.log.append("launch")
+        return LoggedStep(super().launch(batch), self.log)
+
+    def forward(self, batch: Batch) -> list[int | None]:
+        self.log.append("alone")
+        assert len(batch.rows) == 1
+        self._refuse_bad("refused alone", batch)
+        return self._runner.forward(batch)
+
+    def _refuse_bad(self, what: str, batch: Batch) -> None:
+        for row in batch.rows:
+            is_bad = row.sampling is not None and row.sampling.seed == BAD_SEED
+            if is_bad and row.position >= self.bad_from:
+                self.log.append(what)
+                raise RuntimeError("planted")
+
+
+class Bench:
+    """One engine loop, and what its gateway heard."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = FlakyRunner(runner)
+        self.pool = BlockPool(runner.num_blocks, BLOCK_SIZE)
+        self.tokens: defaultdict[int, list[int]] = defaultdict(list)
+        self.reasons: dict[int, FinishReason] = {}
+        self.failures: dict[int, BatonError] = {}
+        failpoints = Failpoints(set())
+        sums = runner.block_sums()
+        self.engine = EngineLoop(
+            self.runner,  # type: ignore[arg-type]
+            self.pool,
+            Sealer(self.pool, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
+            identity=msg.Peer("w", "ab" * 16, ""),
+            limits=StepLimits(token_budget=16, max_num_seqs=4),
+            inbox=queue.SimpleQueue(),
+            submit_pull=lambda job: None,
+            deliver=self._hear,
+            failpoints=failpoints,
+            counters=Counters(),
+            trace=Trace(None, ""),
+        )
+
+    def start(self, number: int, prompt: tuple[int, ...], params: SamplingParams) -> Sequence:
+        sequence = Sequence(AttemptKey(f"r{number}", 0, 1), prompt, params)
+        self.engine.inbox.put(msg.StartDecode(sequence, Slot("g", number), None))
+        return sequence
+
+    def step(self) -> None:
+        self.engine.run_once(may_wait=False)
+        self.check()
+
+    def run(self) -> None:
+        """Until all is over."""
+        self.step()
+        while self.engine.num_sequences or self.engine._in_flight:
+            self.step()
+        assert self.pool.num_free == self.pool.num_blocks
+
+    def check(self) -> None:
+        states: list[worker_service_pb2.GetWorkerStateResponse] = []
+        self.engine._handle(msg.Inspect(True, states.append))
+        assert [state.integrity_error for state in states] == [""]
+
+    @property
+    def num_held(self) -> int:
+        return self.pool.num_blocks - self.pool.num_free
+
+    def _hear(self, mail: list[msg.Outgoing]) -> None:
+        for message in mail:
+            if not isinstance(message, msg.ToGateway):
+                continue
+            response = message.message
+            if response.HasField("failed"):
+                self.failures[response.failed.slot] = from_failure(response.failed.failure)
+            step = response.step
+            columns = zip(
+                step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
+            )
+            for slot, index, token_id, reason_pb in columns:
+                assert index == len(self.tokens[slot]) and slot not in self.reasons
+                self.tokens[slot].append(token_id)
+                reason = FINISH_REASON_FROM_PB[reason_pb]
+                if reason is not None:
+                    self.reasons[slot] = reason
+
+
+@pytest.fixture
+def bench(make_runner: MakeRunner) -> Bench:
+    return Bench(make_runner(NUM_BLOCKS))
+
+
+def sampling(seed: int, max_tokens: int, stop: frozenset[int] = frozenset()) -> SamplingParams:
+    """Drawn, so that tokens differ from step to step."""
+    return SamplingParams(
+        temperature=1.0, seed=seed, max_tokens=max_tokens, stop_token_ids=stop, ignore_eos=True
+    )
+
+
+def undisturbed(
+    make_runner: MakeRunner, prompt: tuple[int, ...], params: SamplingParams
+) -> list[int]:
+    [tokens] = PlainLoop(make_runner(NUM_BLOCKS)).generate([prompt], [params])
+    return tokens
+
+
+# Blocks under a step in flight
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_cancelled_sequence_keeps_its_blocks_until_the_step_in_flight_has_retired(
+    bench: Bench, num_steps: int
+) -> None:
+    sequence = bench.start(0, PROMPTS[0], sampling(1, 40))
+    for _ in range(num_steps):
+        bench.step()
+    num_held = bench.num_held
+    assert num_held > 0 and sequence.num_steps_in_flight == 1
+    bench.engine._handle(msg.CancelAttempts(sequence.key))
+    assert bench.engine.num_sequences == 0
+    assert bench.num_held == num_held, "the step in flight may still write to them"
+    bench.check()
+    num_heard = len(bench.tokens[0])
+    bench.step()
+    assert bench.num_held == 0
+    assert len(bench.tokens[0]) == num_heard, "what it draws yet is nobody's"
+
+
+def test_a_sequence_that_ends_with_a_row_in_flight_keeps_its_blocks_until_that_retired(
+    bench: Bench, make_runner: MakeRunner
+) -> None:
+    free_running = undisturbed(make_runner, PROMPTS[0], sampling(1, 40))
+    last = next(i for i in range(4, 40) if free_running[i] not in free_running[:i])
+    stop = frozenset({free_running[last]})
+    bench.start(0, PROMPTS[0], sampling(1, 40, stop))
+    num_held = 0
+    while bench.engine.num_sequences or not num_held:
+        bench.step()
+        num_held = max(num_held, bench.num_held)
+    assert bench.reasons[0] is FinishReason.STOP
+    assert bench.tokens[0] == free_running[: last + 1]
+    assert bench.num_held == num_held, "the step in flight may still write to them"
+    bench.step()
+    assert bench.num_held == 0
+    assert bench.tokens[0] == free_running[: last + 1], "what was drawn behind it is nobody's"
+
+
+# Nothing is launched behind the last token
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 9])
+def test_no_row_is_launched_behind_the_last_token(
+    bench: Bench, make_runner: MakeRunner, max_tokens: int
+) -> None:
+    asked = [sampling(1, max_tokens), sampling(2, max_tokens + 2)]
+    for number, params in enumerate(asked):
+        bench.start(number, PROMPTS[number], params)
+    bench.run()
+    for number, params in enumerate(asked):
+        prompt = PROMPTS[number]
+        assert bench.reasons[number] is FinishReason.LENGTH
+        assert bench.tokens[number] == undisturbed(make_runner, prompt, params)
+        ends = bench.runner.ends[params.seed]
+        assert ends == list(range(len(prompt), len(prompt) + params.max_tokens))
+
+
+# A step that cannot be launched
+
+
+@pytest.mark.parametrize("num_drawn", [0, 1, 4])
+def test_a_bad_row_fails_alone_after_the_step_in_flight_was_collected(
+    bench: Bench, make_runner: MakeRunner, num_drawn: int
+) -> None:
+    asked = [sampling(1, 12), sampling(BAD_SEED, 12), sampling(3, 12)]
+    expected = [undisturbed(make_runner, *each) for each in zip(PROMPTS, asked, strict=True)]
+    bench.runner.bad_from = len(PROMPTS[1]) + num_drawn - 1 if num_drawn else 0
+    for number, params in enumerate(asked):
+        bench.start(number, PROMPTS[number], params)
+    bench.run()
+    assert isinstance(bench.failures.pop(1), EngineFailure) and not bench.failures
+    assert bench.tokens[1] == expected[1][:num_drawn]
+    for number in (0, 2):
+        assert bench.tokens[number] == expected[number]
+        assert bench.reasons[number] is FinishReason.LENGTH
+    log = bench.runner.log
+    refused = log.index("refused")
+    # Every step launched before was collected before the first row was tried alone.
+    before = log[: log.index("alone", refused)]
+    assert before.count("result") == before.count("launch")
+    assert log.count("refused") == log.count("refused alone") == 1
+    assert log.count("alone") == 3
+
+
+# Logits that are not numbers
+
+
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_logits_that_are_not_numbers_fail_the_request(
+    bench: Bench, make_runner: MakeRunner, num_steps: int
+) -> None:
+    params = [sampling(1, 12), sampling(2, 12)]
+    expected = undisturbed(make_runner, PROMPTS[0], params[0])
+    bench.start(0, PROMPTS[0], params[0])
+    spoiled = bench.start(1, PROMPTS[1], params[1])
+    for _ in range(num_steps):
+        bench.step()
+    bench.runner.kv_cache.tensors[0][spoiled.block_tables[0]] = float("nan")
+    bench.run()
+    error = bench.failures.pop(1)
+    assert isinstance(error, EngineFailure) and "not numbers" in error.message
+    assert not bench.failures and 1 not in bench.reasons
+    assert len(bench.tokens[1]) == num_steps - 1
+    assert bench.tokens[0] == expected
