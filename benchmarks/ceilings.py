@@ -18,6 +18,13 @@ class Ceilings:
     matmul_tflop_per_s: float
     """bfloat16, 8192³, random data."""
 
+    def floor_us(self, num_bytes: float, flop: float = 0.0) -> float:
+        """How long so many bytes moved take at least at these rates, or so many operations.
+
+        Reading only can be some percent faster than a copy, so that it stays under its floor.
+        """
+        return max(num_bytes / self.copy_tb_per_s, flop / self.matmul_tflop_per_s) / 1e6
+
 
 def measure_ceilings(device: torch.device) -> Ceilings:
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device).random_()

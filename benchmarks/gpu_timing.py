@@ -1,4 +1,4 @@
-"""Times of GPU work, and the two ceilings that they are compared with."""
+"""Times of GPU work in replayed CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,6 @@ Call = Callable[[int], object]
 """Takes the number of a data set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Of this device, measured in this run."""
-
-    copy_gb_per_s: float
-    """Device to device, bytes read and bytes written."""
-    matmul_tflop_per_s: float
-    """8192³ in bfloat16."""
-
-    def floor_us(self, num_bytes: float, flop: float = 0.0) -> float:
-        """What no kernel that moves so much, and computes so much, can stay under."""
-        return max(num_bytes / self.copy_gb_per_s / 1e3, flop / self.matmul_tflop_per_s / 1e6)
-
-
 @dataclass
 class Point:
     """`call(i)` works on data set i of num_sets."""
@@ -42,15 +28,6 @@ class Point:
     library: dict[str, Call] = field(default_factory=dict)
     """By name; those that fail are left out, the fastest counts."""
     note: str = ""
-
-
-def measure_ceilings() -> Ceilings:
-    source = torch.randint(0, 255, (2 * 2**30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_us = time_us(lambda _: target.copy_(source), 1)
-    a, b, out = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    matmul_us = time_us(lambda _: torch.mm(a, b, out=out), 1)
-    return Ceilings(2 * source.numel() / copy_us / 1e3, 2 * 8192**3 / matmul_us / 1e6)
 
 
 def num_sets_for(num_bytes: float) -> int:

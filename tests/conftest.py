@@ -1,19 +1,26 @@
 """Which tests run where: those marked `gpu` are left out, and counted, unless BATON_TEST_DEVICE is
-cuda. Those marked `exact` are for the CPU; `make test-gpu` leaves them out by name."""
+cuda. Those marked `exact` are for the CPU; `make test-gpu` leaves them out by name.
+
+Where there is no GPU, kernels run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from tests.device import DEVICE, ON_GPU
 
+if not torch.cuda.is_available():
+    # Read whenever a kernel is defined: by then it must be set, whichever test is first to import
+    # one. A kernel is interpreted with all that it calls, or not at all.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_configure() -> None:
-    if not ON_GPU:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if ON_GPU and not torch.cuda.is_available():
         raise pytest.UsageError("BATON_TEST_DEVICE=cuda, but torch finds no CUDA device")
 
 

@@ -136,7 +136,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         type=str,
         default=defaults.dtype,
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: float32 on CPU, bfloat16 on GPU",
     )
     add_flag(

@@ -264,7 +264,9 @@ class ModelRunner:
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
                 self._steps.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
-            rates = {budget: self._sustained_rate(budget) for budget in usable}
+            # All at the clock of a GPU that is warm: the first ones would be measured too fast.
+            self._sustained_rate(usable[-1])
+            rates = {budget: self._sustained_rate(budget) for budget in reversed(usable)}
             sums = self.block_sums()
             for exponent in range(self.num_blocks.bit_length()):
                 sums(range(min(2**exponent, MOST_AT_ONCE)))

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, so before any module of kernels/ is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 _HAS_GPU = torch.cuda.is_available()
 # The interpreter multiplies bfloat16 wrongly, and silently.
