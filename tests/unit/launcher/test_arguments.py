@@ -117,7 +117,7 @@ def test_every_sampling_flag_is_sent() -> None:
         ("up", "required: --model"),
         ("up --model m --prefill -1", "-1 is not between 0 and 1024"),
         ("up --model m --port 65536", "65536 is not between 0 and 65535"),
-        ("up --model m --dtype float16", "invalid choice: 'float16'"),
+        ("up --model m --dtype float8", "invalid choice: 'float8'"),
         ("sideways", "invalid choice"),
     ],
 )
