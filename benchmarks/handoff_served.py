@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 
-from benchmarks.load import request_of
+from benchmarks.load.drivers import request_of
 from benchmarks.stack import StackOptions, running
 from services.launcher.plan import RoleCounts, StackConfig
 

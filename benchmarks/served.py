@@ -19,8 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
-def served(model: Path, *, num_threads: int, counts: Sequence[str] = ()) -> Iterator[str]:
-    """Gateway, prefill and decode worker as `baton up` starts them → the gateway's address.
+def served(
+    model: Path, *, num_threads: int, counts: Sequence[str] = (), http: bool = False
+) -> Iterator[dict[str, str]]:
+    """Gateway, prefill and decode worker as `baton up` starts them → the gateway's addresses:
+    `grpc`, and `http` if asked to.
 
     `counts`: other roles, as flags of `baton up`.
     """
@@ -31,16 +34,18 @@ def served(model: Path, *, num_threads: int, counts: Sequence[str] = ()) -> Iter
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "BATON_THREADS": str(num_threads),
+        "BATON_LOG_LEVEL": "warning",
+        "BATON_HTTP_PORT": "0" if http else "none",
     }
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line.startswith("READY grpc="):
+        ready, *fields = process.stdout.readline().split() or [""]
+        if ready != "READY":
             raise RuntimeError("the stack did not start")
-        yield line.removeprefix("READY grpc=").strip()
+        yield dict(field.split("=", 1) for field in fields)
     finally:
         process.terminate()
         process.wait()

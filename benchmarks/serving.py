@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -26,34 +25,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.dummy_model import SHAPES, given_or_dummy
+from benchmarks.arrangements import (
+    ARRANGEMENTS,
+    add_stack_flags,
+    measure_rates,
+    stack_options,
+)
+from benchmarks.dummy_model import given_or_dummy
 from benchmarks.environment import describe_environment
-from benchmarks.load import Load, run_load
+from benchmarks.load.report import Report, Run
+from benchmarks.load.samples import warnings
+from benchmarks.load.spec import Load
 from benchmarks.recorded import VLLM, Recorded
-from benchmarks.samples import summarise, warnings
 from benchmarks.stack import (
     ROOT,
     BenchmarkStack,
     StackFailed,
     StackOptions,
-    cpu_s,
     running,
     set_import_path,
 )
-from services.launcher.plan import RoleCounts, StackConfig
 from shared.engine.config import load_model_config
 
 RESULTS = ROOT / "benchmarks" / "results"
-ARRANGEMENTS = {
-    "replicas": RoleCounts(prefill=0, decode=0, both=2),
-    "pd": RoleCounts(prefill=1, decode=1, both=0),
-    "pd-local": RoleCounts(prefill=1, decode=0, both=1),
-}
 TPOT_SLOS_S = (0.010, 0.025)
 _LONG_PROMPT_TOKENS = 4096
-_NUM_WARM_UP = 24
-_WARM_UP_TOKENS = 32
-_SETTLE_S = 0.5
+_SEEDS = 1000
+"""Between two workloads: prompts of one shall not begin as those of another do."""
+_REQUEST_LIMIT_S = 120.0
 _MAX_GATEWAY_CPU = 0.8
 _HEAD = (
     f"{'in:out':>9} {'rate':>5} {'':16} {'TTFT p50':>9} {'p90':>6} {'p99':>6}"
@@ -92,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _measure_all(args: argparse.Namespace, model_dir: Path) -> None:
     environment = describe_environment() | _gpus()
-    options = stack_options(args, model_dir)
+    options = _stack_options(args, model_dir)
     started_s = time.monotonic()
     async with running(options) as stack:
         start_s = time.monotonic() - started_s
         print(f"{args.arrangement}: serving after {start_s:.0f} s", flush=True)
         for workload in args.workloads:
-            points = await _measure(args, stack, workload, load_model_config(model_dir).vocab_size)
+            runs = await _measure(args, stack, workload, load_model_config(model_dir).vocab_size)
             result = {
                 "arrangement": args.arrangement,
                 "model": model_dir.name,
@@ -109,7 +108,7 @@ async def _measure_all(args: argparse.Namespace, model_dir: Path) -> None:
                 "start_s": round(start_s, 1),
                 "flags": {n: str(v) for n, v in vars(args).items() if n != "workloads"},
                 "environment": environment,
-                "points": points,
+                "points": [{"rate": run.rate, **run.summary} for run in runs],
             }
             path = args.output_dir / (
                 f"serving_{args.arrangement}_{workload.prompt_tokens}_{workload.output_tokens}.json"
@@ -117,53 +116,49 @@ async def _measure_all(args: argparse.Namespace, model_dir: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=2) + "\n")
             print(f"written to {path}", flush=True)
+            if args.report is not None:
+                title = f"{args.arrangement}, {workload.name} tokens"
+                directory = args.report / f"{args.arrangement}_{workload.name.replace(':', '_')}"
+                Report(title, {"model": model_dir.name, **environment}, runs).write(directory)
+                print(f"written to {directory}", flush=True)
 
 
 async def _measure(
     args: argparse.Namespace, stack: BenchmarkStack, workload: Workload, vocab_size: int
-) -> list[dict[str, Any]]:
+) -> list[Run]:
     load = Load(
-        target=stack.address,
-        prompt_tokens=workload.prompt_tokens,
-        output_tokens=workload.output_tokens,
+        target=f"grpc://{stack.address}",
+        prompt_tokens=str(workload.prompt_tokens),
+        output_tokens=str(workload.output_tokens),
         duration_s=args.duration,
         drain_s=args.drain,
+        timeout_s=_REQUEST_LIMIT_S,
         vocab_size=vocab_size,
     )
-    await _warm_up(load, stack)
     slos = [(workload.ttft_slo_s, tpot_s) for tpot_s in TPOT_SLOS_S]
-    points = []
+    runs = []
     print(f"\n{_HEAD}", flush=True)
-    for number, rate in enumerate(workload.rates):
-        stack.check()
-        gateway = stack.pids()["gateway"]
-        cpu_before_s, before_s = cpu_s(gateway), time.monotonic()
-        # The same requests at the same times for every arrangement.
-        offer = load.at(rate, seed=number + 1)
-        summary = summarise(await run_load(offer, args.clients), slos)
-        elapsed_s = time.monotonic() - before_s
-        summary["gateway_cpu"] = round((cpu_s(gateway) - cpu_before_s) / elapsed_s, 3)
-        stack.check()
-        points.append({"rate": rate, **summary})
-        _print_point(args.arrangement, workload, rate, summary)
-        await asyncio.sleep(_SETTLE_S)
-    return points
-
-
-async def _warm_up(load: Load, stack: BenchmarkStack) -> None:
-    """Whatever is compiled, allocated or connected at first use."""
-    output_tokens = min(_WARM_UP_TOKENS, load.output_tokens)
-    offer = load.in_turn(_NUM_WARM_UP, num_streams=_NUM_WARM_UP // 2, output_tokens=output_tokens)
-    summary = summarise(await run_load(offer), [])
-    stack.check()
-    if summary["statuses"] != {"OK": _NUM_WARM_UP}:
-        raise StackFailed(f"requests of the warm-up failed: {summary['statuses']}")
+    measured = measure_rates(
+        stack,
+        load,
+        workload.rates,
+        slos,
+        num_clients=args.clients,
+        label=args.arrangement,
+        first_seed=1 + _SEEDS * args.workloads.index(workload),
+    )
+    async for run in measured:
+        runs.append(run)
+        _print_point(args.arrangement, workload, run.rate or 0.0, run.summary)
+    return runs
 
 
 def _print_point(
     arrangement: str, workload: Workload, rate: float, summary: dict[str, Any]
 ) -> None:
-    ttft, tpot = (tuple(summary[name].values()) for name in ("ttft_ms", "tpot_ms"))
+    ttft, tpot = (
+        [summary[name][p] for p in ("p50", "p90", "p99")] for name in ("ttft_ms", "tpot_ms")
+    )
     attained = tuple(slo["attained"] for slo in summary["slo"])
     gap, alone = summary["longest_gap_ms"]["p90"], summary["local_share"]
     head = f"{workload.name:>9} {rate:>5g}"
@@ -207,35 +202,18 @@ def _percent(value: float | None, width: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.0%}"
 
 
-def stack_options(args: argparse.Namespace, model_dir: Path) -> StackOptions:
-    longest = max(w.prompt_tokens + w.output_tokens for w in args.workloads)
-    config = StackConfig(
-        model_dir=model_dir,
-        counts=ARRANGEMENTS[args.arrangement],
-        port=0,
-        device=args.device,
-        dtype=args.dtype,
-        redis_url=args.redis_url,
-        cluster=f"serving-{time.time_ns()}",
-        num_blocks=args.num_blocks,
-        block_size=args.block_size,
-        max_model_len=args.max_model_len or longest,
-        drain_s=2.0,
-    )
-    workers = shlex.split(args.worker_flags)
-    if args.model is None:
-        workers = ["--load-format", "dummy", *workers]
-    flags = {
-        "prefill": (*workers, *shlex.split(args.prefill_flags)),
-        "decode": (*workers, *shlex.split(args.decode_flags)),
-        "both": (*workers, *shlex.split(args.decode_flags)),
-        "gateway": tuple(shlex.split(args.gateway_flags)),
-    }
+def _stack_options(args: argparse.Namespace, model_dir: Path) -> StackOptions:
+    gateway_flags: tuple[str, ...] = ()
     if args.arrangement == "pd-local":
-        flags["gateway"] += ("--local-prefill-tokens", str(args.local_prefill_tokens))
-        flags["gateway"] += ("--local-prefill-share", str(args.local_prefill_share))
-    gpus = () if args.device == "cpu" else tuple(args.gpus.split(","))
-    return StackOptions(config, gpus, flags, start_limit_s=args.start_limit, log=args.log)
+        gateway_flags += ("--local-prefill-tokens", str(args.local_prefill_tokens))
+        gateway_flags += ("--local-prefill-share", str(args.local_prefill_share))
+    return stack_options(
+        args,
+        ARRANGEMENTS[args.arrangement],
+        model_dir,
+        longest=max(w.prompt_tokens + w.output_tokens for w in args.workloads),
+        gateway_flags=gateway_flags,
+    )
 
 
 def _gpus() -> dict[str, str]:
@@ -258,24 +236,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--duration", type=float, default=22.0, help="seconds of arrivals at each rate")
     add("--drain", type=float, default=20.0, help="seconds that the last ones get after that")
     add("--clients", type=int, default=1, help="load generators")
-    add("--gpus", default="0,1", help="by worker: prefill first, then decode or both")
-    add("--device", choices=("cpu", "cuda"), default="cuda")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--model", type=Path, help="default: a dummy of --shape")
-    add("--shape", choices=SHAPES, default="llama-8b")
-    add("--num-blocks", type=int, help="of each pool; default: the worker's")
-    add("--block-size", type=int, default=16)
-    add("--max-model-len", type=int, help="default: the longest workload")
-    add("--worker-flags", default="", help='more flags for all workers, "--threads 2"')
-    add("--prefill-flags", default="", help="more flags for prefill workers")
-    add("--decode-flags", default="", help="more flags for workers that decode")
-    add("--gateway-flags", default="", help="more flags for the gateway")
     add("--local-prefill-tokens", type=int, default=24576, help="the gateway's, for pd-local")
     add("--local-prefill-share", type=float, default=0.25, help="the gateway's, for pd-local")
-    add("--redis-url", help="default: a private Valkey")
-    add("--start-limit", type=float, default=300.0, help="seconds until it must serve")
-    add("--log", type=Path, help="write the roles' lines there")
+    add("--report", type=Path, metavar="DIR", help="report.html and more, by workload")
     add("--output-dir", type=Path, default=RESULTS)
+    add_stack_flags(parser, device="cuda")
     args = parser.parse_args(argv)
     workloads, rates = args.workload or ["2048:256"], args.rates or ["10,16,22,28"]
     if len(workloads) != len(rates):

@@ -33,7 +33,7 @@ from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.aftermath import MemoryWatch, leftovers
 from benchmarks.dummy_model import SHAPES, given_or_dummy
 from benchmarks.environment import describe_environment
-from benchmarks.load import request_of
+from benchmarks.load.drivers import request_of
 from benchmarks.stack import (
     ROOT,
     BenchmarkStack,

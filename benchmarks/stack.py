@@ -111,7 +111,7 @@ class BenchmarkStack(Stack):
         """The launcher's, with the flags of the role, and a GPU for a worker."""
         role = spec.name.rpartition("-")[0] or spec.name
         argv = (*spec.argv, *self._options.role_flags.get(role, ()))
-        if self._options.gpus and spec.name != GATEWAY:
+        if self._options.gpus and role != GATEWAY:
             gpu = self._options.gpus[len(self.workers) % len(self._options.gpus)]
             argv = ("-c", _ON_GPU, gpu, *argv)
         return super()._add(replace(spec, argv=argv))

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     environment = describe_environment()
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model if args.model.is_dir() else _random_model(Path(scratch))
-        with served(model, num_threads=args.threads) as address:
-            series = _series(model, address, args.new_tokens)
+        with served(model, num_threads=args.threads) as addresses:
+            series = _series(model, addresses["grpc"], args.new_tokens)
             quality = measure(series, args)
     result = {
         "model": model.name if args.model.is_dir() else "random llama of the demo model's size",

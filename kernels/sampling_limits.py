@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit(do_not_specialize=["span", "max_splits"])
+@triton.jit(do_not_specialize=["span", "parts"])
 def limits(
     logits,
     rows,

@@ -51,6 +51,8 @@ def process_environment(**more: str) -> dict[str, str]:
         **inherited,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": "1",
+        # Its default is one port for all who ask for none.
+        "BATON_HTTP_PORT": "none",
         **flags,
         **more,
     }

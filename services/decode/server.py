@@ -14,6 +14,7 @@ from shared.kv.sequence import AttemptKey, Sequence
 from shared.rpc.convert import key_from_pb, key_to_pb, sequence_from_pb
 from shared.rpc.errors import CapabilityMismatch, to_failure
 from shared.rpc.streams import SILENCE_S, until_silence, with_ticks
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
                     case "cancel":
                         self._host.cancel(key_from_pb(message.cancel.key))
         except TimeoutError:
-            logger.warning("gateway stream %s fell silent", gateway)
+            log_event(logger, logging.WARNING, "gateway stream fell silent", stream=gateway)
 
     def _start(
         self, gateway: str, events: DecodeEvents, start: decode_service_pb2.StartSequence

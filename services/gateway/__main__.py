@@ -7,27 +7,30 @@ import asyncio
 import logging
 import secrets
 import sys
-import time
 from pathlib import Path
 
 import uvloop
 from baton.v1 import inference_service_pb2_grpc
 
 from services.gateway.cluster import Cluster
+from services.gateway.drain import drain
+from services.gateway.frontend import Frontend
+from services.gateway.openai.app import build_app
+from services.gateway.openai.endpoint import HttpEndpoint
 from services.gateway.router import LocalPrefill
 from services.gateway.server import InferenceServicer
 from services.gateway.tokenizer import TextCodec
 from shared.directory.directory import DirectoryMisconfigured
 from shared.engine.config import ModelConfig, ModelError, load_model_config
-from shared.rpc.flags import add_flag, add_switch
-from shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, is_orphaned, stop_event
-from shared.telemetry import configure_logging
+from shared.metrics import MetricsServer, add_metrics_flag
+from shared.rpc.flags import add_flag, add_switch, optional_port
+from shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
+from shared.telemetry import add_log_flags, configure_logging, log_event
 
 logger = logging.getLogger("gateway")
 
 _SERVICE = "baton.v1.InferenceService"
 _READY_POLL_S = 0.05
-_STOP_GRACE_S = 0.5
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +46,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flag(parser, "--cluster", type=str, default="default", help="name of the cluster in it")
     add_flag(parser, "--host", type=str, default="127.0.0.1", help="address to listen on")
     add_flag(parser, "--port", type=int, default=50051, help="port to listen on; 0 picks one")
+    add_flag(
+        parser,
+        "--http-port",
+        type=optional_port,
+        help="port of the OpenAI endpoint; 0 picks one; default: none",
+    )
+    add_flag(parser, "--http-host", type=str, help="address of it; default: that of --host")
+    add_switch(parser, "--reuse-port", help="share the ports with other gateways of this host")
+    add_flag(
+        parser,
+        "--connection-age-s",
+        type=float,
+        default=10.0,
+        help="with shared ports: gRPC clients connect anew after that long; a drain takes as long",
+    )
     add_switch(parser, "--reflection", help="serve gRPC reflection")
     add_flag(
         parser,
@@ -59,12 +77,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the partner's own queue of prompts, at most, as a share of that one",
     )
     add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
+    add_metrics_flag(parser)
+    add_log_flags(parser)
     return parser.parse_args(argv)
 
 
 def main() -> int:
     args = parse_args()
-    configure_logging("gateway")
+    configure_logging(
+        "gateway", role="gateway", log_format=args.log_format, log_level=args.log_level
+    )
     try:
         model = load_model_config(args.model)
         codec = TextCodec.load(args.model)
@@ -88,41 +110,67 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
         model=model,
         local_prefill=local_prefill,
     )
-    servicer = InferenceServicer(
+    frontend = Frontend(
         cluster,
         codec,
         model=model,
         model_name=args.model.resolve().name,
         incarnation=incarnation,
     )
-    endpoint = Endpoint(max_message_bytes=PUBLIC_MESSAGE_BYTES, with_reflection=args.reflection)
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, endpoint.server)
+    connection_age_s = args.connection_age_s if args.reuse_port else None
+    endpoint = Endpoint(
+        max_message_bytes=PUBLIC_MESSAGE_BYTES,
+        with_reflection=args.reflection,
+        reuse_port=args.reuse_port,
+        connection_age_s=connection_age_s,
+    )
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceServicer(frontend), endpoint.server
+    )
+    http = None if args.http_port is None else HttpEndpoint(build_app(frontend))
+    metrics = None
     try:
+        if args.metrics_port is not None:
+            metrics = MetricsServer(
+                args.host,
+                args.metrics_port,
+                frontend.metrics.registry,
+                is_ready=lambda: cluster.has_route() and not frontend.is_leaving,
+            )
         await cluster.connect()
+        # First: what cannot listen fails before anybody can ask the other.
+        if http is not None:
+            http_host = args.http_host or args.host
+            await http.start(http_host, args.http_port, reuse_port=args.reuse_port)
         await endpoint.start(args.host, args.port, [_SERVICE])
     except (DirectoryMisconfigured, OSError) as error:
         sys.stderr.write(f"baton gateway: {error}\n")
+        if http is not None:
+            await http.stop()
+        if metrics is not None:
+            metrics.close()
         await cluster.close()
         return 2
     following = asyncio.create_task(cluster.follow())
     following.add_done_callback(lambda _: stop.set())
     readiness = asyncio.create_task(_follow_readiness(cluster, endpoint))
-    print(f"READY grpc={endpoint.address}", flush=True)  # noqa: T201
+    http_address = "" if http is None else f" http={http.address}"
+    metrics_address = "" if metrics is None else f" metrics={metrics.address}"
+    print(f"READY grpc={endpoint.address}{http_address}{metrics_address}", flush=True)  # noqa: T201
 
     await stop.wait()
     has_failed = following.done()
     if has_failed and not following.cancelled():
-        logger.error("the directory can't be used: %s", following.exception())
+        log_event(
+            logger, logging.ERROR, "the directory can't be used", message=following.exception()
+        )
     readiness.cancel()
-    await endpoint.set_ready(is_ready=False)
-    servicer.is_draining = True
-    give_up_at = time.monotonic() + args.drain_s
-    while servicer.num_in_flight and time.monotonic() < give_up_at and not is_orphaned():
-        await asyncio.sleep(_READY_POLL_S)
-    await endpoint.stop(_STOP_GRACE_S)
+    await drain(frontend, endpoint, http, shared_for_s=connection_age_s, limit_s=args.drain_s)
     following.cancel()
     await asyncio.gather(following, readiness, return_exceptions=True)
     await cluster.close()
+    if metrics is not None:
+        metrics.close()
     return 1 if has_failed else 0
 
 

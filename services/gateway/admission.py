@@ -184,11 +184,7 @@ def _check_lengths(
     prompt_field: str, num_prompt: int, sampling: types_pb2.SamplingParams, limits: Limits
 ) -> int:
     """The answer's number of tokens: the client's, or the default as far as it fits."""
-    room = limits.max_model_len - num_prompt
-    limit = f"prompt and answer together {limits.max_model_len}, the model's length"
-    if limits.max_pool_tokens is not None and limits.max_pool_tokens < limits.max_model_len:
-        room = limits.max_pool_tokens - num_prompt
-        limit = f"prompt and answer together {limits.max_pool_tokens}, the largest block pool"
+    room, limit = room_for_answer(num_prompt, limits)
     if room < 1:
         problem = f"has {num_prompt} tokens, which leaves no room for an answer"
         raise InvalidField(prompt_field, problem, limit=limit)
@@ -198,3 +194,12 @@ def _check_lengths(
         problem = f"is {sampling.max_tokens}, after a prompt of {num_prompt}"
         raise InvalidField("sampling.max_tokens", problem, limit=limit)
     return sampling.max_tokens
+
+
+def room_for_answer(num_prompt: int, limits: Limits) -> tuple[int, str]:
+    """Tokens that fit after a prompt of `num_prompt`, below 1 for none; and what limits them."""
+    if limits.max_pool_tokens is not None and limits.max_pool_tokens < limits.max_model_len:
+        limit = f"prompt and answer together {limits.max_pool_tokens}, the largest block pool"
+        return limits.max_pool_tokens - num_prompt, limit
+    limit = f"prompt and answer together {limits.max_model_len}, the model's length"
+    return limits.max_model_len - num_prompt, limit

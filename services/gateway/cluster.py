@@ -27,6 +27,7 @@ from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
 from shared.kv.sequence import num_blocks_for
 from shared.rpc.errors import InvalidField
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class Cluster:
         self._local_prefill = local_prefill
         self._directory: Directory | None = None
         self.is_directory_reachable = False
+        self.num_waiting = 0
+        """Attempts for which there is no worker now."""
         self._known: dict[str, _Known] = {}
         self._doubts: dict[str, _Doubt] = {}
         self._links: dict[str, DecodeLink] = {}
@@ -86,7 +89,7 @@ class Cluster:
             self._directory = await open_directory(self._url, self._name)
             await self._refresh()
         except DirectoryUnavailable as error:
-            logger.warning("the directory is away: %s", error)
+            log_event(logger, logging.WARNING, "the directory is away", message=error)
 
     async def follow(self) -> None:
         """Until cancelled."""
@@ -95,7 +98,7 @@ class Cluster:
                 await self._refresh()
             except DirectoryUnavailable as error:
                 if self.is_directory_reachable:
-                    logger.warning("the directory is away: %s", error)
+                    log_event(logger, logging.WARNING, "the directory is away", message=error)
                 self.is_directory_reachable = False
             # Also without news: a doubt may have run out.
             self._changed.set()
@@ -108,7 +111,7 @@ class Cluster:
         records = await self._directory.workers.list()
         now = time.monotonic()
         if not self.is_directory_reachable:
-            logger.info("the directory answers")
+            log_event(logger, logging.INFO, "the directory answers")
             # It may have come back empty: live workers get the time to register again.
             for known in self._known.values():
                 known.seen_at = now
@@ -181,11 +184,12 @@ class Cluster:
                 num_outstanding_tokens=self._outstanding_tokens[known.record.incarnation],
                 suspect=self._is_doubted(known.record.incarnation),
             )
-            for known in self._known.values()
+            # A copy: a scrape of the metrics looks from another thread.
+            for known in list(self._known.values())
         ]
 
     def records(self) -> list[WorkerRecord]:
-        return [known.record for known in self._known.values()]
+        return [known.record for known in list(self._known.values())]
 
     def worker_counters(self) -> Counter[str]:
         """Summed over the workers that are known."""
@@ -241,7 +245,7 @@ class Cluster:
             changed = self._changed
             snapshots = self.snapshots()
             if choose(snapshots, {}, 1, 1, capability_hash=capability_hash) is None:
-                await changed.wait()
+                await self._wait(changed)
                 continue
             hits = await self._locate(token_ids, snapshots)
             block_size = snapshots[0].block_size
@@ -263,7 +267,14 @@ class Cluster:
             if num_blocks > largest:
                 limit = f"{largest} blocks, the largest pool"
                 raise InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
+            await self._wait(changed)
+
+    async def _wait(self, changed: asyncio.Event) -> None:
+        self.num_waiting += 1
+        try:
             await changed.wait()
+        finally:
+            self.num_waiting -= 1
 
     def prompt_ended(self, route: Route) -> None:
         """Its first token has come, or none will."""

@@ -32,6 +32,8 @@ from services.gateway.links import (
     Token,
     follow_prefill,
 )
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.report import RequestReport, cause
 from services.gateway.router import Route
 from services.gateway.tokenizer import StreamDecoder, TextCodec
 from shared.kv.sequence import AttemptKey, FinishReason
@@ -45,7 +47,7 @@ from shared.rpc.errors import (
     SourceLost,
     TooManyAttempts,
 )
-from shared.telemetry import Counters
+from shared.telemetry import Counters, log_event
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,15 @@ class Generation:
     transfer_s: float | None = None
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
+    prefill_admitted_at: float = 0.0
+    """By the first attempt's prefill worker."""
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+
+    @property
+    def num_new(self) -> int:
+        """Tokens beyond those that the client brought."""
+        return len(self.token_ids) - len(self.admitted.received)
 
 
 async def generate(
@@ -91,36 +100,42 @@ async def generate(
     codec: TextCodec | None,
     eos_token_ids: frozenset[int],
     counters: Counters,
+    metrics: GatewayMetrics,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Everything that happens to a request, in order.
 
     Raises a BatonError; nothing has been allocated anywhere when it is an InvalidField.
     """
     arrived_at = time.monotonic()
-    encode = codec.encode_async if codec else None
-    admitted = await admission.admit(request, cluster.limits(), encode=encode)
-    counters["requests"] += 1
-    generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
-    started = pb.GenerateStarted(
-        request_id=request_id,
-        seed=admitted.params.seed,
-        num_prompt_tokens=len(admitted.prompt_token_ids),
-    )
-    yield pb.GenerateResponse(started=started)
+    with RequestReport(request_id, arrived_at, deadline, metrics) as report:
+        encode = codec.encode_async if codec else None
+        admitted = await admission.admit(request, cluster.limits(), encode=encode)
+        counters["requests"] += 1
+        generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
+        report.admitted(generation)
+        started = pb.GenerateStarted(
+            request_id=request_id,
+            seed=admitted.params.seed,
+            num_prompt_tokens=len(admitted.prompt_token_ids),
+        )
+        yield pb.GenerateResponse(started=started)
 
-    decoder = StreamDecoder(codec, admitted.stops) if codec else None
-    generation.finish_reason = _finished_before(admitted, decoder, eos_token_ids)
-    async with aclosing(attempts(generation, cluster, counters)) as runs:
-        async for run in runs:
-            yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
-            if decoder is not None and decoder.stopped:
-                break
-    text = None
-    if decoder is not None:
-        text = decoder.finish()
-        if decoder.stopped:
-            generation.finish_reason = FinishReason.STOP
-    yield pb.GenerateResponse(finished=_finished(generation, text))
+        decoder = StreamDecoder(codec, admitted.stops) if codec else None
+        generation.finish_reason = _finished_before(admitted, decoder, eos_token_ids)
+        async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
+            async for run in runs:
+                report.tokens_came(generation.last_token_at)
+                yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
+                if decoder is not None and decoder.stopped:
+                    break
+        text = None
+        if decoder is not None:
+            text = decoder.finish()
+            if decoder.stopped:
+                generation.finish_reason = FinishReason.STOP
+        assert generation.finish_reason is not None
+        report.finished(generation.finish_reason)
+        yield pb.GenerateResponse(finished=_finished(generation, text))
 
 
 def _finished_before(
@@ -156,8 +171,7 @@ def _chunk(
 
 
 def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
-    admitted, num_new = generation.admitted, len(generation.token_ids)
-    num_new -= len(admitted.received)
+    admitted, num_new = generation.admitted, generation.num_new
     finished = pb.GenerateFinished(
         finish_reason=FINISH_REASON_TO_PB[generation.finish_reason],
         usage=pb.Usage(
@@ -185,26 +199,31 @@ def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
 
 
 async def attempts(
-    generation: Generation, cluster: Cluster, counters: Counters
+    generation: Generation, cluster: Cluster, counters: Counters, metrics: GatewayMetrics
 ) -> AsyncGenerator[list[int], None]:
     """Runs of new tokens, until the last one. Raises what no other attempt would mend."""
     num_engine_failures = 0
     while generation.finish_reason is None:
         generation.num_attempts += 1
         generation.num_fruitless += 1
+        counters["attempts"] += 1
         try:
             async with aclosing(run_attempt(generation, cluster)) as runs:
                 async for run in runs:
                     generation.num_fruitless = 0
                     yield run
         except (AttemptFailed, Draining, CapabilityMismatch) as error:
-            logger.warning(
-                "%s attempt %d failed after %d tokens: %s: %s",
-                generation.request_id,
-                generation.num_attempts,
-                len(generation.token_ids),
-                type(error).__name__,
-                error.message,
+            log_event(
+                logger,
+                logging.WARNING,
+                "attempt failed",
+                request_id=generation.request_id,
+                attempt=generation.num_attempts,
+                cause=cause(error),
+                num_tokens=generation.num_new,
+                prefill=generation.prefill_worker_id or None,
+                decode=generation.decode_worker_id or None,
+                message=error.message,
             )
             num_engine_failures += isinstance(error, EngineFailure)
             if num_engine_failures >= _MAX_ENGINE_FAILURES:
@@ -216,6 +235,7 @@ async def attempts(
                 ) from error
             generation.distrust |= isinstance(error, DigestMismatch)
             counters["extra_attempts"] += 1
+            metrics.extra_attempts.labels(cause(error)).inc()
             await asyncio.sleep(_PAUSE_S)
 
 
@@ -260,6 +280,8 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
                             run.append(token_id)
                     case Admitted(num_cached_tokens):
                         _note_cached(generation, num_cached_tokens)
+                        if generation.num_attempts == 1:
+                            generation.prefill_admitted_at = time.monotonic()
                     case Joined(num_cached_tokens, transfer_s):
                         generation.transfer_s = transfer_s
                         if route.prefill is None:

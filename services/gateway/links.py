@@ -26,11 +26,13 @@ from shared.kv.sequence import AttemptKey, FinishReason
 from shared.rpc.convert import (
     FINISH_REASON_FROM_PB,
     duration_from_pb,
+    key_from_pb,
     key_to_pb,
 )
 from shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
 from shared.rpc.streams import SILENCE_S, TICK_S, until_silence, with_ticks
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +166,9 @@ class DecodeLink:
         except grpc.aio.AioRpcError as rpc_error:
             error = WorkerLost(f"decode worker: {from_rpc_error(rpc_error).message}")
         except Exception:
-            logger.exception("decode link to %s failed", self._address)
+            log_event(
+                logger, logging.ERROR, "decode link failed", address=self._address, exc_info=True
+            )
             error = WorkerLost("the decode worker's stream could not be read")
         self._watchdog.cancel()
         for slot in self._slots.values():
@@ -255,7 +259,8 @@ async def follow_prefill(
         error = from_rpc_error(rpc_error)
         is_doubtful = isinstance(error, WorkerLost | Draining)
     except Exception:
-        logger.exception("a Prefill call failed")
+        key = key_from_pb(request.sequence.key)
+        log_event(logger, logging.ERROR, "prefill call failed", key=key, exc_info=True)
     finally:
         call.cancel()
     events.put_nowait(Failed(error, incarnation if is_doubtful else None))

@@ -90,6 +90,10 @@ class TextCodec:
         """Ids that the tokenizer does not know yield no text."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """As the vocabulary writes them; empty for ids that it lacks."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
     @property
     def chat_template(self) -> str | None:
         """Its Jinja source."""
@@ -105,6 +109,15 @@ class TextCodec:
         if self._chat_template is None:
             raise InvalidField("messages", "need a chat template", limit="the model has none")
         return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    async def render_chat_async(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """`render_chat` on one of the threads of `encode_async`."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            lambda: self.render_chat(messages, add_generation_prompt=add_generation_prompt),
+        )
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The `baton` command: up, generate, status."""
+"""The `baton` command: up, generate, status, health."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
-from services.launcher.plan import RoleCounts, StackConfig
+from services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from services.launcher.target import DEFAULT_TARGET
-from shared.rpc.flags import add_flag, add_switch
+from shared.rpc.flags import add_flag, add_switch, optional_port
 
 _UP_HELP = """\
 Starts every role on this machine, each as its own process, and prints one line
 
-    READY grpc=HOST:PORT
+    READY grpc=HOST:PORT http=HOST:PORT
 
 when a request would succeed. SIGTERM or Ctrl-C drains; once more kills. A role that dies is
 reported and started again. Without --prefill, --decode and --both: one prefill, one decode.
@@ -31,6 +31,12 @@ _GENERATE_HELP = """\
 Sends one prompt and streams the answer: text, or token ids from a model without tokenizer.
 Exit codes: 0 answered, 1 the RPC failed (CODE: message on standard error), 2 bad usage,
 130 interrupted.
+"""
+
+_HEALTH_HELP = """\
+Asks one process, gateway or worker, whether it would take a request; for container health checks.
+Without --service: whether it lives. A worker of role both serves prefill and decode.
+Exit codes: 0 it serves, 1 it does not, or is not there (one line on standard error says which).
 """
 
 
@@ -47,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_generate(
                 args.target, generate_request(args), as_json=args.json, timeout_s=args.timeout
             )
+        case "health":
+            from services.launcher.health import run_health
+
+            return run_health(args.target, args.service, args.timeout)
         case _:
             from services.launcher.status import run_status
 
@@ -79,6 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
             "status", help="show workers, ledger and counters", description="Asks the gateway."
         )
     )
+    _add_health(
+        commands.add_parser(
+            "health",
+            help="whether one process is ready",
+            description=_HEALTH_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     return parser
 
 
@@ -88,6 +106,8 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         counts=RoleCounts.of_flags(args.prefill, args.decode, args.both),
         host=args.host,
         port=args.port,
+        http_port=args.http_port,
+        num_gateways=args.gateways,
         device=args.device,
         dtype=args.dtype,
         redis_url=args.redis_url,
@@ -97,6 +117,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         max_model_len=args.max_model_len,
         reflection=args.reflection,
         drain_s=args.drain_s,
+        metrics_port=args.metrics_port,
     )
 
 
@@ -173,6 +194,22 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(
         gateway,
+        "--http-port",
+        type=optional_port,
+        default=DEFAULT_HTTP_PORT,
+        metavar="N",
+        help="port of the OpenAI endpoint; 0 picks a free one, none is without",
+    )
+    add_flag(
+        gateway,
+        "--gateways",
+        type=positive,
+        default=defaults.num_gateways,
+        metavar="N",
+        help="processes behind these ports",
+    )
+    add_flag(
+        gateway,
         "--drain-s",
         type=seconds,
         default=defaults.drain_s,
@@ -180,6 +217,15 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         help="time that running answers get at SIGTERM",
     )
     add_switch(gateway, "--reflection", help="serve gRPC reflection")
+    metrics = parser.add_argument_group("metrics")
+    add_flag(
+        metrics,
+        "--metrics-port",
+        type=optional_port,
+        metavar="N",
+        help="ports of /metrics and /health: gateways from N on, then workers; 0: each picks one "
+        "and says which; default: none",
+    )
     directory = parser.add_argument_group("directory")
     add_flag(
         directory,
@@ -232,6 +278,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_client_flags(parser)
+
+
+def _add_health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="HOST:PORT", help="where a gateway or worker listens")
+    parser.add_argument(
+        "--service",
+        default="",
+        metavar="NAME",
+        help="gateway, prefill or decode, or a full name; default: the process itself",
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, default=2.0, metavar="S", help="for the answer; default: 2"
+    )
 
 
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GATEWAY = "gateway"
+DEFAULT_HTTP_PORT = 8000
 
 
 class UsageError(Exception):
@@ -43,6 +44,10 @@ class StackConfig:
     counts: RoleCounts
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int | None = None
+    """Of the OpenAI endpoint; None is without."""
+    num_gateways: int = 1
+    """Behind the same ports."""
     device: str = "auto"
     dtype: str = "auto"
     redis_url: str | None = None
@@ -52,9 +57,13 @@ class StackConfig:
     max_model_len: int | None = None
     reflection: bool = False
     drain_s: float = 30.0
+    metrics_port: int | None = None
+    """Of the first process; 0: each picks one; None: no metrics."""
 
     def check(self) -> None:
         """Raises UsageError when no request could ever succeed."""
+        if self.num_gateways < 1:
+            raise UsageError("--gateways must be at least 1")
         if self.redis_url is None and not self.counts.can_serve_alone:
             raise UsageError(
                 "no route: give --prefill and --decode, or --both"
@@ -71,23 +80,50 @@ class RoleSpec:
 
 
 def worker_specs(config: StackConfig, redis_url: str, shm_dir: Path) -> list[RoleSpec]:
-    return [
+    specs = [
         RoleSpec(
             f"{role}-{index}", _worker_argv(config, role, f"{role}-{index}", redis_url, shm_dir)
         )
         for role, count in config.counts
         for index in range(count)
     ]
+    return _with_metrics(specs, config.metrics_port, num_before=config.num_gateways)
 
 
-def gateway_spec(config: StackConfig, redis_url: str, port: int) -> RoleSpec:
+def gateway_specs(
+    config: StackConfig, redis_url: str, port: int, http_port: int | None
+) -> list[RoleSpec]:
+    """At least one. With several, all share the ports: neither may be 0 but for the first."""
+    names = [f"{GATEWAY}-{index}" for index in range(config.num_gateways)]
+    argv = _gateway_argv(config, redis_url, port, http_port)
+    specs = [RoleSpec(name, argv) for name in (names if len(names) > 1 else [GATEWAY])]
+    return _with_metrics(specs, config.metrics_port, num_before=0)
+
+
+def _with_metrics(
+    specs: list[RoleSpec], metrics_port: int | None, *, num_before: int
+) -> list[RoleSpec]:
+    """Each process has a port of its own: gateways come first, workers follow."""
+    with_ports = []
+    for index, spec in enumerate(specs, num_before):
+        port = str(metrics_port + index) if metrics_port else str(metrics_port).lower()
+        with_ports.append(RoleSpec(spec.name, (*spec.argv, "--metrics-port", port)))
+    return with_ports
+
+
+def _gateway_argv(
+    config: StackConfig, redis_url: str, port: int, http_port: int | None
+) -> tuple[str, ...]:
     argv = ["-m", "services.gateway"]
     argv += ["--model", str(config.model_dir), "--redis-url", redis_url]
     argv += ["--cluster", config.cluster, "--host", config.host, "--port", str(port)]
+    argv += ["--http-port", "none" if http_port is None else str(http_port)]
     argv += ["--drain-s", f"{config.drain_s:g}"]
+    if config.num_gateways > 1:
+        argv.append("--reuse-port")
     if config.reflection:
         argv.append("--reflection")
-    return RoleSpec(GATEWAY, tuple(argv))
+    return tuple(argv)
 
 
 def _worker_argv(

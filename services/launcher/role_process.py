@@ -30,7 +30,7 @@ from services.launcher.policy import (
 from services.launcher.role_log import RoleLog
 from shared.rpc.serve import LAUNCHER_PID_VARIABLE
 
-_READY = re.compile(r"READY grpc=(\S+)")
+_READY = re.compile(r"READY( \w+=\S+)+")
 _LONGEST_LINE_BYTES = 1 << 20
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -53,6 +53,8 @@ class RoleProcess:
         # Read at every start: a restarted gateway must listen where the first one did.
         self.spec = spec
         self.address: str | None = None
+        self.addresses: dict[str, str] = {}
+        """As the last READY line named them: `grpc`, and what else the role serves."""
         self.was_ready = asyncio.Event()
         self._log = log
         self._notice = notice
@@ -142,9 +144,13 @@ class RoleProcess:
         if ready is None:
             self._log.write(line)
             return
-        self.address = ready[1]
+        self.addresses = dict(part.split("=", 1) for part in line.split()[1:])
+        self.address = self.addresses.get("grpc")
         self._log.release()
-        self._notice(f"{self.spec.name} ready at {self.address}")
+        also = "".join(
+            f", {what} at {where}" for what, where in self.addresses.items() if what != "grpc"
+        )
+        self._notice(f"{self.spec.name} ready at {self.address}{also}")
         self.was_ready.set()
 
     async def _back_off(self, returncode: int, delay_s: float) -> None:

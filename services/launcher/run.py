@@ -15,11 +15,11 @@ from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
 
 from services.launcher.generate import Answer, stream_answer
-from services.launcher.plan import RoleCounts, StackConfig
+from services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from services.launcher.stack import Stack
 from services.launcher.target import connect, report
 from services.launcher.up import notice_to_stderr, run_stack, to_stderr
-from shared.rpc.flags import add_flag
+from shared.rpc.flags import add_flag, optional_port
 
 _PROMPT = "In the beginning"
 _NUM_TOKENS = 96
@@ -57,6 +57,7 @@ def main() -> int:
         counts=RoleCounts(prefill=1, decode=1, both=0),
         # One answer needs no port that anybody knows.
         port=0 if args.once else args.port,
+        http_port=None if args.once else args.http_port,
     )
     lines = _RoleLines()
 
@@ -66,7 +67,7 @@ def main() -> int:
         if args.once or code:
             return code
         lines.forget()
-        _print_addresses(address)
+        _print_addresses(address, stack.http_address)
         await stack.watch()
         return 0
 
@@ -80,6 +81,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make run", description=__doc__)
     add_flag(parser, "--model", type=Path, default=Path("models/demo"), help="model directory")
     add_flag(parser, "--port", type=int, default=50051, help="port to listen on")
+    add_flag(
+        parser,
+        "--http-port",
+        type=optional_port,
+        default=DEFAULT_HTTP_PORT,
+        help="port of the OpenAI endpoint; none is without",
+    )
     parser.add_argument("--once", action="store_true", help="stop after one answer")
     return parser.parse_args()
 
@@ -138,8 +146,10 @@ def _summary(answer: Answer) -> str:
     return f"TTFT {ttft_s * 1e3:.0f} ms, then {rate} ({num_tokens} tokens, gateway -> {path})"
 
 
-def _print_addresses(address: str) -> None:
+def _print_addresses(address: str, http_address: str | None) -> None:
     print(f"\ngRPC      {address}  (baton.v1.InferenceService)")
+    if http_address is not None:
+        print(f"OpenAI    http://{http_address}/v1")
     print(f"ask it    .venv/bin/baton generate --target {address} --prompt 'In the beginning'")
     print(f"look      .venv/bin/baton status --target {address}")
     print("stop      Ctrl-C", flush=True)

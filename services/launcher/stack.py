@@ -1,10 +1,10 @@
 """The whole stack on this machine: what is started when, and what is stopped when.
 
-    Valkey ─> workers ─> (one is ready) ─> gateway ─> (it has a route) ─> ready
-    gateway drains ─> workers ─> Valkey
+    Valkey ─> workers ─> (one is ready) ─> gateways ─> (one has a route) ─> ready
+    gateways drain ─> workers ─> Valkey
 
-The gateway comes after the first worker, so that nothing listens on the public port before a model
-has been loaded.
+Gateways come after the first worker, so that nothing listens on the public ports before a model has
+been loaded; of several, the first one picks the ports that the others share.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.launcher.plan import RoleSpec, StackConfig, gateway_spec, worker_specs
+from services.launcher.plan import RoleSpec, StackConfig, gateway_specs, worker_specs
 from services.launcher.role_log import RoleLog
 from services.launcher.role_process import Notice, RoleProcess
 from shared.directory.embedded import EmbeddedValkey, ServerFailed
@@ -42,7 +42,9 @@ class Stack:
     ) -> None:
         """`emit` gets the roles' lines, `notice` the launcher's own."""
         self.workers: list[RoleProcess] = []
-        self.gateway: RoleProcess | None = None
+        self.gateways: list[RoleProcess] = []
+        self.http_address: str | None = None
+        """Of the OpenAI endpoint, once started, if there is one."""
         self._config = config
         self._shm_dir = shm_dir
         self._emit = emit
@@ -54,7 +56,7 @@ class Stack:
         self._logs: list[RoleLog] = []
 
     async def start(self) -> str:
-        """The gateway's address, once a request would succeed.
+        """The gateways' address, once a request would succeed.
 
         Raises Misconfigured, and ServerMissing or ServerFailed for the embedded Valkey.
         """
@@ -64,16 +66,24 @@ class Stack:
         if self.workers:
             await self._while_all_run(_any_ready(self.workers))
 
-        self.gateway = self._add(gateway_spec(self._config, redis_url, self._config.port))
-        await self._while_all_run(self.gateway.was_ready.wait())
-        address = self.gateway.address
-        assert address is not None
-        # Should it be restarted, clients must find it where it was.
-        port = int(address.rpartition(":")[2])
-        self.gateway.spec = gateway_spec(self._config, redis_url, port)
-
+        address = await self._start_gateways(redis_url)
         await self._while_all_run(_until_serving(address))
         self._is_ready = True
+        return address
+
+    async def _start_gateways(self, redis_url: str) -> str:
+        """Their address, once all listen there."""
+        config = self._config
+        first = self._add(gateway_specs(config, redis_url, config.port, config.http_port)[0])
+        self.gateways.append(first)
+        await self._while_all_run(first.was_ready.wait())
+        # Whichever is restarted, clients must find it where it was.
+        address, self.http_address = first.addresses["grpc"], first.addresses.get("http")
+        specs = gateway_specs(config, redis_url, _port(address), _port(self.http_address))
+        first.spec = specs[0]
+        self.gateways += [self._add(spec) for spec in specs[1:]]
+        for gateway in self.gateways:
+            await self._while_all_run(gateway.was_ready.wait())
         return address
 
     async def watch(self) -> None:
@@ -83,8 +93,8 @@ class Stack:
     async def stop(self) -> None:
         """Drains, in order; leaves nothing running."""
         try:
-            if self.gateway is not None:
-                await self.gateway.stop(self._config.drain_s + _GATEWAY_STOP_MARGIN_S)
+            limit_s = self._config.drain_s + _GATEWAY_STOP_MARGIN_S
+            await asyncio.gather(*(gateway.stop(limit_s) for gateway in self.gateways))
             await asyncio.gather(*(worker.stop(_WORKER_STOP_LIMIT_S) for worker in self.workers))
         finally:
             if self._valkey_keeper is not None:
@@ -104,7 +114,7 @@ class Stack:
             log.mute()
 
     def _roles(self) -> list[RoleProcess]:
-        return self.workers + ([self.gateway] if self.gateway is not None else [])
+        return self.workers + self.gateways
 
     def _say(self, line: str) -> None:
         if not self._is_muted:
@@ -141,6 +151,14 @@ class Stack:
                 task.result()
         finally:
             waiting.cancel()
+
+
+@overload
+def _port(address: str) -> int: ...
+@overload
+def _port(address: None) -> None: ...
+def _port(address: str | None) -> int | None:
+    return None if address is None else int(address.rpartition(":")[2])
 
 
 async def _any_ready(roles: list[RoleProcess]) -> None:

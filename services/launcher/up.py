@@ -25,7 +25,8 @@ Serve = Callable[[Stack], Awaitable[int]]
 def run_up(config: StackConfig) -> int:
     async def serve(stack: Stack) -> int:
         address = await stack.start()
-        print(f"READY grpc={address}", flush=True)
+        http = "" if stack.http_address is None else f" http={stack.http_address}"
+        print(f"READY grpc={address}{http}", flush=True)
         await stack.watch()
         return 0
 
@@ -53,7 +54,11 @@ def check(config: StackConfig) -> None:
     """What can be known before any process is started. Raises ModelError, UsageError."""
     config.check()
     load_model_config(config.model_dir)
-    _check_port(config.host, config.port)
+    _check_port("--port", config.host, config.port)
+    if config.http_port is not None:
+        _check_port("--http-port", config.host, config.http_port)
+        if config.http_port and config.http_port == config.port:
+            raise UsageError(f"--port and --http-port are both {config.port}")
 
 
 async def _run(
@@ -113,8 +118,8 @@ class _Signals:
         self.stack.kill()
 
 
-def _check_port(host: str, port: int) -> None:
-    """gRPC servers share a port silently, and requests would go to either: ask without sharing."""
+def _check_port(flag: str, host: str, port: int) -> None:
+    """Servers share a port silently, and requests would go to either: ask without sharing."""
     try:
         [(family, kind, protocol, _, where), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -124,7 +129,7 @@ def _check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise UsageError(f"cannot listen on {host}:{port} ({flag}): {error.strerror}") from None
 
 
 def to_stderr(line: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import secrets
 import sys
+import threading
 from pathlib import Path
 
 import uvloop
@@ -18,8 +19,9 @@ from shared.engine.config import (
     EngineConfig,
     ModelError,
 )
+from shared.metrics import MetricsServer, add_metrics_flag, new_registry
 from shared.rpc.flags import add_flag, add_switch
-from shared.telemetry import configure_logging
+from shared.telemetry import add_log_flags, configure_logging
 
 logger = logging.getLogger("worker")
 
@@ -111,6 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_flag(parser, "--trace-dir", type=Path, help="write a trace of events there")
     add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
+    add_metrics_flag(parser)
+    add_log_flags(parser)
     args = parser.parse_args(argv)
     args.worker_id = args.worker_id or f"{args.role}-{secrets.token_hex(4)}"
     return args
@@ -135,12 +139,28 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 
 def main() -> int:
     args = parse_args()
-    configure_logging(args.worker_id)
-    # After the flags, so that --help and usage errors don't wait for torch.
-    from services.worker.worker import Worker, WorkerStartError
-
+    configure_logging(
+        args.worker_id, role=args.role, log_format=args.log_format, log_level=args.log_level
+    )
+    registry, ready, metrics_address = new_registry(), threading.Event(), None
     try:
-        worker = Worker(args, _engine_config(args))
+        if args.metrics_port is not None:
+            # Before the model is loaded: whoever probes this port learns that it is alive.
+            metrics = MetricsServer(args.host, args.metrics_port, registry, ready.is_set)
+            metrics_address = metrics.address
+        # After the flags, so that --help and usage errors don't wait for torch.
+        from services.worker.worker import Worker, WorkerStartError
+    except OSError as error:
+        sys.stderr.write(f"baton worker: {error}\n")
+        return 2
+    try:
+        worker = Worker(
+            args,
+            _engine_config(args),
+            registry=registry,
+            ready=ready,
+            metrics_address=metrics_address,
+        )
     except (ModelError, WorkerStartError) as error:
         sys.stderr.write(f"baton worker: {error}\n")
         return 2

@@ -17,7 +17,7 @@ from services.worker.sequence_table import SequenceTable
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import Sequence
 from shared.rpc.errors import BatonError, DigestMismatch
-from shared.telemetry import Counters
+from shared.telemetry import Counters, log_event
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ class CorruptionGuard:
         """What was computed from corrupt blocks is wrong, whatever its own digests say."""
         if not corrupt:
             return
-        logger.error("digest mismatch: own blocks %s are corrupt, dropped", corrupt)
+        for block_id in corrupt:
+            log_event(
+                logger, logging.ERROR, "own block is corrupt, dropped", group=group, block=block_id
+            )
         for sequence in self._table.all():
             table = sequence.block_tables[group] if sequence.block_tables else []
             if not set(corrupt).isdisjoint(table):

@@ -18,6 +18,7 @@ from shared.directory.ledger import LedgerEntry
 from shared.directory.workers import WorkerRecord
 from shared.kv.block_pool import CacheChanges
 from shared.kv.sequence import AttemptKey
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class DirectorySync:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._is_retired = False
+        self._registering = asyncio.Lock()
+        """A heartbeat under way must not put a worker back that retires meanwhile."""
         self._directory: Directory | None = None
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
         """Live entries that this worker wrote last."""
@@ -101,11 +104,11 @@ class DirectorySync:
             try:
                 await self._sync(make_record)
                 if self._is_away:
-                    logger.info("the directory is back")
+                    log_event(logger, logging.INFO, "the directory is back")
                 self._is_away = False
             except DirectoryUnavailable as error:
                 if not self._is_away:
-                    logger.warning("the directory is away: %s", error)
+                    log_event(logger, logging.WARNING, "the directory is away", message=error)
                 self._is_away = True
                 self._say_all_again()
                 await asyncio.sleep(HEARTBEAT_S)
@@ -122,14 +125,19 @@ class DirectorySync:
         """Takes the worker off the directory: nothing new is sent here. The ledger goes on."""
         self._is_retired = True
         try:
-            if self._directory is not None:
-                await self._directory.workers.remove(self._worker_id, self._incarnation)
+            async with self._registering:
+                if self._directory is not None:
+                    await self._directory.workers.remove(self._worker_id, self._incarnation)
         except DirectoryUnavailable as error:
-            logger.warning("could not leave the directory: %s", error)
+            log_event(logger, logging.WARNING, "could not leave the directory", message=error)
 
     async def close(self) -> None:
         if self._directory is not None:
             await self._directory.aclose()
+
+    @property
+    def is_reachable(self) -> bool:
+        return self._directory is not None and not self._is_away
 
     async def connect(self) -> None:
         """Opens the directory when it can be reached; run() tries again otherwise.
@@ -139,7 +147,7 @@ class DirectorySync:
         try:
             self._directory = await open_directory(self._url, self._cluster)
         except DirectoryUnavailable as error:
-            logger.warning("the directory is away: %s", error)
+            log_event(logger, logging.WARNING, "the directory is away", message=error)
             self._is_away = True
 
     async def _sync(self, make_record: Callable[[], Awaitable[WorkerRecord]]) -> None:
@@ -147,8 +155,10 @@ class DirectorySync:
             self._directory = await open_directory(self._url, self._cluster)
         now = time.monotonic()
         if now >= self._next_heartbeat:
-            if not self._is_retired:
-                await self._directory.workers.publish(await make_record())
+            async with self._registering:
+                if not self._is_retired:
+                    record = await make_record()
+                    await self._directory.workers.publish(record)
             self._next_heartbeat = now + HEARTBEAT_S
         if now >= self._next_prefixes:
             self._added = dict(self._held)

@@ -16,13 +16,13 @@ lock. It never waits for RPC, Redis or a transfer; those come back as commands.
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 from collections import deque
 from collections.abc import Callable
 
 from baton.v1 import kv_service_pb2 as kv
+from prometheus_client import CollectorRegistry
 
 from services.prefill.scheduler import Admission
 from services.worker import messages as msg
@@ -31,6 +31,7 @@ from services.worker.corruption import CorruptionGuard
 from services.worker.failpoints import Failpoints
 from services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
 from services.worker.inspection import snapshot
+from services.worker.metrics import EngineMetrics
 from services.worker.reports import Reports
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import SequenceTable, Slot
@@ -57,8 +58,6 @@ from shared.rpc.errors import (
 from shared.telemetry import Counters, Trace
 from shared.transfer.puller import PullJob
 
-logger = logging.getLogger(__name__)
-
 _IDLE_WAIT_S = 0.25
 _OVERDUE_CHECK_S = 0.02
 
@@ -78,11 +77,13 @@ class EngineLoop:
         failpoints: Failpoints,
         counters: Counters,
         trace: Trace,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         self._pool = pool
         self._sealer = sealer
         self._counters = counters
         self._trace = trace
+        self._metrics = metrics or EngineMetrics(CollectorRegistry(), block_bytes=0)
         self._eos = frozenset(runner.model_config.eos_token_ids)
 
         self.inbox = inbox
@@ -106,6 +107,8 @@ class EngineLoop:
         self._is_stalled = False
         """The last iteration had nothing to compute, though sequences may be waiting for blocks."""
         self._next_overdue_check = 0.0
+        self._collected_s = 0.0
+        """When the result of the last step was there."""
 
     @property
     def num_sequences(self) -> int:
@@ -169,6 +172,7 @@ class EngineLoop:
                 self._pulls.forget_source(source)
                 for pull in self._pulls.of_source(source):
                     self._fail(pull.sequence, SourceLost(error.message))
+                self._reports.emit(msg.SourceForgotten(source))
             case msg.Pulled():
                 self._on_pulled(command)
             case msg.Inspect(check_integrity, reply):
@@ -290,6 +294,7 @@ class EngineLoop:
         sequence.num_computed_tokens = sequence.num_cached_tokens
         sequence.num_scheduled_tokens = sequence.num_cached_tokens
         self._counters["cached_prompt_tokens"] += sequence.num_cached_tokens
+        self._metrics.num_queried_tokens += sequence.num_prompt_tokens
         self._reports.owns(sequence, Stage.PREFILLING)
         if self._table.slot(key) is None:
             self._reports.prompt_admitted(sequence)
@@ -325,12 +330,19 @@ class EngineLoop:
     def _retire(self, step: StepInFlight) -> None:
         """Takes what a step drew: its tokens leave, then comes what nobody's token waits for."""
         drawn = self._stepper.collect(step)
+        # A step that was launched ahead had to wait for the one before.
+        began_s, self._collected_s = max(step.started_s, self._collected_s), time.monotonic()
         self.num_steps += 1
         self._counters["steps"] += 1
         self._trace.emit("step", started=step.started_s, num_rows=len(step.work))
         taken = zip(step.work, drawn, strict=True)
         unsettled = [part for part, token_id in taken if self._took(part, token_id)]
         self._publish()
+        self._metrics.took_step(
+            self._collected_s - began_s,
+            num_decoding=len(step.work) - step.num_chunks,
+            num_prompt_tokens=step.num_prompt_tokens,
+        )
         for part in unsettled:
             self._settle(part, step.started_s)
         for table in step.orphans:
@@ -343,6 +355,10 @@ class EngineLoop:
         if not is_decoding and sequence.state is not SequenceState.PREFILLING:
             return False
         if isinstance(token_id, EngineFailure):
+            # It may be what they hold that made it fail: nobody shall find them again.
+            for table in sequence.block_tables:
+                for block_id in table:
+                    self._pool.drop(block_id)
             self._fail(sequence, token_id)
             return False
         if not is_decoding:
@@ -430,6 +446,7 @@ class EngineLoop:
         sequence.num_scheduled_tokens = sequence.num_prompt_tokens
         self._trace.emit("joined", key=sequence.key, num_pulled_blocks=pull.num_pulled_blocks)
         self._reports.joined(sequence, slot, pull)
+        self._metrics.joined(pull.transfer_s, pull.num_pulled_blocks)
         self._reports.owns(sequence, Stage.DECODING, peer=pull.source.worker_id)
         self._took_token(sequence, pull.first_token_id)
         self._end_if_finished(sequence)

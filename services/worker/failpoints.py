@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from shared.engine.kv_cache import KvCache
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class Failpoints:
             raise ValueError(f"BATON_FAILPOINTS: unknown {', '.join(sorted(unknown))}")
         self._armed = armed
         if armed:
-            logger.warning("failpoints armed: %s", ", ".join(sorted(armed)))
+            log_event(
+                logger, logging.WARNING, "failpoints are armed", names=",".join(sorted(armed))
+            )
 
     @classmethod
     def from_environment(cls) -> Failpoints:
@@ -70,4 +73,4 @@ class Failpoints:
 
     def _fire(self, name: str, block_ids: list[int]) -> None:
         self._armed.discard(name)
-        logger.warning("failpoint %s fired on blocks %s", name, block_ids)
+        log_event(logger, logging.WARNING, "failpoint fired", failpoint=name, blocks=block_ids)

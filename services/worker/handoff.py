@@ -39,7 +39,7 @@ from shared.rpc.errors import (
     from_failure,
     to_failure,
 )
-from shared.telemetry import Counters, Trace
+from shared.telemetry import Counters, Trace, log_event
 from shared.transfer.interface import BlockCopy
 from shared.transfer.puller import ExpectedBlock, PullJob, PullResult
 
@@ -355,7 +355,14 @@ class PullTable:
             # The claim was given up during the read: the blocks may have become another's.
             return
         if result.error is not None:
-            logger.error("%s: pull from %s failed: %s", job.key, pull.source, result.error)
+            log_event(
+                logger,
+                logging.ERROR,
+                "pull failed",
+                key=job.key,
+                source=pull.source.worker_id,
+                message=result.error,
+            )
             raise SourceLost("the source's blocks could not be read")
         if result.mismatched:
             self._report_mismatch(pull, job, result.mismatched)
@@ -366,14 +373,18 @@ class PullTable:
         self._counters["digest_mismatches"] += len(mismatched)
         bad = [(job.places[column], job.expected[column]) for column in mismatched]
         for column in mismatched:
-            logger.error(
-                "digest mismatch: %s block %s: source %s block %d generation %d, copy in block %d",
-                job.key,
-                job.places[column],
-                pull.source.worker_id,
-                job.expected[column].remote_block_id,
-                job.expected[column].generation,
-                job.local_block_ids[column],
+            group, index = job.places[column]
+            log_event(
+                logger,
+                logging.ERROR,
+                "digest mismatch",
+                key=job.key,
+                group=group,
+                index=index,
+                source=pull.source.worker_id,
+                source_block=job.expected[column].remote_block_id,
+                generation=job.expected[column].generation,
+                copy_block=job.local_block_ids[column],
             )
         self.cancel(pull, mismatched=bad)
         raise DigestMismatch(f"{len(bad)} blocks differ from what was sealed")

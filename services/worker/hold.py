@@ -18,6 +18,7 @@ from services.worker.messages import Peer
 from shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost, from_rpc_error
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
 from shared.rpc.streams import SILENCE_S, until_silence, with_ticks
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class KvServicer(kv_service_pb2_grpc.KvServiceServicer):
                 if not message.HasField("tick"):
                     self._host.from_reader(reader, message)
         except TimeoutError:
-            logger.warning("reader %s fell silent", reader)
+            log_event(logger, logging.WARNING, "reader fell silent", reader=reader)
 
     def _tick(self) -> kv.HoldResponse:
         return kv.HoldResponse(tick=self._host.tick())
@@ -135,8 +136,20 @@ class HoldClient:
         except BatonError as failure:
             error = failure
         except Exception:
-            logger.exception("hand-off stream to %s failed", self.source.worker_id)
-        logger.warning("hand-off stream to %s ended: %s", self.source.worker_id, error.message)
+            log_event(
+                logger,
+                logging.ERROR,
+                "hand-off stream failed",
+                exc_info=True,
+                source=self.source.worker_id,
+            )
+        log_event(
+            logger,
+            logging.WARNING,
+            "hand-off stream ended",
+            source=self.source.worker_id,
+            message=error.message,
+        )
         self._on_lost(self.source, error)
 
     async def _read(self, responses: AsyncIterator[kv.HoldResponse]) -> None:

@@ -83,6 +83,10 @@ class Mailroom:
                         self._readers[reader].put_nowait(hold_response)
                 case msg.ToSource(source, hold_request):
                     self._to_source(source, hold_request)
+                case msg.SourceForgotten(source):
+                    # Pulls asked for since it was lost have connected to it again.
+                    if source.incarnation not in self._sources:
+                        self._drop_peer(source.incarnation)
                 case msg.LedgerWrite(entry):
                     self._directory.write(entry)
                 case msg.LedgerEnd(key):
@@ -180,6 +184,11 @@ class Mailroom:
         self._inbox.put(msg.SourceGone(source, error))
 
     # Looking in
+
+    def source_ids(self) -> dict[str, str]:
+        """Worker ids of the peers that blocks are read from, by incarnation. From any thread."""
+        clients = list(self._sources.items())
+        return {incarnation: client.source.worker_id for incarnation, client in clients}
 
     async def inspect(self, *, check_integrity: bool) -> worker_service_pb2.GetWorkerStateResponse:
         """As of between two steps."""

@@ -153,6 +153,13 @@ class ToSource:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceForgotten:
+    """No pull from it is asked for any more, but by attempts that claim anew."""
+
+    source: Peer
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerWrite:
     entry: LedgerEntry
 
@@ -179,6 +186,7 @@ Outgoing = (
     | ToGateway
     | ToReader
     | ToSource
+    | SourceForgotten
     | LedgerWrite
     | LedgerEnd
     | LedgerHandedOver

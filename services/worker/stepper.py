@@ -23,6 +23,7 @@ from shared.engine.steps import Step
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import Sequence, SequenceState
 from shared.rpc.errors import EngineFailure
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ class StepInFlight:
     step: Step | None
     """None: it could not be launched; its parts are tried one by one."""
     started_s: float
+    num_prompt_tokens: int = 0
+    """Of chunks of prompts; each other row is one token of a sequence that decodes."""
+    num_chunks: int = 0
     orphans: list[list[int]] = field(default_factory=list)
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 
@@ -87,6 +91,8 @@ class Stepper:
         self._limits = limits
         self._failpoints = failpoints
         self._handles: dict[Sequence, RowHandle] = {}
+        self._num_decoding = 0
+        """Of the parts that were planned last: they come first."""
 
     def plan(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
@@ -98,6 +104,7 @@ class Stepper:
         """
         decoding = self._plan_decode(preempt, blocks_are_coming)
         work = [Work(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
+        self._num_decoding = len(work)
         prefilling = self._table.in_state(SequenceState.PREFILLING)
         if prefilling:
             work += self._plan_chunks(prefilling, decoding)
@@ -155,12 +162,20 @@ class Stepper:
         try:
             step = self._runner.launch(Batch(self._rows(work)))
         except Exception:
-            logger.exception("a step of %d rows failed; trying them one by one", len(work))
+            log_event(
+                logger,
+                logging.ERROR,
+                "step failed, trying its rows one by one",
+                exc_info=True,
+                num_rows=len(work),
+            )
             self._runner.check_device()
         for part in work:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
-        return StepInFlight(work, step, started_s)
+        chunks = work[self._num_decoding :]
+        num_prompt_tokens = sum(part.num_tokens for part in chunks)
+        return StepInFlight(work, step, started_s, num_prompt_tokens, len(chunks))
 
     def collect(self, in_flight: StepInFlight) -> Seq[Drawn]:
         """The token that each part drew, None where it drew none, or why it could not.
@@ -189,7 +204,9 @@ class Stepper:
         try:
             token = self._runner.forward(Batch(self._rows([part])))[0]
         except Exception as error:
-            logger.exception("%s failed alone", part.sequence.key)
+            log_event(
+                logger, logging.ERROR, "row failed alone", key=part.sequence.key, exc_info=True
+            )
             self._runner.check_device()
             return EngineFailure(f"the engine failed: {type(error).__name__}")
         if token is not None and token < 0:

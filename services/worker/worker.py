@@ -27,6 +27,7 @@ from baton.v1 import (
     worker_service_pb2,
     worker_service_pb2_grpc,
 )
+from prometheus_client import CollectorRegistry
 
 from services.decode.server import DecodeServicer
 from services.prefill.server import PrefillServicer
@@ -37,6 +38,7 @@ from services.worker.failpoints import Failpoints
 from services.worker.hold import KvServicer
 from services.worker.inspection import WorkerServicer
 from services.worker.mailroom import Mailroom
+from services.worker.metrics import EngineMetrics, WorkerCollector
 from services.worker.sealing import Sealer
 from services.worker.stepper import StepLimits
 from shared.directory.directory import DirectoryMisconfigured
@@ -48,7 +50,7 @@ from shared.kv.capability import Capability
 from shared.rpc.convert import ROLE_TO_PB
 from shared.rpc.errors import Draining
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, is_orphaned, stop_event
-from shared.telemetry import Counters, Trace
+from shared.telemetry import Counters, Trace, baton_version, log_event
 from shared.transfer import nixl_agent
 from shared.transfer.choose import TransportUnavailable, choose_transport
 from shared.transfer.interface import KvTransport, LocalPool, TransferError
@@ -76,14 +78,27 @@ class WorkerStartError(Exception):
 
 
 class Worker:
-    def __init__(self, args: argparse.Namespace, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: EngineConfig,
+        *,
+        registry: CollectorRegistry,
+        ready: threading.Event,
+        metrics_address: str | None = None,
+    ) -> None:
         """Loads the model and takes the pool's memory; listens nowhere yet.
+
+        `ready` is set while the worker serves; `metrics_address`: where `registry` is read.
 
         Raises ModelError and WorkerStartError.
         """
         self._args = args
         self._config = config
         self._incarnation = secrets.token_hex(16)
+        self._registry = registry
+        self._ready = ready
+        self._metrics_address = metrics_address
         self._counters = Counters()
         self._failpoints = Failpoints.from_environment()
         self._state = worker_service_pb2.GetWorkerStateResponse()
@@ -103,14 +118,14 @@ class Worker:
         except TransportUnavailable as error:
             raise WorkerStartError(str(error)) from error
         if choice.warning is not None:
-            logger.warning(choice.warning)
+            log_event(logger, logging.WARNING, choice.warning)
         shm = ShmTransport(self._incarnation, args.shm_dir) if choice.transport == "shm" else None
         self._transport: KvTransport = shm or NixlTransport(self._incarnation, args.host)
         try:
             self._runner = ModelRunner(
                 dataclasses.replace(config, device=choice.device),
                 pool_memory=shm.allocate if shm is not None and choice.device == "cpu" else None,
-                progress=logger.info,
+                progress=lambda text: log_event(logger, logging.INFO, text),
             )
         except TransferError as error:
             raise WorkerStartError(f"--shm-dir, --num-blocks: {error}") from error
@@ -161,7 +176,8 @@ class Worker:
             drop_peer=puller.drop_peer,
             directory=directory,
         )
-        engine = self._build_engine(identity, inbox, mailroom, puller)
+        metrics = EngineMetrics(self._registry, self._transport_pool.block_bytes)
+        engine = self._build_engine(identity, inbox, mailroom, puller, metrics)
         mailroom.engine = engine
         self._register_services(endpoint, mailroom)
         try:
@@ -178,12 +194,16 @@ class Worker:
         # What is there now stays: with 50,000 blocks, looking through it takes a tenth of a second.
         gc.collect()
         gc.freeze()
+        self._export(inbox, metrics, mailroom, puller, directory)
+        self._ready.set()
         await endpoint.set_ready(is_ready=True)
         self._announce(address)
 
         await stop.wait()
         has_failed = not engine_thread.is_alive() or directory_task.done()
+        self._ready.clear()
         await endpoint.set_ready(is_ready=False)
+        log_event(logger, logging.INFO, "stopping", num_sequences=engine.num_sequences)
         if not has_failed and not is_orphaned():
             await directory.retire()
             await _drain(engine, args.drain_s)
@@ -209,6 +229,7 @@ class Worker:
         inbox: queue.SimpleQueue[msg.Command],
         mailroom: Mailroom,
         puller: Puller,
+        metrics: EngineMetrics,
     ) -> EngineLoop:
         cache = self._runner.kv_cache
         pool = BlockPool(cache.num_blocks, self._config.block_size)
@@ -232,7 +253,47 @@ class Worker:
             failpoints=self._failpoints,
             counters=self._counters,
             trace=self._trace,
+            metrics=metrics,
         )
+
+    def _export(
+        self,
+        inbox: queue.SimpleQueue[msg.Command],
+        metrics: EngineMetrics,
+        mailroom: Mailroom,
+        puller: Puller,
+        directory: DirectorySync,
+    ) -> None:
+        """From now on scrapes see the engine."""
+
+        def path_rates() -> dict[str, float]:
+            names = mailroom.source_ids()
+            return {names.get(name, name): rate for name, rate in puller.rates().items()}
+
+        about = {
+            "version": baton_version(),
+            "model_name": self._model_name,
+            "role": self._args.role,
+            "worker_id": self._args.worker_id,
+            "incarnation": self._incarnation,
+            "device": self._transport_pool.memory.device.type,
+            "dtype": self._capability.dtype,
+            "determinism": self._capability.determinism,
+        }
+        collector = WorkerCollector(
+            inbox,
+            metrics,
+            about=about,
+            path_rates=path_rates,
+            is_directory_reachable=lambda: directory.is_reachable,
+            is_draining=lambda: not self._ready.is_set(),
+        )
+        self._registry.register(collector)
+
+    @property
+    def _model_name(self) -> str:
+        name: str = self._args.model.resolve().name
+        return name
 
     def _register_services(self, endpoint: Endpoint, mailroom: Mailroom) -> None:
         role = self._args.role
@@ -263,7 +324,7 @@ class Worker:
             address=address,
             capability=self._capability,
             model=ModelFacts(
-                model_name=self._args.model.resolve().name,
+                model_name=self._model_name,
                 model_type=model.model_type,
                 vocab_size=model.vocab_size,
                 max_model_len=self._runner.max_model_len,
@@ -279,16 +340,19 @@ class Worker:
         )
 
     def _announce(self, address: str) -> None:
-        logger.info(
-            "role %s: %d blocks of %d tokens, %s, determinism class %s, capability %.12s",
-            self._args.role,
-            self._transport_pool.num_blocks,
-            self._config.block_size,
-            self._capability.dtype,
-            self._capability.determinism,
-            self._capability.hash(),
+        log_event(
+            logger,
+            logging.INFO,
+            "worker is ready",
+            role=self._args.role,
+            num_blocks=self._transport_pool.num_blocks,
+            block_size=self._config.block_size,
+            dtype=self._capability.dtype,
+            determinism=self._capability.determinism,
+            capability=self._capability.hash()[:12],
         )
-        print(f"READY grpc={address}", flush=True)  # noqa: T201
+        metrics = f" metrics={self._metrics_address}" if self._metrics_address else ""
+        print(f"READY grpc={address}{metrics}", flush=True)  # noqa: T201
 
 
 def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:
@@ -299,7 +363,7 @@ def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:
         try:
             engine.run()
         except BaseException:
-            logger.exception("the engine died")
+            log_event(logger, logging.ERROR, "the engine died", exc_info=True)
             loop.call_soon_threadsafe(stop.set)
 
     thread = threading.Thread(target=run, name="engine", daemon=True)
@@ -309,7 +373,7 @@ def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:
 
 def _stop_on_failure(task: asyncio.Task[None], stop: asyncio.Event) -> None:
     if not task.cancelled() and task.exception() is not None:
-        logger.error("the directory can't be used: %s", task.exception())
+        log_event(logger, logging.ERROR, "the directory can't be used", message=task.exception())
         stop.set()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from shared.directory.connection import Connection, Script
 from shared.directory.keys import WORKER_TTL_S, Keys, milliseconds
 from shared.kv.capability import Capability
+from shared.telemetry import log_event
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,9 @@ class WorkerRegistry:
         except ValueError as error:
             if worker_id not in self._complained:
                 self._complained.add(worker_id)
-                log.warning("worker %r left out: %s", worker_id, error)
+                log_event(
+                    log, logging.WARNING, "worker left out", worker_id=worker_id, message=error
+                )
             return None
         self._complained.discard(worker_id)
         return record

@@ -124,8 +124,10 @@ class BatchState:
         self._values.extend(wanted[i] for i in changed)
         self._sent_rows[size] = wanted
 
-    def forget_rows(self) -> None:
-        """What `rows` hold on the device may be anything."""
+    def forget(self) -> None:
+        """A step did not come about: what it had to send is not sent, and what `rows` hold on the
+        device may be anything."""
+        self._offsets, self._values, self._runs = [], [], []
         for size in self._sent_rows:
             self._sent_rows[size] = [-2] * size
 

@@ -28,6 +28,8 @@ class StepColumns:
 
     packed: Int32s
     num_tokens: int
+    num_padding: int
+    """How many of the tokens, at the end."""
     num_drawn: int
     num_tiles: int
     block_m: int
@@ -86,4 +88,4 @@ def step_columns(
         if draws:
             last[num_last] = end - 1
             num_last += 1
-    return StepColumns(packed, num_tokens, num_drawn, len(tiles), block_m)
+    return StepColumns(packed, num_tokens, num_tokens - num_real, num_drawn, len(tiles), block_m)

@@ -27,7 +27,7 @@ from kernels.decode_attention import make_work, plan_decode
 from kernels.sampling import draw, make_sampling_work
 from shared.engine.batch import Batch, BatchRow, RowHandle
 from shared.engine.batch_state import BatchState
-from shared.engine.device_columns import step_columns
+from shared.engine.device_columns import StepColumns, step_columns
 from shared.engine.kv_cache import KvCache
 from shared.engine.steps import Model
 from shared.engine.triton_operations import DevicePlan
@@ -113,6 +113,7 @@ class DeviceSteps:
         self.kv_cache = kv_cache
         self._model = model
         self._device = device
+        self._num_heads = num_heads
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._block_size = kv_cache.block_size
@@ -160,8 +161,9 @@ class DeviceSteps:
 
     def launch(self, batch: Batch) -> DeviceStep:
         with self._on_stream():
-            layout = self._lay_out(batch)
+            layout = _Layout()
             try:
+                self._lay_out(batch, layout)
                 return self._timed(self._launch, batch, layout)
             except BaseException:
                 self._distrust_device(layout)
@@ -171,10 +173,13 @@ class DeviceSteps:
 
     def logits(self, batch: Batch) -> Tensor:
         with self._on_stream():
-            layout = self._lay_out(batch)
-            logits, _ = self._compute(batch, layout, draws=[True] * len(batch.rows))
-            self._close(layout.scratch)
-            self._distrust_device(layout)
+            layout = _Layout()
+            try:
+                self._lay_out(batch, layout)
+                logits, _ = self._compute(batch, layout, draws=[True] * len(batch.rows))
+            finally:
+                self._distrust_device(layout)
+                self._close(layout.scratch)
             places = [place for place, row in enumerate(layout.wanted) if row >= 0]
             result = torch.empty(
                 len(places), self._vocab_size, dtype=torch.float32, device=self._device
@@ -218,13 +223,14 @@ class DeviceSteps:
         self.on_launch((start, end))
         return step
 
-    def _lay_out(self, batch: Batch) -> _Layout:
+    def _lay_out(self, batch: Batch, layout: _Layout) -> None:
         """Sorts rows into decode rows and chunks, and notes what the device does not know yet."""
         if not batch.rows:
             raise ValueError("a batch needs rows")
+        if len(batch.rows) > self._sizes[-1]:
+            raise ValueError(f"a batch of {len(batch.rows)} rows exceeds {self._sizes[-1]}")
         for row in batch.rows:
             self._check(row)
-        layout = _Layout()
         for index, row in enumerate(batch.rows):
             handle = row.handle
             if handle is None:
@@ -237,13 +243,10 @@ class DeviceSteps:
                 layout.chunks.append(index)
             self._note(row, handle)
         num_decode = len(layout.decode)
-        if len(batch.rows) > self._sizes[-1]:
-            raise ValueError(f"a batch of {len(batch.rows)} rows exceeds {self._sizes[-1]}")
         if num_decode:
             layout.size = self._padded(num_decode)
             self._state.send_rows(layout.size, [layout.handles[i].slot for i in layout.decode])
         layout.wanted = layout.decode + [-1] * (layout.size - num_decode)
-        return layout
 
     def _padded(self, num_rows: int) -> int:
         return self._sizes[bisect_left(self._sizes, num_rows)]
@@ -295,7 +298,7 @@ class DeviceSteps:
             handle.is_sent = False
             handle.context_len = handle.drawn_at = -1
             handle.num_blocks = 0
-        self._state.forget_rows()
+        self._state.forget()
 
     def _launch(self, batch: Batch, layout: _Layout) -> DeviceStep:
         draws = [row.sampling is not None for row in batch.rows]
@@ -365,6 +368,7 @@ class DeviceSteps:
             work=self._work[layout.size] if has_decode else None,
             tiles=tiles.view(-1, 4) if columns.num_tiles else None,
             block_m=columns.block_m,
+            attended=self._attended(columns) if columns.num_padding else None,
         )
         if has_decode:
             self._begin(input_ids, plan)
@@ -380,7 +384,19 @@ class DeviceSteps:
         if len(draw_rows):
             work = self._drawn_work[len(draw_rows)]
             plan_decode(draw_rows, self._state.context_lens, work)
-        return replace(plan, rows=draw_rows, work=work, tiles=None)
+        return replace(plan, rows=draw_rows, work=work, tiles=None, attended=None)
+
+    def _attended(self, columns: StepColumns) -> Tensor:
+        """Nobody reads what becomes of the padding, but numbers shall go on through the layers."""
+        attended = torch.empty(
+            columns.num_tokens,
+            self._num_heads,
+            self._kv.shape[5],
+            dtype=self._kv.dtype,
+            device=self._device,
+        )
+        attended[-columns.num_padding :].zero_()
+        return attended
 
     def _begin(self, input_ids: Tensor, plan: DevicePlan) -> None:
         """Fills in the decode rows' tokens and places, and moves their lengths on by one."""

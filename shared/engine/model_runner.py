@@ -19,6 +19,7 @@ from shared.engine.cache_spec import CacheGroup, cache_groups
 from shared.engine.config import (
     DeviceError,
     EngineConfig,
+    ModelConfig,
     load_model_config,
     resolve_max_model_len,
 )
@@ -30,6 +31,7 @@ from shared.engine.operations import Operations, reference_operations
 from shared.engine.steps import Step, Steps
 from shared.engine.weights import DummyWeights, Progress, ProgressReport, WeightFiles
 from shared.kv.sequence import SamplingParams
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _MEASURED_TOKENS = 12_288
 _GOOD_ENOUGH = 0.98
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
 _MIN_CAPABILITY = (8, 0)
+_MOST_WITH_TRITON = {"vocab_size": 1 << 18, "hidden_size": 1 << 14, "head_dim": 256}
 
 
 class ModelRunner:
@@ -82,7 +85,7 @@ class ModelRunner:
         self.max_model_len = resolve_max_model_len(config, self.model_config)
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
-        self.kernels = _kernels(config.kernels, self.device)
+        self.kernels = _kernels(config.kernels, self.device, self.model_config)
         self.groups: tuple[CacheGroup, ...] = cache_groups(llama.cache_specs(self.model_config))
         self._config = config
         self._ops = _operations(self.kernels, self.device)
@@ -313,16 +316,21 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _kernels(name: str, device: torch.device) -> str:
+def _kernels(name: str, device: torch.device, model: ModelConfig) -> str:
     """'torch' or 'triton'. DeviceError when Triton was named and cannot be had."""
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return "torch"
-    problem = _why_no_triton(device)
+    problem = _why_no_triton(device) or _why_not_with_triton(model)
     if problem is None:
         return "triton"
     if name == "triton":
         raise DeviceError(f"kernels: triton was asked for, but {problem}")
-    logger.warning("kernels: the torch reference, which is slow on a GPU: %s", problem)
+    log_event(
+        logger,
+        logging.WARNING,
+        "kernels are the torch reference, which is slow on a GPU",
+        message=problem,
+    )
     return "torch"
 
 
@@ -342,6 +350,14 @@ def _why_no_triton(device: torch.device) -> str | None:
             f"{name} has compute capability {capability[0]}.{capability[1]}, "
             f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} is needed"
         )
+    return None
+
+
+def _why_not_with_triton(model: ModelConfig) -> str | None:
+    for field, most in _MOST_WITH_TRITON.items():
+        value = getattr(model, field)
+        if value > most:
+            return f"the model's {field} is {value}, and its kernels take {most} at most"
     return None
 
 

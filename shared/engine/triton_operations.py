@@ -41,6 +41,9 @@ class DevicePlan:
     tiles: Tensor | None
     """int32 [NT, 4], see prefill_tiles; None: no prompt chunks."""
     block_m: int
+    attended: Tensor | None = None
+    """[T, num_heads, head_dim]: where attention goes, layer after layer. Tokens that are in no row
+    and no tile keep what it holds. None: to new memory."""
 
 
 Rope = tuple[Tensor, Tensor]
@@ -143,7 +146,7 @@ class TritonOperations:
     def paged_attention(
         self, query: Tensor, kv: Tensor, layer: int, plan: DevicePlan, scale: float
     ) -> Tensor:
-        out = torch.empty_like(query)
+        out = torch.empty_like(query) if plan.attended is None else plan.attended
         num_decode = 0
         if plan.rows is not None and plan.work is not None:
             num_decode = len(plan.rows)

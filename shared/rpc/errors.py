@@ -24,6 +24,7 @@ multiplexed streams `to_failure` and `from_failure` carry the same tree as messa
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import ClassVar
 
 import grpc
@@ -31,9 +32,26 @@ from baton.v1 import error_details_pb2 as pb
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
+from shared.telemetry import log_event
+
 logger = logging.getLogger(__name__)
 
 _DETAILS_KEY = "grpc-status-details-bin"
+
+HTTP_STATUS: Mapping[grpc.StatusCode, int] = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    # Not 501: clients try again after anything above 499, and this will never succeed.
+    grpc.StatusCode.UNIMPLEMENTED: 400,
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.INTERNAL: 500,
+    grpc.StatusCode.DATA_LOSS: 500,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.ABORTED: 503,
+    grpc.StatusCode.FAILED_PRECONDITION: 503,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+"""What a status code of this tree is over HTTP."""
 
 
 class BatonError(Exception):
@@ -170,7 +188,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> BatonError:
     failure = failure_of(error)
     if failure is not None:
         return from_failure(failure)
-    logger.info("%s: %s", error.code().name, error.details())
+    log_event(
+        logger, logging.INFO, "call failed", status=error.code().name, message=error.details()
+    )
     return WorkerLost(f"the call ended with {error.code().name}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -77,6 +77,20 @@ def add_switch(
         default=False if given is None else given,
         help=_with_variable(help, variable, None),
     )
+
+
+def optional_port(text: str) -> Any:
+    """An int, 0 to let the system pick; None for `none`, `off` and whatever is negative."""
+    # Any: of `int | None` beside an int for default mypy makes int.
+    if text.lower() in ("none", "off"):
+        return None
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, nor none") from None
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 65535")
+    return None if value < 0 else value
 
 
 def _look_up(flag: str, environ: Mapping[str, str] | None) -> tuple[str, _FromEnvironment | None]:

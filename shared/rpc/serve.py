@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shared.rpc.errors import BatonError, trailers
+from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +109,33 @@ async def abort(context: _Context, error: Exception) -> None:
         await context.abort(error.code, error.message, trailing_metadata=trailers(error))
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    logger.exception("a handler failed", exc_info=error)
+    log_event(logger, logging.ERROR, "handler failed", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
 
 class Endpoint:
     """A listening server. `register` adds servicers to it before it starts."""
 
-    def __init__(self, *, max_message_bytes: int, with_reflection: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        max_message_bytes: int,
+        with_reflection: bool = False,
+        reuse_port: bool = False,
+        connection_age_s: float | None = None,
+    ) -> None:
+        """`reuse_port`: share the port with other processes that do. `connection_age_s`: a client
+        is told to connect anew after that long, 10 % more or less; its calls go on."""
+        options = [
+            *channel_options(max_message_bytes),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.so_reuseport", int(reuse_port)),
+        ]
+        if connection_age_s is not None:
+            options.append(("grpc.max_connection_age_ms", int(connection_age_s * 1e3)))
         self.server = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
-            options=[
-                *channel_options(max_message_bytes),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-                ("grpc.so_reuseport", 0),
-            ],
+            options=options,
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -148,9 +164,51 @@ class Endpoint:
         for service in self._services:
             await self._health.set(service, _SERVING if is_ready else _NOT_SERVING)
 
+    def stop_listening(self) -> None:
+        """New connections go to whom else the port belongs; calls on those there are still served.
+
+        gRPC has no such thing: its own end cancels calls that are just arriving.
+        """
+        for listener in self._sockets():
+            # Several descriptors may be one socket: by then it is shut.
+            with listener, contextlib.suppress(OSError):
+                if _is_listening(listener):
+                    listener.shutdown(socket.SHUT_RDWR)
+
+    def has_connections(self) -> bool:
+        found = self._sockets()
+        is_any = not all(map(_is_listening, found))
+        for one in found:
+            one.close()
+        return is_any
+
+    def _sockets(self) -> list[socket.socket]:
+        """This process's own on the port, as duplicates: gRPC does not give them."""
+        port = int(self.address.rpartition(":")[2])
+        found = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                descriptor = os.dup(int(entry.name))
+                try:
+                    one = socket.socket(fileno=descriptor)
+                except OSError:
+                    os.close(descriptor)
+                    continue
+                is_tcp = one.family in (socket.AF_INET, socket.AF_INET6)
+                if is_tcp and one.getsockname()[1] == port:
+                    found.append(one)
+                else:
+                    one.close()
+        return found
+
     async def stop(self, grace_s: float) -> None:
+        """Listens no more and tells clients to go elsewhere; ends what runs after `grace_s`."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+
+
+def _is_listening(one: socket.socket) -> bool:
+    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def stop_event() -> asyncio.Event:

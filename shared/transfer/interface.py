@@ -101,10 +101,13 @@ class KvTransport(Protocol):
     def describe(self) -> kv_service_pb2.PoolDescription:
         """What a peer's `connect` needs."""
 
-    def connect(self, peer: kv_service_pb2.PoolDescription) -> PeerConnection:
+    def connect(
+        self, peer: kv_service_pb2.PoolDescription, give_up: Callable[[], bool] = lambda: False
+    ) -> PeerConnection:
         """Opens and measures the path, by reading some blocks; logs the rate once.
 
-        `TransferError` when the peer is gone, out of reach, or its blocks are not like ours.
+        `TransferError` when the peer is gone, out of reach, or its blocks are not like ours; so
+        too when `give_up()` turns true on the way.
         """
 
     def close(self) -> None:

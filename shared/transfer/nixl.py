@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from baton.v1 import kv_service_pb2
 
+from shared.telemetry import log_event
 from shared.transfer.interface import BlockCopy, LocalPool, TransferError, check_layout
 from shared.transfer.nixl_agent import Agent, set_defaults
 
@@ -77,8 +78,10 @@ class NixlTransport:
         description.CopyFrom(self._bound().description)
         return description
 
-    def connect(self, peer: kv_service_pb2.PoolDescription) -> NixlConnection:
-        return NixlConnection(self._bound(), peer)
+    def connect(
+        self, peer: kv_service_pb2.PoolDescription, give_up: Callable[[], bool] = lambda: False
+    ) -> NixlConnection:
+        return NixlConnection(self._bound(), peer, give_up)
 
     def close(self) -> None:
         """Peers that go on reading get an error."""
@@ -115,7 +118,12 @@ class _Local:
 class NixlConnection:
     """A peer's pool. `TransferError` when it is not what `peer` says."""
 
-    def __init__(self, local: _Local, peer: kv_service_pb2.PoolDescription) -> None:
+    def __init__(
+        self,
+        local: _Local,
+        peer: kv_service_pb2.PoolDescription,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         _check_peer(local, peer)
         if local.device.type == "cuda":
             # UCX copies in the context of the thread that asks.
@@ -129,7 +137,7 @@ class NixlConnection:
         self._agent: Agent | None = Agent(reader, has_thread=False)
         try:
             self._prepare(self._agent)
-            self.bytes_per_second = self._measure()
+            self.bytes_per_second = self._measure(give_up)
         except TransferError as error:
             self.close()
             if peer.incarnation in str(error):
@@ -224,7 +232,7 @@ class NixlConnection:
             raise TransferError(f"pool {self._peer.incarnation}: {error}") from error
         return read
 
-    def _measure(self) -> float:
+    def _measure(self, give_up: Callable[[], bool]) -> float:
         """Bytes per second of reading some blocks, none of them into the pool; the first pass
         only makes the path."""
         num_blocks = min(self._local.num_scratch, self._peer.num_blocks)
@@ -232,7 +240,7 @@ class NixlConnection:
         elapsed_s = 0.0
         for _ in range(2):
             started_s = time.perf_counter()
-            self._start(self._scratch, ids, ids, _CONNECT_S).wait()
+            self._start(self._scratch, ids, ids, _CONNECT_S).wait(give_up)
             elapsed_s = time.perf_counter() - started_s
         return num_blocks * self._local.pool.block_bytes / max(elapsed_s, 1e-9)
 
@@ -240,14 +248,25 @@ class NixlConnection:
         here = self._local.device.type
         there = "cuda" if self._peer.nixl.is_device_memory else "cpu"
         incarnation, rate = self._peer.incarnation, self.bytes_per_second
-        log.info("pool %s: %.1f GB/s over nixl, %s to %s", incarnation, rate / 1e9, there, here)
+        log_event(
+            log,
+            logging.INFO,
+            "path measured",
+            transport="nixl",
+            pool=incarnation,
+            gb_per_s=rate / 1e9,
+            source=there,
+            target=here,
+        )
         if here == there == "cuda" and rate < _SLOW_BYTES_PER_S:
-            log.warning(
-                "pool %s: %.2f GB/s is the rate of a detour: UCX has found neither NVLink nor RDMA "
-                "to this GPU, and every hand-off will wait for the transfer (UCX_TLS, "
-                "UCX_NET_DEVICES, /dev/shm and the IPC namespace of containers have to do with it)",
-                incarnation,
-                rate / 1e9,
+            log_event(
+                log,
+                logging.WARNING,
+                "path is a detour: UCX has found neither NVLink nor RDMA to this GPU, and every "
+                "hand-off will wait for the transfer (UCX_TLS, UCX_NET_DEVICES, /dev/shm and the "
+                "IPC namespace of containers have to do with it)",
+                pool=incarnation,
+                gb_per_s=rate / 1e9,
             )
 
 
@@ -291,7 +310,13 @@ class _Read:
             try:
                 self._agent.release_read(handle)
             except TransferError as error:
-                log.debug("pool %s: %s", self._connection._peer.incarnation, error)
+                log_event(
+                    log,
+                    logging.DEBUG,
+                    "read not released",
+                    pool=self._connection._peer.incarnation,
+                    message=error,
+                )
 
     def _poll(self, timeout_s: float, give_up: Callable[[], bool]) -> bool:
         started_s = time.monotonic()

@@ -25,6 +25,7 @@ import torch
 from baton.v1.kv_service_pb2 import PoolDescription
 
 from shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from shared.telemetry import log_event
 from shared.transfer.interface import (
     BlockCopy,
     KvTransport,
@@ -186,7 +187,14 @@ class Puller:
             error = str(failure)
             self._disconnect(job.peer.incarnation)
         except Exception as failure:
-            log.exception("pull %d from %s failed", job.job_id, job.peer.incarnation)
+            log_event(
+                log,
+                logging.ERROR,
+                "pull failed",
+                exc_info=True,
+                job=job.job_id,
+                pool=job.peer.incarnation,
+            )
             error = f"{type(failure).__name__}: {failure}"
             self._disconnect(job.peer.incarnation)
         result = PullResult(
@@ -195,18 +203,21 @@ class Puller:
         try:
             self._on_done(result)
         except Exception:
-            log.exception("pull %d: its result was not taken", job.job_id)
+            log_event(
+                log, logging.ERROR, "result of a pull not taken", exc_info=True, job=job.job_id
+            )
 
     def _start(self, job: PullJob, start: int, end: int) -> Callable[[], None]:
         """Begins to read a piece, where the transport can; what is returned waits for its end."""
         self._check_not_dropped(job)
         incarnation, copies = job.peer.incarnation, job.copies[start:end]
+        give_up = partial(self._is_dropped, incarnation)
         connection = self._connections.get(incarnation)
         if connection is None:
-            connection = self._transport.connect(job.peer)
+            connection = self._transport.connect(job.peer, give_up)
             self._connections[incarnation] = connection
         if isinstance(connection, OverlappingConnection):
-            return partial(connection.start(copies).wait, lambda: self._is_dropped(incarnation))
+            return partial(connection.start(copies).wait, give_up)
 
         def read() -> None:
             self._check_not_dropped(job)
@@ -229,7 +240,9 @@ class Puller:
             connection.close()
         except Exception:
             # The thread must live: every job is answered.
-            log.exception("closing the connection to %s failed", incarnation)
+            log_event(
+                log, logging.ERROR, "closing a connection failed", exc_info=True, pool=incarnation
+            )
 
     def _announced(self, job: PullJob) -> tuple[Uint64Array, Uint64Array]:
         """Seeds and digests of the job's blocks, each [copies, num_heads]."""

@@ -16,13 +16,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from baton.v1 import kv_service_pb2
 
+from shared.telemetry import log_event
 from shared.transfer.interface import BlockCopy, LocalPool, TransferError
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,10 @@ class ShmTransport:
             shm=kv_service_pb2.ShmPool(path=str(self._path), host_id=host_id()),
         )
 
-    def connect(self, peer: kv_service_pb2.PoolDescription) -> ShmConnection:
+    def connect(
+        self, peer: kv_service_pb2.PoolDescription, give_up: Callable[[], bool] = lambda: False
+    ) -> ShmConnection:
+        """Nothing here waits for the peer."""
         return ShmConnection(self._bound(), peer)
 
     def close(self) -> None:
@@ -109,7 +113,14 @@ class ShmConnection:
             raise TransferError(f"pool {peer.incarnation} cannot be mapped: {error}") from error
         self._remote_blocks = _read_only_tensor(self._mapping).view(peer.num_blocks, -1)
         self.bytes_per_second = self._measure()
-        log.info("pool %s: %.1f GB/s over shm", peer.incarnation, self.bytes_per_second / 1e9)
+        log_event(
+            log,
+            logging.INFO,
+            "path measured",
+            transport="shm",
+            pool=peer.incarnation,
+            gb_per_s=self.bytes_per_second / 1e9,
+        )
 
     def read(self, copies: Sequence[BlockCopy]) -> None:
         num_remote, num_local = len(self._remote_blocks), len(self._local_blocks)

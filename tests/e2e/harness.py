@@ -38,6 +38,8 @@ class Process:
     log: Path
     popen: subprocess.Popen[str]
     address: str = ""
+    addresses: dict[str, str] = field(default_factory=dict)
+    """As its READY line names them."""
 
 
 @dataclass
@@ -160,7 +162,8 @@ class Stack:
         line = process.popen.stdout.readline()
         if not line.startswith("READY grpc="):
             raise AssertionError(f"{process.name} did not start:\n{process.log.read_text()}")
-        process.address = line.removeprefix("READY grpc=").strip()
+        process.addresses = dict(part.split("=", 1) for part in line.split()[1:])
+        process.address = process.addresses["grpc"]
 
     def kill(self, name: str) -> None:
         """SIGKILL; the fault is verified."""

@@ -121,8 +121,10 @@ def assert_logged(stack: Stack, fault: Fault) -> None:
         mismatches = [line for line in lines if "digest mismatch" in line]
         assert len(mismatches) == fault.num_mismatches
         for line in mismatches:
-            assert "source p0 block " in line and "copy in block " in line
+            assert re.search(
+                r"request_id=\S+ attempt=1 .*source=p0 source_block=\d+ .*copy_block=\d+", line
+            )
     log = stack.processes["p0"].log.read_text()
-    [fired] = re.findall(r"fired on blocks \[(.*)\]", log)
-    dropped = re.findall(r"digest mismatch: own blocks \[(.*)\] are corrupt", log)
-    assert sorted(", ".join(dropped).split(", ")) == sorted(fired.split(", "))
+    [fired] = re.findall(r'failpoint fired failpoint=\w+ blocks="?\[(.*)\]', log)
+    dropped = re.findall(r"own block is corrupt, dropped group=0 block=(\d+)", log)
+    assert sorted(dropped) == sorted(fired.split(", "))

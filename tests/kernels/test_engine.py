@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kernels.batch_state import scatter
 from shared.engine.batch import Batch, BatchRow
 from shared.engine.config import EngineConfig, load_model_config
 from shared.engine.model_runner import ModelRunner
@@ -67,6 +68,19 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="module")
 def reference(make: Make) -> ModelRunner:
     return make("torch", torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step has not written itself holds numbers that are too large to compute with: where
+    one is used, NumPy, which the interpreter computes with, warns of the result."""
+    empty_like = torch.empty_like
+
+    def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
+        made = empty_like(*arguments, **options)
+        return made.fill_(1e38) if made.dtype.is_floating_point else made
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
 
 
 def tokens(length: int, seed: int) -> list[int]:
@@ -166,6 +180,53 @@ def test_tokens_of_steps_launched_ahead(
     drawn[2].append(two)
     for got, answer in zip(drawn, expected, strict=True):
         assert got == answer[: len(got)] and len(got) >= 2
+
+
+def test_a_step_that_was_not_launched_leaves_nothing_behind(
+    make: Make, reference: ModelRunner, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in what the device is told next, where of two values for one place either may win,
+    nor in what the host takes for known there."""
+    runner = make("triton", device)
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    prompts = [tokens(19, 5), tokens(7, 6), tokens(5, 7)]
+    tables = [[[5, 6, 7]], [[0, 1]], [[11, 12]]]
+    expected = [
+        _alone(reference, prompt, table, params)
+        for prompt, table in zip(prompts, tables, strict=True)
+    ]
+    handles = [runner.open_row(params, 0) for _ in prompts]
+
+    def prompt_of(i: int) -> BatchRow:
+        return BatchRow(prompts[i], 0, tables[i], params, 0, handles[i])
+
+    def decode(i: int, index: int) -> BatchRow:
+        token = expected[i][index]
+        assert token is not None
+        return BatchRow([token], len(prompts[i]) + index, tables[i], params, 0, handles[i])
+
+    assert runner.forward(Batch([prompt_of(0), prompt_of(1)])) == [expected[0][0], expected[1][0]]
+    updates: list[torch.Tensor] = []
+
+    def remember(state: torch.Tensor, sent: torch.Tensor) -> None:
+        updates.append(sent.clone())
+        scatter(state, sent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shared.engine.device_steps.step_columns", _fail)
+        with pytest.raises(MemoryError):
+            runner.launch(Batch([decode(0, 0), prompt_of(2)]))
+    monkeypatch.setattr("shared.engine.device_steps.scatter", remember)
+    assert runner.forward(Batch([decode(1, 0)])) == [expected[1][1]]
+    assert runner.forward(Batch([decode(0, 0)])) == [expected[0][1]]
+    assert runner.forward(Batch([prompt_of(2), decode(0, 1)])) == [expected[2][0], expected[0][2]]
+    for offsets, _ in updates:
+        assert len(offsets.unique()) == len(offsets)
+    assert updates
+
+
+def _fail(*_: Any, **__: Any) -> None:
+    raise MemoryError
 
 
 def _alone(

@@ -19,12 +19,14 @@ def main() -> int:
         names = [f"{role}-{index}" for role, count in config.counts for index in range(count)]
         return [RoleSpec(name, (str(_ROLE), "worker", name, journal)) for name in names]
 
-    def gateway(config: StackConfig, redis_url: str, port: int) -> RoleSpec:
-        return RoleSpec(GATEWAY, (str(_ROLE), "gateway", GATEWAY, journal, str(port)))
+    def gateways(
+        config: StackConfig, redis_url: str, port: int, http_port: int | None
+    ) -> list[RoleSpec]:
+        return [RoleSpec(GATEWAY, (str(_ROLE), "gateway", GATEWAY, journal, str(port)))]
 
     config = StackConfig(model_dir=Path(), counts=RoleCounts(prefill=1, decode=1, both=0), port=0)
     with (
-        patch.multiple(stack, worker_specs=workers, gateway_spec=gateway),
+        patch.multiple(stack, worker_specs=workers, gateway_specs=gateways),
         patch.object(up, "check"),
     ):
         return up.run_up(config)

@@ -10,7 +10,7 @@ from services.launcher.plan import (
     RoleCounts,
     StackConfig,
     UsageError,
-    gateway_spec,
+    gateway_specs,
     worker_specs,
 )
 
@@ -72,11 +72,29 @@ def test_what_was_not_given_is_left_to_the_worker() -> None:
 
 
 def test_the_gateway_listens_where_it_is_told() -> None:
-    argv = gateway_spec(up("--host", "0.0.0.0", "--reflection"), "redis://r", 7000).argv
+    [spec] = gateway_specs(up("--host", "0.0.0.0", "--reflection"), "redis://r", 7000, None)
+    argv = spec.argv
     assert " ".join(argv) == (
         "-m services.gateway --model m --redis-url redis://r --cluster default"
-        " --host 0.0.0.0 --port 7000 --drain-s 30 --reflection"
+        " --host 0.0.0.0 --port 7000 --http-port none --drain-s 30 --reflection"
+        " --metrics-port none"
     )
+
+
+@pytest.mark.parametrize(
+    ("flag", "ports"),
+    [
+        ("9000", ["9000", "9001", "9002", "9003"]),
+        ("0", ["0", "0", "0", "0"]),
+        ("none", ["none", "none", "none", "none"]),
+    ],
+)
+def test_each_process_has_its_own_metrics_port(flag: str, ports: list[str]) -> None:
+    config = up("--gateways", "2", "--metrics-port", flag)
+    gateways = gateway_specs(config, "redis://r", 7000, None)
+    specs = gateways + worker_specs(config, "redis://r", Path("/dev/shm/x"))
+    given = [spec.argv[spec.argv.index("--metrics-port") + 1] for spec in specs]
+    assert given == ports
 
 
 def test_variables_stand_in_for_flags(monkeypatch: pytest.MonkeyPatch) -> None:

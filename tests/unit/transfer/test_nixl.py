@@ -433,6 +433,16 @@ def test_the_puller_reads_verifies_and_outlives_peers(
         assert "dropped" in (results.get(timeout=5).error or "")
         puller.submit(peer.job([(3, 5)]))
         assert results.get(timeout=30).error is None
+
+        # So it does where the way to one is only being made.
+        silent = start_peer(env={"UCX_TLS": "tcp"})
+        silent.process.send_signal(signal.SIGSTOP)
+        puller.submit(silent.job([(0, 0)]))
+        time.sleep(0.5)
+        puller.drop_peer(silent.incarnation)
+        assert "dropped" in (results.get(timeout=5).error or "")
+        puller.submit(peer.job([(3, 5)]))
+        assert results.get(timeout=30).error is None
     finally:
         puller.close()
 

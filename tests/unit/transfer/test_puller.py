@@ -175,7 +175,9 @@ class GatedTransport:
     def describe(self) -> PoolDescription:
         return PoolDescription()
 
-    def connect(self, peer: PoolDescription) -> PeerConnection:
+    def connect(
+        self, peer: PoolDescription, give_up: Callable[[], bool] = lambda: False
+    ) -> PeerConnection:
         self.events.append(f"connect {peer.incarnation}")
         return GatedConnection(self, peer.incarnation)
 

@@ -70,7 +70,9 @@ class Transport:
     def describe(self) -> PoolDescription:
         return PEER
 
-    def connect(self, peer: PoolDescription) -> Connection:
+    def connect(
+        self, peer: PoolDescription, give_up: Callable[[], bool] = lambda: False
+    ) -> Connection:
         return self.connection
 
     def close(self) -> None: ...

@@ -301,3 +301,30 @@ async def test_retiring_while_it_is_away_is_no_error(fake: FakeDirectory) -> Non
         await rounds(fake, 1)
         fake.is_away = True
         await sync.retire()
+
+
+async def test_a_heartbeat_under_way_does_not_put_a_retired_worker_back(
+    fake: FakeDirectory,
+) -> None:
+    snapshot, asked = asyncio.Event(), asyncio.Event()
+
+    async def make_record() -> WorkerRecord:
+        if fake.num_published:
+            asked.set()
+            await snapshot.wait()
+        return RECORD
+
+    sync = DirectorySync("redis://nowhere", "default", worker_id="me", incarnation="ab")
+    task = asyncio.create_task(sync.run(make_record))
+    await asked.wait()
+    retiring = asyncio.create_task(sync.retire())
+    # As far as it goes before the engine has answered.
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    snapshot.set()
+    await retiring
+    sync.write(entry())
+    await until(lambda: bool(fake.entries))
+    assert not fake.registered
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -276,3 +276,21 @@ def test_logits_that_are_not_numbers_fail_the_request(
     assert not bench.failures and 1 not in bench.reasons
     assert len(bench.tokens[1]) == num_steps - 1
     assert bench.tokens[0] == expected
+
+
+def test_blocks_of_a_failed_sequence_are_not_found_again(
+    bench: Bench, make_runner: MakeRunner
+) -> None:
+    prompt = tuple(range(3, 3 + 2 * BLOCK_SIZE + 1))
+    spoiled = bench.start(0, prompt, sampling(1, 4))
+    # One chunk is a block at least: after some steps the first block is in the cache.
+    while not spoiled.num_sealed_blocks:
+        bench.step()
+    assert bench.pool.num_cached
+    bench.runner.kv_cache.tensors[0][spoiled.block_tables[0]] = float("nan")
+    bench.run()
+    assert isinstance(bench.failures.pop(0), EngineFailure)
+    assert bench.pool.num_cached == 0
+    bench.start(1, prompt, sampling(1, 4))
+    bench.run()
+    assert bench.tokens[1] == undisturbed(make_runner, prompt, sampling(1, 4))

@@ -1,0 +1,5 @@
+"""Load on a running endpoint, and what its clients saw: `python -m benchmarks.load --help`.
+
+spec ──► arrivals, conversations (lengths, traces) ──► shards, one process each ──► samples
+                                                         │ drivers: gRPC, OpenAI
+"""

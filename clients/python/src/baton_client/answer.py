@@ -1,0 +1,190 @@
+"""One answer while it arrives: what came, what is asked next, what does not fit. No I/O.
+
+A broken stream goes on by asking again with the seed that the first message told and the tokens
+that came. The text goes on as well: what the gateway has given out after k tokens, held back
+stop strings and cut characters aside, depends on these k tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from baton_client.errors import Unsupported, misfit
+from baton_client.v1 import inference_service_pb2 as pb
+from baton_client.v1 import types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens, and the text that they made certain."""
+
+    token_ids: tuple[int, ...]
+    """Empty in the last chunk when only text that was held back is left."""
+    text: str
+    """May lag behind the tokens; always empty when the model has no tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens found in a cache. After a resume: by the request that brought the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds by the gateway's clock; after a resume, of the request that brought the rest."""
+
+    ttft_s: float | None
+    """To the first token; None when that request brought none."""
+    tpot_s: float | None
+    """Mean of each further token; None for fewer than two."""
+    e2e_s: float
+    transfer_s: float | None
+    """What the hand-off between workers took after the prompt was computed; None without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    text: str | None
+    """None when the model has no tokenizer. When `received_token_ids` were given, the rest."""
+    token_ids: tuple[int, ...]
+    """`received_token_ids` included."""
+    finish_reason: str
+    """`stop`: a stop string or token, or the model's end; `length`: `max_tokens`."""
+    usage: Usage
+    timing: Timing
+    num_attempts: int
+    """The cluster's, for the request that brought the last token; 1 when nothing went wrong."""
+    num_resumes: int
+    """How often this client asked again after tokens had come."""
+    request_id: str
+    """The server's, of the last request."""
+    seed: int
+    prefill_worker_id: str
+    decode_worker_id: str
+
+
+class Progress:
+    """Takes a stream's messages, and says how to go on when it breaks."""
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self._request = request
+        self._started: pb.GenerateStarted | None = None
+        self._finished: pb.GenerateFinished | None = None
+        self._texts: list[str] = []
+        self._num_tokens_asked_with = len(request.received_token_ids)
+        self.token_ids = list(request.received_token_ids)
+        self.num_resumes = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self._finished is not None
+
+    @property
+    def started(self) -> pb.GenerateStarted | None:
+        """The first message, of the last request; None before."""
+        return self._started
+
+    def next_request(self) -> pb.GenerateRequest:
+        """The whole question first; then for the rest of its answer."""
+        if self._started is None:
+            return self._request
+        request = pb.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.sampling.seed = self._started.seed
+        del request.received_token_ids[:]
+        request.received_token_ids.extend(self.token_ids)
+        if len(self.token_ids) > self._num_tokens_asked_with:
+            self.num_resumes += 1
+            self._num_tokens_asked_with = len(self.token_ids)
+        return request
+
+    def take(self, message: pb.GenerateResponse) -> Chunk | None:
+        """What of it is for the reader. Raises ServerError for a message that does not fit."""
+        match message.WhichOneof("message"):
+            case "started":
+                self._start(message.started)
+            case "chunk":
+                return self._add(message.chunk)
+            case "finished":
+                self._finished = message.finished
+                if message.finished.text:
+                    self._texts.append(message.finished.text)
+                    return Chunk((), message.finished.text)
+        return None
+
+    def answer(self) -> Answer:
+        """Once `is_finished`."""
+        finished, started = self._finished, self._started
+        if finished is None or started is None:
+            raise misfit("the answer ended before it started")
+        usage, timing = finished.usage, finished.timing
+        return Answer(
+            text="".join(self._texts) if finished.HasField("text") else None,
+            token_ids=tuple(self.token_ids),
+            finish_reason=_finish_reason(finished.finish_reason),
+            usage=Usage(
+                usage.num_prompt_tokens, usage.num_completion_tokens, usage.num_cached_tokens
+            ),
+            timing=Timing(
+                ttft_s=_seconds(timing.HasField, timing.ttft_time, "ttft_time"),
+                tpot_s=_seconds(timing.HasField, timing.tpot_time, "tpot_time"),
+                e2e_s=_seconds(timing.HasField, timing.e2e_time, "e2e_time") or 0.0,
+                transfer_s=_seconds(timing.HasField, timing.transfer_time, "transfer_time"),
+            ),
+            num_attempts=finished.num_attempts,
+            num_resumes=self.num_resumes,
+            request_id=started.request_id,
+            seed=started.seed,
+            prefill_worker_id=finished.prefill_worker_id,
+            decode_worker_id=finished.decode_worker_id,
+        )
+
+    def _start(self, started: pb.GenerateStarted) -> None:
+        before = self._started
+        if before is not None and before.num_prompt_tokens != started.num_prompt_tokens:
+            raise misfit(
+                f"the prompt had {before.num_prompt_tokens} tokens and has "
+                f"{started.num_prompt_tokens} now: another model answers"
+            )
+        if before is not None and before.seed != started.seed:
+            raise misfit("the rest of the answer would be drawn with another seed")
+        self._started = started
+
+    def _add(self, chunk: pb.GenerateChunk) -> Chunk:
+        if chunk.first_index != len(self.token_ids):
+            raise misfit(f"token {chunk.first_index} came where {len(self.token_ids)} is the next")
+        self.token_ids += chunk.token_ids
+        self._texts.append(chunk.text)
+        return Chunk(tuple(chunk.token_ids), chunk.text)
+
+
+def text_of(answer: Answer) -> str:
+    """Raises Unsupported when there is none."""
+    if answer.text is None:
+        raise Unsupported(
+            "the model has no tokenizer: the answer is in token_ids",
+            code=grpc.StatusCode.UNIMPLEMENTED,
+            reason="NO_TOKENIZER",
+        )
+    return answer.text
+
+
+def _finish_reason(reason: types_pb2.FinishReason) -> str:
+    try:
+        name = types_pb2.FinishReason.Name(reason)
+    except ValueError:  # of a newer server
+        return str(int(reason))
+    return name.removeprefix("FINISH_REASON_").lower()
+
+
+def _seconds(has_field: Callable[[str], bool], duration: Duration, name: str) -> float | None:
+    return duration.seconds + duration.nanos / 1e9 if has_field(name) else None

@@ -1,0 +1,73 @@
+"""Requests from arguments. Ranges are the server's to check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from baton_client.errors import InvalidRequest
+from baton_client.v1 import inference_service_pb2 as pb
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are drawn; what is left out takes the server's default.
+
+    The defaults and ranges are in protos/baton/v1/types.proto, SamplingParams.
+    """
+
+    max_tokens: int | None
+    """`received_token_ids` included. Default: as many as fit into the model's length, at most
+    256."""
+    temperature: float | None
+    """0 is greedy. Default 1."""
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    """The same seed draws the same tokens. Drawn by the server when it is left out."""
+    stops: Sequence[str]
+    """The answer ends before the first of these texts."""
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+
+
+def generate_request(
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    received_token_ids: Sequence[int],
+    sampling: Sampling,
+) -> pb.GenerateRequest:
+    """Raises TypeError for arguments of a wrong kind, InvalidRequest for numbers and texts that no
+    message can hold."""
+    request = pb.GenerateRequest()
+    if (prompt is None) == (token_ids is None):
+        raise TypeError("give either a prompt or token_ids")
+    if prompt is not None:
+        _set(request, "text", prompt, field="text")
+    if token_ids is not None:
+        request.token_ids.SetInParent()
+        _set(request.token_ids, "token_ids", token_ids, field="token_ids")
+    _set(request, "received_token_ids", received_token_ids, field="received_token_ids")
+    request.sampling.SetInParent()
+    for name, value in sampling.items():
+        if name not in Sampling.__annotations__:
+            raise TypeError(f"generate() has no argument {name!r}")
+        if value is not None:
+            if name == "stops" and isinstance(value, str):
+                raise TypeError("stops is a list of texts, not one text")
+            _set(request.sampling, name, value, field=f"sampling.{name}")
+    return request
+
+
+def _set(message: Any, name: str, value: Any, *, field: str) -> None:
+    try:
+        if isinstance(value, (str, int, float)):
+            setattr(message, name, value)
+        else:
+            getattr(message, name).extend(value)
+    except ValueError as error:
+        # The library's text may quote a whole prompt.
+        problem = "is no text" if isinstance(error, UnicodeError) else "is out of its range"
+        raise InvalidRequest(
+            f"{field} {problem}", field=field, limit=f"what the contract's {field} can hold"
+        ) from None

@@ -1,0 +1,1 @@
+"""Stubs of baton.v1, generated from the contract."""

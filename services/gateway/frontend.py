@@ -1,0 +1,195 @@
+"""What the gateway's doors share: admission, deadlines, counters and the drain, whoever asks.
+
+gRPC (server.py) and HTTP (openai/) are thin over one Frontend, so that the same request gets the
+same answer through both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from itertools import count
+from typing import Any
+
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
+
+from services.gateway.admission import check_text, check_token_ids
+from services.gateway.cluster import Cluster
+from services.gateway.generate import generate
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.tokenizer import TextCodec
+from shared.directory.directory import DirectoryUnavailable
+from shared.engine.config import ModelConfig
+from shared.rpc.convert import ROLE_TO_PB
+from shared.rpc.errors import DeadlineExceeded, Draining, NoTokenizer
+from shared.telemetry import Counters, baton_version
+
+
+class Frontend:
+    def __init__(
+        self,
+        cluster: Cluster,
+        codec: TextCodec | None,
+        *,
+        model: ModelConfig,
+        model_name: str,
+        incarnation: str,
+    ) -> None:
+        self.cluster = cluster
+        self.codec = codec
+        self.model = model
+        self.model_name = model_name
+        self.incarnation = incarnation
+        self.counters = Counters()
+        self.metrics = GatewayMetrics(model_name)
+        self.metrics.watch(
+            cluster,
+            self.counters,
+            lambda: self.num_in_flight,
+            incarnation=incarnation,
+            version=baton_version(),
+        )
+        self.num_in_flight = 0
+        self.is_leaving = False
+        """Shutting down: health says so, before anything is refused."""
+        self.is_draining = False
+        """From then on `generate` refuses; what runs goes on."""
+        self._request_numbers = count(1)
+
+    async def generate(
+        self, request: pb.GenerateRequest, *, time_left_s: float | None
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The answer, message by message. Closing it, or cancelling who reads it, frees everything.
+
+        Raises a BatonError; InvalidField, NoTokenizer and Draining come before the first message.
+        """
+        if self.is_draining:
+            self.metrics.requests.labels("UNAVAILABLE").inc()
+            raise Draining("the gateway is shutting down")
+        deadline = None if time_left_s is None else time.monotonic() + time_left_s
+        responses = generate(
+            request,
+            request_id=f"{self.incarnation[:12]}-{next(self._request_numbers)}",
+            deadline=deadline,
+            cluster=self.cluster,
+            codec=self.codec,
+            eos_token_ids=frozenset(self.model.eos_token_ids),
+            counters=self.counters,
+            metrics=self.metrics,
+        )
+        self.num_in_flight += 1
+        try:
+            async with asyncio.timeout(time_left_s), aclosing(responses):
+                async for response in responses:
+                    yield response
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline has passed") from None
+        except (asyncio.CancelledError, GeneratorExit):
+            self.counters["cancelled"] += 1
+            raise
+        finally:
+            self.num_in_flight -= 1
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises InvalidField, NoTokenizer."""
+        check_text("text", text, self.cluster.limits())
+        return await self.text_codec().encode_async(text, add_special_tokens=add_special_tokens)
+
+    async def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        add_special_tokens: bool,
+    ) -> list[int]:
+        """The tokens of a chat, by the model's own template.
+
+        Raises InvalidField, NoTokenizer.
+        """
+        limits, codec = self.cluster.limits(), self.text_codec()
+        # Before anything is made of them, and after: templates may say things twice.
+        for message in messages:
+            check_text("messages", message["content"], limits)
+        text = await codec.render_chat_async(messages, add_generation_prompt=add_generation_prompt)
+        check_text("messages", text, limits)
+        return await codec.encode_async(text, add_special_tokens=add_special_tokens)
+
+    def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Raises InvalidField, NoTokenizer."""
+        check_token_ids("token_ids", token_ids, self.cluster.limits())
+        return self.text_codec().decode(token_ids, skip_special=skip_special_tokens)
+
+    def text_codec(self) -> TextCodec:
+        """Raises NoTokenizer."""
+        if self.codec is None:
+            raise NoTokenizer("the model has no tokenizer")
+        return self.codec
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        limits, records = self.cluster.limits(), self.cluster.records()
+        info = pb.GetModelInfoResponse(
+            model_name=self.model_name,
+            model_type=self.model.model_type,
+            vocab_size=self.model.vocab_size,
+            max_model_len=limits.max_model_len,
+            eos_token_ids=self.model.eos_token_ids,
+            has_tokenizer=self.codec is not None,
+            block_size=records[0].capability.block_size if records else 0,
+        )
+        template = self.codec.chat_template if self.codec else None
+        if template is not None:
+            info.chat_template = template
+        return info
+
+    async def server_info(self) -> pb.GetServerInfoResponse:
+        info = pb.GetServerInfoResponse(
+            version=baton_version(),
+            gateway_incarnation=self.incarnation,
+            directory_reachable=self.cluster.is_directory_reachable,
+            workers=self._worker_statuses(),
+            counters=self._server_counters(),
+        )
+        try:
+            for stage, num_entries in (await self.cluster.ledger_counts()).items():
+                info.ledger.add(stage=stage.name, num_entries=num_entries)
+            info.num_prefix_entries = await self.cluster.num_prefix_entries()
+        except DirectoryUnavailable:
+            info.directory_reachable = False
+        return info
+
+    def _worker_statuses(self) -> list[pb.WorkerStatus]:
+        suspects = {s.incarnation for s in self.cluster.snapshots() if s.suspect}
+        return [
+            pb.WorkerStatus(
+                worker=types_pb2.WorkerAddress(
+                    worker_id=record.worker_id,
+                    incarnation=record.incarnation,
+                    address=record.address,
+                ),
+                role=ROLE_TO_PB[record.role],
+                healthy=record.incarnation not in suspects,
+                num_waiting=record.load.num_waiting,
+                num_running=record.load.num_running,
+                num_free_blocks=record.load.num_free_blocks,
+                num_blocks=record.num_blocks,
+                capability_hash=record.capability.hash(),
+                determinism=record.capability.determinism,
+            )
+            for record in self.cluster.records()
+        ]
+
+    def _server_counters(self) -> pb.ServerCounters:
+        workers = self.cluster.worker_counters()
+        return pb.ServerCounters(
+            num_requests=self.counters["requests"],
+            num_extra_attempts=self.counters["extra_attempts"],
+            num_cancelled=self.counters["cancelled"],
+            num_preemptions=workers["num_preemptions"],
+            num_digest_mismatches=workers["num_digest_mismatches"],
+            num_computed_prompt_tokens=workers["num_computed_prompt_tokens"],
+            num_cached_prompt_tokens=workers["num_cached_prompt_tokens"],
+            num_pulled_blocks=workers["num_pulled_blocks"],
+        )

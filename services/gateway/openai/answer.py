@@ -1,0 +1,252 @@
+"""An answer over HTTP: one or several runs of Frontend.generate, streamed or whole.
+
+requests ─► merged ─► take ─► chunks, or one body
+              │
+    a client that goes away ends all of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from baton.v1 import inference_service_pb2 as pb
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.frontend import Frontend
+from services.gateway.openai.errors import HttpError, to_http_error
+from services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
+from shared.rpc.errors import BatonError
+
+_NUM_WAITING = 16
+"""Messages of several prompts that wait for a slow reader; their workers' tokens wait behind."""
+
+Responses = AsyncGenerator[pb.GenerateResponse, None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What an endpoint made of its request."""
+
+    requests: Sequence[pb.GenerateRequest]
+    fields: dict[str, str]
+    """Names of this endpoint, for errors."""
+    is_chat: bool
+    is_streamed: bool
+    time_left_s: float | None = None
+    says_usage: bool = False
+    says_usage_always: bool = False
+    says_tokens: bool = False
+
+
+class Answer(Response):
+    """Runs when it is sent, so that all of it ends with the client's connection."""
+
+    def __init__(self, frontend: Frontend, ask: Ask) -> None:
+        super().__init__()
+        self._frontend = frontend
+        self._ask = ask
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises HttpError as long as nothing has been sent."""
+        ask = self._ask
+        sources = [
+            self._frontend.generate(request, time_left_s=ask.time_left_s)
+            for request in ask.requests
+        ]
+        run = _Run(ask, self._frontend)
+        is_gone = False
+        try:
+            async with asyncio.timeout(None) as until_gone, aclosing(merged(sources)) as responses:
+
+                async def watch() -> None:
+                    nonlocal is_gone
+                    while (await receive())["type"] != "http.disconnect":
+                        pass
+                    is_gone = True
+                    until_gone.reschedule(0)
+
+                watcher = asyncio.create_task(watch())
+                try:
+                    if ask.is_streamed:
+                        await _stream(run, responses, send)
+                    else:
+                        await _send_whole(run, responses, send)
+                finally:
+                    watcher.cancel()
+        except TimeoutError:
+            if not is_gone:
+                raise
+            # Nobody reads this; the server wants each request to be answered.
+            raise HttpError(499, "the client went away", code="cancelled") from None
+        except BatonError as error:
+            raise to_http_error(error, ask.fields) from error
+
+
+@dataclass
+class _Run:
+    ask: Ask
+    frontend: Frontend
+    choices: list[Choice] = field(default_factory=list)
+    wire: Wire | None = None
+    request_id: str = ""
+
+    def __post_init__(self) -> None:
+        self.choices = [Choice() for _ in self.ask.requests]
+
+    def take(self, index: int, response: pb.GenerateResponse) -> bytes:
+        """Keeps what it says; the events to send for it."""
+        choice = self.choices[index]
+        match response.WhichOneof("message"):
+            case "started":
+                choice.num_prompt_tokens = response.started.num_prompt_tokens
+                if self.wire is None:
+                    self.request_id = response.started.request_id
+                    self.wire = self._new_wire()
+                return self.wire.first_chunk(index) if self.ask.is_streamed else b""
+            case "chunk":
+                return self._take_chunk(index, choice, response.chunk)
+            case _:
+                return self._take_finished(index, choice, response.finished)
+
+    def _new_wire(self) -> Wire:
+        return Wire(
+            self.request_id,
+            self.frontend.model_name,
+            is_chat=self.ask.is_chat,
+            says_usage=self.ask.says_usage,
+            says_tokens=self.ask.says_tokens,
+        )
+
+    def _take_chunk(self, index: int, choice: Choice, chunk: pb.GenerateChunk) -> bytes:
+        choice.num_completion_tokens += len(chunk.token_ids)
+        if not self.ask.is_streamed:
+            choice.texts.append(chunk.text)
+            choice.token_ids += chunk.token_ids
+            return b""
+        says_more = self.ask.says_usage_always or self.ask.says_tokens
+        if not chunk.text and chunk.HasField("text") and not says_more:
+            # Held back: it comes with a later token.
+            return b""
+        return self._event(index, choice, chunk.text, token_ids=chunk.token_ids)
+
+    def _take_finished(self, index: int, choice: Choice, finished: pb.GenerateFinished) -> bytes:
+        choice.num_completion_tokens = finished.usage.num_completion_tokens
+        choice.num_cached_tokens = finished.usage.num_cached_tokens
+        choice.finish_reason = FINISH_REASONS[finished.finish_reason]
+        if not self.ask.is_streamed:
+            choice.texts.append(finished.text)
+            return b""
+        return self._event(index, choice, finished.text, finish_reason=choice.finish_reason)
+
+    def _event(
+        self,
+        index: int,
+        choice: Choice,
+        text: str,
+        *,
+        token_ids: Sequence[int] = (),
+        finish_reason: str | None = None,
+    ) -> bytes:
+        assert self.wire is not None
+        so_far = usage([choice]) if self.ask.says_usage_always else None
+        return self.wire.chunk(
+            index, text, token_ids=token_ids, finish_reason=finish_reason, usage=so_far
+        )
+
+
+async def _stream(
+    run: _Run, responses: AsyncGenerator[tuple[int, pb.GenerateResponse], None], send: Send
+) -> None:
+    """Headers go out with the first token: what fails before it still gets a status of its own."""
+    has_started = False
+    held = b""
+    try:
+        async for index, response in responses:
+            event = held + run.take(index, response)
+            if not has_started and response.HasField("started"):
+                held = event
+                continue
+            held = b""
+            if not has_started:
+                has_started = True
+                await _send_head(run, send, b"text/event-stream; charset=utf-8")
+            if event:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+    except Exception as error:
+        if not has_started:
+            raise
+        failed = to_http_error(error, run.ask.fields)
+        await _send_last(send, b"data: " + failed.body() + b"\n\n")
+        if not isinstance(error, BatonError):
+            raise
+        return
+    last = DONE
+    if run.ask.says_usage and run.wire is not None:
+        last = run.wire.usage_chunk(run.choices) + DONE
+    await _send_last(send, last)
+
+
+async def _send_whole(
+    run: _Run, responses: AsyncGenerator[tuple[int, pb.GenerateResponse], None], send: Send
+) -> None:
+    async for index, response in responses:
+        run.take(index, response)
+    assert run.wire is not None
+    body = run.wire.whole(run.choices)
+    await _send_head(run, send, b"application/json", length=len(body))
+    await _send_last(send, body)
+
+
+async def _send_head(run: _Run, send: Send, kind: bytes, *, length: int | None = None) -> None:
+    headers = [(b"content-type", kind), (b"x-request-id", run.request_id.encode())]
+    headers.append((b"cache-control", b"no-store"))
+    if length is not None:
+        headers.append((b"content-length", str(length).encode()))
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _send_last(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def merged(
+    sources: Sequence[Responses],
+) -> AsyncGenerator[tuple[int, pb.GenerateResponse], None]:
+    """What all of them say, with each one's index; the first that raises ends all."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for response in source:
+                yield 0, response
+        return
+    queue: asyncio.Queue[tuple[int, pb.GenerateResponse | Exception | None]]
+    queue = asyncio.Queue(_NUM_WAITING)
+
+    async def follow(index: int, source: Responses) -> None:
+        try:
+            async with aclosing(source):
+                async for response in source:
+                    await queue.put((index, response))
+        except Exception as error:
+            await queue.put((index, error))
+        else:
+            await queue.put((index, None))
+
+    tasks = [asyncio.create_task(follow(*numbered)) for numbered in enumerate(sources)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            index, message = await queue.get()
+            if isinstance(message, Exception):
+                raise message
+            if message is None:
+                num_open -= 1
+            else:
+                yield index, message
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

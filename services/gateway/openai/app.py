@@ -1,0 +1,216 @@
+"""The HTTP application: OpenAI's endpoints, vLLM's small ones, health and metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from baton.v1 import inference_service_pb2 as pb
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import choose_encoder
+from starlette.exceptions import HTTPException
+
+from services.gateway.frontend import Frontend
+from services.gateway.openai.answer import Answer, Ask
+from services.gateway.openai.body import read_json
+from services.gateway.openai.chat import chat_fields, chat_request, template_messages
+from services.gateway.openai.completions import FIELDS, completion_requests
+from services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
+from services.gateway.openai.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampled,
+    TokenizeRequest,
+    parse,
+)
+from shared.rpc.errors import BatonError
+from shared.telemetry import baton_version
+
+_UINT32 = 2**32 - 1
+_TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds that the whole answer may take; our own, as OpenAI has none."""
+
+
+def build_app(frontend: Frontend) -> FastAPI:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(HttpError, _on_error)
+    app.add_exception_handler(BatonError, _on_error)
+    app.add_exception_handler(HTTPException, _on_routing_error)
+    app.add_exception_handler(Exception, _on_error)
+    # Who may ask what is a dependency of these two, once there are identities.
+    app.include_router(_inference(frontend))
+    app.include_router(_operations(frontend))
+    return app
+
+
+def _inference(frontend: Frontend) -> APIRouter:
+    router = APIRouter()
+    started = int(time.time())
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": frontend.model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "baton",
+            "root": frontend.model_name,
+            "parent": None,
+            "max_model_len": frontend.cluster.limits().max_model_len,
+        }
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        _check_model(model, frontend)
+        return JSONResponse(card())
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        fields = parse(CompletionRequest, await read_json(request))
+        _check_model(fields.model, frontend)
+        try:
+            requests = await completion_requests(fields, frontend)
+        except BatonError as error:
+            raise to_http_error(error, FIELDS) from error
+        return Answer(frontend, _ask(request, fields, requests, FIELDS, is_chat=False))
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        fields = parse(ChatRequest, await read_json(request))
+        _check_model(fields.model, frontend)
+        names = chat_fields(fields)
+        try:
+            requests = [await chat_request(fields, frontend)]
+        except BatonError as error:
+            raise to_http_error(error, names) from error
+        return Answer(frontend, _ask(request, fields, requests, names, is_chat=True))
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        fields = parse(TokenizeRequest, await read_json(request))
+        _check_model(fields.model, frontend)
+        try:
+            token_ids = await _tokenized(fields, frontend)
+            codec = frontend.text_codec()
+        except BatonError as error:
+            raise to_http_error(error, FIELDS) from error
+        strings = codec.token_strings(token_ids) if fields.return_token_strs else None
+        return JSONResponse(
+            {
+                "count": len(token_ids),
+                "max_model_len": frontend.cluster.limits().max_model_len,
+                "tokens": token_ids,
+                "token_strs": strings,
+            }
+        )
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        fields = parse(DetokenizeRequest, await read_json(request))
+        _check_model(fields.model, frontend)
+        if fields.tokens and not 0 <= min(fields.tokens) <= max(fields.tokens) <= _UINT32:
+            raise InvalidParam("tokens", "has what is no token id")
+        try:
+            text = frontend.detokenize(fields.tokens, skip_special_tokens=False)
+        except BatonError as error:
+            raise to_http_error(error, {"token_ids": "tokens"}) from error
+        return JSONResponse({"prompt": text})
+
+    return router
+
+
+def _operations(frontend: Frontend) -> APIRouter:
+    router = APIRouter()
+
+    @router.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        """Whether a request would find a route now."""
+        is_ready = frontend.cluster.has_route() and not frontend.is_leaving
+        return Response(status_code=200 if is_ready else 503)
+
+    @router.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": baton_version()})
+
+    @router.api_route("/metrics", methods=["GET", "HEAD"])
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(frontend.metrics.registry), media_type=content_type)
+
+    return router
+
+
+def _ask(
+    request: Request,
+    fields: Sampled,
+    requests: Sequence[pb.GenerateRequest],
+    names: dict[str, str],
+    *,
+    is_chat: bool,
+) -> Ask:
+    is_streamed = bool(fields.stream)
+    options = fields.stream_options if is_streamed else None
+    return Ask(
+        requests=requests,
+        fields=names,
+        is_chat=is_chat,
+        is_streamed=is_streamed,
+        time_left_s=_time_left_s(request),
+        says_usage=bool(options and options.include_usage),
+        says_usage_always=bool(options and options.continuous_usage_stats),
+        says_tokens=bool(fields.return_token_ids),
+    )
+
+
+def _time_left_s(request: Request) -> float | None:
+    text = request.headers.get(_TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise HttpError(400, f"header {_TIMEOUT_HEADER} must be seconds above 0")
+    return seconds
+
+
+async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
+    if (fields.prompt is None) == (fields.messages is None):
+        raise InvalidParam("prompt", "or messages must be given, and not both")
+    if fields.prompt is not None:
+        adds_special = fields.add_special_tokens is not False
+        return await frontend.tokenize(fields.prompt, add_special_tokens=adds_special)
+    assert fields.messages is not None
+    return await frontend.chat_prompt(
+        template_messages(fields.messages),
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        add_special_tokens=bool(fields.add_special_tokens),
+    )
+
+
+def _check_model(name: str | None, frontend: Frontend) -> None:
+    """Not given is taken for the one model there is."""
+    if name is not None and name != frontend.model_name:
+        message = f"the model {name[:200]!r} does not exist; this is {frontend.model_name!r}"
+        raise HttpError(404, message, param="model", code="model_not_found")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return to_http_error(error).response()
+
+
+async def _on_routing_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method[:20]} {request.url.path[:200]}"
+    problem = {404: "unknown path", 405: "wrong method"}.get(error.status_code, error.detail)
+    response = HttpError(error.status_code, f"{problem}: {where}").response()
+    response.headers.update(error.headers or {})
+    return response

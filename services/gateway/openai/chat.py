@@ -1,0 +1,83 @@
+"""/v1/chat/completions: messages become one prompt by the model's own template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton.v1 import inference_service_pb2 as pb
+
+from services.gateway.admission import room_for_answer
+from services.gateway.frontend import Frontend
+from services.gateway.openai.completions import sampling_params
+from services.gateway.openai.errors import InvalidParam
+from services.gateway.openai.schema import ChatRequest, ContentPart, Message
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""As templates know them: `developer` is the newer name of `system`."""
+
+
+def chat_fields(request: ChatRequest) -> dict[str, str]:
+    """What this request calls the fields of GenerateRequest."""
+    names = {"text": "messages", "token_ids": "messages"}
+    if request.max_completion_tokens is not None:
+        names["sampling.max_tokens"] = "max_completion_tokens"
+    return names
+
+
+async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateRequest:
+    """Raises InvalidParam and BatonErrors."""
+    max_tokens = request.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = request.max_tokens
+    sampling = sampling_params(request, max_tokens)
+    token_ids = await frontend.chat_prompt(
+        template_messages(request.messages),
+        add_generation_prompt=request.add_generation_prompt is not False,
+        # The template brings them.
+        add_special_tokens=bool(request.add_special_tokens),
+    )
+    if max_tokens is None:
+        room, _ = room_for_answer(len(token_ids), frontend.cluster.limits())
+        # Without room admission says so.
+        sampling.max_tokens = max(room, 1)
+    return pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=token_ids), sampling=sampling)
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """As templates take them: content is text. Raises InvalidParam for what is no text."""
+    rendered = []
+    for index, message in enumerate(messages):
+        path = f"messages[{index}]"
+        if message.role not in _ROLES:
+            problem = f"is not supported; choose from {', '.join(_ROLES)}"
+            raise InvalidParam(f"{path}.role", problem)
+        for field in ("tool_calls", "function_call", "tool_call_id"):
+            if getattr(message, field):
+                raise InvalidParam(
+                    f"{path}.{field}", "is not supported", code="unsupported_parameter"
+                )
+        entry = {"role": _ROLES[message.role], "content": _content(message, f"{path}.content")}
+        if message.name is not None:
+            entry["name"] = message.name
+        rendered.append(entry)
+    return rendered
+
+
+def _content(message: Message, path: str) -> str:
+    if message.content is None:
+        if message.role == "assistant":
+            return ""
+        raise InvalidParam(path, "is missing")
+    if isinstance(message.content, str):
+        return message.content
+    parts = enumerate(message.content)
+    return "\n".join(_text_of(part, f"{path}[{index}]") for index, part in parts)
+
+
+def _text_of(part: ContentPart, path: str) -> str:
+    if part.type != "text":
+        problem = "is not supported; only text is"
+        raise InvalidParam(f"{path}.type", problem, code="unsupported_parameter")
+    if part.text is None:
+        raise InvalidParam(f"{path}.text", "is missing")
+    return part.text

@@ -1,0 +1,67 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from baton.v1 import error_details_pb2
+from starlette.responses import Response
+
+from shared.rpc.errors import HTTP_STATUS, BatonError, InvalidField
+
+_INDEX = re.compile(r"\[\d+\]$")
+_RETRY_AFTER_S = 1
+
+
+class HttpError(Exception):
+    """An answer that is an error. `param` is the request's field, `code` is for programs."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> bytes:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        headers = {"Retry-After": str(_RETRY_AFTER_S)} if self.status == 503 else None
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+class InvalidParam(HttpError):
+    def __init__(self, param: str, problem: str, *, code: str = "invalid_value") -> None:
+        super().__init__(400, f"{param} {problem}", param=param, code=code)
+
+
+def to_http_error(error: Exception, fields: dict[str, str] | None = None) -> HttpError:
+    """`fields`: what this endpoint calls the fields of GenerateRequest, where it differs.
+
+    Whatever is not ours becomes an internal error without a word of it.
+    """
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, InvalidField):
+        param = _http_name(error.field, fields or {})
+        message = param + error.message.removeprefix(error.field)
+        return HttpError(400, message, param=_INDEX.sub("", param), code="invalid_value")
+    if isinstance(error, BatonError):
+        reason = error_details_pb2.FailureReason.Name(error.reason)
+        code = reason.removeprefix("FAILURE_REASON_").lower()
+        return HttpError(HTTP_STATUS[error.code], error.message, code=code)
+    return HttpError(500, "internal error", code="internal_error")
+
+
+def _http_name(field: str, fields: dict[str, str]) -> str:
+    """`sampling.stops[3]` → `stop[3]`."""
+    index = _INDEX.search(field)
+    name = _INDEX.sub("", field)
+    known = {"sampling.stops": "stop", **fields}
+    return known.get(name, name.removeprefix("sampling.")) + (index[0] if index else "")

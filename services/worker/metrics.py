@@ -1,0 +1,202 @@
+"""The worker's metrics: ours, and those by the names that vLLM gave them.
+
+The engine thread counts in plain integers, and observes one step, or one hand-off, at a time. All
+else is asked of the engine when somebody scrapes: it answers between two steps, as it does for
+heartbeats (`msg.Inspect`).
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from baton.v1 import worker_service_pb2
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from services.worker import messages as msg
+from shared.metrics import (
+    BYTES_BUCKETS,
+    SECONDS_BUCKETS,
+    TOKENS_BUCKETS,
+    counter,
+    gauge,
+    gauges,
+    info,
+)
+
+_ANSWER_S = 0.2
+"""A scrape does not wait longer for a step to end: it is told the last state then."""
+
+_COUNTERS = {
+    "steps": "Engine steps",
+    "computed_prompt_tokens": "Prompt tokens that were computed here",
+    "cached_prompt_tokens": "Prompt tokens that were found in the cache here instead",
+    "computed_blocks": "Blocks that were filled by computing prompts",
+    "pulled_blocks": "Blocks that were read from another worker and verified",
+    "digest_mismatches": "Blocks whose bytes were not those that were sealed",
+    "preemptions": "Sequences that gave way because no block was free",
+    "aborted_sequences": "Sequences that ended without an answer: cancelled, preempted or failed",
+}
+_GAUGES = {
+    "waiting_sequences": "Sequences in the queue",
+    "running_sequences": "Sequences that are computed, or handed over, right now",
+    "claims": "Claims that readers have on sequences here",
+    "blocks": "Blocks of the pool",
+    "free_blocks": "Blocks that could be taken now, cached ones included",
+    "cached_blocks": "Blocks that can be found by their hash",
+    "quarantined_blocks": "Free blocks that a transfer or a step may still write to",
+}
+
+
+def _field(name: str) -> str:
+    """`waiting_sequences` → `num_waiting`, as the snapshot has it."""
+    return f"num_{name.removesuffix('_sequences')}"
+
+
+class EngineMetrics:
+    """What the engine thread observes."""
+
+    def __init__(self, registry: CollectorRegistry, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.num_queried_tokens = 0
+        """Prompt tokens of the sequences admitted to be computed here."""
+        self.num_joined = 0
+        """Sequences whose prompt, and first token, came from another worker."""
+        step_seconds = Histogram(
+            "baton_step_seconds",
+            "Time of an engine step, by what it computed",
+            ["kind"],
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        step_tokens = Histogram(
+            "baton_step_tokens",
+            "Tokens of an engine step, by what it computed",
+            ["kind"],
+            buckets=TOKENS_BUCKETS,
+            registry=registry,
+        )
+        self._of_kind = {
+            kind: (step_seconds.labels(kind), step_tokens.labels(kind))
+            for kind in ("prefill", "decode", "mixed")
+        }
+        self._handoff_seconds = Histogram(
+            "baton_handoff_seconds",
+            "Prompt computed at its prefill worker to all blocks here and verified",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._handoff_bytes = Histogram(
+            "baton_handoff_bytes",
+            "Bytes that a hand-off read from the prefill worker",
+            buckets=BYTES_BUCKETS,
+            registry=registry,
+        )
+
+    def took_step(self, seconds: float, *, num_decoding: int, num_prompt_tokens: int) -> None:
+        kind = "decode" if not num_prompt_tokens else "mixed" if num_decoding else "prefill"
+        in_seconds, in_tokens = self._of_kind[kind]
+        in_seconds.observe(seconds)
+        in_tokens.observe(num_decoding + num_prompt_tokens)
+
+    def joined(self, transfer_s: float, num_blocks: int) -> None:
+        self.num_joined += 1
+        self._handoff_seconds.observe(transfer_s)
+        self._handoff_bytes.observe(num_blocks * self.block_bytes)
+
+
+class WorkerCollector(Collector):
+    """Asked from the threads of the metrics port."""
+
+    def __init__(
+        self,
+        inbox: queue.SimpleQueue[msg.Command],
+        engine: EngineMetrics,
+        *,
+        about: Mapping[str, str],
+        path_rates: Callable[[], Mapping[str, float]],
+        is_directory_reachable: Callable[[], bool],
+        is_draining: Callable[[], bool],
+    ) -> None:
+        """`about`: labels of baton_build_info, `model_name` and `worker_id` among them;
+        `path_rates`: bytes per second by worker id."""
+        self._inbox = inbox
+        self._engine = engine
+        self._about = about
+        self._path_rates = path_rates
+        self._is_directory_reachable = is_directory_reachable
+        self._is_draining = is_draining
+        self._state = worker_service_pb2.GetWorkerStateResponse()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing before the first scrape: the registry asks when this is registered."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._ask()
+        yield info("baton_build_info", "What this process is", self._about)
+        for name, help in _GAUGES.items():
+            yield gauge(f"baton_{name}", help, getattr(state, _field(name)))
+        for name, help in _COUNTERS.items():
+            yield counter(f"baton_{name}", help, getattr(state.counters, _field(name)))
+        yield from self._tokens(state)
+        yield gauges(
+            "baton_path_bytes_per_second",
+            "Rate of the path to a peer, as measured when it was connected",
+            ("peer",),
+            {(peer,): rate for peer, rate in self._path_rates().items()},
+        )
+        yield gauge(
+            "baton_directory_reachable",
+            "1 while the directory answers",
+            self._is_directory_reachable(),
+        )
+        yield gauge("baton_draining", "1 from SIGTERM on", self._is_draining())
+
+    def _ask(self) -> worker_service_pb2.GetWorkerStateResponse:
+        reply: queue.SimpleQueue[worker_service_pb2.GetWorkerStateResponse] = queue.SimpleQueue()
+        self._inbox.put(msg.Inspect(False, reply.put))
+        try:
+            self._state = reply.get(timeout=_ANSWER_S)
+        except queue.Empty:
+            pass
+        return self._state
+
+    def _tokens(self, state: worker_service_pb2.GetWorkerStateResponse) -> Iterator[Metric]:
+        """Summed over workers each token counts once: the first one of a prompt that was handed
+        over is its prefill worker's."""
+        counters, num_queried = state.counters, self._engine.num_queried_tokens
+        num_generated = counters.num_generated_tokens - self._engine.num_joined
+        used = state.num_blocks - state.num_free_blocks
+        labels = {"model_name": self._about["model_name"], "engine": self._about["worker_id"]}
+        for name, help, value in (
+            ("generated_tokens", "Tokens that were drawn here", num_generated),
+            ("queried_prompt_tokens", "Prompt tokens looked for in the cache here", num_queried),
+            (
+                "pulled_bytes",
+                "Bytes of the blocks that were read from another worker and verified",
+                counters.num_pulled_blocks * self._engine.block_bytes,
+            ),
+        ):
+            yield counter(f"baton_{name}", help, value)
+        usage = used / state.num_blocks if state.num_blocks else 0.0
+        for name, help, level in (
+            ("num_requests_running", "Sequences that are computed right now", state.num_running),
+            ("num_requests_waiting", "Sequences in the queue", state.num_waiting),
+            ("kv_cache_usage_perc", "Share of blocks in use, 0 to 1", usage),
+        ):
+            yield gauge(f"vllm:{name}", help, level, labels)
+        for name, help, value in (
+            ("prefix_cache_queries", "Prompt tokens looked for in the cache", num_queried),
+            (
+                "prefix_cache_hits",
+                "Prompt tokens found in the cache",
+                counters.num_cached_prompt_tokens,
+            ),
+            ("prompt_tokens", "Prompt tokens of sequences computed here", num_queried),
+            ("generation_tokens", "Tokens that were drawn here", num_generated),
+            ("num_preemptions", "Sequences that gave way", counters.num_preemptions),
+        ):
+            yield counter(f"vllm:{name}", help, value, labels)

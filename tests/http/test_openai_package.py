@@ -1,0 +1,172 @@
+"""The `openai` package against a whole stack, and the same answers over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from tokenizers import Tokenizer
+
+from tests.e2e.harness import Stack
+from tests.http.conftest import DEMO
+
+pytestmark = pytest.mark.e2e
+
+_PROMPT = "In the beginning"
+_MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who made the earth?"}]
+_NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def client(http: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://{http}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_one_model_is_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-9")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 7}])
+def test_the_same_text_over_http_and_grpc(
+    client: openai.OpenAI, stack: Stack, sampling: dict[str, float]
+) -> None:
+    expected = stack.generate(_PROMPT, max_tokens=_NUM_TOKENS, **{"ignore_eos": False, **sampling})
+    options = {"model": "demo", "prompt": _PROMPT, "max_tokens": _NUM_TOKENS, **sampling}
+    whole = client.completions.create(**options)  # type: ignore[call-overload]
+    stream = client.completions.create(**options, stream=True)  # type: ignore[call-overload]
+    streamed = "".join(chunk.choices[0].text for chunk in stream)
+    assert whole.choices[0].text == streamed == expected.text != ""
+    assert whole.usage.prompt_tokens == expected.num_prompt_tokens
+    assert whole.usage.completion_tokens == len(expected.token_ids)
+
+
+def test_prompts_as_token_ids(client: openai.OpenAI, stack: Stack) -> None:
+    prompts = [[5, 6, 7], [8, 9], [10]]
+    answer = client.completions.create(
+        model="demo", prompt=prompts, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+    )
+    expected = [stack.generate(prompt, max_tokens=8).text for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+
+
+def test_a_chat_streamed_and_whole(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(
+        model="demo", messages=_MESSAGES, temperature=0, max_completion_tokens=_NUM_TOKENS
+    )
+    text = whole.choices[0].message.content
+    assert text and whole.choices[0].message.role == "assistant"
+    chunks = list(
+        client.chat.completions.create(
+            model="demo",
+            messages=_MESSAGES,
+            temperature=0,
+            max_tokens=_NUM_TOKENS,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    *with_choice, last = chunks
+    assert with_choice[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in with_choice) == text
+    assert with_choice[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.choices == [] and last.usage is not None and whole.usage is not None
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_parts_say_the_same_as_text(client: openai.OpenAI) -> None:
+    def answer(messages: list[ChatCompletionMessageParam]) -> str | None:
+        created = client.chat.completions.create(
+            model="demo", messages=messages, temperature=0, max_tokens=8
+        )
+        return created.choices[0].message.content
+
+    parts: list[ChatCompletionMessageParam] = [
+        {"role": "user", "content": [{"type": "text", "text": "Who made the earth?"}]}
+    ]
+    assert answer(parts) == answer(_MESSAGES)
+
+
+def test_a_chats_prompt_has_its_special_tokens_once(client: openai.OpenAI, http: str) -> None:
+    rendered = "<|bos|><|user|>Who made the earth?<|end|><|assistant|>"
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    expected = tokenizer.encode(rendered, add_special_tokens=False).ids
+    answer = client.chat.completions.create(model="demo", messages=_MESSAGES, max_tokens=1)
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(expected)
+    raw = client.with_options(base_url=f"http://{http}").post(
+        "/tokenize", cast_to=object, body={"messages": _MESSAGES}
+    )
+    assert json.loads(json.dumps(raw))["tokens"] == expected
+
+
+def test_a_chat_without_limit_gets_the_room_that_is_left(client: openai.OpenAI) -> None:
+    # Far beyond the 256 tokens that a prompt over gRPC gets without a limit.
+    answer = client.chat.completions.create(
+        model="demo", messages=_MESSAGES, temperature=0, stop=["\n"], extra_body={"min_p": 0}
+    )
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage is not None
+    stopped_early = answer.choices[0].finish_reason == "stop"
+    assert stopped_early or answer.usage.total_tokens == 4096
+
+
+def test_stops_and_cached_tokens(client: openai.OpenAI) -> None:
+    prompt = "And God said, Let there be light: and there was light. " * 8
+    first = client.completions.create(model="demo", prompt=prompt, max_tokens=16, temperature=0)
+    text = first.choices[0].text
+    stop = text[len(text) // 2 :][:3]
+    again = client.completions.create(
+        model="demo", prompt=prompt, max_tokens=16, temperature=0, stop=stop
+    )
+    assert again.choices[0].text == text[: text.index(stop)]
+    assert again.choices[0].finish_reason == "stop"
+    assert again.usage is not None and again.usage.prompt_tokens_details is not None
+    assert (again.usage.prompt_tokens_details.cached_tokens or 0) >= 16
+
+
+def test_errors_arrive_as_the_packages_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=_MESSAGES, max_tokens=100_000)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="demo", prompt="a", temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=_MESSAGES, n=2)
+    assert (caught.value.param, caught.value.code) == ("n", "unsupported_parameter")
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-9", messages=_MESSAGES)
+    with pytest.raises(openai.InternalServerError) as late:
+        client.completions.create(
+            model="demo",
+            prompt="a",
+            max_tokens=4000,
+            extra_body={"ignore_eos": True},
+            extra_headers={"X-Request-Timeout": "0.2"},
+        )
+    assert late.value.status_code == 504
+
+
+async def test_the_asynchronous_client_and_many_at_once(http: str, stack: Stack) -> None:
+    prompts = [f"The {word}" for word in ("heaven", "earth", "sea", "light")]
+    expected = [stack.generate(prompt, max_tokens=16, ignore_eos=False) for prompt in prompts]
+    async with openai.AsyncOpenAI(base_url=f"http://{http}/v1", api_key="none") as client:
+
+        async def answer(prompt: str) -> str:
+            stream = await client.completions.create(
+                model="demo", prompt=prompt, max_tokens=16, temperature=0, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        texts = await asyncio.gather(*map(answer, prompts))
+    assert texts == [result.text for result in expected]
+    stack.assert_idle()

@@ -1,0 +1,191 @@
+"""What a connection may cost, and how the endpoint leaves: without workers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import pytest
+from baton.v1 import inference_service_pb2 as pb
+
+from services.gateway.openai import body, guard
+from services.gateway.openai.app import build_app
+from services.gateway.openai.endpoint import HttpEndpoint
+from tests.unit.gateway.null_frontend import (
+    NullFrontend,
+    Reply,
+    ask,
+    chunk,
+    connect,
+    endless,
+    finished,
+    send,
+    serving,
+    started,
+    wait_until,
+)
+
+_COMPLETIONS = "/v1/completions"
+_HELLO = b'{"prompt": "hello", "stream": true}'
+_REQUEST = (
+    f"POST {_COMPLETIONS} HTTP/1.1\r\nhost: t\r\ncontent-length: {len(_HELLO)}\r\n\r\n".encode()
+    + _HELLO
+)
+
+
+@pytest.fixture
+def frontend() -> NullFrontend:
+    return NullFrontend()
+
+
+@pytest.fixture
+async def endpoint(frontend: NullFrontend) -> AsyncIterator[HttpEndpoint]:
+    async with serving(frontend) as endpoint:
+        yield endpoint
+
+
+async def test_headers_too_large(endpoint: HttpEndpoint) -> None:
+    head = b"GET /health HTTP/1.1\r\nhost: t\r\nx: " + b"a" * 2 * guard.MAX_HEAD_BYTES
+    reply = Reply(await send(endpoint.address, head))
+    assert (reply.status, reply.error["code"]) == (431, "headers_too_large")
+
+
+async def test_what_is_no_http(endpoint: HttpEndpoint) -> None:
+    reply = Reply(await send(endpoint.address, b"\x16\x03\x01 hello\r\n\r\n"))
+    assert (reply.status, reply.error["code"]) == (400, "invalid_http")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: "])
+async def test_headers_that_do_not_come(
+    endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(guard, "HEAD_LIMIT_S", 0.1)
+    reply = Reply(await send(endpoint.address, sent))
+    assert (reply.status, reply.error["code"]) == (408, "timeout")
+
+
+async def test_the_limit_on_headers_is_for_the_next_request_too(
+    endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "HEAD_LIMIT_S", 0.1)
+    reader, writer = await connect(endpoint.address)
+    writer.write(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
+    assert b" 200 " in await reader.readline()
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"GET /health HT")
+    reply = Reply(await reader.read())
+    assert reply.status == 408
+    writer.close()
+
+
+async def test_a_body_that_does_not_come(
+    endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "BODY_LIMIT_S", 0.1)
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: t\r\nconnection: close\r\n"
+    reply = Reply(await send(endpoint.address, request + b"content-length: 100\r\n\r\n{"))
+    assert (reply.status, reply.error["code"]) == (408, "timeout")
+
+
+async def test_one_connection_too_many(
+    endpoint: HttpEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard.GuardedProtocol, "limit_connections", 1)
+    _, writer = await connect(endpoint.address)
+    reply = Reply(await send(endpoint.address, b""))
+    assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+    writer.close()
+    await writer.wait_closed()
+
+    async def is_let_in() -> bool:
+        return (await ask(endpoint.address, "/health")).status == 200
+
+    async with asyncio.timeout(20):
+        while not await is_let_in():
+            pass
+
+
+async def test_a_reader_too_slow_is_cut_off(
+    endpoint: HttpEndpoint, frontend: NullFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "SEND_LIMIT_S", 0.2)
+    frontend.script = endless
+    host, _, port = endpoint.address.rpartition(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_sendall(client, _REQUEST)
+        await wait_until(lambda: frontend.num_in_flight == 1)
+        # It never reads.
+        await wait_until(lambda: frontend.num_closed == 1)
+
+
+async def test_a_half_open_client_is_probed(endpoint: HttpEndpoint) -> None:
+    _, writer = await connect(endpoint.address)
+    await ask(endpoint.address, "/health")
+    [connection, *_] = endpoint._server.server_state.connections
+    transport = connection.transport
+    server_side = transport.get_extra_info("socket")
+    assert server_side.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert server_side.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    writer.close()
+
+
+async def test_connections_end_with_their_next_answer_when_it_leaves(
+    endpoint: HttpEndpoint, frontend: NullFrontend
+) -> None:
+    release = asyncio.Event()
+
+    async def held(request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+        yield started()
+        yield chunk("a")
+        await release.wait()
+        yield finished()
+
+    frontend.script = held
+    idle_reader, idle_writer = await connect(endpoint.address)
+    idle_writer.write(b"GET /version HTTP/1.1\r\nhost: t\r\n\r\n")
+    await idle_reader.readuntil(b"}")
+    reader, writer = await connect(endpoint.address)
+    writer.write(_REQUEST)
+    await reader.readuntil(b'"text": "a"')
+
+    endpoint.close_after_answers()
+    await endpoint.stop_accepting()
+
+    with pytest.raises(OSError):
+        await connect(endpoint.address)
+    idle_writer.write(b"GET /version HTTP/1.1\r\nhost: t\r\n\r\n")
+    reply = Reply(await idle_reader.read())
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+    release.set()
+    assert (await reader.read()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    writer.close()
+    idle_writer.close()
+
+
+async def test_connections_that_wait_in_the_queue_are_still_served(
+    endpoint: HttpEndpoint,
+) -> None:
+    host, _, port = endpoint.address.rpartition(":")
+    # Without a turn of the loop in between nobody accepts it.
+    client = socket.create_connection((host, int(port)))
+    client.sendall(b"GET /version HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n")
+    await endpoint.stop_accepting()
+    reader, writer = await asyncio.open_connection(sock=client)
+    assert Reply(await reader.read()).status == 200
+    writer.close()
+
+
+async def test_gateways_share_a_port_only_when_told_to(frontend: NullFrontend) -> None:
+    first, second = HttpEndpoint(build_app(frontend)), HttpEndpoint(build_app(frontend))
+    await first.start("127.0.0.1", 0, reuse_port=True)
+    port = int(first.address.rpartition(":")[2])
+    with pytest.raises(OSError, match=rf"cannot listen on 127.0.0.1:{port} \(--http-port\)"):
+        await second.start("127.0.0.1", port)
+    await second.start("127.0.0.1", port, reuse_port=True)
+    await first.stop_accepting()
+    await first.stop()
+    for _ in range(5):
+        assert (await ask(second.address, "/version")).status == 200
+    await second.stop()
