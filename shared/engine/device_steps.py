@@ -17,25 +17,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.batch_state import begin_step, scatter
+from kernels.batch_state import begin_step
 from kernels.decode_attention import make_work, plan_decode
 from kernels.sampling import draw, make_sampling_work
 from shared.engine.batch import Batch, BatchRow, RowHandle
 from shared.engine.batch_state import BatchState
 from shared.engine.device_columns import StepColumns, step_columns
+from shared.engine.host_buffers import HostBuffers
 from shared.engine.kv_cache import KvCache
 from shared.engine.steps import Model
 from shared.engine.triton_operations import DevicePlan
 from shared.kv.sequence import SamplingParams
-
-_STEPS_IN_FLIGHT = 4
-"""Host buffers come in turn; more steps than that are never in flight."""
-
 
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -134,14 +129,9 @@ class DeviceSteps:
         self._decode = {size: self._make_buffers(size) for size in self._sizes}
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-        self._host_tokens = [
-            torch.zeros(max_num_seqs, dtype=torch.int32, pin_memory=is_cuda)
-            for _ in range(_STEPS_IN_FLIGHT)
-        ]
+        self._host = HostBuffers(max_num_seqs, device)
         # What was made here was made on another stream than that of the steps.
         self.synchronize(everything=True)
-        self._host_columns = [torch.zeros(0, dtype=torch.int32)] * _STEPS_IN_FLIGHT
-        self._turn = 0
         self.on_launch: Callable[[tuple[torch.cuda.Event, torch.cuda.Event]], None] | None = None
         """For measurements: told the events around every step."""
 
@@ -309,7 +299,7 @@ class DeviceSteps:
                 self._draw(logits, rows, tokens)
         else:
             buffers = self._decode[layout.size]
-            self._send(None)
+            self._host.send(self._state, None)
             if buffers.graph is not None:
                 buffers.graph.replay()
             else:
@@ -348,7 +338,7 @@ class DeviceSteps:
             head_dim=self._kv.shape[5],
             itemsize=self._kv.element_size(),
         )
-        sent = self._send(columns.packed)
+        sent = self._host.send(self._state, columns.packed)
         assert sent is not None
         num_tokens = columns.num_tokens
         slots = sent[: 2 * num_tokens].view(torch.int64)
@@ -430,37 +420,8 @@ class DeviceSteps:
             work=self._sampling_work,
         )
 
-    # Between host and device
-
-    def _send(self, columns: npt.NDArray[np.int32] | None) -> Tensor | None:
-        """Brings the state up to date, and the step's columns over, with one copy."""
-        updates = self._state.take_updates()
-        if updates is None and columns is None:
-            return None
-        num_updates = 0 if updates is None else updates.shape[1]
-        num_columns = 0 if columns is None else -(-len(columns) // 4) * 4
-        buffer = self._host_buffer(num_columns + 2 * num_updates)
-        if columns is not None:
-            buffer[: len(columns)].numpy()[:] = columns
-        if updates is not None:
-            buffer[num_columns:].numpy()[:] = updates.reshape(-1)
-        sent = buffer.to(self._device, non_blocking=True)
-        if updates is not None:
-            scatter(self._state.arena, sent[num_columns:].view(2, num_updates))
-        return sent[:num_columns]
-
-    def _host_buffer(self, num_words: int) -> Tensor:
-        turn = self._turn % _STEPS_IN_FLIGHT
-        if len(self._host_columns[turn]) < num_words:
-            self._host_columns[turn] = torch.zeros(
-                max(2 * num_words, 4096), dtype=torch.int32, pin_memory=self._stream is not None
-            )
-        return self._host_columns[turn][:num_words]
-
     def _fetch(self, tokens: Tensor, rows: list[int], num_rows: int) -> DeviceStep:
-        host = self._host_tokens[self._turn % _STEPS_IN_FLIGHT][: len(tokens)]
-        self._turn += 1
-        host.copy_(tokens, non_blocking=True)
+        host = self._host.fetch(tokens)
         done = None
         if self._stream is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]

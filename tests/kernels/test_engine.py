@@ -216,7 +216,7 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
         patch.setattr("shared.engine.device_steps.step_columns", _fail)
         with pytest.raises(MemoryError):
             runner.launch(Batch([decode(0, 0), prompt_of(2)]))
-    monkeypatch.setattr("shared.engine.device_steps.scatter", remember)
+    monkeypatch.setattr("shared.engine.host_buffers.scatter", remember)
     assert runner.forward(Batch([decode(1, 0)])) == [expected[1][1]]
     assert runner.forward(Batch([decode(0, 0)])) == [expected[0][1]]
     assert runner.forward(Batch([prompt_of(2), decode(0, 1)])) == [expected[2][0], expected[0][2]]

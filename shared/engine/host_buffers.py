@@ -1,0 +1,63 @@
+"""What travels between host and device around a step. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kernels.batch_state import scatter
+from shared.engine.batch_state import BatchState
+
+_STEPS_IN_FLIGHT = 4
+"""More steps than that are never in flight: a buffer's copy is over when its turn comes again."""
+
+
+class HostBuffers:
+    """Pinned memory on the host, a buffer in turn for each step."""
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self._device = device
+        self._is_pinned = device.type == "cuda"
+        self._tokens = [
+            torch.zeros(max_num_seqs, dtype=torch.int32, pin_memory=self._is_pinned)
+            for _ in range(_STEPS_IN_FLIGHT)
+        ]
+        self._columns = [torch.zeros(0, dtype=torch.int32)] * _STEPS_IN_FLIGHT
+        self._turn = 0
+
+    def send(self, state: BatchState, columns: npt.NDArray[np.int32] | None) -> Tensor | None:
+        """Brings the state up to date, and the step's columns over, with one copy.
+
+        Returns the columns on the device, int32, padded to a multiple of four; None when there was
+        nothing to send.
+        """
+        updates = state.take_updates()
+        if updates is None and columns is None:
+            return None
+        num_updates = 0 if updates is None else updates.shape[1]
+        num_columns = 0 if columns is None else -(-len(columns) // 4) * 4
+        buffer = self._buffer(num_columns + 2 * num_updates)
+        if columns is not None:
+            buffer[: len(columns)].numpy()[:] = columns
+        if updates is not None:
+            buffer[num_columns:].numpy()[:] = updates.reshape(-1)
+        sent = buffer.to(self._device, non_blocking=True)
+        if updates is not None:
+            scatter(state.arena, sent[num_columns:].view(2, num_updates))
+        return sent[:num_columns]
+
+    def fetch(self, tokens: Tensor) -> Tensor:
+        """The last thing of a step: `tokens`, int32 [n], on the host when the stream is there."""
+        host = self._tokens[self._turn][: len(tokens)]
+        self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
+        host.copy_(tokens, non_blocking=True)
+        return host
+
+    def _buffer(self, num_words: int) -> Tensor:
+        if len(self._columns[self._turn]) < num_words:
+            self._columns[self._turn] = torch.zeros(
+                max(2 * num_words, 4096), dtype=torch.int32, pin_memory=self._is_pinned
+            )
+        return self._columns[self._turn][:num_words]
