@@ -29,6 +29,9 @@ def main() -> int:
         except BatonError as error:
             print(f"\n{error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            # Leaving the client's block cancels the answer.
+            return 130
     print(f"\n[{answer.usage.num_completion_tokens} tokens, ended by {answer.finish_reason}]")
     return 0
 

@@ -2,4 +2,5 @@
 
 spec ──► arrivals, conversations (lengths, traces) ──► shards, one process each ──► samples
                                                          │ drivers: gRPC, OpenAI
+before and after: scrape ──► metrics_check, beside the samples
 """

@@ -16,6 +16,7 @@ from benchmarks.load.options import EXIT_USAGE, loads_of, parse_args, slos_of
 from benchmarks.load.report import Report, Run
 from benchmarks.load.run import run_load
 from benchmarks.load.samples import OK, Slo, summarise
+from benchmarks.load.scrape import Source, before, sources_of
 from benchmarks.load.spec import Load, LoadError
 from benchmarks.load.target import ModelFacts, Target, probe
 from benchmarks.report.page import text_table
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _measure(args: argparse.Namespace) -> Report:
     """Prints each run's table as it ends. Raises LoadError, RuntimeError."""
     loads, slos, target = loads_of(args), slos_of(args), Target.parse(args.target)
+    sources = sources_of(args.metrics, target)
     notes = [note for load in loads[:1] for note in plan(load).notes]
     model = await probe(target, args.model)
     loads = [_of_model(load, model, args) for load in loads]
@@ -64,7 +66,7 @@ async def _measure(args: argparse.Namespace) -> Report:
     environment = describe_environment()
     runs = []
     for load in loads:
-        runs.append(await _run(load, slos, args.clients))
+        runs.append(await _run(load, slos, args.clients, sources))
         print(Report("", {}, runs[-1:]).text(), end="\n\n", flush=True)
     facts = {"target": str(target), "model": model.name, "clients": str(args.clients)}
     facts |= {"when": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()), **_told(loads[0])}
@@ -98,12 +100,16 @@ async def _warm_up(load: Load, num_requests: int) -> None:
             raise LoadError(f"--target {load.target}: the first request failed: {problem}")
 
 
-async def _run(load: Load, slos: Sequence[Slo], num_processes: int) -> Run:
+async def _run(
+    load: Load, slos: Sequence[Slo], num_processes: int, sources: Sequence[Source]
+) -> Run:
+    metrics = await before(sources)
     offered = await run_load(load, num_processes)
+    check = await metrics.check(offered.samples)
     if not offered.samples:
         raise LoadError("no request was planned: a longer --duration, or a higher --rate")
     rate = None if load.is_closed or load.arrivals == "trace" else load.rate
-    return Run(_label(load), rate, summarise(offered, slos), offered.samples)
+    return Run(_label(load), rate, summarise(offered, slos), offered.samples, check)
 
 
 def _label(load: Load) -> str:

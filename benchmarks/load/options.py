@@ -29,6 +29,7 @@ Load on a running endpoint, and what its clients saw.
   python -m benchmarks.load --target grpc://127.0.0.1:50051 --streams 4 --requests 60 --turns 5
   python -m benchmarks.load --target grpc://127.0.0.1:50051 --trace mooncake_conversation.jsonl \\
       --window 0:600 --time-scale 0.1 --length-scale 0.1 --max-prompt 3500 --max-output 64
+  python -m benchmarks.load --target grpc://127.0.0.1:50051 --metrics http://127.0.0.1:8000/metrics
   python -m benchmarks.load --calibrate --target http://
 
 Without --rate and --trace it is a closed loop: --streams clients that each wait for their answer.
@@ -115,6 +116,12 @@ def _add_rest(group: Any) -> None:
     add("--timeout", type=float, default=600.0, help="seconds, for one request")
     add("--warm-up", type=int, default=1, help="requests before the clock starts")
     add("--output", type=Path, metavar="DIR", help="report.html, report.json, requests.csv")
+    add(
+        "--metrics",
+        metavar="URL[,URL]",
+        help="/metrics of gateways, and of workers for cached tokens and hand-off, to be compared"
+        " with what clients saw (default: those of a target that speaks HTTP; none: do not)",
+    )
     add("--calibrate", action="store_true", help="say what the generator itself can drive")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import timeline
+from benchmarks.load.metrics_check import MetricsCheck
 from benchmarks.load.samples import Sample, times_of, warnings
 from benchmarks.report.page import charts, facts, page, paragraphs, section, table, text_table
 from benchmarks.report.svg import Series, chart, cumulative
@@ -41,6 +42,8 @@ class Run:
     rate: float | None
     summary: dict[str, Any]
     samples: Sequence[Sample] = field(repr=False)
+    metrics: MetricsCheck | None = None
+    """What the target's own metrics say, where they were read."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Report:
         return "\n\n".join(_block(run) for run in self.runs)
 
     def json(self) -> str:
-        runs = [{"label": r.label, "rate": r.rate, **r.summary} for r in self.runs]
+        runs = [
+            {"label": r.label, "rate": r.rate, **r.summary}
+            | ({"metrics": r.metrics.as_dict()} if r.metrics else {})
+            for r in self.runs
+        ]
         result = {"title": self.title, "facts": self.facts, "notes": self.notes, "runs": runs}
         return json.dumps(result, indent=2) + "\n"
 
@@ -69,7 +76,7 @@ class Report:
         return out.getvalue()
 
     def html(self) -> str:
-        problems = [f"{run.label}: {line}" for run in self.runs for line in warnings(run.summary)]
+        problems = [f"{run.label}: {line}" for run in self.runs for line in _warnings(run)]
         return page(
             self.title,
             paragraphs(problems, "warning"),
@@ -103,7 +110,10 @@ def _block(run: Run) -> str:
     slos = _slo_table(run)
     if slos[1]:
         lines.append(text_table(*slos))
-    lines += [f"WARNING: {line}" for line in warnings(run.summary)]
+    metrics = _metrics_table(run)
+    if metrics[1]:
+        lines.append(text_table(*metrics))
+    lines += [f"WARNING: {line}" for line in _warnings(run)]
     problems = run.summary["problems"].items()
     return "\n".join([*lines, *(f"  {count} x {problem}" for problem, count in problems)])
 
@@ -146,11 +156,31 @@ def _slo_table(run: Run) -> tuple[list[str], list[list[str]]]:
     return ["limits", "goodput/s", "kept by"], rows
 
 
+def _metrics_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for digits, figures in enumerate(
+        (run.metrics.counts, run.metrics.times) if run.metrics else ()
+    ):
+        for one in figures:
+            measured = (_number(value, digits) for value in (one.clients, one.metrics))
+            difference = one.difference_percent
+            apart = "-" if difference is None else f"{difference:+.1f} %" if difference else "equal"
+            rows.append([one.name, *measured, apart])
+    return ["metrics", "clients saw", "metrics say", "apart"], rows
+
+
+def _warnings(run: Run) -> list[str]:
+    return warnings(run.summary) + list(run.metrics.problems if run.metrics else ())
+
+
 def _html_tables(run: Run) -> str:
     made = [table(*_times_table(run)), table(*_counts_table(run))]
     slos = _slo_table(run)
     if slos[1]:
         made.append(table(*slos))
+    metrics = _metrics_table(run)
+    if metrics[1]:
+        made.append(table(*metrics))
     statuses = {name: str(count) for name, count in run.summary["statuses"].items()}
     if set(statuses) - {"OK"}:
         made.append(facts(statuses | {k: str(v) for k, v in run.summary["problems"].items()}))

@@ -117,10 +117,10 @@ class Frontend:
         check_text("messages", text, limits)
         return await codec.encode_async(text, add_special_tokens=add_special_tokens)
 
-    def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Raises InvalidField, NoTokenizer."""
         check_token_ids("token_ids", token_ids, self.cluster.limits())
-        return self.text_codec().decode(token_ids, skip_special=skip_special_tokens)
+        return await self.text_codec().decode_async(token_ids, skip_special=skip_special_tokens)
 
     def text_codec(self) -> TextCodec:
         """Raises NoTokenizer."""

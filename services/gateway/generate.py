@@ -247,7 +247,6 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     # The one token that is left comes from P: nobody has to take its blocks over.
     wants_decode = route.prefill is None or num_left > 1
     key = AttemptKey(generation.request_id, 0, generation.num_attempts)
-    spec = _sequence_spec(generation, key, token_ids, route.decode.capability_hash)
     generation.prefill_worker_id = route.prefill.worker_id if route.prefill else ""
     generation.decode_worker_id = route.decode.worker_id if wants_decode else ""
 
@@ -256,16 +255,17 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     prefill = link = None
     slot = 0
     is_prompt_open = True
-    if route.prefill is not None:
-        request = prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode)
-        call = follow_prefill(
-            cluster.channel(route.prefill), route.prefill.incarnation, request, events, patience
-        )
-        prefill = asyncio.create_task(call)
-    if wants_decode:
-        link = cluster.link(route.decode)
-        slot = link.start(spec, _source(route), events, patience)
     try:
+        spec = _sequence_spec(generation, key, token_ids, route.decode.capability_hash)
+        if route.prefill is not None:
+            request = prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode)
+            call = follow_prefill(
+                cluster.channel(route.prefill), route.prefill.incarnation, request, events, patience
+            )
+            prefill = asyncio.create_task(call)
+        if wants_decode:
+            link = cluster.link(route.decode)
+            slot = link.start(spec, _source(route), events, patience)
         while generation.finish_reason is None:
             run: list[int] = []
             failure: Failed | None = None

@@ -31,7 +31,7 @@ from shared.rpc.convert import (
 )
 from shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
-from shared.rpc.streams import SILENCE_S, TICK_S, until_silence, with_ticks
+from shared.rpc.streams import SILENCE_S, TICK_S, only_own_cancels, until_silence, with_ticks
 from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -160,9 +160,10 @@ class DecodeLink:
         try:
             async with grpc.aio.insecure_channel(self._address, options=options) as channel:
                 stub = decode_service_pb2_grpc.DecodeServiceStub(channel)
-                async for message in stub.Decode(with_ticks(self._requests, _tick_request)):
-                    self._last_heard_s = time.monotonic()
-                    self._take(message)
+                with only_own_cancels():
+                    async for message in stub.Decode(with_ticks(self._requests, _tick_request)):
+                        self._last_heard_s = time.monotonic()
+                        self._take(message)
         except grpc.aio.AioRpcError as rpc_error:
             error = WorkerLost(f"decode worker: {from_rpc_error(rpc_error).message}")
         except Exception:
@@ -240,19 +241,20 @@ async def follow_prefill(
     error: BatonError = WorkerLost("the prefill worker ended without a token")
     is_doubtful = True
     try:
-        async for event in until_silence(aiter(call), patience * SILENCE_S):
-            if event.HasField("tick"):
-                steps.heard(event.tick.step, busy=event.tick.busy)
-                if steps.is_stuck(patience):
-                    error = WorkerLost("the prefill worker's engine stands still")
-                    break
-            elif event.HasField("admitted"):
-                events.put_nowait(Admitted(event.admitted.num_cached_tokens))
-            elif event.HasField("first_token"):
-                first = event.first_token
-                reason = FINISH_REASON_FROM_PB[first.finish_reason]
-                events.put_nowait(Token(first_index, first.token_id, reason))
-                return
+        with only_own_cancels():
+            async for event in until_silence(aiter(call), patience * SILENCE_S):
+                if event.HasField("tick"):
+                    steps.heard(event.tick.step, busy=event.tick.busy)
+                    if steps.is_stuck(patience):
+                        error = WorkerLost("the prefill worker's engine stands still")
+                        break
+                elif event.HasField("admitted"):
+                    events.put_nowait(Admitted(event.admitted.num_cached_tokens))
+                elif event.HasField("first_token"):
+                    first = event.first_token
+                    reason = FINISH_REASON_FROM_PB[first.finish_reason]
+                    events.put_nowait(Token(first_index, first.token_id, reason))
+                    return
     except TimeoutError:
         error = WorkerLost(f"the prefill worker was silent for {patience * SILENCE_S:.1f} s")
     except grpc.aio.AioRpcError as rpc_error:

@@ -37,7 +37,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: _Context
     ) -> pb.DetokenizeResponse:
-        text = self._frontend.detokenize(
+        text = await self._frontend.detokenize(
             list(request.token_ids), skip_special_tokens=request.skip_special_tokens
         )
         return pb.DetokenizeResponse(text=text)

@@ -90,6 +90,14 @@ class TextCodec:
         """Ids that the tokenizer does not know yield no text."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
 
+    async def decode_async(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        """`decode` on one of the threads of `encode_async`."""
+        [text] = await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            lambda: self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special),
+        )
+        return text
+
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """As the vocabulary writes them; empty for ids that it lacks."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]

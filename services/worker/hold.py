@@ -17,7 +17,7 @@ from baton.v1 import kv_service_pb2_grpc, types_pb2
 from services.worker.messages import Peer
 from shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost, from_rpc_error
 from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
-from shared.rpc.streams import SILENCE_S, until_silence, with_ticks
+from shared.rpc.streams import SILENCE_S, only_own_cancels, until_silence, with_ticks
 from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class HoldClient:
             async with grpc.aio.insecure_channel(self.source.address, options=options) as channel:
                 stub = kv_service_pb2_grpc.KvServiceStub(channel)
                 requests = with_ticks(self._messages, self._make_tick)
-                await self._read(aiter(stub.Hold(requests)))
+                with only_own_cancels():
+                    await self._read(aiter(stub.Hold(requests)))
         except TimeoutError:
             error = SourceLost("the source fell silent")
         except grpc.aio.AioRpcError as rpc_error:

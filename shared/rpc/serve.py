@@ -26,6 +26,10 @@ PUBLIC_MESSAGE_BYTES = 4 << 20
 INTERNAL_MESSAGE_BYTES = 16 << 20
 LAUNCHER_PID_VARIABLE = "BATON_LAUNCHER_PID"
 
+_PING_AFTER_MS = 20_000
+_PATIENCE_MS = 10_000
+"""For the answer to a ping."""
+
 _SAME_SIGNAL_S = 1.0
 """A launcher that is killed has the kernel send its signal once for each of its threads."""
 _ORPHAN_END_S = 5
@@ -38,7 +42,11 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_time_ms", _PING_AFTER_MS),
+        ("grpc.keepalive_timeout_ms", _PATIENCE_MS),
+        # gRPC pings for measurements too; while such a ping is out, only its own limit, a minute,
+        # would tell that nobody is there.
+        ("grpc.http2.ping_timeout_ms", _PATIENCE_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # A worker that comes back must be found at once.
         ("grpc.initial_reconnect_backoff_ms", 100),

@@ -7,8 +7,11 @@ silence means a process or path that is gone, not an engine that is busy.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+
+import grpc
 
 TICK_S = 0.25
 SILENCE_S = 1.0
@@ -47,3 +50,25 @@ async def until_silence(stream: AsyncIterator[T], silence_s: float) -> AsyncIter
         except StopAsyncIteration:
             return
         yield message
+
+
+@contextmanager
+def only_own_cancels() -> Iterator[None]:
+    """Around the reading of a call: CancelledError means that the reading task was cancelled.
+
+    gRPC raises it also when the call was cancelled under its reader: with its channel, or by gRPC
+    itself when the stream of requests broke. That raises AioRpcError with status CANCELLED, as a
+    server that ends the call so does.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.CANCELLED,
+            initial_metadata=grpc.aio.Metadata(),
+            trailing_metadata=grpc.aio.Metadata(),
+            details="the call was cancelled under its reader",
+        ) from None

@@ -113,7 +113,7 @@ async def test_cancel_from_another_task(who: str) -> None:
 
 
 async def test_cancelled_task_is_not_mistaken() -> None:
-    """gRPC raises the same for a task that is cancelled as for a call that the server ends."""
+    """gRPC raises the same for a task that is cancelled as for a call that another task ends."""
     with ScriptedGateway(HANGING) as gateway:
         async with AsyncClient(gateway.address, retry=FAST) as client:
             stream = client.generate("x")

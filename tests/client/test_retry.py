@@ -95,6 +95,25 @@ def test_deadline_is_for_all_tries() -> None:
         counted.time_left_s()
 
 
+@pytest.mark.parametrize("deadline_s", [1e12, float("inf")])
+def test_deadline_beyond_grpcs_has_not_passed(deadline_s: float) -> None:
+    endless, _ = tries(deadline_s)
+    assert endless.time_left_s() == 1e9
+
+
+def test_deadline_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="nan"):
+        tries(float("nan"))
+
+
+@pytest.mark.parametrize("details", [b"\xff", Status(code=14, message="x").SerializeToString()])
+def test_details_of_a_proxy_are_not_taken_for_ours(details: bytes) -> None:
+    metadata = (("grpc-status-details-bin", details),)
+    error = from_status(grpc.StatusCode.UNAVAILABLE, "no route", metadata)
+    assert isinstance(error, Unavailable)
+    assert (error.message, error.reason) == ("no route", "")
+
+
 def test_policy_without_meaning_is_refused() -> None:
     for wrong in (
         {"max_tries": 0},

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.frontend import Frontend
-from services.gateway.openai.errors import HttpError, to_http_error
+from services.gateway.openai.errors import to_http_error
 from services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
 from shared.rpc.errors import BatonError
 
@@ -78,10 +78,9 @@ class Answer(Response):
                 finally:
                     watcher.cancel()
         except TimeoutError:
+            # A client that is gone gets no answer, and its going is no error of ours.
             if not is_gone:
                 raise
-            # Nobody reads this; the server wants each request to be answered.
-            raise HttpError(499, "the client went away", code="cancelled") from None
         except BatonError as error:
             raise to_http_error(error, ask.fields) from error
 

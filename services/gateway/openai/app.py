@@ -33,6 +33,7 @@ from shared.telemetry import baton_version
 _UINT32 = 2**32 - 1
 _TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the whole answer may take; our own, as OpenAI has none."""
+_MAX_TIMEOUT_S = 1e6
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -118,7 +119,7 @@ def _inference(frontend: Frontend) -> APIRouter:
         if fields.tokens and not 0 <= min(fields.tokens) <= max(fields.tokens) <= _UINT32:
             raise InvalidParam("tokens", "has what is no token id")
         try:
-            text = frontend.detokenize(fields.tokens, skip_special_tokens=False)
+            text = await frontend.detokenize(fields.tokens, skip_special_tokens=False)
         except BatonError as error:
             raise to_http_error(error, {"token_ids": "tokens"}) from error
         return JSONResponse({"prompt": text})
@@ -177,8 +178,9 @@ def _time_left_s(request: Request) -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise HttpError(400, f"header {_TIMEOUT_HEADER} must be seconds above 0")
+    if not 0 < seconds <= _MAX_TIMEOUT_S:
+        problem = f"must be seconds, above 0 and at most {_MAX_TIMEOUT_S:.0f}"
+        raise InvalidParam(_TIMEOUT_HEADER, problem)
     return seconds
 
 

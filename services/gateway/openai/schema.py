@@ -11,9 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.gateway.openai.errors import InvalidParam
 
+_Entry = TypeVar("_Entry")
+# The first wrong entry is all that the client hears of: a million of them would take seconds.
+_List = Annotated[list[_Entry], Field(fail_fast=True)]
+
 _UINT32 = 2**32 - 1
-_MAX_MESSAGES = 4096
-_MAX_PARTS = 4096
+_MAX_ENTRIES = 4096
+"""Of a list in a request, prompts apart; of all messages' content parts together."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
@@ -91,8 +95,8 @@ class Sampled(_Fields):
     top_k: int | None = Field(None, ge=-1, le=_UINT32)
     min_p: float | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=_UINT32)]] | None = None
+    stop: str | _List[str] | None = None
+    stop_token_ids: _List[Annotated[int, Field(ge=0, le=_UINT32)]] | None = None
     ignore_eos: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
@@ -110,7 +114,7 @@ class ContentPart(_Fields):
 
 class Message(_Fields):
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | _List[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
@@ -118,7 +122,7 @@ class Message(_Fields):
 
 
 class ChatRequest(Sampled):
-    messages: list[Message] = Field(min_length=1)
+    messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0, le=_UINT32)
     add_generation_prompt: bool | None = None
 
@@ -126,7 +130,7 @@ class ChatRequest(Sampled):
 class TokenizeRequest(_Fields):
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: _List[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -134,7 +138,7 @@ class TokenizeRequest(_Fields):
 
 class DetokenizeRequest(_Fields):
     model: str | None = None
-    tokens: list[int]
+    tokens: _List[int]
 
 
 _Request = TypeVar("_Request", bound=BaseModel)
@@ -153,15 +157,17 @@ def parse(kind: type[_Request], body: dict[str, Any]) -> _Request:
 
 def _check_sizes(body: dict[str, Any]) -> None:
     """Before anything walks them: a body holds a million small objects."""
+    for field in ("messages", "stop", "stop_token_ids"):
+        entries = body.get(field)
+        if isinstance(entries, list) and len(entries) > _MAX_ENTRIES:
+            raise InvalidParam(field, f"has {len(entries)} entries; limit: {_MAX_ENTRIES}")
     messages = body.get("messages")
     if not isinstance(messages, list):
         return
-    if len(messages) > _MAX_MESSAGES:
-        raise InvalidParam("messages", f"has {len(messages)} entries; limit: {_MAX_MESSAGES}")
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     num_parts = sum(len(content) for content in contents if isinstance(content, list))
-    if num_parts > _MAX_PARTS:
-        raise InvalidParam("messages", f"has {num_parts} content parts; limit: {_MAX_PARTS}")
+    if num_parts > _MAX_ENTRIES:
+        raise InvalidParam("messages", f"has {num_parts} content parts; limit: {_MAX_ENTRIES}")
 
 
 def _check_neutral(body: dict[str, Any]) -> None:

@@ -154,6 +154,8 @@ def test_a_load_test_from_end_to_end(
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "poisson 50/s" in out and "poisson 100/s" in out and "goodput" in out
+    # That server has none; the load test goes on.
+    assert out.count(f"no figures of the metrics: {target}/metrics answers 404") == 2
     runs = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert [run["rate"] for run in runs] == [50.0, 100.0]
     for run in runs:
@@ -179,6 +181,7 @@ def test_a_load_test_from_end_to_end(
         (["--slo", "1"], "--slo 1"),
         (["--streams", "few"], "argument --streams"),
         (["--clients", "0"], "--clients"),
+        (["--metrics", "gopher://x"], "--metrics gopher://x: must be http://"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(

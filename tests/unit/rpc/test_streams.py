@@ -1,14 +1,15 @@
-"""Ticks where nothing is sent, silence as loss."""
+"""Ticks where nothing is sent, silence as loss, who cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from shared.rpc import streams
-from shared.rpc.streams import until_silence, with_ticks
+from shared.rpc.streams import only_own_cancels, until_silence, with_ticks
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +97,44 @@ async def test_errors_of_the_stream_get_through() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         _ = [message async for message in until_silence(broken(), 5.0)]
+
+
+async def cancelled_call() -> AsyncIterator[str]:
+    """As a call of gRPC that was cancelled under its reader."""
+    yield "a"
+    raise asyncio.CancelledError
+
+
+async def test_a_call_that_was_cancelled_is_an_error_of_the_call() -> None:
+    received: list[str] = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught, only_own_cancels():
+        async for message in until_silence(cancelled_call(), 5.0):
+            received.append(message)
+    assert received == ["a"] and caught.value.code() is grpc.StatusCode.CANCELLED
+    task = asyncio.current_task()
+    assert task is not None and not task.cancelling()
+
+
+async def test_a_task_that_was_cancelled_stays_so() -> None:
+    async def read() -> None:
+        with only_own_cancels():
+            async for _ in script("a", 60.0):
+                reading.set()
+
+    reading = asyncio.Event()
+    task = asyncio.create_task(read())
+    await reading.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+async def test_a_timeout_around_or_within_stays_one() -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            with only_own_cancels():
+                await asyncio.Event().wait()
+    with pytest.raises(TimeoutError), only_own_cancels():
+        async for _ in until_silence(script(60.0), 0.01):
+            pass

@@ -263,8 +263,8 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
                     return cast(pb.GenerateResponse, message)
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-            except Cancelled as cancelled_by_server:
-                error = cancelled_by_server
+            except Cancelled as cancelled_elsewhere:
+                error = cancelled_elsewhere
             if self._progress.is_finished:
                 return None
             if self._cancelled.is_set():

@@ -12,10 +12,12 @@ BatonError
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from baton_client.v1 import error_details_pb2
 from baton_client.wire_pb2 import Status
@@ -120,10 +122,12 @@ def _failure_in(metadata: Metadata) -> error_details_pb2.Failure:
     failure = error_details_pb2.Failure()
     for key, value in metadata:
         if key == _DETAILS_KEY and isinstance(value, bytes):
-            for detail in Status.FromString(value).details:
-                if detail.Unpack(failure):
-                    return failure
-    return failure
+            # A proxy's own may be anything.
+            with contextlib.suppress(DecodeError):
+                for detail in Status.FromString(value).details:
+                    if detail.Unpack(failure):
+                        return failure
+    return error_details_pb2.Failure()
 
 
 def _reason_name(reason: error_details_pb2.FailureReason) -> str:

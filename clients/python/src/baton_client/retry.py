@@ -6,6 +6,7 @@ change nothing; an answer goes on where it broke (answer.py).
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -24,6 +25,9 @@ _PASSING = {
     "CLAIM_BROKEN",
     "DIGEST_MISMATCH",
 }
+
+_LONGEST_S = 1e9
+"""gRPC takes longer deadlines for such as have passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,12 @@ class Tries:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        """`deadline_s` counts from now, over all tries; None: no deadline."""
+        """`deadline_s` counts from now, over all tries; None: no deadline.
+
+        Raises ValueError when it is no number.
+        """
+        if deadline_s is not None and math.isnan(deadline_s):
+            raise ValueError("deadline_s is nan: seconds, or None for no deadline")
         self._policy = policy
         self._clock, self._draw = clock, draw
         self._deadline = None if deadline_s is None else clock() + deadline_s
@@ -87,7 +96,7 @@ class Tries:
             raise DeadlineExceeded(
                 "the deadline has passed", code=grpc.StatusCode.DEADLINE_EXCEEDED
             )
-        return time_left_s
+        return min(time_left_s, _LONGEST_S)
 
     def progressed(self) -> None:
         """A token came: whatever breaks next is another fault."""
