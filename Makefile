@@ -68,7 +68,7 @@ proto-baseline: install ## Take the contract as it is now for the baseline of pr
 	$(BIN)/buf build protos --exclude-source-info --output $(BASELINE)
 
 .PHONY: bench
-bench: install ## Run the benchmarks; results go to benchmarks/results
+bench: install ## Streams through the whole stack against transformers, on the CPU
 	$(BIN)/python -m benchmarks
 
 # Load tests. REPORT is where report.html, report.json and requests.csv go.

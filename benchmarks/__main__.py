@@ -1,8 +1,12 @@
-"""All benchmarks, one after another: `make bench`."""
+"""The benchmark that needs neither a GPU nor an endpoint, `make bench`: it is
+`python -m benchmarks.streams`, with its flags."""
 
 from __future__ import annotations
 
+import sys
+
 from benchmarks import streams
+from benchmarks.interrupt import exit_code
 
 if __name__ == "__main__":
-    streams.main([])
+    sys.exit(exit_code(streams.main))

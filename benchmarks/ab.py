@@ -4,8 +4,9 @@ break-even?
     python -m benchmarks.ab --workload 512:16 --workload 128:64 --rates 3,6,9,12
 
 As many workers of the same model and flags behind the same gateway and router, the same requests at
-the same moments; first as prefill + decode, then all as `both`. For each pair of lengths and each
-rate: TTFT, TPOT, the longest gaps and goodput of either, and the rates at which they cross.
+the same moments; as prefill + decode, then all as `both`, and the other way round for every second
+pair of lengths: a machine that drifts favours neither. For each pair and each rate: TTFT, TPOT, the
+longest gaps and goodput of either, and the rates at which they cross.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from benchmarks.ab_report import METRICS, Comparison, html, text
+from benchmarks.ab_report import METRICS, Comparison, Summary, html, text
 from benchmarks.arrangements import add_stack_flags, measure_rates, stack_options
 from benchmarks.dummy_model import given_or_dummy
 from benchmarks.environment import describe_environment
+from benchmarks.interrupt import exit_code
 from benchmarks.load.samples import Slo, warnings
 from benchmarks.load.spec import Load
 from benchmarks.stack import ROOT, StackFailed, running, set_import_path
@@ -39,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = describe_environment()
     try:
         with given_or_dummy(args.model, args.shape) as model_dir:
-            measured = {
-                name: asyncio.run(_measure(args, name, counts, model_dir))
-                for name, counts in _arrangements(args.workers).items()
-            }
+            measured = asyncio.run(_measure_all(args, model_dir))
             facts = _facts(args, model_dir.name) | environment
     except StackFailed as error:
         print(error, file=sys.stderr)
@@ -65,17 +64,47 @@ def _arrangements(num_workers: int) -> dict[str, RoleCounts]:
     }
 
 
+def turns(workloads: Sequence[str], names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Which arrangement measures which workloads, in the order of time: each workload by all, and
+    the order of arrangements reversed from one to the next, so that whoever was last goes on."""
+    order = [
+        (name, workload)
+        for index, workload in enumerate(workloads)
+        for name in (reversed(names) if index % 2 else names)
+    ]
+    return [
+        (name, [workload for _, workload in group])
+        for name, group in groupby(order, key=lambda turn: turn[0])
+    ]
+
+
+async def _measure_all(
+    args: argparse.Namespace, model_dir: Path
+) -> dict[str, dict[str, list[Summary]]]:
+    """Arrangement → workload → summaries by rate."""
+    arrangements = _arrangements(args.workers)
+    measured: dict[str, dict[str, list[Summary]]] = {name: {} for name in arrangements}
+    for name, workloads in turns(args.workloads, list(arrangements)):
+        measured[name] |= await _measure(args, name, arrangements[name], workloads, model_dir)
+    return measured
+
+
 async def _measure(
-    args: argparse.Namespace, name: str, counts: RoleCounts, model_dir: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """Workload → summaries by rate."""
+    args: argparse.Namespace,
+    name: str,
+    counts: RoleCounts,
+    workloads: Sequence[str],
+    model_dir: Path,
+) -> dict[str, list[Summary]]:
+    """Workload → summaries by rate, of one stack."""
     lengths = {workload: _lengths(workload) for workload in args.workloads}
     options = stack_options(args, counts, model_dir, longest=max(map(sum, lengths.values())))
     vocab_size = load_model_config(model_dir).vocab_size
     slo = Slo(*args.slo)
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Summary]] = {}
     async with running(options) as stack:
-        for index, (workload, (prompt_tokens, output_tokens)) in enumerate(lengths.items()):
+        for workload in workloads:
+            prompt_tokens, output_tokens = lengths[workload]
             load = Load(
                 target=f"grpc://{stack.address}",
                 prompt_tokens=str(prompt_tokens),
@@ -93,14 +122,14 @@ async def _measure(
                 [slo],
                 num_clients=args.clients,
                 label=name,
-                first_seed=1 + _SEEDS * index,
+                first_seed=1 + _SEEDS * args.workloads.index(workload),
             ):
                 found[workload].append(run.summary)
                 print(f"{workload} {run.label}: {_line(run.summary)}", flush=True)
     return found
 
 
-def _line(summary: dict[str, Any]) -> str:
+def _line(summary: Summary) -> str:
     told = [f"{metric.name} {metric.of(summary):.3g}" for metric in METRICS]
     return ", ".join([*told, *(f"WARNING: {line}" for line in warnings(summary))])
 
@@ -164,4 +193,4 @@ def _lengths(workload: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.stack import ROOT, StackOptions, private_mib, running
+from benchmarks.interrupt import exit_code
+from benchmarks.stack import ROOT, StackFailed, StackOptions, private_mib, running
 from services.launcher.plan import RoleCounts, StackConfig
 
 _COMPLETIONS = "/v1/completions"
@@ -101,13 +102,19 @@ ABUSES: tuple[Callable[[str], Awaitable[None]], ...] = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.abuse", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=ROOT / "models/demo")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each abuse")
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
     args = parser.parse_args()
-    rows = asyncio.run(measure(args.model, args.seconds))
+    try:
+        rows = asyncio.run(measure(args.model, args.seconds))
+    except StackFailed as error:
+        print(error, file=sys.stderr)
+        return 1
     print(table(rows))
     if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0
 
@@ -146,13 +153,15 @@ async def under(
     latencies: list[float] = []
     num_failed, most_mib = 0, 0.0
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        started = time.monotonic()
-        num_failed += not await one_request(address)
-        latencies.append((time.monotonic() - started) * 1e3)
-        most_mib = max(most_mib, private_mib(pid))
-    abusing.cancel()
-    await asyncio.gather(abusing, return_exceptions=True)
+    try:
+        while time.monotonic() < until:
+            started = time.monotonic()
+            num_failed += not await one_request(address)
+            latencies.append((time.monotonic() - started) * 1e3)
+            most_mib = max(most_mib, private_mib(pid))
+    finally:
+        abusing.cancel()
+        await asyncio.gather(abusing, return_exceptions=True)
     latencies.sort()
     return Row(
         abuse=abuse.__name__.replace("_", " ") if abuse is not None else "quiet",
@@ -206,4 +215,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

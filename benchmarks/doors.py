@@ -30,6 +30,7 @@ import uvloop
 
 from benchmarks.environment import describe_environment
 from benchmarks.in_process import InProcessEngine
+from benchmarks.interrupt import exit_code
 from benchmarks.load.drivers import driver_for
 from benchmarks.load.samples import OK, Sample, Watch
 from benchmarks.load.target import Target
@@ -104,7 +105,7 @@ def _measure_streams(
 def _rate_in_process(engine: InProcessEngine, num_streams: int, new_tokens: int) -> float:
     num_tokens, started_s = 0, time.perf_counter()
     while num_tokens == 0 or time.perf_counter() - started_s < _MIN_S:
-        for prompt in _prompts(num_streams, _PROMPT_TOKENS):
+        for prompt in random_prompts(num_streams, _PROMPT_TOKENS):
             engine.submit(prompt, new_tokens)
         num_tokens += sum(engine.run_until_idle().num_tokens)
     return num_tokens / (time.perf_counter() - started_s)
@@ -114,12 +115,12 @@ async def _rate_over(target: Target, model: str, num_streams: int, new_tokens: i
     samples: list[Sample] = []
     started_s = time.monotonic()
     while not samples or time.monotonic() - started_s < _MIN_S:
-        prompts = _prompts(num_streams, _PROMPT_TOKENS)
-        samples += await _ask_all(target, model, prompts, new_tokens)
+        prompts = random_prompts(num_streams, _PROMPT_TOKENS)
+        samples += await ask_all(target, model, prompts, new_tokens)
     return sum(sample.num_tokens for sample in samples) / (time.monotonic() - started_s)
 
 
-async def _ask_all(
+async def ask_all(
     target: Target, model: str, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[Sample]:
     """All at once. Raises RuntimeError when one of them fails."""
@@ -141,7 +142,7 @@ async def _ask_all(
     return samples
 
 
-def _prompts(num_prompts: int, num_tokens: int) -> list[list[int]]:
+def random_prompts(num_prompts: int, num_tokens: int) -> list[list[int]]:
     """Different in every call: nothing is found in the prefix cache."""
     return [random.choices(range(256, 4096), k=num_tokens) for _ in range(num_prompts)]
 
@@ -153,25 +154,12 @@ def _measure_gateway(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     print(f"\n{'door':>6} {'streams':>8} {'tokens/s':>10} {'tokens a message':>17} ", end="")
     print(f"{'gateway, µs a token':>20} {'tokens/s of a core':>19}")
-    with _null_stack(args.model) as (pid, addresses):
+    with null_stack(args.model) as (pid, addresses):
         for num_streams in args.null_streams:
             for door in ("grpc", "http"):
                 target = Target.parse(f"{door}://{addresses[door]}")
-                prompts = _prompts(num_streams, _NULL_PROMPT_TOKENS)
-                uvloop.run(_ask_all(target, args.model.name, prompts, 16))
-                cpu_before_s, started_s = cpu_s(pid), time.monotonic()
-                samples = uvloop.run(_ask_all(target, args.model.name, prompts, args.null_tokens))
-                elapsed_s, used_s = time.monotonic() - started_s, cpu_s(pid) - cpu_before_s
-                num_tokens = sum(sample.num_tokens for sample in samples)
-                row = {
-                    "door": door,
-                    "num_streams": num_streams,
-                    "tokens_per_s": num_tokens / elapsed_s,
-                    "tokens_per_message": num_tokens / sum(s.num_messages for s in samples),
-                    "gateway_us_per_token": 1e6 * used_s / num_tokens,
-                    "tokens_per_core_s": num_tokens / used_s,
-                }
-                rows.append(row)
+                row = _measure_door(target, pid, num_streams, args)
+                rows.append({"door": door, "num_streams": num_streams, **row})
                 print(
                     f"{door:>6} {num_streams:8} {row['tokens_per_s']:10,.0f} "
                     f"{row['tokens_per_message']:17.2f} {row['gateway_us_per_token']:20.1f} "
@@ -181,8 +169,27 @@ def _measure_gateway(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _measure_door(
+    target: Target, gateway_pid: int, num_streams: int, args: argparse.Namespace
+) -> dict[str, float]:
+    prompts = random_prompts(num_streams, _NULL_PROMPT_TOKENS)
+    uvloop.run(ask_all(target, args.model.name, prompts, 16))
+    samples: list[Sample] = []
+    cpu_before_s, started_s = cpu_s(gateway_pid), time.monotonic()
+    while not samples or time.monotonic() - started_s < _MIN_S:
+        samples += uvloop.run(ask_all(target, args.model.name, prompts, args.null_tokens))
+    elapsed_s, used_s = time.monotonic() - started_s, cpu_s(gateway_pid) - cpu_before_s
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    return {
+        "tokens_per_s": num_tokens / elapsed_s,
+        "tokens_per_message": num_tokens / sum(sample.num_messages for sample in samples),
+        "gateway_us_per_token": 1e6 * used_s / num_tokens,
+        "tokens_per_core_s": num_tokens / used_s,
+    }
+
+
 @contextmanager
-def _null_stack(model: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def null_stack(model: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """A gateway before a worker without engine → its process, and its addresses by door."""
     with ExitStack() as stack:
         valkey = stack.enter_context(EmbeddedValkey())
@@ -197,16 +204,24 @@ def _null_stack(model: Path) -> Iterator[tuple[int, dict[str, str]]]:
 @contextmanager
 def _role(module: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     command = [sys.executable, "-m", module, *flags]
-    process = subprocess.Popen(dying_with_us(command), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        ready, *fields = process.stdout.readline().split() or [""]
-        if ready != "READY":
-            raise RuntimeError(f"{module} did not start")
-        yield process, dict(field.split("=", 1) for field in fields)
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(
+        dying_with_us(command),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Ctrl-C is for this process, which then ends its roles.
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            ready, *fields = process.stdout.readline().split() or [""]
+            if ready != "READY":
+                raise RuntimeError(f"{module} did not start")
+            yield process, dict(field.split("=", 1) for field in fields)
+        finally:
+            process.terminate()
+            # Leaving `with` would not wait for it after a KeyboardInterrupt.
+            process.wait()
 
 
 async def _until_answers(target: Target, model: str) -> None:
@@ -214,7 +229,7 @@ async def _until_answers(target: Target, model: str) -> None:
     async with asyncio.timeout(20):
         while True:
             try:
-                await _ask_all(target, model, _prompts(1, _NULL_PROMPT_TOKENS), 1)
+                await ask_all(target, model, random_prompts(1, _NULL_PROMPT_TOKENS), 1)
                 return
             except RuntimeError:
                 await asyncio.sleep(0.1)
@@ -236,4 +251,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

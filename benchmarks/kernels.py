@@ -128,7 +128,8 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", choices=list(POINTS), default=[])
     parser.add_argument("--tune", action="store_true", help="measure skinny_linear's table instead")
     parser.add_argument("--budget", type=float, default=230.0, help="seconds for --tune")

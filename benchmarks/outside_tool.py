@@ -15,15 +15,17 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import describe_environment
+from benchmarks.interrupt import exit_code
 from benchmarks.load.calibrate import null_server
 from benchmarks.load.run import run_load
 from benchmarks.load.samples import summarise
@@ -32,6 +34,7 @@ from benchmarks.load.target import Target, probe
 from benchmarks.report.page import text_table
 
 _LIMIT_S = 300.0
+_END_S = 5.0
 _PERCENTILES = ("mean", "p50", "p99")
 _TIMES = ("ttft_ms", "tpot_ms", "e2e_ms")
 Figures = dict[str, float]
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(text_table(["", *runs], rows))
     if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
@@ -98,7 +102,7 @@ async def _compare_at(args: argparse.Namespace, target: str) -> dict[str, Any]:
     )
     environment = describe_environment()
     runs = {"ours": await _ours(loop, seed=1)}
-    runs[args.tool] = await asyncio.to_thread(_theirs, TOOLS[args.tool], args.bin, loop)
+    runs[args.tool] = await _theirs(TOOLS[args.tool], args.bin, loop)
     runs["ours again"] = await _ours(loop, seed=2)
     what = {"null_gap_ms": args.null, **vars(loop), "tokenizer": loop.tokenizer.name}
     return {"loop": what, "environment": environment, "runs": runs}
@@ -127,24 +131,49 @@ async def _ours(loop: Closed, seed: int) -> Figures:
     }
 
 
-def _theirs(tool: Tool, program: str, loop: Closed) -> Figures:
+async def _theirs(tool: Tool, program: str, loop: Closed) -> Figures:
     """Raises RuntimeError with the tool's last words."""
     with tempfile.TemporaryDirectory() as scratch:
         command = tool.command(program, loop, Path(scratch))
         print(" ".join(command), flush=True)
         try:
-            ran = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=_LIMIT_S,
-                env=_environment(tool),
-            )
-            if ran.returncode:
-                raise RuntimeError(f"{program}: {(ran.stderr or ran.stdout).strip()[-600:]}")
+            async with asyncio.timeout(_LIMIT_S):
+                returncode, said = await _run(command, _environment(tool))
+            if returncode:
+                raise RuntimeError(f"{program}: {said.strip()[-600:]}")
             return tool.figures(Path(scratch))
-        except (OSError, subprocess.TimeoutExpired, KeyError, ValueError) as error:
+        except TimeoutError:
+            raise RuntimeError(f"{program}: no end within {_LIMIT_S:g} s") from None
+        except (OSError, KeyError, ValueError) as error:
             raise RuntimeError(f"{program}: {error!r}") from None
+
+
+async def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code, and what was said, on standard error if anything was; nothing of it is left
+    when this is cancelled. Raises OSError."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment,
+        # The tools start processes of their own: they are ended as one group.
+        start_new_session=True,
+    )
+    try:
+        out, err = await process.communicate()
+        return process.returncode or 0, (err or out).decode(errors="replace")
+    finally:
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError, TimeoutError):
+        os.killpg(process.pid, signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), _END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 def _environment(tool: Tool) -> dict[str, str]:
@@ -241,4 +270,4 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

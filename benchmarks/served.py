@@ -15,6 +15,8 @@ import grpc
 import uvloop
 from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 
+from shared.directory.embedded import dying_with_us
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,18 +39,25 @@ def served(
         "BATON_LOG_LEVEL": "warning",
         "BATON_HTTP_PORT": "0" if http else "none",
     }
-    process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        ready, *fields = process.stdout.readline().split() or [""]
-        if ready != "READY":
-            raise RuntimeError("the stack did not start")
-        yield dict(field.split("=", 1) for field in fields)
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(
+        dying_with_us(command),
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Ctrl-C is for this process, which then ends the stack.
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            ready, *fields = process.stdout.readline().split() or [""]
+            if ready != "READY":
+                raise RuntimeError("the stack did not start")
+            yield dict(field.split("=", 1) for field in fields)
+        finally:
+            process.terminate()
+            # Leaving `with` would not wait for it after a KeyboardInterrupt.
+            process.wait()
 
 
 def generate_all(

@@ -33,6 +33,7 @@ from benchmarks.arrangements import (
 )
 from benchmarks.dummy_model import given_or_dummy
 from benchmarks.environment import describe_environment
+from benchmarks.interrupt import exit_code
 from benchmarks.load.report import Report, Run
 from benchmarks.load.samples import warnings
 from benchmarks.load.spec import Load
@@ -259,4 +260,4 @@ def _workload(lengths: str, rates: str) -> Workload:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

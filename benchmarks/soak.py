@@ -33,6 +33,7 @@ from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.aftermath import MemoryWatch, leftovers
 from benchmarks.dummy_model import SHAPES, given_or_dummy
 from benchmarks.environment import describe_environment
+from benchmarks.interrupt import exit_code
 from benchmarks.load.drivers import request_of
 from benchmarks.stack import (
     ROOT,
@@ -305,4 +306,4 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.environment import OtherLoad, describe_environment
+from benchmarks.interrupt import exit_code
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.served import ROOT, generate_all, served
 from shared.engine.config import EngineConfig
@@ -247,4 +249,4 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

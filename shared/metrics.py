@@ -25,6 +25,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from shared.rpc.flags import add_flag, optional_port
+from shared.rpc.serve import bare_host, join_address
 
 SECONDS_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
@@ -98,9 +99,9 @@ class MetricsServer:
         try:
             self._server = _Server(host, port, _application(registry, is_ready))
         except OSError as error:
-            where = f"--metrics-port: cannot listen on {host}:{port}"
+            where = f"--metrics-port: cannot listen on {join_address(host, port)}"
             raise OSError(f"{where}: {error.strerror or error}") from error
-        self.address = f"{host}:{self._server.server_port}"
+        self.address = join_address(host, self._server.server_port)
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="metrics", daemon=True
         )
@@ -125,8 +126,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     block_on_close = False
 
     def __init__(self, host: str, port: int, application: Any) -> None:
-        # As gRPC writes them, addresses of IPv6 have brackets.
-        host = host.strip("[]")
+        host = bare_host(host)
         self.address_family = _family(host)
         self._free = threading.Semaphore(_MAX_CONNECTIONS)
         super().__init__((host, port), _Handler)

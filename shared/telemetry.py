@@ -122,7 +122,7 @@ def log_event(
 
 
 class TextLines(logging.Formatter):
-    """HH:MM:SS NAME LEVEL event field=value …, in the host's time zone."""
+    """HH:MM:SS NAME LEVEL event field=value …, in the host's time zone; no fields that are None."""
 
     def __init__(self, name: str) -> None:
         super().__init__(datefmt="%H:%M:%S")
@@ -132,7 +132,8 @@ class TextLines(logging.Formatter):
         when = self.formatTime(record, self.datefmt)
         event = _one_line(record.getMessage())
         parts = [when, self._name, record.levelname, event]
-        parts += [f"{name}={_as_text(value)}" for name, value in _fields(record).items()]
+        fields = _fields(record).items()
+        parts += [f"{name}={_as_text(value)}" for name, value in fields if value is not None]
         if record.exc_info:
             parts.append(f"traceback={json.dumps(self.formatException(record.exc_info))}")
         return " ".join(parts)

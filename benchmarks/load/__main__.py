@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
 from benchmarks.environment import describe_environment
+from benchmarks.interrupt import exit_code
 from benchmarks.load.calibrate import Capacity, calibrate
 from benchmarks.load.conversations import longest, plan
 from benchmarks.load.options import EXIT_USAGE, loads_of, parse_args, slos_of
-from benchmarks.load.report import Report, Run
+from benchmarks.load.report import Report, Run, check_writable
 from benchmarks.load.run import run_load
 from benchmarks.load.samples import OK, Slo, summarise
 from benchmarks.load.scrape import Source, before, sources_of
@@ -46,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"load test: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0 if any(run.summary["num_ok"] for run in report.runs) else 1
 
 
@@ -56,6 +55,8 @@ async def _measure(args: argparse.Namespace) -> Report:
     loads, slos, target = loads_of(args), slos_of(args), Target.parse(args.target)
     sources = sources_of(args.metrics, target)
     notes = [note for load in loads[:1] for note in plan(load).notes]
+    if args.output is not None:
+        check_writable(args.output)
     model = await probe(target, args.model)
     loads = [_of_model(load, model, args) for load in loads]
     for load in loads:
@@ -83,8 +84,16 @@ def _check_lengths(load: Load, model: ModelFacts) -> None:
     if model.max_model_len is not None and num_tokens > model.max_model_len:
         raise LoadError(
             f"the longest request needs {num_tokens:,} tokens, and {model.name} takes"
-            f" {model.max_model_len:,}: --max-prompt, --max-output and --length-scale make it fit"
+            f" {model.max_model_len:,}: {_shortening(load)} make it fit"
         )
+
+
+def _shortening(load: Load) -> str:
+    """The flags that do it."""
+    if load.trace is not None:
+        return "--max-prompt, --max-output and --length-scale"
+    turns = "--turns, " if load.num_turns > 1 else ""
+    return f"{turns}--prompt-tokens and --output-tokens"
 
 
 async def _warm_up(load: Load, num_requests: int) -> None:
@@ -168,4 +177,4 @@ def _capacity_table(found: Sequence[Capacity]) -> tuple[list[str], list[list[str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -8,11 +8,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from benchmarks.load import timeline
 from benchmarks.load.metrics_check import MetricsCheck
 from benchmarks.load.samples import Sample, times_of, warnings
+from benchmarks.load.spec import LoadError
 from benchmarks.report.page import charts, facts, page, paragraphs, section, table, text_table
 from benchmarks.report.svg import Series, chart, cumulative
 
@@ -96,6 +98,16 @@ class Report:
         for name, content in made.items():
             (directory / name).write_text(content)
         return [directory / name for name in made]
+
+
+def check_writable(directory: Path) -> None:
+    """Makes it, and tries a file, before a load is offered for nothing. Raises LoadError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise LoadError(f"--output {directory}: {error.strerror}") from None
 
 
 _FIELDS = (

@@ -21,7 +21,7 @@ from services.gateway.router import LocalPrefill
 from services.gateway.server import InferenceServicer
 from services.gateway.tokenizer import TextCodec
 from shared.directory.directory import DirectoryMisconfigured
-from shared.engine.config import ModelConfig, ModelError, load_model_config
+from shared.engine.config import ModelConfig, ModelError, load_model_config, served_name
 from shared.metrics import MetricsServer, add_metrics_flag
 from shared.rpc.flags import add_flag, add_switch, optional_port
 from shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
@@ -36,6 +36,12 @@ _READY_POLL_S = 0.05
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
     add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
+    add_flag(
+        parser,
+        "--model-name",
+        type=str,
+        help="what requests call the model; default: the directory's name",
+    )
     add_flag(
         parser,
         "--redis-url",
@@ -79,7 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
     add_metrics_flag(parser)
     add_log_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.model_name = args.model_name or served_name(args.model)
+    return args
 
 
 def main() -> int:
@@ -114,7 +122,7 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
         cluster,
         codec,
         model=model,
-        model_name=args.model.resolve().name,
+        model_name=args.model_name,
         incarnation=incarnation,
     )
     connection_age_s = args.connection_age_s if args.reuse_port else None
@@ -127,7 +135,9 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
         InferenceServicer(frontend), endpoint.server
     )
-    http = None if args.http_port is None else HttpEndpoint(build_app(frontend))
+    http = None
+    if args.http_port is not None:
+        http = HttpEndpoint(build_app(frontend), on_refused=frontend.metrics.http_refused)
     metrics = None
     try:
         if args.metrics_port is not None:

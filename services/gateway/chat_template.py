@@ -6,10 +6,14 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shared.engine.config import ModelError
@@ -62,10 +66,31 @@ class ChatTemplate:
     def _compiled(self) -> jinja2.Template:
         # A broken template must not keep the model from serving prompts, so not when loading.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
         )
+        # Templates are written for what transformers gives them.
         environment.globals["raise_exception"] = _raise_template_error
+        environment.globals["strftime_now"] = _strftime_now
         return environment.from_string(self.source)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` … `{% endgeneration %}` mark what a model is trained on, nothing else."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # What is set within stays within, as in transformers.
+        return nodes.Scope(body, lineno=line)
+
+
+def _strftime_now(format: str) -> str:
+    """In the host's time zone."""
+    return datetime.now().astimezone().strftime(format)
 
 
 def _raise_template_error(message: str) -> None:

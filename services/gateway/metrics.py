@@ -48,6 +48,12 @@ class GatewayMetrics:
             ["cause"],
             registry=self.registry,
         )
+        self._http_refused = Counter(
+            "baton_http_refused",
+            "HTTP requests that failed before they were one of baton_requests, by status",
+            ["status"],
+            registry=self.registry,
+        )
         self.ttft = self._seconds("time_to_first_token", "Arrival to first token")
         self.itl = self._seconds("inter_token_latency", "Gap between messages with tokens")
         self.e2e = self._seconds("e2e_request_latency", "Arrival to last token")
@@ -90,6 +96,9 @@ class GatewayMetrics:
         }
         engine = dict(zip(("model_name", "engine"), self._labels, strict=True))
         self.registry.register(_AtScrape(cluster, counters, num_in_flight, about, engine))
+
+    def http_refused(self, status: int) -> None:
+        self._http_refused.labels(str(status)).inc()
 
     @property
     def _labels(self) -> tuple[str, str]:

@@ -15,6 +15,9 @@ from services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from services.launcher.target import DEFAULT_TARGET
 from shared.rpc.flags import add_flag, add_switch, optional_port
 
+_MAX_SECONDS = 1e9
+"""Some thirty years; deadlines in a far more distant future overflow within gRPC."""
+
 _UP_HELP = """\
 Starts every role on this machine, each as its own process, and prints one line
 
@@ -103,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 def stack_config(args: argparse.Namespace) -> StackConfig:
     return StackConfig(
         model_dir=args.model,
+        model_name=args.model_name,
         counts=RoleCounts.of_flags(args.prefill, args.decode, args.both),
         host=args.host,
         port=args.port,
@@ -141,6 +145,13 @@ def generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
 def _add_up(parser: argparse.ArgumentParser) -> None:
     defaults = StackConfig(model_dir=Path(), counts=RoleCounts(0, 0, 0))
     add_flag(parser, "--model", type=Path, required=True, metavar="DIR", help="model directory")
+    add_flag(
+        parser,
+        "--model-name",
+        type=utf8,
+        metavar="NAME",
+        help="what requests call the model; default: the directory's name",
+    )
     workers = parser.add_argument_group("workers")
     for role in ("prefill", "decode", "both"):
         add_flag(workers, f"--{role}", type=count, metavar="N", help=f"workers of role {role}")
@@ -329,6 +340,8 @@ def seconds(text: str) -> float:
     value = float(text)
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no length of time in seconds")
+    if value > _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MAX_SECONDS:.0f} seconds")
     return value
 
 

@@ -57,6 +57,7 @@ class StackConfig:
     max_model_len: int | None = None
     reflection: bool = False
     drain_s: float = 30.0
+    model_name: str | None = None
     metrics_port: int | None = None
     """Of the first process; 0: each picks one; None: no metrics."""
 
@@ -111,11 +112,16 @@ def _with_metrics(
     return with_ports
 
 
+def _model_argv(config: StackConfig) -> list[str]:
+    argv = ["--model", str(config.model_dir)]
+    return argv if config.model_name is None else [*argv, "--model-name", config.model_name]
+
+
 def _gateway_argv(
     config: StackConfig, redis_url: str, port: int, http_port: int | None
 ) -> tuple[str, ...]:
     argv = ["-m", "services.gateway"]
-    argv += ["--model", str(config.model_dir), "--redis-url", redis_url]
+    argv += [*_model_argv(config), "--redis-url", redis_url]
     argv += ["--cluster", config.cluster, "--host", config.host, "--port", str(port)]
     argv += ["--http-port", "none" if http_port is None else str(http_port)]
     argv += ["--drain-s", f"{config.drain_s:g}"]
@@ -130,7 +136,7 @@ def _worker_argv(
     config: StackConfig, role: str, worker_id: str, redis_url: str, shm_dir: Path
 ) -> tuple[str, ...]:
     argv = ["-m", "services.worker", "--role", role, "--worker-id", worker_id]
-    argv += ["--model", str(config.model_dir), "--redis-url", redis_url]
+    argv += [*_model_argv(config), "--redis-url", redis_url]
     argv += ["--cluster", config.cluster, "--host", "127.0.0.1", "--port", "0"]
     argv += ["--device", config.device, "--dtype", config.dtype]
     argv += ["--block-size", str(config.block_size), "--shm-dir", str(shm_dir)]

@@ -17,6 +17,7 @@ from services.launcher.role_process import Misconfigured
 from services.launcher.stack import Stack
 from shared.directory.embedded import ServerFailed, ServerMissing
 from shared.engine.config import ModelError, load_model_config
+from shared.rpc.serve import bare_host, join_address
 
 # Starts the stack and uses it; it is stopped when this returns, with this exit code.
 Serve = Callable[[Stack], Awaitable[int]]
@@ -121,15 +122,16 @@ class _Signals:
 def _check_port(flag: str, host: str, port: int) -> None:
     """Servers share a port silently, and requests would go to either: ask without sharing."""
     try:
-        [(family, kind, protocol, _, where), *_] = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        [(family, kind, protocol, _, socket_address), *_] = socket.getaddrinfo(
+            bare_host(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         with socket.socket(family, kind, protocol) as probe:
             # Connections of a server that has ended do not occupy its port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
+            probe.bind(socket_address)
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port} ({flag}): {error.strerror}") from None
+        where = join_address(host, port)
+        raise UsageError(f"cannot listen on {where} ({flag}): {error.strerror}") from None
 
 
 def to_stderr(line: str) -> None:

@@ -18,6 +18,7 @@ from shared.engine.config import (
     LOAD_FORMATS,
     EngineConfig,
     ModelError,
+    served_name,
 )
 from shared.metrics import MetricsServer, add_metrics_flag, new_registry
 from shared.rpc.flags import add_flag, add_switch
@@ -37,6 +38,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="which services this worker hosts",
     )
     add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
+    add_flag(
+        parser,
+        "--model-name",
+        type=str,
+        help="what metrics call the model; default: the directory's name",
+    )
     add_flag(
         parser,
         "--redis-url",
@@ -116,6 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_metrics_flag(parser)
     add_log_flags(parser)
     args = parser.parse_args(argv)
+    args.model_name = args.model_name or served_name(args.model)
     args.worker_id = args.worker_id or f"{args.role}-{secrets.token_hex(4)}"
     return args
 

@@ -49,7 +49,14 @@ from shared.kv.block_pool import BlockPool
 from shared.kv.capability import Capability
 from shared.rpc.convert import ROLE_TO_PB
 from shared.rpc.errors import Draining
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, is_orphaned, stop_event
+from shared.rpc.serve import (
+    INTERNAL_MESSAGE_BYTES,
+    Endpoint,
+    bare_host,
+    is_orphaned,
+    join_address,
+    stop_event,
+)
 from shared.telemetry import Counters, Trace, baton_version, log_event
 from shared.transfer import nixl_agent
 from shared.transfer.choose import TransportUnavailable, choose_transport
@@ -106,7 +113,7 @@ class Worker:
         torch.set_num_threads(args.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         sweep_stale(args.shm_dir)
-        nixl_agent.set_defaults(args.host)
+        nixl_agent.set_defaults(bare_host(args.host))
         try:
             choice = choose_transport(
                 role=args.role,
@@ -120,7 +127,7 @@ class Worker:
         if choice.warning is not None:
             log_event(logger, logging.WARNING, choice.warning)
         shm = ShmTransport(self._incarnation, args.shm_dir) if choice.transport == "shm" else None
-        self._transport: KvTransport = shm or NixlTransport(self._incarnation, args.host)
+        self._transport: KvTransport = shm or NixlTransport(self._incarnation, bare_host(args.host))
         try:
             self._runner = ModelRunner(
                 dataclasses.replace(config, device=choice.device),
@@ -187,7 +194,8 @@ class Worker:
             sys.stderr.write(f"baton worker: {error}\n")
             self._transport.close()
             return 2
-        address = f"{args.advertise or args.host}:{endpoint.address.rpartition(':')[2]}"
+        port = int(endpoint.address.rpartition(":")[2])
+        address = join_address(args.advertise or args.host, port)
         engine_thread = _start_engine(engine, stop)
         directory_task = asyncio.create_task(directory.run(lambda: self._record(mailroom, address)))
         directory_task.add_done_callback(lambda task: _stop_on_failure(task, stop))
@@ -272,7 +280,7 @@ class Worker:
 
         about = {
             "version": baton_version(),
-            "model_name": self._model_name,
+            "model_name": self._args.model_name,
             "role": self._args.role,
             "worker_id": self._args.worker_id,
             "incarnation": self._incarnation,
@@ -289,11 +297,6 @@ class Worker:
             is_draining=lambda: not self._ready.is_set(),
         )
         self._registry.register(collector)
-
-    @property
-    def _model_name(self) -> str:
-        name: str = self._args.model.resolve().name
-        return name
 
     def _register_services(self, endpoint: Endpoint, mailroom: Mailroom) -> None:
         role = self._args.role
@@ -324,7 +327,7 @@ class Worker:
             address=address,
             capability=self._capability,
             model=ModelFacts(
-                model_name=self._model_name,
+                model_name=self._args.model_name,
                 model_type=model.model_type,
                 vocab_size=model.vocab_size,
                 max_model_len=self._runner.max_model_len,

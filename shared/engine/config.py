@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             f"of {config.model_dir / 'config.json'}"
         )
     return config.max_model_len
+
+
+def served_name(model_dir: Path) -> str:
+    """What a model is called by default: its directory as given, links not followed."""
+    return Path(os.path.normpath(model_dir.absolute())).name
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:

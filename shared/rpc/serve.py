@@ -38,6 +38,17 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+def bare_host(host: str) -> str:
+    """As sockets take it: `::1` for `[::1]` as well."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def join_address(host: str, port: int) -> str:
+    """`HOST:PORT`, with brackets around what has colons itself; `host` may have them already."""
+    host = bare_host(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -158,10 +169,10 @@ class Endpoint:
             names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self.server)
         try:
-            bound = self.server.add_insecure_port(f"{host}:{port}")
+            bound = self.server.add_insecure_port(join_address(host, port))
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {host}:{port}: {error}") from error
-        self.address = f"{host}:{bound}"
+            raise OSError(f"cannot listen on {join_address(host, port)}: {error}") from error
+        self.address = join_address(host, bound)
         await self._health.set("", _SERVING)
         for service in services:
             await self._health.set(service, _NOT_SERVING)

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb
 
 from tests.device import ROOT
 from tests.e2e.launched import Launched, ask, only_line, wait_for
+from tests.ipv6 import needs_ipv6
 
 pytestmark = pytest.mark.e2e
 
@@ -141,6 +143,24 @@ def test_sigterm_drains_and_leaves_nothing(launch: Launch, tiny_model: Path) -> 
     assert list(launched.tmp_path.glob("baton-*")) == []
     assert launched.stdout == f"READY grpc={address}\n"
     assert not _answers(address)
+
+
+@needs_ipv6
+def test_ipv6_and_a_name_for_the_model(launch: Launch, tiny_model: Path) -> None:
+    flags = ["--port", "0", "--http-port", "0", "--both", "1", "--host", "::1"]
+    name = "org/tale"
+    launched = launch(UP, "up", "--model", str(tiny_model), *flags, "--model-name", name)
+    wait_for(lambda: "\n" in launched.stdout or launched.process.poll() is not None)
+    ready = re.fullmatch(r"READY grpc=(\[::1\]:\d+) http=(\[::1\]:\d+)\n", launched.stdout)
+    assert ready is not None, launched.stderr
+
+    answer = ask(launched.tmp_path, "generate", "--target", ready[1], "--token-ids", "5,6,7")
+    assert answer.returncode == 0, answer.stderr
+    with urlopen(f"http://{ready[2]}/v1/models", timeout=10) as response:
+        assert json.load(response)["data"][0]["id"] == name
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait_exit() == 0
+    launched.assert_nothing_left()
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(launch: Launch, tiny_model: Path) -> None:

@@ -24,6 +24,8 @@ from shared.rpc.errors import BatonError
 _NUM_WAITING = 16
 """Messages of several prompts that wait for a slow reader; their workers' tokens wait behind."""
 
+_IS_ASKED = "baton.is_asked"
+
 Responses = AsyncGenerator[pb.GenerateResponse, None]
 
 
@@ -53,6 +55,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises HttpError as long as nothing has been sent."""
         ask = self._ask
+        scope[_IS_ASKED] = True
         sources = [
             self._frontend.generate(request, time_left_s=ask.time_left_s)
             for request in ask.requests
@@ -83,6 +86,11 @@ class Answer(Response):
                 raise
         except BatonError as error:
             raise to_http_error(error, ask.fields) from error
+
+
+def is_asked(scope: Scope) -> bool:
+    """Whether Frontend.generate has, or had, this HTTP request's requests."""
+    return _IS_ASKED in scope
 
 
 @dataclass

@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 
 from services.gateway.frontend import Frontend
-from services.gateway.openai.answer import Answer, Ask
+from services.gateway.openai.answer import Answer, Ask, is_asked
 from services.gateway.openai.body import read_json
 from services.gateway.openai.chat import chat_fields, chat_request, template_messages
 from services.gateway.openai.completions import FIELDS, completion_requests
@@ -38,10 +38,25 @@ _MAX_TIMEOUT_S = 1e6
 
 def build_app(frontend: Frontend) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_exception_handler(HttpError, _on_error)
-    app.add_exception_handler(BatonError, _on_error)
-    app.add_exception_handler(HTTPException, _on_routing_error)
-    app.add_exception_handler(Exception, _on_error)
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return refuse(request, to_http_error(error))
+
+    async def on_routing_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = refuse(request, _routing_error(request, error))
+        response.headers.update(error.headers or {})
+        return response
+
+    def refuse(request: Request, error: HttpError) -> Response:
+        # What has become a request of the frontend is counted there.
+        if not is_asked(request.scope):
+            frontend.metrics.http_refused(error.status)
+        return error.response()
+
+    for kind in (HttpError, BatonError, Exception):
+        app.add_exception_handler(kind, on_error)
+    app.add_exception_handler(HTTPException, on_routing_error)
     # Who may ask what is a dependency of these two, once there are identities.
     app.include_router(_inference(frontend))
     app.include_router(_operations(frontend))
@@ -205,14 +220,7 @@ def _check_model(name: str | None, frontend: Frontend) -> None:
         raise HttpError(404, message, param="model", code="model_not_found")
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    return to_http_error(error).response()
-
-
-async def _on_routing_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _routing_error(request: Request, error: HTTPException) -> HttpError:
     where = f"{request.method[:20]} {request.url.path[:200]}"
     problem = {404: "unknown path", 405: "wrong method"}.get(error.status_code, error.detail)
-    response = HttpError(error.status_code, f"{problem}: {where}").response()
-    response.headers.update(error.headers or {})
-    return response
+    return HttpError(error.status_code, f"{problem}: {where}")

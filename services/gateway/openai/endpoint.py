@@ -7,6 +7,8 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,8 +17,10 @@ from services.gateway.openai.guard import (
     KEEP_ALIVE_S,
     MAX_HEAD_BYTES,
     GuardedProtocol,
+    OnRefused,
     max_connections,
 )
+from shared.rpc.serve import bare_host, join_address
 
 _BACKLOG = 1024
 _STOP_GRACE_S = 0.5
@@ -28,12 +32,15 @@ _UNACKNOWLEDGED_MS = 30_000
 
 
 class HttpEndpoint:
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, *, on_refused: OnRefused) -> None:
+        """`on_refused` gets the status of each connection's answer that is not `app`'s."""
         # Every bad request would be a line, at a client's will.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self._new_protocol = partial(GuardedProtocol, on_refused=on_refused)
         self._config = uvicorn.Config(
             app,
-            http=GuardedProtocol,
+            # uvicorn only calls it.
+            http=cast(type[GuardedProtocol], self._new_protocol),
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -57,8 +64,9 @@ class HttpEndpoint:
             bound = _bind(host, port, reuse_port=reuse_port)
         except OSError as error:
             problem = error.strerror or error
-            raise OSError(f"cannot listen on {host}:{port} (--http-port): {problem}") from None
-        self.address = f"{host}:{bound.getsockname()[1]}"
+            where = join_address(host, port)
+            raise OSError(f"cannot listen on {where} (--http-port): {problem}") from None
+        self.address = join_address(host, bound.getsockname()[1])
         # Its queue of connections outlives the server's closing: see `stop_accepting`.
         self._listener = bound.dup()
         self._task = asyncio.create_task(self._server.serve(sockets=[bound]))
@@ -101,7 +109,7 @@ class HttpEndpoint:
             await self._task
 
     def _new_connection(self) -> GuardedProtocol:
-        return GuardedProtocol(
+        return self._new_protocol(
             config=self._config,
             server_state=self._server.server_state,
             app_state={},
@@ -127,7 +135,7 @@ class _Server(uvicorn.Server):
 
 def _bind(host: str, port: int, *, reuse_port: bool) -> socket.socket:
     [(family, kind, protocol, _, where), *_] = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        bare_host(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     bound = socket.socket(family, kind, protocol)
     try:

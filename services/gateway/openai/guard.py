@@ -11,6 +11,7 @@ import asyncio
 import http
 import logging
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -29,6 +30,9 @@ SEND_LIMIT_S = 30.0
 _LINGER_S = 1.0
 """For the answer to a connection that is refused to be read."""
 
+OnRefused = Callable[[int], None]
+"""Gets the status of an answer that no application knows of."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,8 +45,9 @@ def max_connections() -> int:
 class GuardedProtocol(H11Protocol):
     limit_connections = 4096
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_refused: OnRefused, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._on_refused = on_refused
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
 
@@ -86,7 +91,7 @@ class GuardedProtocol(H11Protocol):
             message = f"the headers are too large; limit: {MAX_HEAD_BYTES} bytes"
             self._refuse(HttpError(431, message, code="headers_too_large"))
         else:
-            self._refuse(HttpError(400, "this is not HTTP/1.1", code="invalid_http"))
+            self._refuse(HttpError(400, "malformed request", code="invalid_http"))
 
     def _is_between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -108,6 +113,7 @@ class GuardedProtocol(H11Protocol):
                 head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\n"
                 head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
                 self.transport.write(head.encode() + body)
+                self._on_refused(error.status)
             self.transport.close()
             self.loop.call_later(_LINGER_S, self.transport.abort)
 

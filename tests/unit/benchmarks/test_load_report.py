@@ -201,7 +201,20 @@ def test_what_the_model_cannot_take_is_said_before(
     assert main(["--target", target, "--model", "gpt-9"]) == 2
     assert "serves null" in capsys.readouterr().err
     assert main(["--target", target, "--prompt-tokens", "2000000", "--requests", "1"]) == 2
-    assert "--max-prompt" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--prompt-tokens" in told and "--max-prompt" not in told and "--turns" not in told
+    assert main(["--target", target, "--prompt-tokens", "999999", "--turns", "2"]) == 2
+    assert "--turns" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_said_before(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["--target", target, "--output", str(output), "--duration", "3600"]) == 2
+        out, err = capsys.readouterr()
+        assert f"--output {output}: " in err and err.count("\n") == 1 and not out
 
 
 def test_an_interrupt_ends_it_and_its_generators(target: str) -> None:
@@ -220,5 +233,5 @@ def test_an_interrupt_ends_it_and_its_generators(target: str) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in told
+    assert process.returncode == 130 and told == "interrupted\n"
     assert not [pid for pid in generators if Path(f"/proc/{pid}").exists()]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from benchmarks.load.calibrate import capacity_of
 from benchmarks.load.samples import Offered, Sample
 from benchmarks.outside_tool import main
+from tests.device import ROOT, process_environment
 
 GUIDELLM: dict[str, Any] = {
     "benchmarks": [
@@ -76,6 +80,40 @@ def test_a_tool_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "/bin/false" in capsys.readouterr().err
     assert main(["--tool", "aiperf", "--target", "http://127.0.0.1:1"]) == 2
     assert "nobody answers" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_tool_and_what_it_started(tmp_path: Path) -> None:
+    program, pid_path = tmp_path / "tool", tmp_path / "pids"
+    program.write_text(
+        f'#!/bin/sh\nsleep 600 &\necho "$$ $!" > {pid_path}.new\n'
+        f"mv {pid_path}.new {pid_path}\nwait\n"
+    )
+    program.chmod(0o755)
+    flags = ["--tool", "aiperf", "--bin", str(program), "--null", "1", "--requests", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.outside_tool", *flags, "--output-tokens", "1"],
+        env=process_environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not pid_path.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (130, "interrupted\n")
+    while any(_is_alive(pid) for pid in pid_path.read_text().split()):
+        time.sleep(0.01)
+
+
+def _is_alive(pid: str) -> bool:
+    """A zombie is not; whoever adopted it may take its time."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_capacity_is_of_all_generators() -> None:

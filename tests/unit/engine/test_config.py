@@ -14,6 +14,7 @@ from shared.engine.config import (
     RopeConfig,
     load_model_config,
     resolve_max_model_len,
+    served_name,
 )
 
 BASE: dict[str, Any] = {
@@ -36,6 +37,18 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4}
 def write(model_dir: Path, **changes: Any) -> Path:
     (model_dir / "config.json").write_text(json.dumps({**BASE, **changes}))
     return model_dir
+
+
+def test_a_model_is_called_as_its_directory_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "4f2a91").mkdir()
+    (tmp_path / "tale").symlink_to("4f2a91")
+    monkeypatch.chdir(tmp_path)
+    for given in ("tale", "tale/", "./tale", "4f2a91/../tale", str(tmp_path / "tale")):
+        assert served_name(Path(given)) == "tale"
+    monkeypatch.chdir(tmp_path / "4f2a91")
+    assert served_name(Path()) == "4f2a91"
 
 
 def test_missing_fields_take_the_defaults_of_transformers(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from baton.v1 import types_pb2
 from services.gateway.admission import Limits
 from services.gateway.cluster import Cluster
 from services.gateway.frontend import Frontend
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.openai.app import build_app
 from services.gateway.openai.endpoint import HttpEndpoint
 from services.gateway.tokenizer import TextCodec
@@ -30,6 +31,7 @@ class NullFrontend(Frontend):
         self.codec = codec
         self.model = cast(ModelConfig, None)
         self.model_name = "null"
+        self.metrics = GatewayMetrics(self.model_name)
         self.num_in_flight = 0
         self.is_leaving = self.is_draining = False
         self.requests: list[pb.GenerateRequest] = []
@@ -97,14 +99,28 @@ async def endless(request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResp
         await asyncio.sleep(0)
 
 
+def new_endpoint(frontend: Frontend) -> HttpEndpoint:
+    return HttpEndpoint(build_app(frontend), on_refused=frontend.metrics.http_refused)
+
+
 @asynccontextmanager
 async def serving(frontend: Frontend) -> AsyncIterator[HttpEndpoint]:
-    endpoint = HttpEndpoint(build_app(frontend))
+    endpoint = new_endpoint(frontend)
     await endpoint.start("127.0.0.1", 0)
     try:
         yield endpoint
     finally:
         await endpoint.stop()
+
+
+def num_refused(frontend: Frontend) -> dict[str, float]:
+    """HTTP requests refused so far, by status."""
+    return {
+        sample.labels["status"]: sample.value
+        for family in frontend.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "baton_http_refused_total"
+    }
 
 
 class Reply:

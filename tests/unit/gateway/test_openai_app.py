@@ -30,11 +30,13 @@ from shared.rpc.errors import (
 )
 from tests.unit.gateway.null_frontend import (
     NullFrontend,
+    Script,
     ask,
     chunk,
     connect,
     endless,
     events,
+    num_refused,
     serving,
     started,
     wait_until,
@@ -317,6 +319,28 @@ async def test_paths_methods_and_models_that_are_not_there(address: str) -> None
     assert (reply.status, reply.error["code"]) == (404, "model_not_found")
     assert (await ask(address, "/v1/models/gpt")).status == 404
     assert (await ask(address, "/v1/models/null")).status == 200
+
+
+def failing(error: Exception) -> Script:
+    async def fail(request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+        yield started()
+        raise error
+
+    return fail
+
+
+async def test_what_is_refused_is_counted_once(address: str, frontend: NullFrontend) -> None:
+    await ask(address, "/nowhere")
+    await ask(address, COMPLETIONS, b"{")
+    await ask(address, COMPLETIONS, {**HELLO, "model": "other"})
+    assert num_refused(frontend) == {"404": 2, "400": 1}
+
+    # These reach the frontend, which counts them itself.
+    for error, status in ((NoTokenizer("no text"), 400), (ZeroDivisionError(), 500)):
+        frontend.script = failing(error)
+        assert (await ask(address, COMPLETIONS, HELLO)).status == status
+    assert (await ask(address, "/health")).status == 200
+    assert num_refused(frontend) == {"404": 2, "400": 1}
 
 
 async def test_health_follows_the_workers_and_the_drain(

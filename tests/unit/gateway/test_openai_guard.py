@@ -10,8 +10,8 @@ import pytest
 from baton.v1 import inference_service_pb2 as pb
 
 from services.gateway.openai import body, guard
-from services.gateway.openai.app import build_app
 from services.gateway.openai.endpoint import HttpEndpoint
+from tests.ipv6 import needs_ipv6
 from tests.unit.gateway.null_frontend import (
     NullFrontend,
     Reply,
@@ -20,6 +20,8 @@ from tests.unit.gateway.null_frontend import (
     connect,
     endless,
     finished,
+    new_endpoint,
+    num_refused,
     send,
     serving,
     started,
@@ -45,15 +47,29 @@ async def endpoint(frontend: NullFrontend) -> AsyncIterator[HttpEndpoint]:
         yield endpoint
 
 
-async def test_headers_too_large(endpoint: HttpEndpoint) -> None:
+async def test_headers_too_large(endpoint: HttpEndpoint, frontend: NullFrontend) -> None:
     head = b"GET /health HTTP/1.1\r\nhost: t\r\nx: " + b"a" * 2 * guard.MAX_HEAD_BYTES
     reply = Reply(await send(endpoint.address, head))
     assert (reply.status, reply.error["code"]) == (431, "headers_too_large")
+    assert num_refused(frontend) == {"431": 1}
 
 
-async def test_what_is_no_http(endpoint: HttpEndpoint) -> None:
-    reply = Reply(await send(endpoint.address, b"\x16\x03\x01 hello\r\n\r\n"))
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01 hello\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: t\r\ncontent-length: few\r\n\r\n",
+    ],
+    ids=["no http", "no host", "bad length"],
+)
+async def test_a_malformed_request(
+    endpoint: HttpEndpoint, frontend: NullFrontend, sent: bytes
+) -> None:
+    reply = Reply(await send(endpoint.address, sent))
     assert (reply.status, reply.error["code"]) == (400, "invalid_http")
+    assert reply.error["message"] == "malformed request"
+    assert num_refused(frontend) == {"400": 1}
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: "])
@@ -177,8 +193,21 @@ async def test_connections_that_wait_in_the_queue_are_still_served(
     writer.close()
 
 
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_ipv6(frontend: NullFrontend, host: str) -> None:
+    endpoint = new_endpoint(frontend)
+    await endpoint.start(host, 0)
+    port = endpoint.address.removeprefix("[::1]:")
+    reader, writer = await asyncio.open_connection("::1", int(port))
+    writer.write(b"GET /version HTTP/1.1\r\nhost: t\r\nconnection: close\r\n\r\n")
+    assert Reply(await reader.read()).status == 200
+    writer.close()
+    await endpoint.stop()
+
+
 async def test_gateways_share_a_port_only_when_told_to(frontend: NullFrontend) -> None:
-    first, second = HttpEndpoint(build_app(frontend)), HttpEndpoint(build_app(frontend))
+    first, second = new_endpoint(frontend), new_endpoint(frontend)
     await first.start("127.0.0.1", 0, reuse_port=True)
     port = int(first.address.rpartition(":")[2])
     with pytest.raises(OSError, match=rf"cannot listen on 127.0.0.1:{port} \(--http-port\)"):

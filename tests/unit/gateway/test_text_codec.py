@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,20 @@ def test_chat_is_rendered_by_the_models_template(chat_codec: TextCodec) -> None:
     told = "<s>\n[user] Hi</s>\n[assistant] {{ bos_token }}</s>\n"
     assert chat_codec.render_chat(CHAT, add_generation_prompt=False) == told
     assert chat_codec.render_chat(CHAT) == told + "[assistant]\n"
+
+
+def test_a_template_gets_what_transformers_gives_it(model_dir: Path) -> None:
+    template = """{% set who = "a" %}
+{% generation %}
+{% set who = "b" %}
+{{ messages[0].content }} {{ who }}
+{% endgeneration %}
+{{ who }} {{ strftime_now("%%|%Y") }}
+"""
+    (model_dir / "chat_template.jinja").write_text(template)
+    codec = load(model_dir)
+    before, text, after = time.localtime(), codec.render_chat(CHAT), time.localtime()
+    assert text in {f"Hi b\na %|{now.tm_year}" for now in (before, after)}
 
 
 def test_what_the_template_refuses_is_the_clients_error(chat_codec: TextCodec) -> None:

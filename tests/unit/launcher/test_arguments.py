@@ -65,10 +65,19 @@ def test_each_worker_is_one_process_with_its_own_id() -> None:
         assert part in argv
 
 
+def test_every_role_is_told_the_models_name() -> None:
+    config = up("--model-name", "org/tale")
+    specs = worker_specs(config, "unix:///valkey", Path("/dev/shm/x"))
+    specs += gateway_specs(config, "redis://r", 7000, None)
+    for spec in specs:
+        assert spec.argv[spec.argv.index("--model-name") + 1] == "org/tale"
+
+
 def test_what_was_not_given_is_left_to_the_worker() -> None:
     [spec, _] = worker_specs(up(), "unix:///valkey", Path("/dev/shm/x"))
     assert "--num-blocks" not in spec.argv
     assert "--max-model-len" not in spec.argv
+    assert "--model-name" not in spec.argv
 
 
 def test_the_gateway_listens_where_it_is_told() -> None:
@@ -132,6 +141,7 @@ def test_every_sampling_flag_is_sent() -> None:
         ("generate --prompt a --seed -1", "-1 is not between 0 and 18446744073709551615"),
         ("generate --prompt a --max-tokens many", "'many' is no whole number"),
         ("generate --prompt a --timeout nan", "'nan' is no length of time"),
+        ("generate --prompt a --timeout 1e12", "'1e12' is more than 1000000000 seconds"),
         ("up", "required: --model"),
         ("up --model m --prefill -1", "-1 is not between 0 and 1024"),
         ("up --model m --port 65536", "65536 is not between 0 and 65535"),

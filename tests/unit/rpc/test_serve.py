@@ -20,7 +20,8 @@ from shared.rpc.errors import (
     failure_of,
     from_failure,
 )
-from shared.rpc.serve import Endpoint, channel_options
+from shared.rpc.serve import Endpoint, bare_host, channel_options, join_address
+from tests.ipv6 import needs_ipv6
 
 if TYPE_CHECKING:
     Stub = inference_service_pb2_grpc.InferenceServiceAsyncStub
@@ -184,6 +185,36 @@ async def test_health_says_when_the_service_is_ready(
     assert await health(SERVICE) == serving
     await endpoint.set_ready(is_ready=False)
     assert await health(SERVICE) != serving and await health("") == serving
+
+
+@pytest.mark.parametrize(
+    ("host", "bare", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1:80"),
+        ("node.example", "node.example", "node.example:80"),
+        ("::1", "::1", "[::1]:80"),
+        ("[::1]", "::1", "[::1]:80"),
+        ("fe80::1%eth0", "fe80::1%eth0", "[fe80::1%eth0]:80"),
+    ],
+)
+def test_hosts_with_and_without_brackets(host: str, bare: str, address: str) -> None:
+    assert bare_host(host) == bare
+    assert join_address(host, 80) == address
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_ipv6(servicer: Servicer, host: str) -> None:
+    endpoint = Endpoint(max_message_bytes=LIMIT_BYTES)
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, endpoint.server)
+    await endpoint.start(host, 0, [SERVICE])
+    try:
+        assert endpoint.address.startswith("[::1]:")
+        async with grpc.aio.insecure_channel(endpoint.address) as channel:
+            stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+            await stub.Tokenize(pb.TokenizeRequest(text="x"), timeout=10)
+    finally:
+        await endpoint.stop(0)
 
 
 async def test_a_port_that_is_taken_is_an_error_of_one_line(endpoint: Endpoint) -> None:

@@ -68,6 +68,14 @@ def test_text_quotes_what_could_be_taken_for_something_else(text: Log, value: st
     assert json.loads(quoted) == value
 
 
+def test_what_is_none_is_left_out_of_text_and_null_in_json(text: Log, json_log: Log) -> None:
+    for log in (text, json_log):
+        log_event(log.logger, logging.INFO, "event", ttft_s=None, num_tokens=0)
+    assert text.lines[0].endswith(" event num_tokens=0")
+    record = json.loads(json_log.lines[0])
+    assert (record["ttft_s"], record["num_tokens"]) == (None, 0)
+
+
 def test_json_has_time_level_process_event_and_fields(json_log: Log) -> None:
     key = AttemptKey("8d0c4a-17", 0, 2)
     log_event(json_log.logger, logging.ERROR, "pull failed", key=key, message=HOSTILE, t_s=0.5)

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shared import metrics
 from shared.metrics import MetricsServer, new_registry
+from tests.ipv6 import needs_ipv6
 
 
 class State:
@@ -84,6 +85,17 @@ def test_more_connections_than_its_limit_are_refused(server: MetricsServer) -> N
         get(server, "/metrics")
     server._server._free.release()
     assert get(server, "/metrics")[0] == 200
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6(host: str) -> None:
+    server = MetricsServer(host, 0, new_registry(), lambda: True)
+    try:
+        assert server.address.startswith("[::1]:")
+        assert get(server, "/health")[0] == 200
+    finally:
+        server.close()
 
 
 def test_a_port_that_is_taken_is_named(server: MetricsServer) -> None:
