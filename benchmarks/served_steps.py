@@ -1,0 +1,220 @@
+"""A decode step as the engine takes it, and as clients of the whole stack see it.
+
+    python -m benchmarks.served_steps [--batches 1,32,128,256] [--context 1024] [--output FILE]
+
+engine  the engine loop in one process: no RPC, no gateway (as `benchmarks.engine` measures it)
+served  gateway and one worker of role `both`; clients in processes of their own. A step is the time
+        in which each stream gets a token, while all of them decode
+
+One after the other on the same GPU, with the same model, batches and contexts, `served` first.
+Prompts are computed before, so that all streams start together from the prefix cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+from baton.v1 import inference_service_pb2_grpc as pb_grpc
+
+from benchmarks.dummy_model import SHAPES, given_or_dummy
+from benchmarks.environment import describe_environment
+from benchmarks.in_process import InProcessEngine, random_prompts
+from benchmarks.interrupt import exit_code
+from benchmarks.load.drivers import request_of
+from benchmarks.stack import ROOT, StackFailed, StackOptions, running
+from services.launcher.plan import RoleCounts, StackConfig
+from shared.engine.config import EngineConfig, load_model_config
+from shared.engine.model_runner import ModelRunner
+
+RESULTS = ROOT / "benchmarks" / "results"
+_STREAMS_PER_CLIENT = 64
+_NUM_WARM_UP = 8
+"""Steps that nobody counts, after the last stream's first token."""
+
+Arrivals = list[list[float]]
+"""By stream, when each token came: seconds of the clock that processes share."""
+
+
+class Window(NamedTuple):
+    """When all streams decoded."""
+
+    step_s: float
+    num_before: int
+    """Tokens that a stream had then, in the mean."""
+    num_steps: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse_args(argv)
+    context = multiprocessing.get_context("spawn")
+    with given_or_dummy(args.model, args.shape) as model_dir:
+        try:
+            with ProcessPoolExecutor(
+                _num_clients(max(args.batches)), mp_context=context
+            ) as clients:
+                served = asyncio.run(_served_steps(args, model_dir, clients))
+        except StackFailed as error:
+            print(error, file=sys.stderr)
+            return 1
+        engine = _engine_steps(args, model_dir, served)
+    points = []
+    print(f"\n{'streams':>8} {'engine ms':>10} {'served ms':>10} {'ratio':>7} {'more ms':>8}")
+    for batch in args.batches:
+        own, seen = engine[batch] * 1e3, served[batch].step_s * 1e3
+        points.append({"streams": batch, "engine_ms": own, "served_ms": seen})
+        print(f"{batch:>8} {own:>10.2f} {seen:>10.2f} {seen / own:>7.3f} {seen - own:>8.2f}")
+    result = {
+        "environment": describe_environment(),
+        "model": model_dir.name,
+        "context": args.context,
+        "steps": args.steps,
+        "points": points,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {args.output}")
+    return 0
+
+
+def window_of(arrivals: Arrivals, num_steps: int) -> Window:
+    """Of at most `num_steps` steps, from some steps after the last stream's first token on.
+
+    Raises:
+        ValueError: there was no such time.
+    """
+    begin = max(stream[_NUM_WARM_UP] for stream in arrivals)
+    end = min(stream[-1] for stream in arrivals)
+    behind = [sum(at <= begin for at in stream) for stream in arrivals]
+    for num_before, stream in zip(behind, arrivals, strict=True):
+        end = min([end, *stream[num_before:][num_steps - 1 : num_steps]])
+    counts = [sum(begin < at <= end for at in stream) for stream in arrivals]
+    if end <= begin or min(counts) == 0:
+        raise ValueError("the streams did not decode at the same time")
+    steps = statistics.mean(counts)
+    return Window((end - begin) / steps, round(statistics.mean(behind)), round(steps))
+
+
+def _engine_steps(
+    args: argparse.Namespace, model_dir: Path, served: dict[int, Window]
+) -> dict[int, float]:
+    """By batch, seconds a step, of the same contexts."""
+    config = EngineConfig(
+        model_dir,
+        args.device,
+        dtype=args.dtype,
+        load_format=_load_format(args),
+        max_model_len=_max_model_len(args),
+        max_num_seqs=max(args.batches),
+    )
+    engine = InProcessEngine(ModelRunner(config), max_num_seqs=max(args.batches))
+    return {
+        batch: statistics.mean(
+            engine.decode(batch, args.context + window.num_before, window.num_steps)
+        )
+        for batch, window in served.items()
+    }
+
+
+async def _served_steps(
+    args: argparse.Namespace, model_dir: Path, clients: ProcessPoolExecutor
+) -> dict[int, Window]:
+    flags = ("--load-format", _load_format(args), "--max-num-seqs", str(max(args.batches)))
+    options = StackOptions(
+        StackConfig(
+            model_dir,
+            RoleCounts(prefill=0, decode=0, both=1),
+            port=0,
+            device=args.device,
+            dtype=args.dtype,
+            max_model_len=_max_model_len(args),
+        ),
+        gpus=() if args.device == "cpu" else ("0",),
+        role_flags={"both": flags},
+    )
+    vocab_size = load_model_config(model_dir).vocab_size
+    measured = {}
+    async with running(options) as stack:
+        for batch in args.batches:
+            prompts = random_prompts(batch, args.context, vocab_size)
+            await _ask_all(clients, stack.address, prompts, 1)
+            # Some start before the others are there.
+            num_tokens = args.steps + _NUM_WARM_UP + batch + 32
+            arrivals = await _ask_all(clients, stack.address, prompts, num_tokens)
+            stack.check()
+            measured[batch] = window_of(arrivals, args.steps)
+    return measured
+
+
+async def _ask_all(
+    clients: ProcessPoolExecutor, address: str, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> Arrivals:
+    loop, num_clients = asyncio.get_running_loop(), _num_clients(len(prompts))
+    shares = [prompts[first::num_clients] for first in range(num_clients)]
+    parts = await asyncio.gather(
+        *(loop.run_in_executor(clients, _ask_share, address, s, num_tokens) for s in shares)
+    )
+    return [stream for part in parts for stream in part]
+
+
+def _ask_share(address: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> Arrivals:
+    """In a client's process."""
+
+    async def ask(stub: Any, prompt: Sequence[int]) -> list[float]:
+        came: list[float] = []
+        async for response in stub.Generate(request_of(prompt, num_tokens)):
+            if response.HasField("chunk"):
+                came += [time.monotonic()] * len(response.chunk.token_ids)
+        return came
+
+    async def ask_all() -> Arrivals:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = pb_grpc.InferenceServiceStub(channel)
+            return list(await asyncio.gather(*(ask(stub, prompt) for prompt in prompts)))
+
+    return asyncio.run(ask_all())
+
+
+def _num_clients(num_streams: int) -> int:
+    return -(-num_streams // _STREAMS_PER_CLIENT)
+
+
+def _max_model_len(args: argparse.Namespace) -> int:
+    return int(args.context + args.steps + 4 * max(args.batches) + 256)
+
+
+def _load_format(args: argparse.Namespace) -> str:
+    return "dummy" if args.model is None else "auto"
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.served_steps", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--batches", type=_ints, default=[1, 32, 128, 256], help="numbers of streams")
+    add("--context", type=int, default=1024, help="tokens of each prompt")
+    add("--steps", type=int, default=256, help="decode steps to measure, at least")
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--model", type=Path, help="default: a dummy of --shape")
+    add("--shape", choices=SHAPES, default="llama-8b")
+    add("--output", type=Path, default=RESULTS / "served_steps.json")
+    return parser.parse_args(argv)
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
