@@ -15,35 +15,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import grpc
-from baton.v1 import inference_service_pb2_grpc as pb_grpc
+from typing import NamedTuple
 
 from benchmarks.dummy_model import SHAPES, given_or_dummy
 from benchmarks.environment import describe_environment
 from benchmarks.in_process import InProcessEngine, random_prompts
 from benchmarks.interrupt import exit_code
-from benchmarks.load.drivers import request_of
 from benchmarks.stack import ROOT, StackFailed, StackOptions, running
+from benchmarks.stream_clients import Arrivals, StreamClients
 from services.launcher.plan import RoleCounts, StackConfig
 from shared.engine.config import EngineConfig, load_model_config
 from shared.engine.model_runner import ModelRunner
 
 RESULTS = ROOT / "benchmarks" / "results"
-_STREAMS_PER_CLIENT = 64
 _NUM_WARM_UP = 8
 """Steps that nobody counts, after the last stream's first token."""
-
-Arrivals = list[list[float]]
-"""By stream, when each token came: seconds of the clock that processes share."""
 
 
 class Window(NamedTuple):
@@ -57,12 +47,9 @@ class Window(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
-    context = multiprocessing.get_context("spawn")
     with given_or_dummy(args.model, args.shape) as model_dir:
         try:
-            with ProcessPoolExecutor(
-                _num_clients(max(args.batches)), mp_context=context
-            ) as clients:
+            with StreamClients(max(args.batches)) as clients:
                 served = asyncio.run(_served_steps(args, model_dir, clients))
         except StackFailed as error:
             print(error, file=sys.stderr)
@@ -127,7 +114,7 @@ def _engine_steps(
 
 
 async def _served_steps(
-    args: argparse.Namespace, model_dir: Path, clients: ProcessPoolExecutor
+    args: argparse.Namespace, model_dir: Path, clients: StreamClients
 ) -> dict[int, Window]:
     flags = ("--load-format", _load_format(args), "--max-num-seqs", str(max(args.batches)))
     options = StackOptions(
@@ -147,46 +134,13 @@ async def _served_steps(
     async with running(options) as stack:
         for batch in args.batches:
             prompts = random_prompts(batch, args.context, vocab_size)
-            await _ask_all(clients, stack.address, prompts, 1)
+            await clients.ask(stack.address, prompts, 1)
             # Some start before the others are there.
             num_tokens = args.steps + _NUM_WARM_UP + batch + 32
-            arrivals = await _ask_all(clients, stack.address, prompts, num_tokens)
+            arrivals = await clients.ask(stack.address, prompts, num_tokens)
             stack.check()
             measured[batch] = window_of(arrivals, args.steps)
     return measured
-
-
-async def _ask_all(
-    clients: ProcessPoolExecutor, address: str, prompts: Sequence[Sequence[int]], num_tokens: int
-) -> Arrivals:
-    loop, num_clients = asyncio.get_running_loop(), _num_clients(len(prompts))
-    shares = [prompts[first::num_clients] for first in range(num_clients)]
-    parts = await asyncio.gather(
-        *(loop.run_in_executor(clients, _ask_share, address, s, num_tokens) for s in shares)
-    )
-    return [stream for part in parts for stream in part]
-
-
-def _ask_share(address: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> Arrivals:
-    """In a client's process."""
-
-    async def ask(stub: Any, prompt: Sequence[int]) -> list[float]:
-        came: list[float] = []
-        async for response in stub.Generate(request_of(prompt, num_tokens)):
-            if response.HasField("chunk"):
-                came += [time.monotonic()] * len(response.chunk.token_ids)
-        return came
-
-    async def ask_all() -> Arrivals:
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = pb_grpc.InferenceServiceStub(channel)
-            return list(await asyncio.gather(*(ask(stub, prompt) for prompt in prompts)))
-
-    return asyncio.run(ask_all())
-
-
-def _num_clients(num_streams: int) -> int:
-    return -(-num_streams // _STREAMS_PER_CLIENT)
 
 
 def _max_model_len(args: argparse.Namespace) -> int:

@@ -42,8 +42,8 @@ _DTYPES = {
 }
 _HOST_TOKEN_BUDGET = 512
 _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
-_MEASURED_TOKENS = 12_288
-_GOOD_ENOUGH = 0.98
+_MEASURED_TOKENS = 8192
+_GOOD_ENOUGH = 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
 _MIN_CAPABILITY = (8, 0)
 _MOST_WITH_TRITON = {"vocab_size": 1 << 18, "hidden_size": 1 << 14, "head_dim": 256}
@@ -267,33 +267,38 @@ class ModelRunner:
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
                 self._steps.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
+            measured = min(_MEASURED_TOKENS, limit)
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
-            self._sustained_rate(usable[-1])
-            rates = {budget: self._sustained_rate(budget) for budget in reversed(usable)}
+            for budget in usable:
+                self._sustained_rate(measured, budget)
+            rates = {budget: self._sustained_rate(measured, budget) for budget in usable}
             sums = self.block_sums()
             for exponent in range(self.num_blocks.bit_length()):
                 sums(range(min(2**exponent, MOST_AT_ONCE)))
         best = max(rates.values())
         self.token_budget = min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
-        measured = ", ".join(f"{b}: {rate:.0f}" for b, rate in rates.items())
-        progress(f"token budget {self.token_budget} (prompt tokens/s by chunk: {measured})")
+        shown = ", ".join(f"{b}: {rate:.0f}" for b, rate in rates.items())
+        progress(f"token budget {self.token_budget} (prompt tokens/s by chunk: {shown})")
 
-    def _sustained_rate(self, num_tokens: int) -> float:
-        """Prompt tokens per second in chunks of that size, one launched ahead, for long enough that
-        the GPU runs at the clock that its power allows."""
-        row = self._prompt_row(num_tokens)
+    def _sustained_rate(self, num_tokens: int, budget: int) -> float:
+        """Prompt tokens per second of a long prompt in chunks of that size, one launched ahead.
+
+        Whatever the chunks, it is the same work; and long enough that the GPU runs at the clock
+        that its power allows.
+        """
+        prompt = self._prompt_row(num_tokens)
+        assert prompt.token_ids is not None
+        starts = range(0, num_tokens, budget)
         launched: list[Step] = []
-        num_chunks = 1 + _MEASURED_TOKENS // num_tokens
-        started_s = 0.0
-        for number in range(num_chunks + 1):
-            if number < num_chunks:
-                launched.append(self._steps.launch(Batch([row])))
-            if number:
+        started_s = time.perf_counter()
+        for start in starts:
+            token_ids = prompt.token_ids[start : start + budget]
+            row = BatchRow(token_ids, start, prompt.block_tables, prompt.sampling)
+            launched.append(self._steps.launch(Batch([row])))
+            if len(launched) > 1:
                 launched.pop(0).result()
-            if number == 1:
-                # The first one warmed up.
-                started_s = time.perf_counter()
-        return num_tokens * (num_chunks - 1) / (time.perf_counter() - started_s)
+        launched.pop().result()
+        return num_tokens / (time.perf_counter() - started_s)
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:
         """Of random tokens: products of equal rows would be done faster, at less power."""

@@ -3,6 +3,7 @@ engine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +24,7 @@ def addresses() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         # What is set there is gone afterwards.
-        patch.setenv("PYTHONPATH", "")
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         set_import_path()
         with doors.null_stack(MODEL) as (_, addresses):
             yield addresses
