@@ -56,8 +56,16 @@ def decode_attention() -> Iterator[Point]:
 
 
 def prefill_attention() -> Iterator[Point]:
-    from kernels.prefill_attention import block_m_for, paged_prefill_attention, prefill_tiles
+    """What the engine runs; beside it, where that is another kernel, the one in Triton."""
+    from kernels import hopper_prefill_attention as hopper
+    from kernels.prefill_attention import (
+        PrefillConfig,
+        block_m_for,
+        paged_prefill_attention,
+        prefill_tiles,
+    )
 
+    in_triton = PrefillConfig(1, 128, 8, 3)
     for chunk, before in ((512, 0), (512, 6144), (2048, 0), (2048, 6144), (8192, 0)):
         total = chunk + before
         block_m = block_m_for(chunk, HEAD_DIM)
@@ -71,19 +79,24 @@ def prefill_attention() -> Iterator[Point]:
             num_sets = min(8, num_sets_for(4 * KV_HEADS * HEAD_DIM * total))
             kv, tables = _pool([total], num_sets, block_size)
 
-            def attend(i: int) -> None:
-                paged_prefill_attention(
-                    query, kv, i, tiles, tables, HEAD_DIM**-0.5, block_m=block_m, out=out
-                )
+            is_hopper = hopper.covers(query, kv, block_m=block_m, window=0)
+            for config in (None, in_triton) if is_hopper else (None,):
 
-            yield Point(
-                f"{chunk} over {before} /{block_size}",
-                attend,
-                num_bytes=4 * (KV_HEADS * total + HEADS * chunk) * HEAD_DIM,
-                flop=4.0 * HEADS * HEAD_DIM * (chunk * before + chunk * (chunk + 1) / 2),
-                num_sets=num_sets,
-                library=library,
-            )
+                def attend(i: int) -> None:
+                    paged_prefill_attention(
+                        query, kv, i, tiles, tables, HEAD_DIM**-0.5,
+                        block_m=block_m, out=out, config=config,
+                    )  # fmt: skip
+
+                yield Point(
+                    f"{chunk} over {before} /{block_size}",
+                    attend,
+                    num_bytes=4 * (KV_HEADS * total + HEADS * chunk) * HEAD_DIM,
+                    flop=4.0 * HEADS * HEAD_DIM * (chunk * before + chunk * (chunk + 1) / 2),
+                    num_sets=num_sets,
+                    library=library if config is None else {},
+                    note="" if config is None else "triton",
+                )
 
 
 def rope_and_store() -> Iterator[Point]:

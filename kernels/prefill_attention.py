@@ -4,11 +4,14 @@ A program takes a tile of query tokens of one row and one head (or several heads
 packed among the rows of the product) and walks first the keys that all its tokens see, without any
 mask, then those at the two ends: on the diagonal, and where a window begins.
 Keys are scored in powers of two, so that the softmax needs one multiply-add per score.
+Long chunks on a GPU of compute capability 9.0 go to kernels/hopper_prefill_attention.py.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+_hopper: ModuleType | None = None
+# A release of Triton may be without the names that it uses.
+with suppress(ImportError, AttributeError):
+    from kernels import hopper_prefill_attention as _hopper
 
 _LOG2E = 1.4426950408889634
 
@@ -342,7 +350,7 @@ def paged_prefill_attention(
         block_m: query tokens per tile, see `block_m_for`.
         window: a token at position p sees keys from p − window + 1 on; 0: all of them.
         out: like `query`; only tokens in tiles are written.
-        config: for measurements.
+        config: for measurements: how the kernel of this file runs, which then does it everywhere.
 
     Returns:
         `out`, [T, num_heads, head_dim].
@@ -352,6 +360,13 @@ def paged_prefill_attention(
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if tiles.shape[0] == 0:
+        return out
+    if (
+        config is None
+        and _hopper is not None
+        and _hopper.covers(query, kv, block_m=block_m, window=window)
+    ):
+        _hopper.paged_prefill_attention(query, kv, layer, tiles, block_tables, scale, out=out)
         return out
     config = config or _config(block_m, num_heads // num_kv_heads, head_dim, query.element_size())
     rows: Any = kv

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,88 +13,11 @@ from kernels.prefill_attention import (
     paged_prefill_attention,
     prefill_tiles,
 )
+from tests.kernels.prefill_cases import Check, make_case
 
-Check = Callable[[torch.Tensor, torch.Tensor], None]
 Make = Callable[..., torch.Tensor]
 _GPU = torch.cuda.is_available()
 _CONFIG = PrefillConfig(1, 16, 4, 2)
-
-
-@dataclass
-class _Case:
-    """Chunks of (cached tokens, chunk tokens) over a pool that is NaN wherever nothing is."""
-
-    query: torch.Tensor
-    kv: torch.Tensor
-    tables: torch.Tensor
-    rows: np.ndarray
-    start: np.ndarray
-    first: np.ndarray
-
-    def tiles(self, block_m: int) -> torch.Tensor:
-        tiles = prefill_tiles(self.start, self.rows, self.first, block_m=block_m)
-        return torch.from_numpy(tiles).to(self.query.device)
-
-    def check(
-        self,
-        assert_close: Check,
-        block_m: int,
-        config: PrefillConfig | None = None,
-        window: int = 0,
-        layer: int = 1,
-    ) -> None:
-        tiles, scale = self.tiles(block_m), self.query.shape[2] ** -0.5
-        out = torch.full_like(self.query, float("nan"))
-        paged_prefill_attention(
-            self.query, self.kv, layer, tiles, self.tables, scale,
-            block_m=block_m, window=window, out=out, config=config,
-        )  # fmt: skip
-        expected = reference_prefill.paged_prefill_attention(
-            self.query.double(), self.kv.double(), layer, tiles, self.tables, scale,
-            block_m=block_m, window=window,
-        )  # fmt: skip
-        assert_close(out, expected)
-
-
-def _case(
-    chunks: list[tuple[int, int]],
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    layers: int = 2,
-    layer: int = 1,
-    forgotten: int = 0,
-) -> _Case:
-    """forgotten: tokens in front of each row whose keys are NaN, and whose blocks undefined."""
-    needed = [-(-(cached + new) // block_size) for cached, new in chunks]
-    num_blocks = sum(needed) + 2
-    kv = torch.full(
-        (num_blocks + 1, kv_heads, layers, 2, block_size, head_dim), float("nan"), dtype=dtype
-    )
-    free = torch.randperm(num_blocks).int()
-    tables = torch.full((len(chunks) + 2, max(needed) + 1), 0x7EADBEEF, dtype=torch.int32)
-    rows = np.random.default_rng().permutation(len(chunks) + 2)[: len(chunks)]
-    for row, (cached, new), count in zip(rows.tolist(), chunks, needed, strict=True):
-        tables[row, :count], free = free[:count], free[count:]
-        index = torch.arange(forgotten, cached + new)
-        blocks = tables[row, index // block_size].long()
-        shape = (len(index), kv_heads, 2, head_dim)
-        kv[blocks, :, layer, :, index % block_size] = torch.randn(shape).to(dtype)
-        tables[row, : forgotten // block_size] = -0x7EADBEEF
-    lengths = np.array([new for _, new in chunks])
-    query = torch.randn(int(lengths.sum()), heads, head_dim).to(dtype)
-    return _Case(
-        query.to(device),
-        kv.to(device),
-        tables.to(device),
-        rows,
-        np.concatenate(([0], np.cumsum(lengths))),
-        np.array([cached for cached, _ in chunks]),
-    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +50,7 @@ def test_matches_the_reference(
     dtype: torch.dtype,
     assert_close: Check,
 ) -> None:
-    case = _case(chunks, heads, kv_heads, head_dim, block_size, device, dtype)
+    case = make_case(chunks, heads, kv_heads, head_dim, block_size, device, dtype)
     case.check(assert_close, block_m, config)
 
 
@@ -136,7 +58,7 @@ def test_matches_the_reference(
 def test_window(window: int, device: torch.device, dtype: torch.dtype, assert_close: Check) -> None:
     cached = 70
     forgotten = max(0, cached - window + 1)
-    case = _case([(cached, 37)], 2, 1, 32, 16, device, dtype, forgotten=forgotten)
+    case = make_case([(cached, 37)], 2, 1, 32, 16, device, dtype, forgotten=forgotten)
     case.check(assert_close, 16, _CONFIG, window)
 
 
@@ -144,7 +66,7 @@ def test_window(window: int, device: torch.device, dtype: torch.dtype, assert_cl
 def test_chosen_configuration(
     longest: int, device: torch.device, dtype: torch.dtype, assert_close: Check
 ) -> None:
-    case = _case([(90, longest), (0, 3)], 4, 2, 64, 16, device, dtype)
+    case = make_case([(90, longest), (0, 3)], 4, 2, 64, 16, device, dtype)
     case.check(assert_close, block_m_for(longest, 64, dtype.itemsize))
 
 
@@ -152,14 +74,14 @@ def test_chosen_configuration(
 def test_bulk_copies(
     block_size: int, device: torch.device, dtype: torch.dtype, assert_close: Check
 ) -> None:
-    case = _case([(150, 30)], 2, 1, 64, block_size, device, dtype)
+    case = make_case([(150, 30)], 2, 1, 64, block_size, device, dtype)
     case.check(assert_close, 32, PrefillConfig(1, 32, 4, 2, descriptor=True))
 
 
 def test_strided_query_other_layer_and_idle_tiles(
     device: torch.device, assert_close: Check
 ) -> None:
-    case = _case([(20, 5)], 2, 1, 32, 16, device, torch.float32, layers=3, layer=2)
+    case = make_case([(20, 5)], 2, 1, 32, 16, device, torch.float32, layers=3, layer=2)
     qkv = torch.randn(7, 4, 32, device=device)
     qkv[:5, :2] = case.query
     tiles = torch.cat((case.tiles(16), case.tiles(16)))
@@ -174,7 +96,7 @@ def test_strided_query_other_layer_and_idle_tiles(
 
 
 def test_huge_scores(device: torch.device, dtype: torch.dtype, assert_close: Check) -> None:
-    case = _case([(40, 20)], 2, 1, 32, 16, device, dtype)
+    case = make_case([(40, 20)], 2, 1, 32, 16, device, dtype)
     # Whole numbers: scores of some hundreds, yet exact, so that rounding does not move weights.
     case.kv[:, :, :, 0] = case.kv[:, :, :, 0].sign()
     case.query = case.query.sign() * 60
@@ -205,8 +127,8 @@ def test_large(
     assert_close: Check,
 ) -> None:
     chunks = [(0, 700), (1500, 513), (4000, 20)]
-    case = _case(chunks, 8, 2, head_dim, block_size, device, dtype)
+    case = make_case(chunks, 8, 2, head_dim, block_size, device, dtype)
     case.check(assert_close, block_m_for(700, head_dim, dtype.itemsize))
     case.check(assert_close, block_m_for(20, head_dim, dtype.itemsize))
-    case = _case([(1500, 513)], 8, 2, head_dim, block_size, device, dtype, forgotten=1200)
+    case = make_case([(1500, 513)], 8, 2, head_dim, block_size, device, dtype, forgotten=1200)
     case.check(assert_close, block_m_for(513, head_dim, dtype.itemsize), window=300)

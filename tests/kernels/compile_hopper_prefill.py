@@ -1,0 +1,61 @@
+"""Compiles kernels/hopper_prefill_attention.py for capability 9.0, with or without a GPU.
+
+    python -m tests.kernels.compile_hopper_prefill [dtype head_dim block_size]
+
+Prints, as JSON, the bytes of shared memory that it takes, and how many kernels steps of all kinds
+need. To be run without TRITON_INTERPRET: a kernel is compiled or interpreted for the whole process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from kernels import hopper_prefill_attention as hopper
+
+Kernel = Any
+
+
+def compile_all(dtype: torch.dtype, head_dim: int, block_size: int) -> list[Kernel]:
+    """The kernels, by steps of one engine: of few tiles and many, in any layer."""
+    pretend = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+    )
+    triton.runtime.driver.set_active(pretend)
+    hopper._processors = lambda _: 132  # type: ignore[assignment]
+    kernel, found = hopper._hopper_prefill_attention, {}
+    launch = kernel.run
+
+    def compile_only(*args: Any, **options: Any) -> None:
+        compiled = launch(*args, **{**options, "warmup": True})
+        found[id(compiled)] = compiled
+
+    kernel.run = compile_only
+    num_heads, num_kv_heads = 32, 8
+    kv = torch.zeros(9, num_kv_heads, 3, 2, block_size, head_dim, dtype=dtype)
+    tables = torch.zeros(5, 7, dtype=torch.int32)
+    for num_tiles, num_tokens, layer in ((1, 80, 0), (1, 128, 1), (3, 320, 2), (16, 2048, 1)):
+        qkv = torch.zeros(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+        tiles = torch.zeros(num_tiles, 4, dtype=torch.int32)
+        query = qkv[:, :num_heads]
+        out = torch.empty(query.shape, dtype=dtype)
+        hopper.paged_prefill_attention(query, kv, layer, tiles, tables, 0.125, out=out)
+    return list(found.values())
+
+
+def main(dtype: str = "bfloat16", head_dim: str = "128", block_size: str = "16") -> None:
+    kernels = compile_all(getattr(torch, dtype), int(head_dim), int(block_size))
+    report = {"kernels": len(kernels), "shared": max(each.metadata.shared for each in kernels)}
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
