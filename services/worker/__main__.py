@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import secrets
 import sys
 import threading
@@ -106,6 +107,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens per engine step; default: 512 on CPU, measured at start on CUDA",
     )
     add_flag(parser, "--max-num-seqs", type=int, default=256, help="sequences per engine step")
+    add_flag(
+        parser,
+        "--tpot-goal-ms",
+        type=_positive_ms,
+        help="prompts wait while streams get their tokens more slowly than that on average, but "
+        "for a chunk a second; default: they never wait",
+    )
     add_flag(parser, "--threads", type=int, default=1, help="CPU threads of the engine")
     add_flag(
         parser,
@@ -125,7 +133,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.model_name = args.model_name or served_name(args.model)
     args.worker_id = args.worker_id or f"{args.role}-{secrets.token_hex(4)}"
+    args.tpot_goal_s = None if args.tpot_goal_ms is None else args.tpot_goal_ms / 1e3
     return args
+
+
+def _positive_ms(text: str) -> float:
+    milliseconds = float(text)
+    if not 0 < milliseconds < math.inf:
+        raise argparse.ArgumentTypeError("must be milliseconds above 0")
+    return milliseconds
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from baton.v1 import kv_service_pb2 as kv
 
-from services.worker.sealing import Sealer
+from services.worker.sealing import Sealer, StepSums
 from services.worker.sequence_table import SequenceTable
 from shared.kv.block_pool import BlockPool
 from shared.kv.sequence import Sequence
@@ -37,15 +37,18 @@ class CorruptionGuard:
         self._fail = fail
         self._counters = counters
 
-    def has_spoiled(self, sequence: Sequence) -> bool:
+    def has_spoiled(self, sequence: Sequence, sums: StepSums | None = None) -> bool:
         """Whether a block that the prompt was computed from is corrupt; ends the sequence then.
+
+        `sums`: of these blocks, where they were started behind the prompt's last step.
 
         Asked before the last chunk's own blocks are sealed: those have nothing to be checked with.
         A reader that holds the block itself would never read ours, and notice nothing.
         """
-        num_corrupt = 0
+        num_corrupt, end = 0, sequence.num_sealed_blocks
         for group, table in enumerate(sequence.block_tables):
-            corrupt = self._sealer.drop_corrupt(group, table[: sequence.num_sealed_blocks])
+            known = sums.of(group, 0, end) if end and sums is not None else None
+            corrupt = self._sealer.drop_corrupt(group, table[:end], known)
             num_corrupt += len(corrupt)
             self.found(group, corrupt)
         self._counters["digest_mismatches"] += num_corrupt

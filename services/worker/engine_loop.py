@@ -60,6 +60,7 @@ from shared.transfer.puller import PullJob
 
 _IDLE_WAIT_S = 0.25
 _OVERDUE_CHECK_S = 0.02
+_LET_GO_S = 0.0002
 
 
 class EngineLoop:
@@ -102,6 +103,7 @@ class EngineLoop:
         """Prefill-hosted sequences whose blocks nobody will claim."""
         self._computed_at: dict[AttemptKey, float] = {}
         """When the prompt of a prefill-hosted sequence was complete."""
+        self._may_wait = True
         self._is_draining = False
         self._is_stopping = False
         self._is_stalled = False
@@ -125,6 +127,7 @@ class EngineLoop:
 
     def run_once(self, *, may_wait: bool = True) -> None:
         """One iteration; when there is nothing to compute it waits for a command, if it may."""
+        self._may_wait = may_wait
         self._take_commands(may_wait=may_wait)
         self._end_overdue()
         self._admit()
@@ -267,6 +270,12 @@ class EngineLoop:
             self._pulls.on_pulled(command.result)
         except AttemptFailed as error:
             self._fail_key(key, error)
+        # The way to the source and back is long: the release goes first.
+        self._publish()
+        if self._may_wait and not self.is_busy:
+            # The streams' thread would wait for the interpreter until all was settled.
+            time.sleep(_LET_GO_S)
+        self._pulls.settle(command.result)
 
     # Admission
 
@@ -316,6 +325,7 @@ class EngineLoop:
         if work:
             launched = self._stepper.launch(work)
             self._in_flight.append(launched)
+            self._start_sums(launched)
             # After a failure nothing is planned before everything is known again.
             num_kept = self._steps_ahead if launched.step is not None else 0
         has_retired = False
@@ -323,6 +333,17 @@ class EngineLoop:
             self._retire(self._in_flight.popleft())
             has_retired = True
         return bool(work) or has_retired
+
+    def _start_sums(self, launched: StepInFlight) -> None:
+        """What checks and seals a prompt's blocks is made behind the step, before it is missed."""
+        if launched.step is None:
+            return
+        for part in launched.chunks:
+            sequence, block_size = part.sequence, self._pool.block_size
+            first, end = part.start // block_size, part.end // block_size
+            if part.end >= sequence.num_prompt_tokens:
+                part.earlier_sums = self._sealer.start_sums(sequence, 0, first, launched.step)
+            part.sums = self._sealer.start_sums(sequence, first, end, launched.step)
 
     def _blocks_are_coming(self) -> bool:
         return any(step.orphans for step in self._in_flight)
@@ -338,10 +359,12 @@ class EngineLoop:
         taken = zip(step.work, drawn, strict=True)
         unsettled = [part for part, token_id in taken if self._took(part, token_id)]
         self._publish()
+        seconds, num_decoding = self._collected_s - began_s, len(step.work) - len(step.chunks)
+        self._stepper.pacing.took_step(seconds, num_decoding=num_decoding)
         self._metrics.took_step(
-            self._collected_s - began_s,
-            num_decoding=len(step.work) - step.num_chunks,
-            num_prompt_tokens=step.num_prompt_tokens,
+            seconds,
+            num_decoding=num_decoding,
+            num_prompt_tokens=sum(part.num_tokens for part in step.chunks),
         )
         for part in unsettled:
             self._settle(part, step.started_s)
@@ -362,7 +385,7 @@ class EngineLoop:
             self._fail(sequence, token_id)
             return False
         if not is_decoding:
-            return self._took_chunk(sequence, part.num_tokens, token_id)
+            return self._took_chunk(part, token_id)
         if token_id is None:
             return False
         sequence.num_computed_tokens = num_computed = sequence.num_computed_tokens + 1
@@ -376,7 +399,7 @@ class EngineLoop:
             # Another part found a block of it corrupt.
             return
         if part.start < sequence.num_prompt_tokens:
-            self._settle_chunk(sequence, part.num_tokens, started_s)
+            self._settle_chunk(part, started_s)
         else:
             self._sealer.seal_computed(sequence, with_digests=False)
         self._end_if_finished(sequence)
@@ -385,13 +408,14 @@ class EngineLoop:
         self._counters["preemptions"] += 1
         self._fail(sequence, Preempted("no free block"))
 
-    def _took_chunk(self, sequence: Sequence, num_tokens: int, token_id: int | None) -> bool:
+    def _took_chunk(self, part: Work, token_id: int | None) -> bool:
         """Whether the sequence is still there: its blocks may be found corrupt."""
-        sequence.num_computed_tokens += num_tokens
+        sequence = part.sequence
+        sequence.num_computed_tokens += part.num_tokens
         if token_id is None:
             return True
         # Of all blocks but those that this chunk filled: they have no digest yet.
-        if self._guard.has_spoiled(sequence):
+        if self._guard.has_spoiled(sequence, part.earlier_sums):
             return False
         slot = self._table.slot(sequence.key)
         if slot is None:
@@ -406,16 +430,16 @@ class EngineLoop:
             self._took_token(sequence, token_id)
         return True
 
-    def _settle_chunk(self, sequence: Sequence, num_tokens: int, started_s: float) -> None:
-        num_sealed = sequence.num_sealed_blocks
-        self._sealer.seal_computed(sequence, with_digests=True)
-        self._counters["computed_prompt_tokens"] += num_tokens
+    def _settle_chunk(self, part: Work, started_s: float) -> None:
+        sequence, num_sealed = part.sequence, part.sequence.num_sealed_blocks
+        self._sealer.seal_computed(sequence, with_digests=True, sums=part.sums)
+        self._counters["computed_prompt_tokens"] += part.num_tokens
         self._counters["computed_blocks"] += sequence.num_sealed_blocks - num_sealed
         self._trace.emit(
             "chunk",
             key=sequence.key,
             started=started_s,
-            num_tokens=num_tokens,
+            num_tokens=part.num_tokens,
             is_last=bool(sequence.output_token_ids),
         )
         if sequence.state is SequenceState.PREFILLING:

@@ -28,6 +28,7 @@ from baton.v1 import kv_service_pb2 as kv
 from services.worker.messages import Outgoing, Peer, ToReader, ToSource
 from services.worker.sealing import Sealer
 from shared.kv.block_pool import BlockPool, Digest
+from shared.kv.digest import Uint64Array
 from shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
 from shared.rpc.convert import key_from_pb, key_to_pb
 from shared.rpc.errors import (
@@ -296,11 +297,11 @@ class PullTable:
             and num_blocks * num_heads == len(message.digests)
         ):
             raise ClaimBroken("an announcement that makes no sense")
-        for column, index in enumerate(message.block_indices):
-            digest: Digest = tuple(message.digests[column * num_heads : (column + 1) * num_heads])
-            pull.announced[message.group, index] = ExpectedBlock(
-                message.block_ids[column], message.generations[column], digest
-            )
+        group, digests = message.group, tuple(message.digests)
+        columns = zip(message.block_indices, message.block_ids, message.generations, strict=True)
+        for column, (index, block_id, generation) in enumerate(columns):
+            digest: Digest = digests[column * num_heads : (column + 1) * num_heads]
+            pull.announced[group, index] = ExpectedBlock(block_id, generation, digest)
         if message.HasField("computed"):
             pull.first_token_id = message.computed.first_token_id
             pull.computed_at = time.monotonic()
@@ -325,31 +326,21 @@ class PullTable:
         )
         job_id = next(self._job_ids)
         self._jobs[job_id] = job
-        self._pool.quarantine(job.local_block_ids)
-        copies = tuple(
-            BlockCopy(block.remote_block_id, local)
-            for block, local in zip(job.expected, job.local_block_ids, strict=True)
-        )
+        remote_block_ids = [block.remote_block_id for block in job.expected]
+        copies = tuple(map(BlockCopy, remote_block_ids, job.local_block_ids))
         self._submit(
             PullJob(job_id, self._pools[pull.source.incarnation], copies, tuple(job.expected))
         )
+        # Still before this thread gives any block to anybody.
+        self._pool.quarantine(job.local_block_ids)
 
     def key_of(self, result: PullResult) -> AttemptKey:
         return self._jobs[result.job_id].key
 
     def on_pulled(self, result: PullResult) -> None:
-        """A job has ended: its blocks may be used, or be given to somebody else, only now."""
-        job = self._jobs.pop(result.job_id)
-        self._pool.lift_quarantine(job.local_block_ids)
-        self._trace.emit(
-            "pulled",
-            key=job.key,
-            places=job.places,
-            started=result.started_s,
-            finished=result.finished_s,
-            mismatched=result.mismatched,
-            error=result.error,
-        )
+        """A job has ended: tells the source when it was the last. `settle` must follow: nobody
+        waits for what that does."""
+        job = self._jobs[result.job_id]
         pull = self._pulls.get(job.key)
         if pull is None:
             # The claim was given up during the read: the blocks may have become another's.
@@ -366,7 +357,9 @@ class PullTable:
             raise SourceLost("the source's blocks could not be read")
         if result.mismatched:
             self._report_mismatch(pull, job, result.mismatched)
-        self._take_verified(pull, job, result)
+        pull.missing.difference_update(job.places)
+        pull.num_pulled_blocks += len(job.places)
+        self._counters["pulled_blocks"] += len(job.places)
         self._release_when_complete(pull)
 
     def _report_mismatch(self, pull: Pull, job: _Job, mismatched: tuple[int, ...]) -> None:
@@ -389,19 +382,33 @@ class PullTable:
         self.cancel(pull, mismatched=bad)
         raise DigestMismatch(f"{len(bad)} blocks differ from what was sealed")
 
-    def _take_verified(self, pull: Pull, job: _Job, result: PullResult) -> None:
+    def settle(self, result: PullResult) -> None:
+        """The job's blocks may be used, or be given to somebody else, only now."""
+        job = self._jobs.pop(result.job_id)
+        self._pool.lift_quarantine(job.local_block_ids)
+        self._trace.emit(
+            "pulled",
+            key=job.key,
+            places=job.places,
+            started=result.started_s,
+            finished=result.finished_s,
+            mismatched=result.mismatched,
+            error=result.error,
+        )
+        pull = self._pulls.get(job.key)
+        if pull is not None and result.error is None and not result.mismatched:
+            self._seal(pull, job, result.local_sums)
+
+    def _seal(self, pull: Pull, job: _Job, sums: Uint64Array) -> None:
         """The copies become this worker's own sealed blocks; the tail stays open for decode."""
         sequence = pull.sequence
         num_full = len(sequence.block_hashes[0])
-        digests = self._sealer.digests_of_sums(job.local_block_ids, result.local_sums)
+        digests = self._sealer.digests_of_sums(job.local_block_ids, sums)
         for (group, index), block_id, digest in zip(
             job.places, job.local_block_ids, digests, strict=True
         ):
             if index < num_full:
                 self._sealer.seal_block(sequence, group, index, block_id, digest)
-        pull.missing.difference_update(job.places)
-        pull.num_pulled_blocks += len(job.places)
-        self._counters["pulled_blocks"] += len(job.places)
         first_missing = min((index for _, index in pull.missing), default=num_full)
         sequence.num_sealed_blocks = min(first_missing, num_full)
 

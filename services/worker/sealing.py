@@ -6,14 +6,37 @@ The one place where the bookkeeping of blocks meets their bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 from services.worker.failpoints import Failpoints
-from shared.engine.block_sums import BlockSums
+from shared.engine.block_sums import BlockSums, StartableSums, TakeSums
 from shared.engine.kv_cache import KvCache
+from shared.engine.steps import Step
 from shared.kv import digest as block_digest
 from shared.kv.block_hash import chain_hashes, is_boundary, root_hash
 from shared.kv.block_pool import BlockPool, DigestRow
+from shared.kv.digest import Uint64Array
 from shared.kv.sequence import Sequence
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Sums of a sequence's blocks from index `first` on, started behind a step that may write to
+    them; to be asked for when its result was taken."""
+
+    first: int
+    taking: list[TakeSums]
+    taken: list[Uint64Array] = field(default_factory=list)
+    """By cache group."""
+
+    def of(self, group: int, first: int, end: int) -> Uint64Array | None:
+        """[end − first, num_heads]; None when they are not among them. Waits for them."""
+        if not self.taken:
+            self.taken = [take() for take in self.taking]
+        sums = self.taken[group]
+        if first < self.first or end > self.first + len(sums):
+            return None
+        return sums[first - self.first : end - self.first]
 
 
 class Sealer:
@@ -50,13 +73,21 @@ class Sealer:
     def root(self, sequence: Sequence, group: int) -> bytes:
         return root_hash(self._capability_hash, group=group, salt=sequence.salt)
 
+    def start_sums(self, sequence: Sequence, first: int, end: int, behind: Step) -> StepSums | None:
+        """Of the blocks from index `first` to `end`; None where sums are made when wanted only."""
+        if first >= end or not isinstance(self._block_sums, StartableSums):
+            return None
+        tables = sequence.block_tables
+        start = self._block_sums.start
+        return StepSums(
+            first, [start(table[first:end], g, behind=behind) for g, table in enumerate(tables)]
+        )
+
     def digests(self, group: int, block_ids: Seq[int]) -> list[DigestRow]:
         """As the bytes are now."""
         return self.digests_of_sums(block_ids, self._block_sums(block_ids, group))
 
-    def digests_of_sums(
-        self, block_ids: Seq[int], sums: block_digest.Uint64Array
-    ) -> list[DigestRow]:
+    def digests_of_sums(self, block_ids: Seq[int], sums: Uint64Array) -> list[DigestRow]:
         """`sums`: [n, num_heads], of what the blocks hold."""
         generations = self._pool.generations(block_ids)
         seeds = block_digest.seeds(self._incarnation, block_ids, generations, sums.shape[1])
@@ -64,7 +95,9 @@ class Sealer:
         num_heads, values = sums.shape[1], block_digest.digests(sums, seeds).ravel().data
         return [values[i : i + num_heads] for i in range(0, len(values), num_heads)]
 
-    def seal_computed(self, sequence: Sequence, *, with_digests: bool) -> None:
+    def seal_computed(
+        self, sequence: Sequence, *, with_digests: bool, sums: StepSums | None = None
+    ) -> None:
         """Seals the blocks that are full of computed tokens and were not sealed before.
 
         Without digests (blocks written by decode) they are made when a peer claims the block.
@@ -78,7 +111,8 @@ class Sealer:
             block_ids = table[first:end]
             digests: Seq[DigestRow | None] = [None] * len(block_ids)
             if with_digests:
-                digests = self.digests(group, block_ids)
+                known = sums.of(group, first, end) if sums is not None else None
+                digests = self._digests(group, block_ids, known)
             for index, block_id in enumerate(block_ids, first):
                 self.seal_block(sequence, group, index, block_id, digests[index - first])
             if with_digests:
@@ -118,22 +152,36 @@ class Sealer:
         digests = [self._pool.block(block_id).digest for block_id in block_ids]
         return [value for value in digests if value is not None]
 
-    def drop_corrupt(self, group: int, block_ids: Seq[int]) -> list[int]:
+    def drop_corrupt(
+        self, group: int, block_ids: Seq[int], sums: Uint64Array | None = None
+    ) -> list[int]:
         """Checks blocks against their digests; those that fail leave the cache with all that
         descends from them. Blocks without digest are left alone.
 
-        Returns the ids that failed.
+        `sums`: [n, num_heads], of what the blocks hold, where they are known. Returns the ids that
+        failed.
         """
         digested = [
-            block_id for block_id in block_ids if self._pool.block(block_id).digest is not None
+            index
+            for index, block_id in enumerate(block_ids)
+            if self._pool.block(block_id).digest is not None
         ]
         if not digested:
             return []
+        checked = [block_ids[index] for index in digested]
+        found = self._digests(group, checked, None if sums is None else sums[digested])
         bad = [
             block_id
-            for block_id, value in zip(digested, self.digests(group, digested), strict=True)
+            for block_id, value in zip(checked, found, strict=True)
             if self._pool.block(block_id).digest != value
         ]
         for block_id in bad:
             self._pool.drop(block_id)
         return bad
+
+    def _digests(
+        self, group: int, block_ids: Seq[int], sums: Uint64Array | None
+    ) -> list[DigestRow]:
+        if sums is None:
+            return self.digests(group, block_ids)
+        return self.digests_of_sums(block_ids, sums)

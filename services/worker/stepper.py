@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 from services.decode import scheduler as decode_policy
 from services.prefill import scheduler as prefill_policy
+from services.prefill.pacing import Pacing
 from services.worker.failpoints import Failpoints
+from services.worker.sealing import StepSums
 from services.worker.sequence_table import SequenceTable
 from shared.engine.batch import Batch, BatchRow, RowHandle
 from shared.engine.model_runner import ModelRunner
@@ -30,10 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows."""
+    """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows.
+
+    `tpot_goal_s`: prompts wait while streams get their tokens more slowly than that, on average.
+    """
 
     token_budget: int
     max_num_seqs: int
+    tpot_goal_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -43,11 +49,19 @@ class Work:
     sequence: Sequence
     start: int
     num_tokens: int
+    sums: StepSums | None = None
+    """Of the blocks that a chunk fills."""
+    earlier_sums: StepSums | None = None
+    """Of the blocks before those, for the last chunk of a prompt."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
     def row(self, handle: RowHandle) -> BatchRow:
         """Draws a token when the part reaches the end of what is known of the sequence."""
         sequence, start = self.sequence, self.start
-        end, num_known = start + self.num_tokens, sequence.num_tokens
+        end, num_known = self.end, sequence.num_tokens
         return BatchRow(
             sequence.token_slice(start, end) if end <= num_known else None,
             start,
@@ -66,9 +80,8 @@ class StepInFlight:
     step: Step | None
     """None: it could not be launched; its parts are tried one by one."""
     started_s: float
-    num_prompt_tokens: int = 0
-    """Of chunks of prompts; each other row is one token of a sequence that decodes."""
-    num_chunks: int = 0
+    chunks: list[Work] = field(default_factory=list)
+    """Of prompts; each other part is one token of a sequence that decodes."""
     orphans: list[list[int]] = field(default_factory=list)
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 
@@ -90,6 +103,7 @@ class Stepper:
         self._table = table
         self._limits = limits
         self._failpoints = failpoints
+        self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
         self._num_decoding = 0
         """Of the parts that were planned last: they come first."""
@@ -106,7 +120,7 @@ class Stepper:
         work = [Work(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
         self._num_decoding = len(work)
         prefilling = self._table.in_state(SequenceState.PREFILLING)
-        if prefilling:
+        if prefilling and self.pacing.may_take_chunks(time.monotonic(), num_decoding=len(decoding)):
             work += self._plan_chunks(prefilling, decoding)
         return work
 
@@ -173,9 +187,7 @@ class Stepper:
         for part in work:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
-        chunks = work[self._num_decoding :]
-        num_prompt_tokens = sum(part.num_tokens for part in chunks)
-        return StepInFlight(work, step, started_s, num_prompt_tokens, len(chunks))
+        return StepInFlight(work, step, started_s, work[self._num_decoding :])
 
     def collect(self, in_flight: StepInFlight) -> Seq[Drawn]:
         """The token that each part drew, None where it drew none, or why it could not.

@@ -254,7 +254,9 @@ class Worker:
             pool,
             sealer,
             identity=identity,
-            limits=StepLimits(self._runner.token_budget, self._config.max_num_seqs),
+            limits=StepLimits(
+                self._runner.token_budget, self._config.max_num_seqs, self._args.tpot_goal_s
+            ),
             inbox=inbox,
             submit_pull=puller.submit,
             deliver=mailroom.deliver_from_thread,

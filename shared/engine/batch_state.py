@@ -27,6 +27,8 @@ from shared.engine.sampler import draw_stream
 
 Int32s = npt.NDArray[np.int32]
 
+_FLOATS = ("temperature", "top_p", "min_p")
+
 
 class BatchState:
     def __init__(
@@ -93,9 +95,9 @@ class BatchState:
         self._set("streams", 2 * slot + 1, _signed(stream >> 32))
         # The kernels count with int32; a k beyond any vocabulary means no limit all the same.
         self._set("top_k", slot, min(params.top_k, 2**31 - 1))
-        for name in ("temperature", "top_p", "min_p"):
-            bits = np.float32(getattr(params, name)).view(np.int32)
-            self._set(name, slot, int(bits))
+        floats = np.array([params.temperature, params.top_p, params.min_p], np.float32)
+        for name, bits in zip(_FLOATS, floats.view(np.int32).tolist(), strict=True):
+            self._set(name, slot, bits)
 
     def send_token(self, slot: int, token_id: int) -> None:
         self._set("token_ids", slot, token_id)

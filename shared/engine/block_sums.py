@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from shared.engine.kv_cache import KvCache
+from shared.engine.steps import Step
 from shared.kv.digest import Uint64Array, block_sums
 
 MOST_AT_ONCE = 1024
 """Blocks that one launch sums."""
+
+TakeSums = Callable[[], Uint64Array]
+"""Waits for sums that were started → [n, num_kv_heads] uint64. To be called once."""
 
 
 class BlockSums(Protocol):
@@ -20,6 +25,18 @@ class BlockSums(Protocol):
 
     def __call__(self, block_ids: Sequence[int], group: int = 0) -> Uint64Array:
         """[n, num_kv_heads] uint64 of blocks that nothing writes to; waits for the result."""
+
+
+@runtime_checkable
+class StartableSums(BlockSums, Protocol):
+    def start(
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
+    ) -> TakeSums:
+        """The same, waiting for nothing.
+
+        `behind`: a step that was launched and may still write to the blocks; its result is taken
+        before the sums are. Nothing else writes to them until then.
+        """
 
 
 class HostBlockSums:
@@ -30,6 +47,14 @@ class HostBlockSums:
 
     def __call__(self, block_ids: Sequence[int], group: int = 0) -> Uint64Array:
         return block_sums(self._cache.block_words(block_ids, group))
+
+    def start(
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
+    ) -> TakeSums:
+        if behind is not None:
+            return partial(self, tuple(block_ids), group)
+        sums = self(block_ids, group)
+        return lambda: sums
 
 
 class DeviceBlockSums:
@@ -43,30 +68,42 @@ class DeviceBlockSums:
         ]
         self._device = cache.memory.device
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
-        most_heads = max(group.spec.num_kv_heads for group in cache.groups)
-        self._ids = torch.zeros(MOST_AT_ONCE, dtype=torch.int32, pin_memory=True)
-        self._sums = torch.zeros(MOST_AT_ONCE * most_heads, dtype=torch.int64, pin_memory=True)
 
     def __call__(self, block_ids: Sequence[int], group: int = 0) -> Uint64Array:
-        parts = [
-            self._sum(block_ids[start : start + MOST_AT_ONCE], self._words[group])
-            for start in range(0, len(block_ids), MOST_AT_ONCE)
-        ]
-        return np.concatenate([self._none(group), *parts]) if len(parts) != 1 else parts[0]
+        return self.start(block_ids, group)()
 
-    def _none(self, group: int) -> Uint64Array:
-        return np.empty((0, self._words[group].shape[1]), np.uint64)
-
-    def _sum(self, block_ids: Sequence[int], words: torch.Tensor) -> Uint64Array:
+    def start(
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
+    ) -> TakeSums:
         from kernels.block_digest import block_sums as sums_of_blocks
 
-        num_blocks = len(block_ids)
-        self._ids[:num_blocks].numpy()[:] = block_ids
-        host = self._sums[: num_blocks * words.shape[1]].view(num_blocks, -1)
+        words, num_blocks = self._words[group], len(block_ids)
+        # Pinned memory that torch keeps for the next call, and gives out again after the copies.
+        host_ids = torch.empty(num_blocks, dtype=torch.int32, pin_memory=True)
+        host_ids.numpy()[:] = block_ids
+        host = torch.empty(num_blocks, words.shape[1], dtype=torch.int64, pin_memory=True)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             # What the caller wrote to a block just now, on the default stream, comes first.
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
-            ids = self._ids[:num_blocks].to(self._device, non_blocking=True)
-            host.copy_(sums_of_blocks(words, ids), non_blocking=True)
-            self._stream.synchronize()
-        return host.numpy().view(np.uint64).copy()
+            if behind is not None:
+                self._stream.wait_event(_end_of(behind))
+            ids = host_ids.to(self._device, non_blocking=True)
+            for first in range(0, num_blocks, MOST_AT_ONCE):
+                part = slice(first, first + MOST_AT_ONCE)
+                host[part].copy_(sums_of_blocks(words, ids[part]), non_blocking=True)
+            done = self._stream.record_event()
+
+        def take() -> Uint64Array:
+            done.synchronize()
+            sums: Uint64Array = host.numpy().view(np.uint64).copy()
+            return sums
+
+        return take
+
+
+def _end_of(step: Step) -> torch.cuda.Event:
+    from shared.engine.device_steps import DeviceStep
+
+    if not isinstance(step, DeviceStep) or step.done is None:
+        raise TypeError(f"{type(step).__name__} is no step of this device")
+    return step.done

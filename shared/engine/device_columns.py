@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -54,13 +56,12 @@ def step_columns(
     """
     num_decode = len(decode_slots)
     lens = [row.num_tokens for _, row, _ in chunks]
-    num_real = num_decode + sum(lens)
+    starts = list(accumulate(lens, initial=num_decode))
+    num_real = starts[-1]
     num_tokens = -(-num_real // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
-    drawn = [slot for slot, _, draws in chunks if draws]
     block_m = block_m_for(max(lens, default=1), head_dim, itemsize)
-    query_start = num_decode + np.cumsum([0, *lens])
     tiles = prefill_tiles(
-        query_start,
+        np.array(starts, np.int64),
         np.array([slot for slot, _, _ in chunks], np.int64),
         np.array([row.position for _, row, _ in chunks], np.int64),
         block_m=block_m,
@@ -69,23 +70,28 @@ def step_columns(
     aligned = -(-num_drawn // 4) * 4
     packed = np.zeros(4 * num_tokens + tiles.size + 2 * aligned, np.int32)
     slots = packed[: 2 * num_tokens].view(np.int64)
-    slots[:] = -1
+    slots[:num_decode] = slots[num_real:] = -1
     input_ids = packed[2 * num_tokens : 3 * num_tokens]
     positions = packed[3 * num_tokens : 4 * num_tokens]
     packed[4 * num_tokens :][: tiles.size] = tiles.reshape(-1)
-    last, draw_rows = packed[4 * num_tokens + tiles.size :].reshape(2, aligned)
-    num_last = sum(slot >= 0 for slot in decode_slots)
-    last[:num_last] = np.arange(num_last)
-    draw_rows[:] = -1
-    draw_rows[: num_last + len(drawn)] = [*decode_slots[:num_last], *drawn]
-    for (_, row, draws), first, end in zip(chunks, query_start[:-1], query_start[1:], strict=True):
+    for (_, row, _), first, end in zip(chunks, starts[:-1], starts[1:], strict=True):
         assert row.token_ids is not None
-        where = np.arange(row.position, row.context_len)
-        table = np.array(row.block_tables[0], np.int64)
-        input_ids[first:end] = row.token_ids
-        positions[first:end] = where
-        slots[first:end] = table[where // block_size] * block_size + where % block_size
-        if draws:
-            last[num_last] = end - 1
-            num_last += 1
+        input_ids[first:end] = np.frombuffer(array("i", row.token_ids), np.int32)
+        positions[first:end] = np.arange(row.position, row.context_len, dtype=np.int32)
+        slots[first:end] = _slots(row, block_size)
+    last, draw_rows = packed[4 * num_tokens + tiles.size :].reshape(2, aligned)
+    decoding = [(index, slot) for index, slot in enumerate(decode_slots) if slot >= 0]
+    ends = zip(chunks, starts[1:], strict=True)
+    drawn = decoding + [(end - 1, slot) for (slot, _, draws), end in ends if draws]
+    draw_rows[:] = -1
+    if drawn:
+        last[: len(drawn)], draw_rows[: len(drawn)] = zip(*drawn, strict=True)
     return StepColumns(packed, num_tokens, num_tokens - num_real, num_drawn, len(tiles), block_m)
+
+
+def _slots(row: BatchRow, block_size: int) -> npt.NDArray[np.int64]:
+    """Where the pool has the row's tokens."""
+    first, end = row.position // block_size, -(-row.context_len // block_size)
+    blocks = np.array(row.block_tables[0][first:end], np.int64) * block_size
+    slots = (blocks[:, None] + np.arange(block_size)).reshape(-1)
+    return slots[row.position - first * block_size :][: row.num_tokens]

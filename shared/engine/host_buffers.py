@@ -24,7 +24,7 @@ class HostBuffers:
             torch.zeros(max_num_seqs, dtype=torch.int32, pin_memory=self._is_pinned)
             for _ in range(_STEPS_IN_FLIGHT)
         ]
-        self._columns = [torch.zeros(0, dtype=torch.int32)] * _STEPS_IN_FLIGHT
+        self._columns = [self._buffer(0) for _ in range(_STEPS_IN_FLIGHT)]
         self._turn = 0
 
     def send(self, state: BatchState, columns: npt.NDArray[np.int32] | None) -> Tensor | None:
@@ -38,12 +38,15 @@ class HostBuffers:
             return None
         num_updates = 0 if updates is None else updates.shape[1]
         num_columns = 0 if columns is None else -(-len(columns) // 4) * 4
-        buffer = self._buffer(num_columns + 2 * num_updates)
+        num_words = num_columns + 2 * num_updates
+        if len(self._columns[self._turn][1]) < num_words:
+            self._columns[self._turn] = self._buffer(2 * num_words)
+        buffer, words = self._columns[self._turn]
         if columns is not None:
-            buffer[: len(columns)].numpy()[:] = columns
+            words[: len(columns)] = columns
         if updates is not None:
-            buffer[num_columns:].numpy()[:] = updates.reshape(-1)
-        sent = buffer.to(self._device, non_blocking=True)
+            words[num_columns:num_words].reshape(2, num_updates)[:] = updates
+        sent = buffer[:num_words].to(self._device, non_blocking=True)
         if updates is not None:
             scatter(state.arena, sent[num_columns:].view(2, num_updates))
         return sent[:num_columns]
@@ -55,9 +58,7 @@ class HostBuffers:
         host.copy_(tokens, non_blocking=True)
         return host
 
-    def _buffer(self, num_words: int) -> Tensor:
-        if len(self._columns[self._turn]) < num_words:
-            self._columns[self._turn] = torch.zeros(
-                max(2 * num_words, 4096), dtype=torch.int32, pin_memory=self._is_pinned
-            )
-        return self._columns[self._turn][:num_words]
+    def _buffer(self, num_words: int) -> tuple[Tensor, npt.NDArray[np.int32]]:
+        """Room for that many words at least, as the device's side sees it and as the host's."""
+        buffer = torch.zeros(max(num_words, 4096), dtype=torch.int32, pin_memory=self._is_pinned)
+        return buffer, buffer.numpy()

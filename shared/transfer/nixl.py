@@ -39,7 +39,8 @@ _STALLED_BYTES_PER_S = 50e6
 # What a read that nobody waited for is given to end by itself.
 _SETTLE_S = 1.0
 
-_SPIN_S = 100e-6
+# Pieces of a read are there in less, and whoever sleeps is late by as much as a piece takes.
+_SPIN_S = 1e-3
 _SLEEP_S = 50e-6
 
 

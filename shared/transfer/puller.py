@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,6 +47,14 @@ SumBlocks = Callable[[Sequence[int]], Uint64Array]
 """Local block ids → [ids, num_heads], what `block_sums` gives for these blocks."""
 
 
+@runtime_checkable
+class OverlappingSums(Protocol):
+    """Sums that leave the thread free."""
+
+    def start(self, block_ids: Sequence[int]) -> Callable[[], Uint64Array]:
+        """Begins what SumBlocks does; what is returned waits for it."""
+
+
 class ExpectedBlock(NamedTuple):
     """What the owner announced of one sealed block."""
 
@@ -71,7 +80,7 @@ class PullResult:
     mismatched: tuple[int, ...]
     """Indices into the job's copies whose bytes are not those that were sealed."""
     local_sums: Uint64Array
-    """[copies, num_heads], of what landed, without seeds; as many rows as landed before `error`."""
+    """[copies, num_heads], of what landed, without seeds; none when there was an error."""
     error: str | None
     """Why the blocks could not be read; None when all have landed."""
     started_s: float
@@ -91,8 +100,8 @@ class Puller:
     """`on_done` is called from the puller's thread, once a job, and must not block.
 
     `sum_blocks`: how to sum blocks of the local pool; called from the puller's thread, for a GPU's
-    pool with a stream of that thread's own as the current one, and does not return before the sums
-    are there.
+    pool with a stream of that thread's own as the current one. What can start sums and take them
+    later (OverlappingSums) sums a piece on the device while the thread starts the next read.
     """
 
     def __init__(
@@ -100,13 +109,14 @@ class Puller:
         transport: KvTransport,
         pool: LocalPool,
         on_done: Callable[[PullResult], None],
-        sum_blocks: SumBlocks | None = None,
+        sum_blocks: SumBlocks | OverlappingSums | None = None,
     ) -> None:
         self._transport = transport
         self._pool = pool
         self._words = pool.words()
+        self._no_sums: Uint64Array = np.empty((0, pool.num_heads), dtype=np.uint64)
         self._on_done = on_done
-        self._sum_blocks = sum_blocks or self._sum_by_torch
+        self._sum_blocks: SumBlocks | OverlappingSums = sum_blocks or self._sum_by_torch
         self._connections: dict[str, PeerConnection] = {}
         self._queue: SimpleQueue[PullJob | _Drop | _Stop] = SimpleQueue()
         # Drops still in the queue, by incarnation: jobs in front of one fail at once.
@@ -165,24 +175,11 @@ class Puller:
 
     def _answer(self, job: PullJob) -> None:
         started_s = time.monotonic()
-        sums = np.empty((len(job.copies), self._pool.num_heads), dtype=np.uint64)
-        num_landed = 0
+        sums = self._no_sums
         mismatched: tuple[int, ...] = ()
         error: str | None = None
         try:
-            seed, announced = self._announced(job)
-            pieces = self._pieces(len(job.copies))
-            wait = self._start(job, *pieces[0]) if pieces else None
-            for index, (start, end) in enumerate(pieces):
-                assert wait is not None
-                wait()
-                if end < len(job.copies):
-                    wait = self._start(job, *pieces[index + 1])
-                local_ids = [copy.local_block_id for copy in job.copies[start:end]]
-                sums[start:end] = self._sum_blocks(local_ids)
-                num_landed = end
-            wrong = (digests(sums, seed) != announced).any(axis=1)
-            mismatched = tuple(np.flatnonzero(wrong).tolist())
+            sums, mismatched = self._pull(job)
         except TransferError as failure:
             error = str(failure)
             self._disconnect(job.peer.incarnation)
@@ -197,15 +194,34 @@ class Puller:
             )
             error = f"{type(failure).__name__}: {failure}"
             self._disconnect(job.peer.incarnation)
-        result = PullResult(
-            job.job_id, mismatched, sums[:num_landed], error, started_s, time.monotonic()
-        )
+        result = PullResult(job.job_id, mismatched, sums, error, started_s, time.monotonic())
         try:
             self._on_done(result)
         except Exception:
             log_event(
                 log, logging.ERROR, "result of a pull not taken", exc_info=True, job=job.job_id
             )
+
+    def _pull(self, job: PullJob) -> tuple[Uint64Array, tuple[int, ...]]:
+        """Reads a job's blocks → their sums, and the columns of those that are not as announced."""
+        _check_job(job, self._pool.num_heads)
+        pieces = self._pieces(len(job.copies))
+        if not pieces:
+            return self._no_sums, ()
+        wait = self._start(job, *pieces[0])
+        # The first blocks are on their way meanwhile.
+        wanted = self._announced(job)
+        summed: list[Callable[[], Uint64Array]] = []
+        for (start, end), following in zip(pieces, [*pieces[1:], None], strict=True):
+            wait()
+            if following is not None:
+                wait = self._start(job, *following)
+            local_ids = [copy.local_block_id for copy in job.copies[start:end]]
+            summed.append(self._start_sums(local_ids))
+        sums = np.concatenate([take() for take in summed])
+        seed, announced = wanted
+        wrong = (digests(sums, seed) != announced).any(axis=1)
+        return sums, tuple(np.flatnonzero(wrong).tolist())
 
     def _start(self, job: PullJob, start: int, end: int) -> Callable[[], None]:
         """Begins to read a piece, where the transport can; what is returned waits for its end."""
@@ -247,17 +263,14 @@ class Puller:
     def _announced(self, job: PullJob) -> tuple[Uint64Array, Uint64Array]:
         """Seeds and digests of the job's blocks, each [copies, num_heads]."""
         num_heads = self._pool.num_heads
-        if [copy.remote_block_id for copy in job.copies] != [
-            block.remote_block_id for block in job.expected
-        ] or any(len(block.digests) != num_heads for block in job.expected):
-            raise TransferError(f"pull {job.job_id}: announcement and copies do not fit together")
         seed = seeds(
             job.peer.incarnation,
             [block.remote_block_id for block in job.expected],
             [block.generation for block in job.expected],
             num_heads,
         )
-        announced = np.array([block.digests for block in job.expected], dtype=np.uint64)
+        values = chain.from_iterable(block.digests for block in job.expected)
+        announced = np.fromiter(values, np.uint64, len(job.expected) * num_heads)
         return seed, announced.reshape(-1, num_heads)
 
     def _pieces(self, num_copies: int) -> list[tuple[int, int]]:
@@ -266,10 +279,25 @@ class Puller:
         stride = max(1, piece_bytes // self._pool.block_bytes)
         return [(start, min(start + stride, num_copies)) for start in range(0, num_copies, stride)]
 
+    def _start_sums(self, block_ids: Sequence[int]) -> Callable[[], Uint64Array]:
+        sum_blocks = self._sum_blocks
+        if isinstance(sum_blocks, OverlappingSums):
+            return sum_blocks.start(block_ids)
+        sums = sum_blocks(block_ids)
+        return lambda: sums
+
     def _sum_by_torch(self, block_ids: Sequence[int]) -> Uint64Array:
         if len(block_ids) == 1:
             return block_sums(self._words[block_ids[0]].unsqueeze(0))
         return block_sums(torch.stack([self._words[block_id] for block_id in block_ids]))
+
+
+def _check_job(job: PullJob, num_heads: int) -> None:
+    """`TransferError` unless there is a digest for each head of each copy."""
+    if [copy.remote_block_id for copy in job.copies] != [
+        block.remote_block_id for block in job.expected
+    ] or any(len(block.digests) != num_heads for block in job.expected):
+        raise TransferError(f"pull {job.job_id}: announcement and copies do not fit together")
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -78,8 +78,27 @@ class Transport:
     def close(self) -> None: ...
 
 
+class StartedSums:
+    """Sums that are made elsewhere, meanwhile."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.fail_when_taken = False
+
+    def start(self, block_ids: Sequence[int]) -> Callable[[], Uint64Array]:
+        sums = self.bench.sum_blocks(block_ids)
+
+        def take() -> Uint64Array:
+            self.bench.log.append(f"take {list(block_ids)}")
+            if self.fail_when_taken:
+                raise RuntimeError("no sums today")
+            return sums
+
+        return take
+
+
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, *, starts_sums: bool = False) -> None:
         memory = torch.zeros(NUM_BLOCKS * BLOCK_BYTES, dtype=torch.uint8)
         self.pool = LocalPool(memory, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS, secrets.token_hex(8))
         self.log: list[str] = []
@@ -87,8 +106,12 @@ class Bench:
         self.connection = Connection(self.pool, source, self.log)
         self.sum_fails = False
         self.results: Queue[PullResult] = Queue()
+        self.started = StartedSums(self)
         self.puller = Puller(
-            Transport(self.connection), self.pool, self.results.put, self.sum_blocks
+            Transport(self.connection),
+            self.pool,
+            self.results.put,
+            self.started if starts_sums else self.sum_blocks,
         )
 
     def sum_blocks(self, block_ids: Sequence[int]) -> Uint64Array:
@@ -133,12 +156,50 @@ def test_a_piece_is_summed_while_the_next_is_read(bench: Bench) -> None:
     assert np.array_equal(result.local_sums, block_sums(local))
 
 
-def test_a_piece_that_fails_leaves_the_sums_before_it(bench: Bench) -> None:
+@pytest.fixture
+def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
+    bench = Bench(starts_sums=True)
+    yield bench
+    bench.puller.close()
+
+
+def test_sums_that_can_be_started_are_taken_when_all_has_landed(starting: Bench) -> None:
+    starting.pull([3, 1, 4, 0, 5])
+    result = starting.results.get(timeout=10)
+    assert (result.error, result.mismatched) == (None, ())
+    assert starting.log == [
+        "start [3, 1]",
+        "landed [3, 1]",
+        "start [4, 0]",
+        "sum [12, 14]",
+        "landed [4, 0]",
+        "start [5]",
+        "sum [11, 15]",
+        "landed [5]",
+        "sum [10]",
+        "take [12, 14]",
+        "take [11, 15]",
+        "take [10]",
+    ]
+    local = starting.pool.words()[[12, 14, 11, 15, 10]]
+    assert np.array_equal(result.local_sums, block_sums(local))
+
+
+def test_sums_that_fail_when_taken_fail_the_job(starting: Bench) -> None:
+    starting.started.fail_when_taken = True
+    starting.pull([3, 1])
+    result = starting.results.get(timeout=10)
+    assert result.error == "RuntimeError: no sums today"
+    assert result.local_sums.shape == (0, NUM_HEADS) and starting.log[-1] == "close"
+
+
+def test_a_piece_that_fails_leaves_no_sums(bench: Bench) -> None:
     bench.connection.fails_at = 4
     bench.pull([3, 1, 4, 0, 5])
     result = bench.results.get(timeout=10)
     assert result.error == "broken"
-    assert result.local_sums.shape == (2, NUM_HEADS)
+    assert result.local_sums.shape == (0, NUM_HEADS)
     assert bench.log[-1] == "close"
 
 

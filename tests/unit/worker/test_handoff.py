@@ -222,7 +222,11 @@ class Reader:
         """The oldest job ends."""
         job = self.jobs.pop(0)
         sums = np.zeros((len(job.copies), 2), dtype=np.uint64)
-        self.table.on_pulled(PullResult(job.job_id, mismatched, sums, error, 0.0, 1.0))
+        result = PullResult(job.job_id, mismatched, sums, error, 0.0, 1.0)
+        try:
+            self.table.on_pulled(result)
+        finally:
+            self.table.settle(result)
 
     def requests(self) -> list[kv.HoldRequest]:
         return [sent.message for sent in self.side.take_sent() if isinstance(sent, ToSource)]
@@ -281,6 +285,25 @@ def test_release_follows_the_last_block_and_the_first_token_and_then_it_joins(
     assert reader.hear(released=released) is pull
     assert len(reader.table) == 0 and side.pool.num_quarantined == 0
     assert side.pool.block(sequence.block_tables[0][2]).block_hash is None
+    reader.check(sequence.block_tables[0])
+
+
+def test_the_source_is_told_before_the_copies_are_sealed_and_then_they_are(
+    side: Side, reader: Reader
+) -> None:
+    sequence = side.sequence()
+    reader.start(sequence)
+    reader.announce(0, 1, 2, first_token_id=7)
+    [job] = reader.jobs
+    sums = np.zeros((3, 2), dtype=np.uint64)
+    result = PullResult(job.job_id, (), sums, None, 0.0, 1.0)
+    reader.table.on_pulled(result)
+    assert [m.WhichOneof("message") for m in reader.requests()] == ["claim", "release"]
+    assert side.pool.num_quarantined == 3 and side.pool.num_cached == 0
+    reader.table.settle(result)
+    assert side.pool.num_quarantined == 0 and side.pool.num_cached == 2
+    assert sequence.num_sealed_blocks == 2
+    assert len(reader.requests()) == 0
     reader.check(sequence.block_tables[0])
 
 
