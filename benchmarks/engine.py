@@ -46,7 +46,7 @@ VLLM_MS = {
 }
 _ATTENTION_TFLOP_PER_S = 600.0
 _NUM_STEPS = 128
-_PREFILLS = 5
+_PREFILLS = 7
 _PARTS = ("decode", "prefill", "digest", "idle")
 
 
@@ -89,12 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             _note(points, *_decode_point(engine, batch, context, ceilings))
     if "prefill" in args.points:
         for batch, num_tokens in PREFILL:
-            _note(points, *_prefill_point(engine, batch, num_tokens, ceilings, ""))
+            _note(points, *_prefill_point(engine, batch, num_tokens, ceilings))
     if "digest" in args.points:
-        engine = InProcessEngine(runner, with_digests=False)
+        without = InProcessEngine(runner, with_digests=False)
         for batch, num_tokens in PREFILL[2:]:
-            name, point = _prefill_point(engine, batch, num_tokens, ceilings, " no digest")
-            _note(points, name, point)
+            _note(points, *_digest_point(engine, without, batch, num_tokens, ceilings))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwritten to {args.output}")
@@ -117,14 +116,34 @@ def _decode_point(
 
 
 def _prefill_point(
-    engine: InProcessEngine, batch: int, num_tokens: int, ceilings: Ceilings, suffix: str
+    engine: InProcessEngine, batch: int, num_tokens: int, ceilings: Ceilings
 ) -> tuple[str, dict[str, float]]:
     engine.prefill(batch, num_tokens)
     times = [engine.prefill(batch, num_tokens) for _ in range(_PREFILLS)]
     floor_s = batch * prefill_floor_s(engine.runner.model_config, num_tokens, ceilings)
-    return f"prefill {batch} x {num_tokens}{suffix}", {
+    return f"prefill {batch} x {num_tokens}", {
         "ms": statistics.median(times) * 1e3,
         "min_ms": min(times) * 1e3,
+        "floor_ms": floor_s * 1e3,
+    }
+
+
+def _digest_point(
+    engine: InProcessEngine,
+    without: InProcessEngine,
+    batch: int,
+    num_tokens: int,
+    ceilings: Ceilings,
+) -> tuple[str, dict[str, float]]:
+    """Without digests; what they cost is the median of pairs, since the GPU's clock drifts."""
+    pairs = [
+        (engine.prefill(batch, num_tokens), without.prefill(batch, num_tokens))
+        for _ in range(_PREFILLS + 1)
+    ][1:]
+    floor_s = batch * prefill_floor_s(engine.runner.model_config, num_tokens, ceilings)
+    return f"prefill {batch} x {num_tokens} no digest", {
+        "ms": statistics.median(off for _, off in pairs) * 1e3,
+        "digest_percent": (statistics.median(on / off for on, off in pairs) - 1) * 100,
         "floor_ms": floor_s * 1e3,
     }
 

@@ -208,6 +208,8 @@ def _stack_options(args: argparse.Namespace, model_dir: Path) -> StackOptions:
     if args.arrangement == "pd-local":
         gateway_flags += ("--local-prefill-tokens", str(args.local_prefill_tokens))
         gateway_flags += ("--local-prefill-share", str(args.local_prefill_share))
+        if args.late_after_s is not None:
+            gateway_flags += ("--late-after-s", str(args.late_after_s))
     return stack_options(
         args,
         ARRANGEMENTS[args.arrangement],
@@ -237,8 +239,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--duration", type=float, default=22.0, help="seconds of arrivals at each rate")
     add("--drain", type=float, default=20.0, help="seconds that the last ones get after that")
     add("--clients", type=int, default=1, help="load generators")
-    add("--local-prefill-tokens", type=int, default=24576, help="the gateway's, for pd-local")
-    add("--local-prefill-share", type=float, default=0.25, help="the gateway's, for pd-local")
+    add("--local-prefill-tokens", type=int, default=16384, help="the gateway's, for pd-local")
+    add("--local-prefill-share", type=float, default=0.5, help="the gateway's, for pd-local")
+    add("--late-after-s", type=float, help="the gateway's, for pd-local; default: nothing is held")
     add("--report", type=Path, metavar="DIR", help="report.html and more, by workload")
     add("--output-dir", type=Path, default=RESULTS)
     add_stack_flags(parser, device="cuda")

@@ -82,12 +82,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.25,
         help="the partner's own queue of prompts, at most, as a share of that one",
     )
+    add_flag(
+        parser,
+        "--late-after-s",
+        type=float,
+        help="with --local-prefill-tokens: prompts for which neither has room are held here, and "
+        "those held for longer go after all others; default: nothing is held",
+    )
     add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
     add_metrics_flag(parser)
     add_log_flags(parser)
     args = parser.parse_args(argv)
     args.model_name = args.model_name or served_name(args.model)
+    try:
+        args.local_prefill = _local_prefill(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def _local_prefill(args: argparse.Namespace) -> LocalPrefill | None:
+    """Raises ValueError."""
+    if args.local_prefill_tokens is not None:
+        return LocalPrefill(args.local_prefill_tokens, args.local_prefill_share, args.late_after_s)
+    if args.late_after_s is not None:
+        raise ValueError("--late-after-s needs --local-prefill-tokens")
+    return None
 
 
 def main() -> int:
@@ -108,15 +128,12 @@ async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec |
     """Until a signal; returns the exit status."""
     stop = stop_event()
     incarnation = secrets.token_hex(16)
-    local_prefill = None
-    if args.local_prefill_tokens is not None:
-        local_prefill = LocalPrefill(args.local_prefill_tokens, args.local_prefill_share)
     cluster = Cluster(
         args.redis_url,
         args.cluster,
         incarnation=incarnation,
         model=model,
-        local_prefill=local_prefill,
+        local_prefill=args.local_prefill,
     )
     frontend = Frontend(
         cluster,

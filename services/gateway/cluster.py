@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import grpc
@@ -18,6 +19,7 @@ from baton.v1 import decode_service_pb2
 from services.gateway.admission import Limits
 from services.gateway.links import DecodeLink
 from services.gateway.router import LocalPrefill, Route, WorkerSnapshot, choose, longest_run
+from services.gateway.turns import Turn, Turns
 from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
 from shared.directory.keys import WORKER_TTL_S
 from shared.directory.ledger import Stage
@@ -67,10 +69,13 @@ class Cluster:
         self._incarnation = incarnation
         self._model = model
         self._local_prefill = local_prefill
+        late_after_s = local_prefill.late_after_s if local_prefill is not None else None
+        self._may_hold = late_after_s is not None
+        self._turns = Turns(late_after_s or 0.0)
         self._directory: Directory | None = None
         self.is_directory_reachable = False
         self.num_waiting = 0
-        """Attempts for which there is no worker now."""
+        """Attempts for which there is no worker, or no room at one, now."""
         self._known: dict[str, _Known] = {}
         self._doubts: dict[str, _Doubt] = {}
         self._links: dict[str, DecodeLink] = {}
@@ -103,6 +108,7 @@ class Cluster:
             # Also without news: a doubt may have run out.
             self._changed.set()
             self._changed = asyncio.Event()
+            self._turns.wake()
             await asyncio.sleep(_POLL_S)
 
     async def _refresh(self) -> None:
@@ -241,38 +247,63 @@ class Cluster:
 
         Raises InvalidField when no pool will ever hold it.
         """
-        while True:
-            changed = self._changed
-            snapshots = self.snapshots()
-            if choose(snapshots, {}, 1, 1, capability_hash=capability_hash) is None:
-                await self._wait(changed)
-                continue
-            hits = await self._locate(token_ids, snapshots)
-            block_size = snapshots[0].block_size
-            num_blocks = num_blocks_for(len(token_ids) + num_new_tokens, block_size)
-            route = choose(
+        with self._turns.turn() as turn:
+            while True:
+                route = await self._try_route(token_ids, num_new_tokens, capability_hash, turn)
+                if route is not None:
+                    return route
+
+    async def _try_route(
+        self, token_ids: list[int], num_new_tokens: int, capability_hash: str | None, turn: Turn
+    ) -> Route | None:
+        """None after a wait: something may be different now."""
+        changed = self._changed
+        snapshots = self.snapshots()
+        if choose(snapshots, {}, 1, 1, capability_hash=capability_hash) is None:
+            turn.leave()
+            await self._wait(changed.wait())
+            return None
+        hits = await self._locate(token_ids, snapshots)
+        block_size = snapshots[0].block_size
+        num_blocks = num_blocks_for(len(token_ids) + num_new_tokens, block_size)
+        # Others may have been sent meanwhile; until the route is noted nothing else runs.
+        snapshots = self.snapshots()
+
+        def best(local_prefill: LocalPrefill | None) -> Route | None:
+            return choose(
                 snapshots,
                 hits,
                 len(token_ids),
                 num_blocks,
                 capability_hash=capability_hash,
-                local_prefill=self._local_prefill,
+                local_prefill=local_prefill,
                 spread=self._spread,
             )
-            if route is not None:
-                self._spread += 1
-                self._note_started(route, len(token_ids), block_size)
-                return route
-            largest = max(s.num_blocks for s in snapshots)
-            if num_blocks > largest:
-                limit = f"{largest} blocks, the largest pool"
-                raise InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
-            await self._wait(changed)
 
-    async def _wait(self, changed: asyncio.Event) -> None:
+        route = best(self._local_prefill)
+        if self._may_hold:
+            if capability_hash is not None:
+                # Its reader has tokens already: what goes on is never held.
+                route = route or best(None)
+            elif not turn.has_come if route is not None else best(None) is not None:
+                await self._wait(turn.hold())
+                return None
+        if route is not None:
+            self._spread += 1
+            self._note_started(route, len(token_ids), block_size)
+            return route
+        largest = max((s.num_blocks for s in snapshots), default=num_blocks)
+        if num_blocks > largest:
+            limit = f"{largest} blocks, the largest pool"
+            raise InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
+        turn.leave()
+        await self._wait(changed.wait())
+        return None
+
+    async def _wait(self, something: Awaitable[object]) -> None:
         self.num_waiting += 1
         try:
-            await changed.wait()
+            await something
         finally:
             self.num_waiting -= 1
 
@@ -282,6 +313,7 @@ class Cluster:
         self._outstanding_tokens[incarnation] -= route.num_new_tokens
         if not self._outstanding_tokens[incarnation]:
             del self._outstanding_tokens[incarnation]
+        self._turns.wake()
 
     def _note_started(self, route: Route, num_tokens: int, block_size: int) -> None:
         self._outstanding_tokens[route.computes_prompt.incarnation] += route.num_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -11,6 +12,7 @@ from shared.kv.sequence import num_blocks_for
 
 Role = Literal["prefill", "decode", "both"]
 _Rank = TypeVar("_Rank", bound=tuple[int, ...])
+_Held = TypeVar("_Held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,32 @@ class LocalPrefill:
     it computes prompts more slowly, beside its streams; so neither side's prompts wait much
     longer than the other's, and a long prompt needs a longer queue before it may disturb.
 
-    How much a prompt delays the partner's streams is the partner's matter: its token budget.
+    With `late_after_s`, a prompt that neither side may take now is held at the gateway, and so is
+    what comes behind it. When there is room again the oldest goes first, but those held longer
+    than that go after all others (`next_in_turn`): under overload, first come, first served makes
+    every prompt late; so most are in time, and the late ones are computed when there is time.
+
+    How much a prompt delays the partner's streams is the partner's matter: its token budget, and
+    its goal for the time per token.
     """
 
     threshold_tokens: int
-    """About half of the time to first token that is allowed, times the prefill rate."""
+    """At most the time to first token that is allowed, less `late_after_s`, times the prefill
+    rate; about half of it where nothing is held."""
     max_share: float = 0.25
+    late_after_s: float | None = None
+    """None: nothing is held."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.threshold_tokens < 0:
+            raise ValueError(
+                f"--local-prefill-tokens must not be negative, not {self.threshold_tokens}"
+            )
+        if not 0 <= self.max_share <= 1:
+            raise ValueError(f"--local-prefill-share must be from 0 to 1, not {self.max_share}")
+        if self.late_after_s is not None and not 0 <= self.late_after_s < math.inf:
+            raise ValueError(f"--late-after-s must be seconds from 0 on, not {self.late_after_s}")
 
 
 def choose(
@@ -74,20 +96,21 @@ def choose(
     local_prefill: LocalPrefill | None = None,
     spread: int = 0,
 ) -> Route | None:
-    """The route of one attempt; None when it must wait for a worker to register.
+    """The route of one attempt; None when it must wait for a worker, or for room at one.
 
-    First the worker that computes the prompt: longest cached run, then shortest queue. Prefill
-    workers do that; a `both` worker does where its capability has none that could, and then
-    keeps the sequence. Otherwise the prefill worker's partner follows: a `decode` or `both`
-    worker of equal capability, most free blocks, then smallest batch. When the queue of the
-    prefill worker is too long, a `both` partner may take the prompt alone (`LocalPrefill`).
+    First the worker that computes the prompt: the fewest tokens until that is done, those queued
+    before it and those of it that are not cached there; then the smallest batch. Prefill workers
+    do that; a `both` worker does where its capability has none that could, and then keeps the
+    sequence. Otherwise the prefill worker's partner follows: a `decode` or `both` worker of equal
+    capability, most free blocks, then smallest batch. When the queue of the prefill worker is too
+    long, a `both` partner may take the prompt alone (`LocalPrefill`).
 
     hits: worker id → cached tokens from the prompt's start (`longest_run`).
     num_prompt_tokens: what has to be in the cache before the next token can be drawn.
     num_blocks_needed: of the whole sequence; smaller pools are left out. The prefill worker's
         must hold the prompt.
     capability_hash: the only one acceptable, once an attempt has emitted tokens.
-    local_prefill: None: a prompt never goes around the prefill workers.
+    local_prefill: None: a prompt never goes around the prefill workers, nor waits for room.
     spread: a counter; successive values take equal workers in turn.
     """
     usable = [
@@ -120,26 +143,47 @@ def choose(
         # A hit never covers the last token: its logits have to be computed.
         return num_prompt_tokens - min(hits.get(worker.worker_id, 0), num_prompt_tokens - 1)
 
-    def prefill_rank(worker: WorkerSnapshot) -> tuple[int, int]:
-        return (num_new_tokens(worker), worker.num_waiting + worker.num_running)
-
     def queue_with_it(worker: WorkerSnapshot) -> int:
         return worker.num_outstanding_tokens + num_new_tokens(worker)
+
+    def prefill_rank(worker: WorkerSnapshot) -> tuple[int, int]:
+        # What a worker says of itself is half a second old: it decides between equals only.
+        return (queue_with_it(worker), worker.num_waiting + worker.num_running)
 
     def alone(worker: WorkerSnapshot) -> Route:
         return Route(None, worker, num_new_tokens(worker))
 
+    def has_room(worker: WorkerSnapshot) -> bool:
+        # However long a prompt is, an idle worker takes it.
+        return (
+            local_prefill is None
+            or not worker.num_outstanding_tokens
+            or queue_with_it(worker) <= local_prefill.threshold_tokens
+        )
+
+    if local_prefill is not None and local_prefill.late_after_s is not None:
+        firsts = [w for w in firsts if w.role == "both" or has_room(w)] or firsts
     first = _best(firsts, prefill_rank, spread)
     if first.role == "both":
         return alone(first)
     partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
-    queue = queue_with_it(first)
-    if local_prefill is not None and queue > local_prefill.threshold_tokens:
-        most = local_prefill.max_share * queue
+    if local_prefill is not None and not has_room(first):
+        most = local_prefill.max_share * queue_with_it(first)
         takers = [w for w in partners if w.role == "both" and queue_with_it(w) <= most]
         if takers:
             return alone(_best(takers, lambda w: (queue_with_it(w), *_decode_rank(w)), spread))
+        if local_prefill.late_after_s is not None:
+            return None
     return Route(first, _best(partners, _decode_rank, spread), num_new_tokens(first))
+
+
+def next_in_turn(
+    held_since_s: Mapping[_Held, float], now_s: float, late_after_s: float
+) -> _Held | None:
+    """Who goes next of those that are held: the oldest that is not late, else the oldest."""
+    in_time = {who: at_s for who, at_s in held_since_s.items() if now_s - at_s <= late_after_s}
+    waiting = in_time or held_since_s
+    return min(waiting, key=waiting.__getitem__, default=None)
 
 
 def longest_run(

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from services.gateway.router import (
     WorkerSnapshot,
     choose,
     longest_run,
+    next_in_turn,
 )
 from shared.kv.block_hash import PREFIX_STRIDE_TOKENS
 
@@ -90,6 +92,15 @@ def test_a_run_longer_than_the_prompt_is_worth_no_more() -> None:
     idle = worker("p2", "prefill")
     hits = {"p1": 512, "p2": 159}
     assert route(queued, idle, worker("d", "decode"), hits=hits) == ("p2", "d")
+
+
+def test_a_cached_run_is_worth_the_queue_that_it_spares() -> None:
+    """The gateway knows what it sent before the worker says so: replicas take bursts in turn."""
+    holder = worker("b1", "both", num_outstanding_tokens=96)
+    idle = worker("b2", "both")
+    assert route(holder, idle, hits={"b1": 128}) == (None, "b1")
+    assert route(holder, idle, hits={"b1": 64}) == (None, "b2")
+    assert route(holder, worker("b2", "both", num_running=9)) == (None, "b2")
 
 
 def test_decode_goes_to_most_free_blocks_then_to_the_smallest_batch() -> None:
@@ -218,6 +229,10 @@ def test_a_route_keeps_every_rule_and_is_found_when_there_is_one(
     if relieved is not None and relieved.prefill is None and pairs:
         assert relieved.decode.role == "both"
         assert relieved.decode.capability_hash in served | {w.capability_hash for _, w in alone}
+    # Held is only what a busy prefill worker could compute later.
+    held = choose(workers, {}, 160, 12, spread=spread, local_prefill=LocalPrefill(200, 0.5, 1.0))
+    if held is None and chosen is not None:
+        assert all(first.num_outstanding_tokens for first, _ in pairs)
 
 
 RULE = LocalPrefill(threshold_tokens=1000, max_share=0.25)
@@ -258,7 +273,7 @@ def test_of_several_partners_the_one_with_the_shortest_queue_takes_it() -> None:
     # The others decode as before, by their room.
     assert route(worker("p", "prefill"), busy, idle, local_prefill=RULE) == ("p", "b1")
     # One of another capability works alone, and is no partner.
-    stranger = worker("b3", "both", capability_hash="b", num_waiting=9)
+    stranger = worker("b3", "both", capability_hash="b", num_outstanding_tokens=9000)
     assert route(prefill, busy, stranger, local_prefill=RULE) == (None, "b1")
 
 
@@ -269,6 +284,50 @@ def test_only_tokens_that_have_to_be_computed_count() -> None:
     tight = worker("b", "both", num_outstanding_tokens=200)
     assert route(prefill, tight, local_prefill=RULE) == ("p", "b")
     assert route(prefill, tight, hits={"b": 112}, local_prefill=RULE) == (None, "b")
+
+
+HOLDING = LocalPrefill(threshold_tokens=1000, max_share=0.5, late_after_s=0.5)
+
+
+def test_a_prompt_that_neither_side_may_take_now_has_no_route() -> None:
+    full = worker("p", "prefill", num_outstanding_tokens=841)
+    both = worker("b", "both", num_outstanding_tokens=400)
+    assert route(full, both, local_prefill=HOLDING) is None
+    assert route(full, worker("d", "decode"), local_prefill=HOLDING) is None
+    # Either side's room is enough, and another prefill worker's before the partner's.
+    assert route(full, worker("b", "both"), local_prefill=HOLDING) == (None, "b")
+    roomy = worker("p", "prefill", num_outstanding_tokens=840)
+    assert route(roomy, both, local_prefill=HOLDING) == ("p", "b")
+    second = worker("p2", "prefill", num_outstanding_tokens=600, num_waiting=9)
+    assert route(full, second, worker("b", "both"), local_prefill=HOLDING) == ("p2", "b")
+
+
+def test_a_prompt_longer_than_the_threshold_goes_to_an_idle_worker() -> None:
+    options: dict[str, Any] = {"num_blocks_needed": 90, "local_prefill": HOLDING}
+    both = worker("b", "both", num_outstanding_tokens=1)
+    assert route(worker("p", "prefill"), both, num_prompt_tokens=1400, **options) == ("p", "b")
+    busy = worker("p", "prefill", num_outstanding_tokens=1)
+    assert route(busy, both, num_prompt_tokens=1400, **options) is None
+
+
+def test_replicas_hold_nothing() -> None:
+    assert route(worker("b", "both", num_outstanding_tokens=9000), local_prefill=HOLDING)
+
+
+def test_the_oldest_is_next_and_the_late_come_last() -> None:
+    assert next_in_turn({}, 9.0, 0.5) is None
+    held = {"late": 0.0, "second": 9.6, "first": 9.5, "later": 1.0}
+    assert next_in_turn(held, 10.0, 0.5) == "first"
+    assert next_in_turn(held, 10.05, 0.5) == "second"
+    assert next_in_turn(held, 11.0, 0.5) == "late"
+
+
+@pytest.mark.parametrize(
+    "values", [(-1, 0.5), (1, -0.1), (1, 1.1), (1, 0.5, -1.0), (1, 0.5, float("nan"))]
+)
+def test_rules_that_make_no_sense_are_refused(values: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="--l"):
+        LocalPrefill(*values)
 
 
 def test_a_route_tells_what_is_left_to_compute() -> None:

@@ -1,0 +1,208 @@
+"""Prompts that wait for room: who is held, who goes next, and that nobody is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from services.gateway.cluster import Cluster
+from services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
+from shared.engine.config import ModelConfig
+from shared.rpc.errors import InvalidField
+
+LATE_S = 0.5
+
+
+class Clock:
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("services.gateway.turns.time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+class Pair(Cluster):
+    """A prefill worker and its partner, known without a directory."""
+
+    roles: tuple[Role, ...] = ("prefill", "both")
+
+    def __init__(self, late_after_s: float | None = LATE_S) -> None:
+        super().__init__(
+            "redis://unused",
+            "test",
+            incarnation="g",
+            model=cast(ModelConfig, None),
+            local_prefill=LocalPrefill(1000, 0.5, late_after_s),
+        )
+
+    def snapshots(self) -> list[WorkerSnapshot]:
+        return [
+            WorkerSnapshot(
+                worker_id=role,
+                incarnation=role,
+                address="127.0.0.1:1",
+                role=role,
+                capability_hash="a",
+                block_size=16,
+                num_blocks=100,
+                num_free_blocks=100,
+                num_waiting=0,
+                num_running=0,
+                num_outstanding_tokens=self._outstanding_tokens[role],
+            )
+            for role in self.roles
+        ]
+
+
+class Asked:
+    """Prompts by name, in the order in which they got their routes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.routes: dict[str, Route] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def ask(self, name: str, num_tokens: int = 500, goes_on: bool = False) -> None:
+        async def ask() -> None:
+            capability_hash = "a" if goes_on else None
+            self.routes[name] = await self.cluster.route([7] * num_tokens, 16, capability_hash)
+
+        self.tasks[name] = asyncio.create_task(ask())
+        await settled()
+
+    async def ended(self, name: str) -> None:
+        self.cluster.prompt_ended(self.routes[name])
+        await settled()
+
+    def where(self) -> dict[str, str]:
+        return {name: route.computes_prompt.worker_id for name, route in self.routes.items()}
+
+
+async def settled() -> None:
+    """Nothing here waits for more than another task's turn of the event loop."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def asked(clock: Clock) -> Iterator[Asked]:
+    asked = Asked(Pair())
+    yield asked
+    for task in asked.tasks.values():
+        task.cancel()
+
+
+async def test_what_neither_side_may_take_is_held_until_one_has_room(asked: Asked) -> None:
+    for name in "abcd":
+        await asked.ask(name)
+    # 1,000 tokens on the one side, at most half of the queue, with it, on the other.
+    assert asked.where() == {"a": "prefill", "b": "prefill", "c": "both"}
+    assert asked.cluster.num_waiting == 1
+    await asked.ended("c")
+    assert asked.where()["d"] == "both"
+    assert asked.cluster.num_waiting == 0
+
+
+async def test_the_oldest_goes_first_but_the_late_go_last(asked: Asked, clock: Clock) -> None:
+    for name in "abc":
+        await asked.ask(name)
+    for name, at_s in {"old": 0.0, "young": 0.4, "younger": 0.45}.items():
+        clock.now_s = at_s
+        await asked.ask(name)
+    clock.now_s = LATE_S + 0.1
+    for name in "abc":
+        await asked.ended(name)
+    assert list(asked.routes)[3:] == ["young", "younger", "old"]
+
+
+async def test_a_newcomer_overtakes_nobody_who_is_in_time(asked: Asked, clock: Clock) -> None:
+    for name in "abc":
+        await asked.ask(name)
+    await asked.ask("long", num_tokens=1000)
+    # There is room for a short one beside `b`, but the long one is first.
+    await asked.ended("a")
+    await asked.ask("short", num_tokens=400)
+    assert "short" not in asked.routes and "long" not in asked.routes
+    clock.now_s = LATE_S + 0.1
+    await asked.ask("newcomer", num_tokens=400)
+    assert list(asked.routes)[3:] == ["newcomer"]
+
+
+async def test_who_gives_up_lets_the_next_one_go(asked: Asked) -> None:
+    for name in "abc":
+        await asked.ask(name)
+    await asked.ask("long", num_tokens=1000)
+    await asked.ask("next")
+    await asked.ended("a")
+    assert "next" not in asked.routes
+    asked.tasks["long"].cancel()
+    await settled()
+    assert asked.where()["next"] == "prefill"
+
+
+async def test_who_waits_for_another_worker_keeps_nobody_waiting(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pool alone would be large enough, but it is away."""
+    for name in "abc":
+        await asked.ask(name)
+    await asked.ask("large", num_tokens=1000)
+    await asked.ask("next")
+    with_all = asked.cluster.snapshots
+
+    def smaller() -> list[WorkerSnapshot]:
+        away = WorkerSnapshot("away", "away", "", "both", "a", 16, 100, 9, 0, 0, suspect=True)
+        return [*(replace(each, num_blocks=40) for each in with_all()), away]
+
+    monkeypatch.setattr(asked.cluster, "snapshots", smaller)
+    await asked.ended("a")
+    assert asked.where()["next"] == "prefill"
+    assert not asked.tasks["large"].done()
+
+
+async def test_a_stream_that_goes_on_is_not_held(asked: Asked) -> None:
+    for name in "abcd":
+        await asked.ask(name)
+    await asked.ask("again", goes_on=True)
+    assert asked.where() == {"a": "prefill", "b": "prefill", "c": "both", "again": "prefill"}
+
+
+async def test_what_no_pool_holds_is_refused_though_others_wait(asked: Asked) -> None:
+    for name in "abcd":
+        await asked.ask(name)
+    await asked.ask("huge", num_tokens=5000)
+    with pytest.raises(InvalidField):
+        await asked.tasks["huge"]
+    assert "d" not in asked.routes
+
+
+async def test_without_a_limit_of_lateness_nothing_is_held(clock: Clock) -> None:
+    asked = Asked(Pair(late_after_s=None))
+    for name in "abcdef":
+        await asked.ask(name)
+    assert len(asked.routes) == 6
+
+
+async def test_however_many_wait_all_get_their_turn(asked: Asked, clock: Clock) -> None:
+    names = [f"n{number}" for number in range(40)]
+    for number, name in enumerate(names):
+        clock.now_s = number / 10
+        await asked.ask(name)
+    ended: set[str] = set()
+    while len(ended) < len(names):
+        name = next(name for name in asked.routes if name not in ended)
+        await asked.ended(name)
+        ended.add(name)
+    assert set(asked.routes) == set(names)
+    assert asked.cluster.num_waiting == 0
