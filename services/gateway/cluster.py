@@ -239,9 +239,16 @@ class Cluster:
     # The way to a worker
 
     async def route(
-        self, token_ids: list[int], num_new_tokens: int, capability_hash: str | None
+        self,
+        token_ids: list[int],
+        num_new_tokens: int,
+        capability_hash: str | None,
+        *,
+        has_begun: bool = False,
     ) -> Route:
         """Locates the prompt's prefixes and chooses; waits as long as nobody can take it.
+
+        An answer that has begun, of which its reader has tokens, is never held.
 
         Whoever takes the route calls `prompt_ended` for it, once.
 
@@ -249,19 +256,31 @@ class Cluster:
         """
         with self._turns.turn() as turn:
             while True:
-                route = await self._try_route(token_ids, num_new_tokens, capability_hash, turn)
+                route = await self._try_route(
+                    token_ids,
+                    num_new_tokens,
+                    capability_hash,
+                    turn,
+                    may_hold=self._may_hold and not has_begun,
+                )
                 if route is not None:
                     return route
 
     async def _try_route(
-        self, token_ids: list[int], num_new_tokens: int, capability_hash: str | None, turn: Turn
+        self,
+        token_ids: list[int],
+        num_new_tokens: int,
+        capability_hash: str | None,
+        turn: Turn,
+        *,
+        may_hold: bool,
     ) -> Route | None:
         """None after a wait: something may be different now."""
         changed = self._changed
         snapshots = self.snapshots()
         if choose(snapshots, {}, 1, 1, capability_hash=capability_hash) is None:
-            turn.leave()
-            await self._wait(changed.wait())
+            # Who is held has nobody behind who could go: one by one they go on, not all at once.
+            await self._wait(turn.hold() if may_hold else changed.wait())
             return None
         hits = await self._locate(token_ids, snapshots)
         block_size = snapshots[0].block_size
@@ -281,13 +300,11 @@ class Cluster:
             )
 
         route = best(self._local_prefill)
-        if self._may_hold:
-            if capability_hash is not None:
-                # Its reader has tokens already: what goes on is never held.
-                route = route or best(None)
-            elif not turn.has_come if route is not None else best(None) is not None:
-                await self._wait(turn.hold())
-                return None
+        if not may_hold:
+            route = route or best(None)
+        elif not turn.has_come if route is not None else best(None) is not None:
+            await self._wait(turn.hold())
+            return None
         if route is not None:
             self._spread += 1
             self._note_started(route, len(token_ids), block_size)

@@ -243,7 +243,9 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     """One try on one route. Raises what ended it; cancels it on P and D however it ends."""
     token_ids = [*generation.admitted.prompt_token_ids, *generation.token_ids]
     num_left = generation.admitted.params.max_tokens - len(generation.token_ids)
-    route = await cluster.route(token_ids, num_left, generation.capability_hash)
+    route = await cluster.route(
+        token_ids, num_left, generation.capability_hash, has_begun=bool(generation.token_ids)
+    )
     # The one token that is left comes from P: nobody has to take its blocks over.
     wants_decode = route.prefill is None or num_left > 1
     key = AttemptKey(generation.request_id, 0, generation.num_attempts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -61,7 +62,8 @@ class LocalPrefill:
     With `late_after_s`, a prompt that neither side may take now is held at the gateway, and so is
     what comes behind it. When there is room again the oldest goes first, but those held longer
     than that go after all others (`next_in_turn`): under overload, first come, first served makes
-    every prompt late; so most are in time, and the late ones are computed when there is time.
+    every prompt late; so most are in time, and the late ones are computed when there is time:
+    without a deadline they wait for as long as the overload lasts.
 
     How much a prompt delays the partner's streams is the partner's matter: its token budget, and
     its goal for the time per token.
@@ -161,29 +163,37 @@ def choose(
             or queue_with_it(worker) <= local_prefill.threshold_tokens
         )
 
-    if local_prefill is not None and local_prefill.late_after_s is not None:
+    may_hold = local_prefill is not None and local_prefill.late_after_s is not None
+    if may_hold:
         firsts = [w for w in firsts if w.role == "both" or has_room(w)] or firsts
     first = _best(firsts, prefill_rank, spread)
     if first.role == "both":
-        return alone(first)
+        # A doubt lasts seconds: it must not send all that is held to the partner.
+        is_pair = any(
+            w.role == "prefill" and w.suspect and w.capability_hash == first.capability_hash
+            for w in workers
+        )
+        return None if may_hold and is_pair and not has_room(first) else alone(first)
     partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
     if local_prefill is not None and not has_room(first):
         most = local_prefill.max_share * queue_with_it(first)
         takers = [w for w in partners if w.role == "both" and queue_with_it(w) <= most]
         if takers:
             return alone(_best(takers, lambda w: (queue_with_it(w), *_decode_rank(w)), spread))
-        if local_prefill.late_after_s is not None:
+        if may_hold:
             return None
     return Route(first, _best(partners, _decode_rank, spread), num_new_tokens(first))
 
 
 def next_in_turn(
-    held_since_s: Mapping[_Held, float], now_s: float, late_after_s: float
+    held: Sequence[_Held], since_s: Callable[[_Held], float], now_s: float, late_after_s: float
 ) -> _Held | None:
-    """Who goes next of those that are held: the oldest that is not late, else the oldest."""
-    in_time = {who: at_s for who, at_s in held_since_s.items() if now_s - at_s <= late_after_s}
-    waiting = in_time or held_since_s
-    return min(waiting, key=waiting.__getitem__, default=None)
+    """Who goes next of those that are held: the oldest that is not late, else the oldest.
+
+    held: oldest first, by the time `since_s` gives.
+    """
+    num_late = bisect_left(held, now_s - late_after_s, key=since_s)
+    return next(iter(held[num_late : num_late + 1] or held[:1]), None)
 
 
 def longest_run(

@@ -5,25 +5,29 @@
             await turn.hold()
 
 A newcomer goes before those that are late, but before nobody else. `wake` is called whenever there
-may be room; it wakes the next one only, so many that wait cost no more than one.
+may be room; it wakes the next one only, so many that wait cost little more than one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 from services.gateway.router import next_in_turn
+
+_since_s = attrgetter("since_s")
 
 
 class Turns:
     def __init__(self, late_after_s: float) -> None:
         """Who waits longer than `late_after_s` goes after all others."""
         self._late_after_s = late_after_s
-        self._held: dict[Turn, float] = {}
-        """Since when they wait, on the monotonic clock."""
+        self._held: list[Turn] = []
+        """Oldest first."""
 
     @contextmanager
     def turn(self) -> Iterator[Turn]:
@@ -35,41 +39,57 @@ class Turns:
             self.leave(turn)
 
     def hold(self, turn: Turn) -> None:
-        self._held[turn] = turn.since_s
+        if not turn.is_held:
+            turn.is_held = True
+            self._held.insert(bisect_right(self._held, turn.since_s, key=_since_s), turn)
 
     def leave(self, turn: Turn) -> None:
-        if self._held.pop(turn, None) is not None:
+        if turn.is_held:
+            self._let_go(turn)
             self.wake()
 
-    def next_with(self, turn: Turn) -> Turn | None:
-        return self._next({**self._held, turn: turn.since_s})
+    def has_come(self, turn: Turn) -> bool:
+        if turn.is_held:
+            return self._next() is turn
+        self.hold(turn)
+        has_come = self._next() is turn
+        self._let_go(turn)
+        return has_come
 
     def wake(self) -> None:
         """There may be room."""
-        turn = self._next(self._held)
+        turn = self._next()
         if turn is not None:
             turn.wake()
 
-    def _next(self, held: dict[Turn, float]) -> Turn | None:
-        return next_in_turn(held, time.monotonic(), self._late_after_s)
+    def _let_go(self, turn: Turn) -> None:
+        turn.is_held = False
+        first_as_old = bisect_left(self._held, turn.since_s, key=_since_s)
+        del self._held[self._held.index(turn, first_as_old)]
+
+    def _next(self) -> Turn | None:
+        return next_in_turn(self._held, _since_s, time.monotonic(), self._late_after_s)
 
 
 class Turn:
     def __init__(self, turns: Turns, since_s: float) -> None:
         self.since_s = since_s
+        """On the monotonic clock."""
+        self.is_held = False
         self._turns = turns
         self._woken = asyncio.Event()
 
     @property
     def has_come(self) -> bool:
-        return self._turns.next_with(self) is self
+        return self._turns.has_come(self)
 
     async def hold(self) -> None:
         """Until it may be its turn; whose turn it is instead is woken."""
         self._turns.hold(self)
+        # Before others are looked at: when they have just become late, it wakes itself.
+        self._woken.clear()
         if not self.has_come:
             self._turns.wake()
-        self._woken.clear()
         await self._woken.wait()
 
     def leave(self) -> None:

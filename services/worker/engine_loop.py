@@ -335,15 +335,20 @@ class EngineLoop:
         return bool(work) or has_retired
 
     def _start_sums(self, launched: StepInFlight) -> None:
-        """What checks and seals a prompt's blocks is made behind the step, before it is missed."""
-        if launched.step is None:
+        """What checks and seals prompts' blocks is made behind the step, before it is missed."""
+        if launched.step is None or not launched.chunks:
             return
+        block_size = self._pool.block_size
+        ranges = []
         for part in launched.chunks:
-            sequence, block_size = part.sequence, self._pool.block_size
-            first, end = part.start // block_size, part.end // block_size
-            if part.end >= sequence.num_prompt_tokens:
-                part.earlier_sums = self._sealer.start_sums(sequence, 0, first, launched.step)
-            part.sums = self._sealer.start_sums(sequence, first, end, launched.step)
+            # The last chunk seals its own blocks, and checks those before it.
+            is_last = part.end >= part.sequence.num_prompt_tokens
+            first = 0 if is_last else part.start // block_size
+            ranges.append((part.sequence, first, part.end // block_size))
+        for part, sums in zip(
+            launched.chunks, self._sealer.start_sums(ranges, launched.step), strict=True
+        ):
+            part.sums = sums
 
     def _blocks_are_coming(self) -> bool:
         return any(step.orphans for step in self._in_flight)
@@ -415,7 +420,7 @@ class EngineLoop:
         if token_id is None:
             return True
         # Of all blocks but those that this chunk filled: they have no digest yet.
-        if self._guard.has_spoiled(sequence, part.earlier_sums):
+        if self._guard.has_spoiled(sequence, part.sums):
             return False
         slot = self._table.slot(sequence.key)
         if slot is None:

@@ -6,7 +6,8 @@ The one place where the bookkeeping of blocks meets their bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate, chain
 
 from services.worker.failpoints import Failpoints
 from shared.engine.block_sums import BlockSums, StartableSums, TakeSums
@@ -19,24 +20,36 @@ from shared.kv.digest import Uint64Array
 from shared.kv.sequence import Sequence
 
 
-@dataclass(slots=True)
+class _Started:
+    """Sums that were started together, by cache group; all are taken when the first is wanted."""
+
+    def __init__(self, taking: list[TakeSums]) -> None:
+        self._taking = taking
+        self._taken: list[Uint64Array] | None = None
+
+    def of(self, group: int) -> Uint64Array:
+        if self._taken is None:
+            self._taken = [take() for take in self._taking]
+        return self._taken[group]
+
+
+@dataclass(frozen=True, slots=True)
 class StepSums:
-    """Sums of a sequence's blocks from index `first` on, started behind a step that may write to
-    them; to be asked for when its result was taken."""
+    """Sums of a sequence's blocks from index `first` to `end`, started behind a step that may write
+    to them; to be asked for when its result was taken."""
 
     first: int
-    taking: list[TakeSums]
-    taken: list[Uint64Array] = field(default_factory=list)
-    """By cache group."""
+    end: int
+    started: _Started
+    offset: int
+    """Of the first of these blocks among all that were started."""
 
     def of(self, group: int, first: int, end: int) -> Uint64Array | None:
         """[end − first, num_heads]; None when they are not among them. Waits for them."""
-        if not self.taken:
-            self.taken = [take() for take in self.taking]
-        sums = self.taken[group]
-        if first < self.first or end > self.first + len(sums):
+        if first < self.first or end > self.end:
             return None
-        return sums[first - self.first : end - self.first]
+        begin = self.offset - self.first
+        return self.started.of(group)[begin + first : begin + end]
 
 
 class Sealer:
@@ -73,15 +86,24 @@ class Sealer:
     def root(self, sequence: Sequence, group: int) -> bytes:
         return root_hash(self._capability_hash, group=group, salt=sequence.salt)
 
-    def start_sums(self, sequence: Sequence, first: int, end: int, behind: Step) -> StepSums | None:
-        """Of the blocks from index `first` to `end`; None where sums are made when wanted only."""
-        if first >= end or not isinstance(self._block_sums, StartableSums):
-            return None
-        tables = sequence.block_tables
-        start = self._block_sums.start
-        return StepSums(
-            first, [start(table[first:end], g, behind=behind) for g, table in enumerate(tables)]
-        )
+    def start_sums(
+        self, ranges: Seq[tuple[Sequence, int, int]], behind: Step
+    ) -> list[StepSums | None]:
+        """Of blocks of each sequence, from an index to another; all at once, for a start costs more
+        than a sum. None where there are no blocks, or sums are made when wanted only."""
+        num_blocks = [end - first for _, first, end in ranges]
+        if not sum(num_blocks) or not isinstance(self._block_sums, StartableSums):
+            return [None] * len(ranges)
+        taking = []
+        for group in range(self.num_groups):
+            tables = [seq.block_tables[group][first:end] for seq, first, end in ranges]
+            block_ids = list(chain.from_iterable(tables))
+            taking.append(self._block_sums.start(block_ids, group, behind=behind))
+        started, offsets = _Started(taking), accumulate(num_blocks, initial=0)
+        return [
+            StepSums(first, end, started, offset) if first < end else None
+            for (_, first, end), offset in zip(ranges, offsets, strict=False)
+        ]
 
     def digests(self, group: int, block_ids: Seq[int]) -> list[DigestRow]:
         """As the bytes are now."""

@@ -50,9 +50,7 @@ class Work:
     start: int
     num_tokens: int
     sums: StepSums | None = None
-    """Of the blocks that a chunk fills."""
-    earlier_sums: StepSums | None = None
-    """Of the blocks before those, for the last chunk of a prompt."""
+    """Of the blocks that a chunk fills; for the last one of a prompt, of those before as well."""
 
     @property
     def end(self) -> int:

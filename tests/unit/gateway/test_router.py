@@ -314,12 +314,25 @@ def test_replicas_hold_nothing() -> None:
     assert route(worker("b", "both", num_outstanding_tokens=9000), local_prefill=HOLDING)
 
 
+def test_while_the_prefill_worker_is_doubted_its_partner_takes_what_it_has_room_for() -> None:
+    doubted = worker("p", "prefill", suspect=True)
+    roomy = worker("b", "both", num_outstanding_tokens=840)
+    full = worker("b", "both", num_outstanding_tokens=841)
+    assert route(doubted, roomy, local_prefill=HOLDING) == (None, "b")
+    assert route(doubted, full, local_prefill=HOLDING) is None
+    assert route(doubted, full, local_prefill=RULE) == (None, "b")
+    stranger = worker("p", "prefill", suspect=True, capability_hash="other")
+    assert route(stranger, full, local_prefill=HOLDING) == (None, "b")
+
+
 def test_the_oldest_is_next_and_the_late_come_last() -> None:
-    assert next_in_turn({}, 9.0, 0.5) is None
-    held = {"late": 0.0, "second": 9.6, "first": 9.5, "later": 1.0}
-    assert next_in_turn(held, 10.0, 0.5) == "first"
-    assert next_in_turn(held, 10.05, 0.5) == "second"
-    assert next_in_turn(held, 11.0, 0.5) == "late"
+    since_s = {"late": 0.0, "later": 1.0, "first": 9.5, "second": 9.6}
+
+    def next_at(now_s: float) -> str | None:
+        return next_in_turn(list(since_s), since_s.__getitem__, now_s, 0.5)
+
+    assert next_in_turn([], since_s.__getitem__, 9.0, 0.5) is None
+    assert [next_at(now_s) for now_s in (10.0, 10.05, 11.0)] == ["first", "second", "late"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
@@ -12,6 +12,7 @@ import pytest
 
 from services.gateway.cluster import Cluster
 from services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
+from services.gateway.turns import Turn, Turns
 from shared.engine.config import ModelConfig
 from shared.rpc.errors import InvalidField
 
@@ -20,8 +21,12 @@ LATE_S = 0.5
 
 class Clock:
     now_s = 0.0
+    coming_s: Sequence[float] = ()
+    """What it shows next, a look each."""
 
     def monotonic(self) -> float:
+        if self.coming_s:
+            self.now_s, *self.coming_s = self.coming_s
         return self.now_s
 
 
@@ -75,8 +80,10 @@ class Asked:
 
     async def ask(self, name: str, num_tokens: int = 500, goes_on: bool = False) -> None:
         async def ask() -> None:
-            capability_hash = "a" if goes_on else None
-            self.routes[name] = await self.cluster.route([7] * num_tokens, 16, capability_hash)
+            # As of a client that resumes: nobody knows who drew the tokens that it has.
+            self.routes[name] = await self.cluster.route(
+                [7] * num_tokens, 16, None, has_begun=goes_on
+            )
 
         self.tasks[name] = asyncio.create_task(ask())
         await settled()
@@ -149,6 +156,65 @@ async def test_who_gives_up_lets_the_next_one_go(asked: Asked) -> None:
     asked.tasks["long"].cancel()
     await settled()
     assert asked.where()["next"] == "prefill"
+
+
+async def test_who_becomes_next_while_it_looks_is_not_forgotten(clock: Clock) -> None:
+    """The older one turns late between two looks at the clock."""
+    turns = Turns(LATE_S)
+    older, younger = Turn(turns, since_s=0.0), Turn(turns, since_s=0.3)
+    tasks = [asyncio.create_task(older.hold())]
+    await settled()
+    clock.coming_s = [LATE_S, LATE_S + 0.01]
+    tasks.append(asyncio.create_task(younger.hold()))
+    await settled()
+    assert tasks[1].done()
+    tasks[0].cancel()
+
+
+async def test_a_doubt_about_the_prefill_worker_does_not_send_all_to_its_partner(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        await asked.ask(f"n{number}")
+    with_all = asked.cluster.snapshots
+    monkeypatch.setattr(
+        asked.cluster,
+        "snapshots",
+        lambda: [replace(each, suspect=each.role == "prefill") for each in with_all()],
+    )
+    await asked.ended("n0")
+    assert list(asked.where().values()).count("both") == 2
+    monkeypatch.setattr(asked.cluster, "snapshots", with_all)
+    for name in ("n1", "n2"):
+        await asked.ended(name)
+    assert list(asked.where().values()).count("prefill") == 4
+    assert asked.cluster.num_waiting == 20 - len(asked.routes)
+
+
+async def test_when_a_worker_is_back_the_held_look_for_room_one_after_another(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look costs a millisecond of the loop: thousands at once would stop all streams."""
+    for number in range(20):
+        await asked.ask(f"n{number}")
+    num_looks = 0
+
+    async def locate(*_: object) -> dict[str, int]:
+        nonlocal num_looks
+        num_looks += 1
+        return {}
+
+    monkeypatch.setattr(asked.cluster, "_locate", locate)
+    with_all = asked.cluster.snapshots
+    monkeypatch.setattr(
+        asked.cluster, "snapshots", lambda: [replace(each, suspect=True) for each in with_all()]
+    )
+    await asked.ended("n0")
+    await asked.ask("newcomer")
+    assert num_looks == 0 and asked.cluster.num_waiting == 18
+    monkeypatch.setattr(asked.cluster, "snapshots", with_all)
+    await asked.ended("n1")
+    assert list(asked.routes)[3:] == ["n3", "n4"] and num_looks <= 4
 
 
 async def test_who_waits_for_another_worker_keeps_nobody_waiting(

@@ -79,7 +79,7 @@ def test_a_prompt_is_sealed_and_checked_with_sums_that_were_started(bench: SumsB
     while not bench.tokens[0]:
         bench.step()
     sums = bench.sums
-    assert sums.started == [table[:4], table[4:8], table[:8], table[8:9]]
+    assert sums.started == [table[:4], table[4:8], table[:9]]
     assert sums.taken == sums.started and not sums.made_at_once
     bench.check_digests(table[:9])
     bench.run()
@@ -90,7 +90,7 @@ def test_a_block_spoiled_under_the_last_step_is_found_before_a_token_leaves(
     bench: SumsBench,
 ) -> None:
     sequence = bench.start_prompt()
-    while len(bench.sums.started) < 4:
+    while len(bench.sums.started) < 3:
         bench.step()
     assert sequence.num_steps_in_flight == 1 and not bench.tokens[0]
     bench.cache.tensors[0][sequence.block_tables[0][2]].add_(1.0)
@@ -98,6 +98,18 @@ def test_a_block_spoiled_under_the_last_step_is_found_before_a_token_leaves(
     assert isinstance(bench.failures[0], DigestMismatch)
     assert not bench.tokens[0]
     assert bench.engine._counters["digest_mismatches"] == 1
+
+
+def test_all_chunks_of_a_step_are_started_at_once(bench: SumsBench) -> None:
+    first = bench.start(0, PROMPT[:9], sampling(1, 2))
+    second = bench.start(1, PROMPT[9:14], sampling(2, 2))
+    bench.step()
+    tables = [list(sequence.block_tables[0]) for sequence in (first, second)]
+    assert bench.sums.started == [tables[0][:2] + tables[1][:1]]
+    while not (bench.tokens[0] and bench.tokens[1]):
+        bench.step()
+    assert bench.sums.taken == bench.sums.started and not bench.sums.made_at_once
+    bench.check_digests([*tables[0][:2], tables[1][0]])
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
