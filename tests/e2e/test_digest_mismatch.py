@@ -36,9 +36,11 @@ FAULTS = {
     "corrupted_while_computing": Fault(
         "corrupt_sealed_block,slow_steps", num_chunks=15, num_mismatches=1
     ),
-    # Slow pulls: the reader would notice only after a first token drawn from the bad block.
+    # Slow pulls: the reader would notice only after a first token drawn from the bad block. Three
+    # chunks, because on a GPU the second has been launched when the first is sealed: it may have
+    # read the block by then.
     "corrupted_before_first_token": Fault(
-        "corrupt_own_block", num_chunks=2, num_mismatches=1, found_by="p0", reader="slow_pulls"
+        "corrupt_own_block", num_chunks=3, num_mismatches=1, found_by="p0", reader="slow_pulls"
     ),
 }
 
