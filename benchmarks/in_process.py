@@ -20,8 +20,9 @@ from services.worker.failpoints import Failpoints
 from services.worker.sealing import Sealer
 from services.worker.sequence_table import Slot
 from services.worker.stepper import StepLimits
-from shared.engine.block_sums import BlockSums
+from shared.engine.block_sums import BlockSums, TakeSums
 from shared.engine.model_runner import ModelRunner
+from shared.engine.steps import Step
 from shared.kv.block_pool import BlockPool
 from shared.kv.digest import Uint64Array
 from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
@@ -38,6 +39,10 @@ class NoBlockSums:
 
     def __call__(self, block_ids: Seq[int], group: int = 0) -> Uint64Array:
         return np.zeros((len(block_ids), self._num_kv_heads), np.uint64)
+
+    def start(self, block_ids: Seq[int], group: int = 0, *, behind: Step | None = None) -> TakeSums:
+        sums = self(block_ids, group)
+        return lambda: sums
 
 
 @dataclass

@@ -403,7 +403,7 @@ class EngineLoop:
         if sequence.state in (SequenceState.FINISHED, SequenceState.ABORTED):
             # Another part found a block of it corrupt.
             return
-        if part.start < sequence.num_prompt_tokens:
+        if part.is_chunk:
             self._settle_chunk(part, started_s)
         else:
             self._sealer.seal_computed(sequence, with_digests=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 
 from services.worker.failpoints import Failpoints
-from shared.engine.block_sums import BlockSums, StartableSums, TakeSums
+from shared.engine.block_sums import BlockSums, TakeSums
 from shared.engine.kv_cache import KvCache
 from shared.engine.steps import Step
 from shared.kv import digest as block_digest
@@ -90,9 +90,9 @@ class Sealer:
         self, ranges: Seq[tuple[Sequence, int, int]], behind: Step
     ) -> list[StepSums | None]:
         """Of blocks of each sequence, from an index to another; all at once, for a start costs more
-        than a sum. None where there are no blocks, or sums are made when wanted only."""
+        than a sum. None where there are no blocks."""
         num_blocks = [end - first for _, first, end in ranges]
-        if not sum(num_blocks) or not isinstance(self._block_sums, StartableSums):
+        if not sum(num_blocks):
             return [None] * len(ranges)
         taking = []
         for group in range(self.num_groups):

@@ -56,6 +56,11 @@ class Work:
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    @property
+    def is_chunk(self) -> bool:
+        """Of a prompt; else one token of a sequence that decodes."""
+        return self.start < self.sequence.num_prompt_tokens
+
     def row(self, handle: RowHandle) -> BatchRow:
         """Draws a token when the part reaches the end of what is known of the sequence."""
         sequence, start = self.sequence, self.start
@@ -79,7 +84,7 @@ class StepInFlight:
     """None: it could not be launched; its parts are tried one by one."""
     started_s: float
     chunks: list[Work] = field(default_factory=list)
-    """Of prompts; each other part is one token of a sequence that decodes."""
+    """Those of the parts that are chunks of prompts."""
     orphans: list[list[int]] = field(default_factory=list)
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 
@@ -103,8 +108,6 @@ class Stepper:
         self._failpoints = failpoints
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
-        self._num_decoding = 0
-        """Of the parts that were planned last: they come first."""
 
     def plan(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
@@ -116,7 +119,6 @@ class Stepper:
         """
         decoding = self._plan_decode(preempt, blocks_are_coming)
         work = [Work(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
-        self._num_decoding = len(work)
         prefilling = self._table.in_state(SequenceState.PREFILLING)
         if prefilling and self.pacing.may_take_chunks(time.monotonic(), num_decoding=len(decoding)):
             work += self._plan_chunks(prefilling, decoding)
@@ -185,7 +187,8 @@ class Stepper:
         for part in work:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
-        return StepInFlight(work, step, started_s, work[self._num_decoding :])
+        chunks = [part for part in work if part.is_chunk]
+        return StepInFlight(work, step, started_s, chunks)
 
     def collect(self, in_flight: StepInFlight) -> Seq[Drawn]:
         """The token that each part drew, None where it drew none, or why it could not.

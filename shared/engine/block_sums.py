@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ class BlockSums(Protocol):
     def __call__(self, block_ids: Sequence[int], group: int = 0) -> Uint64Array:
         """[n, num_kv_heads] uint64 of blocks that nothing writes to; waits for the result."""
 
-
-@runtime_checkable
-class StartableSums(BlockSums, Protocol):
     def start(
         self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
     ) -> TakeSums:

@@ -145,22 +145,6 @@ def test_a_step_that_could_not_be_launched_is_sealed_with_sums_made_afterwards(
     bench.check_digests(kept)
 
 
-def test_sums_that_cannot_be_started_are_made_when_wanted(bench: SumsBench) -> None:
-    made: list[list[int]] = []
-
-    def plain(block_ids: Seq[int], group: int = 0) -> Uint64Array:
-        made.append(list(block_ids))
-        return bench.right(block_ids, group)
-
-    bench.use(plain)
-    sequence = bench.start_prompt(max_tokens=1)
-    bench.step()
-    [table] = sequence.block_tables
-    bench.run()
-    assert made == [table[:4], table[4:8], table[:8], table[8:9]]
-    bench.check_digests(table[:9])
-
-
 def test_the_host_sums_what_the_step_has_left(bench: SumsBench) -> None:
     bench.use(bench.right)
     sequence = bench.start_prompt(max_tokens=1)
