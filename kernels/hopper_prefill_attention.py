@@ -50,8 +50,20 @@ _PLACES = {64: 2, 128: 3}
 have."""
 _LAYOUT: Any = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _LOG2E = 1.4426950408889634
-_RELEASES = (["3", "6"], ["3", "7"])
-_USABLE = triton.__version__.split(".")[:2] in _RELEASES and not triton.knobs.runtime.interpret
+_RELEASES = ("3.6", "3.7")
+
+
+def problem() -> str | None:
+    """Why this Triton cannot be used; None: it can."""
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter does not run Gluon"
+    if ".".join(triton.__version__.split(".")[:2]) not in _RELEASES:
+        known = " and ".join(_RELEASES)
+        return f"it is known to compile with Triton {known}, and this is {triton.__version__}"
+    return None
+
+
+_USABLE = problem() is None
 
 
 @gluon.jit

@@ -9,7 +9,6 @@ Long chunks on a GPU of compute capability 9.0 go to kernels/hopper_prefill_atte
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,9 +22,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _hopper: ModuleType | None = None
-# A release of Triton may be without the names that it uses.
-with suppress(ImportError, AttributeError):
+_import_error = ""
+try:
     from kernels import hopper_prefill_attention as _hopper
+except (ImportError, AttributeError) as error:
+    # A release of Triton may be without the names that it uses.
+    _import_error = str(error)
 
 _LOG2E = 1.4426950408889634
 
@@ -321,6 +323,12 @@ def prefill_tiles(
         axis=1,
     ).astype(np.int32)
     return tiles[np.argsort(-(tiles[:, 3] + tiles[:, 1]), kind="stable")]
+
+
+def why_not_hopper() -> str | None:
+    """Why the kernel for compute capability 9.0 is never taken, even there; None: it is."""
+    problem: str | None = _import_error if _hopper is None else _hopper.problem()
+    return problem
 
 
 def paged_prefill_attention(

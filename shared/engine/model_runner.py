@@ -369,10 +369,19 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 def _operations(kernels: str, device: torch.device) -> Operations:
     if kernels == "torch":
         return reference_operations()
+    from kernels.prefill_attention import why_not_hopper
     from shared.engine.triton_operations import TritonOperations
 
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return TritonOperations(overlaps=is_hopper)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    problem = why_not_hopper() if capability == (9, 0) else None
+    if problem is not None:
+        log_event(
+            logger,
+            logging.WARNING,
+            "long prompts are computed by the slower kernel of attention",
+            message=problem,
+        )
+    return TritonOperations(overlaps=capability >= (9, 0))
 
 
 def _numerics(device: torch.device, kernels: str) -> str:

@@ -88,6 +88,18 @@ def test_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper.covers(**_inputs()) is not triton.knobs.runtime.interpret
 
 
+def test_says_why_it_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert prefill_attention.why_not_hopper() is None
+    monkeypatch.setattr(triton, "__version__", "3.6.0+cu130.1")
+    assert prefill_attention.why_not_hopper() is None
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    assert "4.0.0" in (prefill_attention.why_not_hopper() or "")
+    monkeypatch.setattr(prefill_attention, "_hopper", None)
+    monkeypatch.setattr(prefill_attention, "_import_error", "no name tma")
+    assert prefill_attention.why_not_hopper() == "no name tma"
+
+
 def test_a_given_configuration_is_that_of_the_other_kernel(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_close: Check
 ) -> None:
