@@ -107,7 +107,12 @@ async def _measure_all(args: argparse.Namespace, model_dir: Path) -> None:
                 "duration_s": args.duration,
                 "ttft_slo_s": workload.ttft_slo_s,
                 "start_s": round(start_s, 1),
-                "flags": {n: str(v) for n, v in vars(args).items() if n != "workloads"},
+                # Without paths, which are those of one machine.
+                "flags": {
+                    n: str(v)
+                    for n, v in vars(args).items()
+                    if n != "workloads" and not isinstance(v, Path)
+                },
                 "environment": environment,
                 "points": [{"rate": run.rate, **run.summary} for run in runs],
             }

@@ -230,7 +230,8 @@ async def _soak(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
         "killed": victim,
         "restart_s": restart_s,
         "memory_mib": memory.summary(),
-        "flags": {name: str(value) for name, value in vars(args).items()},
+        # Without paths, which are those of one machine.
+        "flags": {n: str(v) for n, v in vars(args).items() if not isinstance(v, Path)},
         "environment": environment,
     }
 
