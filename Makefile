@@ -111,7 +111,7 @@ docker-build: ## Build the image (GPU=1 for the CUDA one); from wheelhouse/ if t
 up: docker-build ## Start the containers: gRPC on PORT=50051, HTTP on HTTP_PORT=8000
 	$(COMPOSE_ON_NODE) up -d --no-build
 	@for try in {1..60}; do $(COMPOSE_ON_NODE) exec -T gateway \
-	    python -m services.launcher.health 127.0.0.1:50051 --service gateway 2>/dev/null \
+	    baton health 127.0.0.1:50051 --service gateway 2>/dev/null \
 	    && exit 0; sleep 1; done; echo "the gateway does not serve; see make logs" >&2; exit 1
 	@echo "gRPC on $$($(COMPOSE_ON_NODE) port gateway 50051)," \
 	    "HTTP on $$($(COMPOSE_ON_NODE) port gateway 8000)"

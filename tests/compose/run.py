@@ -19,7 +19,7 @@ from pathlib import Path
 from baton.v1.inference_service_pb2 import WorkerStatus
 
 from tests.compose.client import Client
-from tests.compose.project import ROOT, EngineMissing, Project, wait_until
+from tests.compose.project import ROOT, CommandFailed, EngineMissing, Project, wait_until
 from tests.e2e.harness import Result
 
 WORKERS = ("prefill", "decode")
@@ -103,7 +103,17 @@ class Steps:
             started["redis"] < min(started[role] for role in WORKERS) < started["gateway"],
             f"redis before the workers before the gateway: {started}",
         )
+        for role in WORKERS:
+            check(not self._passes_without_anybody(role), f"{role}: a check of nobody fails")
         return f"only the gateway is published: {published['gateway']}"
+
+    def _passes_without_anybody(self, role: str) -> bool:
+        """What the container's own check says of a port where nobody listens."""
+        try:
+            self._project.compose("exec", "-T", role, "baton", "health", "127.0.0.1:1")
+        except CommandFailed:
+            return False
+        return True
 
     def ask(self) -> str:
         with self._client() as client:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from services.launcher import __main__ as launcher
 from services.launcher.health import SERVICES
 from shared.rpc.flags import variable_name
 from tests.device import ROOT, process_environment
@@ -128,14 +130,26 @@ def test_the_roles_take_their_settings(
         assert (args.host, str(args.model)) == ("0.0.0.0", "/models/demo")
         assert args.drain_s < float(service["stop_grace_period"].removesuffix("s"))
         health = service["healthcheck"]["test"]
-        assert health[3] == "services.launcher.health" and health[-1] in SERVICES
-        assert (health[4], health[-1]) == (f"127.0.0.1:{args.port}", role)
+        address = f"127.0.0.1:{args.port}"
+        assert health == ["CMD", "baton", "health", address, "--service", role]
+        assert role in SERVICES
         if role in WORKERS:
             assert (args.role, args.device) == (role, device)
             assert f"pools:{args.shm_dir}" in service["volumes"]
         else:
             inside = [port.rpartition(":")[2] for port in service["ports"]]
             assert inside == [str(args.port), str(args.http_port)]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_health_check_fails_where_nobody_serves(role: str, cpu: Any) -> None:
+    """A check that asks nobody would pass, and everything would start at once."""
+    kind, program, *arguments = cpu["services"][role]["healthcheck"]["test"]
+    assert (kind, program) == ("CMD", "baton")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments[1] = nobody
+    assert launcher.main(arguments) == 1
 
 
 def test_pools_are_memory_that_all_workers_share(cpu: Any) -> None:
