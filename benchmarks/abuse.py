@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.environment import describe_environment
 from benchmarks.interrupt import exit_code
 from benchmarks.stack import ROOT, StackFailed, StackOptions, private_mib, running
 from services.launcher.plan import RoleCounts, StackConfig
@@ -115,7 +116,8 @@ def main() -> int:
     print(table(rows))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        result = {"environment": describe_environment(), "rows": [asdict(row) for row in rows]}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

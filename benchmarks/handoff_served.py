@@ -22,9 +22,10 @@ from typing import Any
 import grpc
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 
-from benchmarks.load.drivers import request_of
 from benchmarks.stack import StackOptions, running
+from benchmarks.stream_clients import token_times
 from services.launcher.plan import RoleCounts, StackConfig
+from shared.engine.config import load_model_config
 
 _NUM_TOKENS = 8
 _WARM_UP = 3
@@ -74,9 +75,7 @@ async def _measure(
     measured = {}
     async with running(options) as stack, grpc.aio.insecure_channel(stack.address) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)
-        vocab_size = json.loads((options.config.model_dir / "config.json").read_text())[
-            "vocab_size"
-        ]
+        vocab_size = load_model_config(options.config.model_dir).vocab_size
         for num_tokens in prompts:
             times = [
                 await _ask(stub, num_tokens, vocab_size) for _ in range(_WARM_UP + repetitions)
@@ -90,10 +89,7 @@ async def _ask(stub: Any, num_tokens: int, vocab_size: int) -> tuple[float, floa
     """Seconds to the first token, and from it to the second."""
     prompt = random.choices(range(vocab_size), k=num_tokens)
     started_s = time.monotonic()
-    arrivals: list[float] = []
-    async for response in stub.Generate(request_of(prompt, _NUM_TOKENS)):
-        if response.HasField("chunk"):
-            arrivals += [time.monotonic()] * len(response.chunk.token_ids)
+    arrivals = await token_times(stub, prompt, _NUM_TOKENS)
     return arrivals[0] - started_s, arrivals[1] - arrivals[0]
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import grpc
 import uvloop
-from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
+from baton.v1 import inference_service_pb2_grpc
 
+from benchmarks.load.drivers import request_of
 from shared.directory.embedded import dying_with_us
 
 ROOT = Path(__file__).parents[1]
@@ -84,12 +85,8 @@ async def _generate(
     prompt: Sequence[int],
     max_tokens: int,
 ) -> list[int]:
-    request = inference_service_pb2.GenerateRequest(
-        token_ids=inference_service_pb2.TokenIds(token_ids=prompt),
-        sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
-    )
     token_ids: list[int] = []
-    async for response in stub.Generate(request):
+    async for response in stub.Generate(request_of(prompt, max_tokens)):
         if response.HasField("chunk"):
             token_ids += response.chunk.token_ids
     return token_ids

@@ -157,7 +157,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--batches", type=_ints, default=[1, 32, 128, 256], help="numbers of streams")
     add("--context", type=int, default=1024, help="tokens of each prompt")
-    add("--steps", type=int, default=256, help="decode steps to measure, at least")
+    add("--steps", type=int, default=256, help="decode steps to measure, at most")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--model", type=Path, help="default: a dummy of --shape")

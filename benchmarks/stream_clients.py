@@ -67,16 +67,19 @@ def _own_pid(pause_s: float) -> int:
 
 
 def _ask(address: str, prompts: Prompts, num_tokens: int) -> Arrivals:
-    async def ask(stub: Any, prompt: Sequence[int]) -> list[float]:
-        came: list[float] = []
-        async for response in stub.Generate(request_of(prompt, num_tokens)):
-            if response.HasField("chunk"):
-                came += [time.monotonic()] * len(response.chunk.token_ids)
-        return came
-
     async def ask_all() -> Arrivals:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = pb_grpc.InferenceServiceStub(channel)
-            return list(await asyncio.gather(*(ask(stub, prompt) for prompt in prompts)))
+            asking = (token_times(stub, prompt, num_tokens) for prompt in prompts)
+            return list(await asyncio.gather(*asking))
 
     return asyncio.run(ask_all())
+
+
+async def token_times(stub: Any, prompt: Sequence[int], num_tokens: int) -> list[float]:
+    """When each token of an answer came, in seconds of the monotonic clock; greedy."""
+    came: list[float] = []
+    async for response in stub.Generate(request_of(prompt, num_tokens)):
+        if response.HasField("chunk"):
+            came += [time.monotonic()] * len(response.chunk.token_ids)
+    return came

@@ -194,7 +194,9 @@ def protoc_arguments(
 def print_elsewhere(name: str, language: Language, out: Path, package: str) -> None:
     """For a machine that has, or can install, the generators."""
     flags = [flag.format(out=out, package=package) for flag in language.flags]
-    generate = shlex.join(["protoc", "--proto_path=protos", *flags, *CONTRACT])
+    # Python's generator brings a protoc of its own.
+    tool = BUILT_IN_PYTHON.split() if name == "python" else ["protoc"]
+    generate = shlex.join([*tool, "--proto_path=protos", *flags, *CONTRACT])
     if language.named:
         generate = f"{generate} {language.named}"
     installs = [*language.install]

@@ -219,13 +219,14 @@ class Cluster:
 
     def limits(self) -> Limits:
         """As the workers have them; the model's own while none is known."""
-        lengths = [record.model.max_model_len for record in self.records()]
+        records = self.records()
+        lengths = [record.model.max_model_len for record in records]
         pools = [
-            max((s.num_blocks * s.block_size for s in side), default=None)
-            for side in (
-                [s for s in self.snapshots() if s.role != "prefill"],
-                [s for s in self.snapshots() if s.role != "decode"],
+            max(
+                (r.num_blocks * r.capability.block_size for r in records if r.role != other_side),
+                default=None,
             )
+            for other_side in ("prefill", "decode")
         ]
         return Limits(
             vocab_size=self._model.vocab_size,

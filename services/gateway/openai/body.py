@@ -12,7 +12,7 @@ from services.gateway.openai.errors import HttpError
 from shared.rpc.serve import PUBLIC_MESSAGE_BYTES
 
 MAX_BODY_BYTES = PUBLIC_MESSAGE_BYTES
-"""Parsing holds up every other stream; at this size some 0.1 s at worst (a million empty lists)."""
+"""Parsing holds up every other stream; at this size some 0.2 s at worst (a million empty lists)."""
 BODY_LIMIT_S = 30.0
 _MAX_SKIPPED_BYTES = 16 * MAX_BODY_BYTES
 """A body too long is still received, without being kept, up to this size: a client that writes all

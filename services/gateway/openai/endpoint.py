@@ -23,7 +23,6 @@ from services.gateway.openai.guard import (
 from shared.rpc.serve import bare_host, join_address
 
 _BACKLOG = 1024
-_STOP_GRACE_S = 0.5
 _PROBE_AFTER_S = 15
 _PROBE_EVERY_S = 5
 _NUM_PROBES = 3

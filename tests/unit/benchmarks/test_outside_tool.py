@@ -16,6 +16,7 @@ from benchmarks.load.calibrate import capacity_of
 from benchmarks.load.samples import Offered, Sample
 from benchmarks.outside_tool import main
 from tests.device import ROOT, process_environment
+from tests.e2e.launched import is_alive, wait_for
 
 GUIDELLM: dict[str, Any] = {
     "benchmarks": [
@@ -104,16 +105,9 @@ def test_an_interrupt_ends_the_tool_and_what_it_started(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert (process.returncode, told) == (130, "interrupted\n")
-    while any(_is_alive(pid) for pid in pid_path.read_text().split()):
-        time.sleep(0.01)
-
-
-def _is_alive(pid: str) -> bool:
-    """A zombie is not; whoever adopted it may take its time."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    pids = [int(pid) for pid in pid_path.read_text().split()]
+    # Whoever adopted them may take its time.
+    wait_for(lambda: not any(is_alive(pid) for pid in pids))
 
 
 def test_capacity_is_of_all_generators() -> None:

@@ -438,6 +438,7 @@ def test_the_puller_reads_verifies_and_outlives_peers(
         silent = start_peer(env={"UCX_TLS": "tcp"})
         silent.process.send_signal(signal.SIGSTOP)
         puller.submit(silent.job([(0, 0)]))
+        # Until the puller is making the connection; it tells nobody when.
         time.sleep(0.5)
         puller.drop_peer(silent.incarnation)
         assert "dropped" in (results.get(timeout=5).error or "")

@@ -129,6 +129,20 @@ class Bench:
         self.puller.submit(PullJob(1, PEER, [BlockCopy(i, 15 - i) for i in ids], expected))
 
 
+_OVERLAPPED = [
+    "start [3, 1]",
+    "landed [3, 1]",
+    "start [4, 0]",
+    "sum [12, 14]",
+    "landed [4, 0]",
+    "start [5]",
+    "sum [11, 15]",
+    "landed [5]",
+    "sum [10]",
+]
+"""Each piece but the last is summed while the next one is read."""
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
@@ -141,17 +155,7 @@ def test_a_piece_is_summed_while_the_next_is_read(bench: Bench) -> None:
     bench.pull([3, 1, 4, 0, 5])
     result = bench.results.get(timeout=10)
     assert (result.error, result.mismatched) == (None, ())
-    assert bench.log == [
-        "start [3, 1]",
-        "landed [3, 1]",
-        "start [4, 0]",
-        "sum [12, 14]",
-        "landed [4, 0]",
-        "start [5]",
-        "sum [11, 15]",
-        "landed [5]",
-        "sum [10]",
-    ]
+    assert bench.log == _OVERLAPPED
     local = bench.pool.words()[[12, 14, 11, 15, 10]]
     assert np.array_equal(result.local_sums, block_sums(local))
 
@@ -168,20 +172,7 @@ def test_sums_that_can_be_started_are_taken_when_all_has_landed(starting: Bench)
     starting.pull([3, 1, 4, 0, 5])
     result = starting.results.get(timeout=10)
     assert (result.error, result.mismatched) == (None, ())
-    assert starting.log == [
-        "start [3, 1]",
-        "landed [3, 1]",
-        "start [4, 0]",
-        "sum [12, 14]",
-        "landed [4, 0]",
-        "start [5]",
-        "sum [11, 15]",
-        "landed [5]",
-        "sum [10]",
-        "take [12, 14]",
-        "take [11, 15]",
-        "take [10]",
-    ]
+    assert starting.log == [*_OVERLAPPED, "take [12, 14]", "take [11, 15]", "take [10]"]
     local = starting.pool.words()[[12, 14, 11, 15, 10]]
     assert np.array_equal(result.local_sums, block_sums(local))
 
