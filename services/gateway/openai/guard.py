@@ -48,6 +48,7 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, *args: Any, on_refused: OnRefused, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._on_refused = on_refused
+        self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
 
@@ -59,6 +60,8 @@ class GuardedProtocol(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         if self._is_between_requests() and self._head_timer is None:
             self._await_head()
         super().data_received(data)
@@ -114,7 +117,12 @@ class GuardedProtocol(H11Protocol):
                 head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
                 self.transport.write(head.encode() + body)
                 self._on_refused(error.status)
-            self.transport.close()
+                # What still comes is read and dropped: to close before would reset the connection,
+                # and the answer might be lost with it.
+                self._is_refused = True
+                self.transport.write_eof()
+            else:
+                self.transport.close()
             self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def _cut_off(self) -> None:

@@ -54,6 +54,12 @@ async def test_headers_too_large(endpoint: HttpEndpoint, frontend: NullFrontend)
     assert num_refused(frontend) == {"431": 1}
 
 
+async def test_an_answer_reaches_a_client_that_is_still_sending(endpoint: HttpEndpoint) -> None:
+    head = b"GET /health HTTP/1.1\r\nhost: t\r\nx: " + b"a" * 64 * guard.MAX_HEAD_BYTES
+    for _ in range(10):
+        assert Reply(await send(endpoint.address, head)).status == 431
+
+
 @pytest.mark.parametrize(
     "sent",
     [
