@@ -66,7 +66,8 @@ class Deltas:
 
     def __call__(self, name: str, **labels: str) -> float:
         key = (name, frozenset(labels.items()))
-        return scrape(self._address)[key] - self._before.get(key, 0.0)
+        # What never happened has no series yet.
+        return scrape(self._address).get(key, 0.0) - self._before.get(key, 0.0)
 
 
 def make_prompt(seed: int, length: int) -> list[int]:
