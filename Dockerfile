@@ -36,7 +36,9 @@ RUN case "$DEVICE" in \
     && rm -rf include test \
     && find bin ! -name torch_shm_manager -type f -delete
 COPY protos protos
+COPY baton/__init__.py baton/__init__.py
 COPY kernels kernels
+COPY loadtest loadtest
 COPY shared shared
 COPY services services
 RUN mkdir -p shared/gen \

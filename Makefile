@@ -30,7 +30,7 @@ protos: $(STUBS) ## Generate the Python stubs of protos/ into shared/gen
 
 .PHONY: run
 run: install ## Serve the demo model and stream one answer; ONCE=1 stops after it
-	@$(BIN)/python -m services.launcher.run --model $(MODEL) $(if $(filter-out 0,$(ONCE)),--once)
+	@$(BIN)/python -m baton.services.launcher.run --model $(MODEL) $(if $(filter-out 0,$(ONCE)),--once)
 
 .PHONY: test
 test: install ## Run the whole CPU suite (PYTEST_ARGS="-k name" for a part)
@@ -77,7 +77,7 @@ TARGET ?= grpc://127.0.0.1:50051
 REPORT ?= dist/load
 .PHONY: load-test
 load-test: install ## Load on TARGET=grpc://HOST:PORT|http://HOST:PORT; TRACE=file ARGS="--rate 4"
-	@$(BIN)/python -m benchmarks.load --target "$(TARGET)" $(if $(TRACE),--trace "$(TRACE)") \
+	@$(BIN)/python -m baton.loadtest --target "$(TARGET)" $(if $(TRACE),--trace "$(TRACE)") \
 	    --output "$(REPORT)" $(ARGS)
 
 .PHONY: bench-serving
@@ -93,7 +93,7 @@ bench-ab: install ## Prefill + decode against role both at equal resources, with
 .PHONY: trace
 trace: install ## Write a synthetic trace of Mooncake's form to TRACE=file; ARGS="--requests 500"
 	@test -n "$(TRACE)" || { echo "trace: say TRACE=file" >&2; exit 2; }
-	@$(BIN)/python -m benchmarks.load.synthetic_trace $(ARGS) > "$(TRACE)"
+	@$(BIN)/python -m baton.loadtest.synthetic_trace $(ARGS) > "$(TRACE)"
 
 # Containers: `docker compose` or docker-compose, whichever is there. What compose.yaml reads from the
 # environment may be given here as well, MODEL=DIR above all; GPU=1 is for a node with NVIDIA GPUs.
@@ -144,7 +144,7 @@ $(COMPOSE_1_29)/.installed: deploy/compose-1.29.txt
 
 .PHONY: compose-test
 compose-test: install ## Build, start, ask, kill, scale, restart, tear down: on a real Docker engine
-	PYTHONPATH=.:shared/gen $(BIN)/python -m tests.compose.run
+	PYTHONPATH=. $(BIN)/python -m tests.compose.run
 
 # For a build without a package index. The Python of .venv is to be that of the image.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 
+from baton.loadtest.interrupt import exit_code
 from benchmarks import streams
-from benchmarks.interrupt import exit_code
 
 if __name__ == "__main__":
     sys.exit(exit_code(streams.main))

@@ -19,16 +19,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.loadtest.samples import Slo, warnings
+from baton.loadtest.spec import Load
+from baton.services.launcher.plan import RoleCounts
+from baton.shared.engine.config import load_model_config
 from benchmarks.ab_report import METRICS, Comparison, Summary, html, text
 from benchmarks.arrangements import add_stack_flags, measure_rates, stack_options
 from benchmarks.dummy_model import given_or_dummy
-from benchmarks.environment import describe_environment
-from benchmarks.interrupt import exit_code
-from benchmarks.load.samples import Slo, warnings
-from benchmarks.load.spec import Load
 from benchmarks.stack import ROOT, StackFailed, running, set_import_path
-from services.launcher.plan import RoleCounts
-from shared.engine.config import load_model_config
 
 _SEEDS = 1000
 _REQUEST_LIMIT_S = 120.0

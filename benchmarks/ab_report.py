@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report.page import (
+from baton.loadtest.page import (
     charts,
     coloured_table,
     page,
@@ -15,8 +15,8 @@ from benchmarks.report.page import (
     table,
     text_table,
 )
-from benchmarks.report.page import facts as facts_table
-from benchmarks.report.svg import Mark, Series, chart
+from baton.loadtest.page import facts as facts_table
+from baton.loadtest.svg import Mark, Series, chart
 
 Summary = dict[str, Any]
 PD, BOTH = "prefill + decode", "both"

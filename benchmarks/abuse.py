@@ -17,10 +17,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.environment import describe_environment
-from benchmarks.interrupt import exit_code
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.services.launcher.plan import RoleCounts, StackConfig
 from benchmarks.stack import ROOT, StackFailed, StackOptions, private_mib, running
-from services.launcher.plan import RoleCounts, StackConfig
 
 _COMPLETIONS = "/v1/completions"
 _MIB = 1 << 20

@@ -7,10 +7,10 @@ import subprocess
 import time
 
 import grpc
+
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import worker_service_pb2, worker_service_pb2_grpc
-
 from benchmarks.stack import BenchmarkStack, private_mib
 
 _IDLE_S = 30.0

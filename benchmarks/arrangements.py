@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from baton.loadtest.report import Run
+from baton.loadtest.run import run_load
+from baton.loadtest.samples import summarise
+from baton.loadtest.spec import Load
+from baton.services.launcher.plan import RoleCounts, StackConfig
 from benchmarks.dummy_model import SHAPES
-from benchmarks.load.report import Run
-from benchmarks.load.run import run_load
-from benchmarks.load.samples import summarise
-from benchmarks.load.spec import Load
 from benchmarks.stack import BenchmarkStack, StackFailed, StackOptions, cpu_s
-from services.launcher.plan import RoleCounts, StackConfig
 
 ARRANGEMENTS = {
     "replicas": RoleCounts(prefill=0, decode=0, both=2),

@@ -19,7 +19,7 @@ _BF16 = torch.bfloat16
 
 
 def decode_attention() -> Iterator[Point]:
-    from kernels.decode_attention import make_work, paged_decode_attention, plan_decode
+    from baton.kernels.decode_attention import make_work, paged_decode_attention, plan_decode
 
     device = torch.device("cuda")
     mixed = [200 * i + 17 for i in range(1, 33)]
@@ -57,8 +57,8 @@ def decode_attention() -> Iterator[Point]:
 
 def prefill_attention() -> Iterator[Point]:
     """What the engine runs; beside it, where that is another kernel, the one in Triton."""
-    from kernels import hopper_prefill_attention as hopper
-    from kernels.prefill_attention import (
+    from baton.kernels import hopper_prefill_attention as hopper
+    from baton.kernels.prefill_attention import (
         PrefillConfig,
         block_m_for,
         paged_prefill_attention,
@@ -100,7 +100,7 @@ def prefill_attention() -> Iterator[Point]:
 
 
 def rope_and_store() -> Iterator[Point]:
-    from kernels.rope_store import rope_and_store
+    from baton.kernels.rope_store import rope_and_store
 
     angles = torch.rand(8192, HEAD_DIM // 2, device="cuda")
     cos, sin = angles.cos(), angles.sin()

@@ -28,17 +28,17 @@ from typing import Any
 import torch
 import uvloop
 
-from benchmarks.environment import describe_environment
+from baton.loadtest.drivers import driver_for
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.loadtest.samples import OK, Sample, Watch
+from baton.loadtest.target import Target
+from baton.shared.directory.embedded import EmbeddedValkey, dying_with_us
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
 from benchmarks.in_process import InProcessEngine
-from benchmarks.interrupt import exit_code
-from benchmarks.load.drivers import driver_for
-from benchmarks.load.samples import OK, Sample, Watch
-from benchmarks.load.target import Target
 from benchmarks.served import ROOT, served
 from benchmarks.stack import cpu_s, set_import_path
-from shared.directory.embedded import EmbeddedValkey, dying_with_us
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -196,7 +196,7 @@ def null_stack(model: Path) -> Iterator[tuple[int, dict[str, str]]]:
         common = ["--model", str(model), "--redis-url", valkey.url]
         stack.enter_context(_role("benchmarks.null_worker", *common))
         ports = ["--port", "0", "--http-port", "0", "--log-level", "warning"]
-        gateway, addresses = stack.enter_context(_role("services.gateway", *common, *ports))
+        gateway, addresses = stack.enter_context(_role("baton.services.gateway", *common, *ports))
         uvloop.run(_until_answers(Target.parse(f"http://{addresses['http']}"), model.name))
         yield gateway.pid, addresses
 

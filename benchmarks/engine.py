@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from baton.loadtest.environment import describe_environment
+from baton.shared.engine.config import EngineConfig, ModelConfig
+from baton.shared.engine.model_runner import ModelRunner
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.dummy_model import given_or_dummy
-from benchmarks.environment import describe_environment
 from benchmarks.in_process import InProcessEngine
-from shared.engine.config import EngineConfig, ModelConfig
-from shared.engine.model_runner import ModelRunner
 
 DECODE = [(1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 1024)]
 DECODE += [(1, 8192), (32, 8192)]

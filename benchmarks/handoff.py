@@ -30,16 +30,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
+from baton.loadtest.environment import describe_environment
+from baton.shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from baton.shared.transfer import puller as puller_module
+from baton.shared.transfer.interface import BlockCopy, LocalPool, PeerConnection
+from baton.shared.transfer.nixl import NixlTransport
+from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.v1.kv_service_pb2 import PoolDescription
 from benchmarks.dummy_model import given_or_dummy
-from benchmarks.environment import describe_environment
 from benchmarks.handoff_served import measure_served
-from shared.kv.digest import Uint64Array, block_sums, digests, seeds
-from shared.transfer import puller as puller_module
-from shared.transfer.interface import BlockCopy, LocalPool, PeerConnection
-from shared.transfer.nixl import NixlTransport
-from shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -233,7 +233,7 @@ def _sums_of(pool: LocalPool) -> Callable[[Sequence[int]], Uint64Array]:
     if not pool.memory.is_cuda:
         return lambda ids: block_sums(words[list(ids)])
 
-    from kernels import block_digest
+    from baton.kernels import block_digest
 
     def sums(ids: Sequence[int]) -> Uint64Array:
         on_device = torch.tensor(ids, dtype=torch.int32).to(words.device)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from baton.v1 import inference_service_pb2_grpc as pb_grpc
 
+from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.shared.engine.config import load_model_config
+from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.stack import StackOptions, running
 from benchmarks.stream_clients import token_times
-from services.launcher.plan import RoleCounts, StackConfig
-from shared.engine.config import load_model_config
 
 _NUM_TOKENS = 8
 _WARM_UP = 3

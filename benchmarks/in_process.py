@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
-from baton.v1 import decode_service_pb2
 
-from services.worker import messages as msg
-from services.worker.engine_loop import EngineLoop
-from services.worker.failpoints import Failpoints
-from services.worker.sealing import Sealer
-from services.worker.sequence_table import Slot
-from services.worker.stepper import StepLimits
-from shared.engine.block_sums import BlockSums, TakeSums
-from shared.engine.model_runner import ModelRunner
-from shared.engine.steps import Step
-from shared.kv.block_pool import BlockPool
-from shared.kv.digest import Uint64Array
-from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
-from shared.telemetry import Counters, Trace
+from baton.services.worker import messages as msg
+from baton.services.worker.engine_loop import EngineLoop
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.sequence_table import Slot
+from baton.services.worker.stepper import StepLimits
+from baton.shared.engine.block_sums import BlockSums, TakeSums
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.steps import Step
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.digest import Uint64Array
+from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.telemetry import Counters, Trace
+from baton.v1 import decode_service_pb2
 
 _GATEWAY = "gateway"
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from baton.kernels.linear_table import choose
 from benchmarks.attention_points import decode_attention, prefill_attention, rope_and_store
 from benchmarks.gpu_timing import Call, Point, num_sets_for
 from benchmarks.linear_tune import FORMS, Data
-from kernels.linear_table import choose
 
 HIDDEN, FFN, VOCAB = 4096, 14336, 128256
 _BF16 = torch.bfloat16
@@ -44,7 +44,7 @@ def linear() -> Iterator[Point]:
 
 
 def rms_norm() -> Iterator[Point]:
-    from kernels.rms_norm import rms_norm
+    from baton.kernels.rms_norm import rms_norm
 
     weight = torch.randn(HIDDEN, dtype=_BF16, device="cuda")
     for rows in (1, 32, 256, 2048, 8192):
@@ -69,7 +69,7 @@ def rms_norm() -> Iterator[Point]:
 
 
 def silu_mul() -> Iterator[Point]:
-    from kernels.silu_mul import silu_mul
+    from baton.kernels.silu_mul import silu_mul
 
     for rows in (1, 32, 256, 2048, 8192):
         num_sets = num_sets_for(2 * rows * FFN * 3)
@@ -92,7 +92,7 @@ def silu_mul() -> Iterator[Point]:
 
 
 def block_digest() -> Iterator[Point]:
-    from kernels.block_digest import block_sums
+    from baton.kernels.block_digest import block_sums
 
     num_words = 65536  # 2 MiB in 8 heads
     words = torch.randint(-(2**31), 2**31 - 1, (1024, 8, num_words), device="cuda").to(torch.int32)
@@ -117,7 +117,7 @@ def block_digest() -> Iterator[Point]:
 
 
 def sampling() -> Iterator[Point]:
-    from kernels.sampling import draw, make_sampling_work
+    from baton.kernels.sampling import draw, make_sampling_work
 
     kinds: Sequence[tuple[str, float, int, float]] = [
         ("greedy", 0.0, 0, 1.0),
@@ -169,7 +169,7 @@ def sampling() -> Iterator[Point]:
 
 
 def begin_step() -> Iterator[Point]:
-    from kernels.batch_state import begin_step
+    from baton.kernels.batch_state import begin_step
 
     for count in (1, 256):
         rows = torch.arange(count, dtype=torch.int32, device="cuda")

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from baton.loadtest.environment import describe_environment
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.environment import describe_environment
 from benchmarks.gpu_timing import Point, time_us
 from benchmarks.kernel_points import POINTS
 from benchmarks.linear_tune import tune
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels needs a GPU")
-    output = _output_path(args.output, "linear_table.json" if args.tune else "kernels.json")
+    output = _output_path(args.output, "linear_table.json" if args.tune else "baton.kernels.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.tune:
         result = {"environment": describe_environment(), **tune(args.budget)}

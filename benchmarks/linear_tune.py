@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baton.kernels.linear_table import M_BUCKETS, Config
 from benchmarks.gpu_timing import num_sets_for, time_us
-from kernels.linear_table import M_BUCKETS, Config
 
 _EPS = 1e-5
 _SMEM_BYTES = 227 * 1024
@@ -65,7 +65,7 @@ class Data:
         self.norm_weight = _random(form.k)
 
     def skinny(self, form: Form, rows: int, config: Config) -> Callable[[int], object]:
-        from kernels.skinny_linear import skinny_linear
+        from baton.kernels.skinny_linear import skinny_linear
 
         x, out = self._buffers(form, rows)
         return lambda i: skinny_linear(
@@ -82,8 +82,8 @@ class Data:
 
     def library(self, form: Form, rows: int) -> Callable[[int], object]:
         """cuBLAS between the separate kernels for norm and activation."""
-        from kernels.rms_norm import rms_norm
-        from kernels.silu_mul import silu_mul
+        from baton.kernels.rms_norm import rms_norm
+        from baton.kernels.silu_mul import silu_mul
 
         x, out = self._buffers(form, rows)
         y = torch.empty(rows, form.n, dtype=torch.bfloat16, device="cuda")
@@ -101,7 +101,7 @@ class Data:
 
     def is_right(self, form: Form, rows: int, config: Config) -> bool:
         """Whether a configuration's result on new data is that of torch in float32."""
-        from kernels.skinny_linear import skinny_linear
+        from baton.kernels.skinny_linear import skinny_linear
 
         x = _random(rows, form.k)
         weight = self.weights[0][:2048]
@@ -129,7 +129,7 @@ class Data:
         return bool(error < 2e-2)
 
     def norm(self, rows: int) -> Callable[[int], object]:
-        from kernels.rms_norm import rms_norm
+        from baton.kernels.rms_norm import rms_norm
 
         x, _ = self._buffers(self.form, rows)
         out = torch.empty_like(x[0])

@@ -18,16 +18,16 @@ from itertools import count
 from pathlib import Path
 
 import uvloop
-from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
 
-from services.decode.server import DecodeEvents, DecodeServicer
-from services.worker.directory_sync import DirectorySync
-from shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
-from shared.engine.config import load_model_config
-from shared.kv.capability import Capability
-from shared.kv.sequence import AttemptKey, FinishReason, Sequence
-from shared.rpc.convert import FINISH_REASON_TO_PB
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, stop_event
+from baton.services.decode.server import DecodeEvents, DecodeServicer
+from baton.services.worker.directory_sync import DirectorySync
+from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
+from baton.shared.engine.config import load_model_config
+from baton.shared.kv.capability import Capability
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.rpc.convert import FINISH_REASON_TO_PB
+from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, stop_event
+from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
 
 _NUM_BLOCKS = 1 << 20
 _BLOCK_SIZE = 16

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import describe_environment
-from benchmarks.interrupt import exit_code
-from benchmarks.load.calibrate import null_server
-from benchmarks.load.run import run_load
-from benchmarks.load.samples import summarise
-from benchmarks.load.spec import Load, LoadError
-from benchmarks.load.target import Target, probe
-from benchmarks.report.page import text_table
+from baton.loadtest.calibrate import null_server
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.loadtest.page import text_table
+from baton.loadtest.run import run_load
+from baton.loadtest.samples import summarise
+from baton.loadtest.spec import Load, LoadError
+from baton.loadtest.target import Target, probe
 
 _LIMIT_S = 300.0
 _END_S = 5.0

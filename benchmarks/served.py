@@ -13,10 +13,10 @@ from pathlib import Path
 
 import grpc
 import uvloop
-from baton.v1 import inference_service_pb2_grpc
 
-from benchmarks.load.drivers import request_of
-from shared.directory.embedded import dying_with_us
+from baton.loadtest.drivers import request_of
+from baton.shared.directory.embedded import dying_with_us
+from baton.v1 import inference_service_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +30,9 @@ def served(
 
     `counts`: other roles, as flags of `baton up`.
     """
-    command = [sys.executable, "-m", "services.launcher", "up", "--model", str(model)]
+    command = [sys.executable, "-m", "baton.services.launcher", "up", "--model", str(model)]
     command += ["--port", "0", "--dtype", "float32", "--device", "cpu", *counts]
-    paths = [str(ROOT), str(ROOT / "shared" / "gen"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

@@ -21,15 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.shared.engine.config import EngineConfig, load_model_config
+from baton.shared.engine.model_runner import ModelRunner
 from benchmarks.dummy_model import SHAPES, given_or_dummy
-from benchmarks.environment import describe_environment
 from benchmarks.in_process import InProcessEngine, random_prompts
-from benchmarks.interrupt import exit_code
 from benchmarks.stack import ROOT, StackFailed, StackOptions, running
 from benchmarks.stream_clients import Arrivals, StreamClients
-from services.launcher.plan import RoleCounts, StackConfig
-from shared.engine.config import EngineConfig, load_model_config
-from shared.engine.model_runner import ModelRunner
 
 RESULTS = ROOT / "benchmarks" / "results"
 _NUM_WARM_UP = 8

@@ -25,6 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.loadtest.report import Report, Run
+from baton.loadtest.samples import warnings
+from baton.loadtest.spec import Load
+from baton.shared.engine.config import load_model_config
 from benchmarks.arrangements import (
     ARRANGEMENTS,
     add_stack_flags,
@@ -32,11 +38,6 @@ from benchmarks.arrangements import (
     stack_options,
 )
 from benchmarks.dummy_model import given_or_dummy
-from benchmarks.environment import describe_environment
-from benchmarks.interrupt import exit_code
-from benchmarks.load.report import Report, Run
-from benchmarks.load.samples import warnings
-from benchmarks.load.spec import Load
 from benchmarks.recorded import VLLM, Recorded
 from benchmarks.stack import (
     ROOT,
@@ -46,7 +47,6 @@ from benchmarks.stack import (
     running,
     set_import_path,
 )
-from shared.engine.config import load_model_config
 
 RESULTS = ROOT / "benchmarks" / "results"
 TPOT_SLOS_S = (0.010, 0.025)

@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from baton.loadtest.drivers import request_of
+from baton.loadtest.environment import describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.shared.engine.config import load_model_config
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
-
 from benchmarks.aftermath import MemoryWatch, leftovers
 from benchmarks.dummy_model import SHAPES, given_or_dummy
-from benchmarks.environment import describe_environment
-from benchmarks.interrupt import exit_code
-from benchmarks.load.drivers import request_of
 from benchmarks.stack import (
     ROOT,
     BenchmarkStack,
@@ -43,8 +45,6 @@ from benchmarks.stack import (
     running,
     set_import_path,
 )
-from services.launcher.plan import RoleCounts, StackConfig
-from shared.engine.config import load_model_config
 
 _NUM_PREFIXES = 8
 _SHARING = 1 / 3

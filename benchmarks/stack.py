@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from services.launcher.plan import GATEWAY, RoleSpec, StackConfig
-from services.launcher.private_dir import private_dir, shared_memory_root
-from services.launcher.role_process import Misconfigured, RoleProcess
-from services.launcher.stack import Stack
+from baton.services.launcher.plan import GATEWAY, RoleSpec, StackConfig
+from baton.services.launcher.private_dir import private_dir, shared_memory_root
+from baton.services.launcher.role_process import Misconfigured, RoleProcess
+from baton.services.launcher.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 _NUM_KEPT_LINES = 400
@@ -99,7 +99,7 @@ class BenchmarkStack(Stack):
                 is_child = _parent(command_path.parent) == os.getpid()
             except OSError:
                 continue
-            if is_child and "services.gateway" in command:
+            if is_child and "baton.services.gateway" in command:
                 found[GATEWAY] = int(command_path.parent.name)
             elif is_child and "--worker-id" in command:
                 name = names.get(command[command.index("--worker-id") + 1])
@@ -144,7 +144,7 @@ async def running(options: StackOptions) -> AsyncIterator[BenchmarkStack]:
 
 def set_import_path() -> None:
     """For processes that are started from here: this tree, installed or not."""
-    paths = [str(ROOT), str(ROOT / "shared" / "gen"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
 

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-from baton.v1 import inference_service_pb2_grpc as pb_grpc
 
-from benchmarks.load.drivers import request_of
+from baton.loadtest.drivers import request_of
+from baton.v1 import inference_service_pb2_grpc as pb_grpc
 
 _STREAMS_PER_CLIENT = 64
 _PAUSE_S = 0.2

@@ -29,13 +29,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.environment import OtherLoad, describe_environment
-from benchmarks.interrupt import exit_code
-from benchmarks.plain_loop import PlainLoop
+from baton.loadtest.environment import OtherLoad, describe_environment
+from baton.loadtest.interrupt import exit_code
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import SamplingParams
 from benchmarks.served import ROOT, generate_all, served
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
 
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO_MODEL = ROOT / "models" / "demo"

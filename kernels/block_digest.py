@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference_sampling import random_bits
+from baton.kernels.reference_sampling import random_bits
 
 _NUM_SMS = 132
 

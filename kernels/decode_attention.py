@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_plan import (
+from baton.kernels.decode_plan import (
     ITEM_FIELDS,
     DecodeConfig,
     DecodeWork,

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _hopper: ModuleType | None = None
 _import_error = ""
 try:
-    from kernels import hopper_prefill_attention as _hopper
+    from baton.kernels import hopper_prefill_attention as _hopper
 except (ImportError, AttributeError) as error:
     # A release of Triton may be without the names that it uses.
     _import_error = str(error)

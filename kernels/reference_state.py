@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.reference_sampling import random_bits, sample
+from baton.kernels.reference_sampling import random_bits, sample
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 

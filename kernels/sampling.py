@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.block_digest import mix64
-from kernels.sampling_limits import first_best, limits, scaled_logits
+from baton.kernels.block_digest import mix64
+from baton.kernels.sampling_limits import first_best, limits, scaled_logits
 
 _MAX_SPLITS = 128
 _MAX_VOCAB = 1 << 18  # of weights up to 2⁴⁴ in 63 bits

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.linear_table import Config, guess
-from kernels.skinny_linear_jit import dot_kernel, fma_kernel
+from baton.kernels.linear_table import Config, guess
+from baton.kernels.skinny_linear_jit import dot_kernel, fma_kernel
 
 _MAX_PARTIALS = 8 * 2**20
 _MAX_TILES = 8192

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.silu_mul import silu
+from baton.kernels.silu_mul import silu
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -24,8 +24,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from shared.rpc.flags import add_flag, optional_port
-from shared.rpc.serve import bare_host, join_address
+from baton.shared.rpc.flags import add_flag, optional_port
+from baton.shared.rpc.serve import bare_host, join_address
 
 SECONDS_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),

@@ -25,10 +25,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from shared.rpc.flags import add_flag
+from baton.shared.rpc.flags import add_flag
 
 if TYPE_CHECKING:
-    from shared.kv.sequence import AttemptKey
+    from baton.shared.kv.sequence import AttemptKey
 
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -41,7 +41,7 @@ ENGINE: dict[str, Any] = (
 def process_environment(**more: str) -> dict[str, str]:
     """For the processes that tests start: one thread, the modules of this tree, `ENGINE` by
     environment variables, which flags override."""
-    paths = [str(ROOT), str(ROOT / "shared" / "gen"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     # It is for the kernels of this process.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     flags = {f"BATON_{name.upper()}": str(value) for name, value in ENGINE.items()}

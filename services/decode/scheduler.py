@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from shared.kv.sequence import Sequence, SequenceState
+from baton.shared.kv.sequence import Sequence, SequenceState
 
 
 def running(hosted: Iterable[Sequence]) -> list[Sequence]:

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 import grpc
-from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
 
-from shared.kv.sequence import AttemptKey, Sequence
-from shared.rpc.convert import key_from_pb, key_to_pb, sequence_from_pb
-from shared.rpc.errors import CapabilityMismatch, to_failure
-from shared.rpc.streams import SILENCE_S, until_silence, with_ticks
-from shared.telemetry import log_event
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.rpc.convert import key_from_pb, key_to_pb, sequence_from_pb
+from baton.shared.rpc.errors import CapabilityMismatch, to_failure
+from baton.shared.rpc.streams import SILENCE_S, until_silence, with_ticks
+from baton.shared.telemetry import log_event
+from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The gateway process: `python -m services.gateway --model DIR ...`. Knows nothing of torch."""
+"""The gateway process: `python -m baton.services.gateway --help`. Knows nothing of torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import sys
 from pathlib import Path
 
 import uvloop
-from baton.v1 import inference_service_pb2_grpc
 
-from services.gateway.cluster import Cluster
-from services.gateway.drain import drain
-from services.gateway.frontend import Frontend
-from services.gateway.openai.app import build_app
-from services.gateway.openai.endpoint import HttpEndpoint
-from services.gateway.router import LocalPrefill
-from services.gateway.server import InferenceServicer
-from services.gateway.tokenizer import TextCodec
-from shared.directory.directory import DirectoryMisconfigured
-from shared.engine.config import ModelConfig, ModelError, load_model_config, served_name
-from shared.metrics import MetricsServer, add_metrics_flag
-from shared.rpc.flags import add_flag, add_switch, optional_port
-from shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
-from shared.telemetry import add_log_flags, configure_logging, log_event
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.drain import drain
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.app import build_app
+from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.services.gateway.router import LocalPrefill
+from baton.services.gateway.server import InferenceServicer
+from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.directory.directory import DirectoryMisconfigured
+from baton.shared.engine.config import ModelConfig, ModelError, load_model_config, served_name
+from baton.shared.metrics import MetricsServer, add_metrics_flag
+from baton.shared.rpc.flags import add_flag, add_switch, optional_port
+from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
+from baton.shared.telemetry import add_log_flags, configure_logging, log_event
+from baton.v1 import inference_service_pb2_grpc
 
 logger = logging.getLogger("gateway")
 
@@ -34,7 +34,7 @@ _READY_POLL_S = 0.05
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m baton.services.gateway", description=__doc__)
     add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
     add_flag(
         parser,

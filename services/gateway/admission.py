@@ -9,11 +9,10 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from baton.shared.kv.sequence import SamplingParams
+from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
-
-from shared.kv.sequence import SamplingParams
-from shared.rpc.errors import InvalidField, NoTokenizer
 
 Encode = Callable[[str], Awaitable[Sequence[int]]]
 

@@ -16,8 +16,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shared.engine.config import ModelError
-from shared.rpc.errors import InvalidField
+from baton.shared.engine.config import ModelError
+from baton.shared.rpc.errors import InvalidField
 
 
 @dataclass(frozen=True)

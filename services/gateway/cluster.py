@@ -14,22 +14,22 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import grpc
-from baton.v1 import decode_service_pb2
 
-from services.gateway.admission import Limits
-from services.gateway.links import DecodeLink
-from services.gateway.router import LocalPrefill, Route, WorkerSnapshot, choose, longest_run
-from services.gateway.turns import Turn, Turns
-from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
-from shared.directory.keys import WORKER_TTL_S
-from shared.directory.ledger import Stage
-from shared.directory.workers import WorkerRecord
-from shared.engine.config import ModelConfig
-from shared.kv.block_hash import extend_hashes, is_boundary, root_hash
-from shared.kv.sequence import num_blocks_for
-from shared.rpc.errors import InvalidField
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
-from shared.telemetry import log_event
+from baton.services.gateway.admission import Limits
+from baton.services.gateway.links import DecodeLink
+from baton.services.gateway.router import LocalPrefill, Route, WorkerSnapshot, choose, longest_run
+from baton.services.gateway.turns import Turn, Turns
+from baton.shared.directory.directory import Directory, DirectoryUnavailable, open_directory
+from baton.shared.directory.keys import WORKER_TTL_S
+from baton.shared.directory.ledger import Stage
+from baton.shared.directory.workers import WorkerRecord
+from baton.shared.engine.config import ModelConfig
+from baton.shared.kv.block_hash import extend_hashes, is_boundary, root_hash
+from baton.shared.kv.sequence import num_blocks_for
+from baton.shared.rpc.errors import InvalidField
+from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from baton.shared.telemetry import log_event
+from baton.v1 import decode_service_pb2
 
 logger = logging.getLogger(__name__)
 

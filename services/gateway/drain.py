@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from services.gateway.frontend import Frontend
-from services.gateway.openai.endpoint import HttpEndpoint
-from shared.rpc.serve import Endpoint, is_orphaned
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.shared.rpc.serve import Endpoint, is_orphaned
 
 _POLL_S = 0.05
 _LEAVING_POLL_S = 0.2

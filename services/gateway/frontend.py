@@ -13,19 +13,18 @@ from contextlib import aclosing
 from itertools import count
 from typing import Any
 
+from baton.services.gateway.admission import check_text, check_token_ids
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.generate import generate
+from baton.services.gateway.metrics import GatewayMetrics
+from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.directory.directory import DirectoryUnavailable
+from baton.shared.engine.config import ModelConfig
+from baton.shared.rpc.convert import ROLE_TO_PB
+from baton.shared.rpc.errors import DeadlineExceeded, Draining, NoTokenizer
+from baton.shared.telemetry import Counters, baton_version
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
-
-from services.gateway.admission import check_text, check_token_ids
-from services.gateway.cluster import Cluster
-from services.gateway.generate import generate
-from services.gateway.metrics import GatewayMetrics
-from services.gateway.tokenizer import TextCodec
-from shared.directory.directory import DirectoryUnavailable
-from shared.engine.config import ModelConfig
-from shared.rpc.convert import ROLE_TO_PB
-from shared.rpc.errors import DeadlineExceeded, Draining, NoTokenizer
-from shared.telemetry import Counters, baton_version
 
 
 class Frontend:

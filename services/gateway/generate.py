@@ -18,12 +18,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from baton.v1 import inference_service_pb2 as pb
-from baton.v1 import prefill_service_pb2, types_pb2
-
-from services.gateway import admission
-from services.gateway.cluster import Cluster
-from services.gateway.links import (
+from baton.services.gateway import admission
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.links import (
     Admitted,
     Event,
     Events,
@@ -32,13 +29,13 @@ from services.gateway.links import (
     Token,
     follow_prefill,
 )
-from services.gateway.metrics import GatewayMetrics
-from services.gateway.report import RequestReport, cause
-from services.gateway.router import Route
-from services.gateway.tokenizer import StreamDecoder, TextCodec
-from shared.kv.sequence import AttemptKey, FinishReason
-from shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb, sampling_to_pb
-from shared.rpc.errors import (
+from baton.services.gateway.metrics import GatewayMetrics
+from baton.services.gateway.report import RequestReport, cause
+from baton.services.gateway.router import Route
+from baton.services.gateway.tokenizer import StreamDecoder, TextCodec
+from baton.shared.kv.sequence import AttemptKey, FinishReason
+from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb, sampling_to_pb
+from baton.shared.rpc.errors import (
     AttemptFailed,
     CapabilityMismatch,
     DigestMismatch,
@@ -47,7 +44,9 @@ from shared.rpc.errors import (
     SourceLost,
     TooManyAttempts,
 )
-from shared.telemetry import Counters, log_event
+from baton.shared.telemetry import Counters, log_event
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import prefill_service_pb2, types_pb2
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,18 @@ from dataclasses import dataclass
 from itertools import count
 
 import grpc
+
+from baton.shared.kv.sequence import AttemptKey, FinishReason
+from baton.shared.rpc.convert import (
+    FINISH_REASON_FROM_PB,
+    duration_from_pb,
+    key_from_pb,
+    key_to_pb,
+)
+from baton.shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
+from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from baton.shared.rpc.streams import SILENCE_S, TICK_S, only_own_cancels, until_silence, with_ticks
+from baton.shared.telemetry import log_event
 from baton.v1 import (
     decode_service_pb2,
     decode_service_pb2_grpc,
@@ -21,18 +33,6 @@ from baton.v1 import (
     prefill_service_pb2_grpc,
     types_pb2,
 )
-
-from shared.kv.sequence import AttemptKey, FinishReason
-from shared.rpc.convert import (
-    FINISH_REASON_FROM_PB,
-    duration_from_pb,
-    key_from_pb,
-    key_to_pb,
-)
-from shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
-from shared.rpc.streams import SILENCE_S, TICK_S, only_own_cancels, until_silence, with_ticks
-from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from services.gateway.cluster import Cluster
-from shared.directory.workers import WorkerRecord
-from shared.kv.sequence import FinishReason
-from shared.metrics import (
+from baton.services.gateway.cluster import Cluster
+from baton.shared.directory.workers import WorkerRecord
+from baton.shared.kv.sequence import FinishReason
+from baton.shared.metrics import (
     SECONDS_BUCKETS,
     TOKENS_BUCKETS,
     counter,
@@ -27,7 +27,7 @@ from shared.metrics import (
     info,
     new_registry,
 )
-from shared.telemetry import Counters
+from baton.shared.telemetry import Counters
 
 
 class GatewayMetrics:

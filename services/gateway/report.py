@@ -8,15 +8,14 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from baton.services.gateway.metrics import GatewayMetrics
+from baton.shared.kv.sequence import FinishReason
+from baton.shared.rpc.errors import BatonError
+from baton.shared.telemetry import log_event
 from baton.v1 import error_details_pb2
 
-from services.gateway.metrics import GatewayMetrics
-from shared.kv.sequence import FinishReason
-from shared.rpc.errors import BatonError
-from shared.telemetry import log_event
-
 if TYPE_CHECKING:
-    from services.gateway.generate import Generation
+    from baton.services.gateway.generate import Generation
 
 logger = logging.getLogger("gateway.request")
 

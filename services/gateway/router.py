@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from shared.kv.block_hash import PREFIX_STRIDE_TOKENS
-from shared.kv.sequence import num_blocks_for
+from baton.shared.kv.block_hash import PREFIX_STRIDE_TOKENS
+from baton.shared.kv.sequence import num_blocks_for
 
 Role = Literal["prefill", "decode", "both"]
 _Rank = TypeVar("_Rank", bound=tuple[int, ...])

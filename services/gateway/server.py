@@ -7,10 +7,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
+
+from baton.services.gateway.frontend import Frontend
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc
-
-from services.gateway.frontend import Frontend
 
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
-from services.gateway.chat_template import ChatTemplate
-from services.gateway.stops import StopFinder
-from shared.engine.config import ModelError
-from shared.rpc.errors import InvalidField
+from baton.services.gateway.chat_template import ChatTemplate
+from baton.services.gateway.stops import StopFinder
+from baton.shared.engine.config import ModelError
+from baton.shared.rpc.errors import InvalidField
 
 _NUM_ENCODING_THREADS = 2
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 
-from services.gateway.router import next_in_turn
+from baton.services.gateway.router import next_in_turn
 
 _since_s = attrgetter("since_s")
 

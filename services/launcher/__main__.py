@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from baton.services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.services.launcher.target import DEFAULT_TARGET
+from baton.shared.rpc.flags import add_flag, add_switch, optional_port
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
-
-from services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
-from services.launcher.target import DEFAULT_TARGET
-from shared.rpc.flags import add_flag, add_switch, optional_port
 
 _MAX_SECONDS = 1e9
 """Some thirty years; deadlines in a far more distant future overflow within gRPC."""
@@ -27,7 +26,7 @@ when a request would succeed. SIGTERM or Ctrl-C drains; once more kills. A role 
 reported and started again. Without --prefill, --decode and --both: one prefill, one decode.
 
 What a worker or the gateway takes beyond these flags is passed on through the environment
-(BATON_TOKEN_BUDGET=1024, say; see python -m services.worker --help).
+(BATON_TOKEN_BUDGET=1024, say; see python -m baton.services.worker --help).
 """
 
 _GENERATE_HELP = """\
@@ -47,21 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     match args.command:
         case "up":
-            from services.launcher.up import run_up
+            from baton.services.launcher.up import run_up
 
             return run_up(stack_config(args))
         case "generate":
-            from services.launcher.generate import run_generate
+            from baton.services.launcher.generate import run_generate
 
             return run_generate(
                 args.target, generate_request(args), as_json=args.json, timeout_s=args.timeout
             )
         case "health":
-            from services.launcher.health import run_health
+            from baton.services.launcher.health import run_health
 
             return run_health(args.target, args.service, args.timeout)
         case _:
-            from services.launcher.status import run_status
+            from baton.services.launcher.status import run_status
 
             return run_status(args.target, as_json=args.json)
 

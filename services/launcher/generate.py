@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from baton.services.launcher.target import connect, report
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
-from google.protobuf.duration_pb2 import Duration
-
-from services.launcher.target import connect, report
 
 EXIT_INTERRUPTED = 130
 

@@ -12,7 +12,7 @@ import sys
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.launcher.target import connect
+from baton.services.launcher.target import connect
 
 SERVICES = {
     "gateway": "baton.v1.InferenceService",

@@ -120,7 +120,7 @@ def _model_argv(config: StackConfig) -> list[str]:
 def _gateway_argv(
     config: StackConfig, redis_url: str, port: int, http_port: int | None
 ) -> tuple[str, ...]:
-    argv = ["-m", "services.gateway"]
+    argv = ["-m", "baton.services.gateway"]
     argv += [*_model_argv(config), "--redis-url", redis_url]
     argv += ["--cluster", config.cluster, "--host", config.host, "--port", str(port)]
     argv += ["--http-port", "none" if http_port is None else str(http_port)]
@@ -135,7 +135,7 @@ def _gateway_argv(
 def _worker_argv(
     config: StackConfig, role: str, worker_id: str, redis_url: str, shm_dir: Path
 ) -> tuple[str, ...]:
-    argv = ["-m", "services.worker", "--role", role, "--worker-id", worker_id]
+    argv = ["-m", "baton.services.worker", "--role", role, "--worker-id", worker_id]
     argv += [*_model_argv(config), "--redis-url", redis_url]
     argv += ["--cluster", config.cluster, "--host", "127.0.0.1", "--port", "0"]
     argv += ["--device", config.device, "--dtype", config.dtype]

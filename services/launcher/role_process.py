@@ -19,16 +19,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from services.launcher.plan import RoleSpec
-from services.launcher.policy import (
+from baton.services.launcher.plan import RoleSpec
+from baton.services.launcher.policy import (
     Verdict,
     describe_exit,
     failures_in_a_row,
     judge_exit,
     pause_s,
 )
-from services.launcher.role_log import RoleLog
-from shared.rpc.serve import LAUNCHER_PID_VARIABLE
+from baton.services.launcher.role_log import RoleLog
+from baton.shared.rpc.serve import LAUNCHER_PID_VARIABLE
 
 _READY = re.compile(r"READY( \w+=\S+)+")
 _LONGEST_LINE_BYTES = 1 << 20

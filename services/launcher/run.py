@@ -10,16 +10,16 @@ from collections import deque
 from pathlib import Path
 
 import grpc
+
+from baton.services.launcher.generate import Answer, stream_answer
+from baton.services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.services.launcher.stack import Stack
+from baton.services.launcher.target import connect, report
+from baton.services.launcher.up import notice_to_stderr, run_stack, to_stderr
+from baton.shared.rpc.flags import add_flag, optional_port
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
-
-from services.launcher.generate import Answer, stream_answer
-from services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
-from services.launcher.stack import Stack
-from services.launcher.target import connect, report
-from services.launcher.up import notice_to_stderr, run_stack, to_stderr
-from shared.rpc.flags import add_flag, optional_port
 
 _PROMPT = "In the beginning"
 _NUM_TOKENS = 96

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+
+from baton.services.launcher.target import connect, report
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
-
-from services.launcher.target import connect, report
 
 _TIMEOUT_S = 10.0
 _ROLES = {

@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.launcher.plan import StackConfig, UsageError
-from services.launcher.policy import EXIT_MISCONFIGURED
-from services.launcher.private_dir import private_dir, shared_memory_root
-from services.launcher.role_process import Misconfigured
-from services.launcher.stack import Stack
-from shared.directory.embedded import ServerFailed, ServerMissing
-from shared.engine.config import ModelError, load_model_config
-from shared.rpc.serve import bare_host, join_address
+from baton.services.launcher.plan import StackConfig, UsageError
+from baton.services.launcher.policy import EXIT_MISCONFIGURED
+from baton.services.launcher.private_dir import private_dir, shared_memory_root
+from baton.services.launcher.role_process import Misconfigured
+from baton.services.launcher.stack import Stack
+from baton.shared.directory.embedded import ServerFailed, ServerMissing
+from baton.shared.engine.config import ModelError, load_model_config
+from baton.shared.rpc.serve import bare_host, join_address
 
 # Starts the stack and uses it; it is stopped when this returns, with this exit code.
 Serve = Callable[[Stack], Awaitable[int]]

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shared.kv.sequence import Sequence
+from baton.shared.kv.sequence import Sequence
 
 
 class Admission(enum.Enum):

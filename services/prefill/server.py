@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 import grpc
-from baton.v1 import prefill_service_pb2, prefill_service_pb2_grpc, types_pb2
 
-from shared.kv.sequence import AttemptKey, Sequence
-from shared.rpc.convert import sequence_from_pb
-from shared.rpc.errors import BatonError, CapabilityMismatch
-from shared.rpc.streams import with_ticks
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.rpc.convert import sequence_from_pb
+from baton.shared.rpc.errors import BatonError, CapabilityMismatch
+from baton.shared.rpc.streams import with_ticks
+from baton.v1 import prefill_service_pb2, prefill_service_pb2_grpc, types_pb2
 
 PrefillEvents = asyncio.Queue[prefill_service_pb2.PrefillResponse | BatonError]
 

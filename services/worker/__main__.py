@@ -1,4 +1,4 @@
-"""A worker process: `python -m services.worker --role prefill|decode|both --model DIR ...`."""
+"""A worker process: `python -m baton.services.worker --role prefill|decode|both --help`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvloop
 
-from shared.engine.config import (
+from baton.shared.engine.config import (
     DEVICES,
     DTYPES,
     KERNELS,
@@ -21,23 +21,31 @@ from shared.engine.config import (
     ModelError,
     served_name,
 )
-from shared.metrics import MetricsServer, add_metrics_flag, new_registry
-from shared.rpc.flags import add_flag, add_switch
-from shared.telemetry import add_log_flags, configure_logging
+from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
+from baton.shared.rpc.flags import add_flag, add_switch
+from baton.shared.telemetry import add_log_flags, configure_logging
 
 logger = logging.getLogger("worker")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m services.worker", description=__doc__)
-    add_flag(
-        parser,
-        "--role",
-        type=str,
-        choices=("prefill", "decode", "both"),
-        required=True,
-        help="which services this worker hosts",
-    )
+def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> argparse.Namespace:
+    """`role`: of a program that has one role only, and no flag for it."""
+    if role is None:
+        prog, description = "python -m baton.services.worker", __doc__
+    else:
+        prog, description = f"python -m baton.services.{role}", f"A worker of role {role}."
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    if role is None:
+        add_flag(
+            parser,
+            "--role",
+            type=str,
+            choices=("prefill", "decode", "both"),
+            required=True,
+            help="which services this worker hosts",
+        )
+    else:
+        parser.set_defaults(role=role)
     add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
     add_flag(
         parser,
@@ -161,8 +169,8 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
     )
 
 
-def main() -> int:
-    args = parse_args()
+def main(*, role: str | None = None) -> int:
+    args = parse_args(role=role)
     configure_logging(
         args.worker_id, role=args.role, log_format=args.log_format, log_level=args.log_level
     )
@@ -173,7 +181,7 @@ def main() -> int:
             metrics = MetricsServer(args.host, args.metrics_port, registry, ready.is_set)
             metrics_address = metrics.address
         # After the flags, so that --help and usage errors don't wait for torch.
-        from services.worker.worker import Worker, WorkerStartError
+        from baton.services.worker.worker import Worker, WorkerStartError
     except OSError as error:
         sys.stderr.write(f"baton worker: {error}\n")
         return 2

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import takewhile
 
-from services.prefill.scheduler import Admission, admission
-from services.worker.sealing import Sealer
-from services.worker.sequence_table import SequenceTable
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import Sequence, num_blocks_for
+from baton.services.prefill.scheduler import Admission, admission
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.sequence_table import SequenceTable
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import Sequence, num_blocks_for
 
 
 class Admitter:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from baton.services.worker.sealing import Sealer, StepSums
+from baton.services.worker.sequence_table import SequenceTable
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import Sequence
+from baton.shared.rpc.errors import BatonError, DigestMismatch
+from baton.shared.telemetry import Counters, log_event
 from baton.v1 import kv_service_pb2 as kv
-
-from services.worker.sealing import Sealer, StepSums
-from services.worker.sequence_table import SequenceTable
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import Sequence
-from shared.rpc.errors import BatonError, DigestMismatch
-from shared.telemetry import Counters, log_event
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ import time
 from collections.abc import Awaitable, Callable
 from itertools import islice
 
-from shared.directory.directory import Directory, DirectoryUnavailable, open_directory
-from shared.directory.keys import LEDGER_TTL_S
-from shared.directory.ledger import LedgerEntry
-from shared.directory.workers import WorkerRecord
-from shared.kv.block_pool import CacheChanges
-from shared.kv.sequence import AttemptKey
-from shared.telemetry import log_event
+from baton.shared.directory.directory import Directory, DirectoryUnavailable, open_directory
+from baton.shared.directory.keys import LEDGER_TTL_S
+from baton.shared.directory.ledger import LedgerEntry
+from baton.shared.directory.workers import WorkerRecord
+from baton.shared.kv.block_pool import CacheChanges
+from baton.shared.kv.sequence import AttemptKey
+from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

@@ -21,27 +21,26 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from baton.v1 import kv_service_pb2 as kv
 from prometheus_client import CollectorRegistry
 
-from services.prefill.scheduler import Admission
-from services.worker import messages as msg
-from services.worker.admission import Admitter
-from services.worker.corruption import CorruptionGuard
-from services.worker.failpoints import Failpoints
-from services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
-from services.worker.inspection import snapshot
-from services.worker.metrics import EngineMetrics
-from services.worker.reports import Reports
-from services.worker.sealing import Sealer
-from services.worker.sequence_table import SequenceTable, Slot
-from services.worker.stepper import StepInFlight, StepLimits, Stepper, Work
-from shared.directory.ledger import Stage
-from shared.engine.model_runner import ModelRunner
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey, Sequence, SequenceState, num_blocks_for
-from shared.rpc.convert import key_from_pb
-from shared.rpc.errors import (
+from baton.services.prefill.scheduler import Admission
+from baton.services.worker import messages as msg
+from baton.services.worker.admission import Admitter
+from baton.services.worker.corruption import CorruptionGuard
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
+from baton.services.worker.inspection import snapshot
+from baton.services.worker.metrics import EngineMetrics
+from baton.services.worker.reports import Reports
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.services.worker.stepper import StepInFlight, StepLimits, Stepper, Work
+from baton.shared.directory.ledger import Stage
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState, num_blocks_for
+from baton.shared.rpc.convert import key_from_pb
+from baton.shared.rpc.errors import (
     AttemptFailed,
     BatonError,
     Cancelled,
@@ -55,8 +54,9 @@ from shared.rpc.errors import (
     SourceLost,
     StaleAttempt,
 )
-from shared.telemetry import Counters, Trace
-from shared.transfer.puller import PullJob
+from baton.shared.telemetry import Counters, Trace
+from baton.shared.transfer.puller import PullJob
+from baton.v1 import kv_service_pb2 as kv
 
 _IDLE_WAIT_S = 0.25
 _OVERDUE_CHECK_S = 0.02

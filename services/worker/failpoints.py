@@ -14,8 +14,8 @@ import os
 import time
 from collections.abc import Sequence
 
-from shared.engine.kv_cache import KvCache
-from shared.telemetry import log_event
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

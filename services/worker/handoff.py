@@ -23,15 +23,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from baton.v1 import kv_service_pb2 as kv
-
-from services.worker.messages import Outgoing, Peer, ToReader, ToSource
-from services.worker.sealing import Sealer
-from shared.kv.block_pool import BlockPool, Digest
-from shared.kv.digest import Uint64Array
-from shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
-from shared.rpc.convert import key_from_pb, key_to_pb
-from shared.rpc.errors import (
+from baton.services.worker.messages import Outgoing, Peer, ToReader, ToSource
+from baton.services.worker.sealing import Sealer
+from baton.shared.kv.block_pool import BlockPool, Digest
+from baton.shared.kv.digest import Uint64Array
+from baton.shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
+from baton.shared.rpc.convert import key_from_pb, key_to_pb
+from baton.shared.rpc.errors import (
     BatonError,
     ClaimBroken,
     DigestMismatch,
@@ -40,9 +38,10 @@ from shared.rpc.errors import (
     from_failure,
     to_failure,
 )
-from shared.telemetry import Counters, Trace, log_event
-from shared.transfer.interface import BlockCopy
-from shared.transfer.puller import ExpectedBlock, PullJob, PullResult
+from baton.shared.telemetry import Counters, Trace, log_event
+from baton.shared.transfer.interface import BlockCopy
+from baton.shared.transfer.puller import ExpectedBlock, PullJob, PullResult
+from baton.v1 import kv_service_pb2 as kv
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import grpc
+
+from baton.services.worker.messages import Peer
+from baton.shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost, from_rpc_error
+from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from baton.shared.rpc.streams import SILENCE_S, only_own_cancels, until_silence, with_ticks
+from baton.shared.telemetry import log_event
 from baton.v1 import kv_service_pb2 as kv
 from baton.v1 import kv_service_pb2_grpc, types_pb2
-
-from services.worker.messages import Peer
-from shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost, from_rpc_error
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
-from shared.rpc.streams import SILENCE_S, only_own_cancels, until_silence, with_ticks
-from shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

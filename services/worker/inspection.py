@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import grpc
-from baton.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
-from services.worker.mailroom import Mailroom
-from services.worker.sequence_table import SequenceTable
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import SequenceState
-from shared.telemetry import Counters
+from baton.services.worker.mailroom import Mailroom
+from baton.services.worker.sequence_table import SequenceTable
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import SequenceState
+from baton.shared.telemetry import Counters
+from baton.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
 
 def snapshot(

@@ -12,17 +12,16 @@ from collections.abc import Callable
 from itertools import count
 from typing import Protocol
 
+from baton.services.decode.server import DecodeEvents
+from baton.services.prefill.server import PrefillEvents
+from baton.services.worker import messages as msg
+from baton.services.worker.directory_sync import DirectorySync
+from baton.services.worker.hold import HoldClient
+from baton.services.worker.sequence_table import Slot
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.rpc.convert import key_from_pb
+from baton.shared.rpc.errors import BatonError, StaleAttempt
 from baton.v1 import kv_service_pb2, types_pb2, worker_service_pb2
-
-from services.decode.server import DecodeEvents
-from services.prefill.server import PrefillEvents
-from services.worker import messages as msg
-from services.worker.directory_sync import DirectorySync
-from services.worker.hold import HoldClient
-from services.worker.sequence_table import Slot
-from shared.kv.sequence import AttemptKey, Sequence
-from shared.rpc.convert import key_from_pb
-from shared.rpc.errors import BatonError, StaleAttempt
 
 
 class EngineView(Protocol):

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from baton.services.worker.sequence_table import Slot
+from baton.shared.directory.ledger import LedgerEntry
+from baton.shared.kv.block_pool import CacheChanges
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.rpc.errors import BatonError
+from baton.shared.transfer.puller import PullResult
 from baton.v1 import decode_service_pb2, kv_service_pb2, prefill_service_pb2, worker_service_pb2
-
-from services.worker.sequence_table import Slot
-from shared.directory.ledger import LedgerEntry
-from shared.kv.block_pool import CacheChanges
-from shared.kv.sequence import AttemptKey, Sequence
-from shared.rpc.errors import BatonError
-from shared.transfer.puller import PullResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from baton.v1 import worker_service_pb2
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from services.worker import messages as msg
-from shared.metrics import (
+from baton.services.worker import messages as msg
+from baton.shared.metrics import (
     BYTES_BUCKETS,
     SECONDS_BUCKETS,
     TOKENS_BUCKETS,
@@ -25,6 +24,7 @@ from shared.metrics import (
     gauges,
     info,
 )
+from baton.v1 import worker_service_pb2
 
 _ANSWER_S = 0.2
 """A scrape does not wait longer for a step to end: it is told the last state then."""

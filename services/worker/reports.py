@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from baton.v1 import decode_service_pb2 as dec
-from baton.v1 import prefill_service_pb2 as pre
-
-from services.worker.handoff import Pull
-from services.worker.messages import (
+from baton.services.worker.handoff import Pull
+from baton.services.worker.messages import (
     LedgerEnd,
     LedgerWrite,
     Outgoing,
@@ -17,11 +14,13 @@ from services.worker.messages import (
     ToGateway,
     ToPrefillStream,
 )
-from services.worker.sequence_table import SequenceTable, Slot
-from shared.directory.ledger import LedgerEntry, Stage
-from shared.kv.sequence import AttemptKey, FinishReason, Sequence
-from shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb
-from shared.rpc.errors import BatonError, to_failure
+from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.shared.directory.ledger import LedgerEntry, Stage
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb
+from baton.shared.rpc.errors import BatonError, to_failure
+from baton.v1 import decode_service_pb2 as dec
+from baton.v1 import prefill_service_pb2 as pre
 
 
 class Reports:

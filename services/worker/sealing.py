@@ -9,15 +9,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
-from services.worker.failpoints import Failpoints
-from shared.engine.block_sums import BlockSums, TakeSums
-from shared.engine.kv_cache import KvCache
-from shared.engine.steps import Step
-from shared.kv import digest as block_digest
-from shared.kv.block_hash import chain_hashes, is_boundary, root_hash
-from shared.kv.block_pool import BlockPool, DigestRow
-from shared.kv.digest import Uint64Array
-from shared.kv.sequence import Sequence
+from baton.services.worker.failpoints import Failpoints
+from baton.shared.engine.block_sums import BlockSums, TakeSums
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.steps import Step
+from baton.shared.kv import digest as block_digest
+from baton.shared.kv.block_hash import chain_hashes, is_boundary, root_hash
+from baton.shared.kv.block_pool import BlockPool, DigestRow
+from baton.shared.kv.digest import Uint64Array
+from baton.shared.kv.sequence import Sequence
 
 
 class _Started:

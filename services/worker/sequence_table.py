@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shared.kv.sequence import AttemptKey, Sequence, SequenceState
+from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState
 
 _ATTEMPTS_REMEMBERED = 100_000
 

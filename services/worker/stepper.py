@@ -13,19 +13,19 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from services.decode import scheduler as decode_policy
-from services.prefill import scheduler as prefill_policy
-from services.prefill.pacing import Pacing
-from services.worker.failpoints import Failpoints
-from services.worker.sealing import StepSums
-from services.worker.sequence_table import SequenceTable
-from shared.engine.batch import Batch, BatchRow, RowHandle
-from shared.engine.model_runner import ModelRunner
-from shared.engine.steps import Step
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import Sequence, SequenceState
-from shared.rpc.errors import EngineFailure
-from shared.telemetry import log_event
+from baton.services.decode import scheduler as decode_policy
+from baton.services.prefill import scheduler as prefill_policy
+from baton.services.prefill.pacing import Pacing
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.sealing import StepSums
+from baton.services.worker.sequence_table import SequenceTable
+from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.steps import Step
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import Sequence, SequenceState
+from baton.shared.rpc.errors import EngineFailure
+from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

@@ -20,36 +20,29 @@ import threading
 import time
 
 import torch
-from baton.v1 import (
-    decode_service_pb2_grpc,
-    kv_service_pb2_grpc,
-    prefill_service_pb2_grpc,
-    worker_service_pb2,
-    worker_service_pb2_grpc,
-)
 from prometheus_client import CollectorRegistry
 
-from services.decode.server import DecodeServicer
-from services.prefill.server import PrefillServicer
-from services.worker import messages as msg
-from services.worker.directory_sync import DirectorySync
-from services.worker.engine_loop import EngineLoop
-from services.worker.failpoints import Failpoints
-from services.worker.hold import KvServicer
-from services.worker.inspection import WorkerServicer
-from services.worker.mailroom import Mailroom
-from services.worker.metrics import EngineMetrics, WorkerCollector
-from services.worker.sealing import Sealer
-from services.worker.stepper import StepLimits
-from shared.directory.directory import DirectoryMisconfigured
-from shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
-from shared.kv.block_pool import BlockPool
-from shared.kv.capability import Capability
-from shared.rpc.convert import ROLE_TO_PB
-from shared.rpc.errors import Draining
-from shared.rpc.serve import (
+from baton.services.decode.server import DecodeServicer
+from baton.services.prefill.server import PrefillServicer
+from baton.services.worker import messages as msg
+from baton.services.worker.directory_sync import DirectorySync
+from baton.services.worker.engine_loop import EngineLoop
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.hold import KvServicer
+from baton.services.worker.inspection import WorkerServicer
+from baton.services.worker.mailroom import Mailroom
+from baton.services.worker.metrics import EngineMetrics, WorkerCollector
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.stepper import StepLimits
+from baton.shared.directory.directory import DirectoryMisconfigured
+from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.capability import Capability
+from baton.shared.rpc.convert import ROLE_TO_PB
+from baton.shared.rpc.errors import Draining
+from baton.shared.rpc.serve import (
     INTERNAL_MESSAGE_BYTES,
     Endpoint,
     bare_host,
@@ -57,13 +50,20 @@ from shared.rpc.serve import (
     join_address,
     stop_event,
 )
-from shared.telemetry import Counters, Trace, baton_version, log_event
-from shared.transfer import nixl_agent
-from shared.transfer.choose import TransportUnavailable, choose_transport
-from shared.transfer.interface import KvTransport, LocalPool, TransferError
-from shared.transfer.nixl import NixlTransport
-from shared.transfer.puller import Puller, PullResult
-from shared.transfer.shm import ShmTransport, sweep_stale
+from baton.shared.telemetry import Counters, Trace, baton_version, log_event
+from baton.shared.transfer import nixl_agent
+from baton.shared.transfer.choose import TransportUnavailable, choose_transport
+from baton.shared.transfer.interface import KvTransport, LocalPool, TransferError
+from baton.shared.transfer.nixl import NixlTransport
+from baton.shared.transfer.puller import Puller, PullResult
+from baton.shared.transfer.shm import ShmTransport, sweep_stale
+from baton.v1 import (
+    decode_service_pb2_grpc,
+    kv_service_pb2_grpc,
+    prefill_service_pb2_grpc,
+    worker_service_pb2,
+    worker_service_pb2_grpc,
+)
 
 logger = logging.getLogger("worker")
 

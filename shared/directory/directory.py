@@ -6,15 +6,15 @@ All of it are hints and records; the process that hosts the memory decides. Ever
 
 from __future__ import annotations
 
-from shared.directory.connection import (
+from baton.shared.directory.connection import (
     Connection,
     DirectoryMisconfigured,
     DirectoryUnavailable,
 )
-from shared.directory.keys import Keys
-from shared.directory.ledger import LEDGER_SCRIPTS, Ledger
-from shared.directory.prefix_index import PREFIX_SCRIPTS, PrefixIndex
-from shared.directory.workers import WORKER_SCRIPTS, WorkerRegistry
+from baton.shared.directory.keys import Keys
+from baton.shared.directory.ledger import LEDGER_SCRIPTS, Ledger
+from baton.shared.directory.prefix_index import PREFIX_SCRIPTS, PrefixIndex
+from baton.shared.directory.workers import WORKER_SCRIPTS, WorkerRegistry
 
 __all__ = [
     "Directory",

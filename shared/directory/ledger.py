@@ -15,9 +15,9 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.directory.connection import Command, Connection, Script
-from shared.directory.keys import LEDGER_TTL_S, TOMBSTONE_TTL_S, Keys, milliseconds
-from shared.kv.sequence import AttemptKey
+from baton.shared.directory.connection import Command, Connection, Script
+from baton.shared.directory.keys import LEDGER_TTL_S, TOMBSTONE_TTL_S, Keys, milliseconds
+from baton.shared.kv.sequence import AttemptKey
 
 # KEYS  1 the entry
 # ARGV  1 attempt, 2 stage, 3 owner's worker id, 4 owner's incarnation, 5 peer's worker id or '',

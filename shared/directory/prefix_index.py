@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shared.directory.connection import Command, Connection, Script
-from shared.directory.keys import PREFIX_TTL_S, Keys, milliseconds
+from baton.shared.directory.connection import Command, Connection, Script
+from baton.shared.directory.keys import PREFIX_TTL_S, Keys, milliseconds
 
 # Bounds how long one script keeps the server from others.
 _KEYS_A_SCRIPT = 64

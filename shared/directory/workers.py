@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from shared.directory.connection import Connection, Script
-from shared.directory.keys import WORKER_TTL_S, Keys, milliseconds
-from shared.kv.capability import Capability
-from shared.telemetry import log_event
+from baton.shared.directory.connection import Connection, Script
+from baton.shared.directory.keys import WORKER_TTL_S, Keys, milliseconds
+from baton.shared.kv.capability import Capability
+from baton.shared.telemetry import log_event
 
 log = logging.getLogger(__name__)
 

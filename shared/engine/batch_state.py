@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.engine.batch import RowHandle
-from shared.engine.sampler import draw_stream
+from baton.shared.engine.batch import RowHandle
+from baton.shared.engine.sampler import draw_stream
 
 Int32s = npt.NDArray[np.int32]
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from shared.engine.kv_cache import KvCache
-from shared.engine.steps import Step
-from shared.kv.digest import Uint64Array, block_sums
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.steps import Step
+from baton.shared.kv.digest import Uint64Array, block_sums
 
 MOST_AT_ONCE = 1024
 """Blocks that one launch sums."""
@@ -72,7 +72,7 @@ class DeviceBlockSums:
     def start(
         self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
     ) -> TakeSums:
-        from kernels.block_digest import block_sums as sums_of_blocks
+        from baton.kernels.block_digest import block_sums as sums_of_blocks
 
         words, num_blocks = self._words[group], len(block_ids)
         # Pinned memory that torch keeps for the next call, and gives out again after the copies.
@@ -99,7 +99,7 @@ class DeviceBlockSums:
 
 
 def _end_of(step: Step) -> torch.cuda.Event:
-    from shared.engine.device_steps import DeviceStep
+    from baton.shared.engine.device_steps import DeviceStep
 
     if not isinstance(step, DeviceStep) or step.done is None:
         raise TypeError(f"{type(step).__name__} is no step of this device")

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.reference import TILE
-from shared.engine.config import ModelConfig
-from shared.engine.operations import Operations
+from baton.kernels.reference import TILE
+from baton.shared.engine.config import ModelConfig
+from baton.shared.engine.operations import Operations
 
 MIN_LINEAR_ROWS = 16
 """Token rows of a step are padded to at least this many."""

@@ -10,8 +10,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from kernels.prefill_attention import block_m_for, prefill_tiles
-from shared.engine.batch import BatchRow
+from baton.kernels.prefill_attention import block_m_for, prefill_tiles
+from baton.shared.engine.batch import BatchRow
 
 Int32s = npt.NDArray[np.int32]
 

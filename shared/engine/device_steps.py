@@ -20,17 +20,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernels.batch_state import begin_step
-from kernels.decode_attention import make_work, plan_decode
-from kernels.sampling import draw, make_sampling_work
-from shared.engine.batch import Batch, BatchRow, RowHandle
-from shared.engine.batch_state import BatchState
-from shared.engine.device_columns import StepColumns, step_columns
-from shared.engine.host_buffers import HostBuffers
-from shared.engine.kv_cache import KvCache
-from shared.engine.steps import Model
-from shared.engine.triton_operations import DevicePlan
-from shared.kv.sequence import SamplingParams
+from baton.kernels.batch_state import begin_step
+from baton.kernels.decode_attention import make_work, plan_decode
+from baton.kernels.sampling import draw, make_sampling_work
+from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.batch_state import BatchState
+from baton.shared.engine.device_columns import StepColumns, step_columns
+from baton.shared.engine.host_buffers import HostBuffers
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.steps import Model
+from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.kv.sequence import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
 

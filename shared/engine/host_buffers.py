@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.batch_state import scatter
-from shared.engine.batch_state import BatchState
+from baton.kernels.batch_state import scatter
+from baton.shared.engine.batch_state import BatchState
 
 _STEPS_IN_FLIGHT = 4
 """More steps than that are never in flight: a buffer's copy is over when its turn comes again."""

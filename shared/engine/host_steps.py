@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels.reference
-from shared.engine import determinism
-from shared.engine.batch import Batch, BatchColumns, RowHandle
-from shared.engine.kv_cache import KvCache
-from shared.engine.sampler import sample_tokens
-from shared.engine.steps import Model
-from shared.kv.sequence import SamplingParams
+from baton.kernels import reference
+from baton.shared.engine import determinism
+from baton.shared.engine.batch import Batch, BatchColumns, RowHandle
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.sampler import sample_tokens
+from baton.shared.engine.steps import Model
+from baton.shared.kv.sequence import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class HostSteps:
         """[at least T, hidden]; rows behind the step's tokens are padding."""
         self._check(columns)
         plans = [
-            kernels.reference.plan_step(
+            reference.plan_step(
                 columns.query_start,
                 columns.context_lens,
                 columns.block_tables[group],

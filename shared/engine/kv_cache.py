@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shared.engine.cache_spec import CacheGroup
+from baton.shared.engine.cache_spec import CacheGroup
 
 
 class KvCache:

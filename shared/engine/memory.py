@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.config import EngineConfig, ModelError
+from baton.shared.engine.config import EngineConfig, ModelError
 
 _POOL_BYTES = 256 * 2**20
 _MAX_POOL_BYTES = 2**30

@@ -12,26 +12,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shared.engine import determinism
-from shared.engine.batch import Batch, BatchRow, RowHandle
-from shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
-from shared.engine.cache_spec import CacheGroup, cache_groups
-from shared.engine.config import (
+from baton.shared.engine import determinism
+from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
+from baton.shared.engine.cache_spec import CacheGroup, cache_groups
+from baton.shared.engine.config import (
     DeviceError,
     EngineConfig,
     ModelConfig,
     load_model_config,
     resolve_max_model_len,
 )
-from shared.engine.host_steps import HostSteps
-from shared.engine.kv_cache import KvCache, block_bytes
-from shared.engine.memory import check_weights_fit, choose_num_blocks
-from shared.engine.models import llama
-from shared.engine.operations import Operations, reference_operations
-from shared.engine.steps import Step, Steps
-from shared.engine.weights import DummyWeights, Progress, ProgressReport, WeightFiles
-from shared.kv.sequence import SamplingParams
-from shared.telemetry import log_event
+from baton.shared.engine.host_steps import HostSteps
+from baton.shared.engine.kv_cache import KvCache, block_bytes
+from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
+from baton.shared.engine.models import llama
+from baton.shared.engine.operations import Operations, reference_operations
+from baton.shared.engine.steps import Step, Steps
+from baton.shared.engine.weights import DummyWeights, Progress, ProgressReport, WeightFiles
+from baton.shared.kv.sequence import SamplingParams
+from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class ModelRunner:
                 max_model_len=self.max_model_len,
                 min_rows=self._min_rows,
             )
-        from shared.engine.device_steps import DeviceSteps
+        from baton.shared.engine.device_steps import DeviceSteps
 
         return DeviceSteps(
             self._model,
@@ -255,7 +255,7 @@ class ModelRunner:
         """Compiles kernels and captures graphs; nobody's first request waits for that."""
         if self.kernels != "triton" or self.device.type != "cuda":
             return
-        from shared.engine.device_steps import DeviceSteps
+        from baton.shared.engine.device_steps import DeviceSteps
 
         assert isinstance(self._steps, DeviceSteps)
         progress("compiling kernels and capturing graphs")
@@ -369,8 +369,8 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 def _operations(kernels: str, device: torch.device) -> Operations:
     if kernels == "torch":
         return reference_operations()
-    from kernels.prefill_attention import why_not_hopper
-    from shared.engine.triton_operations import TritonOperations
+    from baton.kernels.prefill_attention import why_not_hopper
+    from baton.shared.engine.triton_operations import TritonOperations
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     problem = why_not_hopper() if capability == (9, 0) else None

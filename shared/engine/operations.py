@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-import kernels.reference
+from baton.kernels import reference
 
 
 class Operations(Protocol):
@@ -51,4 +51,4 @@ class Operations(Protocol):
 
 def reference_operations() -> Operations:
     """The torch reference."""
-    return cast(Operations, kernels.reference)
+    return cast(Operations, reference)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import kernels.reference_sampling
-from shared.kv.sequence import SamplingParams
+from baton.kernels import reference_sampling
+from baton.shared.kv.sequence import SamplingParams
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -70,7 +70,7 @@ def _draw(
     def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-    return kernels.reference_sampling.sample(
+    return reference_sampling.sample(
         logits if len(rows) == len(params) else logits[list(rows)],
         column([each.temperature for each in chosen], torch.float32),
         column([each.top_k for each in chosen], torch.int64),

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from shared.engine.batch import Batch, RowHandle
-from shared.engine.kv_cache import KvCache
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.batch import Batch, RowHandle
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.kv.sequence import SamplingParams
 
 BAD_LOGITS = -1
 """In place of a token: the logits were not numbers."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels import linear_table
-from kernels.decode_attention import DecodeWork, paged_decode_attention
-from kernels.prefill_attention import paged_prefill_attention
-from kernels.rms_norm import rms_norm
-from kernels.rope_store import rope_and_store
-from kernels.silu_mul import silu_mul
-from kernels.skinny_linear import skinny_linear
+from baton.kernels import linear_table
+from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
+from baton.kernels.prefill_attention import paged_prefill_attention
+from baton.kernels.rms_norm import rms_norm
+from baton.kernels.rope_store import rope_and_store
+from baton.kernels.silu_mul import silu_mul
+from baton.kernels.skinny_linear import skinny_linear
 
 
 @dataclass(frozen=True, slots=True)

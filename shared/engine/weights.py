@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from shared.engine.config import ModelError
+from baton.shared.engine.config import ModelError
 
 Progress = Callable[[str], None]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from baton.v1 import types_pb2 as pb
 from google.protobuf.duration_pb2 import Duration
 
-from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.v1 import types_pb2 as pb
 
 FINISH_REASON_TO_PB = {
     None: pb.FINISH_REASON_UNSPECIFIED,

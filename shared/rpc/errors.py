@@ -28,11 +28,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import grpc
-from baton.v1 import error_details_pb2 as pb
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
-from shared.telemetry import log_event
+from baton.shared.telemetry import log_event
+from baton.v1 import error_details_pb2 as pb
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shared.rpc.errors import BatonError, trailers
-from shared.telemetry import log_event
+from baton.shared.rpc.errors import BatonError, trailers
+from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

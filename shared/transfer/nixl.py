@@ -18,11 +18,11 @@ from itertools import count
 import numpy as np
 import numpy.typing as npt
 import torch
-from baton.v1 import kv_service_pb2
 
-from shared.telemetry import log_event
-from shared.transfer.interface import BlockCopy, LocalPool, TransferError, check_layout
-from shared.transfer.nixl_agent import Agent, set_defaults
+from baton.shared.telemetry import log_event
+from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError, check_layout
+from baton.shared.transfer.nixl_agent import Agent, set_defaults
+from baton.v1 import kv_service_pb2
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.transfer.interface import TransferError
+from baton.shared.transfer.interface import TransferError
 
 _BACKEND = "UCX"
 # The longest sleep of the agent's thread; what comes in wakes it before.

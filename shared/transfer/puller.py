@@ -23,11 +23,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
-from shared.kv.digest import Uint64Array, block_sums, digests, seeds
-from shared.telemetry import log_event
-from shared.transfer.interface import (
+from baton.shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from baton.shared.telemetry import log_event
+from baton.shared.transfer.interface import (
     BlockCopy,
     KvTransport,
     LocalPool,
@@ -35,6 +34,7 @@ from shared.transfer.interface import (
     PeerConnection,
     TransferError,
 )
+from baton.v1.kv_service_pb2 import PoolDescription
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from baton.v1 import kv_service_pb2
 
-from shared.telemetry import log_event
-from shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.shared.telemetry import log_event
+from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.v1 import kv_service_pb2
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ def asker(request: pytest.FixtureRequest) -> Asker:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     """`baton up` with the demo model, ready."""
     arguments = ["up", "--port", "0", "--model", "models/demo", "--prefill", "1", "--decode", "1"]
-    launched = Launched(tmp_path_factory.mktemp("stack"), "services.launcher", *arguments)
+    launched = Launched(tmp_path_factory.mktemp("stack"), "baton.services.launcher", *arguments)
     try:
         launched.wait_ready()
         yield launched

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
-from baton.v1 import inference_service_pb2 as pb
-from baton.v1 import inference_service_pb2_grpc, types_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from shared.rpc.errors import BatonError, trailers
+from baton.shared.rpc.errors import BatonError, trailers
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import inference_service_pb2_grpc, types_pb2
 
 Context = grpc.ServicerContext
 Ending = Callable[["ScriptedGateway", Context], None]

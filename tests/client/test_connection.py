@@ -21,7 +21,7 @@ from baton_client import (
 )
 from baton_client.connection import Connection, is_loopback
 
-from shared.rpc.errors import Draining, NoTokenizer
+from baton.shared.rpc.errors import Draining, NoTokenizer
 from tests.client.asking import Asker
 from tests.client.scripted import TOKEN_IDS, ScriptedGateway, Try, aborts, fails
 

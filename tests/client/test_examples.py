@@ -18,8 +18,8 @@ from baton_client import AsyncClient, RetryPolicy
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from baton.shared.rpc.errors import InvalidField
 from examples import summary_service
-from shared.rpc.errors import InvalidField
 from tests.client.scripted import WHOLE_TEXT, ScriptedGateway, Try, aborts, fails, hangs
 from tests.device import ROOT
 

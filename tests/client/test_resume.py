@@ -13,7 +13,7 @@ from baton_client import (
     Unsupported,
 )
 
-from shared.rpc.errors import Draining, EngineFailure, InvalidField, NoTokenizer, WorkerLost
+from baton.shared.rpc.errors import Draining, EngineFailure, InvalidField, NoTokenizer, WorkerLost
 from tests.client.asking import FAST, Asker, Outcome
 from tests.client.scripted import (
     NUM_PROMPT_TOKENS,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import baton_client
 import pytest
-from baton.v1 import error_details_pb2, inference_service_pb2, types_pb2
 from baton_client import wire_pb2
 from baton_client.v1 import error_details_pb2 as client_error_details_pb2
 from baton_client.v1 import inference_service_pb2 as client_inference_service_pb2
@@ -15,6 +14,7 @@ from google.protobuf.descriptor import Descriptor
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 
+from baton.v1 import error_details_pb2, inference_service_pb2, types_pb2
 from tests.device import ROOT
 
 PAIRS = [

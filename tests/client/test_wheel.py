@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 import pytest
+
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc
-
 from tests.client.proxy import CuttingProxy
 from tests.device import ROOT
 from tests.e2e.launched import Launched, wait_for

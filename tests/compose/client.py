@@ -10,9 +10,9 @@ from threading import Barrier
 from typing import Any
 
 import grpc
+
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc, types_pb2
-
 from tests.e2e.harness import Result, collect
 
 _LIMIT_S = 120.0

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.v1.inference_service_pb2 import WorkerStatus
-
 from tests.compose.client import Client
 from tests.compose.project import ROOT, CommandFailed, EngineMissing, Project, wait_until
 from tests.e2e.harness import Result

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from services.launcher import __main__ as launcher
-from services.launcher.health import SERVICES
-from shared.rpc.flags import variable_name
+from baton.services.launcher import __main__ as launcher
+from baton.services.launcher.health import SERVICES
+from baton.shared.rpc.flags import variable_name
 from tests.device import ROOT, process_environment
 
 WORKERS = ("prefill", "decode")
@@ -102,7 +102,7 @@ def test_the_directory_forgets_nothing(cpu: Any) -> None:
 def test_flags_are_those_of_the_role(
     role: str, cpu: Any, gpu: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = importlib.import_module(f"services.{PROGRAMS[role]}.__main__")
+    parser = importlib.import_module(f"baton.services.{PROGRAMS[role]}.__main__")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     known = set(re.findall(r"\bBATON_\w+", capsys.readouterr().out))
@@ -120,7 +120,7 @@ def test_flags_are_those_of_the_role(
 def test_the_roles_take_their_settings(
     role: str, cpu: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parser = importlib.import_module(f"services.{PROGRAMS[role]}.__main__")
+    parser = importlib.import_module(f"baton.services.{PROGRAMS[role]}.__main__")
     for stack, device in ((cpu, "cpu"), (gpu, "cuda")):
         service = stack["services"][role]
         for name, value in service["environment"].items():

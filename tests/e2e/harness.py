@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from baton.shared.directory.embedded import EmbeddedValkey
 from baton.v1 import (
     inference_service_pb2,
     inference_service_pb2_grpc,
@@ -25,8 +27,6 @@ from baton.v1 import (
     worker_service_pb2,
     worker_service_pb2_grpc,
 )
-
-from shared.directory.embedded import EmbeddedValkey
 from tests.device import PATIENCE, ROOT, process_environment
 
 
@@ -127,7 +127,7 @@ class Stack:
         shm_dir = Path(f"/dev/shm/baton-test-{os.getpid()}-{id(self):x}")
         shm_dir.mkdir(exist_ok=True)
         return [
-            *("-m", "services.worker", "--role", self._roles[name], "--worker-id", name),
+            *("-m", "baton.services.worker", "--role", self._roles[name], "--worker-id", name),
             *("--model", str(self.model), "--redis-url", self._valkey.url),
             *("--num-blocks", "512", "--trace-dir", str(self.trace_dir)),
             *("--shm-dir", str(shm_dir), *self._flags, *self._worker_flags.get(name, ())),
@@ -135,7 +135,7 @@ class Stack:
 
     def _gateway_command(self) -> list[str]:
         return [
-            *("-m", "services.gateway", "--model", str(self.model)),
+            *("-m", "baton.services.gateway", "--model", str(self.model)),
             *("--redis-url", self._valkey.url, "--port", "0"),
         ]
 

@@ -92,7 +92,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def ask(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a client command to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "services.launcher", *arguments],
+        [sys.executable, "-m", "baton.services.launcher", *arguments],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
@@ -145,7 +145,7 @@ def _role(command: list[str]) -> str:
     """Empty for what is not a role yet."""
     if "--worker-id" in command:
         return command[command.index("--worker-id") + 1]
-    if "services.gateway" in command:
+    if "baton.services.gateway" in command:
         return "gateway"
     # It adds to its name where it listens.
     return "valkey" if any("-server" in part for part in command[:1]) else ""

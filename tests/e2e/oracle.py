@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.plain_loop import PlainLoop
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import SamplingParams
 from tests.device import ENGINE, ON_GPU
 
 

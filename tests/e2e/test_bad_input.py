@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 import pytest
-from baton.v1 import error_details_pb2, inference_service_pb2
 from google.rpc import status_pb2
 
+from baton.v1 import error_details_pb2, inference_service_pb2
 from tests.e2e.harness import Stack
 from tests.e2e.oracle import Ask, Oracle
 

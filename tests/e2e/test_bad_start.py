@@ -19,7 +19,16 @@ _PATIENCE_S = 60.0
 def refused(model: Path, *flags: str, **environment: str) -> str:
     """What a worker says that must not start; none of them sees a GPU."""
     run = subprocess.run(
-        [sys.executable, "-m", "services.worker", "--role", "both", "--model", str(model), *flags],
+        [
+            sys.executable,
+            "-m",
+            "baton.services.worker",
+            "--role",
+            "both",
+            "--model",
+            str(model),
+            *flags,
+        ],
         cwd=ROOT,
         env=process_environment(CUDA_VISIBLE_DEVICES="", **environment),
         capture_output=True,

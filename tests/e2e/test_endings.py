@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 import pytest
-from baton.v1 import inference_service_pb2_grpc, types_pb2
 
+from baton.v1 import inference_service_pb2_grpc, types_pb2
 from tests.e2e.harness import Stack
 from tests.e2e.oracle import Ask, Oracle
 

@@ -15,15 +15,15 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
-from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 
+from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 from tests.device import ROOT
 from tests.e2e.launched import Launched, ask, only_line, wait_for
 from tests.ipv6 import needs_ipv6
 
 pytestmark = pytest.mark.e2e
 
-UP = "services.launcher"
+UP = "baton.services.launcher"
 Launch = Callable[..., Launched]
 
 
@@ -180,7 +180,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(launch: Launch, tiny_model: 
 
 
 def test_run_once_streams_one_answer_of_the_demo_model(launch: Launch) -> None:
-    launched = launch("services.launcher.run", "--model", str(ROOT / "models/demo"), "--once")
+    launched = launch("baton.services.launcher.run", "--model", str(ROOT / "models/demo"), "--once")
 
     assert launched.wait_exit() == 0, launched.stderr
     answer, summary = launched.stdout.split("\n\nTTFT ")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load.__main__ import main
+from baton.loadtest.__main__ import main
 from tests.device import ROOT
 from tests.e2e.harness import Stack
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from baton.loadtest.target import Target
 from benchmarks import doors
-from benchmarks.load.target import Target
 from benchmarks.stack import set_import_path
 
 pytestmark = pytest.mark.e2e

@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 import pytest
-from baton.v1 import inference_service_pb2, types_pb2
 
-from services.gateway.tokenizer import StreamDecoder, TextCodec
+from baton.services.gateway.tokenizer import StreamDecoder, TextCodec
+from baton.v1 import inference_service_pb2, types_pb2
 from tests.e2e.harness import Result, Stack, collect
 from tests.e2e.oracle import Ask, Oracle
 

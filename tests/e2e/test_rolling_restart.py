@@ -19,9 +19,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc, types_pb2
-
 from tests.device import PATIENCE
 from tests.e2e.harness import collect
 from tests.e2e.launched import Launched, ask, descendants, is_alive, only_line, wait_for
@@ -138,7 +138,7 @@ def launched(
     counts = [f"--{role}{s}={2}" for role, s in (("prefill", ""), ("decode", ""), ("gateway", "s"))]
     launched = Launched(
         tmp_path,
-        "services.launcher",
+        "baton.services.launcher",
         *("up", "--model", str(tiny_model), *counts, "--num-blocks", "512"),
         *("--port", "0", "--http-port", "0", "--drain-s", "30"),
     )
@@ -202,7 +202,7 @@ def pids_of_all(launched: Launched) -> dict[str, int]:
     gateways = [
         pid
         for pid in descendants(launched.process.pid)
-        if b"services.gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"baton.services.gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     by_name.update(zip(("gateway-0", "gateway-1"), sorted(gateways, key=_started), strict=True))
     return by_name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import grpc
+
 from baton.v1 import inference_service_pb2, inference_service_pb2_grpc
 
 

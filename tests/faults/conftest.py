@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plain_loop import PlainLoop
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import SamplingParams
 from tests.device import ENGINE
 from tests.e2e.conftest import tiny_model as tiny_model
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from baton.v1 import inference_service_pb2
-
 from tests.device import PATIENCE
 from tests.e2e.harness import Result, Stack, collect
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 
+from baton.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 from tests.device import ROOT
 from tests.e2e.harness import Stack
 from tests.faults.conftest import Oracle, make_prompt

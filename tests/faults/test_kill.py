@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.directory.directory import open_directory
+from baton.shared.directory.directory import open_directory
 from tests.e2e.harness import Stack
 from tests.faults.conftest import Oracle, make_prompt
 from tests.faults.streams import Background, events

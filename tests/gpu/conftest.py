@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
 from tests.device import ROOT
 from tests.unit.engine.conftest import make_llama as make_llama
 from tests.unit.engine.conftest import one_thread as one_thread

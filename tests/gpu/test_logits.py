@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from shared.engine.batch import Batch, BatchRow
-from shared.engine.model_runner import ModelRunner
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.model_runner import ModelRunner
 from tests.gpu.conftest import DEMO, MakeRunner, text_of
 
 pytestmark = pytest.mark.gpu

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from baton.shared.engine.batch import Batch
+from baton.shared.engine.config import ModelError
 from benchmarks.in_process import InProcessEngine, random_prompts
-from shared.engine.batch import Batch
-from shared.engine.config import ModelError
 from tests.gpu.conftest import DEMO, MakeRunner
 
 pytestmark = pytest.mark.gpu

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from shared.engine.batch import Batch, BatchRow
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.sequence import SamplingParams
 from tests.gpu.conftest import DEMO
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +92,7 @@ def test_a_listener_hears_of_kernels(late: list[str]) -> None:
     """Else the other tests prove nothing."""
     import torch
 
-    from kernels.silu_mul import silu_mul
+    from baton.kernels.silu_mul import silu_mul
 
     # An odd size of a type that the runner has no use for.
     silu_mul(torch.zeros(3, 2 * 24, device="cuda", dtype=torch.float16))

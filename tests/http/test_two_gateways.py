@@ -12,9 +12,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc, types_pb2
-
 from tests.device import PATIENCE, ROOT, process_environment
 from tests.e2e.launched import descendants
 from tests.unit.gateway.null_frontend import ask
@@ -40,7 +40,7 @@ class Launcher:
 @pytest.fixture
 async def launcher(tmp_path: Path) -> AsyncIterator[Launcher]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.launcher", "up", "--model", "models/demo"),
+        *(sys.executable, "-m", "baton.services.launcher", "up", "--model", "models/demo"),
         *("--port", "0", "--http-port", "0", "--gateways", "2", "--both", "1"),
         cwd=ROOT,
         env=process_environment(BATON_CONNECTION_AGE_S="1", TMPDIR=str(tmp_path)),
@@ -102,7 +102,7 @@ async def test_another_launcher_does_not_take_the_same_ports(launcher: Launcher)
         port = launcher.addresses[door].rpartition(":")[2]
         arguments = ["--port", "0", "--http-port", "none", "--gateways", "2", flag, port]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.launcher", "up", "--model", "models/demo"),
+            *(sys.executable, "-m", "baton.services.launcher", "up", "--model", "models/demo"),
             *arguments,
             cwd=ROOT,
             env=process_environment(),

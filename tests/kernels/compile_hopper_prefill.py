@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import hopper_prefill_attention as hopper
+from baton.kernels import hopper_prefill_attention as hopper
 
 Kernel = Any
 

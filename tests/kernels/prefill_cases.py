@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels import reference_prefill
-from kernels.prefill_attention import PrefillConfig, paged_prefill_attention, prefill_tiles
+from baton.kernels import reference_prefill
+from baton.kernels.prefill_attention import PrefillConfig, paged_prefill_attention, prefill_tiles
 
 Check = Callable[[torch.Tensor, torch.Tensor], None]
 

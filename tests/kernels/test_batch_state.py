@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.batch_state import begin_step, scatter
-from kernels.reference_state import begin_step_reference, scatter_reference
+from baton.kernels.batch_state import begin_step, scatter
+from baton.kernels.reference_state import begin_step_reference, scatter_reference
 
 
 @pytest.mark.parametrize("num_updates", [0, 1, 3, 128, 129, 300])

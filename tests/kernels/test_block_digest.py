@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import shared.kv.digest
-from kernels.block_digest import DigestConfig, block_sums, digest_weights
-from kernels.reference_state import block_sums_reference
+from baton.kernels.block_digest import DigestConfig, block_sums, digest_weights
+from baton.kernels.reference_state import block_sums_reference
+from baton.shared.kv import digest
 
 _SHAPES = [(1, 64), (2, 64), (3, 100), (8, 1024), (5, 1500), (2, 4100)]
 _CONFIGS = [
@@ -43,7 +43,7 @@ def test_sums_equal_the_digest(
     result = block_sums(words, block_ids, out=out, config=config)
     assert result is out
     assert torch.equal(out, block_sums_reference(words, block_ids))
-    expected = shared.kv.digest.block_sums(words[block_ids.long()])
+    expected = digest.block_sums(words[block_ids.long()])
     assert np.array_equal(out.cpu().numpy().view(np.uint64), expected)
 
 
@@ -71,4 +71,4 @@ def test_the_table_holds_the_digests_weights(device: torch.device) -> None:
     for index in (0, 1, 69):
         words = torch.zeros(1, 1, 70, dtype=torch.int32, device=device)
         words[..., index] = word
-        assert int(shared.kv.digest.block_sums(words)[0, 0]) == int(weights[index]) % 2**64
+        assert int(digest.block_sums(words)[0, 0]) == int(weights[index]) % 2**64

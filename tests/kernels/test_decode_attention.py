@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import (
+from baton.kernels.decode_attention import (
     DecodeConfig,
     DecodeWork,
     decode_config,
@@ -17,7 +17,7 @@ from kernels.decode_attention import (
     paged_decode_attention,
     plan_decode,
 )
-from kernels.reference_attention import decode_attention_reference
+from baton.kernels.reference_attention import decode_attention_reference
 
 Check = Callable[[Tensor, Tensor], None]
 NUM_LAYERS, LAYER = 3, 1

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from shared.engine.batch import BatchRow
-from shared.engine.device_columns import step_columns
+from baton.shared.engine.batch import BatchRow
+from baton.shared.engine.device_columns import step_columns
 
 BLOCK_SIZE = 16
 

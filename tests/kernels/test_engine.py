@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kernels.batch_state import scatter
-from shared.engine.batch import Batch, BatchRow
-from shared.engine.config import EngineConfig, load_model_config
-from shared.engine.model_runner import ModelRunner
-from shared.engine.models import llama
-from shared.kv.sequence import SamplingParams
+from baton.kernels.batch_state import scatter
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import EngineConfig, load_model_config
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.models import llama
+from baton.shared.kv.sequence import SamplingParams
 
 # Hashes wrap around; NumPy, which the interpreter computes with, would rather not.
 pytestmark = [
@@ -213,10 +213,10 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
         scatter(state, sent)
 
     with monkeypatch.context() as patch:
-        patch.setattr("shared.engine.device_steps.step_columns", _fail)
+        patch.setattr("baton.shared.engine.device_steps.step_columns", _fail)
         with pytest.raises(MemoryError):
             runner.launch(Batch([decode(0, 0), prompt_of(2)]))
-    monkeypatch.setattr("shared.engine.host_buffers.scatter", remember)
+    monkeypatch.setattr("baton.shared.engine.host_buffers.scatter", remember)
     assert runner.forward(Batch([decode(1, 0)])) == [expected[1][1]]
     assert runner.forward(Batch([decode(0, 0)])) == [expected[0][1]]
     assert runner.forward(Batch([prompt_of(2), decode(0, 1)])) == [expected[2][0], expected[0][2]]

@@ -14,10 +14,10 @@ import pytest
 import torch
 import triton
 
-import kernels
-from kernels import hopper_prefill_attention as hopper
-from kernels import prefill_attention
-from kernels.prefill_attention import PrefillConfig, paged_prefill_attention
+import baton.kernels
+from baton.kernels import hopper_prefill_attention as hopper
+from baton.kernels import prefill_attention
+from baton.kernels.prefill_attention import PrefillConfig, paged_prefill_attention
 from tests.device import ROOT, process_environment
 from tests.kernels.prefill_cases import Check, PrefillCase, make_case
 
@@ -121,8 +121,8 @@ def test_a_given_configuration_is_that_of_the_other_kernel(
 
 
 def test_a_triton_without_gluon_has_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(kernels, "hopper_prefill_attention")
-    monkeypatch.delitem(sys.modules, "kernels.hopper_prefill_attention")
+    monkeypatch.delattr(baton.kernels, "hopper_prefill_attention")
+    monkeypatch.delitem(sys.modules, "baton.kernels.hopper_prefill_attention")
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
     spec = importlib.util.spec_from_file_location("fresh", prefill_attention.__file__)
     assert spec is not None and spec.loader is not None

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.linear_table import Config, choose, guess
-from kernels.reference_linear import skinny_linear_reference
-from kernels.skinny_linear import linear_work, skinny_linear
+from baton.kernels.linear_table import Config, choose, guess
+from baton.kernels.reference_linear import skinny_linear_reference
+from baton.kernels.skinny_linear import linear_work, skinny_linear
 
 Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]

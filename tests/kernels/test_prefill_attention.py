@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import reference_prefill
-from kernels.prefill_attention import (
+from baton.kernels import reference_prefill
+from baton.kernels.prefill_attention import (
     PrefillConfig,
     block_m_for,
     paged_prefill_attention,

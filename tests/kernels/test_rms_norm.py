@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference_linear import rms_norm_reference
-from kernels.rms_norm import rms_norm
+from baton.kernels.reference_linear import rms_norm_reference
+from baton.kernels.rms_norm import rms_norm
 
 Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import reference_rope
-from kernels.rope_store import rope_and_store
+from baton.kernels import reference_rope
+from baton.kernels.rope_store import rope_and_store
 
 Check = Callable[[torch.Tensor, torch.Tensor], None]
 Make = Callable[..., torch.Tensor]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference_sampling import random_bits
-from kernels.reference_state import draw_reference
-from kernels.sampling import DrawConfig, SamplingWork, draw, make_sampling_work
-from shared.engine.sampler import draw_key, draw_stream
+from baton.kernels.reference_sampling import random_bits
+from baton.kernels.reference_state import draw_reference
+from baton.kernels.sampling import DrawConfig, SamplingWork, draw, make_sampling_work
+from baton.shared.engine.sampler import draw_key, draw_stream
 
 # Many parts, searches over more tokens than fit, blocks that end before the row.
 _SMALL = DrawConfig(64, 32, 64, 32)

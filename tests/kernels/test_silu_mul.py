@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference_linear import silu_mul_reference
-from kernels.silu_mul import silu_mul
+from baton.kernels.reference_linear import silu_mul_reference
+from baton.kernels.silu_mul import silu_mul
 
 Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]

@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from shared.directory.directory import Directory, open_directory
-from shared.directory.embedded import EmbeddedValkey
+from baton.shared.directory.directory import Directory, open_directory
+from baton.shared.directory.embedded import EmbeddedValkey
 
 
 def _new_server() -> EmbeddedValkey:

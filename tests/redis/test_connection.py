@@ -10,15 +10,15 @@ from collections.abc import Awaitable, Callable
 import pytest
 from redis.asyncio import Redis
 
-from shared.directory.connection import CALL_TIMEOUT_S, Connection
-from shared.directory.directory import (
+from baton.shared.directory.connection import CALL_TIMEOUT_S, Connection
+from baton.shared.directory.directory import (
     Directory,
     DirectoryMisconfigured,
     DirectoryUnavailable,
     open_directory,
 )
-from shared.directory.embedded import EmbeddedValkey
-from shared.kv.sequence import AttemptKey
+from baton.shared.directory.embedded import EmbeddedValkey
+from baton.shared.kv.sequence import AttemptKey
 from tests.redis.test_ledger import entry
 from tests.redis.test_workers import record
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from shared.directory import embedded
-from shared.directory.embedded import EmbeddedValkey, ServerFailed, ServerMissing
+from baton.shared.directory import embedded
+from baton.shared.directory.embedded import EmbeddedValkey, ServerFailed, ServerMissing
 
 pytestmark = pytest.mark.redis
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 PARENT = """
 import sys, threading, time
-from shared.directory.embedded import EmbeddedValkey
+from baton.shared.directory.embedded import EmbeddedValkey
 server = EmbeddedValkey()
 # The thread that starts the server may end long before the process does.
 starter = threading.Thread(target=server.start)

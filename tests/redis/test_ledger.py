@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from shared.directory.directory import Directory, open_directory
-from shared.directory.embedded import EmbeddedValkey
-from shared.directory.keys import LEDGER_TTL_S, TOMBSTONE_TTL_S, Keys
-from shared.directory.ledger import LedgerEntry, Stage
-from shared.kv.sequence import AttemptKey
+from baton.shared.directory.directory import Directory, open_directory
+from baton.shared.directory.embedded import EmbeddedValkey
+from baton.shared.directory.keys import LEDGER_TTL_S, TOMBSTONE_TTL_S, Keys
+from baton.shared.directory.ledger import LedgerEntry, Stage
+from baton.shared.kv.sequence import AttemptKey
 
 pytestmark = pytest.mark.redis
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from shared.directory.connection import Command, Connection
-from shared.directory.directory import Directory
-from shared.directory.keys import PREFIX_TTL_S, Keys
+from baton.shared.directory.connection import Command, Connection
+from baton.shared.directory.directory import Directory
+from baton.shared.directory.keys import PREFIX_TTL_S, Keys
 
 pytestmark = pytest.mark.redis
 

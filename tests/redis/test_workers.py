@@ -7,16 +7,16 @@ import logging
 import pytest
 from redis.asyncio import Redis
 
-from shared.directory.directory import Directory
-from shared.directory.keys import WORKER_TTL_S, Keys
-from shared.directory.workers import (
+from baton.shared.directory.directory import Directory
+from baton.shared.directory.keys import WORKER_TTL_S, Keys
+from baton.shared.directory.workers import (
     ModelFacts,
     WorkerLoad,
     WorkerRecord,
     decode_record,
     encode_record,
 )
-from shared.kv.capability import Capability
+from baton.shared.kv.capability import Capability
 
 pytestmark = pytest.mark.redis
 

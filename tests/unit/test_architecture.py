@@ -14,19 +14,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kernels", "shared", "services")
-TREE = (*PACKAGES, "benchmarks", "models", "tests", "clients")
+TREE = (*PACKAGES, "loadtest", "benchmarks", "models", "tests", "clients")
 
 # Of the services only these import others.
 SERVICES_THAT_IMPORT = {"worker": {"prefill", "decode"}}
+# What starts a service as a process of its own, a worker of that role.
+ENTRY_POINTS = {f"baton.services.{role}.__main__": {"worker"} for role in ("prefill", "decode")}
 WITHOUT_TORCH = (
-    "services.gateway",
-    "services.launcher",
-    "shared.directory",
-    "shared.kv",
-    "shared.rpc",
-    "shared.engine.config",
+    "baton.services.gateway",
+    "baton.services.launcher",
+    "baton.shared.directory",
+    "baton.shared.kv",
+    "baton.shared.rpc",
+    "baton.shared.engine.config",
 )
-WITH_TORCH = ("shared.kv.digest",)
+WITH_TORCH = ("baton.shared.kv.digest",)
 BANNED_NAMES = {"base", "common", "helpers", "utils"}
 # Bytes from elsewhere must not become code.
 BANNED_MODULES = {"cPickle", "cloudpickle", "dill", "marshal", "pickle", "shelve"}
@@ -43,8 +45,10 @@ def sources(*folders: str) -> dict[str, Path]:
 
 
 def module_name(path: Path) -> str:
+    """As it is imported: what is installed stands under `baton`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(["baton", *parts] if parts[0] in (*PACKAGES, "loadtest") else parts)
 
 
 @cache
@@ -110,10 +114,14 @@ def paths_to_torch(start: str) -> list[str] | None:
 
 def test_the_walk_sees_the_code() -> None:
     modules = sources(*PACKAGES)
-    assert {"shared.rpc.errors", "services.launcher.up", "services.worker.__main__"} <= set(modules)
-    assert "shared.kv.sequence" in set(project_imports("services.worker.engine_loop"))
-    assert any(is_within(name, "torch") for name in imports("shared.kv.digest"))
-    assert paths_to_torch("services.worker.__main__") is not None
+    assert {
+        "baton.shared.rpc.errors",
+        "baton.services.launcher.up",
+        "baton.services.worker.__main__",
+    } <= set(modules)
+    assert "baton.shared.kv.sequence" in set(project_imports("baton.services.worker.engine_loop"))
+    assert any(is_within(name, "torch") for name in imports("baton.shared.kv.digest"))
+    assert paths_to_torch("baton.services.worker.__main__") is not None
 
 
 def test_imports_run_one_way() -> None:
@@ -122,7 +130,8 @@ def test_imports_run_one_way() -> None:
         for rank, package in enumerate(PACKAGES)
         for module in sources(package)
         for name in imports(module)
-        if name.split(".")[0] in (*PACKAGES[rank + 1 :], "benchmarks", "models", "tests")
+        if name.removeprefix("baton.").split(".")[0]
+        in (*PACKAGES[rank + 1 :], "benchmarks", "models", "tests")
     ]
     assert wrong == []
 
@@ -130,11 +139,11 @@ def test_imports_run_one_way() -> None:
 def test_of_the_services_only_the_worker_imports_others() -> None:
     wrong = []
     for module in sources("services"):
-        own = module.split(".")[1] if "." in module else ""
-        allowed = {own} | SERVICES_THAT_IMPORT.get(own, set())
+        own = ".".join(module.split(".")[2:3])
+        allowed = {own} | SERVICES_THAT_IMPORT.get(own, set()) | ENTRY_POINTS.get(module, set())
         for name in imports(module):
             parts = name.split(".")
-            if parts[0] == "services" and len(parts) > 1 and parts[1] not in allowed:
+            if parts[:2] == ["baton", "services"] and len(parts) > 2 and parts[2] not in allowed:
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
 
@@ -150,19 +159,21 @@ def test_torch_stays_out_of_the_control_path() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", ["services.gateway.__main__", "services.launcher.__main__"])
+@pytest.mark.parametrize(
+    "module", ["baton.services.gateway.__main__", "baton.services.launcher.__main__"]
+)
 def test_a_process_without_tensors_loads_no_torch(module: str) -> None:
     # What a third party loads counts too; the launcher imports its commands when they are used.
     code = (
         f"import sys, {module}\n"
         "if 'launcher' in sys.argv[1]:\n"
-        "    import services.launcher.generate, services.launcher.run, services.launcher.status\n"
+        "    from baton.services.launcher import generate, run, status\n"
         "sys.exit('torch' in sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, module],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'shared' / 'gen'}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
@@ -179,8 +190,15 @@ def test_no_module_is_named_after_nothing() -> None:
     assert wrong == []
 
 
-def test_kernels_package_is_empty() -> None:
-    assert (ROOT / "kernels" / "__init__.py").read_text() == ""
+def test_nothing_is_imported_by_a_name_that_others_have() -> None:
+    """Hugging Face has a package `kernels`; `shared` and `services` are anybody's."""
+    wrong = [
+        f"{module} imports {name}"
+        for module in sources(*TREE)
+        for name in imports(module)
+        if name.split(".")[0] in PACKAGES
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("folder", TREE)

@@ -12,14 +12,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from baton.v1 import inference_service_pb2 as pb
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.frontend import Frontend
-from services.gateway.openai.errors import to_http_error
-from services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
-from shared.rpc.errors import BatonError
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.errors import to_http_error
+from baton.services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
+from baton.shared.rpc.errors import BatonError
+from baton.v1 import inference_service_pb2 as pb
 
 _NUM_WAITING = 16
 """Messages of several prompts that wait for a slow reader; their workers' tokens wait behind."""

@@ -7,19 +7,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from baton.v1 import inference_service_pb2 as pb
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 
-from services.gateway.frontend import Frontend
-from services.gateway.openai.answer import Answer, Ask, is_asked
-from services.gateway.openai.body import read_json
-from services.gateway.openai.chat import chat_fields, chat_request, template_messages
-from services.gateway.openai.completions import FIELDS, completion_requests
-from services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
-from services.gateway.openai.schema import (
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.answer import Answer, Ask, is_asked
+from baton.services.gateway.openai.body import read_json
+from baton.services.gateway.openai.chat import chat_fields, chat_request, template_messages
+from baton.services.gateway.openai.completions import FIELDS, completion_requests
+from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
+from baton.services.gateway.openai.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -27,8 +26,9 @@ from services.gateway.openai.schema import (
     TokenizeRequest,
     parse,
 )
-from shared.rpc.errors import BatonError
-from shared.telemetry import baton_version
+from baton.shared.rpc.errors import BatonError
+from baton.shared.telemetry import baton_version
+from baton.v1 import inference_service_pb2 as pb
 
 _UINT32 = 2**32 - 1
 _TIMEOUT_HEADER = "x-request-timeout"

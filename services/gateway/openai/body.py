@@ -8,8 +8,8 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
-from services.gateway.openai.errors import HttpError
-from shared.rpc.serve import PUBLIC_MESSAGE_BYTES
+from baton.services.gateway.openai.errors import HttpError
+from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES
 
 MAX_BODY_BYTES = PUBLIC_MESSAGE_BYTES
 """Parsing holds up every other stream; at this size some 0.2 s at worst (a million empty lists)."""

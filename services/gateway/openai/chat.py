@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from baton.services.gateway.admission import room_for_answer
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.completions import sampling_params
+from baton.services.gateway.openai.errors import InvalidParam
+from baton.services.gateway.openai.schema import ChatRequest, ContentPart, Message
 from baton.v1 import inference_service_pb2 as pb
-
-from services.gateway.admission import room_for_answer
-from services.gateway.frontend import Frontend
-from services.gateway.openai.completions import sampling_params
-from services.gateway.openai.errors import InvalidParam
-from services.gateway.openai.schema import ChatRequest, ContentPart, Message
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """As templates know them: `developer` is the newer name of `system`."""

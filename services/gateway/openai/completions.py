@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from baton.services.gateway.admission import Limits
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.errors import InvalidParam
+from baton.services.gateway.openai.schema import CompletionRequest, Sampled
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
-
-from services.gateway.admission import Limits
-from services.gateway.frontend import Frontend
-from services.gateway.openai.errors import InvalidParam
-from services.gateway.openai.schema import CompletionRequest, Sampled
 
 MAX_PROMPTS = 128
 _DEFAULT_MAX_TOKENS = 16

@@ -13,14 +13,14 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
-from services.gateway.openai.guard import (
+from baton.services.gateway.openai.guard import (
     KEEP_ALIVE_S,
     MAX_HEAD_BYTES,
     GuardedProtocol,
     OnRefused,
     max_connections,
 )
-from shared.rpc.serve import bare_host, join_address
+from baton.shared.rpc.serve import bare_host, join_address
 
 _BACKLOG = 1024
 _PROBE_AFTER_S = 15

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 
-from baton.v1 import error_details_pb2
 from starlette.responses import Response
 
-from shared.rpc.errors import HTTP_STATUS, BatonError, InvalidField
+from baton.shared.rpc.errors import HTTP_STATUS, BatonError, InvalidField
+from baton.v1 import error_details_pb2
 
 _INDEX = re.compile(r"\[\d+\]$")
 _RETRY_AFTER_S = 1

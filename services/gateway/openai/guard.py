@@ -17,8 +17,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from services.gateway.openai.errors import HttpError
-from shared.telemetry import log_event
+from baton.services.gateway.openai.errors import HttpError
+from baton.shared.telemetry import log_event
 
 MAX_HEAD_BYTES = 32 << 10
 HEAD_LIMIT_S = 10.0

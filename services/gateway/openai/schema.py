@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.gateway.openai.errors import InvalidParam
+from baton.services.gateway.openai.errors import InvalidParam
 
 _Entry = TypeVar("_Entry")
 # The first wrong entry is all that the client hears of: a million of them would take seconds.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.engine.cache_spec import Full
-from shared.engine.config import ModelConfig, RopeConfig
-from shared.engine.operations import Operations
+from baton.shared.engine.cache_spec import Full
+from baton.shared.engine.config import ModelConfig, RopeConfig
+from baton.shared.engine.operations import Operations
 
 Wanted = tuple[Tensor, Sequence[Any]]
 """Which tokens of a step, int [R], and by cache group the plan of these alone."""

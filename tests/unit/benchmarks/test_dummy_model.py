@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from baton.services.gateway.tokenizer import StreamDecoder, TextCodec
+from baton.shared.engine.config import load_model_config
 from benchmarks.dummy_model import SHAPES, write_dummy_model
-from services.gateway.tokenizer import StreamDecoder, TextCodec
-from shared.engine.config import load_model_config
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from baton.services.decode.server import DecodeEvents
+from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.rpc.convert import FINISH_REASON_TO_PB
 from baton.v1.decode_service_pb2 import StepOutput
-
 from benchmarks.null_worker import NullEngine
-from services.decode.server import DecodeEvents
-from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
-from shared.rpc.convert import FINISH_REASON_TO_PB
 
 VOCAB_SIZE = 300
 FIRST_TOKEN = 256

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load.calibrate import capacity_of
-from benchmarks.load.samples import Offered, Sample
+from baton.loadtest.calibrate import capacity_of
+from baton.loadtest.samples import Offered, Sample
 from benchmarks.outside_tool import main
 from tests.device import ROOT, process_environment
 from tests.e2e.launched import is_alive, wait_for

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from shared.engine.config import EngineConfig
-from shared.engine.model_runner import ModelRunner
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
 from tests.device import ENGINE
 
 MakeLlama = Callable[..., tuple[Path, Any]]

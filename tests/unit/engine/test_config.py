@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shared.engine.config import (
+from baton.shared.engine.config import (
     EngineConfig,
     ModelError,
     RopeConfig,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.engine.batch import Batch, BatchRow
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.sequence import SamplingParams
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 pytestmark = pytest.mark.exact
@@ -140,7 +140,7 @@ def test_how_attention_is_cut_to_save_memory_does_not_matter(
     fill = [BatchRow(p[:-1], 0, [t]) for p, t in zip(prompts, tables, strict=True)]
     decode = [BatchRow(p[-1:], len(p) - 1, [t]) for p, t in zip(prompts, tables, strict=True)]
     usual = [runner.logits(Batch(rows)).clone() for rows in (fill, decode)]
-    monkeypatch.setattr("kernels.reference._SCRATCH_BYTES", 1)
+    monkeypatch.setattr("baton.kernels.reference._SCRATCH_BYTES", 1)
     assert torch.equal(runner.logits(Batch(fill)), usual[0])
     assert torch.equal(runner.logits(Batch(decode)), usual[1])
 

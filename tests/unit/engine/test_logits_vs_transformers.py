@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.plain_loop import PlainLoop
-from shared.engine.batch import Batch, BatchRow
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import SamplingParams
 from tests.device import ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.plain_loop import PlainLoop
-from shared.engine.batch import Batch, BatchRow
-from shared.engine.cache_spec import CacheGroup, Full, cache_groups
-from shared.engine.config import DeviceError, EngineConfig, ModelError
-from shared.engine.kv_cache import KvCache
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import SamplingParams
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.cache_spec import CacheGroup, Full, cache_groups
+from baton.shared.engine.config import DeviceError, EngineConfig, ModelError
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import SamplingParams
 from tests.device import DEVICE, ENGINE, ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference_sampling import random_bits, sample
-from shared.engine.sampler import draw_key, sample_tokens
-from shared.kv.sequence import SamplingParams
+from baton.kernels.reference_sampling import random_bits, sample
+from baton.shared.engine.sampler import draw_key, sample_tokens
+from baton.shared.kv.sequence import SamplingParams
 
 NUM_DRAWS = 200_000
 GATE = 1e-6

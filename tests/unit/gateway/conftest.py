@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer, WordPieceTrainer
 
-from services.gateway.tokenizer import TextCodec
+from baton.services.gateway.tokenizer import TextCodec
 
 CORPUS = [
     "In the beginning was the word, and the word was with the baton.",

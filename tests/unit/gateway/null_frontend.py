@@ -8,17 +8,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+from baton.services.gateway.admission import Limits
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.metrics import GatewayMetrics
+from baton.services.gateway.openai.app import build_app
+from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.engine.config import ModelConfig
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
-
-from services.gateway.admission import Limits
-from services.gateway.cluster import Cluster
-from services.gateway.frontend import Frontend
-from services.gateway.metrics import GatewayMetrics
-from services.gateway.openai.app import build_app
-from services.gateway.openai.endpoint import HttpEndpoint
-from services.gateway.tokenizer import TextCodec
-from shared.engine.config import ModelConfig
 
 Script = Callable[[pb.GenerateRequest], AsyncGenerator[pb.GenerateResponse, None]]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+
+from baton.services.gateway.admission import Admitted, Limits, admit
+from baton.shared.kv.sequence import SamplingParams
+from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
-
-from services.gateway.admission import Admitted, Limits, admit
-from shared.kv.sequence import SamplingParams
-from shared.rpc.errors import InvalidField, NoTokenizer
 
 LIMITS = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=640, default_max_tokens=20)
 

@@ -8,16 +8,9 @@ from typing import Any, NoReturn, cast
 
 import grpc
 import pytest
-from baton.v1 import (
-    decode_service_pb2,
-    decode_service_pb2_grpc,
-    prefill_service_pb2,
-    prefill_service_pb2_grpc,
-    types_pb2,
-)
 
-from services.gateway.cluster import Cluster
-from services.gateway.links import (
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.links import (
     Admitted,
     DecodeLink,
     Event,
@@ -27,10 +20,17 @@ from services.gateway.links import (
     Token,
     follow_prefill,
 )
-from services.gateway.router import WorkerSnapshot
-from shared.engine.config import ModelConfig
-from shared.rpc.errors import DigestMismatch, Draining, WorkerLost
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, channel_options
+from baton.services.gateway.router import WorkerSnapshot
+from baton.shared.engine.config import ModelConfig
+from baton.shared.rpc.errors import DigestMismatch, Draining, WorkerLost
+from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, channel_options
+from baton.v1 import (
+    decode_service_pb2,
+    decode_service_pb2_grpc,
+    prefill_service_pb2,
+    prefill_service_pb2_grpc,
+    types_pb2,
+)
 
 INCARNATION = "worker-1"
 PATIENCE = 60.0

@@ -7,20 +7,19 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
-from baton.v1 import inference_service_pb2 as pb
 from pydantic import BaseModel, ValidationError
 
-from services.gateway.openai.body import MAX_BODY_BYTES
-from services.gateway.openai.errors import InvalidParam
-from services.gateway.openai.schema import (
+from baton.services.gateway.openai.body import MAX_BODY_BYTES
+from baton.services.gateway.openai.errors import InvalidParam
+from baton.services.gateway.openai.schema import (
     UNSUPPORTED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     parse,
 )
-from services.gateway.tokenizer import TextCodec
-from shared.rpc.errors import (
+from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.rpc.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailure,
@@ -28,6 +27,7 @@ from shared.rpc.errors import (
     NoTokenizer,
     WorkerLost,
 )
+from baton.v1 import inference_service_pb2 as pb
 from tests.unit.gateway.null_frontend import (
     NullFrontend,
     Script,

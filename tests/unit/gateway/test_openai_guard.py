@@ -7,10 +7,10 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
-from baton.v1 import inference_service_pb2 as pb
 
-from services.gateway.openai import body, guard
-from services.gateway.openai.endpoint import HttpEndpoint
+from baton.services.gateway.openai import body, guard
+from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.v1 import inference_service_pb2 as pb
 from tests.ipv6 import needs_ipv6
 from tests.unit.gateway.null_frontend import (
     NullFrontend,

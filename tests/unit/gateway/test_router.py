@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.router import (
+from baton.services.gateway.router import (
     LocalPrefill,
     Role,
     WorkerSnapshot,
@@ -18,7 +18,7 @@ from services.gateway.router import (
     longest_run,
     next_in_turn,
 )
-from shared.kv.block_hash import PREFIX_STRIDE_TOKENS
+from baton.shared.kv.block_hash import PREFIX_STRIDE_TOKENS
 
 
 def worker(worker_id: str, role: Role, **changes: Any) -> WorkerSnapshot:

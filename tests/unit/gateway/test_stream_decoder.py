@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.tokenizer import Delta, StreamDecoder, TextCodec
+from baton.services.gateway.tokenizer import Delta, StreamDecoder, TextCodec
 
 KINDS = ("byte_level", "metaspace", "byte_fallback", "word_piece", "no_decoder")
 # Every tokenizer here has fewer tokens than this: the rest are ids that it does not know.

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders
 
-from services.gateway.tokenizer import TextCodec
-from shared.engine.config import ModelError
-from shared.rpc.errors import InvalidField
+from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.engine.config import ModelError
+from baton.shared.rpc.errors import InvalidField
 
 
 def load(model_dir: Path) -> TextCodec:

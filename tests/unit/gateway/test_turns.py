@@ -10,11 +10,11 @@ from typing import cast
 
 import pytest
 
-from services.gateway.cluster import Cluster
-from services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
-from services.gateway.turns import Turn, Turns
-from shared.engine.config import ModelConfig
-from shared.rpc.errors import InvalidField
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
+from baton.services.gateway.turns import Turn, Turns
+from baton.shared.engine.config import ModelConfig
+from baton.shared.rpc.errors import InvalidField
 
 LATE_S = 0.5
 
@@ -33,7 +33,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("services.gateway.turns.time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(
+        "baton.services.gateway.turns.time", SimpleNamespace(monotonic=clock.monotonic)
+    )
     return clock
 
 

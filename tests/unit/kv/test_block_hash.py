@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shared.kv.block_hash import (
+from baton.shared.kv.block_hash import (
     PREFIX_STRIDE_TOKENS,
     block_hash,
     extend_hashes,
@@ -72,7 +72,7 @@ def recorded_pre_images(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         return hashlib.sha256(data)
 
     fake = SimpleNamespace(sha256=record)
-    monkeypatch.setattr("shared.kv.block_hash.hashlib", fake)
+    monkeypatch.setattr("baton.shared.kv.block_hash.hashlib", fake)
     return images
 
 

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shared.kv.block_hash import extend_hashes, root_hash
-from shared.kv.block_pool import BlockPool, Digest, PoolExhausted
+from baton.shared.kv.block_hash import extend_hashes, root_hash
+from baton.shared.kv.block_pool import BlockPool, Digest, PoolExhausted
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_HEADS = 7, 2, 2
 ROOT = root_hash("a" * 64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared.kv.capability import Capability
+from baton.shared.kv.capability import Capability
 
 ONE = Capability(
     model_digest="d" * 64,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.kv import digest as module
-from shared.kv.digest import block_sums, digests, seeds
+from baton.shared.kv import digest as module
+from baton.shared.kv.digest import block_sums, digests, seeds
 
 INCARNATION = "0123456789abcdef" * 2
 BITS = [1 << bit for bit in range(31)] + [-(1 << 31)]

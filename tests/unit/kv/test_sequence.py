@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.kv.sequence import (
+from baton.shared.kv.sequence import (
     AttemptKey,
     FinishReason,
     SamplingParams,

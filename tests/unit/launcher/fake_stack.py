@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from services.launcher import stack, up
-from services.launcher.plan import GATEWAY, RoleCounts, RoleSpec, StackConfig
+from baton.services.launcher import stack, up
+from baton.services.launcher.plan import GATEWAY, RoleCounts, RoleSpec, StackConfig
 
 _ROLE = Path(__file__).with_name("fake_role.py")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.launcher.__main__ import build_parser, generate_request, stack_config
-from services.launcher.plan import (
+from baton.services.launcher.__main__ import build_parser, generate_request, stack_config
+from baton.services.launcher.plan import (
     RoleCounts,
     StackConfig,
     UsageError,
@@ -57,7 +57,7 @@ def test_each_worker_is_one_process_with_its_own_id() -> None:
     assert [spec.name for spec in specs] == ["prefill-0", "prefill-1", "both-0"]
     argv = " ".join(specs[1].argv)
     for part in (
-        "-m services.worker --role prefill --worker-id prefill-1 --model m",
+        "-m baton.services.worker --role prefill --worker-id prefill-1 --model m",
         "--redis-url unix:///valkey --cluster default --host 127.0.0.1 --port 0",
         "--device auto --dtype auto --block-size 16 --shm-dir /dev/shm/x",
         "--num-blocks 64 --max-model-len 512",
@@ -84,7 +84,7 @@ def test_the_gateway_listens_where_it_is_told() -> None:
     [spec] = gateway_specs(up("--host", "0.0.0.0", "--reflection"), "redis://r", 7000, None)
     argv = spec.argv
     assert " ".join(argv) == (
-        "-m services.gateway --model m --redis-url redis://r --cluster default"
+        "-m baton.services.gateway --model m --redis-url redis://r --cluster default"
         " --host 0.0.0.0 --port 7000 --http-port none --drain-s 30 --reflection"
         " --metrics-port none"
     )

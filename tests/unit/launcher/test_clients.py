@@ -14,12 +14,12 @@ from threading import Event
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from baton.services.launcher.__main__ import main
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
-from google.protobuf.duration_pb2 import Duration
-
-from services.launcher.__main__ import main
 
 _ROOT = Path(__file__).parents[3]
 
@@ -205,9 +205,9 @@ def test_ctrl_c_cancels(gateway: Gateway) -> None:
     gateway.behaviour = begin
     argv = ["generate", "--target", gateway.target, "--prompt", "x"]
     client = subprocess.Popen(
-        [sys.executable, "-m", "services.launcher", *argv],
+        [sys.executable, "-m", "baton.services.launcher", *argv],
         cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": f"{_ROOT}:{_ROOT / 'shared/gen'}"},
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from shared.rpc.flags import add_flag, add_switch
+from baton.shared.rpc.flags import add_flag, add_switch
 
 
 def parse(environ: dict[str, str], *argv: str) -> argparse.Namespace:

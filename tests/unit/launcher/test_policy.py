@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.launcher.policy import (
+from baton.services.launcher.policy import (
     SETTLED_S,
     Verdict,
     describe_exit,

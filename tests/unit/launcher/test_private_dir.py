@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.launcher.private_dir import private_dir, sweep_stale
+from baton.services.launcher.private_dir import private_dir, sweep_stale
 
 
 def test_the_directory_is_private_and_gone_afterwards(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Launcher:
                 cwd=_ROOT,
                 env={
                     **os.environ,
-                    "PYTHONPATH": f"{_ROOT}:{_ROOT / 'shared/gen'}",
+                    "PYTHONPATH": str(_ROOT),
                     "FAKE_ROLE_EXITS": json.dumps(exits),
                     # What it leaves behind must be seen, and not be another test's.
                     "TMPDIR": str(tmp_path),

@@ -8,12 +8,11 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from baton.v1 import error_details_pb2 as pb
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
-from shared.rpc import errors
-from shared.rpc.errors import (
+from baton.shared.rpc import errors
+from baton.shared.rpc.errors import (
     AttemptFailed,
     BatonError,
     InvalidField,
@@ -25,6 +24,7 @@ from shared.rpc.errors import (
     to_status,
     trailers,
 )
+from baton.v1 import error_details_pb2 as pb
 
 PROTO = Path(__file__).parents[3] / "protos/baton/v1/error_details.proto"
 

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
-from baton.v1 import inference_service_pb2 as pb
-from baton.v1 import inference_service_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shared.rpc.errors import (
+from baton.shared.rpc.errors import (
     BatonError,
     DigestMismatch,
     Draining,
@@ -20,7 +18,9 @@ from shared.rpc.errors import (
     failure_of,
     from_failure,
 )
-from shared.rpc.serve import Endpoint, bare_host, channel_options, join_address
+from baton.shared.rpc.serve import Endpoint, bare_host, channel_options, join_address
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import inference_service_pb2_grpc
 from tests.ipv6 import needs_ipv6
 
 if TYPE_CHECKING:

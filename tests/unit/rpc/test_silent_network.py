@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
+from baton.shared.rpc import serve
+from baton.shared.rpc.serve import Endpoint, channel_options
 from baton.v1 import prefill_service_pb2 as pb
 from baton.v1 import prefill_service_pb2_grpc
-
-from shared.rpc import serve
-from shared.rpc.serve import Endpoint, channel_options
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillResponse]

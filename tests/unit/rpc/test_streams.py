@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from shared.rpc import streams
-from shared.rpc.streams import only_own_cancels, until_silence, with_ticks
+from baton.shared.rpc import streams
+from baton.shared.rpc.streams import only_own_cancels, until_silence, with_ticks
 
 
 @pytest.fixture(autouse=True)

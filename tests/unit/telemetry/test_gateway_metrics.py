@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from services.gateway.admission import Admitted
-from services.gateway.generate import Generation
-from services.gateway.metrics import ClusterLoad, GatewayMetrics, cluster_load
-from services.gateway.report import RequestReport, cause
-from shared.directory.workers import ModelFacts, Role, WorkerLoad, WorkerRecord
-from shared.kv.capability import Capability
-from shared.kv.sequence import FinishReason, SamplingParams
-from shared.rpc.errors import InvalidField, TooManyAttempts, WorkerLost
+from baton.services.gateway.admission import Admitted
+from baton.services.gateway.generate import Generation
+from baton.services.gateway.metrics import ClusterLoad, GatewayMetrics, cluster_load
+from baton.services.gateway.report import RequestReport, cause
+from baton.shared.directory.workers import ModelFacts, Role, WorkerLoad, WorkerRecord
+from baton.shared.kv.capability import Capability
+from baton.shared.kv.sequence import FinishReason, SamplingParams
+from baton.shared.rpc.errors import InvalidField, TooManyAttempts, WorkerLost
 
 
 def worker(

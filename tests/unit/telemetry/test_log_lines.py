@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from shared.kv.sequence import AttemptKey
-from shared.telemetry import JsonLines, TextLines, log_event
+from baton.shared.kv.sequence import AttemptKey
+from baton.shared.telemetry import JsonLines, TextLines, log_event
 
 HOSTILE = 'a\nb\r\x1b[31m\u2028"c" = \\d\x00'
 

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client import Counter
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared import metrics
-from shared.metrics import MetricsServer, new_registry
+from baton.shared import metrics
+from baton.shared.metrics import MetricsServer, new_registry
 from tests.ipv6 import needs_ipv6
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
-from shared.kv.digest import block_sums, digests, seeds
-from shared.transfer.interface import LocalPool
-from shared.transfer.puller import ExpectedBlock
-from shared.transfer.shm import ShmTransport
+from baton.shared.kv.digest import block_sums, digests, seeds
+from baton.shared.transfer.interface import LocalPool
+from baton.shared.transfer.puller import ExpectedBlock
+from baton.shared.transfer.shm import ShmTransport
+from baton.v1.kv_service_pb2 import PoolDescription
 
 ROOT = Path(__file__).parents[3]
 NUM_BLOCKS, NUM_HEADS, BLOCK_BYTES = 12, 2, 4096
@@ -25,8 +25,8 @@ PEER = """
 import sys
 from pathlib import Path
 import torch
-from shared.transfer.interface import LocalPool
-from shared.transfer.shm import ShmTransport
+from baton.shared.transfer.interface import LocalPool
+from baton.shared.transfer.shm import ShmTransport
 directory, incarnation, num_blocks, num_heads, block_bytes = sys.argv[1:]
 num_blocks, num_heads, block_bytes = int(num_blocks), int(num_heads), int(block_bytes)
 transport = ShmTransport(incarnation, Path(directory))
@@ -52,7 +52,7 @@ class Peer:
         self.process = subprocess.Popen(
             [sys.executable, "-c", PEER, *arguments],
             cwd=ROOT,
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "OMP_NUM_THREADS": "1"},
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

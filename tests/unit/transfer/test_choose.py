@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from shared.transfer.choose import Choice, TransportUnavailable, choose_transport
+from baton.shared.transfer.choose import Choice, TransportUnavailable, choose_transport
 
 BROKEN = "NIXL is not installed"
 

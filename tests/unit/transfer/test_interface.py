@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.transfer.interface import LocalPool
+from baton.shared.transfer.interface import LocalPool
 
 
 def test_views_cut_memory_into_blocks_and_heads() -> None:

@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
-from shared.kv.digest import block_sums, digests, seeds
-from shared.transfer import nixl_agent
-from shared.transfer.interface import (
+from baton.shared.kv.digest import block_sums, digests, seeds
+from baton.shared.transfer import nixl_agent
+from baton.shared.transfer.interface import (
     BlockCopy,
     LocalPool,
     OverlappingConnection,
     TransferError,
 )
-from shared.transfer.nixl import NixlTransport
-from shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.shared.transfer.nixl import NixlTransport
+from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.v1.kv_service_pb2 import PoolDescription
 
 pytestmark = pytest.mark.nixl
 
@@ -39,8 +39,8 @@ SEED = 2718
 PEER = """
 import hashlib, sys, time
 import torch
-from shared.transfer.interface import LocalPool
-from shared.transfer.nixl import NixlTransport
+from baton.shared.transfer.interface import LocalPool
+from baton.shared.transfer.nixl import NixlTransport
 incarnation, num_blocks, num_heads, block_bytes, seed = sys.argv[1], *map(int, sys.argv[2:])
 memory = torch.empty(num_blocks * block_bytes, dtype=torch.uint8)
 memory.random_(0, 256, generator=torch.Generator().manual_seed(seed))
@@ -67,8 +67,8 @@ READER = """
 import sys
 import torch
 from baton.v1.kv_service_pb2 import PoolDescription
-from shared.transfer.interface import BlockCopy, LocalPool
-from shared.transfer.nixl import NixlTransport
+from baton.shared.transfer.interface import BlockCopy, LocalPool
+from baton.shared.transfer.nixl import NixlTransport
 peer = PoolDescription.FromString(bytes.fromhex(sys.argv[1]))
 memory = torch.empty(peer.num_blocks * peer.block_bytes, dtype=torch.uint8)
 transport = NixlTransport("beef")
@@ -94,8 +94,7 @@ class Peer:
         self.process = subprocess.Popen(
             [sys.executable, "-c", PEER, self.incarnation, *numbers],
             cwd=ROOT,
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "OMP_NUM_THREADS": "1"}
-            | (env or {}),
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -313,7 +312,7 @@ def test_a_reader_killed_in_the_middle_leaves_the_owner_alone(
     start_peer: Callable[..., Peer],
 ) -> None:
     peer = start_peer(env={"UCX_TLS": "tcp"}, block_bytes=1 << 20)
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "OMP_NUM_THREADS": "1"}
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     before = peer.ask("hash")
     with subprocess.Popen(
         [sys.executable, "-c", READER, peer.description.SerializeToString().hex()],
@@ -376,7 +375,7 @@ def test_a_stalled_read_ends(
     peer = start_peer(env={"UCX_TLS": "tcp"})
     connection = transport.connect(peer.description)
     peer.process.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr("shared.transfer.nixl._STALLED_S", 0.2)
+    monkeypatch.setattr("baton.shared.transfer.nixl._STALLED_S", 0.2)
     with pytest.raises(TransferError, match="stalled"):
         connection.read([BlockCopy(0, 0)])
     connection.close()
@@ -400,7 +399,7 @@ def test_the_puller_reads_verifies_and_outlives_peers(
     start_peer: Callable[..., Peer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 10 * BLOCK_BYTES)
+    monkeypatch.setattr("baton.shared.transfer.puller._PIECE_BYTES", 10 * BLOCK_BYTES)
     results: Queue[PullResult] = Queue()
     puller = Puller(transport, pool, results.put)
     try:
@@ -462,8 +461,8 @@ def test_two_connections_at_once(
 
 
 def test_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from shared.transfer import nixl_agent; print(nixl_agent.available('cpu'))"
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared/gen'}", "UCX_TLS": "sm,self"}
+    code = "from baton.shared.transfer import nixl_agent; print(nixl_agent.available('cpu'))"
+    env = {"PYTHONPATH": str(ROOT), "UCX_TLS": "sm,self"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )

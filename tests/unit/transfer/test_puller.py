@@ -8,12 +8,12 @@ from queue import Queue
 import numpy as np
 import pytest
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
-from shared.kv.digest import block_sums
-from shared.transfer.interface import BlockCopy, LocalPool, PeerConnection, TransferError
-from shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
-from shared.transfer.shm import ShmTransport
+from baton.shared.kv.digest import block_sums
+from baton.shared.transfer.interface import BlockCopy, LocalPool, PeerConnection, TransferError
+from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.shared.transfer.shm import ShmTransport
+from baton.v1.kv_service_pb2 import PoolDescription
 from tests.unit.transfer.conftest import BLOCK_BYTES, NUM_BLOCKS, NUM_HEADS, Peer
 
 StartPeer = Callable[[], Peer]
@@ -61,7 +61,7 @@ def test_blocks_of_several_pieces(
     peer: Peer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 5 * BLOCK_BYTES)
+    monkeypatch.setattr("baton.shared.transfer.puller._PIECE_BYTES", 5 * BLOCK_BYTES)
     copies = [(i, NUM_BLOCKS - 1 - i) for i in range(NUM_BLOCKS)]
     puller.submit(job(peer, copies))
     result = results.get(timeout=30)

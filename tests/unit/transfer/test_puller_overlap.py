@@ -9,11 +9,11 @@ from queue import Empty, Queue
 import numpy as np
 import pytest
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
-from shared.kv.digest import Uint64Array, block_sums, digests, seeds
-from shared.transfer.interface import BlockCopy, LocalPool, TransferError
-from shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.v1.kv_service_pb2 import PoolDescription
 
 NUM_BLOCKS, NUM_HEADS, BLOCK_BYTES = 16, 2, 256
 PEER = PoolDescription(incarnation="ab12", num_blocks=NUM_BLOCKS, num_heads=NUM_HEADS)
@@ -145,7 +145,7 @@ _OVERLAPPED = [
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr("baton.shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
     bench = Bench()
     yield bench
     bench.puller.close()
@@ -162,7 +162,7 @@ def test_a_piece_is_summed_while_the_next_is_read(bench: Bench) -> None:
 
 @pytest.fixture
 def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr("shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr("baton.shared.transfer.puller._PIECE_BYTES", 2 * BLOCK_BYTES)
     bench = Bench(starts_sums=True)
     yield bench
     bench.puller.close()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from baton.v1.kv_service_pb2 import PoolDescription
 
-from shared.transfer.interface import BlockCopy, LocalPool, TransferError
-from shared.transfer.shm import ShmTransport, sweep_stale
+from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.shared.transfer.shm import ShmTransport, sweep_stale
+from baton.v1.kv_service_pb2 import PoolDescription
 from tests.unit.transfer.conftest import BLOCK_BYTES, NUM_BLOCKS, NUM_HEADS, Peer
 
 StartPeer = Callable[[], Peer]

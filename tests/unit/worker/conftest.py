@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.engine.config import EngineConfig, load_model_config
-from shared.engine.model_runner import ModelRunner
-from shared.engine.models import llama
+from baton.shared.engine.config import EngineConfig, load_model_config
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.models import llama
 
 MakeRunner = Callable[[int], ModelRunner]
 BLOCK_SIZE = 4

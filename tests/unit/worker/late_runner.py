@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shared.engine.batch import Batch
-from shared.engine.model_runner import ModelRunner
+from baton.shared.engine.batch import Batch
+from baton.shared.engine.model_runner import ModelRunner
 
 
 @dataclass

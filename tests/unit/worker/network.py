@@ -15,16 +15,16 @@ from itertools import count
 from typing import Protocol
 
 import torch
+
+from baton.services.worker import messages as msg
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.digest import block_sums, digests, seeds
+from baton.shared.kv.sequence import AttemptKey
+from baton.shared.rpc.convert import key_from_pb
+from baton.shared.rpc.errors import BatonError, SourceLost
+from baton.shared.transfer.puller import PullJob, PullResult
 from baton.v1 import decode_service_pb2, kv_service_pb2
 from baton.v1.prefill_service_pb2 import PrefillResponse
-
-from services.worker import messages as msg
-from shared.engine.model_runner import ModelRunner
-from shared.kv.digest import block_sums, digests, seeds
-from shared.kv.sequence import AttemptKey
-from shared.rpc.convert import key_from_pb
-from shared.rpc.errors import BatonError, SourceLost
-from shared.transfer.puller import PullJob, PullResult
 from tests.unit.worker.sim_worker import SimWorker
 
 Channel = tuple[object, ...]

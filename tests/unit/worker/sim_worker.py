@@ -6,18 +6,17 @@ import queue
 from collections import deque
 from collections.abc import Callable
 
+from baton.services.worker import messages as msg
+from baton.services.worker.engine_loop import EngineLoop
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.stepper import StepLimits
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import AttemptKey
+from baton.shared.telemetry import Counters, Trace
+from baton.shared.transfer.puller import PullJob
 from baton.v1 import kv_service_pb2, worker_service_pb2
-
-from services.worker import messages as msg
-from services.worker.engine_loop import EngineLoop
-from services.worker.failpoints import Failpoints
-from services.worker.sealing import Sealer
-from services.worker.stepper import StepLimits
-from shared.engine.model_runner import ModelRunner
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey
-from shared.telemetry import Counters, Trace
-from shared.transfer.puller import PullJob
 
 CAPABILITY = "c" * 64
 

@@ -14,21 +14,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from baton.v1 import decode_service_pb2, types_pb2
-from baton.v1.prefill_service_pb2 import PrefillResponse
-
-from services.worker import messages as msg
-from services.worker.sequence_table import Slot
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
-from shared.rpc.convert import FINISH_REASON_FROM_PB
-from shared.rpc.errors import (
+from baton.services.worker import messages as msg
+from baton.services.worker.sequence_table import Slot
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
+from baton.shared.rpc.errors import (
     AttemptFailed,
     BatonError,
     DigestMismatch,
     WorkerLost,
     from_failure,
 )
+from baton.v1 import decode_service_pb2, types_pb2
+from baton.v1.prefill_service_pb2 import PrefillResponse
 from tests.unit.worker.network import Channel, Clock, Network
 from tests.unit.worker.sim_worker import SimWorker
 

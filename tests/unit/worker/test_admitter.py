@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from services.prefill.scheduler import Admission
-from services.worker.admission import Admitter
-from services.worker.failpoints import Failpoints
-from services.worker.sealing import Sealer
-from services.worker.sequence_table import SequenceTable, Slot
-from shared.engine.block_sums import HostBlockSums
-from shared.engine.kv_cache import KvCache
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.services.prefill.scheduler import Admission
+from baton.services.worker.admission import Admitter
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.shared.engine.block_sums import HostBlockSums
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 
 NUM_BLOCKS = 8

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from services.worker import directory_sync
-from services.worker.directory_sync import DirectorySync
-from shared.directory.directory import Directory, DirectoryUnavailable
-from shared.directory.ledger import LedgerEntry, Stage
-from shared.directory.workers import WorkerRecord
-from shared.kv.block_pool import CacheChanges
-from shared.kv.sequence import AttemptKey
+from baton.services.worker import directory_sync
+from baton.services.worker.directory_sync import DirectorySync
+from baton.shared.directory.directory import Directory, DirectoryUnavailable
+from baton.shared.directory.ledger import LedgerEntry, Stage
+from baton.shared.directory.workers import WorkerRecord
+from baton.shared.kv.block_pool import CacheChanges
+from baton.shared.kv.sequence import AttemptKey
 
 RECORD = cast(WorkerRecord, "the worker as it is now")
 A, B, C = (letter.encode() * 32 for letter in "abc")

@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from baton.v1 import kv_service_pb2 as kv
 
-from services.worker.failpoints import Failpoints
-from services.worker.handoff import ClaimTable, Pull, PullTable
-from services.worker.messages import Outgoing, Peer, ToReader, ToSource
-from services.worker.sealing import Sealer
-from shared.engine.block_sums import HostBlockSums
-from shared.engine.kv_cache import KvCache
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey, SamplingParams, Sequence
-from shared.rpc.convert import key_to_pb
-from shared.rpc.errors import Cancelled, ClaimBroken, DigestMismatch, SourceLost, to_failure
-from shared.telemetry import Counters, Trace
-from shared.transfer.puller import PullJob, PullResult
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.handoff import ClaimTable, Pull, PullTable
+from baton.services.worker.messages import Outgoing, Peer, ToReader, ToSource
+from baton.services.worker.sealing import Sealer
+from baton.shared.engine.block_sums import HostBlockSums
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.rpc.convert import key_to_pb
+from baton.shared.rpc.errors import Cancelled, ClaimBroken, DigestMismatch, SourceLost, to_failure
+from baton.shared.telemetry import Counters, Trace
+from baton.shared.transfer.puller import PullJob, PullResult
+from baton.v1 import kv_service_pb2 as kv
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 
 NUM_BLOCKS = 10
@@ -167,7 +167,7 @@ def test_a_claim_that_fails_is_told_once_with_the_reason(side: Side, claims: Cla
 def test_claims_are_found_by_reader_and_by_age(
     side: Side, claims: ClaimTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.worker.handoff.time.monotonic", lambda: 50.0)
+    monkeypatch.setattr("baton.services.worker.handoff.time.monotonic", lambda: 50.0)
     claims.add(KEY, "d-1")
     assert claims.of_reader("d-1") == [KEY] and claims.of_reader("d-2") == []
     assert claims.older_than(50.0) == [] and claims.older_than(50.1) == [KEY]

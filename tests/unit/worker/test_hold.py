@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 
 import grpc
 import pytest
+
+from baton.services.worker.hold import HoldClient
+from baton.services.worker.messages import Peer
+from baton.shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost
+from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint
 from baton.v1 import kv_service_pb2 as kv
 from baton.v1 import kv_service_pb2_grpc, types_pb2
-
-from services.worker.hold import HoldClient
-from services.worker.messages import Peer
-from shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost
-from shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Ending = Callable[["Owner", Context], Awaitable[None]]

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.prefill.pacing import Pacing
-from services.worker.stepper import StepLimits, Stepper
-from shared.kv.sequence import SamplingParams
+from baton.services.prefill.pacing import Pacing
+from baton.services.worker.stepper import StepLimits, Stepper
+from baton.shared.kv.sequence import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench
 
@@ -72,7 +72,9 @@ def test_a_prompt_waits_for_slow_streams_and_all_get_the_same_tokens(
 ) -> None:
     """No step is as fast as that goal, and the second after which a chunk goes along never ends."""
     frozen_s = time.monotonic()
-    monkeypatch.setattr("services.worker.stepper.time", SimpleNamespace(monotonic=lambda: frozen_s))
+    monkeypatch.setattr(
+        "baton.services.worker.stepper.time", SimpleNamespace(monotonic=lambda: frozen_s)
+    )
     bench = Bench(make_runner(NUM_BLOCKS))
     stepper = bench.engine._stepper
     assert isinstance(stepper, Stepper)

@@ -20,10 +20,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from benchmarks.plain_loop import PlainLoop
-from shared.engine.model_runner import ModelRunner
-from shared.kv.sequence import FinishReason, SamplingParams
-from shared.rpc.errors import DeadlineExceeded
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import FinishReason, SamplingParams
+from baton.shared.rpc.errors import DeadlineExceeded
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock
@@ -172,7 +172,7 @@ def oracle(make_runner: MakeRunner) -> Oracle:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     for module in ("engine_loop", "handoff"):
-        monkeypatch.setattr(f"services.worker.{module}.time", clock)
+        monkeypatch.setattr(f"baton.services.worker.{module}.time", clock)
     return clock
 
 

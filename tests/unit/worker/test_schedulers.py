@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.decode.scheduler import (
+from baton.services.decode.scheduler import (
     choose_victim,
     is_short_of_blocks,
     num_blocks_wanted,
     plan_rows,
 )
-from services.prefill.scheduler import Admission, admission, plan_chunks
-from shared.kv.sequence import AttemptKey, SamplingParams, Sequence, num_blocks_for
+from baton.services.prefill.scheduler import Admission, admission, plan_chunks
+from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence, num_blocks_for
 
 BLOCK_SIZE = 4
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.worker import sequence_table
-from services.worker.sequence_table import SequenceTable, Slot
-from shared.kv.sequence import AttemptKey, SamplingParams, Sequence, SequenceState
+from baton.services.worker import sequence_table
+from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence, SequenceState
 
 
 def key(attempt: int = 1, name: str = "r", sample: int = 0) -> AttemptKey:

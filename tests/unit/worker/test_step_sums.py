@@ -6,12 +6,12 @@ from collections.abc import Sequence as Seq
 
 import pytest
 
-from services.worker import messages as msg
-from shared.engine.block_sums import BlockSums, HostBlockSums, TakeSums
-from shared.engine.steps import Step
-from shared.kv.digest import Uint64Array
-from shared.kv.sequence import Sequence
-from shared.rpc.errors import DigestMismatch
+from baton.services.worker import messages as msg
+from baton.shared.engine.block_sums import BlockSums, HostBlockSums, TakeSums
+from baton.shared.engine.steps import Step
+from baton.shared.kv.digest import Uint64Array
+from baton.shared.kv.sequence import Sequence
+from baton.shared.rpc.errors import DigestMismatch
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 from tests.unit.worker.test_steps_ahead import BAD_SEED, NUM_BLOCKS, Bench, sampling
 

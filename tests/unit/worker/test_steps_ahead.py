@@ -7,23 +7,23 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
-from baton.v1 import worker_service_pb2
 
-from benchmarks.plain_loop import PlainLoop
-from services.worker import messages as msg
-from services.worker.engine_loop import EngineLoop
-from services.worker.failpoints import Failpoints
-from services.worker.sealing import Sealer
-from services.worker.sequence_table import Slot
-from services.worker.stepper import StepLimits
-from shared.engine.batch import Batch
-from shared.engine.model_runner import ModelRunner
-from shared.engine.steps import BAD_LOGITS
-from shared.kv.block_pool import BlockPool
-from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
-from shared.rpc.convert import FINISH_REASON_FROM_PB
-from shared.rpc.errors import BatonError, EngineFailure, from_failure
-from shared.telemetry import Counters, Trace
+from baton.services.worker import messages as msg
+from baton.services.worker.engine_loop import EngineLoop
+from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.sealing import Sealer
+from baton.services.worker.sequence_table import Slot
+from baton.services.worker.stepper import StepLimits
+from baton.shared.engine.batch import Batch
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.engine.steps import BAD_LOGITS
+from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
+from baton.shared.rpc.errors import BatonError, EngineFailure, from_failure
+from baton.shared.telemetry import Counters, Trace
+from baton.v1 import worker_service_pb2
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 from tests.unit.worker.late_runner import LateRunner, LateStep
 

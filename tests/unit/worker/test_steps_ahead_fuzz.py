@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.plain_loop import PlainLoop
-from services.worker import messages as msg
-from shared.engine.batch import Batch
-from shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, num_blocks_for
-from shared.rpc.errors import InvalidField, Preempted
+from baton.services.worker import messages as msg
+from baton.shared.engine.batch import Batch
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, num_blocks_for
+from baton.shared.rpc.errors import InvalidField, Preempted
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench, LoggedStep, sampling
 

@@ -1,6 +1,0 @@
-"""Load on a running endpoint, and what its clients saw: `python -m benchmarks.load --help`.
-
-spec ──► arrivals, conversations (lengths, traces) ──► shards, one process each ──► samples
-                                                         │ drivers: gRPC, OpenAI
-before and after: scrape ──► metrics_check, beside the samples
-"""

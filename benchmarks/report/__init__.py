@@ -1,1 +1,0 @@
-"""Results as text, CSV, and one HTML page that needs nothing but itself."""
