@@ -23,7 +23,7 @@ from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.loadtest.samples import Slo, warnings
 from baton.loadtest.spec import Load
-from baton.services.launcher.plan import RoleCounts
+from baton.services.launcher.roles import RoleCounts
 from baton.shared.engine.config import load_model_config
 from benchmarks.ab_report import METRICS, Comparison, Summary, html, text
 from benchmarks.arrangements import add_stack_flags, measure_rates, stack_options

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
-from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.services.launcher.roles import RoleCounts, StackConfig
 from benchmarks.stack import ROOT, StackFailed, StackOptions, private_mib, running
 
 _COMPLETIONS = "/v1/completions"

@@ -14,7 +14,7 @@ from baton.loadtest.report import Run
 from baton.loadtest.run import run_load
 from baton.loadtest.samples import summarise
 from baton.loadtest.spec import Load
-from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.services.launcher.roles import RoleCounts, StackConfig
 from benchmarks.dummy_model import SHAPES
 from benchmarks.stack import BenchmarkStack, StackFailed, StackOptions, cpu_s
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 
-from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import load_model_config
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.stack import StackOptions, running

@@ -17,7 +17,7 @@ from baton.services.worker import messages as msg
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
-from baton.services.worker.sequence_table import Slot
+from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.block_sums import BlockSums, TakeSums
 from baton.shared.engine.model_runner import ModelRunner
@@ -87,7 +87,7 @@ class InProcessEngine:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         key = AttemptKey(f"benchmark-{number}", 0, 1)
         sequence = Sequence(key, tuple(prompt), params)
-        self._inbox.put(msg.StartDecode(sequence, Slot(_GATEWAY, number), None))
+        self._inbox.put(msg.StartDecode(sequence, Recipient(_GATEWAY, number), None))
 
     def run_until_idle(self) -> Steps:
         """Runs all that was submitted → when tokens came, and how many at a time."""

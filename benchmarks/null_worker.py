@@ -39,7 +39,7 @@ _MAX_UNSENT = 2
 @dataclass(slots=True)
 class _Running:
     key: AttemptKey
-    slot: int
+    number: int
     next_index: int
     end: int
 
@@ -70,12 +70,12 @@ class NullEngine:
         self,
         sequence: Sequence,
         gateway: str,
-        slot: int,
+        number: int,
         source: types_pb2.WorkerAddress | None,
     ) -> None:
         first, end = sequence.first_index, sequence.params.max_tokens
-        self._running[gateway].append(_Running(sequence.key, slot, first, end))
-        joined = decode_service_pb2.SequenceJoined(slot=slot)
+        self._running[gateway].append(_Running(sequence.key, number, first, end))
+        joined = decode_service_pb2.SequenceJoined(slot=number)
         self._streams[gateway].put_nowait(decode_service_pb2.DecodeResponse(joined=joined))
 
     def cancel(self, key: AttemptKey) -> None:
@@ -103,7 +103,7 @@ class NullEngine:
         for each in running:
             index, each.next_index = each.next_index, each.next_index + 1
             is_last = each.next_index >= each.end
-            step.slots.append(each.slot)
+            step.slots.append(each.number)
             step.indices.append(index)
             step.token_ids.append(_FIRST_TOKEN + index % (self._vocab_size - _FIRST_TOKEN))
             reason = FinishReason.LENGTH if is_last else None

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
-from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import EngineConfig, load_model_config
 from baton.shared.engine.model_runner import ModelRunner
 from benchmarks.dummy_model import SHAPES, given_or_dummy

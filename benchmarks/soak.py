@@ -31,7 +31,7 @@ import grpc
 from baton.loadtest.drivers import request_of
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
-from baton.services.launcher.plan import RoleCounts, StackConfig
+from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import load_model_config
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc

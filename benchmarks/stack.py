@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from baton.services.launcher.plan import GATEWAY, RoleSpec, StackConfig
 from baton.services.launcher.private_dir import private_dir, shared_memory_root
 from baton.services.launcher.role_process import Misconfigured, RoleProcess
+from baton.services.launcher.roles import GATEWAY, RoleSpec, StackConfig
 from baton.services.launcher.stack import Stack
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
 from baton.loadtest.calibrate import Capacity, calibrate
-from baton.loadtest.conversations import longest, plan
+from baton.loadtest.conversations import longest, workload_of
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.loadtest.options import EXIT_USAGE, loads_of, parse_args, slos_of
@@ -54,7 +54,7 @@ async def _measure(args: argparse.Namespace) -> Report:
     """Prints each run's table as it ends. Raises LoadError, RuntimeError."""
     loads, slos, target = loads_of(args), slos_of(args), Target.parse(args.target)
     sources = sources_of(args.metrics, target)
-    notes = [note for load in loads[:1] for note in plan(load).notes]
+    notes = [note for load in loads[:1] for note in workload_of(load).notes]
     if args.output is not None:
         check_writable(args.output)
     model = await probe(target, args.model)
@@ -80,7 +80,7 @@ def _of_model(load: Load, model: ModelFacts, args: argparse.Namespace) -> Load:
 
 
 def _check_lengths(load: Load, model: ModelFacts) -> None:
-    num_tokens = longest(plan(load), load)
+    num_tokens = longest(workload_of(load), load)
     if model.max_model_len is not None and num_tokens > model.max_model_len:
         raise LoadError(
             f"the longest request needs {num_tokens:,} tokens, and {model.name} takes"

@@ -43,9 +43,9 @@ Conversation = tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`conversation` makes the one of a number, from 0. `arrivals` are seconds from the start, one
-    for each; None in a closed loop, which goes on as long as it may."""
+class Workload:
+    """All that a load asks. `conversation` makes the one of a number, from 0. `arrivals` are
+    seconds from the start, one for each; None in a closed loop, which goes on as long as it may."""
 
     conversation: Callable[[int], Conversation]
     arrivals: list[float] | None
@@ -53,33 +53,33 @@ class Plan:
     """What was changed of what was asked for."""
 
     @property
-    def num_planned(self) -> int | None:
+    def num_conversations(self) -> int | None:
         return None if self.arrivals is None else len(self.arrivals)
 
 
-def plan(load: Load) -> Plan:
+def workload_of(load: Load) -> Workload:
     """A function of the load, however many processes share it. Raises LoadError."""
     load.check()
     if load.arrivals == "trace":
-        return _plan_trace(load)
+        return _of_trace(load)
     prompt = lengths(load.prompt_tokens, "--prompt-tokens")
     output = lengths(load.output_tokens, "--output-tokens")
     made = _capped(prompt, load.max_prompt), _capped(output, load.max_output)
-    return Plan(
+    return Workload(
         lambda number: _conversation(load, number, *made),
         None if load.is_closed else arrivals(load),
     )
 
 
-def longest(found: Plan, load: Load, num_looked: int = 2000) -> int:
+def longest(workload: Workload, load: Load, num_looked: int = 2000) -> int:
     """Tokens of the longest conversation, answers included, of those that are looked at."""
-    if found.num_planned is not None:
-        num_looked = found.num_planned
+    if workload.num_conversations is not None:
+        num_looked = workload.num_conversations
     elif load.num_requests is not None:
         num_looked = min(num_looked, load.num_requests)
     return max(
         (
-            sum(turn.num_tokens + turn.output_tokens for turn in found.conversation(number))
+            sum(turn.num_tokens + turn.output_tokens for turn in workload.conversation(number))
             for number in range(num_looked)
         ),
         default=0,
@@ -112,7 +112,7 @@ def _capped(draw: Draw, most: int | None) -> Draw:
     return lambda random_: min(most, draw(random_))
 
 
-def _plan_trace(load: Load) -> Plan:
+def _of_trace(load: Load) -> Workload:
     if load.num_turns > 1 or load.num_prefixes:
         raise LoadError("--turns and --prefixes: a trace has its own structure")
     found = replay(load)
@@ -128,7 +128,7 @@ def _plan_trace(load: Load) -> Plan:
         notes.append(f"lengths times {load.length_scale:g}")
         if any(request.blocks for request in found.requests):
             notes[-1] += f": a block of the trace is {found.block_tokens} tokens"
-    return Plan(
+    return Workload(
         lambda number: (_recorded_turn(number, found.requests[number], found.block_tokens),),
         [request.at_s for request in found.requests],
         tuple(notes),

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 import uvloop
 
-from baton.loadtest.conversations import Conversation, Plan, plan
+from baton.loadtest.conversations import Conversation, Workload, workload_of
 from baton.loadtest.drivers import Driver, driver_for
 from baton.loadtest.samples import Sample, Watch
 from baton.loadtest.spec import Load
@@ -57,14 +57,17 @@ class Queue:
 
     def __init__(self, load: Load, share: Share, driver: Driver) -> None:
         self._load, self._driver = load, driver
-        self._plan = plan(load)
-        self._numbers = _numbers(load, self._plan, share)
+        self._workload = workload_of(load)
+        self._numbers = _numbers(load, self._workload, share)
         self._ready: deque[Prepared] = deque()
         self._num_bytes = 0
         self._is_exhausted = False
         while not self._is_exhausted and self._num_bytes < _PREPARED_BYTES:
             # A closed loop without an end is prepared for its first rounds.
-            if self._plan.num_planned is None and len(self._ready) >= 64 + 4 * load.num_streams:
+            if (
+                self._workload.num_conversations is None
+                and len(self._ready) >= 64 + 4 * load.num_streams
+            ):
                 break
             self._prepare()
 
@@ -88,19 +91,19 @@ class Queue:
         if number is None:
             self._is_exhausted = True
             return
-        conversation = self._plan.conversation(number)
+        conversation = self._workload.conversation(number)
         first = conversation[0]
         prompt = first.token_ids(self._load)
         request = self._driver.encode(prompt, first.output_tokens)
         prepared = Prepared(conversation, prompt if len(conversation) > 1 else [], request)
-        if self._plan.arrivals is not None:
-            prepared.at_s = self._plan.arrivals[number]
+        if self._workload.arrivals is not None:
+            prepared.at_s = self._workload.arrivals[number]
         self._ready.append(prepared)
         self._num_bytes += len(request)
 
 
-def _numbers(load: Load, made: Plan, share: Share) -> Iterator[int]:
-    end = made.num_planned
+def _numbers(load: Load, workload: Workload, share: Share) -> Iterator[int]:
+    end = workload.num_conversations
     if end is None and load.num_requests is not None:
         end = -(-load.num_requests // load.num_turns)
     number = share.index

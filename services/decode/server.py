@@ -36,7 +36,7 @@ class DecodeHost(Protocol):
         self,
         sequence: Sequence,
         gateway: str,
-        slot: int,
+        number: int,
         source: types_pb2.WorkerAddress | None,
     ) -> None: ...
 

@@ -35,7 +35,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class AdmittedRequest:
     """A request whose every field holds."""
 
     prompt_token_ids: tuple[int, ...]
@@ -51,7 +51,7 @@ async def admit(
     *,
     encode: Encode | None,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
-) -> Admitted:
+) -> AdmittedRequest:
     """Awaits nothing but `encode`, and that only when all else about the request holds.
 
     `encode` turns a prompt into token ids; None when the model has no tokenizer.
@@ -87,7 +87,7 @@ async def admit(
         stop_token_ids=frozenset(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
     )
-    return Admitted(prompt, params, stops, received)
+    return AdmittedRequest(prompt, params, stops, received)
 
 
 def _check_ranges(sampling: types_pb2.SamplingParams, limits: Limits) -> None:

@@ -18,14 +18,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from baton.services.gateway import admission
+from baton.services.gateway.admission import AdmittedRequest, admit
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.links import (
-    Admitted,
     Event,
     Events,
     Failed,
     Joined,
+    PromptAdmitted,
     Token,
     follow_prefill,
 )
@@ -63,7 +63,7 @@ class Generation:
     """One request on its way."""
 
     request_id: str
-    admitted: admission.Admitted
+    admitted: AdmittedRequest
     deadline: float | None
     """Seconds on the monotonic clock."""
     arrived_at: float
@@ -108,7 +108,7 @@ async def generate(
     arrived_at = time.monotonic()
     with RequestReport(request_id, arrived_at, deadline, metrics) as report:
         encode = codec.encode_async if codec else None
-        admitted = await admission.admit(request, cluster.limits(), encode=encode)
+        admitted = await admit(request, cluster.limits(), encode=encode)
         counters["requests"] += 1
         generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
         report.admitted(generation)
@@ -138,7 +138,9 @@ async def generate(
 
 
 def _finished_before(
-    admitted: admission.Admitted, decoder: StreamDecoder | None, eos_token_ids: frozenset[int]
+    admitted: AdmittedRequest,
+    decoder: StreamDecoder | None,
+    eos_token_ids: frozenset[int],
 ) -> FinishReason | None:
     """Whether the tokens that a resuming client has are the whole answer already."""
     if not admitted.received:
@@ -254,7 +256,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     events: Events = asyncio.Queue()
     patience = 2.0 ** min(generation.num_fruitless - 1, _MAX_PATIENCE_DOUBLINGS)
     prefill = link = None
-    slot = 0
+    number = 0
     is_prompt_open = True
     try:
         spec = _sequence_spec(generation, key, token_ids, route.decode.capability_hash)
@@ -266,7 +268,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
             prefill = asyncio.create_task(call)
         if wants_decode:
             link = cluster.link(route.decode)
-            slot = link.start(spec, _source(route), events, patience)
+            number = link.start(spec, _source(route), events, patience)
         while generation.finish_reason is None:
             run: list[int] = []
             failure: Failed | None = None
@@ -279,7 +281,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
                             generation.token_ids.append(token_id)
                             generation.finish_reason = finish_reason
                             run.append(token_id)
-                    case Admitted(num_cached_tokens):
+                    case PromptAdmitted(num_cached_tokens):
                         _note_cached(generation, num_cached_tokens)
                         if generation.num_attempts == 1:
                             generation.prefill_admitted_at = time.monotonic()
@@ -310,7 +312,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
         if prefill is not None:
             prefill.cancel()
         if link is not None:
-            link.end(slot, key)
+            link.end(number, key)
 
 
 async def _take_all(events: Events) -> list[Event]:

@@ -51,7 +51,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class PromptAdmitted:
     num_cached_tokens: int
 
 
@@ -70,12 +70,12 @@ class Failed:
     worker_incarnation: str | None
 
 
-Event = Token | Admitted | Joined | Failed
+Event = Token | PromptAdmitted | Joined | Failed
 Events = asyncio.Queue[Event]
 
 
-class StepWatch:
-    """Notices an engine that stands still with work to do, while its streams still tick."""
+class StallWatch:
+    """Notices an engine that stands still with something to compute, while its streams tick."""
 
     def __init__(self) -> None:
         self._step = 0
@@ -95,7 +95,7 @@ class StepWatch:
 
 
 @dataclass(slots=True)
-class _Slot:
+class _Attempt:
     events: Events
     patience: float
     """Times the usual silence: more after fruitless attempts, as the cluster may just be slow."""
@@ -113,19 +113,19 @@ class DecodeLink:
     ) -> None:
         self.incarnation = incarnation
         self._address = address
-        self._slots: dict[int, _Slot] = {}
+        self._attempts: dict[int, _Attempt] = {}
         self._numbers = count(1)
         self._requests: asyncio.Queue[decode_service_pb2.DecodeRequest] = asyncio.Queue()
         self._requests.put_nowait(decode_service_pb2.DecodeRequest(hello=hello))
         self._on_broken = on_broken
         self._last_heard_s = time.monotonic()
-        self._steps = StepWatch()
+        self._steps = StallWatch()
         self._task = asyncio.create_task(self._run())
         self._watchdog = asyncio.create_task(self._watch())
 
     @property
     def num_sequences(self) -> int:
-        return len(self._slots)
+        return len(self._attempts)
 
     def start(
         self,
@@ -134,18 +134,18 @@ class DecodeLink:
         events: Events,
         patience: float,
     ) -> int:
-        """Begins an attempt; returns its slot."""
-        slot = next(self._numbers)
-        if not self._slots:
+        """Begins an attempt; returns its number on this stream."""
+        number = next(self._numbers)
+        if not self._attempts:
             self._last_heard_s = time.monotonic()
-        self._slots[slot] = _Slot(events, patience)
-        start = decode_service_pb2.StartSequence(sequence=spec, slot=slot, source=source)
+        self._attempts[number] = _Attempt(events, patience)
+        start = decode_service_pb2.StartSequence(sequence=spec, slot=number, source=source)
         self._requests.put_nowait(decode_service_pb2.DecodeRequest(start=start))
-        return slot
+        return number
 
-    def end(self, slot: int, key: AttemptKey) -> None:
-        """Nothing more is wanted of the slot; the worker is told, which may have ended it."""
-        self._slots.pop(slot, None)
+    def end(self, number: int, key: AttemptKey) -> None:
+        """Nothing more is wanted of the attempt; the worker is told, which may have ended it."""
+        self._attempts.pop(number, None)
         message = decode_service_pb2.CancelSequence(key=key_to_pb(key))
         self._requests.put_nowait(decode_service_pb2.DecodeRequest(cancel=message))
 
@@ -172,9 +172,9 @@ class DecodeLink:
             )
             error = WorkerLost("the decode worker's stream could not be read")
         self._watchdog.cancel()
-        for slot in self._slots.values():
-            slot.events.put_nowait(Failed(error, self.incarnation))
-        self._slots.clear()
+        for attempt in self._attempts.values():
+            attempt.events.put_nowait(Failed(error, self.incarnation))
+        self._attempts.clear()
         self._on_broken(self.incarnation)
 
     async def _watch(self) -> None:
@@ -182,15 +182,15 @@ class DecodeLink:
         while True:
             await asyncio.sleep(TICK_S / 2)
             silent_s = time.monotonic() - self._last_heard_s
-            for number, slot in list(self._slots.items()):
-                if silent_s > slot.patience * SILENCE_S:
+            for number, attempt in list(self._attempts.items()):
+                if silent_s > attempt.patience * SILENCE_S:
                     error = WorkerLost(f"the decode worker was silent for {silent_s:.1f} s")
-                elif self._steps.is_stuck(slot.patience):
+                elif self._steps.is_stuck(attempt.patience):
                     error = WorkerLost("the decode worker's engine stands still")
                 else:
                     continue
-                slot.events.put_nowait(Failed(error, self.incarnation))
-                del self._slots[number]
+                attempt.events.put_nowait(Failed(error, self.incarnation))
+                del self._attempts[number]
 
     def _take(self, message: decode_service_pb2.DecodeResponse) -> None:
         match message.WhichOneof("message"):
@@ -202,23 +202,23 @@ class DecodeLink:
                 for number, index, token_id, finish_reason in zip(
                     step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
                 ):
-                    slot = self._slots.get(number)
-                    if slot is not None:
+                    attempt = self._attempts.get(number)
+                    if attempt is not None:
                         reason = FINISH_REASON_FROM_PB[finish_reason]
-                        slot.events.put_nowait(Token(index, token_id, reason))
+                        attempt.events.put_nowait(Token(index, token_id, reason))
             case "joined":
-                slot = self._slots.get(message.joined.slot)
-                if slot is not None:
+                attempt = self._attempts.get(message.joined.slot)
+                if attempt is not None:
                     joined = message.joined
                     transfer_s = None
                     if joined.HasField("transfer_time"):
                         transfer_s = duration_from_pb(joined.transfer_time)
-                    slot.events.put_nowait(Joined(joined.num_cached_tokens, transfer_s))
+                    attempt.events.put_nowait(Joined(joined.num_cached_tokens, transfer_s))
             case "failed":
-                slot = self._slots.pop(message.failed.slot, None)
-                if slot is not None:
+                attempt = self._attempts.pop(message.failed.slot, None)
+                if attempt is not None:
                     error = from_failure(message.failed.failure)
-                    slot.events.put_nowait(Failed(error, self._doubted(error)))
+                    attempt.events.put_nowait(Failed(error, self._doubted(error)))
 
     def _doubted(self, error: BatonError) -> str | None:
         return self.incarnation if isinstance(error, Draining) else None
@@ -237,7 +237,7 @@ async def follow_prefill(
 ) -> None:
     """Runs one Prefill call, to its first token or a Failed; cancelling the task cancels it."""
     call = prefill_service_pb2_grpc.PrefillServiceStub(channel).Prefill(request)
-    first_index, steps = request.sequence.first_index, StepWatch()
+    first_index, steps = request.sequence.first_index, StallWatch()
     error: BatonError = WorkerLost("the prefill worker ended without a token")
     is_doubtful = True
     try:
@@ -249,7 +249,7 @@ async def follow_prefill(
                         error = WorkerLost("the prefill worker's engine stands still")
                         break
                 elif event.HasField("admitted"):
-                    events.put_nowait(Admitted(event.admitted.num_cached_tokens))
+                    events.put_nowait(PromptAdmitted(event.admitted.num_cached_tokens))
                 elif event.HasField("first_token"):
                     first = event.first_token
                     reason = FINISH_REASON_FROM_PB[first.finish_reason]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from baton.services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.services.launcher.target import DEFAULT_TARGET
 from baton.shared.rpc.flags import add_flag, add_switch, optional_port
 from baton.v1 import inference_service_pb2 as pb

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from baton.services.launcher.plan import RoleSpec
 from baton.services.launcher.policy import (
     Verdict,
     describe_exit,
@@ -28,6 +27,7 @@ from baton.services.launcher.policy import (
     pause_s,
 )
 from baton.services.launcher.role_log import RoleLog
+from baton.services.launcher.roles import RoleSpec
 from baton.shared.rpc.serve import LAUNCHER_PID_VARIABLE
 
 _READY = re.compile(r"READY( \w+=\S+)+")

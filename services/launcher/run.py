@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 
 from baton.services.launcher.generate import Answer, stream_answer
-from baton.services.launcher.plan import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.services.launcher.stack import Stack
 from baton.services.launcher.target import connect, report
 from baton.services.launcher.up import notice_to_stderr, run_stack, to_stderr

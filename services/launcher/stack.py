@@ -17,9 +17,9 @@ from typing import Any, overload
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.services.launcher.plan import RoleSpec, StackConfig, gateway_specs, worker_specs
 from baton.services.launcher.role_log import RoleLog
 from baton.services.launcher.role_process import Notice, RoleProcess
+from baton.services.launcher.roles import RoleSpec, StackConfig, gateway_specs, worker_specs
 from baton.shared.directory.embedded import EmbeddedValkey, ServerFailed
 
 # "" is the process, the other is what requests are sent to.

@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from baton.services.launcher.plan import StackConfig, UsageError
 from baton.services.launcher.policy import EXIT_MISCONFIGURED
 from baton.services.launcher.private_dir import private_dir, shared_memory_root
 from baton.services.launcher.role_process import Misconfigured
+from baton.services.launcher.roles import StackConfig, UsageError
 from baton.services.launcher.stack import Stack
 from baton.shared.directory.embedded import ServerFailed, ServerMissing
 from baton.shared.engine.config import ModelError, load_model_config

@@ -17,7 +17,7 @@ from baton.services.prefill.server import PrefillEvents
 from baton.services.worker import messages as msg
 from baton.services.worker.directory_sync import DirectorySync
 from baton.services.worker.hold import HoldClient
-from baton.services.worker.sequence_table import Slot
+from baton.services.worker.sequence_table import Recipient
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.rpc.convert import key_from_pb
 from baton.shared.rpc.errors import BatonError, StaleAttempt
@@ -125,13 +125,13 @@ class Mailroom:
         self,
         sequence: Sequence,
         gateway: str,
-        slot: int,
+        number: int,
         source: types_pb2.WorkerAddress | None,
     ) -> None:
         peer = None
         if source is not None:
             peer = msg.Peer(source.worker_id, source.incarnation, source.address)
-        self._inbox.put(msg.StartDecode(sequence, Slot(gateway, slot), peer))
+        self._inbox.put(msg.StartDecode(sequence, Recipient(gateway, number), peer))
 
     def cancel(self, key: AttemptKey) -> None:
         self._inbox.put(msg.CancelAttempts(key))

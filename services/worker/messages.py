@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from baton.services.worker.sequence_table import Slot
+from baton.services.worker.sequence_table import Recipient
 from baton.shared.directory.ledger import LedgerEntry
 from baton.shared.kv.block_pool import CacheChanges
 from baton.shared.kv.sequence import AttemptKey, Sequence
@@ -39,7 +39,7 @@ class StartPrefill:
 @dataclass(frozen=True, slots=True)
 class StartDecode:
     sequence: Sequence
-    slot: Slot
+    recipient: Recipient
     source: Peer | None
 
 

@@ -14,7 +14,7 @@ from baton.services.worker.messages import (
     ToGateway,
     ToPrefillStream,
 )
-from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.directory.ledger import LedgerEntry, Stage
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb
@@ -35,7 +35,7 @@ class Reports:
         self._deliver = deliver
         self._outbox: list[Outgoing] = []
         self._tokens: defaultdict[str, list[tuple[int, int, int, FinishReason | None]]]
-        """By gateway: slot, index, token id, and why it is the last."""
+        """By gateway: number, index, token id, and why it is the last."""
         self._tokens = defaultdict(list)
 
     def emit(self, message: Outgoing) -> None:
@@ -44,11 +44,11 @@ class Reports:
     def flush(self, step: int) -> None:
         """Delivers; all tokens of a gateway go as one message with columns."""
         for gateway, tokens in self._tokens.items():
-            slots, indices, token_ids, reasons = zip(*tokens, strict=True)
+            numbers, indices, token_ids, reasons = zip(*tokens, strict=True)
             response = dec.DecodeResponse()
             output = response.step
             output.step = step
-            output.slots.extend(slots)
+            output.slots.extend(numbers)
             output.indices.extend(indices)
             output.token_ids.extend(token_ids)
             output.finish_reasons.extend([FINISH_REASON_TO_PB[reason] for reason in reasons])
@@ -74,25 +74,29 @@ class Reports:
 
     # To a gateway's Decode stream
 
-    def joined(self, sequence: Sequence, slot: Slot, pull: Pull | None) -> None:
-        joined = dec.SequenceJoined(slot=slot.number, num_cached_tokens=sequence.num_cached_tokens)
+    def joined(self, sequence: Sequence, recipient: Recipient, pull: Pull | None) -> None:
+        joined = dec.SequenceJoined(
+            slot=recipient.number, num_cached_tokens=sequence.num_cached_tokens
+        )
         if pull is not None:
             joined.transfer_time.CopyFrom(duration_to_pb(pull.transfer_s))
             joined.num_pulled_blocks = pull.num_pulled_blocks
-        self.emit(ToGateway(slot.gateway, dec.DecodeResponse(joined=joined)))
+        self.emit(ToGateway(recipient.gateway, dec.DecodeResponse(joined=joined)))
 
     def token(
-        self, slot: Slot, index: int, token_id: int, finish_reason: FinishReason | None
+        self, recipient: Recipient, index: int, token_id: int, finish_reason: FinishReason | None
     ) -> None:
-        self._tokens[slot.gateway].append((slot.number, index, token_id, finish_reason))
+        self._tokens[recipient.gateway].append((recipient.number, index, token_id, finish_reason))
 
-    def failed(self, key: AttemptKey, slot: Slot | None, error: BatonError) -> None:
+    def failed(self, key: AttemptKey, recipient: Recipient | None, error: BatonError) -> None:
         """To whoever hosts the sequence."""
-        if slot is None:
+        if recipient is None:
             self.emit(ToPrefillStream(key, error))
             return
-        failed = dec.SequenceFailed(slot=slot.number, key=key_to_pb(key), failure=to_failure(error))
-        self.emit(ToGateway(slot.gateway, dec.DecodeResponse(failed=failed)))
+        failed = dec.SequenceFailed(
+            slot=recipient.number, key=key_to_pb(key), failure=to_failure(error)
+        )
+        self.emit(ToGateway(recipient.gateway, dec.DecodeResponse(failed=failed)))
 
     # To the ledger
 

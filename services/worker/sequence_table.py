@@ -12,22 +12,26 @@ _ATTEMPTS_REMEMBERED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a decode-hosted sequence's tokens go: a number on a gateway's Decode stream."""
+class Recipient:
+    """Who gets a decode-hosted sequence's tokens: a Decode stream, and its number for it."""
 
     gateway: str
     number: int
 
 
+# The engine loop still calls it so.
+Slot = Recipient
+
+
 class SequenceTable:
     """Sequences in order of arrival. At most one attempt of each is here at a time.
 
-    A sequence is hosted by a slot, or, without one, by a Prefill call.
+    A sequence is hosted by a Decode stream, its recipient, or, without one, by a Prefill call.
     """
 
     def __init__(self) -> None:
         self._sequences: dict[AttemptKey, Sequence] = {}
-        self._slots: dict[Sequence, Slot] = {}
+        self._recipients: dict[Sequence, Recipient] = {}
         self._current: dict[tuple[str, int], AttemptKey] = {}
         self._lowest_attempt: OrderedDict[tuple[str, int], int] = OrderedDict()
 
@@ -46,33 +50,40 @@ class SequenceTable:
     def in_state(self, state: SequenceState) -> list[Sequence]:
         return [s for s in self._sequences.values() if s.state is state]
 
-    def slot(self, key: AttemptKey) -> Slot | None:
+    def recipient(self, key: AttemptKey) -> Recipient | None:
         """None: the sequence is hosted by a Prefill call."""
         sequence = self._sequences.get(key)
-        return self._slots.get(sequence) if sequence is not None else None
+        return self._recipients.get(sequence) if sequence is not None else None
 
-    def slot_of(self, sequence: Sequence) -> Slot:
+    def recipient_of(self, sequence: Sequence) -> Recipient:
         """Of a decode-hosted sequence; KeyError for another."""
-        return self._slots[sequence]
+        return self._recipients[sequence]
+
+    # The engine loop still calls them so.
+    slot, slot_of = recipient, recipient_of
 
     def decode_hosted(self) -> Iterable[Sequence]:
         """In order of arrival; not to be kept."""
-        return self._slots.keys()
+        return self._recipients.keys()
 
     def of_gateway(self, gateway: str) -> list[Sequence]:
-        return [sequence for sequence, slot in self._slots.items() if slot.gateway == gateway]
+        return [
+            sequence
+            for sequence, recipient in self._recipients.items()
+            if recipient.gateway == gateway
+        ]
 
     def growing(self) -> list[Sequence]:
         """Those that hold blocks and will want more: the decode-hosted ones."""
-        return [sequence for sequence in self._slots if sequence.block_tables]
+        return [sequence for sequence in self._recipients if sequence.block_tables]
 
-    def add(self, sequence: Sequence, slot: Slot | None) -> None:
+    def add(self, sequence: Sequence, recipient: Recipient | None) -> None:
         """The attempt, and lower ones, will be refused from now on."""
         key = sequence.key
         self._sequences[key] = sequence
         self._current[key.sequence] = key
-        if slot is not None:
-            self._slots[sequence] = slot
+        if recipient is not None:
+            self._recipients[sequence] = recipient
         self.refuse_up_to(key)
 
     def remove(self, key: AttemptKey) -> Sequence | None:
@@ -80,7 +91,7 @@ class SequenceTable:
             del self._current[key.sequence]
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
-            self._slots.pop(sequence, None)
+            self._recipients.pop(sequence, None)
         return sequence
 
     def is_stale(self, key: AttemptKey) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from baton.services.gateway.admission import Admitted, Limits, admit
+from baton.services.gateway.admission import AdmittedRequest, Limits, admit
 from baton.shared.kv.sequence import SamplingParams
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.v1 import inference_service_pb2 as pb
@@ -39,7 +39,7 @@ def request(
     return message
 
 
-async def admitted(message: pb.GenerateRequest, limits: Limits = LIMITS) -> Admitted:
+async def admitted(message: pb.GenerateRequest, limits: Limits = LIMITS) -> AdmittedRequest:
     # Through the wire, as the server gets it: float fields are rounded to 32 bits.
     message = pb.GenerateRequest.FromString(message.SerializeToString())
     return await admit(message, limits, encode=encode, draw_seed=lambda: 4711)
@@ -52,7 +52,7 @@ async def refused(message: pb.GenerateRequest, limits: Limits = LIMITS) -> tuple
 
 
 async def test_unset_fields_take_their_defaults() -> None:
-    assert await admitted(request()) == Admitted(
+    assert await admitted(request()) == AdmittedRequest(
         prompt_token_ids=(1, 2, 3),
         params=SamplingParams(seed=4711, max_tokens=20),
         stops=(),
@@ -86,7 +86,7 @@ async def test_set_fields_arrive() -> None:
         stop_token_ids=frozenset([8, 9]),
         ignore_eos=True,
     )
-    assert await admitted(message) == Admitted((7, 7, 7), params, ("x", "yz"), (4, 5))
+    assert await admitted(message) == AdmittedRequest((7, 7, 7), params, ("x", "yz"), (4, 5))
 
 
 async def test_a_seed_of_zero_is_a_seed() -> None:

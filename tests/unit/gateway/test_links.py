@@ -11,12 +11,12 @@ import pytest
 
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.links import (
-    Admitted,
     DecodeLink,
     Event,
     Events,
     Failed,
     Joined,
+    PromptAdmitted,
     Token,
     follow_prefill,
 )
@@ -158,7 +158,7 @@ async def following(events: Events) -> Event:
 async def the_failure(events: Events) -> Failed:
     """The last event, whatever else came first."""
     while not isinstance(event := await following(events), Failed):
-        assert isinstance(event, Joined | Admitted)
+        assert isinstance(event, Joined | PromptAdmitted)
     assert events.empty()
     return event
 
@@ -221,7 +221,7 @@ def following_prefill(channel: grpc.aio.Channel) -> tuple[asyncio.Task[None], Ev
 async def test_a_prefill_call_brings_its_token(worker: Worker, channel: grpc.aio.Channel) -> None:
     worker.ending = returns
     task, events = following_prefill(channel)
-    assert await following(events) == Admitted(2)
+    assert await following(events) == PromptAdmitted(2)
     assert await following(events) == Token(3, 7, None)
     await task
     assert events.empty()
@@ -269,7 +269,7 @@ async def test_a_prefill_call_that_is_cancelled_says_nothing(
     worker: Worker, channel: grpc.aio.Channel
 ) -> None:
     task, events = following_prefill(channel)
-    assert await following(events) == Admitted(2)
+    assert await following(events) == PromptAdmitted(2)
     await worker.hanging.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from baton.services.launcher import stack, up
-from baton.services.launcher.plan import GATEWAY, RoleCounts, RoleSpec, StackConfig
+from baton.services.launcher.roles import GATEWAY, RoleCounts, RoleSpec, StackConfig
 
 _ROLE = Path(__file__).with_name("fake_role.py")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from baton.services.launcher.__main__ import build_parser, generate_request, stack_config
-from baton.services.launcher.plan import (
+from baton.services.launcher.roles import (
     RoleCounts,
     StackConfig,
     UsageError,

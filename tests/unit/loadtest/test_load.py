@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from baton.loadtest.arrivals import arrivals
-from baton.loadtest.conversations import longest, plan
+from baton.loadtest.conversations import longest, workload_of
 from baton.loadtest.drivers import request_of
 from baton.loadtest.lengths import lengths
 from baton.loadtest.shard import Share
@@ -61,39 +61,39 @@ def test_a_length_that_is_none_is_told_with_its_flag(text: str) -> None:
 
 
 def test_prompts_are_a_function_of_load_and_number() -> None:
-    (turn,) = plan(CLOSED).conversation(3)
+    (turn,) = workload_of(CLOSED).conversation(3)
     prompt = turn.token_ids(CLOSED)
-    assert prompt == plan(CLOSED).conversation(3)[0].token_ids(CLOSED)
+    assert prompt == workload_of(CLOSED).conversation(3)[0].token_ids(CLOSED)
     assert len(prompt) == 40 and max(prompt) < CLOSED.vocab_size and turn.output_tokens == 8
     other = replace(CLOSED, seed=1)
-    assert prompt != plan(other).conversation(3)[0].token_ids(other)
-    assert prompt != plan(CLOSED).conversation(4)[0].token_ids(CLOSED)
+    assert prompt != workload_of(other).conversation(3)[0].token_ids(other)
+    assert prompt != workload_of(CLOSED).conversation(4)[0].token_ids(CLOSED)
 
 
 def test_prompts_of_a_group_begin_alike_and_differ_after() -> None:
     load = replace(CLOSED, num_prefixes=2, prefix_tokens=30)
-    prompts = [plan(load).conversation(n)[0].token_ids(load) for n in range(20)]
+    prompts = [workload_of(load).conversation(n)[0].token_ids(load) for n in range(20)]
     assert {len(prompt) for prompt in prompts} == {40}
     assert len({tuple(prompt[:30]) for prompt in prompts}) == 2
     assert len({tuple(prompt[30:]) for prompt in prompts}) == 20
     # A prompt that is shorter than its prefix keeps a token of its own.
     short = replace(load, prompt_tokens="20")
-    prompts = [plan(short).conversation(n)[0].token_ids(short) for n in range(20)]
+    prompts = [workload_of(short).conversation(n)[0].token_ids(short) for n in range(20)]
     assert {len(prompt) for prompt in prompts} == {20}
     assert len({tuple(prompt[:19]) for prompt in prompts}) == 2
 
 
 def test_turns_bring_what_is_new_and_the_longest_counts_all() -> None:
     load = replace(CLOSED, num_turns=3)
-    turns = plan(load).conversation(0)
+    turns = workload_of(load).conversation(0)
     assert [turn.num_tokens for turn in turns] == [40, 40, 40]
     assert len({tuple(turn.token_ids(load)) for turn in turns}) == 3
-    assert longest(plan(load), load) == 3 * 48
+    assert longest(workload_of(load), load) == 3 * 48
 
 
 def test_caps_hold_for_drawn_lengths() -> None:
     load = replace(CLOSED, prompt_tokens="lognormal:500:1", max_prompt=100, max_output=5)
-    found = [plan(load).conversation(n)[0] for n in range(50)]
+    found = [workload_of(load).conversation(n)[0] for n in range(50)]
     assert max(turn.num_tokens for turn in found) == 100
     assert {turn.output_tokens for turn in found} == {5}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from baton.loadtest.conversations import plan
+from baton.loadtest.conversations import workload_of
 from baton.loadtest.drivers import Driver, driver_for
 from baton.loadtest.http_stream import HttpBroken, HttpClient, ResponseReader
 from baton.loadtest.null_server import MODEL, NullHttp, start_grpc, start_http
@@ -209,7 +209,7 @@ async def test_an_open_loop_sends_all_and_gives_up_what_does_not_end() -> None:
             await generator.run()
             await driver.close()
         assert [s.status for s in generator.samples] == [status] * 5
-        assert [s.at_s for s in generator.samples] == plan(load).arrivals
+        assert [s.at_s for s in generator.samples] == workload_of(load).arrivals
 
 
 async def test_a_request_has_a_limit() -> None:

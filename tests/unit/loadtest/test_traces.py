@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.loadtest.conversations import plan
+from baton.loadtest.conversations import workload_of
 from baton.loadtest.spec import Load, LoadError
 from baton.loadtest.synthetic_trace import Shape, main, synthetic_trace
 from baton.loadtest.traces import read_trace, replay
@@ -36,14 +36,14 @@ def load_of(path: Path, **changes: object) -> Load:
 
 
 def prompts(load: Load) -> list[list[int]]:
-    made = plan(load)
-    assert made.num_planned is not None
-    return [made.conversation(n)[0].token_ids(load) for n in range(made.num_planned)]
+    made = workload_of(load)
+    assert made.num_conversations is not None
+    return [made.conversation(n)[0].token_ids(load) for n in range(made.num_conversations)]
 
 
 def test_equal_blocks_are_equal_tokens(mooncake: Path) -> None:
     load = load_of(mooncake)
-    assert plan(load).arrivals == [0.0, 1.0, 7.0]
+    assert workload_of(load).arrivals == [0.0, 1.0, 7.0]
     first, second, third = prompts(load)
     assert [len(first), len(second), len(third)] == [1030, 600, 512]
     assert first[:512] == second[:512] and first[512:600] != second[512:]
@@ -52,7 +52,7 @@ def test_equal_blocks_are_equal_tokens(mooncake: Path) -> None:
 
 def test_scales_window_and_caps(mooncake: Path) -> None:
     load = load_of(mooncake, time_scale=0.1, length_scale=0.5, max_prompt=400, max_output=30)
-    made = plan(load)
+    made = workload_of(load)
     assert made.arrivals == pytest.approx([0.0, 0.1, 0.7])
     first, second, third = prompts(load)
     assert [len(first), len(second), len(third)] == [400, 300, 256]
@@ -64,16 +64,16 @@ def test_scales_window_and_caps(mooncake: Path) -> None:
         "1 of 3 answers capped at 30 tokens",
         "lengths times 0.5: a block of the trace is 256 tokens",
     )
-    assert plan(load_of(mooncake, window_s=(0.5, 7.0))).arrivals == [0.5]
-    assert plan(load_of(mooncake, num_requests=2)).arrivals == [0.0, 1.0]
-    assert plan(load_of(mooncake, duration_s=0.5, time_scale=0.1)).arrivals == [0.0, 0.1]
+    assert workload_of(load_of(mooncake, window_s=(0.5, 7.0))).arrivals == [0.5]
+    assert workload_of(load_of(mooncake, num_requests=2)).arrivals == [0.0, 1.0]
+    assert workload_of(load_of(mooncake, duration_s=0.5, time_scale=0.1)).arrivals == [0.0, 0.1]
 
 
 def test_azure_prompts_share_nothing(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(AZURE)
     load = load_of(path)
-    assert plan(load).arrivals == pytest.approx([0.0, 4.314579], abs=1e-5)
+    assert workload_of(load).arrivals == pytest.approx([0.0, 4.314579], abs=1e-5)
     first, second = prompts(load)
     assert (len(first), len(second)) == (374, 396) and first[:50] != second[:50]
     assert [request.output_tokens for request in replay(load).requests] == [44, 109]
@@ -115,7 +115,7 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
 
 def test_an_empty_window_is_told(mooncake: Path) -> None:
     with pytest.raises(LoadError, match="no request within the window"):
-        plan(load_of(mooncake, window_s=(100.0, 200.0)))
+        workload_of(load_of(mooncake, window_s=(100.0, 200.0)))
 
 
 def test_a_synthetic_trace_is_read_as_a_real_one(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from baton.services.gateway.admission import Admitted
+from baton.services.gateway.admission import AdmittedRequest
 from baton.services.gateway.generate import Generation
 from baton.services.gateway.metrics import ClusterLoad, GatewayMetrics, cluster_load
 from baton.services.gateway.report import RequestReport, cause
@@ -99,7 +99,7 @@ def test_an_answer_that_nobody_reads_to_its_end_was_still_given(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     metrics, now = GatewayMetrics("m"), time.monotonic()
-    admitted = Admitted((5, 6, 7), SamplingParams(max_tokens=2), (), ())
+    admitted = AdmittedRequest((5, 6, 7), SamplingParams(max_tokens=2), (), ())
     generation = Generation("r-1", admitted, None, now)
     caplog.set_level(logging.INFO)
     with pytest.raises(GeneratorExit), RequestReport("r-1", now, None, metrics) as report:

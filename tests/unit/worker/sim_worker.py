@@ -92,7 +92,7 @@ class SimWorker:
             "claims": engine._claims._claims,
             "pulls": engine._pulls._pulls,
             "jobs": engine._pulls._jobs,
-            "slots": engine._table._slots,
+            "recipients": engine._table._recipients,
             "coming": engine._admitter._coming,
             "unclaimed": engine._unclaimed,
             "computed_at": engine._computed_at,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from baton.services.worker import messages as msg
-from baton.services.worker.sequence_table import Slot
+from baton.services.worker.sequence_table import Recipient
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
@@ -68,7 +68,7 @@ class Cluster:
         self.network = Network(runners, clock, self)
         self.requests: list[Request] = []
         self._attempts: dict[AttemptKey, Attempt] = {}
-        self._slots: dict[Slot, AttemptKey] = {}
+        self._recipients: dict[Recipient, AttemptKey] = {}
 
     def submit(
         self,
@@ -132,10 +132,12 @@ class Cluster:
                 msg.StartPrefill(self._sequence(attempt), not wants_decode),
             )
         if attempt.decode is not None:
-            slot = Slot(attempt.decode.gateway_stream, next(self.network.numbers))
-            self._slots[slot] = key
+            recipient = Recipient(attempt.decode.gateway_stream, next(self.network.numbers))
+            self._recipients[recipient] = key
             source = attempt.prefill.peer if attempt.prefill is not None else None
-            self._to_decode(attempt.decode, msg.StartDecode(self._sequence(attempt), slot, source))
+            self._to_decode(
+                attempt.decode, msg.StartDecode(self._sequence(attempt), recipient, source)
+            )
 
     def _sequence(self, attempt: Attempt) -> Sequence:
         request = attempt.request
@@ -174,9 +176,9 @@ class Cluster:
                 self._failed_soon(attempt)
 
     def on_stream_lost(self, stream: str) -> None:
-        for slot, key in list(self._slots.items()):
+        for recipient, key in list(self._recipients.items()):
             attempt = self._attempts[key]
-            if slot.gateway == stream and attempt.decode is not None:
+            if recipient.gateway == stream and attempt.decode is not None:
                 attempt.decode = None
                 self._failed_soon(attempt)
 
@@ -198,15 +200,15 @@ class Cluster:
 
     def on_decode_event(self, stream: str, response: decode_service_pb2.DecodeResponse) -> None:
         if response.HasField("failed"):
-            attempt = self._attempts[self._slots[Slot(stream, response.failed.slot)]]
+            attempt = self._attempts[self._recipients[Recipient(stream, response.failed.slot)]]
             if attempt.decode is not None:
                 attempt.decode = None
                 self._on_failed(attempt, from_failure(response.failed.failure))
         step = response.step
-        for slot, index, token_id, reason in zip(
+        for number, index, token_id, reason in zip(
             step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
         ):
-            attempt = self._attempts[self._slots[Slot(stream, slot)]]
+            attempt = self._attempts[self._recipients[Recipient(stream, number)]]
             if attempt.decode is not None:
                 if FINISH_REASON_FROM_PB[reason] is not None:
                     attempt.decode = None

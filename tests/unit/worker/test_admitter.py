@@ -10,7 +10,7 @@ from baton.services.prefill.scheduler import Admission
 from baton.services.worker.admission import Admitter
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
-from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.engine.block_sums import HostBlockSums
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.block_pool import BlockPool
@@ -37,12 +37,12 @@ class Bench:
         *,
         distrust: bool = False,
         salt: bytes = b"",
-        slot: Slot | None = None,
+        recipient: Recipient | None = None,
     ) -> Sequence:
         made = Sequence(
             AttemptKey(name, 0, 1), prompt, SamplingParams(), distrust=distrust, salt=salt
         )
-        self.table.add(made, slot)
+        self.table.add(made, recipient)
         self.sealer.hash_blocks(made)
         return made
 
@@ -143,7 +143,7 @@ def test_cached_blocks_that_are_free_are_not_counted_as_room_too(bench: Bench) -
 
 
 def test_sequences_that_grow_keep_a_block_each(bench: Bench) -> None:
-    grows = bench.arrive("a", tuple(range(12)), slot=Slot("g", 1))
+    grows = bench.arrive("a", tuple(range(12)), recipient=Recipient("g", 1))
     bench.admitter.try_admit(grows)
     wants_five = bench.arrive("b", tuple(range(40, 60)))
     assert bench.admitter.try_admit(wants_five) is Admission.WAIT_FOR_ROOM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton.services.worker import sequence_table
-from baton.services.worker.sequence_table import SequenceTable, Slot
+from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence, SequenceState
 
 
@@ -64,16 +64,18 @@ def test_hosts() -> None:
     table = SequenceTable()
     prefilled, ours, others = (sequence(key(name=name)) for name in "abc")
     table.add(prefilled, None)
-    table.add(ours, Slot("g1", 7))
-    table.add(others, Slot("g2", 7))
-    assert table.slot(prefilled.key) is None and table.slot(ours.key) == Slot("g1", 7)
+    table.add(ours, Recipient("g1", 7))
+    table.add(others, Recipient("g2", 7))
+    assert table.recipient(prefilled.key) is None and table.recipient(ours.key) == Recipient(
+        "g1", 7
+    )
     assert table.of_gateway("g1") == [ours]
     for each in (prefilled, ours):
         each.block_tables = [[1]]
     assert table.growing() == [ours], "others hold nothing yet, a prefilled one does not grow"
     table.remove(ours.key)
     assert table.of_gateway("g1") == [] == table.growing()
-    assert table.slot(ours.key) is None
+    assert table.recipient(ours.key) is None
 
 
 def test_order_of_arrival_and_states() -> None:

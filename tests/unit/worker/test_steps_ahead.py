@@ -12,7 +12,7 @@ from baton.services.worker import messages as msg
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
-from baton.services.worker.sequence_table import Slot
+from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
@@ -108,7 +108,7 @@ class Bench:
 
     def start(self, number: int, prompt: tuple[int, ...], params: SamplingParams) -> Sequence:
         sequence = Sequence(AttemptKey(f"r{number}", 0, 1), prompt, params)
-        self.engine.inbox.put(msg.StartDecode(sequence, Slot("g", number), None))
+        self.engine.inbox.put(msg.StartDecode(sequence, Recipient("g", number), None))
         return sequence
 
     def step(self) -> None:
@@ -142,12 +142,12 @@ class Bench:
             columns = zip(
                 step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
             )
-            for slot, index, token_id, reason_pb in columns:
-                assert index == len(self.tokens[slot]) and slot not in self.reasons
-                self.tokens[slot].append(token_id)
+            for number, index, token_id, reason_pb in columns:
+                assert index == len(self.tokens[number]) and number not in self.reasons
+                self.tokens[number].append(token_id)
                 reason = FINISH_REASON_FROM_PB[reason_pb]
                 if reason is not None:
-                    self.reasons[slot] = reason
+                    self.reasons[number] = reason
 
 
 @pytest.fixture
