@@ -26,10 +26,16 @@ from baton.shared.engine.config import (
 from baton.shared.engine.host_steps import HostSteps
 from baton.shared.engine.kv_cache import KvCache, block_bytes
 from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
+from baton.shared.engine.model_digest import (
+    Progress,
+    ProgressReport,
+    dummy_digest,
+    model_digest,
+)
 from baton.shared.engine.models import llama
 from baton.shared.engine.operations import Operations, reference_operations
 from baton.shared.engine.steps import Step, Steps
-from baton.shared.engine.weights import DummyWeights, Progress, ProgressReport, WeightFiles
+from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.sequence import SamplingParams
 from baton.shared.telemetry import log_event
 
@@ -57,7 +63,7 @@ class ModelRunner:
             boundaries of chunks, or block ids; else 'consistent'.
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
-        model_digest: hex SHA-256 over config.json and the weight files.
+        model_digest: tells models apart (`model_digest.py`).
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of one step.
         steps_ahead: how many steps may be launched before the result of the first is taken.
@@ -69,6 +75,7 @@ class ModelRunner:
         *,
         pool_memory: Callable[[int], Tensor] | None = None,
         progress: Progress = lambda _: None,
+        on_digest: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Loads the model, allocates its block pool, and compiles what has to be compiled.
 
@@ -77,6 +84,8 @@ class ModelRunner:
         Args:
             pool_memory: given a number of bytes, returns uint8 memory for the pool.
             progress: told, once a second, how far hashing and loading are.
+            on_digest: told which model it is before anything big is loaded; what it raises ends
+                the start.
 
         Raises:
             ModelError: the model, its weights or the configuration cannot be used.
@@ -96,7 +105,8 @@ class ModelRunner:
         check_weights_fit(config, weight_bytes, self.device)
         if self.device.type == "cpu":
             self.num_blocks = self._choose_num_blocks(weight_bytes)
-        self.model_digest = weights.digest(config.model_dir / "config.json", progress)
+        self.model_digest = self._digest(weights, progress)
+        on_digest(self.model_digest)
         self._model = self._load(weights, progress)
         weights.close()
 
@@ -168,6 +178,12 @@ class ModelRunner:
         weights = WeightFiles(self._config.model_dir)
         weights.check(shapes, llama.is_ignored_tensor)
         return weights
+
+    def _digest(self, weights: WeightFiles | DummyWeights, progress: Progress) -> str:
+        model_dir = self._config.model_dir
+        if isinstance(weights, DummyWeights):
+            return dummy_digest(model_dir)
+        return model_digest(model_dir, weights.files, progress)
 
     def _load(self, weights: WeightFiles | DummyWeights, progress: Progress) -> llama.Llama:
         report = ProgressReport(progress, "loading weights", len(weights.shapes))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from baton.shared.engine.config import ModelError
-
-Progress = Callable[[str], None]
+from baton.shared.engine.model_digest import find_weight_files
 
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100 * 2**20
-_CHUNK_BYTES = 16 * 2**20
 
 
 class WeightFiles:
@@ -40,7 +37,7 @@ class WeightFiles:
         Raises:
             ModelError: files are missing, truncated or corrupt, or leave the directory.
         """
-        self._listing, names = _find_files(model_dir)
+        self._listing, names = find_weight_files(model_dir)
         self.files = sorted({model_dir / name for name in names.values()} or {self._listing})
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file_of: dict[str, Path] = {}
@@ -96,21 +93,6 @@ class WeightFiles:
         """Unmaps the files; tensors that were read stay valid."""
         self._open.clear()
 
-    def digest(self, config_path: Path, progress: Progress) -> str:
-        """Hex SHA-256 over config.json and the weight files, names and lengths included."""
-        digest = hashlib.sha256()
-        paths = [config_path, *self.files]
-        report = ProgressReport(
-            progress, "hashing weights", sum(path.stat().st_size for path in paths)
-        )
-        for path in paths:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    report.advance(len(chunk))
-        return digest.hexdigest()
-
 
 class DummyWeights:
     """Random weights of a model's shapes, the same for every engine with one kind of device.
@@ -131,56 +113,8 @@ class DummyWeights:
         weight = torch.empty(shape, dtype=dtype, device=device)
         return weight.normal_(std=0.02, generator=generator)
 
-    def digest(self, config_path: Path, progress: Progress) -> str:
-        """Of config.json alone."""
-        return hashlib.sha256(b"dummy weights\0" + config_path.read_bytes()).hexdigest()
-
     def close(self) -> None:
         """There are no files."""
-
-
-class ProgressReport:
-    """Says once a second how far something is; nothing when it takes less."""
-
-    def __init__(self, progress: Progress, what: str, total: int) -> None:
-        self._progress = progress
-        self._what = what
-        self._total = max(1, total)
-        self._done = 0
-        self._next_s = time.monotonic() + 1
-
-    def advance(self, amount: int) -> None:
-        self._done += amount
-        if time.monotonic() >= self._next_s:
-            self._progress(f"{self._what}: {100 * self._done // self._total}%")
-            self._next_s = time.monotonic() + 1
-
-
-def _find_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
-    """The file that lists the tensors, and for a sharded model the file name of each tensor."""
-    single = model_dir / "model.safetensors"
-    index = model_dir / "model.safetensors.index.json"
-    if single.exists():
-        return single, {}
-    if not index.exists():
-        raise ModelError(f"{single}: no such file, nor {index.name}; only safetensors are read")
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{index}: weight_map: cannot be read: {type(error).__name__}") from None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: weight_map: must be an object with one entry per tensor")
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not _is_plain_name(file_name):
-            raise ModelError(f"{index}: weight_map: {name}: not a safetensors file name")
-        if not (model_dir / file_name).exists():
-            raise ModelError(f"{model_dir / file_name}: no such file, though {index.name} names it")
-    return index, weight_map
-
-
-def _is_plain_name(file_name: str) -> bool:
-    plain = "/" not in file_name and "\\" not in file_name and "\0" not in file_name
-    return plain and file_name.endswith(".safetensors")
 
 
 def _read_header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     "baton.shared.kv",
     "baton.shared.rpc",
     "baton.shared.engine.config",
+    "baton.shared.engine.model_digest",
 )
 WITH_TORCH = ("baton.shared.kv.digest",)
 BANNED_NAMES = {"base", "common", "helpers", "utils"}

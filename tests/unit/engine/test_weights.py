@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baton.shared.engine.config import ModelError
-from baton.shared.engine.weights import ProgressReport, WeightFiles
+from baton.shared.engine.model_digest import ProgressReport
+from baton.shared.engine.weights import WeightFiles
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -153,7 +154,7 @@ def test_the_digest_covers_config_and_weights(
 
 def test_progress_is_told_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now, told = [0.0], list[str]()
-    monkeypatch.setattr("baton.shared.engine.weights.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("baton.shared.engine.model_digest.time.monotonic", lambda: now[0])
     report = ProgressReport(told.append, "loading", 200)
     for now[0] in (0.5, 1.1, 1.5, 2.2):
         report.advance(50)

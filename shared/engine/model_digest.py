@@ -1,0 +1,102 @@
+"""Which model a directory holds: its weight files, and the digest that tells models apart.
+
+Nothing here imports torch: the gateway computes the same digest as the workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from baton.shared.engine.config import ModelError
+
+Progress = Callable[[str], None]
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
+    """The file that lists the tensors, and for a sharded model the file name of each tensor.
+
+    Raises:
+        ModelError: files are missing, or named outside of the directory.
+    """
+    single = model_dir / "model.safetensors"
+    index = model_dir / "model.safetensors.index.json"
+    if single.exists():
+        return single, {}
+    if not index.exists():
+        raise ModelError(f"{single}: no such file, nor {index.name}; only safetensors are read")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{index}: weight_map: cannot be read: {type(error).__name__}") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: weight_map: must be an object with one entry per tensor")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not _is_plain_name(file_name):
+            raise ModelError(f"{index}: weight_map: {name}: not a safetensors file name")
+        if not (model_dir / file_name).exists():
+            raise ModelError(f"{model_dir / file_name}: no such file, though {index.name} names it")
+    return index, weight_map
+
+
+def _is_plain_name(file_name: str) -> bool:
+    plain = "/" not in file_name and "\\" not in file_name and "\0" not in file_name
+    return plain and file_name.endswith(".safetensors")
+
+
+def weight_paths(model_dir: Path) -> list[Path]:
+    """The safetensors files, sorted by name. Raises ModelError as `find_weight_files`."""
+    listing, names = find_weight_files(model_dir)
+    return sorted({model_dir / name for name in names.values()} or {listing})
+
+
+def model_digest(model_dir: Path, files: Sequence[Path], progress: Progress) -> str:
+    """Hex SHA-256 over config.json and the weight files, names and lengths included.
+
+    What `progress` raises ends it.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    paths = [model_dir / "config.json", *files]
+    try:
+        total = sum(path.stat().st_size for path in paths)
+        report = ProgressReport(progress, "hashing weights", total)
+        for path in paths:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    report.advance(len(chunk))
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def dummy_digest(model_dir: Path) -> str:
+    """Of a model with random weights: of config.json alone, and recognisable."""
+    config = (model_dir / "config.json").read_bytes()
+    return "dummy-" + hashlib.sha256(b"dummy weights\0" + config).hexdigest()
+
+
+class ProgressReport:
+    """Says once a second how far something is; nothing when it takes less."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self._progress = progress
+        self._what = what
+        self._total = max(1, total)
+        self._done = 0
+        self._next_s = time.monotonic() + 1
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        if time.monotonic() >= self._next_s:
+            self._progress(f"{self._what}: {100 * self._done // self._total}%")
+            self._next_s = time.monotonic() + 1
