@@ -69,7 +69,7 @@ proto-baseline: install ## Take the contract as it is now for the baseline of pr
 
 .PHONY: bench
 bench: install ## Streams through the whole stack against transformers, on the CPU
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.stack.streams
 
 # Load tests. REPORT is where report.html, report.json and requests.csv go.
 COMMA := ,
@@ -77,18 +77,18 @@ TARGET ?= grpc://127.0.0.1:50051
 REPORT ?= dist/load
 .PHONY: load-test
 load-test: install ## Load on TARGET=grpc://HOST:PORT|http://HOST:PORT; TRACE=file ARGS="--rate 4"
-	@$(BIN)/python -m baton.loadtest --target "$(TARGET)" $(if $(TRACE),--trace "$(TRACE)") \
+	@$(BIN)/baton load --target "$(TARGET)" $(if $(TRACE),--trace "$(TRACE)") \
 	    --output "$(REPORT)" $(ARGS)
 
 .PHONY: bench-serving
 bench-serving: install ## Start MODEL on the CPU and offer it rates; ARGS="--workload 256:32 --rates 1,2"
-	$(BIN)/python -m benchmarks.serving --arrangement pd --device cpu --model "$(MODEL)" \
+	$(BIN)/python -m benchmarks.stack.serving --arrangement pd --device cpu --model "$(MODEL)" \
 	    --output-dir "$(REPORT)" --report "$(REPORT)" \
 	    $(or $(ARGS),--workload 512:32 --rates 1$(COMMA)2$(COMMA)4 --duration 10)
 
 .PHONY: bench-ab
 bench-ab: install ## Prefill + decode against role both at equal resources, with the break-even
-	$(BIN)/python -m benchmarks.ab --model "$(MODEL)" --output "$(REPORT)/ab.json" $(ARGS)
+	$(BIN)/python -m benchmarks.stack.ab --model "$(MODEL)" --output "$(REPORT)/ab.json" $(ARGS)
 
 .PHONY: trace
 trace: install ## Write a synthetic trace of Mooncake's form to TRACE=file; ARGS="--requests 500"

@@ -1,6 +1,6 @@
 """Which way of multiplying by a weight is fastest, from a table measured on the GPU.
 
-The table, linear_table.json, is written by `python -m benchmarks.kernels --tune`. Nothing is
+The table, linear_table.json, is written by `python -m benchmarks.gpu.kernels --tune`. Nothing is
 measured while serving: a choice depends on the shape only.
 """
 

@@ -1,4 +1,4 @@
-"""Load on a running endpoint, and what its clients saw: `python -m baton.loadtest --help`.
+"""Load on a running endpoint, and what its clients saw: `baton load --help`.
 
 spec ──► arrivals, conversations (lengths, traces) ──► shards, one process each ──► samples
                                                          │ drivers: gRPC, OpenAI

@@ -1,4 +1,4 @@
-"""The command: `python -m baton.loadtest --help`."""
+"""The command `baton load`, which is also `python -m baton.loadtest`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from baton.loadtest.calibrate import Capacity, calibrate
 from baton.loadtest.conversations import longest, workload_of
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
-from baton.loadtest.options import EXIT_USAGE, loads_of, parse_args, slos_of
+from baton.loadtest.options import EXIT_USAGE, PROGRAM, loads_of, parse_args, slos_of
 from baton.loadtest.page import text_table
 from baton.loadtest.report import Report, Run, check_writable
 from baton.loadtest.run import run_load
@@ -28,6 +28,11 @@ _CALIBRATION_PROMPT = 128
 _CALIBRATION_OUTPUTS = (1, 64)
 
 
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main`, and what an interrupt exits with."""
+    return exit_code(lambda: main(argv))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
@@ -39,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = report.write(args.output)
             print(f"written: {', '.join(map(str, paths))}")
     except LoadError as error:
-        print(f"load test: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"load test: --output {args.output}: {error.strerror}", file=sys.stderr)
+        print(f"{PROGRAM}: --output {args.output}: {error.strerror}", file=sys.stderr)
         return EXIT_USAGE
     except RuntimeError as error:
-        print(f"load test: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0 if any(run.summary["num_ok"] for run in report.runs) else 1
 
@@ -177,4 +182,4 @@ def _capacity_table(found: Sequence[Capacity]) -> tuple[list[str], list[list[str
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(run())

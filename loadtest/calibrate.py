@@ -4,13 +4,12 @@ processes, one server for each generator."""
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from baton.loadtest.null_server import MODEL
-from baton.loadtest.run import own_environment, run_load
+from baton.loadtest.run import own_module, run_load
 from baton.loadtest.samples import OK, Offered
 from baton.loadtest.spec import Load
 
@@ -78,11 +77,11 @@ def capacity_of(scheme: str, output_tokens: int, parts: Sequence[Offered]) -> Ca
 @asynccontextmanager
 async def null_server(scheme: str, *, gap_ms: float = 0.0) -> AsyncIterator[str]:
     """A null server in a process of its own: its target. Raises RuntimeError."""
+    command, environment = own_module("null_server")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.loadtest.null_server", "--scheme", scheme),
-        *("--gap-ms", str(gap_ms)),
+        *(*command, "--scheme", scheme, "--gap-ms", str(gap_ms)),
         stdout=asyncio.subprocess.PIPE,
-        env=own_environment(),
+        env=environment,
     )
     try:
         assert process.stdout is not None

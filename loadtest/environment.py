@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("torch", "transformers", "grpcio", "numpy")
+_PACKAGES = ("baton-llm", "torch", "transformers", "grpcio", "numpy")
 
 
 def describe_environment() -> dict[str, str]:
@@ -19,10 +20,19 @@ def describe_environment() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "load_before": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
-        **{package: version(package) for package in _PACKAGES},
+        **_versions(_PACKAGES),
         **_gpu(),
-        "commit": _commit(),
+        **_commit(),
     }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _gpu() -> dict[str, str]:
@@ -31,8 +41,8 @@ def _gpu() -> dict[str, str]:
     try:
         line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
         name, _, driver = line.partition(", ")
-        return {"gpu": name, "driver": driver, "triton": version("triton")}
-    except (OSError, subprocess.CalledProcessError, PackageNotFoundError):
+        return {"gpu": name, "driver": driver, **_versions(["triton"])}
+    except (OSError, subprocess.CalledProcessError):
         return {}
 
 
@@ -43,46 +53,15 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
+def _commit() -> dict[str, str]:
+    """Of the checkout that this code is of; nothing where it was installed, whatever repository
+    that is in."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return {}
+    git = ("git", "-C", str(checkout), "describe", "--always", "--dirty")
     try:
-        git = ("git", "describe", "--always", "--dirty")
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(git, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-class OtherLoad:
-    """How many cores processes that are not ours kept busy since the last look."""
-
-    def __init__(self) -> None:
-        self._last = self._look()
-
-    def cores(self) -> float:
-        now = self._look()
-        elapsed_s, busy_s = (a - b for a, b in zip(now, self._last, strict=True))
-        self._last = now
-        return max(0.0, busy_s / elapsed_s)
-
-    def _look(self) -> tuple[float, float]:
-        """Seconds on the clock, and seconds of CPU that others have used."""
-        ticks_per_s = os.sysconf("SC_CLK_TCK")
-        fields = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
-        idle = fields[3] + fields[4]
-        return time.monotonic(), (sum(fields) - idle) / ticks_per_s - _our_cpu_s(ticks_per_s)
-
-
-def _our_cpu_s(ticks_per_s: int) -> float:
-    """Of this process and its living descendants, children that have ended included."""
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        pid = int(path.parent.name)
-        parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
-    ours = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    return sum(ticks[pid] for pid in ours) / ticks_per_s
+        return {"commit": "unknown"}
+    return {"commit": done.stdout.strip()}

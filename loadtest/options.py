@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 from baton.loadtest.lengths import FORMS
 from baton.loadtest.samples import Slo
 from baton.loadtest.spec import Load, LoadError
+from baton.shared.rpc.flags import add_flag
 
+PROGRAM = "baton load"
 EXIT_USAGE = 2
 DEFAULT_DURATION_S = 20.0
 DEFAULT_SLOS = ("1:0.025",)
@@ -21,20 +23,21 @@ _SEEDS = 1000
 DESCRIPTION = """\
 Load on a running endpoint, and what its clients saw.
 
-  python -m baton.loadtest --target grpc://127.0.0.1:50051 --rate 4
-  python -m baton.loadtest --target http://127.0.0.1:8000 --rate 1,2,4,8 --slo 0.5:0.05 --output out
-  python -m baton.loadtest --target grpc://127.0.0.1:50051 --streams 16 --requests 200 \\
+  baton load --target grpc://127.0.0.1:50051 --rate 4
+  baton load --target http://127.0.0.1:8000 --rate 1,2,4,8 --slo 0.5:0.05 --output out
+  baton load --target grpc://127.0.0.1:50051 --streams 16 --requests 200 \\
       --prompt-tokens lognormal:256:0.6 --output-tokens uniform:16:64
-  python -m baton.loadtest --target grpc://127.0.0.1:50051 --rate 2 --prefixes 4 --prefix-tokens 256
-  python -m baton.loadtest --target grpc://127.0.0.1:50051 --streams 4 --requests 60 --turns 5
-  python -m baton.loadtest --target grpc://127.0.0.1:50051 --trace mooncake_conversation.jsonl \\
+  baton load --target grpc://127.0.0.1:50051 --rate 2 --prefixes 4 --prefix-tokens 256
+  baton load --target grpc://127.0.0.1:50051 --streams 4 --requests 60 --turns 5
+  baton load --target grpc://127.0.0.1:50051 --trace mooncake_conversation.jsonl \\
       --window 0:600 --time-scale 0.1 --length-scale 0.1 --max-prompt 3500 --max-output 64
-  python -m baton.loadtest --target grpc://127.0.0.1:50051 --metrics http://127.0.0.1:8000/metrics
-  python -m baton.loadtest --calibrate --target http://
+  baton load --target grpc://127.0.0.1:50051 --metrics http://127.0.0.1:8000/metrics
+  baton load --calibrate --target http://
 
 Without --rate and --trace it is a closed loop: --streams clients that each wait for their answer.
 Lengths are a number of tokens, uniform:LOW:HIGH, normal:MEAN:SD or lognormal:MEDIAN:SIGMA.
-Exit codes: 0, 1 when no request was answered, 2 when the load or the target is impossible.
+Exit codes: 0, 1 when no request was answered, 2 when the load or the target is impossible, 130
+interrupted.
 """
 
 
@@ -46,14 +49,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m baton.loadtest",
+        prog=PROGRAM,
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    add_flag(
+        parser,
         "--target",
+        type=str,
         default="grpc://127.0.0.1:50051",
-        help="grpc://, http:// or https://HOST:PORT (default: %(default)s)",
+        metavar="URL",
+        help="grpc://, http:// or https://HOST:PORT; HOST:PORT is gRPC",
     )
     parser.add_argument("--model", default="", help="must be served there; default: any")
     _add_arrivals(parser.add_argument_group("when"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import site
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from baton.loadtest.samples import Offered, Sample
 from baton.loadtest.shard import Share
 from baton.loadtest.spec import Load
 
-ROOT = Path(__file__).parents[2]
+_IMPORTED_FROM = str(Path(__file__).parents[2])
 _LINE_BYTES = 1 << 26
 
 
@@ -44,14 +44,16 @@ async def run_load(load: Load, num_processes: int = 1) -> Offered:
     )
 
 
-def own_environment() -> dict[str, str]:
-    """For processes of this tree, installed or not."""
-    paths: Sequence[str] = (
-        str(ROOT),
-        str(ROOT / "shared" / "gen"),
-        os.environ.get("PYTHONPATH", ""),
-    )
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+def own_module(name: str) -> tuple[list[str], dict[str, str]]:
+    """The beginning of a command that runs a module of this package, installed or not, and its
+    environment."""
+    environment = dict(os.environ)
+    # Where packages are installed it is found anyhow, and that must not come before Python's own.
+    if _IMPORTED_FROM not in (*site.getsitepackages(), site.getusersitepackages()):
+        paths = (_IMPORTED_FROM, environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # -P: the working directory is the user's and must not provide our modules.
+    return [sys.executable, "-P", "-m", f"baton.loadtest.{name}"], environment
 
 
 class Shard:
@@ -60,12 +62,13 @@ class Shard:
         self._process: asyncio.subprocess.Process | None = None
 
     async def prepare(self) -> None:
+        command, environment = own_module("shard")
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "baton.loadtest.shard"),
+            *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_LINE_BYTES,
-            env=own_environment(),
+            env=environment,
         )
         self._say(json.dumps(self._asked))
         await self._hear()

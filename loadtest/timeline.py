@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from baton.loadtest.samples import Sample
 from baton.loadtest.svg import Point
 
 _NUM_BUCKETS = 60
+NUM_WARM_UP = 8
+"""Steps that nobody counts, after the last stream's first token."""
+
+
+class Window(NamedTuple):
+    """When all streams decoded."""
+
+    step_s: float
+    num_before: int
+    """Tokens that a stream had then, in the mean."""
+    num_steps: int
 
 
 def bucket_s(samples: Sequence[Sample]) -> float:
@@ -46,6 +59,25 @@ def in_flight(samples: Sequence[Sample]) -> list[Point]:
             place += 1
         points.append((middle_s, float(level)))
     return points
+
+
+def window_of(arrivals: Sequence[Sequence[float]], num_steps: int) -> Window:
+    """When all streams decoded: at most `num_steps` steps, from some steps after the last stream's
+    first token on. `arrivals`: by stream, when each of its tokens came, in seconds of one clock.
+
+    Raises:
+        ValueError: there was no such time.
+    """
+    begin = max(stream[NUM_WARM_UP] for stream in arrivals)
+    end = min(stream[-1] for stream in arrivals)
+    behind = [sum(at <= begin for at in stream) for stream in arrivals]
+    for num_before, stream in zip(behind, arrivals, strict=True):
+        end = min([end, *stream[num_before:][num_steps - 1 : num_steps]])
+    counts = [sum(begin < at <= end for at in stream) for stream in arrivals]
+    if end <= begin or min(counts) == 0:
+        raise ValueError("the streams did not decode at the same time")
+    steps = statistics.mean(counts)
+    return Window((end - begin) / steps, round(statistics.mean(behind)), round(steps))
 
 
 def _messages(sample: Sample) -> Iterator[float]:

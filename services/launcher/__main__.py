@@ -1,4 +1,4 @@
-"""The `baton` command: up, generate, status, health."""
+"""The `baton` command: up, generate, status, health, load."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from baton.v1 import types_pb2
 
 _MAX_SECONDS = 1e9
 """Some thirty years; deadlines in a far more distant future overflow within gRPC."""
+
+_LOAD = "load"
 
 _UP_HELP = """\
 Starts every role on this machine, each as its own process, and prints one line
@@ -43,6 +45,11 @@ Exit codes: 0 it serves, 1 it does not, or is not there (one line on standard er
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv[:1]) == [_LOAD]:
+        from baton.loadtest.__main__ import run
+
+        return run(argv[1:])
     args = build_parser().parse_args(argv)
     match args.command:
         case "up":
@@ -99,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    # Listed here; what follows the word is for its own parser (`main`).
+    commands.add_parser(_LOAD, help="offer load to an endpoint, report what its clients saw")
     return parser
 
 

@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from baton.services.worker import messages as msg
+from baton.services.worker.sequence_table import Slot
+from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.config import ModelError
-from benchmarks.in_process import InProcessEngine, random_prompts
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
 from tests.gpu.conftest import DEMO, MakeRunner
+from tests.unit.worker.sim_worker import SimWorker
 
 pytestmark = pytest.mark.gpu
 
 NUM_PROMPT, NUM_ANSWER, NUM_LONG = 40, 30, 900
+
+
+class OneWorker(SimWorker):
+    """Alone: what it tells its gateway is counted."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        limits = StepLimits(runner.token_budget, max_num_seqs=8)
+        super().__init__("gpu", "ab" * 16, runner, lambda _, mail: self._count(mail), limits)
+        self.num_tokens = 0
+        self.failures: list[str] = []
+        self._numbers = count(1)
+
+    def submit(self, prompt: list[int]) -> None:
+        number = next(self._numbers)
+        params = SamplingParams(temperature=0.0, max_tokens=NUM_ANSWER, ignore_eos=True)
+        sequence = Sequence(AttemptKey(f"request-{number}", 0, 1), tuple(prompt), params)
+        self.inbox.put(msg.StartDecode(sequence, Slot(self.gateway_stream, number), None))
+
+    def step(self) -> None:
+        self.engine.run_once(may_wait=False)
+
+    def run_until_idle(self) -> None:
+        self.step()
+        while self.engine.num_sequences or self.engine.is_busy:
+            self.step()
+
+    def _count(self, mail: list[msg.Outgoing]) -> None:
+        for message in mail:
+            if isinstance(message, msg.ToGateway):
+                response = message.message
+                self.num_tokens += len(response.step.slots)
+                if response.HasField("failed"):
+                    self.failures.append(response.failed.failure.message)
+
+
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(16, 4096), k=num_tokens)
 
 
 def test_weights_that_do_not_fit(tmp_path: Path, make_gpu_runner: MakeRunner) -> None:
@@ -61,7 +105,7 @@ def test_a_step_without_memory_fails_one_request(
 ) -> None:
     """The one whose chunk it is; others that decode go on, and so does the engine."""
     runner = make_gpu_runner(DEMO, num_blocks=256)
-    engine = InProcessEngine(runner, max_num_seqs=8)
+    engine = OneWorker(runner)
     steps: Any = runner._steps
     launch = getattr(steps, where)
     failed: list[int] = []
@@ -74,25 +118,23 @@ def test_a_step_without_memory_fails_one_request(
         return launch(batch, *more)
 
     monkeypatch.setattr(steps, where, launch_or_fail)
-    vocab_size = runner.model_config.vocab_size
-    for prompt in random_prompts(3, NUM_PROMPT, vocab_size):
-        engine.submit(prompt, NUM_ANSWER)
+    for number in range(3):
+        engine.submit(prompt(NUM_PROMPT, number))
     for _ in range(8):
-        engine.engine.run_once(may_wait=False)
-    num_before = sum(engine.steps.num_tokens)
-    assert 0 < num_before < 3 * NUM_ANSWER
-    [long] = random_prompts(1, NUM_LONG, vocab_size)
-    engine.submit(long, NUM_ANSWER)
-    with pytest.raises(RuntimeError, match="OutOfMemoryError"):
-        engine.run_until_idle()
-    assert len(engine.failures) == 1
+        engine.step()
+    assert 0 < engine.num_tokens < 3 * NUM_ANSWER
+    long = prompt(NUM_LONG, 3)
+    engine.submit(long)
+    engine.run_until_idle()
+    [failure] = engine.failures
+    assert "OutOfMemoryError" in failure
     # Together with those that decode, then by itself.
     assert failed == [4, 1]
-    assert num_before + sum(engine.steps.num_tokens) == 3 * NUM_ANSWER
-    assert engine.pool.num_free == runner.num_blocks
+    assert engine.num_tokens == 3 * NUM_ANSWER
+    assert engine.leftovers == {}
 
-    engine.failures.clear()
     monkeypatch.undo()
-    engine.submit(long, NUM_ANSWER)
-    assert sum(engine.run_until_idle().num_tokens) == NUM_ANSWER
-    assert engine.pool.num_free == runner.num_blocks
+    engine.submit(long)
+    engine.run_until_idle()
+    assert engine.num_tokens == 4 * NUM_ANSWER and len(engine.failures) == 1
+    assert engine.leftovers == {}

@@ -6,21 +6,24 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("kernels", "shared", "services")
-TREE = (*PACKAGES, "loadtest", "benchmarks", "models", "tests", "clients")
+# What the wheel holds, as `baton.…`; each may import those before it.
+PACKAGES = ("kernels", "shared", "loadtest", "services")
+NOT_INSTALLED = ("benchmarks", "models", "tests", "clients", "examples", "deploy")
+TREE = (*PACKAGES, *NOT_INSTALLED)
 
 # Of the services only these import others.
 SERVICES_THAT_IMPORT = {"worker": {"prefill", "decode"}}
 # What starts a service as a process of its own, a worker of that role.
 ENTRY_POINTS = {f"baton.services.{role}.__main__": {"worker"} for role in ("prefill", "decode")}
 WITHOUT_TORCH = (
+    "baton.loadtest",
     "baton.services.gateway",
     "baton.services.launcher",
     "baton.shared.directory",
@@ -49,7 +52,7 @@ def module_name(path: Path) -> str:
     """As it is imported: what is installed stands under `baton`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts[:-1] if parts[-1] == "__init__" else parts
-    return ".".join(["baton", *parts] if parts[0] in (*PACKAGES, "loadtest") else parts)
+    return ".".join(["baton", *parts] if parts[0] in PACKAGES else parts)
 
 
 @cache
@@ -131,8 +134,43 @@ def test_imports_run_one_way() -> None:
         for rank, package in enumerate(PACKAGES)
         for module in sources(package)
         for name in imports(module)
-        if name.removeprefix("baton.").split(".")[0]
-        in (*PACKAGES[rank + 1 :], "benchmarks", "models", "tests")
+        if name.removeprefix("baton.").split(".")[0] in (*PACKAGES[rank + 1 :], *NOT_INSTALLED)
+    ]
+    assert wrong == []
+
+
+def test_the_load_test_is_a_client() -> None:
+    """It drives endpoints that may be anybody's: of what is here it needs the contract, and how
+    flags are read."""
+    wrong = [
+        f"{module} imports {name}"
+        for module in sources("loadtest")
+        for name in imports(module)
+        if name.startswith("baton.")
+        and not any(
+            is_within(name, allowed)
+            for allowed in ("baton.loadtest", "baton.shared.rpc.flags", "baton.v1")
+        )
+    ]
+    assert wrong == []
+
+
+def test_of_what_is_installed_only_the_command_imports_the_load_test() -> None:
+    found = {
+        module
+        for module in sources("kernels", "shared", "services")
+        if any(is_within(name, "baton.loadtest") for name in imports(module))
+    }
+    assert found == {"baton.services.launcher.__main__"}
+
+
+def test_tests_need_nothing_of_the_benchmarks() -> None:
+    """Nor does anything but the benchmarks themselves: they may change as what is measured does."""
+    wrong = [
+        f"{module} imports {name}"
+        for module in sources(*(folder for folder in TREE if folder != "benchmarks"))
+        for name in imports(module)
+        if is_within(name, "benchmarks")
     ]
     assert wrong == []
 
@@ -161,25 +199,45 @@ def test_torch_stays_out_of_the_control_path() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["baton.services.gateway.__main__", "baton.services.launcher.__main__"]
+    ("module", "more"),
+    [
+        ("baton.services.gateway.__main__", ()),
+        # The launcher imports its commands when they are used.
+        ("baton.services.launcher.__main__", ("generate", "health", "run", "status", "up")),
+        ("baton.loadtest.__main__", ()),
+        ("baton.loadtest.shard", ()),
+    ],
 )
-def test_a_process_without_tensors_loads_no_torch(module: str) -> None:
-    # What a third party loads counts too; the launcher imports its commands when they are used.
-    code = (
-        f"import sys, {module}\n"
-        "if 'launcher' in sys.argv[1]:\n"
-        "    from baton.services.launcher import generate, run, status\n"
-        "sys.exit('torch' in sys.modules)\n"
+def test_a_process_without_tensors_loads_no_torch(module: str, more: Sequence[str]) -> None:
+    # What a third party loads counts too.
+    package = module.rpartition(".")[0]
+    imported = ", ".join([module, *(f"{package}.{name}" for name in more)])
+    loaded = modules_after(f"import {imported}")
+    assert module in loaded and "torch" not in loaded
+
+
+def test_the_command_loads_only_what_it_is_asked_for() -> None:
+    """`baton health` runs every few seconds in each container."""
+    loaded = modules_after(
+        "from baton.services.launcher.__main__ import main\n"
+        "assert main(['health', '127.0.0.1:1']) == 1\n"
     )
+    assert "baton.services.launcher.health" in loaded
+    assert not any(is_within(name, "baton.loadtest") for name in loaded)
+
+
+def modules_after(code: str) -> list[str]:
+    """Names of all modules that a fresh process has loaded when it has run `code`."""
     done = subprocess.run(
-        [sys.executable, "-c", code, module],
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr or f"{module} loads torch"
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def test_no_module_is_named_after_nothing() -> None:

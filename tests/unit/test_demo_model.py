@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, pre_tokenizers
 
-from models.demo_text import CHAT_TEMPLATE, ROLES, chat_text
+from models.training.text import CHAT_TEMPLATE, ROLES, chat_text
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 MAX_WEIGHT_BYTES = 10_000_000

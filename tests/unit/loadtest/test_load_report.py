@@ -12,20 +12,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import uvloop
 
-from baton.loadtest import timeline
+from baton.loadtest import environment
 from baton.loadtest.__main__ import main
 from baton.loadtest.null_server import start_http
 from baton.loadtest.report import Report, Run
 from baton.loadtest.samples import Offered, Sample, summarise
 from baton.loadtest.svg import Mark, Series, chart, cumulative, ticks
-from benchmarks.ab_report import METRICS, Comparison, crossings, html, text
+from baton.services.launcher import __main__ as launcher
 from tests.device import ROOT, process_environment
 
 
@@ -95,17 +95,6 @@ def test_table_json_and_csv_agree(tmp_path: Path) -> None:
     assert float(rows[0]["tpot_s"]) == pytest.approx(0.1) and rows[2]["ttft_s"] == ""
 
 
-def test_timelines() -> None:
-    samples = [sample(0.0), sample(0.1), sample(2.0)]
-    assert timeline.bucket_s(samples) == 0.05
-    width_s = timeline.bucket_s(samples)
-    tokens = timeline.tokens_per_s(samples)
-    assert sum(rate * width_s for _, rate in tokens) == pytest.approx(12)
-    assert sum(rate * width_s for _, rate in timeline.arrivals_per_s(samples)) == pytest.approx(3)
-    assert max(level for _, level in timeline.in_flight(samples)) == 2
-    assert timeline.tokens_per_s([]) == timeline.in_flight([]) == []
-
-
 def test_charts() -> None:
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0.13, 0.31) == pytest.approx([0.15, 0.2, 0.25, 0.3])
@@ -123,35 +112,18 @@ def test_charts() -> None:
     assert "nothing to draw" in nothing
 
 
-def summary_with(ttft_ms: float, goodput: float) -> dict[str, Any]:
-    times = {"p90": ttft_ms, "p99": ttft_ms}
-    none = {"p90": None, "p99": None}
-    return {"ttft_ms": times, "tpot_ms": none, "itl_ms": none, "slo": [{"goodput": goodput}]}
-
-
-def test_break_evens() -> None:
-    assert crossings([1, 2, 3], [-1.0, 1.0, 2.0]) == [1.5]
-    assert crossings([1, 2, 3], [1.0, float("nan"), 3.0]) == []
-    assert crossings([1, 2, 3], [1.0, -1.0, 1.0]) == [1.5, 2.5]
-    pd = [summary_with(200, 1.0), summary_with(200, 2.0)]
-    both = [summary_with(100, 1.0), summary_with(400, 1.0)]
-    one = Comparison("512:16", [1.0, 2.0], pd, both)
-    ttft, tpot, _, goodput = METRICS
-    assert one.crossings(ttft) == [pytest.approx(4 / 3)]
-    assert one.verdict(ttft) == "worse, better from 1.3/s"
-    assert one.verdict(tpot) == "equal"
-    assert one.verdict(goodput) == "never worse"
-    assert "worse, better from 1.3/s" in text([one])
-    page = html([one], {"model": "demo"})
-    assert "1.3/s" in page and 'class="mark"' in page and not re.search("https?://", page)
-
-
 def test_a_load_test_from_end_to_end(
-    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    argv = ["--target", target, "--rate", "50,100", "--duration", "0.2", "--clients", "2"]
-    argv += ["--prompt-tokens", "8", "--output-tokens", "3", "--output", str(tmp_path)]
-    assert main(argv) == 0
+    monkeypatch.setenv("BATON_TARGET", target)
+    # The generators are of this tree, wherever the command is given.
+    monkeypatch.chdir(tmp_path)
+    argv = ["load", "--rate", "50,100", "--duration", "0.2", "--clients", "2"]
+    argv += ["--prompt-tokens", "8", "--output-tokens", "3", "--output", "."]
+    assert launcher.main(argv) == 0
     out = capsys.readouterr().out
     assert "poisson 50/s" in out and "poisson 100/s" in out and "goodput" in out
     # That server has none; the load test goes on.
@@ -217,10 +189,30 @@ def test_an_output_that_cannot_be_written_is_said_before(
         assert f"--output {output}: " in err and err.count("\n") == 1 and not out
 
 
+def test_what_is_not_installed_has_no_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the image: no transformers there, nor git, nor a checkout."""
+    everything = environment.describe_environment()
+    assert {"baton-llm", "grpcio", "torch", "transformers"} <= set(everything)
+
+    def missing(package: str) -> str:
+        if package in ("torch", "transformers", "numpy"):
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(environment, "version", missing)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "baton/loadtest/environment.py"))
+    monkeypatch.setenv("PATH", "")
+    found = environment.describe_environment()
+    assert {"baton-llm", "grpcio", "cpu", "cores", "python"} <= set(found)
+    assert not {"torch", "transformers", "numpy", "gpu", "commit"} & set(found)
+
+
 def test_an_interrupt_ends_it_and_its_generators(target: str) -> None:
-    command = [sys.executable, "-m", "baton.loadtest", "--target", target, "--duration", "60"]
+    command = [sys.executable, "-m", "baton.services.launcher", "load", "--target", target]
     process = subprocess.Popen(
-        [*command, "--warm-up", "0"],
+        [*command, "--duration", "60", "--warm-up", "0"],
         env=process_environment(),
         cwd=ROOT,
         stdout=subprocess.PIPE,

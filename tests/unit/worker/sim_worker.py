@@ -19,6 +19,7 @@ from baton.shared.transfer.puller import PullJob
 from baton.v1 import kv_service_pb2, worker_service_pb2
 
 CAPABILITY = "c" * 64
+SMALL_STEPS = StepLimits(token_budget=8, max_num_seqs=4)
 
 
 class SimWorker:
@@ -30,6 +31,7 @@ class SimWorker:
         incarnation: str,
         runner: ModelRunner,
         post: Callable[[SimWorker, list[msg.Outgoing]], None],
+        limits: StepLimits = SMALL_STEPS,
     ) -> None:
         """`post` takes what the engine delivers at the end of an iteration."""
         self.peer = msg.Peer(name, incarnation, f"{name}.test")
@@ -54,7 +56,7 @@ class SimWorker:
                 failpoints,
             ),
             identity=self.peer,
-            limits=StepLimits(token_budget=8, max_num_seqs=4),
+            limits=limits,
             inbox=self.inbox,
             submit_pull=self.jobs.append,
             deliver=lambda mail: post(self, mail),
