@@ -2,6 +2,7 @@
 
 exit ── launcher is draining ────────────────────────────> GONE      expected
      ── code 2 before the stack was ever ready ──────────> MISCONFIGURED: take all down, exit 2
+     ── the third time before the stack was ever ready ───> HOPELESS: take all down, exit 1
      ── anything else, code 0 included ──────────────────> RESTART   after a growing pause
 """
 
@@ -12,6 +13,7 @@ import signal
 
 EXIT_MISCONFIGURED = 2
 
+MOST_EXITS_BEFORE_READY = 3
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 # A role that ran this long had got over whatever made it fail before.
@@ -21,15 +23,21 @@ SETTLED_S = 30.0
 class Verdict(enum.Enum):
     GONE = enum.auto()
     MISCONFIGURED = enum.auto()
+    HOPELESS = enum.auto()
     RESTART = enum.auto()
 
 
-def judge_exit(returncode: int, *, stack_was_ready: bool, draining: bool) -> Verdict:
+def judge_exit(
+    returncode: int, *, num_exits: int, stack_was_ready: bool, draining: bool
+) -> Verdict:
+    """`num_exits`: of this role so far, this one included."""
     if draining:
         return Verdict.GONE
-    if returncode == EXIT_MISCONFIGURED and not stack_was_ready:
+    if stack_was_ready:
+        return Verdict.RESTART
+    if returncode == EXIT_MISCONFIGURED:
         return Verdict.MISCONFIGURED
-    return Verdict.RESTART
+    return Verdict.HOPELESS if num_exits >= MOST_EXITS_BEFORE_READY else Verdict.RESTART
 
 
 def failures_in_a_row(previous: int, uptime_s: float) -> int:
@@ -43,8 +51,11 @@ def pause_s(num_failures: int) -> float:
     return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(num_failures - 1, 16)))
 
 
-def describe_exit(returncode: int) -> str:
-    """`returncode` as subprocess has it: negative for a signal."""
+def describe_exit(returncode: int, *, memory_limit: str | None = None) -> str:
+    """`returncode` as subprocess has it: negative for a signal; `memory_limit`: the one that was
+    passed meanwhile, if one was."""
+    if returncode == -signal.SIGKILL and memory_limit is not None:
+        return f"was killed for want of memory, the limit is {memory_limit}"
     if returncode >= 0:
         return f"exited with code {returncode}"
     try:

@@ -3,7 +3,7 @@
 STARTING ── its READY line ──> SERVING
    │  └─────────── exit ───────────┤
    │                          BACKING_OFF ── pause ──> STARTING
-   └── exit 2, stack never ready ──> Misconfigured
+   └── exit 2, or the third exit, stack never ready ──> Misconfigured, NeverReady
 any ── stop() ──> SIGTERM ── exit, or limit and SIGKILL ──> gone
 """
 
@@ -28,6 +28,7 @@ from baton.services.launcher.policy import (
 )
 from baton.services.launcher.role_log import RoleLog
 from baton.services.launcher.roles import RoleSpec
+from baton.shared.engine.host_memory import host_memory, num_oom_kills
 from baton.shared.rpc.serve import LAUNCHER_PID_VARIABLE
 
 _READY = re.compile(r"READY( \w+=\S+)+")
@@ -39,6 +40,10 @@ Notice = Callable[[str], None]
 
 class Misconfigured(Exception):
     """A role cannot start as it is configured; the message is the role's own line."""
+
+
+class NeverReady(Exception):
+    """A role died again and again before the stack was ready; the message says how, and why."""
 
 
 class RoleProcess:
@@ -62,7 +67,7 @@ class RoleProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._stop_signal = signal.SIGTERM
-        # Ends when the role is gone for good; raises Misconfigured.
+        # Ends when the role is gone for good; raises Misconfigured, NeverReady.
         self.task = asyncio.create_task(self._run(), name=spec.name)
 
     async def stop(self, limit_s: float) -> None:
@@ -81,12 +86,18 @@ class RoleProcess:
         self._signal_process()
 
     async def _run(self) -> None:
-        num_failures = 0
+        num_failures = num_exits = 0
         while not self._stopping.is_set():
-            started = time.monotonic()
+            started, num_oom_kills_before = time.monotonic(), num_oom_kills()
             returncode = await self._run_once()
+            num_exits += 1
+            was_out_of_memory = num_oom_kills() > num_oom_kills_before
+            exit_words = describe_exit(
+                returncode, memory_limit=host_memory().limit if was_out_of_memory else None
+            )
             verdict = judge_exit(
                 returncode,
+                num_exits=num_exits,
                 stack_was_ready=self._stack_was_ready(),
                 draining=self._stopping.is_set(),
             )
@@ -94,13 +105,19 @@ class RoleProcess:
                 case Verdict.GONE:
                     self._log.release()
                     if returncode not in (0, -self._stop_signal):
-                        self._notice(f"{self.spec.name} {describe_exit(returncode)}")
+                        self._notice(f"{self.spec.name} {exit_words}")
                 case Verdict.MISCONFIGURED:
                     raise Misconfigured(self._log.take_last_line() or f"{self.spec.name} gave up")
+                case Verdict.HOPELESS:
+                    last_line = self._log.take_last_line()
+                    raise NeverReady(
+                        f"{self.spec.name} {exit_words}, the third time before all was ready"
+                        + (f"; its last line: {last_line}" if last_line else "")
+                    )
                 case Verdict.RESTART:
                     self._log.release()
                     num_failures = failures_in_a_row(num_failures, time.monotonic() - started)
-                    await self._back_off(returncode, pause_s(num_failures))
+                    await self._back_off(exit_words, pause_s(num_failures))
 
     async def _run_once(self) -> int:
         self._process = process = await asyncio.create_subprocess_exec(
@@ -153,10 +170,8 @@ class RoleProcess:
         self._notice(f"{self.spec.name} ready at {self.address}{also}")
         self.was_ready.set()
 
-    async def _back_off(self, returncode: int, delay_s: float) -> None:
-        self._notice(
-            f"{self.spec.name} {describe_exit(returncode)}; starting it again in {delay_s:g} s"
-        )
+    async def _back_off(self, exit_words: str, delay_s: float) -> None:
+        self._notice(f"{self.spec.name} {exit_words}; starting it again in {delay_s:g} s")
         self._log.hold()
         try:
             await asyncio.wait_for(self._stopping.wait(), delay_s)

@@ -55,6 +55,8 @@ class StackConfig:
     num_blocks: int | None = None
     block_size: int = 16
     max_model_len: int | None = None
+    host_memory_mib: int | None = None
+    """What each worker may take of the host's memory."""
     reflection: bool = False
     drain_s: float = 30.0
     model_name: str | None = None
@@ -144,4 +146,6 @@ def _worker_argv(
         argv += ["--num-blocks", str(config.num_blocks)]
     if config.max_model_len is not None:
         argv += ["--max-model-len", str(config.max_model_len)]
+    if config.host_memory_mib is not None:
+        argv += ["--host-memory-mib", str(config.host_memory_mib)]
     return tuple(argv)

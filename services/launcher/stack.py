@@ -10,17 +10,22 @@ been loaded; of several, the first one picks the ports that the others share.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import dataclasses
+import os
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.services.launcher.memory_share import worker_share_mib
 from baton.services.launcher.role_log import RoleLog
 from baton.services.launcher.role_process import Notice, RoleProcess
 from baton.services.launcher.roles import RoleSpec, StackConfig, gateway_specs, worker_specs
 from baton.shared.directory.embedded import EmbeddedValkey, ServerFailed
+from baton.shared.engine.host_memory import host_memory
+from baton.shared.rpc.flags import variable_name
 
 # "" is the process, the other is what requests are sent to.
 _SERVICES = ("", "baton.v1.InferenceService")
@@ -58,10 +63,11 @@ class Stack:
     async def start(self) -> str:
         """The gateways' address, once a request would succeed.
 
-        Raises Misconfigured, and ServerMissing or ServerFailed for the embedded Valkey.
+        Raises Misconfigured, NeverReady, and ServerMissing or ServerFailed for the embedded Valkey.
         """
+        shared_out = _with_shares(self._config, os.environ)
         redis_url = self._config.redis_url or self._start_valkey()
-        for spec in worker_specs(self._config, redis_url, self._shm_dir):
+        for spec in worker_specs(shared_out, redis_url, self._shm_dir):
             self.workers.append(self._add(spec))
         if self.workers:
             await self._while_all_run(_any_ready(self.workers))
@@ -151,6 +157,18 @@ class Stack:
                 task.result()
         finally:
             waiting.cancel()
+
+
+def _with_shares(config: StackConfig, environ: Mapping[str, str]) -> StackConfig:
+    """Each worker gets its share of the memory, unless the environment names one for all."""
+    if environ.get(variable_name("--host-memory-mib")):
+        return config
+    share_mib = worker_share_mib(
+        host_memory().free_bytes,
+        num_workers=sum(count for _, count in config.counts),
+        num_gateways=config.num_gateways,
+    )
+    return dataclasses.replace(config, host_memory_mib=share_mib)
 
 
 @overload

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from baton.services.launcher.policy import EXIT_MISCONFIGURED
 from baton.services.launcher.private_dir import private_dir, shared_memory_root
-from baton.services.launcher.role_process import Misconfigured
+from baton.services.launcher.role_process import Misconfigured, NeverReady
 from baton.services.launcher.roles import StackConfig, UsageError
 from baton.services.launcher.stack import Stack
 from baton.shared.directory.embedded import ServerFailed, ServerMissing
@@ -82,6 +82,10 @@ async def _run(
         stack.mute()
         to_stderr(str(error))
         code = EXIT_MISCONFIGURED
+    except NeverReady as error:
+        stack.mute()
+        notice_to_stderr(str(error))
+        code = 1
     except ServerMissing as error:
         notice_to_stderr(str(error))
         code = EXIT_MISCONFIGURED

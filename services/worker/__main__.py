@@ -104,6 +104,14 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         default=0.9,
         help="share of the GPU's memory that this worker may take, weights included",
     )
+    add_flag(
+        parser,
+        "--host-memory-mib",
+        type=int,
+        metavar="N",
+        help="host memory that this worker may take on a CPU, weights and KV pool included; "
+        "default: what the machine and its control groups leave free",
+    )
     add_switch(parser, "--no-cuda-graphs", help="launch every kernel by itself, to debug with")
     add_flag(parser, "--num-blocks", type=int, help="size of the KV pool; default: from memory")
     add_flag(parser, "--block-size", type=int, default=16, help="tokens per block")
@@ -165,6 +173,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         kernels=args.kernels,
         load_format=args.load_format,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        host_memory_mib=args.host_memory_mib,
         cuda_graphs=not args.no_cuda_graphs,
     )
 

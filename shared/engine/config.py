@@ -89,6 +89,8 @@ class EngineConfig:
     `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
     `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.
     `gpu_memory_utilization`: share of the GPU's memory that this engine may take, weights included.
+    `host_memory_mib`: what this process may take of the host's memory on a CPU, weights and pool
+    included; None: what is free.
     `cuda_graphs`: decode steps are captured once and replayed.
 
     Raises:
@@ -106,6 +108,7 @@ class EngineConfig:
     kernels: str = "auto"
     load_format: str = "auto"
     gpu_memory_utilization: float = 0.9
+    host_memory_mib: int | None = None
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
@@ -129,7 +132,10 @@ class EngineConfig:
                 f"block_size: must be a power of two from 1 to {MAX_BLOCK_SIZE}, "
                 f"not {self.block_size}"
             )
-        for name in ("num_blocks", "max_model_len", "token_budget", "max_num_seqs"):
+        for name in (
+            *("num_blocks", "max_model_len", "token_budget", "max_num_seqs"),
+            "host_memory_mib",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ModelError(f"{name}: must be at least 1, not {value}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from baton.shared.engine.config import EngineConfig, ModelError
+from baton.shared.engine.host_memory import HostMemory, host_memory, own_bytes
 
 _POOL_BYTES = 256 * 2**20
 _MAX_POOL_BYTES = 2**30
@@ -14,13 +13,16 @@ GPU_MARGIN_BYTES = 3 * 2**29
 """Kept free on a GPU beside all that is counted: the CUDA context, libraries, captured graphs."""
 
 
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2 * _MAX_POOL_BYTES
+def free_host_memory(config: EngineConfig) -> HostMemory:
+    """What an engine on the CPU may still take: of the machine, of this process's control groups,
+    and of the share that the configuration gives it."""
+    bound = host_memory()
+    if config.host_memory_mib is None:
+        return bound
+    limit = config.host_memory_mib * 2**20
+    setter = f"host_memory_mib, a share of {bound.limit}"
+    share = HostMemory(max(0, limit - own_bytes()), limit, setter)
+    return min(bound, share, key=lambda bound: bound.free_bytes)
 
 
 def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.device) -> None:
@@ -61,18 +63,21 @@ def choose_num_blocks(
             fit into memory.
     """
     longest = -(-max_model_len // config.block_size)
+    host = ""
     if device.type == "cuda":
         room = _gpu_room(config, device) - used_bytes - GPU_MARGIN_BYTES
         num_bytes = room
     else:
-        room = free_bytes(device) - used_bytes
+        free = free_host_memory(config)
+        host = f" ({free})"
+        room = free.free_bytes - used_bytes
         wanted = max(4 * longest * block_bytes, _POOL_BYTES)
         num_bytes = min(wanted, _MAX_POOL_BYTES, room // 2)
     if config.num_blocks is not None:
         if config.num_blocks * block_bytes > room:
             raise ModelError(
                 f"num_blocks: {config.num_blocks} blocks of {block_bytes} bytes do not fit "
-                f"into the {max(0, room)} bytes that are free"
+                f"into the {max(0, room)} bytes that are free{host}"
             )
         return config.num_blocks
     # The zero block behind the last one is a block too.
@@ -81,7 +86,7 @@ def choose_num_blocks(
         missing = (longest + 1) * block_bytes - num_bytes
         raise ModelError(
             f"max_model_len: a sequence of {max_model_len} tokens needs {longest} blocks, "
-            f"the pool would have {num_blocks}: {_gib(missing)} missing; "
+            f"the pool would have {num_blocks}{host}: {_gib(missing)} missing; "
             "set num_blocks or a lower max_model_len"
         )
     return num_blocks

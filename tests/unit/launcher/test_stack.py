@@ -155,6 +155,21 @@ def test_a_role_that_cannot_be_configured_ends_everything_in_one_line(
     assert launcher.started("gateway") == []
 
 
+def test_a_role_that_never_gets_ready_ends_everything_with_its_last_line(
+    launch: Callable[..., Launcher],
+) -> None:
+    launcher = launch(prefill_0=1, decode_0=1)
+
+    assert launcher.wait_exit() == 1
+    *_, last = launcher.stderr.splitlines()
+    assert re.fullmatch(
+        r"baton: (\S+) exited with code 1, the third time before all was ready; its last line: "
+        r"broken\.safetensors: truncated \(said \1\)",
+        last,
+    )
+    assert launcher.stdout == ""
+
+
 def test_a_second_signal_kills(launch: Callable[..., Launcher]) -> None:
     launcher = launch()
     launcher.wait_ready()
