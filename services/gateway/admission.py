@@ -1,5 +1,6 @@
-"""The one table of limits, and the check of every field of a request against it.
+"""The check of every field of a request against its limit.
 
+What a sampling field may be is declared with it (shared/sampling.py); the other limits are here.
 Nothing is allocated, counted or sent before `admit` has returned.
 """
 
@@ -7,10 +8,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.rpc.convert import given_fields, sampling_from_pb
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
+from baton.shared.sampling import Broken, Kind, SamplingParams, unknown_token
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
@@ -19,7 +21,7 @@ Encode = Callable[[str], Awaitable[Sequence[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask for. Lengths of stops count characters, those of text bytes."""
+    """What a request may ask for, as far as it depends on the model and the cluster."""
 
     vocab_size: int
     max_model_len: int
@@ -27,11 +29,7 @@ class Limits:
     max_pool_tokens: int | None
     """Tokens that the largest block pool holds; None while no worker is known."""
     default_max_tokens: int = 256
-    max_temperature: float = 100.0
     max_text_bytes: int = 1 << 20
-    max_num_stops: int = 16
-    max_stop_length: int = 256
-    max_num_stop_token_ids: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,6 @@ class AdmittedRequest:
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    stops: tuple[str, ...]
     received: tuple[int, ...]
     """Generated tokens that the client already has; at most `params.max_tokens`."""
 
@@ -58,87 +55,47 @@ async def admit(
 
     Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one.
     """
-    sampling = request.sampling
-    _check_ranges(sampling, limits)
-    stops = _check_stops(sampling, limits, has_tokenizer=encode is not None)
-    _check_stop_token_ids(sampling, limits)
+    _check_sampling(request.sampling, limits, has_tokenizer=encode is not None)
+    params = sampling_from_pb(request.sampling)
     received = tuple(request.received_token_ids)
     check_token_ids("received_token_ids", received, limits)
-    temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
-    has_seed = sampling.HasField("seed")
-    if received and temperature > 0 and not has_seed:
+    has_seed = request.sampling.HasField("seed")
+    if received and params.temperature > 0 and not has_seed:
         limit = "the seed that the first message told"
         raise InvalidField("sampling.seed", "is missing for resuming a sampled answer", limit=limit)
 
     prompt_field = request.WhichOneof("prompt") or "prompt"
     prompt = await _prompt_token_ids(request, limits, encode)
-    max_tokens = _check_lengths(prompt_field, len(prompt), sampling, limits)
+    max_tokens = _check_lengths(prompt_field, len(prompt), request.sampling, limits)
     if len(received) > max_tokens:
         problem = f"has {len(received)} tokens, more than the whole answer"
         raise InvalidField("received_token_ids", problem, limit=f"max_tokens, {max_tokens}")
 
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        min_p=sampling.min_p,
-        seed=sampling.seed if has_seed else draw_seed(),
-        max_tokens=max_tokens,
-        stop_token_ids=frozenset(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-    )
-    return AdmittedRequest(prompt, params, stops, received)
+    seed = params.seed if has_seed else draw_seed()
+    params = replace(params, seed=seed, max_tokens=max_tokens)
+    return AdmittedRequest(prompt, params, received)
 
 
-def _check_ranges(sampling: types_pb2.SamplingParams, limits: Limits) -> None:
-    # Comparisons with NaN are false, so each says what is accepted.
-    if not 0 <= sampling.temperature <= limits.max_temperature:
-        limit = f"0 to {limits.max_temperature:g}"
-        raise InvalidField("sampling.temperature", f"is {sampling.temperature:g}", limit=limit)
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        limit = "above 0, at most 1"
-        raise InvalidField("sampling.top_p", f"is {sampling.top_p:g}", limit=limit)
-    if not 0 <= sampling.top_k <= limits.vocab_size:
-        limit = f"0 to the vocabulary's size, {limits.vocab_size}"
-        raise InvalidField("sampling.top_k", f"is {sampling.top_k}", limit=limit)
-    if not 0 <= sampling.min_p <= 1:
-        raise InvalidField("sampling.min_p", f"is {sampling.min_p:g}", limit="0 to 1")
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise InvalidField("sampling.max_tokens", "is 0", limit="at least 1")
-
-
-def _check_stops(
+def _check_sampling(
     sampling: types_pb2.SamplingParams, limits: Limits, *, has_tokenizer: bool
-) -> tuple[str, ...]:
-    stops = tuple(sampling.stops)
-    if stops and not has_tokenizer:
-        raise NoTokenizer("sampling.stops needs text, and the model has no tokenizer")
-    if len(stops) > limits.max_num_stops:
-        limit = f"{limits.max_num_stops} texts"
-        raise InvalidField("sampling.stops", f"has {len(stops)} texts", limit=limit)
-    for index, stop in enumerate(stops):
-        if not 1 <= len(stop) <= limits.max_stop_length:
-            limit = f"1 to {limits.max_stop_length} characters"
-            problem = f"has {len(stop)} characters"
-            raise InvalidField(f"sampling.stops[{index}]", problem, limit=limit)
-    return stops
+) -> None:
+    for field, value in given_fields(sampling):
+        name = f"sampling.{field.name}"
+        if field.kind is Kind.TEXTS and not has_tokenizer:
+            raise NoTokenizer(f"{name} needs text, and the model has no tokenizer")
+        if field.limit is not None:
+            _refuse(name, field.limit(value, limits.vocab_size))
 
 
-def _check_stop_token_ids(sampling: types_pb2.SamplingParams, limits: Limits) -> None:
-    field = "sampling.stop_token_ids"
-    if len(sampling.stop_token_ids) > limits.max_num_stop_token_ids:
-        problem = f"has {len(sampling.stop_token_ids)} tokens"
-        raise InvalidField(field, problem, limit=f"{limits.max_num_stop_token_ids} tokens")
-    check_token_ids(field, sampling.stop_token_ids, limits)
+def _refuse(field: str, broken: Broken | None) -> None:
+    if broken is not None:
+        entry = "" if broken.entry is None else f"[{broken.entry}]"
+        raise InvalidField(field + entry, broken.problem, limit=broken.limit)
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], limits: Limits) -> None:
-    if max(token_ids, default=0) < limits.vocab_size:
-        return
-    for index, token_id in enumerate(token_ids):
-        if token_id >= limits.vocab_size:
-            limit = f"below the vocabulary's size, {limits.vocab_size}"
-            raise InvalidField(f"{field}[{index}]", f"is {token_id}", limit=limit)
+    """Raises InvalidField."""
+    _refuse(field, unknown_token(token_ids, limits.vocab_size))
 
 
 async def _prompt_token_ids(

@@ -119,7 +119,7 @@ async def generate(
         )
         yield pb.GenerateResponse(started=started)
 
-        decoder = StreamDecoder(codec, admitted.stops) if codec else None
+        decoder = StreamDecoder(codec, admitted.params.stops) if codec else None
         generation.finish_reason = _finished_before(admitted, decoder, eos_token_ids)
         async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
             async for run in runs:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from baton.services.launcher.flag_types import count, port, positive, seconds, token_ids, utf8
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
 from baton.shared.rpc.flags import add_flag, add_switch, optional_port
 from baton.v1 import inference_service_pb2 as pb
-from baton.v1 import types_pb2
-
-_MAX_SECONDS = 1e9
-"""Some thirty years; deadlines in a far more distant future overflow within gRPC."""
 
 _LOAD = "load"
 
@@ -134,17 +131,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
 
 
 def generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
-    """Only what was given is set: the gateway knows the defaults, and checks the ranges."""
-    sampling = types_pb2.SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        stops=args.stop,
-        ignore_eos=args.ignore_eos,
-    )
+    sampling = sampling_of(args)
     if args.prompt is not None:
         return pb.GenerateRequest(text=args.prompt, sampling=sampling)
     return pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=args.token_ids), sampling=sampling)
@@ -270,26 +257,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--token-ids", type=token_ids, metavar="1,2,3", help="the prompt as token ids"
     )
-    sampling = parser.add_argument_group("sampling (defaults are the gateway's)")
-    sampling.add_argument("--max-tokens", type=uint32, metavar="N", help="tokens to generate")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest share P")
-    sampling.add_argument("--top-k", type=uint32, metavar="K", help="keep the K likeliest")
-    sampling.add_argument(
-        "--min-p", type=float, metavar="P", help="drop what is less than P as likely as the top"
-    )
-    sampling.add_argument("--seed", type=uint64, metavar="S", help="same seed, same answer")
-    sampling.add_argument(
-        "--stop",
-        type=utf8,
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; may be repeated",
-    )
-    sampling.add_argument(
-        "--ignore-eos", action="store_true", help="go on past end-of-sequence tokens"
-    )
+    add_sampling_flags(parser)
     parser.add_argument(
         "--timeout", type=seconds, metavar="S", help="deadline of the whole answer; default: none"
     )
@@ -322,62 +290,6 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
         help="the gateway",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
-
-
-def count(text: str) -> int:
-    return _integer(text, 0, 1024)
-
-
-def positive(text: str) -> int:
-    return _integer(text, 1, 2**31 - 1)
-
-
-def port(text: str) -> int:
-    return _integer(text, 0, 65535)
-
-
-def uint32(text: str) -> int:
-    return _integer(text, 0, 2**32 - 1)
-
-
-def uint64(text: str) -> int:
-    return _integer(text, 0, 2**64 - 1)
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no length of time in seconds")
-    if value > _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MAX_SECONDS:.0f} seconds")
-    return value
-
-
-def token_ids(text: str) -> list[int]:
-    try:
-        return [uint32(part) for part in text.split(",")]
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no comma-separated list of token ids, such as 1,2,3"
-        ) from None
-
-
-def utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("not valid UTF-8") from None
-    return text
-
-
-def _integer(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
-    return value
 
 
 if __name__ == "__main__":

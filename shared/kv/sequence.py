@@ -20,22 +20,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off.
-
-    `max_tokens` counts every generated token of the request, those of earlier attempts included.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    max_tokens: int = 16
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
+# Also for those who look for it here.
+from baton.shared.sampling import SamplingParams as SamplingParams
 
 
 @dataclass(frozen=True, slots=True, order=True)

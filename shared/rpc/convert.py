@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.sampling import FIELDS, Kind, SamplingField, SamplingParams
 from baton.v1 import types_pb2 as pb
 
 FINISH_REASON_TO_PB = {
@@ -42,30 +45,31 @@ def duration_from_pb(duration: Duration) -> float:
 
 
 def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
-    return pb.SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        stop_token_ids=sorted(params.stop_token_ids),
-        ignore_eos=params.ignore_eos,
-    )
+    """For a SequenceSpec: every field is set that workers apply."""
+    values = {field.name: getattr(params, field.name) for field in FIELDS if field.is_for_workers}
+    return pb.SamplingParams(**values)
 
 
-def sampling_from_pb(params: pb.SamplingParams) -> SamplingParams:
-    """Of a SequenceSpec, where every field is set."""
-    return SamplingParams(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        stop_token_ids=frozenset(params.stop_token_ids),
-        ignore_eos=params.ignore_eos,
-    )
+def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    """What is not set takes its default."""
+    values = {
+        field.name: _FROM_PB[field.kind](value) if field.kind in _FROM_PB else value
+        for field, value in given_fields(message)
+    }
+    return SamplingParams(**values)
+
+
+_FROM_PB: dict[Kind, Callable[[Any], Any]] = {Kind.TOKEN_IDS: frozenset, Kind.TEXTS: tuple}
+"""Of kinds whose values are others here than in a message."""
+
+
+def given_fields(message: pb.SamplingParams) -> Iterator[tuple[SamplingField, Any]]:
+    """The sampling fields that are set, each with the message's value."""
+    for field in FIELDS:
+        value = getattr(message, field.name)
+        has_presence = message.DESCRIPTOR.fields_by_name[field.name].has_presence
+        if message.HasField(field.name) if has_presence else value:
+            yield field, value
 
 
 def sequence_from_pb(spec: pb.SequenceSpec) -> Sequence:

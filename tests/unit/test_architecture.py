@@ -29,6 +29,7 @@ WITHOUT_TORCH = (
     "baton.shared.directory",
     "baton.shared.kv",
     "baton.shared.rpc",
+    "baton.shared.sampling",
     "baton.shared.engine.config",
     "baton.shared.engine.model_digest",
 )

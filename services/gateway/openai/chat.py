@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from baton.services.gateway.admission import room_for_answer
 from baton.services.gateway.frontend import Frontend
-from baton.services.gateway.openai.completions import sampling_params
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import ChatRequest, ContentPart, Message
 from baton.v1 import inference_service_pb2 as pb
@@ -25,17 +24,16 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
 
 async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateRequest:
     """Raises InvalidParam and BatonErrors."""
-    max_tokens = request.max_completion_tokens
-    if max_tokens is None:
-        max_tokens = request.max_tokens
-    sampling = sampling_params(request, max_tokens)
+    sampling = request.sampling()
+    if request.max_completion_tokens is not None:
+        sampling.max_tokens = request.max_completion_tokens
     token_ids = await frontend.chat_prompt(
         template_messages(request.messages),
         add_generation_prompt=request.add_generation_prompt is not False,
         # The template brings them.
         add_special_tokens=bool(request.add_special_tokens),
     )
-    if max_tokens is None:
+    if not sampling.HasField("max_tokens"):
         room, _ = room_for_answer(len(token_ids), frontend.cluster.limits())
         # Without room admission says so.
         sampling.max_tokens = max(room, 1)

@@ -8,9 +8,8 @@ from typing import Any
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.errors import InvalidParam
-from baton.services.gateway.openai.schema import CompletionRequest, Sampled
+from baton.services.gateway.openai.schema import CompletionRequest
 from baton.v1 import inference_service_pb2 as pb
-from baton.v1 import types_pb2
 
 MAX_PROMPTS = 128
 _DEFAULT_MAX_TOKENS = 16
@@ -23,8 +22,8 @@ async def completion_requests(
     request: CompletionRequest, frontend: Frontend
 ) -> list[pb.GenerateRequest]:
     """One for each prompt. Raises InvalidParam and BatonErrors."""
-    sampling = sampling_params(request, request.max_tokens)
-    if request.max_tokens is None:
+    sampling = request.sampling()
+    if not sampling.HasField("max_tokens"):
         sampling.max_tokens = _DEFAULT_MAX_TOKENS
     limits = frontend.cluster.limits()
     adds_special = request.add_special_tokens is not False
@@ -70,23 +69,3 @@ def _token_ids(path: str, values: Any, limits: Limits) -> Sequence[int]:
             problem = f"is no token id; limit: 0 to {limits.vocab_size - 1}"
             raise InvalidParam(f"{path}[{index}]", problem)
     return values
-
-
-def sampling_params(request: Sampled, max_tokens: int | None) -> types_pb2.SamplingParams:
-    """Only what was given is set: admission knows the defaults, and checks the ranges."""
-    sampling = types_pb2.SamplingParams(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        min_p=request.min_p,
-        max_tokens=max_tokens,
-        stop_token_ids=request.stop_token_ids,
-        ignore_eos=bool(request.ignore_eos),
-    )
-    if request.top_k is not None:
-        sampling.top_k = max(request.top_k, 0)
-    if request.seed is not None:
-        # OpenAI's seeds have a sign; those without it are the same numbers as over gRPC.
-        sampling.seed = request.seed % 2**64
-    if request.stop is not None:
-        sampling.stops.extend([request.stop] if isinstance(request.stop, str) else request.stop)
-    return sampling

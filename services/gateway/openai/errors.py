@@ -8,6 +8,7 @@ import re
 from starlette.responses import Response
 
 from baton.shared.rpc.errors import HTTP_STATUS, BatonError, InvalidField
+from baton.shared.sampling import FIELDS
 from baton.v1 import error_details_pb2
 
 _INDEX = re.compile(r"\[\d+\]$")
@@ -63,5 +64,5 @@ def _http_name(field: str, fields: dict[str, str]) -> str:
     """`sampling.stops[3]` → `stop[3]`."""
     index = _INDEX.search(field)
     name = _INDEX.sub("", field)
-    known = {"sampling.stops": "stop", **fields}
-    return known.get(name, name.removeprefix("sampling.")) + (index[0] if index else "")
+    known = {f"sampling.{field.name}": field.public_name for field in FIELDS} | fields
+    return known.get(name, name) + (index[0] if index else "")

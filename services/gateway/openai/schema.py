@@ -1,15 +1,18 @@
 """The fields of a request: their types, and which of them must keep their neutral value.
 
-Ranges are not checked here: services/gateway/admission.py has the one table of limits.
+The sampling fields are those that shared/sampling.py declares. Ranges are not checked here, but
+by admission.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from baton.services.gateway.openai.errors import InvalidParam
+from baton.shared.sampling import FIELDS, Kind, SamplingField
+from baton.v1 import types_pb2
 
 _Entry = TypeVar("_Entry")
 # The first wrong entry is all that the client hears of: a million of them would take seconds.
@@ -19,7 +22,7 @@ _UINT32 = 2**32 - 1
 _MAX_ENTRIES = 4096
 """Of a list in a request, prompts apart; of all messages' content parts together."""
 
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
     "n": (1,),
     "best_of": (1,),
@@ -69,7 +72,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
     "priority": (0,),
 }
-"""What the engine does not do yet."""
+UNSUPPORTED = {
+    name: values
+    for name, values in _NEUTRAL.items()
+    if name not in {field.public_name for field in FIELDS}
+}
+"""What the engine does not do yet: what is declared as a sampling field, it does."""
 
 
 class _Fields(BaseModel):
@@ -82,24 +90,53 @@ class StreamOptions(_Fields):
     continuous_usage_stats: bool | None = None
 
 
-class Sampled(_Fields):
-    """What completions and chats have in common. None: not given."""
+def _type_of(field: SamplingField) -> Any:
+    """Of a sampling field in a body."""
+    low = field.spelling.lowest
+    match field.kind:
+        case Kind.NUMBER:
+            return float
+        case Kind.COUNT:
+            return Annotated[int, Field(ge=low, le=_UINT32)]
+        case Kind.SEED:
+            return Annotated[int, Field(ge=low, lt=2**64)]
+        case Kind.SWITCH:
+            return bool
+        case Kind.TOKEN_IDS:
+            return _List[Annotated[int, Field(ge=0, le=_UINT32)]]
+        case Kind.TEXTS:
+            return str | _List[str]
+
+
+if TYPE_CHECKING:
+    _WithSampling = _Fields
+else:
+    _WithSampling = create_model(
+        "_WithSampling",
+        __base__=_Fields,
+        **{field.public_name: (_type_of(field) | None, None) for field in FIELDS},
+    )
+
+
+class Sampled(_WithSampling):
+    """What completions and chats have in common, beside the sampling fields. None: not given."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0, le=_UINT32)
-    temperature: float | None = None
-    top_p: float | None = None
-    # -1 is off, too.
-    top_k: int | None = Field(None, ge=-1, le=_UINT32)
-    min_p: float | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | _List[str] | None = None
-    stop_token_ids: _List[Annotated[int, Field(ge=0, le=_UINT32)]] | None = None
-    ignore_eos: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+
+    def sampling(self) -> types_pb2.SamplingParams:
+        """Only what was given is set: admission knows the defaults, and checks the ranges."""
+        given = {field: getattr(self, field.public_name) for field in FIELDS}
+        return types_pb2.SamplingParams(
+            **{
+                field.name: field.spelling.read(value)
+                for field, value in given.items()
+                if value is not None
+            }
+        )
 
 
 class CompletionRequest(Sampled):
@@ -155,9 +192,14 @@ def parse(kind: type[_Request], body: dict[str, Any]) -> _Request:
         raise InvalidParam(_path(first["loc"]), _problem(first["type"], first["msg"])) from None
 
 
+_LISTS = ["messages"] + [
+    field.public_name for field in FIELDS if field.kind in (Kind.TEXTS, Kind.TOKEN_IDS)
+]
+
+
 def _check_sizes(body: dict[str, Any]) -> None:
     """Before anything walks them: a body holds a million small objects."""
-    for field in ("messages", "stop", "stop_token_ids"):
+    for field in _LISTS:
         entries = body.get(field)
         if isinstance(entries, list) and len(entries) > _MAX_ENTRIES:
             raise InvalidParam(field, f"has {len(entries)} entries; limit: {_MAX_ENTRIES}")

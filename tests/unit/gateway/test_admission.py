@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from baton.services.gateway.admission import AdmittedRequest, Limits, admit
-from baton.shared.kv.sequence import SamplingParams
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
+from baton.shared.sampling import SamplingParams
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
@@ -55,7 +55,6 @@ async def test_unset_fields_take_their_defaults() -> None:
     assert await admitted(request()) == AdmittedRequest(
         prompt_token_ids=(1, 2, 3),
         params=SamplingParams(seed=4711, max_tokens=20),
-        stops=(),
         received=(),
     )
     bare = pb.GenerateRequest(text="abc")
@@ -83,10 +82,11 @@ async def test_set_fields_arrive() -> None:
         min_p=0.125,
         seed=2**64 - 1,
         max_tokens=9,
+        stops=("x", "yz"),
         stop_token_ids=frozenset([8, 9]),
         ignore_eos=True,
     )
-    assert await admitted(message) == AdmittedRequest((7, 7, 7), params, ("x", "yz"), (4, 5))
+    assert await admitted(message) == AdmittedRequest((7, 7, 7), params, (4, 5))
 
 
 async def test_a_seed_of_zero_is_a_seed() -> None:

@@ -99,7 +99,7 @@ def test_an_answer_that_nobody_reads_to_its_end_was_still_given(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     metrics, now = GatewayMetrics("m"), time.monotonic()
-    admitted = AdmittedRequest((5, 6, 7), SamplingParams(max_tokens=2), (), ())
+    admitted = AdmittedRequest((5, 6, 7), SamplingParams(max_tokens=2), ())
     generation = Generation("r-1", admitted, None, now)
     caplog.set_level(logging.INFO)
     with pytest.raises(GeneratorExit), RequestReport("r-1", now, None, metrics) as report:

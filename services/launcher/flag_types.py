@@ -1,0 +1,65 @@
+"""What the values of flags may be: text in, a value or a message for the user out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+_MAX_SECONDS = 1e9
+"""Some thirty years; deadlines in a far more distant future overflow within gRPC."""
+
+
+def count(text: str) -> int:
+    return _integer(text, 0, 1024)
+
+
+def positive(text: str) -> int:
+    return _integer(text, 1, 2**31 - 1)
+
+
+def port(text: str) -> int:
+    return _integer(text, 0, 65535)
+
+
+def uint32(text: str) -> int:
+    return _integer(text, 0, 2**32 - 1)
+
+
+def uint64(text: str) -> int:
+    return _integer(text, 0, 2**64 - 1)
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time in seconds")
+    if value > _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MAX_SECONDS:.0f} seconds")
+    return value
+
+
+def token_ids(text: str) -> list[int]:
+    try:
+        return [uint32(part) for part in text.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no comma-separated list of token ids, such as 1,2,3"
+        ) from None
+
+
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not valid UTF-8") from None
+    return text
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+    return value
