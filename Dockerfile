@@ -36,7 +36,8 @@ RUN case "$DEVICE" in \
     && rm -rf include test \
     && find bin ! -name torch_shm_manager -type f -delete
 COPY protos protos
-COPY baton/__init__.py baton/__init__.py
+# Links to the folders below, and to the stubs that are made from protos/.
+COPY baton baton
 COPY kernels kernels
 COPY loadtest loadtest
 COPY shared shared
