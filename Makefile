@@ -198,7 +198,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): minutes on the first run"
-	@mkdir -p shared/gen
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt hatchling
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
 	    -c constraints.txt --no-build-isolation --editable '.[worker,local,test,dev]' \
