@@ -47,11 +47,13 @@ async def admit(
     limits: Limits,
     *,
     encode: Encode | None,
+    eos_token_ids: frozenset[int] = frozenset(),
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
 ) -> AdmittedRequest:
     """Awaits nothing but `encode`, and that only when all else about the request holds.
 
-    `encode` turns a prompt into token ids; None when the model has no tokenizer.
+    `encode` turns a prompt into token ids; None when the model has no tokenizer. `eos_token_ids`
+    become stop tokens of the request, unless it ignores them.
 
     Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one.
     """
@@ -72,7 +74,8 @@ async def admit(
         raise InvalidField("received_token_ids", problem, limit=f"max_tokens, {max_tokens}")
 
     seed = params.seed if has_seed else draw_seed()
-    params = replace(params, seed=seed, max_tokens=max_tokens)
+    ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
+    params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
     return AdmittedRequest(prompt, params, received)
 
 
@@ -124,10 +127,12 @@ def check_text(field: str, text: str, limits: Limits) -> None:
 async def _encoded(text: str, limits: Limits, encode: Encode | None) -> tuple[int, ...]:
     if encode is None:
         raise NoTokenizer("text needs a tokenizer, and the model has none: send token_ids")
-    if not text:
-        raise InvalidField("text", "is empty", limit="at least 1 character")
     check_text("text", text, limits)
+    # Of an empty text too: the answer to it begins after the tokenizer's start token.
     token_ids = tuple(await encode(text))
+    if not token_ids and not text:
+        problem = "is empty, and the tokenizer adds no start token"
+        raise InvalidField("text", problem, limit="at least 1 character")
     if not token_ids:
         raise InvalidField("text", "gives no token", limit="at least 1 token")
     if max(token_ids) >= limits.vocab_size:

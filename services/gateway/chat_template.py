@@ -29,15 +29,11 @@ class ChatTemplate:
     """Those that templates name: `bos_token`, `eos_token`; empty where the model has none."""
 
     @classmethod
-    def load(cls, model_dir: Path) -> ChatTemplate | None:
+    def load(cls, model_dir: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
         """None without a template; ModelError, naming the file, when one cannot be read."""
         path = model_dir / "tokenizer_config.json"
         try:
             config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-            special_tokens = {}
-            for name in ("bos_token", "eos_token"):
-                token = config.get(name) or ""
-                special_tokens[name] = token["content"] if isinstance(token, dict) else str(token)
             source = config.get("chat_template")
             if isinstance(source, list):
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")

@@ -56,6 +56,7 @@ class Frontend:
         """Shutting down: health says so, before anything is refused."""
         self.is_draining = False
         """From then on `generate` refuses; what runs goes on."""
+        self._eos_token_ids = _eos_token_ids(model, codec)
         self._request_numbers = count(1)
 
     async def generate(
@@ -75,7 +76,7 @@ class Frontend:
             deadline=deadline,
             cluster=self.cluster,
             codec=self.codec,
-            eos_token_ids=frozenset(self.model.eos_token_ids),
+            eos_token_ids=self._eos_token_ids,
             counters=self.counters,
             metrics=self.metrics,
         )
@@ -134,7 +135,7 @@ class Frontend:
             model_type=self.model.model_type,
             vocab_size=self.model.vocab_size,
             max_model_len=limits.max_model_len,
-            eos_token_ids=self.model.eos_token_ids,
+            eos_token_ids=sorted(self._eos_token_ids),
             has_tokenizer=self.codec is not None,
             block_size=records[0].capability.block_size if records else 0,
         )
@@ -192,3 +193,13 @@ class Frontend:
             num_cached_prompt_tokens=workers["num_cached_prompt_tokens"],
             num_pulled_blocks=workers["num_pulled_blocks"],
         )
+
+
+def _eos_token_ids(model: ModelConfig, codec: TextCodec | None) -> frozenset[int]:
+    """Those of the model's own files, and the one that its tokenizer's files name: a fine-tuned
+    model may tell of its end there only."""
+    eos_token_ids = set(model.eos_token_ids)
+    of_tokenizer = codec.eos_token_id if codec else None
+    if of_tokenizer is not None and of_tokenizer < model.vocab_size:
+        eos_token_ids.add(of_tokenizer)
+    return frozenset(eos_token_ids)

@@ -108,7 +108,9 @@ async def generate(
     arrived_at = time.monotonic()
     with RequestReport(request_id, arrived_at, deadline, metrics) as report:
         encode = codec.encode_async if codec else None
-        admitted = await admit(request, cluster.limits(), encode=encode)
+        admitted = await admit(
+            request, cluster.limits(), encode=encode, eos_token_ids=eos_token_ids
+        )
         counters["requests"] += 1
         generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
         report.admitted(generation)
@@ -119,8 +121,8 @@ async def generate(
         )
         yield pb.GenerateResponse(started=started)
 
-        decoder = StreamDecoder(codec, admitted.params.stops) if codec else None
-        generation.finish_reason = _finished_before(admitted, decoder, eos_token_ids)
+        decoder = _new_decoder(codec, request, admitted) if codec else None
+        generation.finish_reason = _finished_before(admitted, decoder)
         async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
             async for run in runs:
                 report.tokens_came(generation.last_token_at)
@@ -137,10 +139,19 @@ async def generate(
         yield pb.GenerateResponse(finished=_finished(generation, text))
 
 
+def _new_decoder(
+    codec: TextCodec, request: pb.GenerateRequest, admitted: AdmittedRequest
+) -> StreamDecoder:
+    return StreamDecoder(
+        codec,
+        admitted.params.stops,
+        prompt=() if request.standalone_text else admitted.prompt_token_ids,
+        end_token_ids=admitted.params.stop_token_ids,
+    )
+
+
 def _finished_before(
-    admitted: AdmittedRequest,
-    decoder: StreamDecoder | None,
-    eos_token_ids: frozenset[int],
+    admitted: AdmittedRequest, decoder: StreamDecoder | None
 ) -> FinishReason | None:
     """Whether the tokens that a resuming client has are the whole answer already."""
     if not admitted.received:
@@ -149,11 +160,10 @@ def _finished_before(
         decoder.push(admitted.received)
         if decoder.stopped:
             return FinishReason.STOP
-    last, params = admitted.received[-1], admitted.params
-    is_end = last in eos_token_ids and not params.ignore_eos
-    if is_end or last in params.stop_token_ids:
+    if admitted.received[-1] in admitted.params.stop_token_ids:
         return FinishReason.STOP
-    return FinishReason.LENGTH if len(admitted.received) >= params.max_tokens else None
+    is_full = len(admitted.received) >= admitted.params.max_tokens
+    return FinishReason.LENGTH if is_full else None
 
 
 def _chunk(

@@ -1,7 +1,7 @@
 """Text to tokens, and back while the tokens still arrive.
 
     token ids ──► the text that is certain ──► what no stop string can claim ──► Delta
-                  _BytesToText, _PiecesToText      StopFinder
+                  TextStream                    StopFinder
 
 Both steps hold back only what later tokens could still change, so what a StreamDecoder has
 given out after k tokens is a function of these k tokens, however they were grouped, and all of
@@ -11,33 +11,44 @@ it together is the one-shot decode of all of them. A resumed answer relies on th
 from __future__ import annotations
 
 import asyncio
-import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from baton.services.gateway.chat_template import ChatTemplate
 from baton.services.gateway.stops import StopFinder
+from baton.services.gateway.text_stream import BytesToText, PiecesToText, TextStream
+from baton.services.gateway.tokenizer_files import load_tokenizer
 from baton.shared.engine.config import ModelError
 from baton.shared.rpc.errors import InvalidField
 
 _NUM_ENCODING_THREADS = 2
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LOCAL_DECODERS = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
+_MAX_CACHED_TEXTS = 1 << 18
 
 
 class TextCodec:
     """The model directory's tokenizer. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        *,
+        eos_token_id: int | None = None,
+    ) -> None:
         """Raises ValueError for a decoder whose text cannot be streamed."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self.eos_token_id = eos_token_id
+        """The token that the tokenizer's own files name as the end."""
         self._chat_template = chat_template
         self._tokenizer = tokenizer
         self._special_ids = frozenset(
@@ -50,26 +61,26 @@ class TextCodec:
         self._is_byte_level = kinds in (["ByteLevel"], ["ByteLevel", "Fuse"])
         if not self._is_byte_level:
             _check_local(decoders)
-        self._byte_ids = frozenset(
-            token_id
+        self._bytes = {
+            token_id: int(match[1], 16)
             for token, token_id in tokenizer.get_vocab().items()
-            if "ByteFallback" in kinds and _BYTE_TOKEN.fullmatch(token)
-        )
+            if "ByteFallback" in kinds and (match := _BYTE_TOKEN.fullmatch(token))
+        }
         self._token_bytes: dict[int, bytes] = {}
-        self._token_pieces: dict[int, str] = {}
+        self._texts: dict[tuple[bool, tuple[int, ...]], str] = {}
         self._threads = ThreadPoolExecutor(_NUM_ENCODING_THREADS, "tokenise")
 
     @classmethod
     def load(cls, model_dir: Path) -> TextCodec | None:
-        """None without tokenizer.json; ModelError, naming the file, when one cannot be used."""
-        path = model_dir / "tokenizer.json"
-        if not path.exists():
+        """None without a tokenizer; ModelError, naming the file, when one cannot be used."""
+        files = load_tokenizer(model_dir)
+        if files is None:
             return None
-        chat_template = ChatTemplate.load(model_dir)
+        chat_template = ChatTemplate.load(model_dir, files.special_tokens)
         try:
-            return cls(Tokenizer.from_file(str(path)), chat_template)
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path}: {' '.join(str(error).split())}") from error
+            return cls(files.tokenizer, chat_template, eos_token_id=files.eos_token_id)
+        except ValueError as error:
+            raise ModelError(f"{files.path}: {error}") from error
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written in the text are recognised; `add_special_tokens` lets the
@@ -87,16 +98,20 @@ class TextCodec:
         )
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Ids that the tokenizer does not know yield no text."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special)
+        """What a stream of these tokens gives. Ids that the tokenizer does not know yield no
+        text."""
+        [text] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special)
+        if "\ufffd" not in text or not self._bytes:
+            return text
+        # The library lets one wrong byte spoil all bytes around it.
+        stream = PiecesToText(self if skip_special else _WithSpecial(self))
+        return "".join([stream.feed(token_id) for token_id in token_ids]) + stream.flush()
 
     async def decode_async(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
         """`decode` on one of the threads of `encode_async`."""
-        [text] = await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            lambda: self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special),
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: self.decode(token_ids, skip_special=skip_special)
         )
-        return text
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """As the vocabulary writes them; empty for ids that it lacks."""
@@ -130,36 +145,52 @@ class TextCodec:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def is_known(self, token_id: int) -> bool:
+        return self._tokenizer.id_to_token(token_id) is not None
+
     def is_text(self, token_id: int) -> bool:
         """Whether the token may yield text: known, and not special."""
-        return token_id not in self._special_ids and (
-            self._tokenizer.id_to_token(token_id) is not None
-        )
+        return token_id not in self._special_ids and self.is_known(token_id)
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is one byte of a character that the vocabulary lacks (`<0xE2>`)."""
-        return token_id in self._byte_ids
+        return token_id in self._bytes
 
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8, possibly cut within a character. Byte-level tokenizers only."""
+        """UTF-8, possibly cut within a character. Of byte-level tokenizers, and of tokens that
+        are a byte."""
         known = self._token_bytes.get(token_id)
         if known is None:
             known = self._token_bytes[token_id] = self._look_up_bytes(token_id)
         return known
 
-    def token_piece(self, token_id: int) -> str:
-        """The text of a token that is not the first one. Not for byte-level tokenizers."""
-        known = self._token_pieces.get(token_id)
+    def text_of(self, token_ids: tuple[int, ...], *, is_first: bool) -> str:
+        """The text of one token, or of the byte tokens of one character. What begins a text is
+        treated in a way of its own: a space in front is dropped, say. Not for byte-level
+        tokenizers."""
+        known = self._texts.get((is_first, token_ids))
         if known is None:
-            # Decoders treat the first token in a way of its own, so it follows itself here.
-            start = len(self.decode([token_id]))
-            known = self._token_pieces[token_id] = self.decode([token_id, token_id])[start:]
+            if len(self._texts) >= _MAX_CACHED_TEXTS:
+                self._texts.clear()
+            known = self._texts[is_first, token_ids] = self._look_up_text(token_ids, is_first)
         return known
 
-    def new_text_stream(self) -> _TextStream:
-        return _BytesToText(self) if self._is_byte_level else _PiecesToText(self)
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Of the tokens that yield no text, by what they are written as."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def written(self, token_id: int) -> str:
+        """What a token that may yield no text is written as; empty for an id that is not known."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def new_text_stream(self) -> TextStream:
+        return BytesToText(self) if self._is_byte_level else PiecesToText(self)
 
     def _look_up_bytes(self, token_id: int) -> bytes:
+        if token_id in self._bytes:
+            return bytes((self._bytes[token_id],))
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._special_ids:
             return b""
@@ -167,6 +198,24 @@ class TextCodec:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:  # an added token, written as itself
             return token.encode()
+
+    def _look_up_text(self, token_ids: tuple[int, ...], is_first: bool) -> str:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        if is_first:
+            return text
+        # So that it is not the first, it follows itself.
+        twice = self._tokenizer.decode(token_ids * 2, skip_special_tokens=False)
+        return twice[len(text) :]
+
+
+class _WithSpecial:
+    """A codec's tokens, those included that yield no text elsewhere."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self.is_text = codec.is_known
+        self.is_byte = codec.is_byte
+        self.token_bytes = codec.token_bytes
+        self.text_of = codec.text_of
 
 
 class Delta(NamedTuple):
@@ -185,27 +234,45 @@ class StreamDecoder:
     The first stop string is the one that starts earliest. One that is complete waits while
     another that starts before it could still become complete; of two that start together the
     shorter decides, as the text is the same.
+
+    Special tokens, and those that end the answer, yield no text, but a stop string that names them
+    finds them all the same.
     """
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        stops: Sequence[str],
+        *,
+        prompt: Sequence[int] = (),
+        end_token_ids: Collection[int] = (),
+    ) -> None:
+        """`prompt`: its text and the answer's are one; none of it is given out. `end_token_ids`:
+        tokens that end the answer, of which it shows nothing."""
         self._text_stream = codec.new_text_stream()
-        self._stop_finder = StopFinder(stops) if stops else None
+        self._text_stream.follow(prompt)
+        self._silent_ids = frozenset(end_token_ids)
+        self._marks: Mapping[int, str] = {}
+        self._stop_finder = None
+        if stops:
+            self._marks, patterns = _mark_tokens(codec, stops, self._silent_ids)
+            self._stop_finder = StopFinder(patterns)
+        self._no_marks = dict.fromkeys(map(ord, self._marks.values()))
         self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> Delta:
         """Tokens pushed after a stop are not used."""
         if self.stopped:
             return Delta("", True, 0)
-        feed = self._text_stream.feed
-        if self._stop_finder is None:
-            return Delta("".join([feed(token_id) for token_id in token_ids]), False, len(token_ids))
         texts = []
         for num_used, token_id in enumerate(token_ids, start=1):
-            text, self.stopped = self._stop_finder.feed(feed(token_id))
+            text = self._feed(token_id)
+            if self._stop_finder is not None:
+                text, self.stopped = self._stop_finder.feed(text)
             texts.append(text)
             if self.stopped:
-                return Delta("".join(texts), True, num_used)
-        return Delta("".join(texts), False, len(token_ids))
+                return Delta(self._shown("".join(texts)), True, num_used)
+        return Delta(self._shown("".join(texts)), False, len(token_ids))
 
     def finish(self) -> str:
         """What was held back. It may turn out to hold a stop string: then `stopped` becomes true
@@ -213,73 +280,37 @@ class StreamDecoder:
         if self.stopped:
             return ""
         text = self._text_stream.flush()
-        if self._stop_finder is None:
-            return text
-        text, self.stopped = self._stop_finder.flush(text)
-        return text
+        if self._stop_finder is not None:
+            text, self.stopped = self._stop_finder.flush(text)
+        return self._shown(text)
+
+    def _feed(self, token_id: int) -> str:
+        if token_id in self._marks:
+            return self._text_stream.flush() + self._marks[token_id]
+        return "" if token_id in self._silent_ids else self._text_stream.feed(token_id)
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._no_marks) if self._marks else text
 
 
-class _TextStream(Protocol):
-    def feed(self, token_id: int) -> str:
-        """The text that this token makes certain."""
+def _mark_tokens(
+    codec: TextCodec, stops: Sequence[str], end_token_ids: Collection[int]
+) -> tuple[dict[int, str], list[str]]:
+    """A character for each token without text that `stops` name, and what is to be looked for:
+    the stops as they are, and those with such tokens in them with the characters in their place.
 
-    def flush(self) -> str:
-        """The rest, when no token follows."""
-
-
-class _BytesToText:
-    """Byte-level tokenizers: tokens are bytes, text is their lossy UTF-8.
-
-    Holds back a cut character only: bytes that cannot be one become U+FFFD at once (those of a
-    surrogate with its third byte), as many as the one-shot decode gives.
+    The characters are surrogates: no text has them.
     """
-
-    def __init__(self, codec: TextCodec) -> None:
-        self._bytes_of = codec.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes_of(token_id))
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _PiecesToText:
-    """Tokenizers whose tokens are text, the first one's treated in a way of its own.
-
-    Holds back a run of byte tokens until it ends: the decoder takes the run as a whole, and one
-    wrong byte at its end turns all of it into U+FFFD.
-    """
-
-    def __init__(self, codec: TextCodec) -> None:
-        self._codec = codec
-        self._previous: list[int] = []
-        """The last token that was no byte, where there was one."""
-        self._byte_run: list[int] = []
-        self._is_first = True
-
-    def feed(self, token_id: int) -> str:
-        codec = self._codec
-        if not codec.is_text(token_id):
-            return ""
-        if codec.is_byte(token_id):
-            self._byte_run.append(token_id)
-            return ""
-        text = self.flush()
-        text += codec.decode([token_id]) if self._is_first else codec.token_piece(token_id)
-        self._previous = [token_id]
-        self._is_first = False
-        return text
-
-    def flush(self) -> str:
-        if not self._byte_run:
-            return ""
-        start = len(self._codec.decode(self._previous))
-        text = self._codec.decode(self._previous + self._byte_run)[start:]
-        self._byte_run = []
-        self._is_first = False
-        return text
+    silent_ids = {**codec.special_ids, **{codec.written(t): t for t in end_token_ids}}
+    named = [written for written in silent_ids if any(written in stop for stop in stops)]
+    named = sorted(filter(None, named), key=len, reverse=True)
+    marks = {written: chr(0xD800 + index) for index, written in enumerate(named)}
+    if not marks:
+        return {}, list(stops)
+    pattern = re.compile("|".join(map(re.escape, named)))
+    marked = [pattern.sub(lambda match: marks[match[0]], stop) for stop in stops]
+    by_id = {silent_ids[written]: mark for written, mark in marks.items()}
+    return by_id, list(dict.fromkeys([*stops, *marked]))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -37,7 +37,9 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
         room, _ = room_for_answer(len(token_ids), frontend.cluster.limits())
         # Without room admission says so.
         sampling.max_tokens = max(room, 1)
-    return pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=token_ids), sampling=sampling)
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(token_ids=token_ids), sampling=sampling, standalone_text=True
+    )
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -166,18 +166,38 @@ def byte_ids(codec: TextCodec, raw: bytes) -> list[int]:
     return [first + byte for byte in raw]
 
 
-def test_fallback_bytes_wait_for_the_end_of_their_run(byte_fallback: TextCodec) -> None:
-    """One wrong byte spoils the characters before it: nothing of a run is certain before."""
-    word = next(t for t in range(200) if byte_fallback.token_piece(t) == "e")
+@pytest.mark.parametrize(
+    ("raw", "texts"),
+    [
+        ("日é".encode(), ["", "", "日", "", "é"]),
+        (b"\n\n", ["\n", "\n"]),
+        # One wrong byte spoils nothing before it, and each wrong byte is one character.
+        (b"\xc3\xa9\xff\xc3\xa9", ["", "é", "\ufffd", "", "é"]),
+        (b"\xe6\x97\xc3\xa9", ["", "", "\ufffd\ufffd", "é"]),
+        ("\ufffd!".encode(), ["", "", "\ufffd", "!"]),
+    ],
+)
+def test_when_fallback_bytes_become_text(
+    byte_fallback: TextCodec, raw: bytes, texts: list[str]
+) -> None:
     decoder = StreamDecoder(byte_fallback, ())
-    good, bad = (byte_ids(byte_fallback, raw) for raw in ("日é".encode(), "日".encode() + b"\xff"))
-    assert decoder.push([word]).text == "e"
-    assert decoder.push(good).text == ""
-    assert decoder.push([word]).text == "日ée"
-    assert decoder.push(bad).text == ""
-    assert decoder.push([word]).text == "\ufffd" * 4 + "e"
-    assert decoder.push(good).text == ""
-    assert decoder.finish() == "日é"
+    assert decoder.push(ids_of(byte_fallback, "e")).text == "e"
+    assert [decoder.push([token_id]).text for token_id in byte_ids(byte_fallback, raw)] == texts
+
+
+def test_fallback_bytes_that_a_word_cuts_off_are_replaced(byte_fallback: TextCodec) -> None:
+    decoder = StreamDecoder(byte_fallback, ())
+    [word] = ids_of(byte_fallback, "e")
+    assert decoder.push(byte_ids(byte_fallback, b"\xe6\x97")).text == ""
+    assert decoder.push([word]).text == "\ufffd\ufffde"
+    assert decoder.push(byte_ids(byte_fallback, b"\xe6")).text == ""
+    assert decoder.finish() == "\ufffd"
+
+
+def test_a_space_that_begins_the_text_is_dropped_in_bytes_too(byte_fallback: TextCodec) -> None:
+    spaces = byte_ids(byte_fallback, b"  ")
+    assert StreamDecoder(byte_fallback, ()).push(spaces).text == " "
+    assert byte_fallback.decode(spaces) == " "
 
 
 def ids_of(codec: TextCodec, text: str) -> list[int]:

@@ -1,0 +1,182 @@
+"""A tokenizer out of the files of a model directory, put together as transformers does it.
+
+tokenizer.json is the tokenizer. Files beside it may name the special tokens and add others:
+tokenizer_config.json; and where that has no `added_tokens_decoder`, the older files
+special_tokens_map.json, which then goes before it, and added_tokens.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from baton.services.gateway.tokenizer_classes import class_defaults
+from baton.shared.engine.config import ModelError
+
+STANDARD_NAMES = (
+    *("bos_token", "eos_token", "unk_token", "sep_token"),
+    *("pad_token", "cls_token", "mask_token"),
+)
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+_Token = str | AddedToken
+"""`str` of either is what the token is written as."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    path: Path
+    """Of the tokenizer itself."""
+    tokenizer: Tokenizer
+    special_tokens: Mapping[str, str]
+    """By the name that templates use: `bos_token`; only those that the model has."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token_id: int | None = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        return token_id
+
+
+def load_tokenizer(model_dir: Path) -> TokenizerFiles | None:
+    """None without a tokenizer; ModelError, naming the file, when one cannot be used."""
+    path = model_dir / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{path}: {one_line(error)}") from error
+    config = read_json_object(model_dir / "tokenizer_config.json")
+    defaults = class_defaults(
+        config.get("tokenizer_class"),
+        read_json_object(model_dir / "config.json"),
+        is_byte_level='"ByteLevel"' in tokenizer.to_str(),
+    )
+    if tokenizer.padding is not None:
+        defaults = {"pad_token": tokenizer.padding["pad_token"], **defaults}
+    beside = _Beside.read(model_dir, config, defaults)
+    beside.add_to(tokenizer)
+    special_tokens = {name: str(token) for name, token in beside.named.items()}
+    return TokenizerFiles(path, tokenizer, special_tokens)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Empty without the file. Raises ModelError, naming it."""
+    try:
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """The tokens that the files beside a tokenizer tell of."""
+
+    named: Mapping[str, _Token]
+    extra: list[_Token]
+    """Special ones without a name."""
+    by_id: Mapping[int, AddedToken]
+    by_id_path: Path
+
+    @classmethod
+    def read(
+        cls, model_dir: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
+    ) -> _Beside:
+        """Raises ModelError, naming the file."""
+        path = model_dir / "tokenizer_config.json"
+        try:
+            names, extra = _names(config)
+            if "added_tokens_decoder" in config:
+                listed = config["added_tokens_decoder"].items()
+                by_id = {int(token_id): _added(token) for token_id, token in listed}
+            else:
+                path = model_dir / "special_tokens_map.json"
+                more_names, more_extra = _names(read_json_object(path), are_special=True)
+                names, extra = {**names, **more_names}, extra or more_extra
+                path = model_dir / "added_tokens.json"
+                special = {str(token) for token in [*names.values(), *extra]}
+                listed = read_json_object(path).items()
+                by_id = {
+                    int(token_id): AddedToken(
+                        text, normalized=text not in special, special=text in special
+                    )
+                    for text, token_id in listed
+                }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{path}: a token that cannot be read: {error!r}") from error
+        names = {**dict.fromkeys(STANDARD_NAMES), **defaults, **names}
+        named = {name: token for name, token in names.items() if token is not None}
+        return cls(named, extra, by_id, path)
+
+    def add_to(self, tokenizer: Tokenizer) -> None:
+        """Raises ModelError when a token gets another id than the file says."""
+        own = list(tokenizer.get_added_tokens_decoder().values())
+        # Those that differ in their flags only are added again, which changes these.
+        own_tokens = {repr(token) for token in own}
+        to_add: list[_Token] = [
+            token for _, token in sorted(self.by_id.items()) if repr(token) not in own_tokens
+        ]
+        known = {str(token) for token in [*own, *to_add]}
+        for token in [*self.named.values(), *self.extra]:
+            if str(token) not in known:
+                known.add(str(token))
+                to_add.append(token)
+        names = {str(token) for token in self.named.values()}
+        tokenizer.add_tokens([_as_special(token, names) for token in to_add])
+
+        of_tokenizer = {str(token) for token in own}
+        for token_id, token in self.by_id.items():
+            actual = tokenizer.token_to_id(str(token))
+            # A token that tokenizer.json adds has the id that it has there.
+            if actual != token_id and str(token) not in of_tokenizer:
+                raise ModelError(
+                    f"{self.by_id_path}: {str(token)!r} has id {token_id}, but added to "
+                    f"tokenizer.json it gets {actual}"
+                )
+
+
+def _names(
+    values: Mapping[str, Any], *, are_special: bool = False
+) -> tuple[dict[str, _Token | None], list[_Token]]:
+    """(tokens by name, tokens without one) of one file."""
+    named: dict[str, _Token | None] = {}
+    for name, value in values.items():
+        if name in STANDARD_NAMES:
+            named[name] = None if value is None else _token(value, is_special=are_special)
+        elif name.endswith("_token") and isinstance(value, str | dict):
+            named[name] = _token(value, is_special=are_special)
+    extra = values.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        named |= {name: _token(value) for name, value in extra.items()}
+        extra = None
+    extra = extra or values.get("additional_special_tokens") or []
+    return named, [_token(value, is_special=are_special) for value in extra]
+
+
+def _token(value: Any, *, is_special: bool = False) -> _Token:
+    return value if isinstance(value, str) else _added(value, is_special=is_special)
+
+
+def _added(value: Mapping[str, Any], *, is_special: bool = False) -> AddedToken:
+    flags = {flag: value[flag] for flag in _FLAGS if flag in value}
+    return AddedToken(value["content"], **(flags | {"special": True} if is_special else flags))
+
+
+def _as_special(token: _Token, names: set[str]) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    if str(token) in names:
+        token.special = True
+    return token

@@ -1,0 +1,250 @@
+"""What an answer's text is, from the request over HTTP to the last event: workers are scripted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from baton.services.gateway import generate as path
+from baton.services.gateway.tokenizer import TextCodec
+from tests.scripted_model import chain
+from tests.unit.gateway.null_frontend import ask, events, serving
+from tests.unit.gateway.scripted_frontend import ScriptedFrontend
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+
+Ask = Callable[..., Any]
+
+
+class Model:
+    """A codec over a tokenizer, with what a test asks of ids."""
+
+    def __init__(self, codec: TextCodec, tokenizer: Tokenizer) -> None:
+        self.codec = codec
+        self._tokenizer = tokenizer
+
+    def __getitem__(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        assert token_id is not None, token
+        return token_id
+
+    def bytes_of(self, text: str | bytes) -> list[int]:
+        raw = text.encode() if isinstance(text, str) else text
+        return [self[f"<0x{byte:02X}>"] for byte in raw]
+
+
+@pytest.fixture(scope="module")
+def load(
+    tmp_path_factory: pytest.TempPathFactory, tokenizers_by_kind: dict[str, Tokenizer]
+) -> Callable[..., Model]:
+    """A model directory of a kind of tokenizer, further tokens and further files."""
+
+    def load(kind: str, *added: AddedToken, files: Mapping[str, Any] | None = None) -> Model:
+        model_dir = tmp_path_factory.mktemp(kind)
+        tokenizer = Tokenizer.from_str(tokenizers_by_kind[kind].to_str())
+        tokenizer.add_tokens(list(added))
+        tokenizer.save(str(model_dir / "tokenizer.json"))
+        (model_dir / "chat_template.jinja").write_text(TEMPLATE)
+        for name, content in (files or {}).items():
+            (model_dir / name).write_text(json.dumps(content))
+        codec = TextCodec.load(Path(model_dir))
+        assert codec is not None
+        return Model(codec, tokenizer)
+
+    return load
+
+
+@pytest.fixture
+async def answer(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ask]:
+    """Asks a scripted gateway, whole and streamed: (text, finish reason, completion tokens), and
+    the pieces that the stream brought."""
+
+    async def answer(
+        model: Model,
+        next_token: Mapping[int, int],
+        *,
+        endpoint: str = COMPLETIONS,
+        eos: frozenset[int] = frozenset(),
+        **body: Any,
+    ) -> tuple[tuple[str, str, int], list[str]]:
+        frontend = ScriptedFrontend(model.codec, next_token, eos_token_ids=eos)
+        monkeypatch.setattr(path, "attempts", frontend.attempts)
+        async with serving(frontend) as http:
+            reply = await ask(http.address, endpoint, body)
+            assert reply.status == 200, reply.body
+            whole = json.loads(reply.body)
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            streamed = events((await ask(http.address, endpoint, {**body, **options})).body)
+        *chunks, usage, _ = streamed
+        choices = [chunk["choices"][0] for chunk in chunks]
+        pieces = [
+            choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+            for choice in choices
+        ]
+        choice = whole["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        assert "".join(pieces) == text
+        assert choices[-1]["finish_reason"] == choice["finish_reason"]
+        assert usage["usage"] == whole["usage"]
+        return (
+            (text, choice["finish_reason"], whole["usage"]["completion_tokens"]),
+            list(filter(None, pieces)),
+        )
+
+    yield answer
+
+
+async def test_a_byte_that_is_a_character_goes_out_at_once(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_fallback")
+    newline, word = model["<0x0A>"], model["e"]
+    script = {word: newline, newline: newline}
+    stopped, _ = await answer(model, script, prompt=[word], stop=["\n"], max_tokens=400)
+    assert stopped == ("", "stop", 1)
+    whole, pieces = await answer(model, script, prompt=[word], max_tokens=5)
+    assert whole == ("\n" * 5, "length", 5)
+    assert pieces == ["\n"] * 5
+
+
+@pytest.mark.parametrize("stop", ["é日", "日", "🏃"])
+async def test_a_stop_of_several_bytes_stops_with_its_last_byte(
+    load: Callable[..., Model], answer: Ask, stop: str
+) -> None:
+    model = load("byte_fallback")
+    text = "aé日🏃!"
+    written = model.bytes_of(text)
+    begin = model["<s>"]
+    got, pieces = await answer(
+        model, chain([begin, *written]), prompt=[begin], stop=[stop], max_tokens=40
+    )
+    before = text[: text.index(stop)]
+    assert got == (before, "stop", len((before + stop).encode()))
+    assert "".join(pieces) == before
+
+
+async def test_a_wrong_byte_spoils_only_itself(load: Callable[..., Model], answer: Ask) -> None:
+    model = load("byte_fallback")
+    begin, raw = model["<s>"], "é".encode() + b"\xff\xe6\x97" + b"!"
+    script = chain([begin, *model.bytes_of(raw)])
+    got, pieces = await answer(model, script, prompt=[begin], max_tokens=len(raw))
+    assert got[0] == "é\ufffd\ufffd\ufffd!"
+    assert pieces[0] == "é"
+
+
+@pytest.mark.parametrize("kind", ["byte_fallback", "metaspace"])
+async def test_prompt_and_text_together_are_what_the_model_wrote(
+    load: Callable[..., Model], answer: Ask, kind: str
+) -> None:
+    model = load(kind, AddedToken("<|im_start|>", special=True))
+    begin, word = model["<s>"], model["▁hand"]
+    script = chain([model["▁"], word], [begin, word])
+    after_text, _ = await answer(model, script, prompt=[begin, model["▁"]], max_tokens=1)
+    assert after_text[0] == " hand"
+    # Nothing of a text stands before it.
+    first, _ = await answer(model, script, prompt=[begin], max_tokens=1)
+    assert first[0] == "hand"
+
+
+async def test_a_chat_begins_its_own_text(load: Callable[..., Model], answer: Ask) -> None:
+    model = load("byte_fallback", AddedToken("<|im_start|>", special=True))
+    word, last = model["▁hand"], model.codec.encode("<|im_start|>e", add_special_tokens=False)[-1]
+    messages = [{"role": "user", "content": "e"}]
+    got, _ = await answer(model, {last: word}, endpoint=CHAT, messages=messages, max_tokens=1)
+    assert got[0] == "hand"
+
+
+async def test_a_character_that_the_prompt_begins_is_the_answers(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_fallback")
+    first, second, third = model.bytes_of("日")
+    word = model["e"]
+    got, _ = await answer(model, chain([second, third]), prompt=[word, first, second], max_tokens=1)
+    assert got[0] == "日"
+    # Where it does not go on, the broken character is the prompt's.
+    got, _ = await answer(model, {second: word}, prompt=[word, first, second], max_tokens=1)
+    assert got[0] == "e"
+    got, _ = await answer(
+        model, {second: model["</s>"]}, prompt=[word, first, second], max_tokens=1
+    )
+    assert got[0] == ""
+
+
+async def test_the_end_tokens_text_is_not_the_answers(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_level", AddedToken("<|im_end|>", special=False))
+    end, letter = model["<|im_end|>"], model["x"]
+    eos = frozenset({model["</s>"], end})
+    script = {letter: end, model["a"]: letter}
+    got, _ = await answer(model, script, eos=eos, prompt=[model["a"]], max_tokens=9)
+    assert got == ("x", "stop", 2)
+    # One that does not end the answer is text as any other.
+    got, _ = await answer(
+        model, script, eos=eos, prompt=[model["a"]], max_tokens=2, ignore_eos=True
+    )
+    assert got == ("x<|im_end|>", "length", 2)
+    got, _ = await answer(model, script, prompt=[model["a"]], max_tokens=9, stop_token_ids=[end])
+    assert got == ("x", "stop", 2)
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize("is_eos", [True, False])
+@pytest.mark.parametrize("ignore_eos", [True, False])
+@pytest.mark.parametrize("stop", ["<|im_end|>", "y<|im_end|>", "y<|im_end|>z"])
+async def test_a_stop_string_may_name_a_token_without_text(
+    load: Callable[..., Model],
+    answer: Ask,
+    is_special: bool,
+    is_eos: bool,
+    ignore_eos: bool,
+    stop: str,
+) -> None:
+    model = load("byte_level", AddedToken("<|im_end|>", special=is_special))
+    end = model["<|im_end|>"]
+    script = chain([model["a"], model["x"], model["y"], end, model["z"], model["w"]])
+    eos = frozenset({end} if is_eos else ())
+    got, _ = await answer(
+        model,
+        script,
+        eos=eos,
+        prompt=[model["a"]],
+        stop=[stop],
+        max_tokens=5,
+        ignore_eos=ignore_eos,
+    )
+    ends_by_token = is_eos and not ignore_eos
+    if stop == "y<|im_end|>z" and ends_by_token:
+        assert got == ("xy", "stop", 3)
+    else:
+        text = "xy" if stop == "<|im_end|>" else "x"
+        assert got == (text, "stop", 4 if stop.endswith("z") else 3)
+
+
+async def test_a_stop_is_not_found_within_a_token_without_text(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_level", AddedToken("<|im_end|>", special=True))
+    script = chain([model["a"], model["x"], model["<|im_end|>"], model["y"]])
+    got, _ = await answer(
+        model, script, prompt=[model["a"]], stop=["im", "<", "x<", ">y"], max_tokens=3
+    )
+    assert got == ("xy", "length", 3)
+
+
+async def test_an_empty_prompt_is_answered_from_the_start_token(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_level")
+    script = {model["<s>"]: model["x"]}
+    got, _ = await answer(model, script, prompt="", max_tokens=1)
+    assert got == ("x", "length", 1)
+    got, _ = await answer(model, script, prompt=[""], max_tokens=1)
+    assert got[0] == "x"
