@@ -66,11 +66,13 @@ class AsyncClient:
         *,
         token_ids: Sequence[int] | None = None,
         received_token_ids: Sequence[int] = (),
+        standalone_text: bool = False,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncAnswerStream:
         """As `Client.generate`; not awaited itself, but to be called where the event loop runs."""
         request = generate_request(prompt, token_ids, received_token_ids, sampling)
+        request.standalone_text = standalone_text
         tries = Tries(self._retry, deadline_s)
         stream = AsyncAnswerStream(self._start_generate, Progress(request), tries)
         self._streams.add(stream)

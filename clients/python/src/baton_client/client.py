@@ -82,6 +82,7 @@ class Client:
         *,
         token_ids: Sequence[int] | None = None,
         received_token_ids: Sequence[int] = (),
+        standalone_text: bool = False,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AnswerStream:
@@ -89,12 +90,15 @@ class Client:
         its `text()` or `result()`.
 
         `received_token_ids` are tokens of this very answer that the caller has already; a sampled
-        answer needs its `seed` as well. `deadline_s` is for the whole answer, retries included.
+        answer needs its `seed` as well. `standalone_text`: the answer's text is a turn of its own,
+        not the rest of the prompt's, with which some models' first word begins with a space.
+        `deadline_s` is for the whole answer, retries included.
 
         Raises TypeError and InvalidRequest for arguments that fit into no request; all that the
         server objects to comes with the first chunk.
         """
         request = generate_request(prompt, token_ids, received_token_ids, sampling)
+        request.standalone_text = standalone_text
         tries = Tries(self._retry, deadline_s)
         stream = AnswerStream(self._start_generate, Progress(request), tries)
         with self._lock:
