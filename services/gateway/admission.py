@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
+from baton.services.gateway.identity import ANONYMOUS, Identity
 from baton.shared.rpc.convert import given_fields, sampling_from_pb
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.shared.sampling import Broken, Kind, SamplingParams, unknown_token
@@ -40,6 +41,7 @@ class AdmittedRequest:
     params: SamplingParams
     received: tuple[int, ...]
     """Generated tokens that the client already has; at most `params.max_tokens`."""
+    identity: Identity = ANONYMOUS
 
 
 async def admit(
@@ -48,6 +50,7 @@ async def admit(
     *,
     encode: Encode | None,
     eos_token_ids: frozenset[int] = frozenset(),
+    identity: Identity = ANONYMOUS,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
 ) -> AdmittedRequest:
     """Awaits nothing but `encode`, and that only when all else about the request holds.
@@ -76,7 +79,7 @@ async def admit(
     seed = params.seed if has_seed else draw_seed()
     ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
     params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
-    return AdmittedRequest(prompt, params, received)
+    return AdmittedRequest(prompt, params, received, identity)
 
 
 def _check_sampling(

@@ -24,7 +24,7 @@ from baton.shared.directory.keys import WORKER_TTL_S
 from baton.shared.directory.ledger import Stage
 from baton.shared.directory.workers import WorkerRecord
 from baton.shared.engine.config import ModelConfig
-from baton.shared.kv.block_hash import extend_hashes, is_boundary, root_hash
+from baton.shared.kv.block_hash import boundary_hashes, root_hash
 from baton.shared.kv.sequence import num_blocks_for
 from baton.shared.rpc.errors import InvalidField
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
@@ -245,9 +245,12 @@ class Cluster:
         num_new_tokens: int,
         capability_hash: str | None,
         *,
+        salt: bytes = b"",
         has_begun: bool = False,
     ) -> Route:
         """Locates the prompt's prefixes and chooses; waits as long as nobody can take it.
+
+        `salt` is that of the prompt's block hashes: only prefixes with the same one are found.
 
         An answer that has begun, of which its reader has tokens, is never held.
 
@@ -261,6 +264,7 @@ class Cluster:
                     token_ids,
                     num_new_tokens,
                     capability_hash,
+                    salt,
                     turn,
                     may_hold=self._may_hold and not has_begun,
                 )
@@ -272,6 +276,7 @@ class Cluster:
         token_ids: list[int],
         num_new_tokens: int,
         capability_hash: str | None,
+        salt: bytes,
         turn: Turn,
         *,
         may_hold: bool,
@@ -283,7 +288,7 @@ class Cluster:
             # Who is held has nobody behind who could go: one by one they go on, not all at once.
             await self._wait(turn.hold() if may_hold else changed.wait())
             return None
-        hits = await self._locate(token_ids, snapshots)
+        hits = await self._locate(token_ids, salt, snapshots)
         block_size = snapshots[0].block_size
         num_blocks = num_blocks_for(len(token_ids) + num_new_tokens, block_size)
         # Others may have been sent meanwhile; until the route is noted nothing else runs.
@@ -342,7 +347,7 @@ class Cluster:
                 known.num_blocks_started += num_blocks_for(num_tokens, block_size)
 
     async def _locate(
-        self, token_ids: list[int], snapshots: list[WorkerSnapshot]
+        self, token_ids: list[int], salt: bytes, snapshots: list[WorkerSnapshot]
     ) -> dict[str, int]:
         """Worker id → cached tokens at the front, as the directory has it; one round trip."""
         hits: dict[str, int] = {}
@@ -350,10 +355,8 @@ class Cluster:
             return hits
         for capability_hash in {snapshot.capability_hash for snapshot in snapshots}:
             alike = [s for s in snapshots if s.capability_hash == capability_hash]
-            block_size = alike[0].block_size
-            hashes: list[bytes] = []
-            extend_hashes(hashes, root_hash(capability_hash), token_ids, block_size)
-            listed = [h for index, h in enumerate(hashes) if is_boundary(index, block_size)]
+            root = root_hash(capability_hash, salt=salt)
+            listed = boundary_hashes(root, token_ids, alike[0].block_size)
             if not listed:
                 continue
             try:

@@ -16,6 +16,7 @@ from typing import Any
 from baton.services.gateway.admission import check_text, check_token_ids
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generate import generate
+from baton.services.gateway.identity import Identify, Identity, ask_nobody
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.directory.directory import DirectoryUnavailable
@@ -36,7 +37,10 @@ class Frontend:
         model: ModelConfig,
         model_name: str,
         incarnation: str,
+        identify: Identify = ask_nobody,
     ) -> None:
+        """`identify`: what both doors ask before anything else of a request is looked at."""
+        self.identify = identify
         self.cluster = cluster
         self.codec = codec
         self.model = model
@@ -60,7 +64,7 @@ class Frontend:
         self._request_numbers = count(1)
 
     async def generate(
-        self, request: pb.GenerateRequest, *, time_left_s: float | None
+        self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer, message by message. Closing it, or cancelling who reads it, frees everything.
 
@@ -72,6 +76,7 @@ class Frontend:
         deadline = None if time_left_s is None else time.monotonic() + time_left_s
         responses = generate(
             request,
+            identity=identity,
             request_id=f"{self.incarnation[:12]}-{next(self._request_numbers)}",
             deadline=deadline,
             cluster=self.cluster,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from baton.services.gateway.admission import AdmittedRequest, admit
 from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.identity import Identity
 from baton.services.gateway.links import (
     Event,
     Events,
@@ -93,6 +94,7 @@ class Generation:
 async def generate(
     request: pb.GenerateRequest,
     *,
+    identity: Identity,
     request_id: str,
     deadline: float | None,
     cluster: Cluster,
@@ -109,7 +111,11 @@ async def generate(
     with RequestReport(request_id, arrived_at, deadline, metrics) as report:
         encode = codec.encode_async if codec else None
         admitted = await admit(
-            request, cluster.limits(), encode=encode, eos_token_ids=eos_token_ids
+            request,
+            cluster.limits(),
+            encode=encode,
+            eos_token_ids=eos_token_ids,
+            identity=identity,
         )
         counters["requests"] += 1
         generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
@@ -255,7 +261,11 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     token_ids = [*generation.admitted.prompt_token_ids, *generation.token_ids]
     num_left = generation.admitted.params.max_tokens - len(generation.token_ids)
     route = await cluster.route(
-        token_ids, num_left, generation.capability_hash, has_begun=bool(generation.token_ids)
+        token_ids,
+        num_left,
+        generation.capability_hash,
+        salt=generation.admitted.identity.cache_salt,
+        has_begun=bool(generation.token_ids),
     )
     # The one token that is left comes from P: nobody has to take its blocks over.
     wants_decode = route.prefill is None or num_left > 1
@@ -342,6 +352,7 @@ def _sequence_spec(
         first_index=len(generation.token_ids),
         sampling=sampling_to_pb(generation.admitted.params),
         distrust=generation.distrust,
+        cache_salt=generation.admitted.identity.cache_salt,
         capability_hash=capability_hash,
     )
     if generation.deadline is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from baton.shared.kv.block_hash import PREFIX_STRIDE_TOKENS
+from baton.shared.kv.block_hash import stride_blocks
 from baton.shared.kv.sequence import num_blocks_for
 
 Role = Literal["prefill", "decode", "both"]
@@ -212,8 +212,8 @@ def longest_run(
                 break
             num_held += 1
         if num_held:
-            stride_blocks = max(1, PREFIX_STRIDE_TOKENS // worker.block_size)
-            runs[worker.worker_id] = num_held * stride_blocks * worker.block_size
+            num_blocks = num_held * stride_blocks(worker.block_size)
+            runs[worker.worker_id] = num_blocks * worker.block_size
     return runs
 
 

@@ -23,7 +23,10 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: _Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        responses = self._frontend.generate(request, time_left_s=context.time_remaining())
+        identity = await self._frontend.identify(_headers(context))
+        responses = self._frontend.generate(
+            request, identity=identity, time_left_s=context.time_remaining()
+        )
         async with aclosing(responses):
             async for response in responses:
                 yield response
@@ -51,3 +54,9 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GetServerInfoRequest, context: _Context
     ) -> pb.GetServerInfoResponse:
         return await self._frontend.server_info()
+
+
+def _headers(context: _Context) -> dict[str, str]:
+    """The call's metadata that is text."""
+    metadata = context.invocation_metadata() or ()
+    return {name: value for name, value in metadata if isinstance(value, str)}

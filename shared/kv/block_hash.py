@@ -69,6 +69,17 @@ def extend_hashes(
     hashes += chain_hashes(parent, token_ids[len(hashes) * block_size :], block_size)
 
 
+def stride_blocks(block_size: int) -> int:
+    """Blocks from one hash that the directory lists to the next."""
+    return max(1, PREFIX_STRIDE_TOKENS // block_size)
+
+
 def is_boundary(index: int, block_size: int) -> bool:
     """Whether the directory lists the hash of the block at `index` of a prompt."""
-    return (index + 1) % max(1, PREFIX_STRIDE_TOKENS // block_size) == 0
+    return (index + 1) % stride_blocks(block_size) == 0
+
+
+def boundary_hashes(root: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Those hashes of a prompt's blocks that the directory lists, in order."""
+    stride = stride_blocks(block_size)
+    return chain_hashes(root, token_ids, block_size)[stride - 1 :: stride]

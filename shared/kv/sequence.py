@@ -103,6 +103,18 @@ class Sequence:
         return len(self.prompt_token_ids)
 
     @property
+    def client_prompt_token_ids(self) -> tuple[int, ...]:
+        """What the client asked: the prompt without what earlier attempts emitted."""
+        return self.prompt_token_ids[: len(self.prompt_token_ids) - self.first_index]
+
+    @property
+    def emitted_token_ids(self) -> tuple[int, ...]:
+        """Every token generated for the request: by earlier attempts, then by this one. With
+        `client_prompt_token_ids` before them they are the same whatever was tried meanwhile."""
+        num_asked = len(self.prompt_token_ids) - self.first_index
+        return (*self.prompt_token_ids[num_asked:], *self.output_token_ids)
+
+    @property
     def draws_on(self) -> bool:
         """Whether another token will be drawn after those that are drawn or being drawn now."""
         return self.num_scheduled_tokens < self.num_to_compute

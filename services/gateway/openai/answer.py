@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.identity import Identity
 from baton.services.gateway.openai.errors import to_http_error
 from baton.services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
 from baton.shared.rpc.errors import BatonError
@@ -34,6 +35,7 @@ class Ask:
     """What an endpoint made of its request."""
 
     requests: Sequence[pb.GenerateRequest]
+    identity: Identity
     fields: dict[str, str]
     """Names of this endpoint, for errors."""
     is_chat: bool
@@ -57,7 +59,7 @@ class Answer(Response):
         ask = self._ask
         scope[_IS_ASKED] = True
         sources = [
-            self._frontend.generate(request, time_left_s=ask.time_left_s)
+            self._frontend.generate(request, identity=ask.identity, time_left_s=ask.time_left_s)
             for request in ask.requests
         ]
         run = _Run(ask, self._frontend)

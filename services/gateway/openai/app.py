@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
@@ -57,14 +57,17 @@ def build_app(frontend: Frontend) -> FastAPI:
     for kind in (HttpError, BatonError, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_routing_error)
-    # Who may ask what is a dependency of these two, once there are identities.
     app.include_router(_inference(frontend))
     app.include_router(_operations(frontend))
     return app
 
 
 def _inference(frontend: Frontend) -> APIRouter:
-    router = APIRouter()
+    async def identify(request: Request) -> None:
+        """Before the body is read. Raises a BatonError for those who may not ask."""
+        request.state.identity = await frontend.identify(request.headers)
+
+    router = APIRouter(dependencies=[Depends(identify)])
     started = int(time.time())
 
     def card() -> dict[str, Any]:
@@ -175,6 +178,7 @@ def _ask(
     options = fields.stream_options if is_streamed else None
     return Ask(
         requests=requests,
+        identity=request.state.identity,
         fields=names,
         is_chat=is_chat,
         is_streamed=is_streamed,

@@ -11,6 +11,7 @@ from typing import Any, cast
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.identity import Identity, ask_nobody
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.openai.app import build_app
 from baton.services.gateway.openai.endpoint import HttpEndpoint
@@ -28,6 +29,7 @@ class NullFrontend(Frontend):
     def __init__(self, codec: TextCodec | None = None) -> None:
         self.cluster = cast(Cluster, _NullCluster())
         self.codec = codec
+        self.identify = ask_nobody
         self.model = cast(ModelConfig, None)
         self.model_name = "null"
         self.metrics = GatewayMetrics(self.model_name)
@@ -38,7 +40,7 @@ class NullFrontend(Frontend):
         self.num_closed = 0
 
     async def generate(
-        self, request: pb.GenerateRequest, *, time_left_s: float | None
+        self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         self.requests.append(request)
         self.num_in_flight += 1

@@ -39,6 +39,18 @@ def test_max_tokens_counts_those_of_earlier_attempts() -> None:
     assert again.append(9, EOS) is FinishReason.LENGTH
 
 
+def test_prompt_and_emitted_tokens_are_told_apart() -> None:
+    first = sequence(max_tokens=5)
+    assert (first.client_prompt_token_ids, first.emitted_token_ids) == ((5, 6, 7), ())
+    for token in (9, 8):
+        first.append(token, EOS)
+    again = sequence((*first.prompt_token_ids, 9, 8), first_index=2, max_tokens=5)
+    for each in (first, again):
+        assert (each.client_prompt_token_ids, each.emitted_token_ids) == ((5, 6, 7), (9, 8))
+    again.append(4, EOS)
+    assert (again.client_prompt_token_ids, again.emitted_token_ids) == ((5, 6, 7), (9, 8, 4))
+
+
 @pytest.mark.parametrize(
     ("token_id", "params", "reason"),
     [
