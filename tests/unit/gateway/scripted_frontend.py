@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 from baton.services.gateway import generate as path
 from baton.services.gateway.admission import Limits
+from baton.services.gateway.identity import Identity
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.kv.sequence import FinishReason
 from baton.shared.telemetry import Counters
@@ -33,11 +34,12 @@ class ScriptedFrontend(NullFrontend):
         self.cluster.limits = lambda: self._limits  # type: ignore[method-assign]
 
     async def generate(
-        self, request: pb.GenerateRequest, *, time_left_s: float | None
+        self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         self.requests.append(request)
         async for response in path.generate(
             request,
+            identity=identity,
             request_id="r-1",
             deadline=None,
             cluster=self.cluster,
