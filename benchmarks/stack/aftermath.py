@@ -6,8 +6,7 @@ import asyncio
 import subprocess
 import time
 
-import grpc
-
+from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import worker_service_pb2, worker_service_pb2_grpc
@@ -64,14 +63,14 @@ async def _leftovers(stack: BenchmarkStack) -> dict[str, str]:
 
 
 async def _state(address: str) -> worker_service_pb2.GetWorkerStateResponse:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with internal_channel(address) as channel:
         stub = worker_service_pb2_grpc.WorkerServiceStub(channel)
         request = worker_service_pb2.GetWorkerStateRequest(check_integrity=True)
         return await stub.GetWorkerState(request, timeout=_RPC_S)
 
 
 async def _ledger(address: str) -> dict[str, int]:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with internal_channel(address) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)
         info = await stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=_RPC_S)
         return {count.stage: count.num_entries for count in info.ledger}

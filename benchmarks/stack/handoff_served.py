@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import load_model_config
+from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.stack.launched import StackOptions, running
 from benchmarks.stack.stream_clients import token_times
@@ -73,7 +72,7 @@ async def _measure(
 ) -> dict[int, tuple[list[float], list[float]]]:
     """Prompt length → TTFTs and times from the first to the second token, in seconds."""
     measured = {}
-    async with running(options) as stack, grpc.aio.insecure_channel(stack.address) as channel:
+    async with running(options) as stack, internal_channel(stack.address) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)
         vocab_size = load_model_config(options.config.model_dir).vocab_size
         for num_tokens in prompts:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import uvloop
 
 from baton.loadtest.drivers import request_of
 from baton.shared.directory.embedded import dying_with_us
+from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2_grpc
 from benchmarks.checkout import ROOT, set_import_path
 
@@ -70,7 +70,7 @@ def generate_all(
 async def _generate_all(
     address: str, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> tuple[float, list[list[int]]]:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with internal_channel(address) as channel:
         await channel.channel_ready()
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
         started_s = time.perf_counter()

@@ -33,6 +33,7 @@ from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import load_model_config
+from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.checkout import RESULTS, set_import_path
@@ -86,7 +87,7 @@ class Clients:
         self._answered: deque[tuple[pb.GenerateRequest, list[int]]] = deque(
             maxlen=_NUM_KEPT_ANSWERS
         )
-        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+        self._channel = internal_channel(address)
         self._stub = pb_grpc.InferenceServiceStub(self._channel)
         self._is_stopping = False
         self._tasks = [asyncio.create_task(self._stream()) for _ in range(args.streams)]

@@ -11,9 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
 from typing import Any
 
-import grpc
-
 from baton.loadtest.drivers import request_of
+from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 
 _STREAMS_PER_CLIENT = 64
@@ -68,7 +67,7 @@ def _own_pid(pause_s: float) -> int:
 
 def _ask(address: str, prompts: Prompts, num_tokens: int) -> Arrivals:
     async def ask_all() -> Arrivals:
-        async with grpc.aio.insecure_channel(address) as channel:
+        async with internal_channel(address) as channel:
             stub = pb_grpc.InferenceServiceStub(channel)
             asking = (token_times(stub, prompt, num_tokens) for prompt in prompts)
             return list(await asyncio.gather(*asking))

@@ -27,7 +27,7 @@ from baton.shared.engine.config import ModelConfig
 from baton.shared.kv.block_hash import boundary_hashes, root_hash
 from baton.shared.kv.sequence import num_blocks_for
 from baton.shared.rpc.errors import InvalidField
-from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from baton.shared.rpc.serve import internal_channel
 from baton.shared.telemetry import log_event
 from baton.v1 import decode_service_pb2
 
@@ -381,9 +381,7 @@ class Cluster:
     def channel(self, worker: WorkerSnapshot) -> grpc.aio.Channel:
         channel = self._channels.get(worker.address)
         if channel is None:
-            options = channel_options(INTERNAL_MESSAGE_BYTES)
-            channel = grpc.aio.insecure_channel(worker.address, options=options)
-            self._channels[worker.address] = channel
+            channel = self._channels[worker.address] = internal_channel(worker.address)
         return channel
 
     async def close(self) -> None:

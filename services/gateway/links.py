@@ -23,7 +23,7 @@ from baton.shared.rpc.convert import (
     key_to_pb,
 )
 from baton.shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
-from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from baton.shared.rpc.serve import internal_channel
 from baton.shared.rpc.streams import SILENCE_S, TICK_S, only_own_cancels, until_silence, with_ticks
 from baton.shared.telemetry import log_event
 from baton.v1 import (
@@ -156,9 +156,8 @@ class DecodeLink:
 
     async def _run(self) -> None:
         error = WorkerLost("the decode worker closed its stream")
-        options = channel_options(INTERNAL_MESSAGE_BYTES)
         try:
-            async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            async with internal_channel(self._address) as channel:
                 stub = decode_service_pb2_grpc.DecodeServiceStub(channel)
                 with only_own_cancels():
                     async for message in stub.Decode(with_ticks(self._requests, _tick_request)):

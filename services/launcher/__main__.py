@@ -21,7 +21,7 @@ Starts every role on this machine, each as its own process, and prints one line
 
     READY grpc=HOST:PORT http=HOST:PORT
 
-when a request would succeed. SIGTERM or Ctrl-C drains; once more kills. A role that dies is
+when a request has been answered. SIGTERM or Ctrl-C drains; once more kills. A role that dies is
 reported and started again. Without --prefill, --decode and --both: one prefill, one decode.
 
 What a worker or the gateway takes beyond these flags is passed on through the environment

@@ -1,6 +1,6 @@
 """The whole stack on this machine: what is started when, and what is stopped when.
 
-    Valkey ─> workers ─> (one is ready) ─> gateways ─> (one has a route) ─> ready
+    Valkey ─> workers ─> (one is ready) ─> gateways ─> (a request was answered) ─> ready
     gateways drain ─> workers ─> Valkey
 
 Gateways come after the first worker, so that nothing listens on the public ports before a model has
@@ -16,9 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, overload
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
+from baton.services.launcher.first_answer import until_answered
 from baton.services.launcher.memory_share import worker_share_mib
 from baton.services.launcher.role_log import RoleLog
 from baton.services.launcher.role_process import Notice, RoleProcess
@@ -27,9 +25,6 @@ from baton.shared.directory.embedded import EmbeddedValkey, ServerFailed
 from baton.shared.engine.host_memory import host_memory
 from baton.shared.rpc.flags import variable_name
 
-# "" is the process, the other is what requests are sent to.
-_SERVICES = ("", "baton.v1.InferenceService")
-_POLL_S = 0.05
 _VALKEY_CHECK_S = 0.5
 _WORKER_STOP_LIMIT_S = 10.0
 # On top of what the gateway was given for its streams.
@@ -61,7 +56,7 @@ class Stack:
         self._logs: list[RoleLog] = []
 
     async def start(self) -> str:
-        """The gateways' address, once a request would succeed.
+        """The gateways' address, once a request has been answered.
 
         Raises Misconfigured, NeverReady, and ServerMissing or ServerFailed for the embedded Valkey.
         """
@@ -73,7 +68,7 @@ class Stack:
             await self._while_all_run(_any_ready(self.workers))
 
         address = await self._start_gateways(redis_url)
-        await self._while_all_run(_until_serving(address))
+        await self._while_all_run(until_answered(address, self.http_address, self._say))
         self._is_ready = True
         return address
 
@@ -186,23 +181,3 @@ async def _any_ready(roles: list[RoleProcess]) -> None:
     finally:
         for task in waiting:
             task.cancel()
-
-
-async def _until_serving(address: str) -> None:
-    """Returns when the gateway says that it has a route; it may be restarted meanwhile."""
-    async with grpc.aio.insecure_channel(
-        address, options=[("grpc.enable_http_proxy", 0)]
-    ) as channel:
-        # Any: the types of this stub name no methods.
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        while not all([await _is_serving(stub, service) for service in _SERVICES]):
-            await asyncio.sleep(_POLL_S)
-
-
-async def _is_serving(stub: Any, service: str) -> bool:
-    try:
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=1.0)
-    except grpc.aio.AioRpcError:
-        # Not there just now, or the service is not known yet.
-        return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -14,7 +14,7 @@ import grpc
 
 from baton.services.worker.messages import Peer
 from baton.shared.rpc.errors import BatonError, CapabilityMismatch, SourceLost, from_rpc_error
-from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, channel_options
+from baton.shared.rpc.serve import internal_channel
 from baton.shared.rpc.streams import SILENCE_S, only_own_cancels, until_silence, with_ticks
 from baton.shared.telemetry import log_event
 from baton.v1 import kv_service_pb2 as kv
@@ -123,9 +123,8 @@ class HoldClient:
 
     async def _run(self) -> None:
         error: BatonError = SourceLost("the source closed the hand-off stream")
-        options = channel_options(INTERNAL_MESSAGE_BYTES)
         try:
-            async with grpc.aio.insecure_channel(self.source.address, options=options) as channel:
+            async with internal_channel(self.source.address) as channel:
                 stub = kv_service_pb2_grpc.KvServiceStub(channel)
                 requests = with_ticks(self._messages, self._make_tick)
                 with only_own_cancels():

@@ -65,6 +65,12 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+def internal_channel(address: str) -> grpc.aio.Channel:
+    """To another process of ours, whatever proxy the environment names: that is for the web."""
+    options = [*channel_options(INTERNAL_MESSAGE_BYTES), ("grpc.enable_http_proxy", 0)]
+    return grpc.aio.insecure_channel(address, options=options)
+
+
 if TYPE_CHECKING:
     _Handler = grpc.RpcMethodHandler[Any, Any]
     _Context = grpc.aio.ServicerContext[Any, Any]

@@ -261,6 +261,26 @@ def test_nothing_is_imported_by_a_name_that_others_have() -> None:
     assert wrong == []
 
 
+def test_channels_are_made_where_proxies_are_switched_off() -> None:
+    """`http_proxy` and the like are not meant for what our processes say to each other."""
+    makers = {
+        f"grpc.{aio}{kind}_channel" for aio in ("", "aio.") for kind in ("insecure", "secure")
+    }
+    places = {
+        module
+        for module, path in sources(*PACKAGES, "loadtest", "benchmarks").items()
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and full_name(node.func, import_aliases(parse(path))) in makers
+    }
+    assert places == {
+        "baton.shared.rpc.serve",
+        "baton.services.launcher.target",
+        "baton.loadtest.target",
+        "baton.loadtest.drivers",
+    }
+
+
 @pytest.mark.parametrize("folder", TREE)
 def test_bytes_never_become_code(folder: str) -> None:
     wrong = [

@@ -18,7 +18,13 @@ from baton.shared.rpc.errors import (
     failure_of,
     from_failure,
 )
-from baton.shared.rpc.serve import Endpoint, bare_host, channel_options, join_address
+from baton.shared.rpc.serve import (
+    Endpoint,
+    bare_host,
+    channel_options,
+    internal_channel,
+    join_address,
+)
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc
 from tests.ipv6 import needs_ipv6
@@ -222,3 +228,20 @@ async def test_a_port_that_is_taken_is_an_error_of_one_line(endpoint: Endpoint) 
     second = Endpoint(max_message_bytes=LIMIT_BYTES)
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         await second.start("127.0.0.1", port, [])
+
+
+async def test_our_own_channels_know_no_proxy(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`channel_options` alone goes through it: whoever listens there sees every request."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    options = [*channel_options(1 << 20), ("grpc.use_local_subchannel_pool", 1)]
+    through_proxy = grpc.aio.insecure_channel(endpoint.address, options=options)
+    async with internal_channel(endpoint.address) as own, through_proxy as other:
+        stubs: list[Any] = [health_pb2_grpc.HealthStub(channel) for channel in (own, other)]
+        await stubs[0].Check(health_pb2.HealthCheckRequest(), timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stubs[1].Check(health_pb2.HealthCheckRequest(), timeout=10)
