@@ -1,18 +1,22 @@
 """Command-line flags that an environment variable can give as well, for containers.
 
 `--num-blocks` is also `BATON_NUM_BLOCKS`. The command line wins over the environment; a variable
-that is set to nothing counts as not set.
+that is set to nothing counts as not set. So does, with a line that says it, what Kubernetes sets
+for services that happen to be called `baton` or `baton-http`: BATON_PORT=tcp://10.96.0.12:50051.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_ADDRESS_OF_A_SERVICE = re.compile(r"(tcp|udp|sctp)://[^/\s]+:\d+", re.IGNORECASE)
 _SWITCH_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -50,7 +54,7 @@ def add_flag(
     variable, given = _look_up(flag, environ)
     parser.add_argument(
         flag,
-        type=_converter(type, choices),
+        type=_converter(type, choices, default, may_ignore=type is not str and not required),
         default=default if given is None else given,
         choices=choices,
         required=required and given is None,
@@ -73,7 +77,7 @@ def add_switch(
         nargs="?",
         const=True,
         metavar="yes|no",
-        type=_converter(_switch_value, None),
+        type=_converter(_switch_value, None, False, may_ignore=True),
         default=False if given is None else given,
         help=_with_variable(help, variable, None),
     )
@@ -103,10 +107,25 @@ def _look_up(flag: str, environ: Mapping[str, str] | None) -> tuple[str, _FromEn
     return variable, given
 
 
-def _converter(convert: Callable[[str], T], choices: Sequence[T] | None) -> Callable[[str], T]:
-    def converted(text: str) -> T:
+def _converter(
+    convert: Callable[[str], T],
+    choices: Sequence[T] | None,
+    default: T | None,
+    *,
+    may_ignore: bool,
+) -> Callable[[str], T | None]:
+    """`may_ignore`: a variable that is a service's address leaves the flag its default. Not where
+    any text may be meant."""
+
+    def converted(text: str) -> T | None:
         if not isinstance(text, _FromEnvironment):
             return convert(text)
+        if may_ignore and _ADDRESS_OF_A_SERVICE.fullmatch(text):
+            sys.stderr.write(
+                f"baton: {text.variable}={text} is ignored: it is no value for that flag, but what "
+                "Kubernetes sets for a service of that name\n"
+            )
+            return default
         try:
             value = convert(text)
         except (ValueError, argparse.ArgumentTypeError) as error:

@@ -49,6 +49,29 @@ def test_a_bad_variable_is_harmless_where_the_flag_is_given() -> None:
     assert parse({"BATON_NUM_BLOCKS": "x"}, "--num-blocks", "5").num_blocks == 5
 
 
+@pytest.mark.parametrize("scheme", ["tcp", "udp", "TCP"])
+def test_what_kubernetes_sets_for_a_service_is_not_ours(
+    scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"{scheme}://10.96.0.12:50051"
+    environ = {"BATON_NUM_BLOCKS": address}
+    assert parse(environ, "--num-blocks", "5").num_blocks == 5
+    assert capsys.readouterr().err == "", "what is not looked at is not told"
+    assert parse(environ).num_blocks == 7
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"BATON_NUM_BLOCKS={address} is ignored" in line
+    assert parse({"BATON_REFLECTION": address}).reflection is False
+    assert f"BATON_REFLECTION={address} is ignored" in capsys.readouterr().err
+
+
+def test_free_text_is_not_taken_for_a_service() -> None:
+    """A URL of the wrong scheme is better refused than replaced by the default."""
+    parser = argparse.ArgumentParser()
+    url = "tcp://10.0.0.5:6379"
+    add_flag(parser, "--redis-url", type=str, help="url", environ={"BATON_REDIS_URL": url})
+    assert parser.parse_args([]).redis_url == url
+
+
 @pytest.mark.parametrize(
     ("environ", "argv", "is_on"),
     [
