@@ -10,6 +10,7 @@ server.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import importlib.util
@@ -24,10 +25,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 5.0
 _DIRECTORY_PREFIX = "baton-valkey-"
+_SOCKET_NAME = "socket"
+_MAX_SOCKET_PATH_BYTES = 107
+_SHORT_ROOTS = ("/tmp", "/var/tmp", "/dev/shm")
+"""Where the directory for temporary files has too long a name for a socket in it."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,7 +49,8 @@ class EmbeddedValkey:
     """One server and its directory. `start` again after the server has died: same `url`."""
 
     def __init__(self, program: Path | None = None) -> None:
-        """`program`: the server to run; the installed one by default. Raises `ServerMissing`."""
+        """`program`: the server to run; the installed one by default. Raises `ServerMissing`, and
+        `ServerFailed` when there is no place for its socket."""
         self._program = program or find_server()
         _sweep_stale()
         self._directory, self._lock = _create_directory()
@@ -52,7 +59,7 @@ class EmbeddedValkey:
 
     @property
     def url(self) -> str:
-        return f"unix://{self._socket}"
+        return f"unix://{quote(str(self._socket))}"
 
     @property
     def pid(self) -> int:
@@ -110,7 +117,7 @@ class EmbeddedValkey:
 
     @property
     def _socket(self) -> Path:
-        return self._directory / "socket"
+        return self._directory / _SOCKET_NAME
 
     def _keep(self, started: threading.Event) -> None:
         settings = {
@@ -186,10 +193,34 @@ def _become(parent: int, command: list[str]) -> None:
         os.execv(command[0], command)
 
 
+def _roots() -> list[Path]:
+    """Where the server's directory may be, the best first: only names that leave room for a
+    socket's, which the kernel takes up to 107 bytes."""
+    roots = list(_SHORT_ROOTS)
+    with contextlib.suppress(FileNotFoundError):
+        roots.insert(0, tempfile.gettempdir())
+    rest = f"/{_DIRECTORY_PREFIX}12345678/{_SOCKET_NAME}"
+    room = _MAX_SOCKET_PATH_BYTES - len(rest)
+    return [Path(root) for root in dict.fromkeys(roots) if len(os.fsencode(root)) <= room]
+
+
 def _create_directory() -> tuple[Path, int]:
-    """A directory that is ours alone, and its lock, which says that we live."""
+    """A directory that is ours alone, and its lock, which says that we live.
+
+    Raises `ServerFailed` when there is no place for it.
+    """
+    problem = "none has a name that is short enough"
+    for root in _roots():
+        try:
+            return _create_directory_in(root)
+        except OSError as error:
+            problem = f"{root}: {error.strerror}"
+    raise ServerFailed(f"no directory for the private server's socket (TMPDIR): {problem}")
+
+
+def _create_directory_in(root: Path) -> tuple[Path, int]:
     while True:
-        directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX))
+        directory = Path(tempfile.mkdtemp(prefix=_DIRECTORY_PREFIX, dir=root))
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         # A sweep may have taken the directory before the lock was ours.
@@ -200,7 +231,7 @@ def _create_directory() -> tuple[Path, int]:
 
 def _sweep_stale() -> None:
     """Removes the directories of processes that were killed."""
-    for directory in Path(tempfile.gettempdir()).glob(_DIRECTORY_PREFIX + "*"):
+    for directory in (found for root in _roots() for found in root.glob(_DIRECTORY_PREFIX + "*")):
         try:
             lock = os.open(directory / "lock", os.O_RDWR | os.O_NOFOLLOW)
         except OSError:

@@ -184,3 +184,28 @@ def test_server_on_the_path_is_the_fallback(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert embedded.find_server() == program
+
+
+@pytest.mark.parametrize("name", ["x" * 96, "é" * 50, "a b%20#c?d"])
+def test_any_directory_for_temporary_files_will_do(
+    name: str, own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sockets have short names; a URL gives some letters another meaning."""
+    tmp = own_tmp / name
+    tmp.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp))
+    with EmbeddedValkey() as server:
+        with Redis.from_url(server.url) as client:
+            assert client.ping()
+            [found] = client.config_get("unixsocket").values()
+        assert Path(os.fsdecode(found)).parent.stat().st_mode & 0o777 == 0o700
+    assert list(tmp.iterdir()) == []
+    assert not Path(os.fsdecode(found)).parent.exists()
+
+
+def test_no_place_for_a_socket_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_SHORT_ROOTS", ("/proc",))
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 100)
+    with pytest.raises(ServerFailed, match="TMPDIR.*/proc") as raised:
+        EmbeddedValkey()
+    assert "\n" not in str(raised.value)
