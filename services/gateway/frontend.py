@@ -117,7 +117,7 @@ class Frontend:
         limits, codec = self.cluster.limits(), self.text_codec()
         # Before anything is made of them, and after: templates may say things twice.
         for message in messages:
-            check_text("messages", message["content"], limits)
+            check_text("messages", _text_of(message["content"]), limits)
         text = await codec.render_chat_async(messages, add_generation_prompt=add_generation_prompt)
         check_text("messages", text, limits)
         return await codec.encode_async(text, add_special_tokens=add_special_tokens)
@@ -208,3 +208,8 @@ def _eos_token_ids(model: ModelConfig, codec: TextCodec | None) -> frozenset[int
     if of_tokenizer is not None and of_tokenizer < model.vocab_size:
         eos_token_ids.add(of_tokenizer)
     return frozenset(eos_token_ids)
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    """Of a message's content, which may be a list of parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -59,7 +59,7 @@ def load_tokenizer(model_dir: Path) -> TokenizerFiles | None:
     )
     if tokenizer.padding is not None:
         defaults = {"pad_token": tokenizer.padding["pad_token"], **defaults}
-    beside = _Beside.read(model_dir, config, defaults)
+    beside = _Beside.read(model_dir, config, defaults, tokenizer)
     beside.add_to(tokenizer)
     special_tokens = {name: str(token) for name, token in beside.named.items()}
     return TokenizerFiles(path, tokenizer, special_tokens)
@@ -92,7 +92,11 @@ class _Beside:
 
     @classmethod
     def read(
-        cls, model_dir: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
+        cls,
+        model_dir: Path,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, str],
+        tokenizer: Tokenizer,
     ) -> _Beside:
         """Raises ModelError, naming the file."""
         path = model_dir / "tokenizer_config.json"
@@ -114,6 +118,7 @@ class _Beside:
                     )
                     for text, token_id in listed
                 }
+                by_id |= tokenizer.get_added_tokens_decoder()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: a token that cannot be read: {error!r}") from error
         names = {**dict.fromkeys(STANDARD_NAMES), **defaults, **names}

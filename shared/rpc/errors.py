@@ -2,7 +2,9 @@
 
     BatonError
     ├── InvalidField          a request field is out of range
+    │   └── ContextTooLong    prompt and answer do not fit into the model's length
     ├── NoTokenizer           text asked of a model directory without tokenizer
+    ├── NoChatTemplate        a chat asked of one whose template cannot be used
     ├── Draining              the process is shutting down
     ├── DeadlineExceeded      the request's own deadline
     ├── CapabilityMismatch    model, layout or dtype differ
@@ -77,9 +79,18 @@ class InvalidField(BatonError):
         self.limit = limit
 
 
+class ContextTooLong(InvalidField):
+    reason = pb.FAILURE_REASON_CONTEXT_TOO_LONG
+
+
 class NoTokenizer(BatonError):
     code = grpc.StatusCode.UNIMPLEMENTED
     reason = pb.FAILURE_REASON_NO_TOKENIZER
+
+
+class NoChatTemplate(BatonError):
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = pb.FAILURE_REASON_NO_CHAT_TEMPLATE
 
 
 class Draining(BatonError):

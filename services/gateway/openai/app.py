@@ -211,7 +211,7 @@ async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
         return await frontend.tokenize(fields.prompt, add_special_tokens=adds_special)
     assert fields.messages is not None
     return await frontend.chat_prompt(
-        template_messages(fields.messages),
+        template_messages(fields.messages, frontend),
         add_generation_prompt=fields.add_generation_prompt is not False,
         add_special_tokens=bool(fields.add_special_tokens),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from baton.services.gateway.admission import room_for_answer
 from baton.services.gateway.frontend import Frontend
@@ -10,8 +11,8 @@ from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import ChatRequest, ContentPart, Message
 from baton.v1 import inference_service_pb2 as pb
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""As templates know them: `developer` is the newer name of `system`."""
+_ROLES = ("system", "developer", "user", "assistant")
+_REASONING = ("reasoning_content", "reasoning")
 
 
 def chat_fields(request: ChatRequest) -> dict[str, str]:
@@ -28,7 +29,7 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
     if request.max_completion_tokens is not None:
         sampling.max_tokens = request.max_completion_tokens
     token_ids = await frontend.chat_prompt(
-        template_messages(request.messages),
+        template_messages(request.messages, frontend),
         add_generation_prompt=request.add_generation_prompt is not False,
         # The template brings them.
         add_special_tokens=bool(request.add_special_tokens),
@@ -42,8 +43,12 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
     )
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """As templates take them: content is text. Raises InvalidParam for what is no text."""
+def template_messages(messages: Sequence[Message], frontend: Frontend) -> list[dict[str, Any]]:
+    """As templates take them: content is text, or a list of parts that are. Raises InvalidParam
+    for what is no text."""
+    template = frontend.codec.chat_template if frontend.codec else None
+    # It is the newer name of `system`, which few templates know.
+    knows_developer = "developer" in (template or "")
     rendered = []
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
@@ -55,22 +60,30 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
                 raise InvalidParam(
                     f"{path}.{field}", "is not supported", code="unsupported_parameter"
                 )
-        entry = {"role": _ROLES[message.role], "content": _content(message, f"{path}.content")}
-        if message.name is not None:
-            entry["name"] = message.name
-        rendered.append(entry)
+        is_system = message.role == "developer" and not knows_developer
+        entry = {
+            "role": "system" if is_system else message.role,
+            "content": _content(message, f"{path}.content"),
+            "name": message.name,
+        }
+        # Clients send what they got, in whatever shape.
+        reasoning = {field: getattr(message, field) for field in _REASONING}
+        entry |= {field: text for field, text in reasoning.items() if isinstance(text, str)}
+        rendered.append({field: value for field, value in entry.items() if value is not None})
     return rendered
 
 
-def _content(message: Message, path: str) -> str:
+def _content(message: Message, path: str) -> str | list[dict[str, str]]:
     if message.content is None:
         if message.role == "assistant":
             return ""
         raise InvalidParam(path, "is missing")
     if isinstance(message.content, str):
         return message.content
-    parts = enumerate(message.content)
-    return "\n".join(_text_of(part, f"{path}[{index}]") for index, part in parts)
+    return [
+        {"type": "text", "text": _text_of(part, f"{path}[{index}]")}
+        for index, part in enumerate(message.content)
+    ]
 
 
 def _text_of(part: ContentPart, path: str) -> str:

@@ -153,6 +153,8 @@ class Message(_Fields):
     role: str
     content: str | _List[ContentPart] | None = None
     name: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
     tool_call_id: Any = None

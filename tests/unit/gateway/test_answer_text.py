@@ -46,14 +46,15 @@ def load(
     """A model directory of a kind of tokenizer, further tokens and further files."""
 
     def load(kind: str, *added: AddedToken, files: Mapping[str, Any] | None = None) -> Model:
-        model_dir = tmp_path_factory.mktemp(kind)
+        model_dir: Path = tmp_path_factory.mktemp(kind)
         tokenizer = Tokenizer.from_str(tokenizers_by_kind[kind].to_str())
         tokenizer.add_tokens(list(added))
         tokenizer.save(str(model_dir / "tokenizer.json"))
-        (model_dir / "chat_template.jinja").write_text(TEMPLATE)
-        for name, content in (files or {}).items():
-            (model_dir / name).write_text(json.dumps(content))
-        codec = TextCodec.load(Path(model_dir))
+        files = {"chat_template.jinja": TEMPLATE, **(files or {})}
+        for name, content in files.items():
+            is_text = isinstance(content, str)
+            (model_dir / name).write_text(content if is_text else json.dumps(content))
+        codec = TextCodec.load(model_dir)
         assert codec is not None
         return Model(codec, tokenizer)
 
@@ -248,3 +249,30 @@ async def test_an_empty_prompt_is_answered_from_the_start_token(
     assert got == ("x", "length", 1)
     got, _ = await answer(model, script, prompt=[""], max_tokens=1)
     assert got[0] == "x"
+
+
+async def test_parts_stay_parts_and_text_is_wrapped_for_a_template_of_parts(
+    load: Callable[..., Model],
+) -> None:
+    source = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}"
+    source += "{% endfor %}"
+    model = load("byte_level", files={"chat_template.jinja": source})
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    async with serving(ScriptedFrontend(model.codec, {})) as http:
+        for content, prompt in ((parts, "[a][b]"), ("a", "[a]")):
+            messages = [{"role": "user", "content": content}]
+            reply = await ask(http.address, "/tokenize", {"messages": messages})
+            expected = model.codec.encode(prompt, add_special_tokens=False)
+            assert json.loads(reply.body)["tokens"] == expected
+
+
+async def test_a_broken_template_is_not_blamed_on_the_messages(
+    load: Callable[..., Model],
+) -> None:
+    model = load("byte_level", files={"chat_template.jinja": "{% for m in messages %}"})
+    async with serving(ScriptedFrontend(model.codec, {})) as http:
+        body = {"messages": [{"role": "user", "content": "a"}]}
+        reply = await ask(http.address, CHAT, body)
+        assert (reply.status, reply.error["param"]) == (400, None)
+        assert reply.error["code"] == "no_chat_template"
+        assert "line 1" in reply.error["message"]

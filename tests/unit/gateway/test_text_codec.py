@@ -150,7 +150,6 @@ def test_what_the_template_refuses_is_the_clients_error(chat_codec: TextCodec) -
 @pytest.mark.parametrize(
     "template",
     [
-        "{% if %}",
         "{{ messages.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ messages + 1 }}",
@@ -168,6 +167,19 @@ def test_a_template_cannot_reach_out_or_crash(model_dir: Path, template: str) ->
 def test_of_named_templates_the_default_is_taken(model_dir: Path) -> None:
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     (model_dir / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load(model_dir).chat_template == "d"
+
+
+def test_files_of_templates_go_before_the_configuration(model_dir: Path) -> None:
+    (model_dir / "tokenizer_config.json").write_text(json.dumps({"chat_template": "c"}))
+    more = model_dir / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("t")
+    # As in transformers: they are all that counts, and none of them is the default.
+    assert load(model_dir).chat_template is None
+    (model_dir / "chat_template.jinja").write_text("j")
+    assert load(model_dir).chat_template == "j"
+    (more / "default.jinja").write_text("d")
     assert load(model_dir).chat_template == "d"
 
 

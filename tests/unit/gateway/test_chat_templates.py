@@ -1,0 +1,170 @@
+"""Chat templates render as transformers renders them: token by token, over a battery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from baton.services.gateway.chat_template import ChatTemplate
+from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.rpc.errors import InvalidField, NoChatTemplate
+from tests.unit.gateway.template_battery import EITHER, PARTS, TEXT
+
+Messages = list[dict[str, Any]]
+
+MARKUP = "<|im_start|> <|im_end|> <|system|> <|user|> <|assistant|> <|turn|> <|end|> <pic>".split()
+HARD = "  Hé, \"it's\" <b>&amp;</b> 日本 🏃\n\tNaïve?  </think>\n\nYes: {{ no }} {% no %}\\n'  "
+
+CHATS: dict[str, Messages] = {
+    "one turn": [{"role": "user", "content": "Hello there"}],
+    "with a system prompt": [
+        {"role": "system", "content": "Obey."},
+        {"role": "user", "content": HARD},
+    ],
+    "several turns": [
+        {"role": "user", "content": "Why?", "name": "eve"},
+        {"role": "assistant", "content": HARD, "reasoning_content": "\nHm.\n"},
+        {"role": "user", "content": "And <|im_end|> then <pic>?"},
+        {"role": "assistant", "content": "So.", "reasoning": "Short."},
+        {"role": "user", "content": ""},
+    ],
+}
+
+
+def in_parts(messages: Messages) -> Messages:
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def in_two_parts(messages: Messages) -> Messages:
+    return [
+        {**m, "content": [{"type": "text", "text": text} for text in (m["content"], "B")]}
+        for m in messages
+    ]
+
+
+def flattened(messages: Messages) -> Messages:
+    return [{**m, "content": "\n".join(part["text"] for part in m["content"])} for m in messages]
+
+
+@pytest.fixture(scope="module")
+def model_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizers_by_kind: dict[str, Tokenizer]
+) -> Path:
+    directory = tmp_path_factory.mktemp("battery")
+    tokenizer = Tokenizer.from_str(tokenizers_by_kind["byte_level"].to_str())
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in MARKUP])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "image_token": "<pic>",
+        "extra_special_tokens": {"eot_token": "<|end|>"},
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def theirs(model_dir: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir)
+    return tokenizer
+
+
+Compare = Callable[[str, Messages, Messages], None]
+
+
+@pytest.fixture(scope="module")
+def compare(model_dir: Path, theirs: PreTrainedTokenizerBase) -> Compare:
+    """Of a template: our ids of one chat are theirs of another, or both refuse theirs."""
+    codec = TextCodec.load(model_dir)
+    assert codec is not None
+    special_tokens = theirs.special_tokens_map
+
+    def compare(source: str, ours: Messages, as_theirs: Messages) -> None:
+        template = ChatTemplate(source, special_tokens)
+        assert template.fault == ""
+        for adds in (True, False):
+            try:
+                expected = theirs.apply_chat_template(
+                    as_theirs,
+                    chat_template=source,
+                    add_generation_prompt=adds,
+                    return_dict=False,
+                )
+            except (TemplateError, TypeError):
+                with pytest.raises(InvalidField):
+                    template.render(ours, add_generation_prompt=adds)
+                continue
+            text = template.render(ours, add_generation_prompt=adds)
+            assert codec.encode(text, add_special_tokens=False) == expected
+
+    return compare
+
+
+def test_the_battery_is_large() -> None:
+    assert len(TEXT) + len(PARTS) + len(EITHER) >= 50
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_template_of_text(compare: Compare, name: str) -> None:
+    for messages in CHATS.values():
+        compare(TEXT[name], messages, messages)
+        parts = in_two_parts(messages)
+        compare(TEXT[name], parts, flattened(parts))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_template_of_parts(compare: Compare, name: str) -> None:
+    for messages in CHATS.values():
+        compare(PARTS[name], messages, in_parts(messages))
+        compare(PARTS[name], in_two_parts(messages), in_two_parts(messages))
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_a_template_that_takes_either(compare: Compare, name: str) -> None:
+    for messages in CHATS.values():
+        for form in (messages, in_parts(messages), in_two_parts(messages)):
+            compare(EITHER[name], form, form)
+
+
+def test_most_of_the_battery_renders(theirs: PreTrainedTokenizerBase) -> None:
+    """Of those that refuse, both refusing would prove little."""
+    refused = 0
+    for source in (TEXT | EITHER).values():
+        for messages in CHATS.values():
+            try:
+                theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+            except (TemplateError, TypeError):
+                refused += 1
+    assert refused <= 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% if %}", "{{ messages | no_such_filter }}", "{% for %}", "{{ 'open", "{% unknown %}"],
+)
+def test_a_template_that_does_not_compile_is_the_models_fault(
+    model_dir: Path, caplog: pytest.LogCaptureFixture, source: str
+) -> None:
+    path = model_dir / "chat_template.jinja"
+    path.write_text(source)
+    try:
+        codec = TextCodec.load(model_dir)
+    finally:
+        path.unlink()
+    assert codec is not None
+    [record] = caplog.records
+    assert record.levelname == "ERROR" and str(path) in str(record.__dict__)
+    assert codec.encode("the word", add_special_tokens=False)
+    with pytest.raises(NoChatTemplate, match="does not compile"):
+        codec.render_chat(CHATS["one turn"])
