@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from baton.services.gateway.tokenizer_classes import class_defaults
+from baton.services.gateway.tokenizer_forms import Converted, convert_other_form, put_around
 from baton.shared.engine.config import ModelError
 
 STANDARD_NAMES = (
@@ -44,25 +45,34 @@ class TokenizerFiles:
 
 def load_tokenizer(model_dir: Path) -> TokenizerFiles | None:
     """None without a tokenizer; ModelError, naming the file, when one cannot be used."""
-    path = model_dir / "tokenizer.json"
+    config = read_json_object(model_dir / "tokenizer_config.json")
+    found = _from_json(model_dir / "tokenizer.json") or convert_other_form(model_dir, config)
+    if found is None:
+        return None
+    tokenizer = found.tokenizer
+    by_class = class_defaults(
+        config.get("tokenizer_class"),
+        read_json_object(model_dir / "config.json"),
+        is_byte_level='"ByteLevel"' in tokenizer.to_str(),
+    )
+    beside = _Beside.read(model_dir, config, {**found.special_tokens, **by_class}, tokenizer)
+    beside.add_to(tokenizer)
+    special_tokens = {name: str(token) for name, token in beside.named.items()}
+    if found.adds_tokens_of is not None:
+        put_around(tokenizer, {**found.adds_tokens_of, **config}, special_tokens)
+    return TokenizerFiles(found.path, tokenizer, special_tokens)
+
+
+def _from_json(path: Path) -> Converted | None:
     if not path.exists():
         return None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: {one_line(error)}") from error
-    config = read_json_object(model_dir / "tokenizer_config.json")
-    defaults = class_defaults(
-        config.get("tokenizer_class"),
-        read_json_object(model_dir / "config.json"),
-        is_byte_level='"ByteLevel"' in tokenizer.to_str(),
-    )
-    if tokenizer.padding is not None:
-        defaults = {"pad_token": tokenizer.padding["pad_token"], **defaults}
-    beside = _Beside.read(model_dir, config, defaults, tokenizer)
-    beside.add_to(tokenizer)
-    special_tokens = {name: str(token) for name, token in beside.named.items()}
-    return TokenizerFiles(path, tokenizer, special_tokens)
+    padding = tokenizer.padding
+    by_itself = {"pad_token": padding["pad_token"]} if padding else {}
+    return Converted(path, tokenizer, by_itself, adds_tokens_of=None)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
