@@ -11,7 +11,6 @@ it together is the one-shot decode of all of them. A resumed answer relies on th
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,11 @@ from tokenizers import Tokenizer
 from baton.services.gateway.chat_template import ChatTemplate
 from baton.services.gateway.stops import StopFinder
 from baton.services.gateway.text_stream import BytesToText, PiecesToText, TextStream
-from baton.services.gateway.tokenizer_files import load_tokenizer
+from baton.services.gateway.tokenizer_files import load_tokenizer, step_of
 from baton.shared.engine.config import ModelError
 from baton.shared.rpc.errors import InvalidField
 
 _NUM_ENCODING_THREADS = 2
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LOCAL_DECODERS = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 _MAX_CACHED_TEXTS = 1 << 18
 
@@ -56,15 +54,16 @@ class TextCodec:
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
-        decoders = list(_flat_decoders(json.loads(tokenizer.to_str())["decoder"]))
+        decoders = list(_flat_decoders(step_of(tokenizer.decoder)))
         kinds = [decoder["type"] for decoder in decoders]
         self._is_byte_level = kinds in (["ByteLevel"], ["ByteLevel", "Fuse"])
         if not self._is_byte_level:
             _check_local(decoders)
         self._bytes = {
-            token_id: int(match[1], 16)
-            for token, token_id in tokenizer.get_vocab().items()
-            if "ByteFallback" in kinds and (match := _BYTE_TOKEN.fullmatch(token))
+            token_id: byte
+            for byte in range(256)
+            for written in (f"<0x{byte:02X}>", f"<0x{byte:02x}>")
+            if "ByteFallback" in kinds and (token_id := tokenizer.token_to_id(written)) is not None
         }
         self._token_bytes: dict[int, bytes] = {}
         self._texts: dict[tuple[bool, tuple[int, ...]], str] = {}

@@ -1,11 +1,21 @@
-"""The special tokens that a tokenizer has by its class in transformers, where no file names any."""
+"""What a tokenizer has by its class in transformers: special tokens, where no file names any, and
+steps around the model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+SPACE = "▁"
+"""How sentencepiece models write it."""
 _END = "<|endoftext|>"
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "CodeLlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
@@ -68,16 +78,54 @@ _WRONG_IN_FILES = frozenset({"qwen2"})
 """Model types whose files often name a class that they do not mean."""
 
 
-def class_defaults(
-    named: Any, model_config: Mapping[str, Any], *, is_byte_level: bool
-) -> Mapping[str, str]:
-    """By name. `named`: the class that tokenizer_config.json names, or None."""
+def tokenizer_class(named: Any, model_config: Mapping[str, Any], *, is_byte_level: bool) -> str:
+    """The class's name. `named`: what tokenizer_config.json names, or None."""
     model_type = model_config.get("model_type")
     named = named or model_config.get("tokenizer_class")
     by_type = CLASS_OF_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     by_name = named.removesuffix("Fast") if isinstance(named, str) else None
     if by_name == "LlamaTokenizer" and is_byte_level and model_type not in _WRONG_IN_FILES:
-        return {}
+        return _GENERIC
     if by_name is None or by_type == _GENERIC or model_type in _WRONG_IN_FILES:
-        return DEFAULTS.get(by_type or "", {})
-    return DEFAULTS.get(by_name, {})
+        return by_type or _GENERIC
+    return by_name
+
+
+def put_together(name: str, tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool:
+    """Sets the steps around a BPE model that are the class's own, whatever tokenizer.json says of
+    them; False for a class that has none here. `config`: what tokenizer_config.json holds."""
+    adds_space = config.get("add_prefix_space")
+    if name == "LlamaTokenizer":
+        tokenizer.model.fuse_unk = tokenizer.model.byte_fallback = True
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer, tokenizer.decoder = space_steps(
+            begins_with_space=adds_space is None or bool(adds_space),
+            is_legacy=bool(config.get("legacy")),
+        )
+    elif name == "GPT2Tokenizer":
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(adds_space))
+        tokenizer.decoder = decoders.ByteLevel()
+    elif name == "Qwen2Tokenizer":
+        tokenizer.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=bool(adds_space), use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        return False
+    return True
+
+
+def space_steps(
+    *, begins_with_space: bool, is_legacy: bool
+) -> tuple[pre_tokenizers.PreTokenizer, decoders.Decoder]:
+    """sentencepiece's way with spaces, before and after its model. A text begins with a space that
+    is not in it; in old models so does what follows a special token."""
+    scheme = ("always" if is_legacy else "first") if begins_with_space else "never"
+    pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+    first = [decoders.Strip(" ", 1, 0)] if begins_with_space else []
+    decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *first]
+    )
+    return pre_tokenizer, decoder

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
-from baton.services.gateway.tokenizer_classes import class_defaults
+from baton.services.gateway.tokenizer_classes import DEFAULTS, put_together, tokenizer_class
 from baton.services.gateway.tokenizer_forms import Converted, convert_other_form, put_around
 from baton.shared.engine.config import ModelError
 
@@ -46,16 +47,19 @@ class TokenizerFiles:
 def load_tokenizer(model_dir: Path) -> TokenizerFiles | None:
     """None without a tokenizer; ModelError, naming the file, when one cannot be used."""
     config = read_json_object(model_dir / "tokenizer_config.json")
-    found = _from_json(model_dir / "tokenizer.json") or convert_other_form(model_dir, config)
+    model_config = read_json_object(model_dir / "config.json")
+    found = _from_json(model_dir / "tokenizer.json")
+    found = found or convert_other_form(model_dir, config, model_config)
     if found is None:
         return None
     tokenizer = found.tokenizer
-    by_class = class_defaults(
-        config.get("tokenizer_class"),
-        read_json_object(model_dir / "config.json"),
-        is_byte_level='"ByteLevel"' in tokenizer.to_str(),
+    name = tokenizer_class(
+        config.get("tokenizer_class"), model_config, is_byte_level=_is_byte_level(tokenizer)
     )
-    beside = _Beside.read(model_dir, config, {**found.special_tokens, **by_class}, tokenizer)
+    if found.adds_tokens_of is None and isinstance(tokenizer.model, BPE):
+        put_together(name, tokenizer, config)
+    defaults = {**found.special_tokens, **DEFAULTS.get(name, {})}
+    beside = _Beside.read(model_dir, config, defaults, tokenizer)
     beside.add_to(tokenizer)
     special_tokens = {name: str(token) for name, token in beside.named.items()}
     if found.adds_tokens_of is not None:
@@ -84,6 +88,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return content
+
+
+def step_of(step: Any) -> dict[str, Any] | None:
+    """A normalizer, pre-tokenizer, post-processor or decoder as tokenizer.json has it. The whole
+    tokenizer as JSON would be seconds of work."""
+    return None if step is None else json.loads(step.__getstate__())
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    steps = (tokenizer.pre_tokenizer, tokenizer.post_processor, tokenizer.decoder)
+    return any('"ByteLevel"' in json.dumps(step_of(step)) for step in steps)
 
 
 def one_line(error: Exception) -> str:

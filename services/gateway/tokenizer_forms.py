@@ -16,13 +16,16 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
-    decoders,
     models,
     normalizers,
-    pre_tokenizers,
     processors,
 )
 
+from baton.services.gateway.tokenizer_classes import (
+    put_together,
+    space_steps,
+    tokenizer_class,
+)
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -46,10 +49,12 @@ class _NotConverted(Exception):
     """Why, in one line."""
 
 
-def convert_other_form(model_dir: Path, config: Mapping[str, Any]) -> Converted | None:
+def convert_other_form(
+    model_dir: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> Converted | None:
     """None when there is none that can be converted: the log then says which file, and why.
 
-    `config`: what tokenizer_config.json holds.
+    `config`: what tokenizer_config.json holds; `model_config`: config.json.
     """
     found = (path for pattern in _PATTERNS for path in sorted(model_dir.glob(pattern)))
     path = next(found, None)
@@ -59,7 +64,7 @@ def convert_other_form(model_dir: Path, config: Mapping[str, Any]) -> Converted 
         if path.suffix == ".model":
             return _from_sentencepiece(path, config)
         if path.name == "vocab.json":
-            return _from_vocab_and_merges(path, config)
+            return _from_vocab_and_merges(path, config, model_config)
         raise _NotConverted("a form that is not supported")
     except Exception as error:  # of files and libraries of any kind
         log_event(
@@ -74,7 +79,6 @@ def convert_other_form(model_dir: Path, config: Mapping[str, Any]) -> Converted 
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _UNIGRAM, _BPE = 1, 2
-_SPACE = "▁"
 
 
 def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Converted:
@@ -109,14 +113,9 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Converted:
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
     adds_space = config.get("add_prefix_space")
-    if adds_space is None:
-        adds_space = normalizer.add_dummy_prefix
-    # In old models a space also begins the text after each special token.
-    scheme = ("always" if config.get("legacy") else "first") if adds_space else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, scheme, split=False)
-    first = [decoders.Strip(" ", 1, 0)] if adds_space else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *first]
+    tokenizer.pre_tokenizer, tokenizer.decoder = space_steps(
+        begins_with_space=normalizer.add_dummy_prefix if adds_space is None else bool(adds_space),
+        is_legacy=bool(config.get("legacy")),
     )
     names = ("unk", "bos", "eos", "pad")
     special_tokens = {
@@ -176,27 +175,14 @@ def _bpe(proto: Any) -> models.Model:
     )
 
 
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _from_vocab_and_merges(path: Path, config: Mapping[str, Any]) -> Converted:
+def _from_vocab_and_merges(
+    path: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> Converted:
     merges = path.with_name("merges.txt")
     if not merges.exists():
         raise _NotConverted("needs merges.txt beside it")
-    named = str(config.get("tokenizer_class")).removesuffix("Fast")
-    adds_space = bool(config.get("add_prefix_space"))
+    name = tokenizer_class(config.get("tokenizer_class"), model_config, is_byte_level=True)
     tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
-    if named == "GPT2Tokenizer":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
-    elif named == "Qwen2Tokenizer":
-        tokenizer.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated")
-        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=adds_space, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
-    else:
+    if not put_together(name, tokenizer, config):
         raise _NotConverted("needs a tokenizer_class that we know, or a tokenizer.json")
-    tokenizer.decoder = decoders.ByteLevel()
     return Converted(path, tokenizer, {}, {})

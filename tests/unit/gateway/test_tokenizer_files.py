@@ -206,3 +206,20 @@ def test_the_table_of_classes_is_that_of_transformers() -> None:
         assert registered in (name, "MistralCommonBackend" if name == _GENERIC else name)
     wrong = MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & CLASS_OF_MODEL_TYPE.keys()
     assert {t for t in wrong if CLASS_OF_MODEL_TYPE[t] != _GENERIC} == {"qwen2"}
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+@pytest.mark.parametrize("add_prefix_space", [None, False, True])
+def test_llamas_class_puts_its_own_steps_around_the_model(
+    write: Any, legacy: bool | None, add_prefix_space: bool | None
+) -> None:
+    """Where the text after a special token begins is not what tokenizer.json says."""
+    given = {"legacy": legacy, "add_prefix_space": add_prefix_space}
+    config = {key: value for key, value in given.items() if value is not None}
+    model_dir = write({CONFIG: {"tokenizer_class": "LlamaTokenizer", **config}}, "byte_fallback")
+    ours, theirs = load_tokenizer(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    assert ours is not None
+    for text in ("the word", "<s>the word</s> the", "  two ☃\n", "<s> <s>日本"):
+        ids = ours.tokenizer.encode(text).ids
+        assert ids == theirs(text).input_ids
+        assert ours.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
