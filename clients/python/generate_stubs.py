@@ -1,11 +1,11 @@
-"""Writes what of `baton_client` is generated: stubs, and the contract as package data.
+"""Writes what of `baton_client` is generated: stubs, sampling arguments, the contract as data.
 
     python generate_stubs.py            write into src/baton_client
     python generate_stubs.py --check    write nothing; exit 1 and name what differs
 
 Runs in an environment with requirements-stubs.txt alone (`make client-stubs`, `make client-check`):
-stubs run with their generator's grpcio and protobuf or newer ones, so the oldest generator decides
-for whom the package works.
+stubs need the grpcio and protobuf of their generator or newer ones, so the generator's age decides
+which versions the package works with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
+
+from google.protobuf.descriptor_pb2 import (
+    FieldDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -59,7 +66,51 @@ def generate() -> dict[Path, bytes]:
             made[Path(path.name)] = path.read_bytes()
         for name in contract:
             made[Path("protos", name)] = (ROOT / "protos" / name).read_bytes()
+        described = out / "types.binpb"
+        _protoc(ROOT / "protos", out, contract[:1], "--include_source_info",
+                f"--descriptor_set_out={described}")  # fmt: skip
+        [types] = FileDescriptorSet.FromString(described.read_bytes()).file
+        made[Path("sampling.py")] = sampling_source(types).encode()
         return made
+
+
+def sampling_source(types: FileDescriptorProto) -> str:
+    """The fields of SamplingParams as typed arguments, with their comments in the contract."""
+    comments = {tuple(at.path): at.leading_comments for at in types.source_code_info.location}
+    index = [message.name for message in types.message_type].index("SamplingParams")
+    source = [_SAMPLING_HEAD]
+    for number, field in enumerate(types.message_type[index].field):
+        kind = _PYTHON_TYPES[field.type]
+        is_repeated = field.label == FieldDescriptorProto.LABEL_REPEATED
+        source.append(
+            f"    {field.name}: " + (f"Sequence[{kind}]" if is_repeated else kind + " | None")
+        )
+        # 4: the file's messages, 2: a message's fields.
+        text = " ".join(comments[4, index, 2, number].split())
+        lines = textwrap.wrap(f'"""{text}"""', width=96)
+        source += [f"    {line}" for line in lines]
+    return "\n".join(source) + "\n"
+
+
+_SAMPLING_HEAD = '''\
+"""Generated from protos/baton/v1/types.proto by `make client-stubs`: how tokens are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Sampling(TypedDict, total=False):
+    """What is left out, or None, takes the server's default."""
+'''
+_PYTHON_TYPES = {
+    FieldDescriptorProto.TYPE_FLOAT: "float",
+    FieldDescriptorProto.TYPE_UINT32: "int",
+    FieldDescriptorProto.TYPE_UINT64: "int",
+    FieldDescriptorProto.TYPE_BOOL: "bool",
+    FieldDescriptorProto.TYPE_STRING: "str",
+}
 
 
 def is_wanted(path: Path) -> bool:
@@ -87,13 +138,13 @@ def check(made: dict[Path, bytes]) -> int:
 
 
 def stale(made: dict[Path, bytes]) -> list[Path]:
-    """Generated once, of messages that are gone."""
+    """Files that were generated once, from messages that are gone."""
     found = [*PACKAGE.glob("v1/*.py*"), *PACKAGE.glob("*_pb2*.py*"), *PACKAGE.rglob("*.proto")]
     return [path for path in (file.relative_to(PACKAGE) for file in found) if path not in made]
 
 
 def _protoc(proto_path: Path, out: Path, files: list[str], *more: str) -> None:
-    options = [option if "=" in option else f"{option}={out}" for option in more]
+    options = [f"{option}={out}" if option.endswith("_out") else option for option in more]
     command = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={proto_path}"]
     command += [f"--python_out={out}", f"--pyi_out={out}", *options, *files]
     subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import baton_client
 import pytest
 from baton_client import wire_pb2
+from baton_client.sampling import Sampling
 from baton_client.v1 import error_details_pb2 as client_error_details_pb2
 from baton_client.v1 import inference_service_pb2 as client_inference_service_pb2
 from baton_client.v1 import types_pb2 as client_types_pb2
@@ -38,6 +39,12 @@ def test_message_of_one_is_read_by_the_other() -> None:
     read = inference_service_pb2.GenerateRequest.FromString(sent.SerializeToString())
     assert (read.text, list(read.received_token_ids)) == ("x", [1, 2])
     assert read.sampling.seed == 1 << 63
+
+
+def test_every_sampling_field_is_an_argument() -> None:
+    """`make client-stubs` writes these as well."""
+    fields = types_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+    assert list(Sampling.__annotations__) == list(fields)
 
 
 def test_contract_is_package_data() -> None:

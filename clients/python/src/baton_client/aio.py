@@ -15,8 +15,9 @@ from baton_client import health
 from baton_client.answer import Answer, Chunk, Progress, text_of
 from baton_client.connection import Connection, Option, Tls, Token
 from baton_client.errors import BatonError, Cancelled, cancelled, cut_off, from_rpc_error
-from baton_client.request import Sampling, generate_request
+from baton_client.request import generate_request
 from baton_client.retry import RetryPolicy, Tries
+from baton_client.sampling import Sampling
 from baton_client.v1 import inference_service_pb2 as pb
 from baton_client.v1 import inference_service_pb2_grpc
 
@@ -119,7 +120,7 @@ class AsyncClient:
                 raise cancelled("the client was closed")
 
     async def close(self) -> None:
-        """Ends what runs: it raises Cancelled."""
+        """Ends the calls that run: they raise Cancelled."""
         self._closed.set()
         for stream in list(self._streams):
             stream.cancel()
@@ -139,7 +140,7 @@ class AsyncClient:
 
     @property
     def _stub(self) -> inference_service_pb2_grpc.InferenceServiceAsyncStub:
-        # One class at run time; the types know two.
+        # It is one class at run time, and two for the type checker.
         stub = inference_service_pb2_grpc.InferenceServiceStub(self._open_channel())
         return cast("inference_service_pb2_grpc.InferenceServiceAsyncStub", stub)
 
@@ -182,8 +183,8 @@ class AsyncClient:
 class AsyncAnswerStream(AsyncIterator[Chunk]):
     """One answer as it comes. Leaving its `async with` block, or dropping it, cancels what is left.
 
-    One task reads; when that is cancelled, the answer is. Whatever ended it in error is raised
-    again by each further read; what had come until then stays in `token_ids`.
+    One task reads; when that task is cancelled, so is the answer. The error that ended an answer is
+    raised again by each further read; the tokens that had come stay in `token_ids`.
     """
 
     def __init__(self, start: _Start, progress: Progress, tries: Tries) -> None:
@@ -240,7 +241,7 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
         return text_of(await self.result())
 
     def cancel(self) -> None:
-        """Ends it: who reads gets Cancelled. Without effect on an answer that has ended."""
+        """Ends it: its reader gets Cancelled. Has no effect on an answer that has ended."""
         self._cancelled.set()
         self._call.cancel()
 
@@ -256,7 +257,7 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
         self.cancel()
 
     async def _next_message(self) -> pb.GenerateResponse | None:
-        """Whichever request brings it; None after the last."""
+        """The next chunk, whichever request brings it; None after the last."""
         while True:
             error: BatonError = cut_off()
             try:

@@ -1,8 +1,8 @@
 """One answer while it arrives: what came, what is asked next, what does not fit. No I/O.
 
-A broken stream goes on by asking again with the seed that the first message told and the tokens
-that came. The text goes on as well: what the gateway has given out after k tokens, held back
-stop strings and cut characters aside, depends on these k tokens alone.
+After a stream broke, the rest is asked for with the seed of the first message and the tokens that
+came. The text goes on as well: what the gateway has given out after k tokens depends on these k
+tokens alone, also where it holds back what may become a stop string or a whole character.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Progress:
         return self._started
 
     def next_request(self) -> pb.GenerateRequest:
-        """The whole question first; then for the rest of its answer."""
+        """First the whole request; then one for the rest of its answer."""
         if self._started is None:
             return self._request
         request = pb.GenerateRequest()
@@ -108,7 +108,8 @@ class Progress:
         return request
 
     def take(self, message: pb.GenerateResponse) -> Chunk | None:
-        """What of it is for the reader. Raises ServerError for a message that does not fit."""
+        """The part of a message that the reader gets. Raises ServerError for one that does not
+        fit."""
         match message.WhichOneof("message"):
             case "started":
                 self._start(message.started)
@@ -122,7 +123,7 @@ class Progress:
         return None
 
     def answer(self) -> Answer:
-        """Once `is_finished`."""
+        """The whole answer, once `is_finished`."""
         finished, started = self._finished, self._started
         if finished is None or started is None:
             raise misfit("the answer ended before it started")

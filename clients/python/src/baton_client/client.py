@@ -14,8 +14,9 @@ from baton_client import health
 from baton_client.answer import Answer, Chunk, Progress, text_of
 from baton_client.connection import Connection, Option, Tls, Token
 from baton_client.errors import BatonError, cancelled, cut_off, from_rpc_error
-from baton_client.request import Sampling, generate_request
+from baton_client.request import generate_request
 from baton_client.retry import RetryPolicy, Tries
+from baton_client.sampling import Sampling
 from baton_client.v1 import inference_service_pb2 as pb
 from baton_client.v1 import inference_service_pb2_grpc
 
@@ -24,7 +25,7 @@ _Response = TypeVar("_Response")
 
 
 class _Call(Protocol):
-    """What gRPC's own has and is used here."""
+    """The part of gRPC's own class that is used here."""
 
     def __iter__(self) -> Iterator[pb.GenerateResponse]: ...
 
@@ -146,7 +147,7 @@ class Client:
                 raise cancelled("the client was closed")
 
     def close(self) -> None:
-        """Ends what runs: it raises Cancelled."""
+        """Ends the calls that run: they raise Cancelled."""
         self._closed.set()
         with self._lock:
             streams = list(self._streams)
@@ -192,8 +193,8 @@ class Client:
 class AnswerStream(Iterator[Chunk]):
     """One answer as it comes. Leaving its `with` block, or dropping it, cancels what is left.
 
-    One thread reads; `cancel` may come from any. Whatever ended it in error is raised again by each
-    further read; what had come until then stays in `token_ids`.
+    One thread reads; any may call `cancel`. The error that ended an answer is raised again by each
+    further read; the tokens that had come stay in `token_ids`.
     """
 
     def __init__(self, start: _Start, progress: Progress, tries: Tries) -> None:
@@ -249,7 +250,7 @@ class AnswerStream(Iterator[Chunk]):
         return text_of(self.result())
 
     def cancel(self) -> None:
-        """Ends it: who reads gets Cancelled. Without effect on an answer that has ended."""
+        """Ends it: its reader gets Cancelled. Has no effect on an answer that has ended."""
         with self._lock:
             self._cancelled.set()
             self._call.cancel()
@@ -266,7 +267,7 @@ class AnswerStream(Iterator[Chunk]):
         self.cancel()
 
     def _next_message(self) -> pb.GenerateResponse | None:
-        """Whichever request brings it; None after the last."""
+        """The next chunk, whichever request brings it; None after the last."""
         while True:
             try:
                 message = next(iter(self._call), None)

@@ -21,7 +21,7 @@ _PATIENCE_MS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Certificates, PEM. Without any, those that gRPC brings say whom to trust."""
+    """Certificates, as PEM. Without any, gRPC's own list says whom to trust."""
 
     root_certificates: bytes | None = None
     """Whom to trust."""
@@ -73,7 +73,7 @@ class Connection:
         `allow_insecure_token`. After `keepalive_s` without a sign the server is asked whether it
         lives; None never asks. `options` are gRPC's own; they win over those from here.
 
-        Raises ValueError for what cannot work.
+        Raises ValueError for arguments that cannot work.
         """
         if not target:
             raise ValueError("target is empty: HOST:PORT")
@@ -102,7 +102,8 @@ class Connection:
         )
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Of one call. Raises ValueError for a token that cannot be sent, without telling it."""
+        """The metadata of one call. Raises ValueError for a token that cannot be sent; the message
+        does not repeat it."""
         if self._token is None:
             return ()
         token = self._token() if callable(self._token) else self._token
@@ -126,13 +127,13 @@ def _options(
     if keepalive_s is not None:
         options["grpc.keepalive_time_ms"] = int(keepalive_s * 1000)
         options["grpc.keepalive_timeout_ms"] = _PATIENCE_MS
-        # gRPC pings for measurements too; while such a ping is out, only its own limit, a minute,
-        # would tell that nobody is there.
+        # gRPC also pings to measure. While such a ping is out, only that ping's own limit, of one
+        # minute, would show that nobody is there.
         options["grpc.http2.ping_timeout_ms"] = _PATIENCE_MS
-        # A long wait for the first token is no reason to stop asking.
+        # Pings go on however long the first token takes.
         options["grpc.http2.max_pings_without_data"] = 0
     if is_loopback(target):
-        # A proxy of the environment is meant for the way out of this machine.
+        # A proxy named by the environment is meant for addresses beyond this machine.
         options["grpc.enable_http_proxy"] = 0
     if tls is not None and tls.server_name is not None:
         options["grpc.ssl_target_name_override"] = tls.server_name

@@ -108,12 +108,12 @@ def cancelled(message: str) -> Cancelled:
 
 
 def misfit(message: str) -> ServerError:
-    """Messages that are wrong by the contract."""
+    """For messages that break the contract."""
     return ServerError(message, code=grpc.StatusCode.INTERNAL)
 
 
 def cut_off() -> Unavailable:
-    """A stream whose end looks like success, but that was not finished."""
+    """For a stream that ended with OK before its answer was finished."""
     return Unavailable("the stream ended early", code=grpc.StatusCode.UNAVAILABLE)
 
 
@@ -122,7 +122,7 @@ def _failure_in(metadata: Metadata) -> error_details_pb2.Failure:
     failure = error_details_pb2.Failure()
     for key, value in metadata:
         if key == _DETAILS_KEY and isinstance(value, bytes):
-            # A proxy's own may be anything.
+            # What a proxy sends may be anything.
             with contextlib.suppress(DecodeError):
                 for detail in Status.FromString(value).details:
                     if detail.Unpack(failure):

@@ -30,7 +30,7 @@ class Wait:
         self.is_over = False
 
     def timeout_s(self) -> float:
-        """Of one question. Raises DeadlineExceeded, with what was seen last."""
+        """The time for one question. Raises DeadlineExceeded, with what was seen last."""
         try:
             time_left_s = self._tries.time_left_s()
         except DeadlineExceeded as error:
@@ -42,7 +42,7 @@ class Wait:
         self._seen = "the gateway runs and has no workers, or drains"
 
     def failed(self, error: BatonError) -> None:
-        """Raises `error` when no waiting mends it."""
+        """Raises `error` if waiting will not mend it."""
         is_slow = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         if not (is_slow or may_retry(error)):
             raise error

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from baton_client.errors import InvalidRequest
+from baton_client.sampling import Sampling
 from baton_client.v1 import inference_service_pb2 as pb
-
-
-class Sampling(TypedDict, total=False):
-    """How tokens are drawn; what is left out takes the server's default.
-
-    The defaults and ranges are in protos/baton/v1/types.proto, SamplingParams.
-    """
-
-    max_tokens: int | None
-    """`received_token_ids` included. Default: as many as fit into the model's length, at most
-    256."""
-    temperature: float | None
-    """0 is greedy. Default 1."""
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    seed: int | None
-    """The same seed draws the same tokens. Drawn by the server when it is left out."""
-    stops: Sequence[str]
-    """The answer ends before the first of these texts."""
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
 
 
 def generate_request(

@@ -1,7 +1,7 @@
 """What next after an error: policy, without I/O.
 
-Tried again is what another try may mend and cannot harm. Questions about text, model and server
-change nothing; an answer goes on where it broke (answer.py).
+A call is tried again when another try may succeed and can do no harm. Questions about text, model
+and server change nothing; an answer goes on where it broke (answer.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import grpc
 
 from baton_client.errors import BatonError, Cancelled, DeadlineExceeded, Unavailable
 
-# What the gateway mends by itself; when it gave up, or was stopped meanwhile, another may succeed.
+# The gateway itself tries again after these; when it gave up, or was stopped, another may succeed.
 _PASSING = {
     "DRAINING",
     "SOURCE_LOST",
@@ -27,7 +27,7 @@ _PASSING = {
 }
 
 _LONGEST_S = 1e9
-"""gRPC takes longer deadlines for such as have passed."""
+"""gRPC takes longer deadlines for ones that have passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ NO_RETRY = RetryPolicy(max_tries=1)
 
 def may_retry(error: BatonError) -> bool:
     """Whether another try may end otherwise."""
-    # A cancel that this side did not ask for is a server or a proxy that ended the stream.
+    # A cancel that this side did not ask for means that a server or proxy ended the stream.
     if isinstance(error, (Unavailable, Cancelled)):
         return True
     return error.reason in _PASSING
@@ -88,7 +88,7 @@ class Tries:
         self._num_failed = 0
 
     def time_left_s(self) -> float | None:
-        """Of the deadline; None without one. Raises DeadlineExceeded when nothing is left."""
+        """Seconds left; None without a deadline. Raises DeadlineExceeded when none are left."""
         if self._deadline is None:
             return None
         time_left_s = self._deadline - self._clock()
@@ -107,10 +107,10 @@ class Tries:
         self._num_failed += 1
         if not may_retry(error) or self._num_failed >= self._policy.max_tries:
             raise error
-        # A huge exponent would overflow long before it is needed.
+        # A huge exponent would overflow, and makes no difference.
         backoff_s = self._policy.first_backoff_s * 2.0 ** min(self._num_failed - 1, 60)
         wait_s = min(backoff_s, self._policy.max_backoff_s) * (1 - self._draw() / 2)
         if self._deadline is not None and self._clock() + wait_s >= self._deadline:
-            # The cause says more than the deadline that it ate up.
+            # What went wrong says more than the deadline that it used up.
             raise error
         return wait_s
