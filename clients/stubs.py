@@ -42,9 +42,9 @@ class Language:
     """What the stubs need where they are compiled."""
     protoc: str = BUILT_IN_PYTHON
     named: str = ""
-    """Shell text for a plugin that Debian calls otherwise."""
+    """Shell text for a plugin that has another name in Debian."""
     attempt: tuple[str, ...] = ()
-    """Brings the plugins into `{tools}`, without touching the machine."""
+    """Installs the plugins into `{tools}`, and nothing elsewhere."""
 
 
 def _go_options() -> str:
@@ -70,7 +70,7 @@ LANGUAGES = {
     "java": Language(
         flags=("--java_out={out}", "--grpc-java_out={out}"),
         plugins=(("protoc-gen-grpc-java", "grpc_java_plugin"),),
-        # That of grpcio-tools has no Java in it.
+        # The protoc of grpcio-tools cannot write Java.
         protoc="protoc",
         named="--plugin=protoc-gen-grpc-java=$(command -v grpc_java_plugin)",
         install=(f"apt-get install {_DEBIAN_PROTOC} protobuf-compiler-grpc-java-plugin",),
@@ -156,7 +156,7 @@ def find_plugins(language: Language, tools: Path) -> dict[str, str] | None:
 
 
 def find_protoc(language: Language) -> list[str] | None:
-    """With it come the well-known types that the contract imports."""
+    """The command of a protoc that finds the well-known types; None when it is not there."""
     if language.protoc == BUILT_IN_PYTHON:
         return [sys.executable, "-m", "grpc_tools.protoc"]
     path = shutil.which(language.protoc)
@@ -169,7 +169,7 @@ def well_known_types() -> Path:
 
 
 def attempt(language: Language, tools: Path) -> None:
-    """Installs the generators under `tools`; without effect where that cannot be done."""
+    """Installs the generators under `tools`, where that can be done."""
     environment = {**os.environ, "GOBIN": str(tools / "bin")}
     for line in language.attempt:
         command = shlex.split(line.format(tools=shlex.quote(str(tools))))
@@ -192,7 +192,7 @@ def protoc_arguments(
 
 
 def print_elsewhere(name: str, language: Language, out: Path, package: str) -> None:
-    """For a machine that has, or can install, the generators."""
+    """The command for a machine that has the generators, or can install them."""
     flags = [flag.format(out=out, package=package) for flag in language.flags]
     # Python's generator brings a protoc of its own.
     tool = BUILT_IN_PYTHON.split() if name == "python" else ["protoc"]

@@ -29,7 +29,7 @@ _CALIBRATION_OUTPUTS = (1, 64)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main`, and what an interrupt exits with."""
+    """Runs `main`; Ctrl-C has an exit code of its own."""
     return exit_code(lambda: main(argv))
 
 
@@ -94,7 +94,7 @@ def _check_lengths(load: Load, model: ModelFacts) -> None:
 
 
 def _shortening(load: Load) -> str:
-    """The flags that do it."""
+    """The flags that would do it."""
     if load.trace is not None:
         return "--max-prompt, --max-output and --length-scale"
     turns = "--turns, " if load.num_turns > 1 else ""
@@ -102,8 +102,8 @@ def _shortening(load: Load) -> str:
 
 
 async def _warm_up(load: Load, num_requests: int) -> None:
-    """What is connected, compiled or allocated at first use. Raises LoadError when the target
-    cannot answer."""
+    """Lets the target connect, compile and allocate what it does at first use. Raises LoadError
+    when it cannot answer."""
     if not num_requests:
         return
     few = load.in_turn(num_requests, num_streams=1, output_tokens=_WARM_UP_OUTPUT)
@@ -135,7 +135,7 @@ def _label(load: Load) -> str:
 
 
 def _told(load: Load) -> dict[str, str]:
-    """What of the load is not the default."""
+    """The fields of the load that are not the default."""
     default = asdict(Load(load.target))
     named = {field.name: getattr(load, field.name) for field in fields(load)}
     return {name: str(value) for name, value in named.items() if value != default[name]} | {

@@ -22,7 +22,7 @@ from baton.loadtest.svg import Mark, Series, chart
 Summary = dict[str, Any]
 PD, BOTH = "prefill + decode", "both"
 EQUAL = 0.05
-"""Values that differ by no more than that share are taken to be equal."""
+"""Values that differ by no more than this share count as equal."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Comparison:
 
 
 def measuring_order(workloads: Sequence[str], names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Which arrangement measures which workloads, in the order of time: each workload by all, and
-    the order of arrangements reversed from one to the next, so that whoever was last goes on."""
+    """Which arrangement measures which workloads, in order of time. All arrangements measure every
+    workload; the last one goes on with the next workload, and need not be started anew for it."""
     order = [
         (name, workload)
         for index, workload in enumerate(workloads)
@@ -121,7 +121,7 @@ def measuring_order(workloads: Sequence[str], names: Sequence[str]) -> list[tupl
 
 
 def crossings(xs: Sequence[float], leads: Sequence[float]) -> list[float]:
-    """Where a line through (xs, leads) changes its sign, without what is 0 or not a number."""
+    """Where a line through (xs, leads) changes its sign; leads that are 0 or NaN are left out."""
     points = [(x, lead) for x, lead in zip(xs, leads, strict=True) if lead == lead and lead != 0]
     found = []
     for (x0, lead0), (x1, lead1) in zip(points, points[1:], strict=False):

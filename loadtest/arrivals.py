@@ -9,7 +9,7 @@ from baton.loadtest.spec import Load
 
 
 def arrivals(load: Load) -> list[float]:
-    """Of an open loop that is not a trace; a function of the load and its seed."""
+    """The arrivals of an open loop without a trace; a function of the load and its seed."""
     found: list[float] = []
     at_s = 0.0
     for gap_s in _gaps(load, random.Random(f"{load.seed}/arrivals")):

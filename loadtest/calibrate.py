@@ -1,5 +1,5 @@
-"""What the generator itself can drive: closed loops against null servers, in the same model of
-processes, one server for each generator."""
+"""What the generator itself can drive: closed loops against null servers, with processes as in a
+load test, and one server for each generator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DURATION_S = 4.0
 
 @dataclass(frozen=True)
 class Capacity:
-    """Of the generator processes together; `cpu` is cores, `cpu_us_per_token` their own."""
+    """What the generator processes did together; `cpu` counts the cores that they used."""
 
     scheme: str
     output_tokens: int

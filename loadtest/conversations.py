@@ -1,4 +1,4 @@
-"""What is asked: prompts as runs of made-up tokens that are equal where they shall be. Pure."""
+"""What is asked: prompts of made-up tokens, which begin alike where that is wanted. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Turn:
-    """`segments` follow what was said before."""
+    """One prompt of a conversation: `segments` follow what was said before."""
 
     segments: tuple[Segment, ...]
     output_tokens: int
@@ -50,7 +50,7 @@ class Workload:
     conversation: Callable[[int], Conversation]
     arrivals: list[float] | None
     notes: tuple[str, ...] = ()
-    """What was changed of what was asked for."""
+    """In what it differs from what was asked for."""
 
     @property
     def num_conversations(self) -> int | None:
@@ -72,7 +72,7 @@ def workload_of(load: Load) -> Workload:
 
 
 def longest(workload: Workload, load: Load, num_looked: int = 2000) -> int:
-    """Tokens of the longest conversation, answers included, of those that are looked at."""
+    """Tokens of the longest conversation, answers included, among the first `num_looked`."""
     if workload.num_conversations is not None:
         num_looked = workload.num_conversations
     elif load.num_requests is not None:
@@ -144,6 +144,6 @@ def _recorded_turn(number: int, request: Recorded, block_tokens: int) -> Turn:
         segments.append(Segment(f"block/{block}", min(left, block_tokens)))
         left -= block_tokens
     if left > 0:
-        # Rounding of scaled blocks, or a trace without them.
+        # Scaled blocks were rounded, or the trace has none.
         segments.append(Segment(f"own/{number}", left))
     return Turn(tuple(segments), request.output_tokens)

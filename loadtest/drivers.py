@@ -1,4 +1,4 @@
-"""How a prompt is asked over gRPC, and over OpenAI's HTTP API: one interface, two of a kind."""
+"""How a prompt is asked over gRPC, and over OpenAI's HTTP API, behind one interface."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MAX_DETAIL = 200
 
 class Driver(Protocol):
     def encode(self, prompt: Sequence[int], max_tokens: int) -> bytes:
-        """A request, ready to be sent: greedy, and as long as asked."""
+        """A request, ready to be sent, for a greedy answer of `output_tokens` tokens."""
 
     async def ask(self, request: bytes, watch: Watch, answer: list[int] | None = None) -> None:
-        """Follows one answer into the sample of `watch`, and its tokens into `answer`. Whatever
-        goes wrong is the sample's status."""
+        """Reads one answer: times and counts go to the sample of `watch`, tokens to `answer`. What
+        goes wrong becomes the sample's status."""
 
     async def close(self) -> None: ...
 
@@ -35,7 +35,7 @@ def driver_for(target: Target, model: str) -> Driver:
 
 
 def request_of(prompt: Sequence[int], max_tokens: int, **sampling: Any) -> pb.GenerateRequest:
-    """Greedy, and as long as asked, unless `sampling` says otherwise."""
+    """Asks for greedy answers of the wanted length, unless `sampling` says otherwise."""
     fields: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, **sampling}
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(token_ids=prompt),
@@ -46,7 +46,7 @@ def request_of(prompt: Sequence[int], max_tokens: int, **sampling: Any) -> pb.Ge
 class GrpcDriver:
     def __init__(self, target: Target) -> None:
         self._channel = grpc.aio.insecure_channel(target.address, options=CHANNEL_OPTIONS)
-        # Requests are bytes already.
+        # Requests have been turned into bytes before.
         self._generate: Any = self._channel.unary_stream(
             _GENERATE, response_deserializer=pb.GenerateResponse.FromString
         )
@@ -121,7 +121,8 @@ class OpenAiDriver:
             sample.status, sample.detail = "NOT_OPENAI", _one_line(repr(error))
 
     async def _token_ids(self, text: str) -> list[int]:
-        """Of an answer, for the next turn. Raises HttpBroken, OSError, ValueError, KeyError."""
+        """The tokens of an answer, for the next turn. Raises HttpBroken, OSError, ValueError,
+        KeyError."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         raw = bytearray()
         status = await self._client.exchange(
@@ -139,7 +140,7 @@ class OpenAiDriver:
 class _CompletionStream:
     def __init__(self, watch: Watch) -> None:
         self.raw = bytearray()
-        """Of an answer that is no stream: an error."""
+        """What an answer says that is no stream, and so an error."""
         self.texts: list[str] = []
         self._watch = watch
         self._events = EventReader()
@@ -148,7 +149,7 @@ class _CompletionStream:
         self._error = ""
 
     def feed(self, data: bytes) -> None:
-        """Raises EventTooLong, ValueError, AttributeError for what is not OpenAI's."""
+        """Raises EventTooLong, ValueError or AttributeError for an event that is not OpenAI's."""
         if len(self.raw) < 4096:
             self.raw += data
         for event in self._events.feed(data):

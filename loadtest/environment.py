@@ -27,7 +27,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of those that are installed."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
@@ -36,7 +36,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _gpu() -> dict[str, str]:
-    """Of the first GPU; nothing where there is none."""
+    """About the first GPU; empty where there is none."""
     query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0")
     try:
         line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
@@ -54,8 +54,8 @@ def _cpu_model() -> str:
 
 
 def _commit() -> dict[str, str]:
-    """Of the checkout that this code is of; nothing where it was installed, whatever repository
-    that is in."""
+    """The commit of the checkout that this code is in; empty where it was installed, even inside
+    some other repository."""
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():
         return {}

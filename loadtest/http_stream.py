@@ -1,7 +1,7 @@
 """HTTP/1.1 as a load generator needs it: one POST, its body piece by piece as it comes.
 
-A general client costs too much for a generator that must not be what is measured: with 32 streams
-from a null server, a streamed token took 26 us of CPU with httpx2 and takes 9 us with this.
+A generator that measures a server must cost little itself: with 32 streams from a null server, a
+streamed token took 26 us of CPU with httpx2 and takes 9 us with this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ResponseReader:
         self._ends_with_connection = False
 
     def feed(self, data: bytes) -> bytes:
-        """What of the body has come. Raises HttpBroken."""
+        """The part of the body that has come. Raises HttpBroken."""
         self.has_begun = True
         self._buffer += data
         if self._is_in_head and not self._take_head():
@@ -87,7 +87,7 @@ class ResponseReader:
         return body
 
     def _take_chunks(self) -> bytes:
-        """`_left` counts what of a chunk is to come, its line end included."""
+        """`_left` counts the bytes of a chunk that are still to come, its line end included."""
         body = bytearray()
         data, at = bytes(self._buffer), 0
         while at < len(data) and not self.is_complete:
@@ -108,7 +108,7 @@ class ResponseReader:
 
     def _chunk_left(self, line: bytes) -> int:
         if not line:
-            # After the last chunk: the end of what follows it.
+            # After the last chunk come trailers, and an empty line.
             self.is_complete = self._has_last_chunk
             return 0
         try:
@@ -159,7 +159,7 @@ class HttpClient:
                 reader = await connection.exchange(request, on_body)
             except HttpBroken:
                 if is_reused and not connection.has_answered:
-                    # An idle connection that the server had closed meanwhile.
+                    # The server had closed this idle connection.
                     continue
                 raise
             except BaseException:

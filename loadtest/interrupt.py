@@ -1,4 +1,4 @@
-"""Ctrl-C ends a benchmark with one line; what it has started goes by its own `finally`."""
+"""Ctrl-C ends a benchmark with one line; what it has started is ended by its own `finally`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EXIT_INTERRUPTED = 130
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Of the program: `main`'s, 0 for None, or 130 when it was interrupted."""
+    """The program's exit code: what `main` returns, 0 for None, or 130 after Ctrl-C."""
     try:
         return main() or 0
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from baton.loadtest.samples import OK, Sample, times_of
 ANSWERED, PROMPT_TOKENS, OUTPUT_TOKENS = "answered", "prompt tokens", "output tokens"
 """These must be equal."""
 _NOT_ANSWERS = {"abort", "error"}
-"""vLLM counts them among what succeeded, by their reason."""
+"""vLLM counts these among its successes, by their reason."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Scrape:
     """One process at one moment."""
 
     process: str
-    """Equal as long as it is the same; empty when it does not tell."""
+    """Equal for as long as it is the same process; empty when it does not say."""
     values: Mapping[tuple[str, str], float]
     """Sums, by name and outcome (empty where there is none) over all other labels."""
 
     def of(self, name: str) -> float | None:
-        """None: it has no such metric. What has not happened yet may have no value."""
+        """None: it has no such metric. A metric of what has not happened yet may have no value."""
         found = [value for (own, _), value in self.values.items() if own == name]
         return sum(found) if found else None
 
 
 def read(text: str) -> Scrape:
-    """Of the text format. Raises ValueError."""
+    """Reads the text format. Raises ValueError."""
     process, values = "", dict[tuple[str, str], float]()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -52,7 +52,7 @@ def read(text: str) -> Scrape:
 
 @dataclass(frozen=True)
 class Figure:
-    """Counts, or milliseconds; None where nobody told, or nothing happened."""
+    """Counts, or milliseconds; None where nobody said, or nothing happened."""
 
     name: str
     clients: float | None
@@ -60,7 +60,7 @@ class Figure:
 
     @property
     def difference_percent(self) -> float | None:
-        """Of the clients' figure; None where that is nothing to compare with."""
+        """Apart by this share of the clients' figure; None where there is nothing to compare."""
         if self.clients is None or self.metrics is None:
             return None
         if not self.clients:
@@ -97,7 +97,7 @@ class Deltas:
         self._pairs = list(pairs)
 
     def total(self, name: str, keep: Callable[[str], bool] = lambda outcome: True) -> float | None:
-        """Over the outcomes that are kept; None where no process has the metric."""
+        """Summed over the outcomes that are kept; None where no process has the metric."""
         found = [
             value - before.values.get((own, outcome), 0.0)
             for before, after in self._pairs
@@ -107,7 +107,7 @@ class Deltas:
         return sum(found) if found else None
 
     def mean_ms(self, name: str) -> float | None:
-        """Of a histogram of seconds; None where nothing was observed."""
+        """The mean of a histogram of seconds, in ms; None where nothing was observed."""
         total_s, number = self.total(f"{name}_sum"), self.total(f"{name}_count")
         return 1e3 * total_s / number if total_s is not None and number else None
 
@@ -155,8 +155,9 @@ def _times(deltas: Deltas, samples: Sequence[Sample]) -> Iterator[Figure]:
 
 
 def _disagreements(counts: Sequence[Figure]) -> list[str]:
-    """Not of requests that were not answered, which may not have come as far as the gateway; nor of
-    cached tokens, of which a second attempt finds more."""
+    """A line about counts that are not equal, if there are any. Requests that were not answered are
+    left out, since some may not have reached the gateway; so are cached tokens, of which a second
+    attempt finds more."""
     found = [
         f"{figure.name} {figure.metrics:.0f}, the clients {figure.clients:.0f}"
         for figure in counts

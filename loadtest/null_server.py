@@ -1,5 +1,5 @@
-"""An endpoint that answers at once with made-up tokens, one a message: what a load generator
-can drive is measured against it.
+"""An endpoint that answers at once with made-up tokens, one a message. Against it is measured what
+a load generator can drive.
 
     python -m baton.loadtest.null_server --scheme grpc|http [--gap-ms 20]
 
@@ -71,7 +71,7 @@ class NullInference(pb_grpc.InferenceServiceServicer):
 
 
 class NullHttp(asyncio.Protocol):
-    """As little HTTP as the generator's own requests need."""
+    """Knows no more of HTTP than the generator's own requests need."""
 
     def __init__(self, gap_s: float = 0.0) -> None:
         self._gap_s = gap_s

@@ -167,7 +167,7 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
     )
     rates = [0.0] if args.rate is None else _rates(args.rate)
     loads = [
-        # Other prompts at each rate: none shall find those of the one before in a cache.
+        # Each rate has other prompts, so that none are found in a cache.
         replace(load, rate=rate, seed=load.seed + index)
         for index, rate in enumerate(rates)
     ]

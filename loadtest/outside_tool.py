@@ -60,7 +60,7 @@ class Tool:
     command: Callable[[str, Closed, Path], list[str]]
     figures: Callable[[Path], Figures]
     is_offline: bool = True
-    """Whether it takes a directory for a tokenizer in the hub library's offline mode."""
+    """Whether it accepts a directory as tokenizer when the hub library is offline."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +116,7 @@ async def _ours(loop: Closed, seed: int) -> Figures:
         num_streams=loop.num_streams,
         num_requests=loop.num_requests,
         model=loop.model,
-        # Neither a cached prompt nor one that another run has asked.
+        # No prompt that a cache may hold, because another run has asked it.
         seed=os.getpid() * 10 + seed,
     )
     summary = summarise(await run_load(load), [])
@@ -149,8 +149,8 @@ async def _theirs(tool: Tool, program: str, loop: Closed) -> Figures:
 
 
 async def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code, and what was said, on standard error if anything was; nothing of it is left
-    when this is cancelled. Raises OSError."""
+    """The exit code, and what the tool wrote: to standard error, if it wrote there at all. When
+    this is cancelled, the tool is ended. Raises OSError."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -177,7 +177,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _environment(tool: Tool) -> dict[str, str]:
-    """Its own packages, not this tree's."""
+    """An environment in which it finds its own packages, not this tree's."""
     own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
     return own | ({"HF_HUB_OFFLINE": "1"} if tool.is_offline else {})
 
@@ -196,7 +196,7 @@ def _guidellm_command(program: str, loop: Closed, scratch: Path) -> list[str]:
 
 
 def _guidellm_figures(scratch: Path) -> Figures:
-    """Its inter-token latency is what is called TPOT here."""
+    """What it calls inter-token latency is TPOT here."""
     metrics = json.loads((scratch / "benchmarks.json").read_text())["benchmarks"][0]["metrics"]
     found: Figures = {}
     for name, theirs, scale in (
@@ -226,7 +226,7 @@ def _aiperf_command(program: str, loop: Closed, scratch: Path) -> list[str]:
 
 
 def _aiperf_figures(scratch: Path) -> Figures:
-    """Its inter-token latency is what is called TPOT here."""
+    """What it calls inter-token latency is TPOT here."""
     metrics = json.loads((scratch / "profile_export_aiperf.json").read_text())
     columns = {"mean": "avg", "p50": "p50", "p99": "p99"}
     found = {

@@ -38,7 +38,7 @@ MEANINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One load and what it showed; `rate` is None where none was planned."""
+    """One load and what it showed; `rate` is None where none was given."""
 
     label: str
     rate: float | None
@@ -101,7 +101,8 @@ class Report:
 
 
 def check_writable(directory: Path) -> None:
-    """Makes it, and tries a file, before a load is offered for nothing. Raises LoadError."""
+    """Makes the folder and tries to write there, before a load is offered in vain. Raises
+    LoadError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=directory):

@@ -45,14 +45,14 @@ async def run_load(load: Load, num_processes: int = 1) -> Offered:
 
 
 def own_module(name: str) -> tuple[list[str], dict[str, str]]:
-    """The beginning of a command that runs a module of this package, installed or not, and its
+    """How a command begins that runs a module of this package, installed or not; and its
     environment."""
     environment = dict(os.environ)
-    # Where packages are installed it is found anyhow, and that must not come before Python's own.
+    # Installed packages are found anyhow, and their folder must not come before Python's own.
     if _IMPORTED_FROM not in (*site.getsitepackages(), site.getusersitepackages()):
         paths = (_IMPORTED_FROM, environment.get("PYTHONPATH", ""))
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    # -P: the working directory is the user's and must not provide our modules.
+    # -P: modules must not come from the working directory, which is the user's.
     return [sys.executable, "-P", "-m", f"baton.loadtest.{name}"], environment
 
 
@@ -74,7 +74,7 @@ class Shard:
         await self._hear()
 
     async def run(self) -> tuple[list[Sample], dict[str, Any]]:
-        """What it saw, and what it cost."""
+        """What one generator saw, and what it cost."""
         self._say("go")
         samples = []
         while "cpu_s" not in (line := await self._hear()):

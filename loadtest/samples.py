@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 OK = "OK"
 UNFINISHED = "UNFINISHED"
 MAX_LATE_S = 0.02
-"""A generator whose 99th percentile is later than that is too slow for what it shall offer."""
+"""A generator that is later than this at the 99th percentile is too slow for the load."""
 _MAX_CLIENT_CPU = 0.8
 _NUM_PROBLEMS = 5
 _REFUSALS = {
@@ -36,7 +36,7 @@ class Sample:
     late_s: float = 0.0
     ttft_s: float | None = None
     e2e_s: float | None = None
-    """To the last token."""
+    """Until the last token."""
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     num_messages: int = 0
@@ -47,13 +47,13 @@ class Sample:
     detail: str = ""
     num_cached_tokens: int | None = None
     transfer_s: float | None = None
-    """The hand-off, as the gateway told it."""
+    """Time of the hand-off, as the gateway says."""
     is_local: bool = False
     """The worker that answered computed the prompt by itself."""
     num_attempts: int = 0
 
     def took(self, now_s: float, num_tokens: int) -> None:
-        """A message with tokens came, that long after the planned arrival."""
+        """A message with tokens came, so long after the planned arrival."""
         if self.ttft_s is None:
             self.ttft_s = now_s
         else:
@@ -85,7 +85,7 @@ class Sample:
 
 
 class Watch:
-    """The clock of one request: `took` by the monotonic clock."""
+    """Times one request by the monotonic clock."""
 
     def __init__(self, sample: Sample, started_s: float) -> None:
         """`started_s`: when the load began."""
@@ -103,13 +103,13 @@ class Offered:
     client_cpu: float
     """Cores that the busiest generator used while it ran."""
     lag_s: list[float] = field(default_factory=list)
-    """How much later than asked the generators' event loops woke up."""
+    """How much too late the generators' event loops woke up."""
     client_cpu_s: float = 0.0
     """CPU time of all generators."""
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """Interpolated between neighbours; None of nothing."""
+    """Interpolated between neighbours; None without values."""
     return percentiles(values, (share,))[0]
 
 
@@ -145,8 +145,8 @@ def times_of(samples: Sequence[Sample], name: str) -> list[float]:
 
 
 def summarise(offered: Offered, slos: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """What a table needs; times in ms. `slos`: seconds of TTFT and of TPOT. What failed, or was
-    not finished, keeps none."""
+    """What a table needs; times in ms. `slos`: seconds of TTFT and of TPOT. Requests that failed,
+    or were not finished, keep none."""
     samples = offered.samples
     good = [sample for sample in samples if sample.status == OK]
     elapsed_s = max((s.at_s + (s.e2e_s or 0.0) for s in samples), default=0.0)
@@ -198,7 +198,7 @@ def distribution(times_s: Sequence[float]) -> dict[str, float | None]:
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
-    """Why not to trust the figures."""
+    """Reasons not to trust the figures."""
     late_ms, lag_ms = summary["late_ms"]["p99"], summary["lag_ms"]["p99"]
     found = []
     if late_ms is not None and late_ms > 1e3 * MAX_LATE_S:
@@ -214,7 +214,7 @@ def warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def _cached_share(good: Sequence[Sample]) -> float | None:
-    """Of the prompt tokens of answers that told it."""
+    """The cached share of prompt tokens, over the answers that say it."""
     told = [s for s in good if s.num_cached_tokens is not None]
     num_tokens = sum(s.num_prompt_tokens for s in told)
     return sum(s.num_cached_tokens or 0 for s in told) / num_tokens if num_tokens else None

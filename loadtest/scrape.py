@@ -16,7 +16,7 @@ from baton.loadtest.target import Target
 _SCRAPE_S = 5.0
 _MAX_BYTES = 32 << 20
 _SETTLE_S = 2.0
-"""The gateway may notice later than we that a request was given up."""
+"""The gateway may notice later than we do that a request was given up."""
 _LOOK_AGAIN_S = 0.05
 _IN_FLIGHT = "baton_requests_in_flight"
 
@@ -34,7 +34,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Of http://HOST:PORT[/PATH]; the path is /metrics if none is given. Raises LoadError."""
+        """Reads http://HOST:PORT[/PATH]; without a path it is /metrics. Raises LoadError."""
         try:
             parts = urlsplit(text if "://" in text else f"http://{text}")
             scheme, host, port = parts.scheme, parts.hostname, parts.port
@@ -51,7 +51,7 @@ class Source:
 
 
 def sources_of(text: str | None, target: Target) -> list[Source]:
-    """Of --metrics; without it those of a target that speaks HTTP. Raises LoadError."""
+    """The sources that --metrics names; without it, a target that speaks HTTP. Raises LoadError."""
     if text == "none":
         return []
     if text is not None:
@@ -66,7 +66,7 @@ class Before:
     sources: Sequence[Source]
     scrapes: Sequence[Scrape]
     problem: str = ""
-    """Why there is nothing to compare with."""
+    """Why there is nothing to compare; empty when there is."""
 
     async def check(self, samples: Sequence[Sample]) -> MetricsCheck | None:
         """Reads them again; None without sources. What goes wrong is part of the result."""
@@ -82,7 +82,8 @@ class Before:
             return MetricsCheck(names, problems=[f"no figures of the metrics: {error}"])
 
     async def _settled(self) -> Sequence[Scrape]:
-        """Once nothing is under way that was not before, or after a while. Raises ScrapeError."""
+        """Waits until as little is under way as before the load, though not for ever. Raises
+        ScrapeError."""
         level = _in_flight(self.scrapes)
         deadline = asyncio.get_running_loop().time() + _SETTLE_S
         while True:
@@ -92,7 +93,7 @@ class Before:
             await asyncio.sleep(_LOOK_AGAIN_S)
 
     def _pairs(self, after: Sequence[Scrape]) -> list[tuple[Scrape, Scrape]]:
-        """Each process once, whatever the number of its addresses. Raises ScrapeError."""
+        """Each process once, even if it has several addresses. Raises ScrapeError."""
         pairs: dict[str, tuple[Scrape, Scrape]] = {}
         for source, old, new in zip(self.sources, self.scrapes, after, strict=True):
             if old.process != new.process:

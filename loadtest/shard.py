@@ -1,5 +1,5 @@
-"""One generator's process: it gets its load and its share, says when it is prepared, and is told
-to go. `python -m baton.loadtest.shard` is started by run.py, never by hand.
+"""One generator's process: it is given its load and its share, says when it is prepared, and is
+told to begin. run.py starts it, nobody else.
 
 Standard input: the load and the share, a line; then a line to go. Standard output: a line when
 prepared, then a line for each sample, then one with what it cost.
@@ -26,7 +26,7 @@ from baton.loadtest.spec import Load
 from baton.loadtest.target import Target
 
 _PREPARED_BYTES = 64 << 20
-"""Requests are made before the first one is sent, up to that many; the others on the way."""
+"""So many bytes of requests are made before the first one is sent; the others on the way."""
 _BEAT_S = 0.02
 
 
@@ -38,7 +38,7 @@ class Share:
     num_shards: int
 
     def of(self, number: int) -> int:
-        """So many of `number` equal things."""
+        """This share's number of `number` equal things."""
         return number // self.num_shards + (self.index < number % self.num_shards)
 
 
@@ -82,7 +82,7 @@ class Queue:
         return prepared
 
     def refill(self) -> None:
-        """One more, for the one that was taken."""
+        """Prepares one more, in place of the one that was taken."""
         if self._num_bytes < _PREPARED_BYTES:
             self._prepare()
 
@@ -221,12 +221,12 @@ async def _offer(load: Load, share: Share) -> None:
 
 
 def _end_with_parent() -> None:
-    """Nothing more is said on standard input: it can only end, and then nobody wants this load."""
+    """Nothing more comes on standard input. When it ends, nobody wants this load any more."""
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 1)
 
 
 def main() -> None:
-    # Of a terminal's Ctrl-C; the parent ends its shards.
+    # Ctrl-C in a terminal reaches every process; the parent ends its shards.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asked = json.loads(sys.stdin.readline())
     window = asked["load"].pop("window_s")

@@ -1,4 +1,4 @@
-"""What is offered to an endpoint; one flat record, so that it travels to the shards as JSON."""
+"""What is offered to an endpoint: one flat record, which can travel to the shards as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OTHER_SEED = 999_999
 
 
 class LoadError(Exception):
-    """The load that was asked for is not possible; one line for whoever asked."""
+    """The load that was asked for is not possible. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Load:
         return replace(self, arrivals="poisson", rate=rate, seed=seed)
 
     def in_turn(self, num_requests: int, *, num_streams: int, output_tokens: int) -> Load:
-        """A closed loop of other requests than any at a rate."""
+        """The load for warming up: a closed loop, with requests that occur at no rate."""
         return replace(
             self,
             arrivals="closed",

@@ -1,5 +1,5 @@
-"""Charts as inline SVG: lines, dots and steps over two axes. Small on purpose: a report must open
-anywhere, for years, without a library. Pure."""
+"""Charts as inline SVG: lines, dots and steps over two axes. It is small on purpose, so that a
+report can be opened anywhere, for years, without a library. Pure."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def chart(
 
 
 def cumulative(values: Sequence[float], num_points: int = 160) -> list[Point]:
-    """Of each value the share, in percent, that is not above it; thinned out."""
+    """For each value the percentage of values that are not above it; thinned out."""
     ordered = sorted(values)
     if not ordered:
         return []
@@ -95,7 +95,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 class _Axis:
-    """From values to places on the page."""
+    """Maps values to places on the page."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         if high <= low:

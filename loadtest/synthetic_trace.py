@@ -2,8 +2,8 @@
 
     python -m baton.loadtest.synthetic_trace --requests 1000 --rate 4 > trace.jsonl
 
-Each request begins a conversation, with one of a few system prompts, or goes on with one: its
-prompt is then all blocks of the one before, and new ones. Arrivals are gamma distributed, lengths
+A request either begins a conversation, with one of a few system prompts, or continues one: then its
+prompt has all blocks of the request before, and new ones. Arrivals are gamma distributed, lengths
 log-normal.
 """
 
@@ -22,8 +22,8 @@ from baton.loadtest.traces import BLOCK_TOKENS
 
 @dataclass(frozen=True)
 class Shape:
-    """`again`: share of requests that go on with a conversation. Lengths are medians of what is
-    new, in tokens."""
+    """`again`: the share of requests that continue a conversation. Lengths are medians, in tokens,
+    of what each request adds."""
 
     num_requests: int = 1000
     rate: float = 4.0
@@ -34,7 +34,7 @@ class Shape:
     prompt_tokens: int = 1500
     output_tokens: int = 200
     num_open: int = 64
-    """Conversations that may still go on."""
+    """Conversations that may be continued."""
     seed: int = 0
 
 
@@ -64,7 +64,7 @@ def synthetic_trace(shape: Shape) -> Iterator[dict[str, object]]:
             "output_length": _length(draw, shape.output_tokens),
             "hash_ids": blocks,
         }
-        # What comes next repeats the blocks that were full.
+        # The request that continues this one repeats its full blocks.
         conversations.append([*said, *new_blocks[: num_new // BLOCK_TOKENS]])
         del conversations[: -shape.num_open]
         gamma = 1 / shape.burstiness**2

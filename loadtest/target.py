@@ -29,8 +29,8 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Of grpc://HOST:PORT, http://HOST:PORT, https://HOST:PORT; HOST:PORT is gRPC. Raises
-        LoadError."""
+        """Reads grpc://HOST:PORT, http://HOST:PORT or https://HOST:PORT; without a scheme it is
+        gRPC. Raises LoadError."""
         form = "must be grpc://HOST:PORT, http://HOST:PORT or https://HOST:PORT"
         try:
             parts = urlsplit(text if "://" in text else f"grpc://{text}")
@@ -56,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """None: the endpoint does not tell."""
+    """None: the endpoint does not say."""
 
     name: str
     max_model_len: int | None = None

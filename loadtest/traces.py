@@ -3,9 +3,9 @@
     {"timestamp": 1500, "input_length": 1030, "output_length": 20, "hash_ids": [0, 7, 8]}
     TIMESTAMP,ContextTokens,GeneratedTokens
 
-Mooncake's timestamps are milliseconds; each of `hash_ids` names a block of 512 prompt tokens, the
-last one perhaps part of a block, and equal ids are equal tokens. Azure's have no such structure:
-every prompt is another.
+Mooncake's timestamps are milliseconds; each of `hash_ids` names a block of 512 prompt tokens, of
+which the last may be shorter, and equal ids are equal tokens. Azure's traces have no such
+structure: no two prompts have anything in common.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AZURE_FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 @dataclass(frozen=True)
 class Recorded:
-    """One request; `at_s` counts from the first one. `blocks` is empty where none are known."""
+    """One request; `at_s` counts from the first one. `blocks` is empty where the trace has none."""
 
     at_s: float
     prompt_tokens: int
@@ -45,8 +45,8 @@ class Replay:
 
 
 def read_trace(path: Path) -> list[Recorded]:
-    """In order of arrival; the form is told from the first line. Raises LoadError, naming file
-    and line."""
+    """The requests in order of arrival; the first line shows which form it is. Raises LoadError,
+    naming file and line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -65,8 +65,8 @@ def read_trace(path: Path) -> list[Recorded]:
 
 
 def replay(load: Load) -> Replay:
-    """Window, limit, time scale, then lengths: scaled first, capped then; a prompt that is cut
-    keeps its beginning, so that what is shared stays shared. Raises LoadError."""
+    """Applies window, limit and time scale, then scales lengths and caps them. A prompt that is cut
+    keeps its beginning, so that what prompts share stays shared. Raises LoadError."""
     assert load.trace is not None
     recorded = read_trace(Path(load.trace))
     start_s, end_s = load.window_s or (0.0, float("inf"))
@@ -129,7 +129,7 @@ def _read_azure(path: Path, lines: Sequence[str]) -> Iterator[Recorded]:
     for row in rows:
         try:
             yield _recorded(
-                # Seven digits of a second are one more than datetime takes.
+                # Seconds have seven decimals, one more than datetime takes.
                 datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(),
                 int(row["ContextTokens"]),
                 int(row["GeneratedTokens"]),

@@ -3,9 +3,9 @@
     GET /metrics    text or OpenMetrics, as the scraper asks
     GET /health     200 when the process would take a request, else 503
 
-Counts that the process keeps anyway are read when somebody scrapes; only what has to be seen as it
-happens (times, sizes) is observed. The port has threads of its own, so that it answers while the
-process loads a model or computes; it is for the operator's network.
+Counts that the process keeps anyway are read when somebody scrapes; only times and sizes, which
+have to be taken as they happen, are observed. The port has threads of its own, so that it answers
+while the process loads a model or computes. It is meant for the operator's network.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add_metrics_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def new_registry() -> CollectorRegistry:
-    """With what the interpreter and the kernel know of this process."""
+    """A registry with what the interpreter and the kernel know of this process."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -60,7 +60,7 @@ def new_registry() -> CollectorRegistry:
 
 
 def counter(name: str, help: str, value: float, labels: Mapping[str, str] | None = None) -> Metric:
-    """As it is now; `name` without `_total`."""
+    """A counter's present value; `name` without `_total`."""
     labels = labels or {}
     family = CounterMetricFamily(name, help, labels=list(labels))
     family.add_metric(list(labels.values()), value)
@@ -85,7 +85,7 @@ def gauges(
 
 
 def info(name: str, help: str, labels: Mapping[str, str]) -> Metric:
-    """The constant 1, for what its labels say."""
+    """A gauge that is always 1: what it tells is in its labels."""
     return gauge(name, help, 1, labels)
 
 
@@ -117,12 +117,12 @@ class _Handler(WSGIRequestHandler):
     timeout = _CONNECTION_S
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are no events."""
+        """A scrape is not worth a line."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    # One that hangs must not keep the process from ending.
+    # A connection that hangs must not keep the process from ending.
     block_on_close = False
 
     def __init__(self, host: str, port: int, application: Any) -> None:
@@ -133,7 +133,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.set_app(application)
 
     def server_bind(self) -> None:
-        # Without the look-up of the host's name, which may take seconds.
+        # The library's own would look up the host's name, which may take seconds.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -153,7 +153,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that went away is no event either."""
+        """Nor is a scraper that went away."""
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -1,11 +1,11 @@
 """What a process tells of itself: its log, counters, and a trace of events on request.
 
-The log has one line for an event: constant words, and fields. As text
+The log has one line for each event: constant words, and fields. As text
 
     14:31:07 gateway WARNING attempt failed request_id=8d0c4a-17 attempt=1 cause=worker_lost
 
-or, with --log-format json, as one object. Whatever a field holds, it stays on its line; what
-clients send (prompts, answers) is never in it.
+or, with --log-format json, as one object. No field can break its line, and no prompt or answer is
+ever logged.
 
 A trace is a file of JSON lines, one event each, stamped with the host's monotonic clock, so that
 the traces of processes on one host can be laid side by side.
@@ -34,7 +34,7 @@ LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _LONGEST_VALUE = 2000
-"""Characters of a field; a traceback is not cut."""
+"""Characters that are written of a field; a traceback is not cut."""
 
 
 class Trace:
@@ -156,7 +156,7 @@ class JsonLines(logging.Formatter):
             "event": record.getMessage(),
         }
         for name, value in _fields(record).items():
-            # What every line has is not to be replaced.
+            # Fields that every line has must not be replaced.
             line[f"{name}_" if name in line else name] = _as_json(value)
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -173,7 +173,7 @@ def _as_json(value: object) -> object:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        # NaN and the infinities are no JSON.
+        # JSON has neither NaN nor infinities.
         return round(value, 6) if abs(value) < float("inf") else str(value)
     return str(value)[:_LONGEST_VALUE]
 

@@ -1,8 +1,8 @@
 """How a gateway leaves.
 
     not serving ─► alone: new requests are refused
-                   behind shared ports: others get the new connections; on the old ones this one
-                   answers what still comes, until clients have been told to connect anew
+                   behind shared ports: new connections go to the others; requests that still
+                   come on old ones are answered, until clients have been told to connect anew
                 ─► running answers finish ─► closed
 
 All of it within a limited time.
@@ -20,7 +20,8 @@ from baton.shared.rpc.serve import Endpoint, is_orphaned
 _POLL_S = 0.05
 _LEAVING_POLL_S = 0.2
 _LINGER_S = 1.0
-"""Behind shared ports, without a request: one may be under way on a connection that looks idle."""
+"""Without a request, behind shared ports: on a connection that looks idle, one may be on its
+way."""
 _AGE_MARGIN = 1.2
 """gRPC lets connections grow older by 10 %."""
 _STOP_GRACE_S = 0.5

@@ -53,10 +53,11 @@ logger = logging.getLogger(__name__)
 
 _MAX_ENGINE_FAILURES = 3
 _MAX_FRUITLESS = 16
-"""Attempts in a row without a token: a fault that stays. Waiting for a worker is no attempt."""
+"""After so many attempts in a row without a token the fault is one that stays. Waiting for a worker
+is no attempt."""
 _MAX_PATIENCE_DOUBLINGS = 5
 _PAUSE_S = 0.02
-"""Before another attempt: a fault that repeats at once must not spin."""
+"""Before another attempt, so that a fault that repeats at once does not keep the gateway busy."""
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Generation:
     """Seconds on the monotonic clock."""
     arrived_at: float
     token_ids: list[int] = field(default_factory=list)
-    """Generated so far, those received before included."""
+    """Generated so far, those that the client brought included."""
     finish_reason: FinishReason | None = None
     num_attempts: int = 0
     num_fruitless: int = 0

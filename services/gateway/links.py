@@ -1,7 +1,8 @@
 """The gateway's streams to workers.
 
-To a decode worker: one DecodeLink per start of it, all sequences multiplexed. To a prefill
-worker: one call per prompt. Both feed the same queue of events, one queue per attempt.
+To a decode worker there is one DecodeLink, for all sequences; a worker that was started anew gets a
+new one. To a prefill worker there is one call for each prompt. Both put what they hear into the
+attempt's queue of events.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _STUCK_S = 5.0
 _STUCK_STEPS = 10
-"""An engine is stuck after that many times its longest step, and at least `_STUCK_S`."""
+"""An engine is stuck when a step takes that many times its longest one, and at least `_STUCK_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`worker_incarnation` is whom the failure casts doubt on; None for nobody."""
+    """`worker_incarnation`: the worker that the failure casts doubt on; None: no worker."""
 
     error: BatonError
     worker_incarnation: str | None
@@ -98,11 +99,12 @@ class StallWatch:
 class _Attempt:
     events: Events
     patience: float
-    """Times the usual silence: more after fruitless attempts, as the cluster may just be slow."""
+    """By what the usual limits are multiplied: more after fruitless attempts, as the cluster may
+    just be slow."""
 
 
 class DecodeLink:
-    """The stream to one start of one decode worker; made anew when it breaks."""
+    """The stream to one incarnation of a decode worker. When it breaks, another takes its place."""
 
     def __init__(
         self,
@@ -144,7 +146,8 @@ class DecodeLink:
         return number
 
     def end(self, number: int, key: AttemptKey) -> None:
-        """Nothing more is wanted of the attempt; the worker is told, which may have ended it."""
+        """Nothing more is wanted of the attempt. The worker is told, even if it has ended it
+        already."""
         self._attempts.pop(number, None)
         message = decode_service_pb2.CancelSequence(key=key_to_pb(key))
         self._requests.put_nowait(decode_service_pb2.DecodeRequest(cancel=message))
@@ -177,7 +180,8 @@ class DecodeLink:
         self._on_broken(self.incarnation)
 
     async def _watch(self) -> None:
-        """Silence, or an engine that is stuck, fails each attempt after its own patience."""
+        """Fails attempts when the worker is silent, or its engine stuck, for longer than they
+        allow."""
         while True:
             await asyncio.sleep(TICK_S / 2)
             silent_s = time.monotonic() - self._last_heard_s
@@ -234,7 +238,8 @@ async def follow_prefill(
     events: Events,
     patience: float,
 ) -> None:
-    """Runs one Prefill call, to its first token or a Failed; cancelling the task cancels it."""
+    """Runs one Prefill call until its first token or its failure. Cancelling the task cancels the
+    call."""
     call = prefill_service_pb2_grpc.PrefillServiceStub(channel).Prefill(request)
     first_index, steps = request.sequence.first_index, StallWatch()
     error: BatonError = WorkerLost("the prefill worker ended without a token")

@@ -65,9 +65,12 @@ class GatewayMetrics:
         )
         self.prefill = self._seconds("request_prefill_time", "That admission to the first token")
         self.decode = self._seconds("request_decode_time", "First token to last")
-        self.prompt_tokens = self._tokens("request_prompt_tokens", "Tokens of a request's prompt")
+        self.prompt_tokens = self._tokens(
+            "request_prompt_tokens", "Prompt tokens of an answered request"
+        )
         self.generation_tokens = self._tokens(
-            "request_generation_tokens", "Tokens of a request's answer"
+            "request_generation_tokens",
+            "Tokens drawn for an answered request, without those that its client had",
         )
         success = Counter(
             "vllm:request_success",
@@ -87,7 +90,7 @@ class GatewayMetrics:
         incarnation: str,
         version: str,
     ) -> None:
-        """From now on each scrape also tells of what is kept anyway."""
+        """From now on each scrape has what cluster and counters keep anyway, too."""
         about = {
             "version": version,
             "model_name": self.model_name,
@@ -157,7 +160,7 @@ def cluster_load(workers: Iterable[WorkerRecord]) -> ClusterLoad:
 
 
 class _AtScrape(Collector):
-    """Asked from the loop's thread and others: it only looks."""
+    """Asked from several threads, so it only looks."""
 
     def __init__(
         self,
@@ -174,7 +177,7 @@ class _AtScrape(Collector):
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing before the first scrape: the registry asks when it is registered."""
+        """Nothing: the registry asks already when this is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -183,13 +186,17 @@ class _AtScrape(Collector):
         for name, help, key in (
             ("admitted_requests", "Requests that passed the checks", "requests"),
             ("attempts", "Attempts, the first of each request included", "attempts"),
-            ("cancelled_requests", "Requests whose client went away", "cancelled"),
+            (
+                "cancelled_requests",
+                "Requests given up: the client went away, or another of its prompts failed",
+                "cancelled",
+            ),
         ):
             yield counter(f"baton_{name}", help, counters[key])
         yield gauge("baton_requests_in_flight", "Requests at this gateway", self._num_in_flight())
         yield gauge(
             "baton_requests_without_worker",
-            "Of these, those that wait for a worker that could take them",
+            "Of these, those that no worker can take now: there is none, or none has room",
             cluster.num_waiting,
         )
         yield gauge(
@@ -205,7 +212,7 @@ class _AtScrape(Collector):
             by_role[labels] = by_role.get(labels, 0) + 1
         yield gauges(
             "baton_workers",
-            "Workers that the gateway knows; healthy: gets requests",
+            "Workers that the gateway knows; healthy ones get requests",
             ("role", "healthy"),
             by_role,
         )

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gateway.request")
 
 _DEADLINE_SLACK_S = 0.05
-"""A request that is cancelled so shortly before its deadline was cancelled because of it."""
+"""A request that is cancelled less than that before its deadline was cancelled because of it."""
 
 
 class RequestReport:
-    """Around the life of one request; whatever leaves it by an exception was not answered."""
+    """A context for the life of one request. An exception that leaves it means: not answered."""
 
     def __init__(
         self, request_id: str, arrived_at: float, deadline: float | None, metrics: GatewayMetrics
@@ -63,7 +63,7 @@ class RequestReport:
         )
 
     def tokens_came(self, now: float) -> None:
-        """Once a message. `now` is when its tokens arrived."""
+        """Called once for each message with tokens; `now` is when they arrived."""
         if self._heard_at:
             self._metrics.itl.observe(now - self._heard_at)
         else:
@@ -71,7 +71,7 @@ class RequestReport:
         self._heard_at = now
 
     def finished(self, finish_reason: FinishReason) -> None:
-        """The whole answer is there. To be called before the client can know."""
+        """The whole answer is there. Must be called before the client can know of it."""
         generation, metrics = self._generation, self._metrics
         assert generation is not None
         metrics.success[finish_reason].inc()
@@ -102,7 +102,7 @@ class RequestReport:
         self._metrics.requests.labels(status).inc()
         generation, now = self._generation, time.monotonic()
         if generation is None:
-            # Refused: whoever floods us with bad requests must not flood the log.
+            # Refused: a flood of bad requests must not become a flood of lines.
             log_event(
                 logger,
                 logging.DEBUG,
@@ -134,6 +134,6 @@ class RequestReport:
 
 
 def cause(error: BatonError) -> str:
-    """`worker_lost`, say: a label's value."""
+    """A label's value, such as `worker_lost`."""
     name = error_details_pb2.FailureReason.Name(error.reason)
     return name.removeprefix("FAILURE_REASON_").lower()

@@ -12,10 +12,11 @@ class StopFinder:
         self._stops = tuple(stops)
         self._longest = max(len(stop) for stop in stops)
         self._held = ""
-        """Text not given out: it begins like a stop string. Never longer than the longest."""
+        """Text that is not given out yet, since a stop string may begin with it. Never longer than
+        the longest stop string."""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """(text that is certain, whether the answer ends after it)."""
+        """Returns (text that can be given out, whether the answer ends after it)."""
         if not text:
             return "", False
         held = self._held + text
@@ -36,7 +37,7 @@ class StopFinder:
         return held[:complete], complete < len(held)
 
     def _first_complete(self, held: str) -> int:
-        """Where the earliest complete stop string starts; the end of `held` without one."""
+        """Where the earliest complete stop string starts; where `held` ends if there is none."""
         starts = (held.find(stop) for stop in self._stops)
         return min((start for start in starts if start >= 0), default=len(held))
 

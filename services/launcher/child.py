@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # It may have died before the request above was in force.
+    # The launcher may have died before the kernel had been asked.
     if os.getppid() != launcher_pid:
         sys.exit("the launcher is gone")
     os.execvp(program[0], program)

@@ -41,7 +41,7 @@ class Answer:
 def run_generate(
     target: str, request: pb.GenerateRequest, *, as_json: bool, timeout_s: float | None
 ) -> int:
-    """Prints the answer, or one object on one line; the exit code."""
+    """Prints the answer, or one object on one line; returns the exit code."""
     try:
         answer = asyncio.run(
             _ask(target, request, _ignore if as_json else _write, timeout_s=timeout_s)
@@ -52,7 +52,7 @@ def run_generate(
     except grpc.aio.AioRpcError as error:
         return report(error)
     except BrokenPipeError:
-        # Whoever read has enough. What Python still wants to flush must not fail again.
+        # The reader has enough. What Python flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -82,7 +82,7 @@ async def stream_answer(
                     answer.add_text(message.finished.text)
                     on_piece(message.finished.text)
     finally:
-        # Without effect on a call that has ended.
+        # Has no effect on a call that has ended.
         call.cancel()
     return answer
 
@@ -122,7 +122,7 @@ async def _ask(
 
 
 def _take_chunk(answer: Answer, chunk: pb.GenerateChunk) -> str:
-    """What to show of it."""
+    """The part of a message that is shown."""
     separator = " " if answer.token_ids else ""
     answer.token_ids += chunk.token_ids
     if chunk.HasField("text"):

@@ -1,7 +1,7 @@
 """`baton health`: whether one process is ready, for container health checks and scripts.
 
-Asks the standard service grpc.health.v1, which every role serves: the empty name tells that the
-process lives, the name of a role's service that it would take a request.
+Asks the standard service grpc.health.v1, which every role serves: about the empty name, whether the
+process lives; about a role's service, whether it would take a request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SERVICES = {
 
 
 def run_health(target: str, service: str, timeout_s: float) -> int:
-    """0 when `service`, short or full, is serving at `target`; else 1, and why on one line."""
+    """The exit code: 0 when `service`, by its short or full name, serves at `target`; else 1, and
+    one line that says why."""
     name = SERVICES.get(service, service)
     problem = asyncio.run(_problem(target, name, timeout_s))
     if problem is None:

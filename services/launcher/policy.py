@@ -41,12 +41,12 @@ def judge_exit(
 
 
 def failures_in_a_row(previous: int, uptime_s: float) -> int:
-    """How many, with the one that happened now after `uptime_s`."""
+    """The number of failures in a row, with the one that happened now after `uptime_s`."""
     return 1 if uptime_s >= SETTLED_S else previous + 1
 
 
 def pause_s(num_failures: int) -> float:
-    """Before the next start; `num_failures` ≥ 1 in a row."""
+    """The pause before the next start, after `num_failures` ≥ 1 in a row."""
     # The exponent is bounded too: 2.0 ** 1100 is an OverflowError.
     return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(num_failures - 1, 16)))
 

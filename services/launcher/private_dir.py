@@ -27,9 +27,10 @@ def shared_memory_root() -> Path:
 
 @contextmanager
 def private_dir(root: Path) -> Iterator[Path]:
-    """Sweeps `root`, then yields a new locked directory in it, mode 0700, gone afterwards."""
+    """Sweeps `root`, then yields a new locked directory in it, of mode 0700, and removes it at the
+    end."""
     sweep_stale(root)
-    # Made under a name that no sweep looks at: it must not be found before it is locked.
+    # Under a name that no sweep looks at, so that it is not found before it is locked.
     unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))
     lock = _lock(unlocked)
     path = unlocked.rename(root / unlocked.name.removeprefix("."))

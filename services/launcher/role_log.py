@@ -1,7 +1,7 @@
 """What a role writes, with its name in front.
 
 While a role starts, its lines are held back for a few seconds: when it turns out to be
-misconfigured, its last line is the whole message, and is not said once by every worker.
+misconfigured, its last line is the launcher's message, and no worker repeats it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class RoleLog:
         self._held = None
 
     def take_last_line(self) -> str:
-        """The last line, without the name; nothing that is held is written any more."""
+        """Returns the last line, without the name; lines that are held back are dropped."""
         self._drop()
         return self._last
 
     def mute(self) -> None:
-        """Nothing more is written, what is held included."""
+        """Nothing more is written, nor what is held back now."""
         self._emit = _to_nobody
         self._drop()
 

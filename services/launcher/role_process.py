@@ -59,7 +59,7 @@ class RoleProcess:
         self.spec = spec
         self.address: str | None = None
         self.addresses: dict[str, str] = {}
-        """As the last READY line named them: `grpc`, and what else the role serves."""
+        """From the last READY line: `grpc`, and whatever else the role serves."""
         self.was_ready = asyncio.Event()
         self._log = log
         self._notice = notice
@@ -123,7 +123,7 @@ class RoleProcess:
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-I", "-S", str(_CHILD), str(os.getpid())),
-            # -P: the working directory is the user's and must not provide our modules.
+            # -P: modules must not come from the working directory, which is the user's.
             *(sys.executable, "-P", *self.spec.argv),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -181,6 +181,6 @@ class RoleProcess:
     def _signal_process(self) -> None:
         if self._process is None or self._process.returncode is not None:
             return
-        # Not Process.send_signal: it polls, and what it reaps asyncio reports as exit code 255.
+        # Process.send_signal would poll, and for a process that it reaps asyncio reports code 255.
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, self._stop_signal)

@@ -11,7 +11,7 @@ DEFAULT_HTTP_PORT = 8000
 
 
 class UsageError(Exception):
-    """The stack that was asked for cannot work; one line."""
+    """The stack that was asked for cannot work. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RoleCounts:
 
     @classmethod
     def of_flags(cls, prefill: int | None, decode: int | None, both: int | None) -> RoleCounts:
-        """No flag means one prefill and one decode; with any, those not given are 0."""
+        """Without any flag: one prefill and one decode. With one, those not given are 0."""
         if prefill is None and decode is None and both is None:
             return cls(prefill=1, decode=1, both=0)
         return cls(prefill=prefill or 0, decode=decode or 0, both=both or 0)
@@ -32,7 +32,7 @@ class RoleCounts:
 
     @property
     def can_serve_alone(self) -> bool:
-        """Whether these workers make a route without others."""
+        """Whether these workers can answer without others."""
         return self.both > 0 or (self.prefill > 0 and self.decode > 0)
 
 
@@ -96,7 +96,7 @@ def worker_specs(config: StackConfig, redis_url: str, shm_dir: Path) -> list[Rol
 def gateway_specs(
     config: StackConfig, redis_url: str, port: int, http_port: int | None
 ) -> list[RoleSpec]:
-    """At least one. With several, all share the ports: neither may be 0 but for the first."""
+    """At least one. Several share the ports; only the first may be given 0, to pick one."""
     names = [f"{GATEWAY}-{index}" for index in range(config.num_gateways)]
     argv = _gateway_argv(config, redis_url, port, http_port)
     specs = [RoleSpec(name, argv) for name in (names if len(names) > 1 else [GATEWAY])]

@@ -30,7 +30,8 @@ _NUM_KEPT_LINES = 200
 
 
 class _RoleLines:
-    """The roles' logs: kept until one answer came, for when none does; then shown as they come."""
+    """The roles' logs: kept until the first answer, and shown if there is none; then shown as they
+    come."""
 
     def __init__(self) -> None:
         self._kept: deque[str] | None = deque(maxlen=_NUM_KEPT_LINES)
@@ -55,7 +56,7 @@ def main() -> int:
     config = StackConfig(
         model_dir=args.model,
         counts=RoleCounts(prefill=1, decode=1, both=0),
-        # One answer needs no port that anybody knows.
+        # Nobody else has to know the port when there is but one answer.
         port=0 if args.once else args.port,
         http_port=None if args.once else args.http_port,
     )
@@ -130,7 +131,7 @@ def _request(info: pb.GetModelInfoResponse) -> pb.GenerateRequest:
     if info.has_tokenizer:
         _show(_PROMPT)
         return pb.GenerateRequest(text=_PROMPT, sampling=sampling)
-    # Any tokens do to see that it works.
+    # To see that it works, any tokens will do.
     ids = pb.TokenIds(token_ids=range(1, min(9, info.vocab_size)))
     return pb.GenerateRequest(token_ids=ids, sampling=sampling)
 

@@ -27,7 +27,7 @@ from baton.shared.rpc.flags import variable_name
 
 _VALKEY_CHECK_S = 0.5
 _WORKER_STOP_LIMIT_S = 10.0
-# On top of what the gateway was given for its streams.
+# Beyond the time that the gateway was given for its streams.
 _GATEWAY_STOP_MARGIN_S = 5.0
 
 
@@ -78,7 +78,7 @@ class Stack:
         first = self._add(gateway_specs(config, redis_url, config.port, config.http_port)[0])
         self.gateways.append(first)
         await self._while_all_run(first.was_ready.wait())
-        # Whichever is restarted, clients must find it where it was.
+        # A gateway that is restarted must be where clients know it to be.
         address, self.http_address = first.addresses["grpc"], first.addresses.get("http")
         specs = gateway_specs(config, redis_url, _port(address), _port(self.http_address))
         first.spec = specs[0]
@@ -88,7 +88,7 @@ class Stack:
         return address
 
     async def watch(self) -> None:
-        """Runs on; roles that die are started again. Raises only what is a bug of the launcher."""
+        """Starts roles again that die. Raises nothing but what is a bug of the launcher."""
         await self._while_all_run(asyncio.Event().wait())
 
     async def stop(self) -> None:
@@ -104,7 +104,7 @@ class Stack:
                 self._valkey.close()
 
     def kill(self) -> None:
-        """Makes a `stop` that runs end at once."""
+        """Makes a `stop` under way end at once."""
         for role in self._roles():
             role.kill()
 

@@ -23,7 +23,7 @@ _ROLES = {
 
 
 def run_status(target: str, *, as_json: bool) -> int:
-    """Prints a table, or one object on one line; the exit code."""
+    """Prints a table, or one object on one line; returns the exit code."""
     try:
         info = asyncio.run(_ask(target))
     except grpc.aio.AioRpcError as error:

@@ -7,7 +7,7 @@ import sys
 import grpc
 
 DEFAULT_TARGET = "127.0.0.1:50051"
-# A chunk is small; a snapshot of a large cluster may not be.
+# A chunk of an answer is small; the snapshot of a large cluster may be large.
 _MAX_MESSAGE_BYTES = 64 << 20
 
 
@@ -23,7 +23,7 @@ def connect(target: str) -> grpc.aio.Channel:
 
 
 def report(error: grpc.aio.AioRpcError) -> int:
-    """One line, `CODE: message`, on standard error; the exit code."""
+    """Prints one line, `CODE: message`, on standard error; returns the exit code."""
     message = " ".join((error.details() or "no message").split())
     print(f"{error.code().name}: {message}", file=sys.stderr)
     return 1

@@ -19,7 +19,7 @@ from baton.shared.directory.embedded import ServerFailed, ServerMissing
 from baton.shared.engine.config import ModelError, load_model_config
 from baton.shared.rpc.serve import bare_host, join_address
 
-# Starts the stack and uses it; it is stopped when this returns, with this exit code.
+# Starts the stack and uses it. When it returns, the stack is stopped; it returns the exit code.
 Serve = Callable[[Stack], Awaitable[int]]
 
 
@@ -41,7 +41,7 @@ def run_stack(
     emit: Callable[[str], None],
     notice: Callable[[str], None],
 ) -> int:
-    """Hands a stack to `serve`, until that ends or a signal comes; the exit code."""
+    """Hands a stack to `serve`, until that ends or a signal comes; returns the exit code."""
     try:
         check(config)
     except (ModelError, UsageError) as error:
@@ -52,7 +52,7 @@ def run_stack(
 
 
 def check(config: StackConfig) -> None:
-    """What can be known before any process is started. Raises ModelError, UsageError."""
+    """Finds what is wrong before any process is started. Raises ModelError, UsageError."""
     config.check()
     load_model_config(config.model_dir)
     _check_port("--port", config.host, config.port)
@@ -124,13 +124,14 @@ class _Signals:
 
 
 def _check_port(flag: str, host: str, port: int) -> None:
-    """Servers share a port silently, and requests would go to either: ask without sharing."""
+    """Raises UsageError when the port is taken. Servers that share ports would share it silently,
+    and requests would go to either."""
     try:
         [(family, kind, protocol, _, socket_address), *_] = socket.getaddrinfo(
             bare_host(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         with socket.socket(family, kind, protocol) as probe:
-            # Connections of a server that has ended do not occupy its port.
+            # Connections left by a server that has ended do not count.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(socket_address)
     except OSError as error:

@@ -33,11 +33,11 @@ _COUNTERS = {
     "steps": "Engine steps",
     "computed_prompt_tokens": "Prompt tokens that were computed here",
     "cached_prompt_tokens": "Prompt tokens that were found in the cache here instead",
-    "computed_blocks": "Blocks that were filled by computing prompts",
+    "computed_blocks": "Full blocks that were computed for prompts",
     "pulled_blocks": "Blocks that were read from another worker and verified",
     "digest_mismatches": "Blocks whose bytes were not those that were sealed",
     "preemptions": "Sequences that gave way because no block was free",
-    "aborted_sequences": "Sequences that ended without an answer: cancelled, preempted or failed",
+    "aborted_sequences": "Sequences that were ended early: cancelled, preempted or failed",
 }
 _GAUGES = {
     "waiting_sequences": "Sequences in the queue",
@@ -46,7 +46,7 @@ _GAUGES = {
     "blocks": "Blocks of the pool",
     "free_blocks": "Blocks that could be taken now, cached ones included",
     "cached_blocks": "Blocks that can be found by their hash",
-    "quarantined_blocks": "Free blocks that a transfer or a step may still write to",
+    "quarantined_blocks": "Blocks that a pull may still write to, whoever has given them back",
 }
 
 
@@ -131,7 +131,7 @@ class WorkerCollector(Collector):
         self._state = worker_service_pb2.GetWorkerStateResponse()
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing before the first scrape: the registry asks when this is registered."""
+        """Nothing: the registry asks already when this is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -183,7 +183,11 @@ class WorkerCollector(Collector):
             yield counter(f"baton_{name}", help, value)
         usage = used / state.num_blocks if state.num_blocks else 0.0
         for name, help, level in (
-            ("num_requests_running", "Sequences that are computed right now", state.num_running),
+            (
+                "num_requests_running",
+                "Sequences that are computed, or handed over, right now",
+                state.num_running,
+            ),
             ("num_requests_waiting", "Sequences in the queue", state.num_waiting),
             ("kv_cache_usage_perc", "Share of blocks in use, 0 to 1", usage),
         ):

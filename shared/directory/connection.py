@@ -116,7 +116,7 @@ class Connection:
         return replies
 
     async def scan(self, pattern: str) -> AsyncIterator[list[str]]:
-        """Pages of the keys that match; each key once. One round trip a page.
+        """Pages of the keys that match, each key once; one round trip a page.
 
         Keys that come or go meanwhile may be missed.
         """

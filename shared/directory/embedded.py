@@ -1,8 +1,8 @@
 """A private Valkey for installations that bring no Redis, and for tests.
 
 It listens on a socket in a directory of its own and nowhere else, keeps nothing on disk, and dies
-with the process that started it, whatever ends that. The kernel binds such a death to the
-*thread* that started the child; so a thread of its own starts the server and waits for it.
+with the process that started it, whatever ends that process. The kernel ties that to the *thread*
+that started the child; so a thread of its own starts the server and waits for it.
 
 Run as a program, this file is the other half: it asks the kernel for the signal and becomes the
 server.
@@ -205,7 +205,7 @@ def _roots() -> list[Path]:
 
 
 def _create_directory() -> tuple[Path, int]:
-    """A directory that is ours alone, and its lock, which says that we live.
+    """A directory of our own, and its lock, which is held as long as we live.
 
     Raises `ServerFailed` when there is no place for it.
     """

@@ -3,10 +3,10 @@
     (nothing) ──► PREFILLING ──► HANDING_OFF ──► DECODING ──► tombstone ──► (nothing)
                        └── an attempt may skip stages, and end in any ──┘
 
-Workers write behind, each at its own pace, so writes arrive in any order. An entry only ever moves
-forward in (attempt, stage), the end of an attempt being its last stage; a later attempt begins
-anew, also over a tombstone. So the entry is the same whatever the order of arrival, as long as
-entry and tombstone live.
+Workers write later than they act, each at its own pace, so writes arrive in any order. An entry
+only moves forward in (attempt, stage), where the end of an attempt is its last stage; a later
+attempt begins anew, also over a tombstone. So the entry does not depend on the order of arrival, as
+long as entry and tombstone live.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class Ledger:
     async def write(self, entries: Sequence[LedgerEntry], finished: Sequence[AttemptKey]) -> None:
         """Writes `entries`, then ends the attempts in `finished`, and lower ones; one round trip.
 
-        Whatever is behind what the ledger knows has no effect. An entry lives `LEDGER_TTL_S`
-        unless written again. An attempt is finished when nobody works on it any more: a prefill
-        worker that has handed off says nothing.
+        What is older than the ledger's entry has no effect. An entry lives `LEDGER_TTL_S` unless
+        it is written again. An attempt is finished when no worker computes it any more: a prefill
+        worker that has handed its blocks over does not end it.
         """
         commands: list[Command] = [
             WRITE.call(

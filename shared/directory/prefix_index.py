@@ -1,7 +1,7 @@
-"""Which worker holds which prefix: a hint, that the holder checks again when blocks are claimed.
+"""Which worker holds which prefix: a hint, for the worker itself looks again when a prompt comes.
 
-Listed is the hash at every `PREFIX_STRIDE_TOKENS`; it covers all tokens before it. A holder that
-does not publish a hash again is dropped after `PREFIX_TTL_S`.
+The hash at every multiple of `PREFIX_STRIDE_TOKENS` is listed, and covers all tokens before it. A
+holder that does not publish a hash again is dropped after `PREFIX_TTL_S`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from baton.shared.directory.connection import Command, Connection, Script
 from baton.shared.directory.keys import PREFIX_TTL_S, Keys, milliseconds
 
-# Bounds how long one script keeps the server from others.
+# Bounds the time that one script keeps others from the server.
 _KEYS_A_SCRIPT = 64
 _SCRIPTS_A_ROUND_TRIP = 32
 
@@ -86,10 +86,10 @@ class PrefixIndex:
         added: Sequence[bytes],
         removed: Sequence[bytes],
     ) -> None:
-        """Says what a worker holds now, or still, and what it holds no more.
+        """Lists `added`, what a worker holds now or still, and removes what it no longer holds.
 
-        A hash that is in both stays listed. Removes only what this incarnation has listed. Ends
-        at the first round trip that fails, with `DirectoryUnavailable`; say it again later.
+        A hash that is in both stays listed. Only what this incarnation has listed is removed. The
+        first round trip that fails ends it with `DirectoryUnavailable`; then publish again later.
         """
         commands = [
             REMOVE_HOLDER.call(keys, worker_id, incarnation) for keys in self._chunks(removed)

@@ -1,18 +1,19 @@
-"""Sequence: what the engine knows of one generation.
+"""Sequence: what the engine knows of one attempt.
 
-    WAITING ──► PREFILLING ──► TRANSFERRING ──► DECODING ──► FINISHED
-       │            │                │              │
-       └────────────┴────────────────┴──────────────┴──────► ABORTED
+    computed here, decoded elsewhere    WAITING ─► PREFILLING ─► TRANSFERRING ─► FINISHED
+    pulled from a prefill worker        WAITING ─► TRANSFERRING ─► DECODING ─► FINISHED
+    computed and decoded here           WAITING ─► PREFILLING ─► DECODING ─► FINISHED
+    any of them, in any state           ─► ABORTED
 
-On a prefill worker a sequence is WAITING until its pool has room for the whole prompt,
-PREFILLING until the last chunk is computed, TRANSFERRING while the decode worker pulls, and
-FINISHED when the claim on its blocks has ended. On a decode worker it is WAITING until the
-prefill worker has admitted it and there is room here, TRANSFERRING while blocks are pulled,
-DECODING in the running batch. A sequence without a source goes from PREFILLING straight to
-DECODING: both happen in one pool.
+WAITING lasts until the pool has room for the whole prompt; a sequence that is to be pulled also
+waits until its prefill worker has admitted it. PREFILLING lasts until the last chunk is computed,
+TRANSFERRING while the decode worker pulls the blocks: for the prefill worker until they have been
+released, for the decode worker until all have come and the other has answered that it held them
+throughout. DECODING is being in the running batch. Where the first token is also the last, or where
+nobody is to claim the blocks, a prefill worker's sequence is FINISHED with that token.
 
-ABORTED covers cancel, deadline, preemption and failure; the gateway decides whether a new
-attempt follows.
+ABORTED is every other end: cancel, deadline, preemption, a claim that broke, a worker that drains,
+a failure. The gateway decides whether a new attempt follows.
 """
 
 from __future__ import annotations

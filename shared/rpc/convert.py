@@ -60,7 +60,7 @@ def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
 
 
 _FROM_PB: dict[Kind, Callable[[Any], Any]] = {Kind.TOKEN_IDS: frozenset, Kind.TEXTS: tuple}
-"""Of kinds whose values are others here than in a message."""
+"""For kinds whose values have another type here than in a message."""
 
 
 def given_fields(message: pb.SamplingParams) -> Iterator[tuple[SamplingField, Any]]:

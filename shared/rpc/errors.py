@@ -42,7 +42,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 HTTP_STATUS: Mapping[grpc.StatusCode, int] = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
-    # Not 501: clients try again after anything above 499, and this will never succeed.
+    # Not 501: clients repeat what failed with 500 or more, and this can never succeed.
     grpc.StatusCode.UNIMPLEMENTED: 400,
     grpc.StatusCode.CANCELLED: 499,
     grpc.StatusCode.INTERNAL: 500,
@@ -53,11 +53,11 @@ HTTP_STATUS: Mapping[grpc.StatusCode, int] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
-"""What a status code of this tree is over HTTP."""
+"""The HTTP status for each status code of this tree."""
 
 
 class BatonError(Exception):
-    """Base of all; the message is one line that a client may see."""
+    """The base of all. The message is one line that a client may see."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     reason: ClassVar[pb.FailureReason] = pb.FAILURE_REASON_UNSPECIFIED

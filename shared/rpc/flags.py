@@ -23,8 +23,8 @@ _SWITCH_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": Fal
 class _FromEnvironment(str):
     """A default that argparse converts as if it had been typed, but whose errors name `variable`.
 
-    argparse converts defaults only when the flag is absent, so a bad variable does no harm to who
-    gives the flag.
+    argparse converts defaults only when the flag is absent: a bad variable does no harm when the
+    flag is given.
     """
 
     variable: str
@@ -85,7 +85,7 @@ def add_switch(
 
 def optional_port(text: str) -> Any:
     """An int, 0 to let the system pick; None for `none`, `off` and whatever is negative."""
-    # Any: of `int | None` beside an int for default mypy makes int.
+    # Any: with an int for default, mypy would make `int` of `int | None`.
     if text.lower() in ("none", "off"):
         return None
     try:
@@ -130,7 +130,7 @@ def _converter(
             value = convert(text)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise argparse.ArgumentTypeError(f"{text.variable}={str(text)!r}: {error}") from None
-        # argparse does not hold defaults against `choices`.
+        # argparse does not check defaults against `choices`.
         if choices is not None and value not in choices:
             allowed = ", ".join(str(choice) for choice in choices)
             raise argparse.ArgumentTypeError(
@@ -138,7 +138,7 @@ def _converter(
             )
         return value
 
-    # argparse names the converter in "invalid int value".
+    # argparse puts the converter's name into its message, as in "invalid int value".
     converted.__name__ = getattr(convert, "__name__", "flag")
     return converted
 

@@ -31,7 +31,7 @@ _PATIENCE_MS = 10_000
 """For the answer to a ping."""
 
 _SAME_SIGNAL_S = 1.0
-"""A launcher that is killed has the kernel send its signal once for each of its threads."""
+"""When a launcher is killed, the kernel sends the signal once for each of its threads."""
 _ORPHAN_END_S = 5
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -55,8 +55,8 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", _PING_AFTER_MS),
         ("grpc.keepalive_timeout_ms", _PATIENCE_MS),
-        # gRPC pings for measurements too; while such a ping is out, only its own limit, a minute,
-        # would tell that nobody is there.
+        # gRPC also pings to measure. While such a ping is out, only that ping's own limit, of one
+        # minute, would show that nobody is there.
         ("grpc.http2.ping_timeout_ms", _PATIENCE_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # A worker that comes back must be found at once.
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what servicers raise into status codes; whatever is not ours stays in the log."""
+    """Turns what servicers raise into status codes. What other errors say stays in the log."""
 
     async def intercept_service(
         self,
@@ -85,7 +85,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         handler = await continuation(handler_call_details)
-        # Health and reflection bring their own handlers, which raise nothing of ours.
+        # Health and reflection bring handlers of their own, which raise none of our errors.
         if handler is None or not handler_call_details.method.startswith("/baton."):
             return handler
         field = "stream" if handler.request_streaming else "unary"
@@ -129,7 +129,7 @@ def _guard_stream(
 
 
 async def abort(context: _Context, error: Exception) -> None:
-    """Ends the RPC with the error's status. Details of a fault of ours stay in the log."""
+    """Ends the RPC with the error's status. The details of an internal error stay in the log."""
     if isinstance(error, BatonError):
         await context.abort(error.code, error.message, trailing_metadata=trailers(error))
     if isinstance(error, grpc.aio.AbortError):
@@ -139,7 +139,7 @@ async def abort(context: _Context, error: Exception) -> None:
 
 
 class Endpoint:
-    """A listening server. `register` adds servicers to it before it starts."""
+    """A listening server; servicers are added to `server` before it starts."""
 
     def __init__(
         self,
@@ -190,12 +190,13 @@ class Endpoint:
             await self._health.set(service, _SERVING if is_ready else _NOT_SERVING)
 
     def stop_listening(self) -> None:
-        """New connections go to whom else the port belongs; calls on those there are still served.
+        """New connections go to the other processes on the port; calls on those that exist are
+        served.
 
-        gRPC has no such thing: its own end cancels calls that are just arriving.
+        gRPC itself can't: when it stops, it cancels calls that are just arriving.
         """
         for listener in self._sockets():
-            # Several descriptors may be one socket: by then it is shut.
+            # Several descriptors may stand for one socket, which is shut by then.
             with listener, contextlib.suppress(OSError):
                 if _is_listening(listener):
                     listener.shutdown(socket.SHUT_RDWR)
@@ -208,7 +209,7 @@ class Endpoint:
         return is_any
 
     def _sockets(self) -> list[socket.socket]:
-        """This process's own on the port, as duplicates: gRPC does not give them."""
+        """Duplicates of this process's sockets on the port, which gRPC does not hand out."""
         port = int(self.address.rpartition(":")[2])
         found = []
         for entry in Path("/proc/self/fd").iterdir():
@@ -244,7 +245,7 @@ def stop_event() -> asyncio.Event:
 
     def limit_orphan() -> None:
         if is_orphaned():
-            # Nobody else would kill a process that does not come to its end.
+            # Nobody else would kill a process that does not end.
             signal.alarm(_ORPHAN_END_S)
 
     def on_signal() -> None:
@@ -262,6 +263,6 @@ def stop_event() -> asyncio.Event:
 
 
 def is_orphaned() -> bool:
-    """Whether the launcher that started this process is gone: nobody waits for a drain then."""
+    """Whether the launcher that started this process is gone. Then nobody waits for a drain."""
     launcher = os.environ.get(LAUNCHER_PID_VARIABLE)
     return launcher is not None and os.getppid() != int(launcher)

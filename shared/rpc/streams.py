@@ -1,7 +1,7 @@
 """Long-lived streams: they tick, so that silence means loss.
 
-Every internal stream carries something at least each `TICK_S`, from the asyncio thread, so that
-silence means a process or path that is gone, not an engine that is busy.
+Every internal stream carries something at least every `TICK_S`. The asyncio thread sees to that, so
+silence means that the process or the path is gone, not that the engine is busy.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import grpc
 
 TICK_S = 0.25
 SILENCE_S = 1.0
-"""Silence that long counts as loss; doubled with every fruitless attempt of a request."""
+"""A silence of that length counts as loss; with each fruitless attempt of a request it doubles."""
 
 T = TypeVar("T")
 
 
 async def with_ticks(queue: asyncio.Queue[T], tick: Callable[[], T]) -> AsyncIterator[T]:
-    """What comes through the queue, and a tick each `TICK_S`.
+    """What comes through the queue, and a tick every `TICK_S`.
 
     One timer for the stream: a timeout per message would cost as much as the message.
     """
@@ -42,7 +42,8 @@ async def with_ticks(queue: asyncio.Queue[T], tick: Callable[[], T]) -> AsyncIte
 
 
 async def until_silence(stream: AsyncIterator[T], silence_s: float) -> AsyncIterator[T]:
-    """What the stream brings, to its end; raises TimeoutError after `silence_s` without."""
+    """What the stream brings, until its end. Raises TimeoutError after `silence_s` without a
+    message."""
     while True:
         try:
             async with asyncio.timeout(silence_s):
@@ -54,11 +55,12 @@ async def until_silence(stream: AsyncIterator[T], silence_s: float) -> AsyncIter
 
 @contextmanager
 def only_own_cancels() -> Iterator[None]:
-    """Around the reading of a call: CancelledError means that the reading task was cancelled.
+    """A context for reading a call, in which CancelledError means that the reading task was
+    cancelled.
 
-    gRPC raises it also when the call was cancelled under its reader: with its channel, or by gRPC
-    itself when the stream of requests broke. That raises AioRpcError with status CANCELLED, as a
-    server that ends the call so does.
+    gRPC raises CancelledError also when the call was cancelled while it was read: because its
+    channel was closed, or by gRPC itself when the stream of requests broke. Here that raises
+    AioRpcError with status CANCELLED, as when the server ends the call with it.
     """
     try:
         yield

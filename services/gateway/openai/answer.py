@@ -23,7 +23,7 @@ from baton.shared.rpc.errors import BatonError
 from baton.v1 import inference_service_pb2 as pb
 
 _NUM_WAITING = 16
-"""Messages of several prompts that wait for a slow reader; their workers' tokens wait behind."""
+"""So many messages of several prompts wait for a slow reader; further tokens wait before them."""
 
 _IS_ASKED = "baton.is_asked"
 
@@ -37,7 +37,7 @@ class Ask:
     requests: Sequence[pb.GenerateRequest]
     identity: Identity
     fields: dict[str, str]
-    """Names of this endpoint, for errors."""
+    """What this endpoint calls the fields of GenerateRequest, for errors."""
     is_chat: bool
     is_streamed: bool
     time_left_s: float | None = None
@@ -83,7 +83,7 @@ class Answer(Response):
                 finally:
                     watcher.cancel()
         except TimeoutError:
-            # A client that is gone gets no answer, and its going is no error of ours.
+            # A client that is gone gets no answer, and that it went is not our error.
             if not is_gone:
                 raise
         except BatonError as error:
@@ -107,7 +107,7 @@ class _Run:
         self.choices = [Choice() for _ in self.ask.requests]
 
     def take(self, index: int, response: pb.GenerateResponse) -> bytes:
-        """Keeps what it says; the events to send for it."""
+        """Keeps what the message says; returns the events to send for it."""
         choice = self.choices[index]
         match response.WhichOneof("message"):
             case "started":
@@ -138,7 +138,7 @@ class _Run:
             return b""
         says_more = self.ask.says_usage_always or self.ask.says_tokens
         if not chunk.text and chunk.HasField("text") and not says_more:
-            # Held back: it comes with a later token.
+            # The text is held back: it comes with a later token.
             return b""
         return self._event(index, choice, chunk.text, token_ids=chunk.token_ids)
 
@@ -225,7 +225,7 @@ async def _send_last(send: Send, body: bytes) -> None:
 async def merged(
     sources: Sequence[Responses],
 ) -> AsyncGenerator[tuple[int, pb.GenerateResponse], None]:
-    """What all of them say, with each one's index; the first that raises ends all."""
+    """The messages of all sources, each with its source's index. An error of one ends them all."""
     if len(sources) == 1:
         async with aclosing(sources[0]) as source:
             async for response in source:

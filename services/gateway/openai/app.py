@@ -32,7 +32,7 @@ from baton.v1 import inference_service_pb2 as pb
 
 _UINT32 = 2**32 - 1
 _TIMEOUT_HEADER = "x-request-timeout"
-"""Seconds that the whole answer may take; our own, as OpenAI has none."""
+"""Seconds that the whole answer may take. Ours: OpenAI has no such header."""
 _MAX_TIMEOUT_S = 1e6
 
 
@@ -49,7 +49,7 @@ def build_app(frontend: Frontend) -> FastAPI:
         return response
 
     def refuse(request: Request, error: HttpError) -> Response:
-        # What has become a request of the frontend is counted there.
+        # The frontend counts what reached it.
         if not is_asked(request.scope):
             frontend.metrics.http_refused(error.status)
         return error.response()
@@ -218,7 +218,7 @@ async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
 
 
 def _check_model(name: str | None, frontend: Frontend) -> None:
-    """Not given is taken for the one model there is."""
+    """A request without a name means the one model there is."""
     if name is not None and name != frontend.model_name:
         message = f"the model {name[:200]!r} does not exist; this is {frontend.model_name!r}"
         raise HttpError(404, message, param="model", code="model_not_found")

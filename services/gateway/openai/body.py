@@ -12,11 +12,11 @@ from baton.services.gateway.openai.errors import HttpError
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES
 
 MAX_BODY_BYTES = PUBLIC_MESSAGE_BYTES
-"""Parsing holds up every other stream; at this size some 0.2 s at worst (a million empty lists)."""
+"""Parsing holds up every other stream: by 0.2 s at worst at this size (a million empty lists)."""
 BODY_LIMIT_S = 30.0
 _MAX_SKIPPED_BYTES = 16 * MAX_BODY_BYTES
-"""A body too long is still received, without being kept, up to this size: a client that writes all
-before it reads would otherwise meet a broken connection instead of the answer."""
+"""A body that is too long is still received up to this size, and thrown away: a client that writes
+everything before it reads would otherwise meet a broken connection instead of the answer."""
 
 
 async def read_json(request: Request) -> dict[str, Any]:

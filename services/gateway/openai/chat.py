@@ -31,12 +31,12 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
     token_ids = await frontend.chat_prompt(
         template_messages(request.messages, frontend),
         add_generation_prompt=request.add_generation_prompt is not False,
-        # The template brings them.
+        # The template puts them in.
         add_special_tokens=bool(request.add_special_tokens),
     )
     if not sampling.HasField("max_tokens"):
         room, _ = room_for_answer(len(token_ids), frontend.cluster.limits())
-        # Without room admission says so.
+        # When there is no room, admission says so.
         sampling.max_tokens = max(room, 1)
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(token_ids=token_ids), sampling=sampling, standalone_text=True

@@ -58,7 +58,7 @@ def split_prompts(prompt: Any, limits: Limits) -> list[str | Sequence[int]]:
 
 
 def _token_ids(path: str, values: Any, limits: Limits) -> Sequence[int]:
-    """Their range is admission's; that they are numbers which a message can carry is checked."""
+    """Checks that they are token ids, before they become a message that could not carry others."""
     if not isinstance(values, list):
         raise InvalidParam(path, "must be text or token ids")
     if len(values) > limits.max_model_len:

@@ -27,18 +27,18 @@ _PROBE_AFTER_S = 15
 _PROBE_EVERY_S = 5
 _NUM_PROBES = 3
 _UNACKNOWLEDGED_MS = 30_000
-"""A peer that vanished without a word is noticed: by probes when idle, by this when sent to."""
+"""A peer that vanished is noticed by probes while the connection is idle, else by this limit."""
 
 
 class HttpEndpoint:
     def __init__(self, app: FastAPI, *, on_refused: OnRefused) -> None:
         """`on_refused` gets the status of each connection's answer that is not `app`'s."""
-        # Every bad request would be a line, at a client's will.
+        # uvicorn would write a line for every bad request that a client likes to send.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self._new_protocol = partial(GuardedProtocol, on_refused=on_refused)
         self._config = uvicorn.Config(
             app,
-            # uvicorn only calls it.
+            # uvicorn does no more with it than call it.
             http=cast(type[GuardedProtocol], self._new_protocol),
             ws="none",
             lifespan="off",
@@ -66,7 +66,7 @@ class HttpEndpoint:
             where = join_address(host, port)
             raise OSError(f"cannot listen on {where} (--http-port): {problem}") from None
         self.address = join_address(host, bound.getsockname()[1])
-        # Its queue of connections outlives the server's closing: see `stop_accepting`.
+        # Its queue of connections must outlive the closing of the server: see `stop_accepting`.
         self._listener = bound.dup()
         self._task = asyncio.create_task(self._server.serve(sockets=[bound]))
         await self._server.is_listening.wait()
@@ -82,7 +82,7 @@ class HttpEndpoint:
         self._server.server_state.default_headers.append(close)
 
     async def stop_accepting(self) -> None:
-        """New connections go to whom else the port belongs; those in the queue are still taken."""
+        """New connections go to the port's other processes; those in the queue are still taken."""
         for server in self._server.servers:
             server.close()
         listener, self._listener = self._listener, None

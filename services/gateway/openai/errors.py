@@ -45,7 +45,7 @@ class InvalidParam(HttpError):
 def to_http_error(error: Exception, fields: dict[str, str] | None = None) -> HttpError:
     """`fields`: what this endpoint calls the fields of GenerateRequest, where it differs.
 
-    Whatever is not ours becomes an internal error without a word of it.
+    An error that is not one of ours becomes an internal error that tells nothing about it.
     """
     if isinstance(error, HttpError):
         return error

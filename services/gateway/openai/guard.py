@@ -24,14 +24,15 @@ MAX_HEAD_BYTES = 32 << 10
 HEAD_LIMIT_S = 10.0
 """From the first byte of a request, or the start of the connection, to the end of its head."""
 KEEP_ALIVE_S = 65.0
-"""Longer than the pools of usual clients and proxies keep theirs: they close first."""
+"""Longer than the pools of usual clients and proxies keep a connection, so that they close
+first."""
 SEND_LIMIT_S = 30.0
-"""A reader so slow that the write buffer stays above its mark for that long is cut off."""
+"""A client that reads so slowly that the write buffer stays full for that long is cut off."""
 _LINGER_S = 1.0
-"""For the answer to a connection that is refused to be read."""
+"""That a refused connection stays open so that its client can read why."""
 
 OnRefused = Callable[[int], None]
-"""Gets the status of an answer that no application knows of."""
+"""Told the status of each answer that the application did not give."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class GuardedProtocol(H11Protocol):
             self._stop_head_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Called for what is no HTTP, or has too long a head."""
+        """Called when a request is not HTTP, or its head is too long."""
         buffered, _ = self.conn.trailing_data
         if len(buffered) > MAX_HEAD_BYTES:
             message = f"the headers are too large; limit: {MAX_HEAD_BYTES} bytes"
@@ -107,7 +108,8 @@ class GuardedProtocol(H11Protocol):
         self._refuse(HttpError(408, message, code="timeout"))
 
     def _refuse(self, error: HttpError) -> None:
-        """Answers and closes; only closes when an answer has begun, or nobody would read it."""
+        """Answers and closes. When an answer has begun, or nobody would read one, it only
+        closes."""
         self._stop_head_timer()
         if not self.transport.is_closing():
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):

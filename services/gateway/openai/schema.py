@@ -15,12 +15,12 @@ from baton.shared.sampling import FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
 _Entry = TypeVar("_Entry")
-# The first wrong entry is all that the client hears of: a million of them would take seconds.
+# Only the first wrong entry is reported: a million of them would take seconds.
 _List = Annotated[list[_Entry], Field(fail_fast=True)]
 
 _UINT32 = 2**32 - 1
 _MAX_ENTRIES = 4096
-"""Of a list in a request, prompts apart; of all messages' content parts together."""
+"""Of any list in a request but prompts, and of the content parts of all messages together."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
@@ -77,11 +77,11 @@ UNSUPPORTED = {
     for name, values in _NEUTRAL.items()
     if name not in {field.public_name for field in FIELDS}
 }
-"""What the engine does not do yet: what is declared as a sampling field, it does."""
+"""What Baton does not do yet. A name that is declared as a sampling field is supported."""
 
 
 class _Fields(BaseModel):
-    # Strict: "16" is no number. Unknown fields are other servers' and ignored.
+    # Strict: "16" is no number. Unknown fields are meant for other servers, and ignored.
     model_config = ConfigDict(extra="ignore", strict=True)
 
 

@@ -45,7 +45,7 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 class Wire:
-    """Of one request. `is_chat`: as /v1/chat/completions has it; else as /v1/completions."""
+    """For one request. `is_chat`: in the form of /v1/chat/completions, else of /v1/completions."""
 
     def __init__(
         self, request_id: str, model: str, *, is_chat: bool, says_usage: bool, says_tokens: bool
