@@ -22,8 +22,9 @@ from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.block_sums import BlockSums, TakeSums
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.steps import Step
-from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.digest import Uint64Array
+from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
 from baton.shared.telemetry import Counters, Trace
 from baton.v1 import decode_service_pb2
@@ -34,11 +35,11 @@ _GATEWAY = "gateway"
 class NoBlockSums:
     """In place of digests, to see what they cost."""
 
-    def __init__(self, num_kv_heads: int) -> None:
-        self._num_kv_heads = num_kv_heads
+    def __init__(self, groups: Seq[CacheGroup]) -> None:
+        self._groups = groups
 
     def __call__(self, block_ids: Seq[int], group: int = 0) -> Uint64Array:
-        return np.zeros((len(block_ids), self._num_kv_heads), np.uint64)
+        return np.zeros((len(block_ids), self._groups[group].spec.num_kv_heads), np.uint64)
 
     def start(self, block_ids: Seq[int], group: int = 0, *, behind: Step | None = None) -> TakeSums:
         sums = self(block_ids, group)
@@ -58,16 +59,16 @@ class InProcessEngine:
         self, runner: ModelRunner, *, max_num_seqs: int = 256, with_digests: bool = True
     ) -> None:
         self.runner = runner
-        self.pool = BlockPool(runner.num_blocks, runner.kv_cache.block_size)
+        self.pools = Pools(runner.groups, runner.capacity)
         self._inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
         sums: BlockSums = runner.block_sums()
         if not with_digests:
-            sums = NoBlockSums(runner.groups[0].spec.num_kv_heads)
+            sums = NoBlockSums(runner.groups)
         failpoints = Failpoints(set())
         self.engine = EngineLoop(
             runner,
-            self.pool,
-            Sealer(self.pool, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
+            self.pools,
+            Sealer(self.pools, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
             identity=msg.Peer("benchmark", "ab" * 16, ""),
             limits=StepLimits(runner.token_budget, max_num_seqs),
             inbox=self._inbox,
@@ -109,7 +110,7 @@ class InProcessEngine:
         for prompt in prompts:
             self.submit(prompt, 1)
         self.run_until_idle()
-        num_starting = 2 * (batch * self.pool.block_size // self.runner.token_budget + 2)
+        num_starting = 2 * (batch * self.pools.block_size // self.runner.token_budget + 2)
         for prompt in prompts:
             self.submit(prompt, num_starting + num_steps)
         steps = self.run_until_idle()

@@ -46,9 +46,9 @@ def begin_step(
     Args:
         rows: int32 [B], each row's slot, distinct; −1 is padding.
         token_ids, context_lens: int32 [S].
-        block_tables: int32 [S, max_blocks]; blocks of a row adjacent.
+        block_tables: int32 [G, S, max_blocks], by cache group; blocks of a row adjacent.
         input_ids, positions: int32 [≥ B], out.
-        slots: int64 [≥ B], out: block_id · block_size + offset.
+        slots: int64 [G, ≥ B], out: block_id · block_size + offset.
         pdl: launched to overlap the end of the kernel before.
     """
     count = rows.numel()
@@ -64,8 +64,11 @@ def begin_step(
         positions,
         slots,
         count,
-        block_tables.shape[1],
+        block_tables.shape[2],
+        block_tables.stride(1),
         block_tables.stride(0),
+        slots.stride(0),
+        GROUPS=block_tables.shape[0],
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
         PDL=pdl,
@@ -82,7 +85,7 @@ def _scatter(state, updates, count, stride, BLOCK: tl.constexpr):
     tl.store(state + offset, value, mask=offset >= 0)
 
 
-@triton.jit(do_not_specialize=["count", "max_blocks"])
+@triton.jit(do_not_specialize=["count", "max_blocks", "group_stride", "slots_stride"])
 def _begin_step(
     rows,
     token_ids,
@@ -94,6 +97,9 @@ def _begin_step(
     count,
     max_blocks,
     stride,
+    group_stride,
+    slots_stride,
+    GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -108,9 +114,14 @@ def _begin_step(
     token = tl.load(token_ids + slot, mask=real, other=0)
     page = position // BLOCK_SIZE
     placed = real & (page < max_blocks)
-    block = tl.load(block_tables + slot.to(tl.int64) * stride + page, mask=placed, other=0)
-    place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
     tl.store(input_ids + i, token, mask=i < count)
     tl.store(positions + i, position, mask=i < count)
-    tl.store(slots + i, tl.where(placed, place, -1), mask=i < count)
+    entry = block_tables + slot.to(tl.int64) * stride + page
+    out = slots + i
+    for _ in tl.static_range(GROUPS):
+        block = tl.load(entry, mask=placed, other=0)
+        place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        tl.store(out, tl.where(placed, place, -1), mask=i < count)
+        entry += group_stride
+        out += slots_stride
     tl.store(context_lens + slot, position + 1, mask=real)

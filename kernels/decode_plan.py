@@ -108,12 +108,21 @@ def make_work(
     )
 
 
-def plan_decode(rows: Tensor, context_lens: Tensor, work: DecodeWork, *, window: int = 0) -> None:
+def plan_decode(
+    rows: Tensor,
+    context_lens: Tensor,
+    work: DecodeWork,
+    *,
+    back: Tensor | None = None,
+    window: int = 0,
+) -> None:
     """Lists the items of a step in `work`, for all layers with this window.
 
     Args:
         rows: int32 [B], the slot of each row, −1 for none; B is what `work` was made for.
         context_lens: int32 [slots], at least 1 for a slot in `rows`.
+        back: int32 [B], fewer than the context: how many keys at its end a row does not see, for
+            its token is not the slot's last one. None: it sees them all.
         window: a row sees its last `window` keys only; 0 means all of them.
     """
     num_rows, num_items = work.num_rows, work.items.shape[0]
@@ -123,6 +132,7 @@ def plan_decode(rows: Tensor, context_lens: Tensor, work: DecodeWork, *, window:
     _plan[(triton.cdiv(num_items, _PLANNED_AT_ONCE),)](
         rows,
         context_lens,
+        back,
         work.items,
         work.row_items,
         num_rows,
@@ -132,6 +142,7 @@ def plan_decode(rows: Tensor, context_lens: Tensor, work: DecodeWork, *, window:
         ROWS=triton.next_power_of_2(num_rows),
         ITEMS=_PLANNED_AT_ONCE,
         FIELDS=ITEM_FIELDS,
+        HAS_BACK=back is not None,
         num_warps=4,
     )
 
@@ -140,6 +151,7 @@ def plan_decode(rows: Tensor, context_lens: Tensor, work: DecodeWork, *, window:
 def _plan(
     rows,
     context_lens,
+    back,
     items,
     row_items,
     num_rows,
@@ -149,11 +161,14 @@ def _plan(
     ROWS: tl.constexpr,
     ITEMS: tl.constexpr,
     FIELDS: tl.constexpr,
+    HAS_BACK: tl.constexpr,
 ):
     """Writes ITEMS entries of the list; every program finds out by itself where rows begin."""
     row = tl.arange(0, ROWS)
     slot = tl.load(rows + row, mask=row < num_rows, other=-1)
     length = tl.load(context_lens + slot, mask=slot >= 0, other=0)
+    if HAS_BACK:
+        length -= tl.load(back + row, mask=slot >= 0, other=0)
     first_key = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     tiles = tl.cdiv(length, TILE) - first_key // TILE
     # The sum over rows of ceil(tiles / per_item) is at most (num_items − num_rows) + num_rows.
@@ -168,6 +183,8 @@ def _plan(
     is_used = row < num_rows
     slot = tl.load(rows + row, mask=is_used, other=-1)
     length = tl.load(context_lens + slot, mask=slot >= 0, other=0)
+    if HAS_BACK:
+        length -= tl.load(back + row, mask=slot >= 0, other=0)
     first_key = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     first_tile = first_key // TILE
     tiles = tl.cdiv(length, TILE) - first_tile

@@ -140,14 +140,16 @@ class QueryUnits:
     """U units of `num_queries` consecutive tokens of one row each, with NT key tiles in all.
 
     All decoding rows are one such group; each stretch of a prompt chunk is a group of one unit.
-    Units come with falling numbers of tiles; tiles are ordered by their number, then by unit.
+    Units come with falling numbers of tiles; tiles are ordered by their place in their unit, then
+    by unit.
     """
 
-    first_token: int
+    tokens: Tensor
+    """int64 [U · num_queries]: which of the step's tokens these are."""
     num_units: int
     num_queries: int
     units_with_tile: list[int]
-    """By tile number: how many units have that tile; they are the first ones."""
+    """By place: how many units have a tile there; they are the first ones."""
     unit_of_tile: Tensor
     """int64 [NT]"""
     rows: Tensor
@@ -176,24 +178,26 @@ def plan_step(
     *,
     num_heads: int,
     min_rows: int,
+    window: int | None = None,
 ) -> StepPlan:
     """Prepares a step for all layers of a cache group, once.
 
     Args:
         query_start: [R + 1], rows of one token first, longest context first (see BatchColumns).
         context_lens: [R].
-        block_table: [R, blocks], −1 beyond a row's context.
+        block_table: [R, blocks], −1 in holes, which read as zeros, and beyond a row's context.
         slot_mapping: [T].
         kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; the last block is zero.
         num_heads: query heads.
         min_rows: matrix products get at least as many rows.
+        window: positions that a token attends to, its own among them; None: all before it.
     """
     _, num_kv_heads, num_layers, _, block_size, head_dim = kv.shape
     scores_bytes = num_heads * TILE * 4
     keys_bytes = num_kv_heads * TILE * head_dim * kv.element_size()
     units = [
-        _plan_units(span, block_table[span.rows], kv, num_heads, min_rows)
-        for span in _spans(query_start, context_lens, scores_bytes, keys_bytes)
+        _plan_units(span, block_table[span.rows], kv, num_heads, min_rows, window)
+        for span in _spans(query_start, context_lens, scores_bytes, keys_bytes, window)
     ]
     blocks, offsets = np.divmod(slot_mapping, block_size)
     heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
@@ -210,10 +214,23 @@ def plan_step(
 class _Span:
     """Units of `num_queries` tokens, one of each row in `rows`, which end before `visible` [U]."""
 
-    first_token: int
+    first_token: npt.NDArray[np.int64]
+    """[U]"""
     num_queries: int
-    rows: slice
+    rows: npt.NDArray[np.int64]
     visible: npt.NDArray[np.int64]
+
+
+def _num_tiles(
+    first_query: npt.NDArray[np.int64], visible: npt.NDArray[np.int64], window: int | None
+) -> npt.NDArray[np.int64]:
+    """[U]: tiles from the first key that a unit's first token sees to its last token's own."""
+    return -(-visible // TILE) - _first_tile(first_query, window)
+
+
+def _first_tile(first_query: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:
+    first_key = first_query * 0 if window is None else first_query - window + 1
+    return np.maximum(first_key, 0) // TILE
 
 
 def _spans(
@@ -221,29 +238,41 @@ def _spans(
     context_lens: npt.NDArray[np.int64],
     scores_bytes: int,
     keys_bytes: int,
+    window: int | None,
 ) -> Iterator[_Span]:
     """Cuts a step into units that need about _SCRATCH_BYTES; both sizes are for one tile."""
     starts = query_start.tolist()
-    num_tiles = (-(-context_lens // TILE)).tolist()
     num_single = int(np.count_nonzero(np.diff(query_start) == 1))
+    singles = context_lens[:num_single]
+    num_tiles = _num_tiles(singles - 1, singles, window)
+    # Those with most tiles first: with a window that need not be the longest.
+    order = np.argsort(-num_tiles, kind="stable")
     first = 0
     while first < num_single:
-        at_once = max(1, _SCRATCH_BYTES // (keys_bytes * num_tiles[first]))
-        rows = slice(first, min(num_single, first + at_once))
-        yield _Span(first, 1, rows, context_lens[rows])
-        first = rows.stop
+        at_once = max(1, _SCRATCH_BYTES // (keys_bytes * int(num_tiles[order[first]])))
+        rows = order[first : first + at_once]
+        yield _Span(rows, 1, rows, context_lens[rows])
+        first += len(rows)
     for row in range(num_single, len(context_lens)):
-        at_once = _SCRATCH_BYTES // (scores_bytes * num_tiles[row])
+        one = np.array([row])
+        first_query = context_lens[one] - (starts[row + 1] - starts[row])
+        most_tiles = int(_num_tiles(first_query, context_lens[one], window)[0])
+        at_once = _SCRATCH_BYTES // (scores_bytes * most_tiles)
         at_once = min(max(at_once, _MIN_QUERIES), _MAX_QUERIES)
         end = starts[row + 1]
         for first in range(starts[row], end, at_once):
             num_queries = min(at_once, end - first)
-            visible = context_lens[row : row + 1] - (end - first - num_queries)
-            yield _Span(first, num_queries, slice(row, row + 1), visible)
+            visible = context_lens[one] - (end - first - num_queries)
+            yield _Span(np.array([first]), num_queries, one, visible)
 
 
 def _plan_units(
-    span: _Span, block_table: npt.NDArray[np.int64], kv: Tensor, num_heads: int, min_rows: int
+    span: _Span,
+    block_table: npt.NDArray[np.int64],
+    kv: Tensor,
+    num_heads: int,
+    min_rows: int,
+    window: int | None,
 ) -> QueryUnits:
     """Plans a span's units; block_table [U, blocks] holds the ids of its rows."""
     visible, num_queries = span.visible, span.num_queries
@@ -251,17 +280,22 @@ def _plan_units(
     num_units = len(visible)
     heads_per_kv = num_heads // num_kv_heads
     blocks_per_tile = TILE // block_size
-    num_tiles = -(-visible // TILE)
+    first_query = visible - num_queries
+    first_tile = _first_tile(first_query, window)
+    num_tiles = _num_tiles(first_query, visible, window)
     max_tiles = int(num_tiles.max())
     has_tile = np.arange(max_tiles)[:, None] < num_tiles
-    tile_number, unit_of_tile = np.nonzero(has_tile)
+    place_in_unit, unit_of_tile = np.nonzero(has_tile)
+    tile_number = first_tile[unit_of_tile] + place_in_unit
 
-    table = np.full((num_units, max_tiles * blocks_per_tile), num_blocks_and_zero - 1)
-    width = min(block_table.shape[1], table.shape[1])
+    # Whole tiles, as many as the longest row has, or as the table's width makes.
+    whole = max(block_table.shape[1], -(-int(visible.max()) // block_size))
+    table = np.full((num_units, -(-whole // blocks_per_tile) * blocks_per_tile), -1)
     num_blocks = -(-visible // block_size)
-    listed = np.arange(width) < num_blocks[:, None]
-    table[:, :width][listed] = block_table[:, :width][listed]
-    blocks = table.reshape(num_units, max_tiles, blocks_per_tile)[unit_of_tile, tile_number]
+    listed = np.arange(block_table.shape[1]) < num_blocks[:, None]
+    table[:, : block_table.shape[1]][listed] = block_table[listed]
+    table[table < 0] = num_blocks_and_zero - 1
+    blocks = table.reshape(num_units, -1, blocks_per_tile)[unit_of_tile, tile_number]
 
     heads = np.arange(num_kv_heads)[:, None]
     keys = (blocks[:, None, :] * num_kv_heads + heads) * (num_layers * 2)
@@ -270,20 +304,23 @@ def _plan_units(
     tile_of_unit = np.zeros((max_tiles, num_units), np.int64)
     tile_of_unit[has_tile] = np.arange(len(tile_number))
     last_block = num_blocks - 1
-    tail_tile = tile_of_unit[last_block // blocks_per_tile, np.arange(num_units)]
+    tail_tile = tile_of_unit[num_tiles - 1, np.arange(num_units)]
     tail = (tail_tile[:, None] * num_kv_heads + heads.T) * blocks_per_tile
     tail += (last_block % blocks_per_tile)[:, None]
     slots = np.arange(block_size) + (last_block * block_size)[:, None]
 
-    first_query = visible - num_queries
-    first_masked = int(has_tile[: int(first_query.min() + 1) // TILE].sum())
+    first_masked = 0
+    if window is None:
+        first_masked = int(has_tile[: int(first_query.min() + 1) // TILE].sum())
     key_position = tile_number[first_masked:, None] * TILE + np.arange(TILE)
     query = first_query[unit_of_tile[first_masked:], None] + np.arange(num_queries)
     masked = key_position[:, None, :] > query[:, :, None]
+    if window is not None:
+        masked |= key_position[:, None, :] <= query[:, :, None] - window
     if num_queries > 1:
         masked = np.repeat(masked, heads_per_kv, axis=1)
     return QueryUnits(
-        first_token=span.first_token,
+        tokens=_to(kv, (span.first_token[:, None] + np.arange(num_queries)).reshape(-1)),
         num_units=num_units,
         num_queries=num_queries,
         units_with_tile=has_tile.sum(1).tolist(),
@@ -322,12 +359,12 @@ def paged_attention(query: Tensor, kv: Tensor, layer: int, plan: StepPlan, scale
     scaled = query * scale
     for units in plan.units:
         num_tokens = units.num_units * units.num_queries
-        span = slice(units.first_token, units.first_token + num_tokens)
         shape = (units.num_units, units.num_queries, num_kv_heads, -1, head_dim)
-        by_head = scaled[span].view(shape).transpose(1, 2).flatten(2, 3)
+        by_head = scaled.index_select(0, units.tokens).view(shape).transpose(1, 2).flatten(2, 3)
         attended = _attend(by_head, kv, layer, units)
         by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, head_dim)
-        out[span] = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
+        by_token = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
+        out.index_copy_(0, units.tokens, by_token)
     return out
 
 

@@ -23,6 +23,7 @@ def draw_reference(
     *,
     out: Tensor | None = None,
     work: object = None,
+    back: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """See kernels.sampling.draw; `work` and `pdl` are not used."""
@@ -43,7 +44,10 @@ def draw_reference(
             tokens = equal.int().cumsum(-1).eq(0).sum(-1)
         else:
             # Element 0 of the stream from s is mix(s + GOLDEN).
-            key = random_bits(stream[slot] + context_lens[slot].long() * _GOLDEN, 1)[:, 0]
+            position = context_lens[slot].long()
+            if back is not None:
+                position -= back[index].long()
+            key = random_bits(stream[slot] + position * _GOLDEN, 1)[:, 0]
             limits = (temperature[slot], top_k[slot].long(), top_p[slot], min_p[slot])
             tokens = sample(chosen, *limits, key)
         out[index] = tokens.int()
@@ -79,12 +83,74 @@ def begin_step_reference(
 ) -> None:
     """See kernels.batch_state.begin_step; `pdl` is not used."""
     for i, slot in enumerate(rows.tolist()):
-        input_ids[i], positions[i], slots[i] = 0, 0, -1
+        input_ids[i], positions[i], slots[:, i] = 0, 0, -1
         if slot < 0:
             continue
         position = int(context_lens[slot])
-        page, offset = divmod(position, block_size)
         input_ids[i], positions[i] = token_ids[slot], position
-        if page < block_tables.shape[1]:
-            slots[i] = int(block_tables[slot, page]) * block_size + offset
+        slots[:, i] = _places(block_tables[:, slot], position, block_size)
         context_lens[slot] = position + 1
+
+
+def begin_drafted_step_reference(
+    rows: Tensor,
+    token_ids: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    draft_ids: Tensor,
+    num_drafts: Tensor,
+    input_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    token_rows: Tensor,
+    back: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """See kernels.drafts.begin_drafted_step."""
+    width = draft_ids.shape[1] + 1
+    for row, slot in enumerate(rows.tolist()):
+        count = int(num_drafts[slot]) if slot >= 0 else -1
+        base = int(context_lens[slot]) if slot >= 0 else 0
+        for j in range(width):
+            i = row * width + j
+            input_ids[i], positions[i], slots[:, i], token_rows[i], back[i] = 0, 0, -1, -1, 0
+            if j <= count:
+                input_ids[i] = token_ids[slot] if j == 0 else draft_ids[slot, j - 1]
+                positions[i], token_rows[i], back[i] = base + j, slot, count - j
+                slots[:, i] = _places(block_tables[:, slot], base + j, block_size)
+        if slot >= 0:
+            context_lens[slot] = base + 1 + count
+
+
+def accept_drafts_reference(
+    rows: Tensor,
+    tokens: Tensor,
+    draft_ids: Tensor,
+    num_drafts: Tensor,
+    token_ids: Tensor,
+    context_lens: Tensor,
+    counts: Tensor,
+) -> None:
+    """See kernels.drafts.accept_drafts."""
+    width = draft_ids.shape[1] + 1
+    for row, slot in enumerate(rows.tolist()):
+        counts[row] = 0
+        if slot < 0:
+            continue
+        drawn, drafts = tokens[row * width :][:width].tolist(), draft_ids[slot].tolist()
+        standing, count = 0, int(num_drafts[slot])
+        while standing < count and drawn[standing] == drafts[standing]:
+            standing += 1
+        if drawn[standing] >= 0:
+            token_ids[slot] = drawn[standing]
+        context_lens[slot] -= count - standing
+        counts[row] = standing + 1
+
+
+def _places(tables: Tensor, position: int, block_size: int) -> Tensor:
+    """tables [G, max_blocks] → [G], where each group keeps the token at a position."""
+    index, offset = divmod(position, block_size)
+    if index >= tables.shape[1]:
+        return torch.full((len(tables),), -1, device=tables.device)
+    return tables[:, index].long() * block_size + offset

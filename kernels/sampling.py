@@ -92,6 +92,7 @@ def draw(
     out: Tensor | None = None,
     work: SamplingWork | None = None,
     config: DrawConfig | None = None,
+    back: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Draws one token per row, with the parameters of the row's slot → int32 [R].
@@ -102,7 +103,7 @@ def draw(
 
     Args:
         logits: float32, bfloat16 or float16 [R, vocab]; tokens of a row adjacent.
-        rows: int32 [R], each row's slot, distinct; −1 is padding.
+        rows: int32 [R], each row's slot, distinct but where there is `back`; −1 is padding.
         context_lens: int32 [S], the position that the drawn token will have.
         temperature: float32 [S]; 0 takes the most likely token.
         top_k: int32 [S]; 0 keeps all.
@@ -111,6 +112,8 @@ def draw(
         token_ids: int32 [S], gets the drawn tokens.
         out: int32 [R].
         work: of make_sampling_work, for no fewer rows and no fewer tokens.
+        back: int32 [R], how far before its slot's position a row draws; of several rows of a slot
+            any may win `token_ids`. None: nowhere.
         pdl: launched to overlap the end of the kernel before.
     """
     num_rows, vocab = logits.shape
@@ -176,6 +179,7 @@ def draw(
         temperature,
         stream,
         context_lens,
+        back,
         *parts,
         work.row_value,
         work.arrivals,
@@ -187,6 +191,7 @@ def draw(
         BLOCK=config.race_block,
         MAX_SPLITS=_MAX_SPLITS,
         SKIP=config.skip,
+        HAS_BACK=back is not None,
         PDL=pdl,
         num_warps=4,
         **options,
@@ -261,6 +266,7 @@ def _race(
     temperature,
     stream,
     context_lens,
+    back,
     part_value,
     part_token,
     row_value,
@@ -273,6 +279,7 @@ def _race(
     BLOCK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SKIP: tl.constexpr,
+    HAS_BACK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -285,7 +292,10 @@ def _race(
         most = tl.load(row_value + row * 2)
         slot = tl.load(rows + row)
         heat = tl.load(temperature + slot)
-        draw = (tl.load(context_lens + slot) + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+        position = tl.load(context_lens + slot)
+        if HAS_BACK:
+            position -= tl.load(back + row)
+        draw = (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
         key = mix64(tl.load(stream + slot).to(tl.uint64, bitcast=True) + draw)
         source = logits + row.to(tl.int64) * stride
         best = tl.full((BLOCK,), float("-inf"), tl.float32)

@@ -173,10 +173,10 @@ def begin_step() -> Iterator[Point]:
 
     for count in (1, 256):
         rows = torch.arange(count, dtype=torch.int32, device="cuda")
-        tables = torch.zeros(count, 4096, dtype=torch.int32, device="cuda")
+        tables = torch.zeros(1, count, 4096, dtype=torch.int32, device="cuda")
         context_lens = torch.zeros_like(rows)
         token_ids, inputs, positions = (torch.zeros_like(rows) for _ in range(3))
-        slots = torch.zeros(count, dtype=torch.int64, device="cuda")
+        slots = torch.zeros(1, count, dtype=torch.int64, device="cuda")
 
         def ours(_: int) -> None:
             begin_step(

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,15 +34,17 @@ import torch
 from baton.loadtest.environment import describe_environment
 from baton.shared.kv.digest import Uint64Array, block_sums, digests, seeds
 from baton.shared.transfer import puller as puller_module
-from baton.shared.transfer.interface import BlockCopy, LocalPool, PeerConnection
+from baton.shared.transfer.interface import BlockCopy, GroupBlocks, LocalPool, PeerConnection
 from baton.shared.transfer.nixl import NixlTransport
-from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
+from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult, SumBlocks
 from baton.v1.kv_service_pb2 import PoolDescription
 from benchmarks.checkout import RESULTS, ROOT, set_import_path
 from benchmarks.stack.handoff_served import measure_served
 from models.dummy_model import given_or_dummy
 
 NUM_HEADS = 8
+GROUP = 0
+"""The only cache group."""
 RECORDED_GB_S = 186.0
 """NIXL 1.5.1 alone, READ of 512 random blocks of 2 MiB between two H200s."""
 
@@ -127,10 +129,9 @@ class _Bench:
         self._sums = sums
         self._args = args
         incarnation = secrets.token_hex(16)
-        memory = torch.zeros(
-            args.pool_blocks * args.block_bytes, dtype=torch.uint8, device=self._device
-        )
-        self._pool = LocalPool(memory, args.pool_blocks, args.block_bytes, NUM_HEADS, incarnation)
+        self._group = GroupBlocks(0, args.pool_blocks, args.block_bytes, NUM_HEADS)
+        memory = torch.zeros(self._group.end_bytes, dtype=torch.uint8, device=self._device)
+        self._pool = LocalPool(memory, (self._group,), incarnation)
         self._transport = NixlTransport(incarnation)
         self._transport.bind(self._pool)
         self._connection: PeerConnection | None = None
@@ -152,7 +153,7 @@ class _Bench:
             "ceiling": ceiling,
             "read": self._read_rates(num_blocks),
             "pull without sums": self._pull_rates(
-                num_blocks, lambda ids: nothing[: len(ids)], is_checked=False
+                num_blocks, lambda ids, group: nothing[: len(ids)], is_checked=False
             ),
             "pull with sums": self._pull_rates(num_blocks, sums, is_checked=True),
         }
@@ -181,16 +182,14 @@ class _Bench:
         for _ in range(self._args.reps):
             copies = self._copies(num_blocks)
             started_s = time.perf_counter()
-            self._connection.read(copies)
+            self._connection.read(GROUP, copies)
             rates.append(self._rate(num_blocks, time.perf_counter() - started_s))
-            local = _sums_of(self._pool)([copy.local_block_id for copy in copies])
+            local = _sums_of(self._pool)([copy.local_block_id for copy in copies], GROUP)
             remote = self._sums[[copy.remote_block_id for copy in copies]]
             assert np.array_equal(local, remote), "what landed is not what was read"
         return rates
 
-    def _pull_rates(
-        self, num_blocks: int, sum_blocks: Callable[[Sequence[int]], Uint64Array], is_checked: bool
-    ) -> list[float]:
+    def _pull_rates(self, num_blocks: int, sum_blocks: SumBlocks, is_checked: bool) -> list[float]:
         results: Queue[PullResult] = Queue()
         puller = Puller(self._transport, self._pool, results.put, sum_blocks)
         rates = []
@@ -220,21 +219,21 @@ class _Bench:
         seed = seeds(self._description.incarnation, ids, [0] * len(ids), NUM_HEADS)
         rows = digests(self._sums[ids], seed).tolist()
         expected = [ExpectedBlock(i, 0, tuple(row)) for i, row in zip(ids, rows, strict=True)]
-        return PullJob(0, self._description, copies, expected)
+        return PullJob(0, self._description, GROUP, copies, expected)
 
     def _rate(self, num_blocks: int, elapsed_s: float) -> float:
-        return num_blocks * self._pool.block_bytes / elapsed_s / 1e9
+        return num_blocks * self._group.block_bytes / elapsed_s / 1e9
 
 
-def _sums_of(pool: LocalPool) -> Callable[[Sequence[int]], Uint64Array]:
+def _sums_of(pool: LocalPool) -> SumBlocks:
     """Sums as a worker makes them: by a kernel on a GPU, with torch elsewhere."""
-    words = pool.words()
+    words = pool.words(GROUP)
     if not pool.memory.is_cuda:
-        return lambda ids: block_sums(words[list(ids)])
+        return lambda ids, group: block_sums(words[list(ids)])
 
     from baton.kernels import block_digest
 
-    def sums(ids: Sequence[int]) -> Uint64Array:
+    def sums(ids: Sequence[int], group: int) -> Uint64Array:
         on_device = torch.tensor(ids, dtype=torch.int32).to(words.device)
         found: Uint64Array = block_digest.block_sums(words, on_device).cpu().numpy()
         return found.view(np.uint64)
@@ -264,11 +263,12 @@ def _synchronize() -> None:
 
 def _own(device: str, num_blocks: int, block_bytes: int) -> None:
     """The other process: prints its pool's description and sums, and lives until stdin ends."""
-    memory = torch.empty(num_blocks * block_bytes, dtype=torch.uint8, device=device)
+    group = GroupBlocks(0, num_blocks, block_bytes, NUM_HEADS)
+    memory = torch.empty(group.end_bytes, dtype=torch.uint8, device=device)
     memory.random_(0, 256)
     incarnation = secrets.token_hex(16)
-    pool = LocalPool(memory, num_blocks, block_bytes, NUM_HEADS, incarnation)
-    words = pool.words()
+    pool = LocalPool(memory, (group,), incarnation)
+    words = pool.words(GROUP)
     # A few at once: torch makes long integers of all words.
     parts = [block_sums(words[start : start + 16]) for start in range(0, num_blocks, 16)]
     sums = np.concatenate(parts)

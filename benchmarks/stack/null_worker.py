@@ -24,6 +24,7 @@ from baton.services.worker.directory_sync import DirectorySync
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
 from baton.shared.engine.config import load_model_config
 from baton.shared.kv.capability import Capability
+from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, stop_event
@@ -118,7 +119,7 @@ async def serve(args: argparse.Namespace) -> int:
     stop = stop_event()
     model = load_model_config(args.model)
     incarnation = secrets.token_hex(16)
-    capability = Capability("null", "none", _BLOCK_SIZE, "none", (), "consistent (no engine)")
+    capability = Capability("null", "none", "none", _BLOCK_SIZE, (), "consistent (no engine)")
     engine = NullEngine(capability.hash(), model.vocab_size, args.step_ms / 1e3)
     endpoint = Endpoint(max_message_bytes=INTERNAL_MESSAGE_BYTES)
     decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(
@@ -140,8 +141,8 @@ async def serve(args: argparse.Namespace) -> int:
                 max_model_len=model.max_position_embeddings,
                 eos_token_ids=tuple(model.eos_token_ids),
             ),
-            num_blocks=_NUM_BLOCKS,
-            load=WorkerLoad(0, engine.num_running, _NUM_BLOCKS, {}),
+            capacity=Capacity(_BLOCK_SIZE, (_NUM_BLOCKS,), (GroupShare(0),)),
+            load=WorkerLoad(0, engine.num_running, (_NUM_BLOCKS,), {}),
         )
 
     directory = DirectorySync(

@@ -6,10 +6,13 @@ preempted first, so the oldest always goes on and everything finishes in the end
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from baton.shared.kv.sequence import Sequence, SequenceState
+
+Lacking = Callable[[Sequence], Seq[int]]
+"""By pool: blocks that a sequence lacks for the tokens that it computes next."""
 
 
 def running(hosted: Iterable[Sequence]) -> list[Sequence]:
@@ -32,51 +35,51 @@ def running(hosted: Iterable[Sequence]) -> list[Sequence]:
     ]
 
 
-def lacking_blocks(running: Iterable[Sequence], block_size: int) -> list[Sequence]:
-    """Those that have no slot for the token that they compute next; all groups' tables grow
-    together."""
+def lacking_room(running: Iterable[Sequence]) -> list[Sequence]:
+    """Those that have no room, in some group, for the token that they compute next."""
     return [
         sequence
         for sequence in running
-        if len(sequence.block_tables[0]) * block_size <= sequence.num_scheduled_tokens
+        if sequence.num_room_tokens <= sequence.num_scheduled_tokens
     ]
 
 
-def num_blocks_wanted(sequence: Sequence, block_size: int) -> int:
-    """Blocks that a sequence lacks for the token that it computes next, over all groups."""
-    have = sequence.num_scheduled_tokens // block_size + 1
-    wanted = 0
-    for table in sequence.block_tables:
-        wanted += have - len(table)
-    return max(0, wanted)
-
-
-def is_short_of_blocks(running: Iterable[Sequence], num_free_blocks: int, block_size: int) -> bool:
-    lacking = lacking_blocks(running, block_size)
-    return sum(num_blocks_wanted(sequence, block_size) for sequence in lacking) > num_free_blocks
+def is_short_of_blocks(
+    lacking: Iterable[Sequence], num_lacking: Lacking, num_free_blocks: Seq[int]
+) -> bool:
+    """Whether some pool has too few blocks for all of them; `num_free_blocks` by pool."""
+    wanted = [0] * len(num_free_blocks)
+    for sequence in lacking:
+        wanted = list(map(int.__add__, wanted, num_lacking(sequence)))
+    return any(map(int.__gt__, wanted, num_free_blocks))
 
 
 def choose_victim(holders: Seq[Sequence]) -> Sequence | None:
     """Who is preempted: the last of those that hold blocks, in order of arrival; never the first.
 
-    Alone in the pool a sequence always fits: larger ones are refused when they are admitted.
+    Alone in the pools a sequence always fits: larger ones are refused when they are admitted.
     """
     return holders[-1] if len(holders) > 1 else None
 
 
 def plan_rows(
-    running: Iterable[Sequence], *, num_free_blocks: int, max_rows: int, block_size: int
+    running: Iterable[Sequence],
+    num_lacking: Lacking,
+    *,
+    num_free_blocks: Seq[int],
+    max_rows: int,
 ) -> list[Sequence]:
-    """Those that decode in this step, oldest first.
+    """Those that decode in this step, oldest first; `num_free_blocks` by pool.
 
     One that lacks a block which a transfer, or a step in flight, still keeps sits the step out.
     """
     rows: list[Sequence] = []
+    free = list(num_free_blocks)
     for sequence in running:
         if len(rows) == max_rows:
             break
-        wanted = num_blocks_wanted(sequence, block_size)
-        if wanted <= num_free_blocks:
-            num_free_blocks -= wanted
+        left = list(map(int.__sub__, free, num_lacking(sequence)))
+        if min(left) >= 0:
+            free = left
             rows.append(sequence)
     return rows

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -25,7 +25,6 @@ from baton.shared.directory.ledger import Stage
 from baton.shared.directory.workers import WorkerRecord
 from baton.shared.engine.config import ModelConfig
 from baton.shared.kv.block_hash import boundary_hashes, root_hash
-from baton.shared.kv.sequence import num_blocks_for
 from baton.shared.rpc.errors import InvalidField
 from baton.shared.rpc.serve import internal_channel
 from baton.shared.telemetry import log_event
@@ -45,7 +44,16 @@ class _Known:
     seen_at: float
     num_started: int = 0
     """Sequences sent there since its record last changed."""
-    num_blocks_started: int = 0
+    num_tokens_started: list[int] = field(default_factory=list)
+    """Of each of these."""
+
+    def num_free_blocks(self) -> tuple[int, ...]:
+        """By pool: what the worker said, less what was sent there since."""
+        free = self.record.load.num_free_blocks
+        for num_tokens in self.num_tokens_started:
+            taken = self.record.capacity.blocks_for(num_tokens)
+            free = tuple(max(0, have - take) for have, take in zip(free, taken, strict=True))
+        return free
 
 
 @dataclass(slots=True)
@@ -180,11 +188,8 @@ class Cluster:
                 address=known.record.address,
                 role=known.record.role,
                 capability_hash=known.record.capability.hash(),
-                block_size=known.record.capability.block_size,
-                num_blocks=known.record.num_blocks,
-                num_free_blocks=max(
-                    0, known.record.load.num_free_blocks - known.num_blocks_started
-                ),
+                capacity=known.record.capacity,
+                num_free_blocks=known.num_free_blocks(),
                 num_waiting=known.record.load.num_waiting + known.num_started,
                 num_running=known.record.load.num_running,
                 num_outstanding_tokens=self._outstanding_tokens[known.record.incarnation],
@@ -221,16 +226,17 @@ class Cluster:
         """As the workers have them; the model's own while none is known."""
         records = self.records()
         lengths = [record.model.max_model_len for record in records]
+        max_model_len = min(lengths, default=self._model.max_position_embeddings)
         pools = [
             max(
-                (r.num_blocks * r.capability.block_size for r in records if r.role != other_side),
+                (r.capacity.max_tokens(max_model_len) for r in records if r.role != other_side),
                 default=None,
             )
             for other_side in ("prefill", "decode")
         ]
         return Limits(
             vocab_size=self._model.vocab_size,
-            max_model_len=min(lengths, default=self._model.max_position_embeddings),
+            max_model_len=max_model_len,
             max_pool_tokens=min((pool for pool in pools if pool is not None), default=None),
         )
 
@@ -289,8 +295,7 @@ class Cluster:
             await self._wait(turn.hold() if may_hold else changed.wait())
             return None
         hits = await self._locate(token_ids, salt, snapshots)
-        block_size = snapshots[0].block_size
-        num_blocks = num_blocks_for(len(token_ids) + num_new_tokens, block_size)
+        num_tokens = len(token_ids) + num_new_tokens
         # Others may have been sent meanwhile; until the route is noted nothing else runs.
         snapshots = self.snapshots()
 
@@ -299,7 +304,7 @@ class Cluster:
                 snapshots,
                 hits,
                 len(token_ids),
-                num_blocks,
+                num_tokens,
                 capability_hash=capability_hash,
                 local_prefill=local_prefill,
                 spread=self._spread,
@@ -313,12 +318,13 @@ class Cluster:
             return None
         if route is not None:
             self._spread += 1
-            self._note_started(route, len(token_ids), block_size)
+            self._note_started(route, len(token_ids))
             return route
-        largest = max((s.num_blocks for s in snapshots), default=num_blocks)
-        if num_blocks > largest:
-            limit = f"{largest} blocks, the largest pool"
-            raise InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
+        if snapshots and not any(s.capacity.holds(num_tokens) for s in snapshots):
+            largest = max((s.capacity for s in snapshots), key=lambda c: c.max_tokens(num_tokens))
+            limit = f"{largest.describe()}, the largest there is"
+            problem = f"needs {largest.describe_need(num_tokens)}"
+            raise InvalidField("token_ids", problem, limit=limit)
         turn.leave()
         await self._wait(changed.wait())
         return None
@@ -338,13 +344,13 @@ class Cluster:
             del self._outstanding_tokens[incarnation]
         self._turns.wake()
 
-    def _note_started(self, route: Route, num_tokens: int, block_size: int) -> None:
+    def _note_started(self, route: Route, num_tokens: int) -> None:
         self._outstanding_tokens[route.computes_prompt.incarnation] += route.num_new_tokens
         for worker in (route.prefill, route.decode):
             known = self._known.get(worker.worker_id) if worker is not None else None
             if known is not None:
                 known.num_started += 1
-                known.num_blocks_started += num_blocks_for(num_tokens, block_size)
+                known.num_tokens_started.append(num_tokens)
 
     async def _locate(
         self, token_ids: list[int], salt: bytes, snapshots: list[WorkerSnapshot]
@@ -356,7 +362,7 @@ class Cluster:
         for capability_hash in {snapshot.capability_hash for snapshot in snapshots}:
             alike = [s for s in snapshots if s.capability_hash == capability_hash]
             root = root_hash(capability_hash, salt=salt)
-            listed = boundary_hashes(root, token_ids, alike[0].block_size)
+            listed = boundary_hashes(root, token_ids, alike[0].capacity.block_size)
             if not listed:
                 continue
             try:

@@ -178,8 +178,8 @@ class Frontend:
                 healthy=record.incarnation not in suspects,
                 num_waiting=record.load.num_waiting,
                 num_running=record.load.num_running,
-                num_free_blocks=record.load.num_free_blocks,
-                num_blocks=record.num_blocks,
+                num_free_blocks=sum(record.load.num_free_blocks),
+                num_blocks=sum(record.capacity.num_blocks),
                 capability_hash=record.capability.hash(),
                 determinism=record.capability.determinism,
             )

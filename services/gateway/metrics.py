@@ -147,8 +147,8 @@ def cluster_load(workers: Iterable[WorkerRecord]) -> ClusterLoad:
         waiting[worker.role] += worker.load.num_waiting
         running[worker.role] += worker.load.num_running
         side = "prefill" if worker.role == "prefill" else "decode"
-        blocks[side] += worker.num_blocks
-        free[side] += worker.load.num_free_blocks
+        blocks[side] += sum(worker.capacity.num_blocks)
+        free[side] += sum(worker.load.num_free_blocks)
     num_paired = max(waiting["decode"] + running["decode"], waiting["prefill"] + running["prefill"])
     num_queued = max(waiting["prefill"], waiting["decode"] - running["prefill"])
     usages = (1 - free[side] / blocks[side] for side in blocks if blocks[side])

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from baton.shared.kv.block_hash import stride_blocks
-from baton.shared.kv.sequence import num_blocks_for
+from baton.shared.kv.capacity import Capacity
 
 Role = Literal["prefill", "decode", "both"]
 _Rank = TypeVar("_Rank", bound=tuple[int, ...])
 _Held = TypeVar("_Held")
+_ANY_LENGTH = 1 << 31
+"""Tokens, more than any sequence has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +27,20 @@ class WorkerSnapshot:
     address: str
     role: Role
     capability_hash: str
-    block_size: int
-    num_blocks: int
-    num_free_blocks: int
+    capacity: Capacity
+    num_free_blocks: tuple[int, ...]
+    """By block pool."""
     num_waiting: int
     num_running: int
     num_outstanding_tokens: int = 0
     """Prompt tokens to compute that this gateway sent there and whose first token has not come."""
     suspect: bool = False
     """Silent, unhealthy or draining: gets nothing new."""
+
+    @property
+    def num_free_tokens(self) -> int:
+        """Of the longest sequence for which there are free blocks."""
+        return self.capacity.max_tokens(_ANY_LENGTH, self.num_free_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ def choose(
     workers: Collection[WorkerSnapshot],
     hits: Mapping[str, int],
     num_prompt_tokens: int,
-    num_blocks_needed: int,
+    num_tokens: int,
     *,
     capability_hash: str | None = None,
     local_prefill: LocalPrefill | None = None,
@@ -104,12 +111,12 @@ def choose(
     before it and those of it that are not cached there; then the smallest batch. Prefill workers
     do that; a `both` worker does where its capability has none that could, and then keeps the
     sequence. Otherwise the prefill worker's partner follows: a `decode` or `both` worker of equal
-    capability, most free blocks, then smallest batch. When the queue of the prefill worker is too
+    capability, most free room, then smallest batch. When the queue of the prefill worker is too
     long, a `both` partner may take the prompt alone (`LocalPrefill`).
 
     hits: worker id → cached tokens from the prompt's start (`longest_run`).
     num_prompt_tokens: what has to be in the cache before the next token can be drawn.
-    num_blocks_needed: of the whole sequence; smaller pools are left out. The prefill worker's
+    num_tokens: of the whole sequence; pools that cannot hold it are left out. The prefill worker's
         must hold the prompt.
     capability_hash: the only one acceptable, once an attempt has emitted tokens.
     local_prefill: None: a prompt never goes around the prefill workers, nor waits for room.
@@ -123,13 +130,12 @@ def choose(
     prefills = [
         worker
         for worker in usable
-        if worker.role == "prefill"
-        and worker.num_blocks >= num_blocks_for(num_prompt_tokens, worker.block_size)
+        if worker.role == "prefill" and worker.capacity.holds(num_prompt_tokens)
     ]
     decodes = [
         worker
         for worker in usable
-        if worker.role != "prefill" and worker.num_blocks >= num_blocks_needed
+        if worker.role != "prefill" and worker.capacity.holds(num_tokens)
     ]
     with_prefill = {worker.capability_hash for worker in prefills}
     with_decode = {worker.capability_hash for worker in decodes}
@@ -206,19 +212,18 @@ def longest_run(
     """
     runs = {}
     for worker in workers:
-        num_held = 0
-        for holders in boundary_holders:
-            if holders.get(worker.worker_id) != worker.incarnation:
-                break
-            num_held += 1
-        if num_held:
-            num_blocks = num_held * stride_blocks(worker.block_size)
-            runs[worker.worker_id] = num_blocks * worker.block_size
+        deepest = 0
+        for number, holders in enumerate(boundary_holders, 1):
+            if holders.get(worker.worker_id) == worker.incarnation:
+                deepest = number
+        if deepest:
+            block_size = worker.capacity.block_size
+            runs[worker.worker_id] = deepest * stride_blocks(block_size) * block_size
     return runs
 
 
 def _decode_rank(worker: WorkerSnapshot) -> tuple[int, int]:
-    return (-worker.num_free_blocks, worker.num_running + worker.num_waiting)
+    return (-worker.num_free_tokens, worker.num_running + worker.num_waiting)
 
 
 def _best(

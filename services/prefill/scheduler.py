@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from baton.shared.kv.sequence import Sequence
@@ -26,16 +27,21 @@ class Chunk:
 
 
 def admission(
-    *, num_new_blocks: int, num_free_blocks: int, num_growing: int, prefix_is_coming: bool
+    *,
+    num_new_blocks: Seq[int],
+    num_free_blocks: Seq[int],
+    num_growing: Seq[int],
+    prefix_is_coming: bool,
 ) -> Admission:
-    """Whether a prompt may take its blocks now.
+    """Whether a prompt may take its blocks now; all numbers are by pool.
 
-    `num_growing` sequences here will need a block each as they grow; leaving them that much
-    keeps a new prompt from getting an older one preempted at once.
+    Sequences here will need `num_growing` blocks as they grow; leaving them that much keeps a new
+    prompt from getting an older one preempted at once.
     """
     if prefix_is_coming:
         return Admission.WAIT_FOR_PREFIX
-    if num_free_blocks - num_new_blocks < num_growing:
+    pools = zip(num_free_blocks, num_new_blocks, num_growing, strict=True)
+    if any(free - new < growing for free, new, growing in pools):
         return Admission.WAIT_FOR_ROOM
     return Admission.ADMIT
 
@@ -53,9 +59,12 @@ def plan_chunks(
         if token_budget <= 0 or len(chunks) >= max_rows:
             break
         left = sequence.num_prompt_tokens - sequence.num_scheduled_tokens
-        if left <= 0:
+        # A windowed group has room for a stretch at a time.
+        num_tokens = min(
+            left, token_budget, sequence.num_room_tokens - sequence.num_scheduled_tokens
+        )
+        if num_tokens <= 0:
             continue
-        num_tokens = min(left, token_budget)
         if num_tokens < left:
             overhang = (sequence.num_scheduled_tokens + num_tokens) % block_size
             if overhang < num_tokens:

@@ -1,104 +1,222 @@
 """Admission: a prompt takes its cached blocks, and room for all the rest, or it waits.
 
-Two prompts with a common prefix that arrive together compute (or pull) it once: the second one
-waits for the first one's blocks, then finds them in the cache.
+Who computes a prompt needs a prefix that every cache group has; who reads it from another worker
+leaves out what it holds, group by group. Two prompts with a common prefix that arrive together
+compute (or pull) it once: the second one waits for the first one's blocks, then finds them in the
+cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import takewhile
+from dataclasses import dataclass
 
 from baton.services.prefill.scheduler import Admission, admission
-from baton.services.worker.sealing import Sealer
+from baton.services.worker.sealing import Corrupt, Sealer
 from baton.services.worker.sequence_table import SequenceTable
-from baton.shared.kv.block_pool import BlockPool
-from baton.shared.kv.sequence import Sequence, num_blocks_for
+from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import BlockTable, Place, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What of a prompt is cached here."""
+
+    depth: int
+    """Blocks at the front that need not be computed, or read."""
+    blocks: list[list[int]]
+    """By group, from `first` on: a block, or NO_BLOCK where a new one is needed."""
+    first: list[int]
+    """By group: the first block that is needed."""
 
 
 class Admitter:
     def __init__(
         self,
-        pool: BlockPool,
+        pools: Pools,
         sealer: Sealer,
         table: SequenceTable,
-        on_dropped: Callable[[int, list[int]], None],
+        on_dropped: Callable[[Corrupt], None],
     ) -> None:
-        """`on_dropped`: told the cache group and ids of blocks that failed their check."""
-        self._pool = pool
+        """`on_dropped`: told of blocks that failed their check."""
+        self._pools = pools
         self._sealer = sealer
         self._table = table
         self._on_dropped = on_dropped
+        self._depths: dict[Sequence, int] = {}
+        """Of those that wait: how deep their prefix was found last."""
+        self._new_places: dict[Sequence, set[Place]] = {}
         self._coming: dict[bytes, tuple[Sequence, int]] = {}
-        """Hash of a block that a sequence computes or pulls → who, and where in its table."""
+        """Hash of a block that a sequence computes or pulls → who, and where in its tables."""
 
-    def try_admit(self, sequence: Sequence) -> Admission:
-        """Gives the sequence its block tables when it may have them now."""
-        if self._is_coming(sequence, sequence.num_sealed_blocks):
+    def try_admit(self, sequence: Sequence, *, reads: bool) -> Admission:
+        """Gives the sequence its block tables when it may have them now.
+
+        `reads`: another worker computes the prompt.
+        """
+        if self._is_coming(sequence, self._depths.get(sequence, 0)):
             return Admission.WAIT_FOR_PREFIX
-        matched = self._match(sequence)
-        num_matched, num_groups = len(matched[0]), len(matched)
-        num_new = num_blocks_for(sequence.num_prompt_tokens, self._pool.block_size) - num_matched
-        cached = [block_id for block_ids in matched for block_id in block_ids]
-        sequence.num_sealed_blocks = num_matched
+        found = self._held(sequence) if reads else self._hit(sequence)
+        self._depths[sequence] = found.depth
         verdict = admission(
-            num_new_blocks=num_new * num_groups,
-            num_free_blocks=self._pool.num_free_beside(cached),
-            num_growing=num_groups * len(self._table.growing()),
-            prefix_is_coming=self._is_coming(sequence, num_matched),
+            num_new_blocks=self._num_new_blocks(found),
+            num_free_blocks=self._num_free_beside(found),
+            num_growing=self._num_growing(),
+            prefix_is_coming=self._is_coming(sequence, found.depth),
         )
         if verdict is Admission.ADMIT:
-            if sequence.distrust and self._has_corrupt(matched):
-                return self.try_admit(sequence)
-            self._pool.acquire(cached)
-            sequence.block_tables = [ids + self._pool.allocate(num_new) for ids in matched]
-            sequence.num_cached_tokens = num_matched * self._pool.block_size
-            for index, block_hash in enumerate(sequence.block_hashes[0][num_matched:], num_matched):
-                self._coming[block_hash] = (sequence, index)
+            if sequence.distrust and self._has_corrupt(found):
+                return self.try_admit(sequence, reads=reads)
+            self._take(sequence, found)
         return verdict
+
+    def take_new_places(self, sequence: Sequence) -> set[Place]:
+        """Of a sequence that was just admitted: where in its tables nothing was cached."""
+        return self._new_places.pop(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended: what it was about to fill is not coming any more."""
-        for block_hash in sequence.block_hashes[0]:
+        self._depths.pop(sequence, None)
+        self._new_places.pop(sequence, None)
+        for block_hash in sequence.block_hashes:
             coming = self._coming.get(block_hash)
             if coming is not None and coming[0] is sequence:
                 del self._coming[block_hash]
 
+    # What is cached
+
     def _num_usable(self, sequence: Sequence) -> int:
         """A hit covers at most N − 1 tokens: the last one is computed to draw the next."""
-        return (sequence.num_prompt_tokens - 1) // self._pool.block_size
+        return (sequence.num_prompt_tokens - 1) // self._pools.block_size
 
     def _is_coming(self, sequence: Sequence, index: int) -> bool:
         """Whether another sequence is about to fill the block at `index` of this one's prompt."""
         if sequence.distrust or index >= self._num_usable(sequence):
             return False
-        coming = self._coming.get(sequence.block_hashes[0][index])
+        coming = self._coming.get(sequence.block_hashes[index])
         return coming is not None and coming[0].num_sealed_blocks <= coming[1]
 
-    def _match(self, sequence: Sequence) -> list[list[int]]:
-        """[group] → cached blocks at the front, as deep as every group has them.
-
-        A sequence marked `distrust` uses no block that has no digest to check.
-        """
-        usable = self._num_usable(sequence)
-        matched = [
-            self._pool.match(hashes[:usable], sequence.prompt_token_ids)
-            for hashes in sequence.block_hashes
-        ]
+    def _hit(self, sequence: Sequence) -> _Found:
+        """The deepest prefix that is valid in every group, and room for what is computed behind."""
+        hashes = sequence.block_hashes[: self._num_usable(sequence)]
+        depth = self._pools.prefix_cache.match(hashes, sequence.prompt_token_ids)
         if sequence.distrust:
-            matched = [list(takewhile(self._has_digest, block_ids)) for block_ids in matched]
-        depth = min(len(block_ids) for block_ids in matched)
-        return [block_ids[:depth] for block_ids in matched]
+            depth = self._pools.prefix_cache.match(
+                hashes[: self._num_with_digests(sequence, depth)], sequence.prompt_token_ids
+            )
+        position = depth * self._pools.block_size
+        block_size, groups = self._pools.block_size, self._pools.groups
+        first = [group.first_block(position, block_size) for group in groups]
+        blocks = []
+        for group, start in enumerate(first):
+            cached = [self._find(sequence, group, index) for index in range(start, depth)]
+            blocks.append(cached + [NO_BLOCK] * (self._end_of_room(sequence, group, start) - depth))
+        return _Found(depth, blocks, first)
 
-    def _has_digest(self, block_id: int) -> bool:
-        return self._pool.block(block_id).digest is not None
+    def _end_of_room(self, sequence: Sequence, group: int, first: int) -> int:
+        """Up to which block a group has room at once: all, or as far ahead of its window as it
+        goes; the rest follows when blocks were given back behind it."""
+        whole = -(-sequence.num_prompt_tokens // self._pools.block_size)
+        most = self._pools.capacity.groups[group].max_blocks
+        return whole if most is None else min(whole, first + most)
 
-    def _has_corrupt(self, matched: list[list[int]]) -> bool:
+    def _num_with_digests(self, sequence: Sequence, depth: int) -> int:
+        """Blocks at the front of which each group that has them has a digest to check."""
+        for index in range(depth):
+            for group in range(len(self._pools.groups)):
+                block_id = self._find(sequence, group, index)
+                if block_id != NO_BLOCK and not self._has_digest(group, block_id):
+                    return index
+        return depth
+
+    def _held(self, sequence: Sequence) -> _Found:
+        """Of all blocks that follow-up tokens read, those that are here, whichever they are."""
+        block_size, usable = self._pools.block_size, self._num_usable(sequence)
+        end = -(-sequence.num_prompt_tokens // block_size)
+        first, blocks, depth = [], [], usable
+        for group, each in enumerate(self._pools.groups):
+            start = each.first_block(sequence.num_prompt_tokens, block_size)
+            held = [self._find(sequence, group, index) for index in range(start, usable)]
+            if sequence.distrust:
+                held = [self._if_checkable(group, block_id) for block_id in held]
+            if NO_BLOCK in held:
+                depth = min(depth, start + held.index(NO_BLOCK))
+            first.append(start)
+            blocks.append(held + [NO_BLOCK] * (end - start - len(held)))
+        return _Found(depth, blocks, first)
+
+    def _find(self, sequence: Sequence, group: int, index: int) -> int:
+        return self._pools.prefix_cache.find(
+            sequence.block_hashes[index], group, sequence.prompt_token_ids
+        )
+
+    def _if_checkable(self, group: int, block_id: int) -> int:
+        is_there = block_id != NO_BLOCK and self._has_digest(group, block_id)
+        return block_id if is_there else NO_BLOCK
+
+    def _has_digest(self, group: int, block_id: int) -> bool:
+        return self._pools.of(group).block(block_id).digest is not None
+
+    def _has_corrupt(self, found: _Found) -> bool:
         """Whether any of the cached blocks had to go."""
         has_dropped = False
-        for group, block_ids in enumerate(matched):
-            bad = self._sealer.drop_corrupt(group, block_ids)
-            if bad:
-                self._on_dropped(group, bad)
+        for group, block_ids in enumerate(found.blocks):
+            corrupt = self._sealer.drop_corrupt(group, block_ids)
+            if corrupt:
+                self._on_dropped(corrupt)
                 has_dropped = True
         return has_dropped
+
+    # Room
+
+    def _num_new_blocks(self, found: _Found) -> list[int]:
+        """By pool."""
+        wanted = [0] * len(self._pools.by_number)
+        for share, blocks in zip(self._pools.capacity.groups, found.blocks, strict=True):
+            wanted[share.pool] += blocks.count(NO_BLOCK)
+        return wanted
+
+    def _num_free_beside(self, found: _Found) -> list[int]:
+        """By pool: free blocks that are left when the cached ones, which may be free too, are
+        taken."""
+        free = self._pools.num_free
+        for group, blocks in enumerate(found.blocks):
+            cached = [block_id for block_id in blocks if block_id != NO_BLOCK]
+            free[self._pools.capacity.groups[group].pool] -= self._pools.of(group).num_free_among(
+                cached
+            )
+        return free
+
+    def _num_growing(self) -> list[int]:
+        """By pool: blocks that the sequences here will need when each has filled its last."""
+        num_growing = len(self._table.growing())
+        growing = [0] * len(self._pools.by_number)
+        for share in self._pools.capacity.groups:
+            growing[share.pool] += num_growing
+        return growing
+
+    def _take(self, sequence: Sequence, found: _Found) -> None:
+        for group, blocks in enumerate(found.blocks):
+            pool = self._pools.of(group)
+            pool.acquire(block_id for block_id in blocks if block_id != NO_BLOCK)
+        for group, blocks in enumerate(found.blocks):
+            new = iter(self._pools.of(group).allocate(blocks.count(NO_BLOCK)))
+            table = BlockTable(
+                [next(new) if block_id == NO_BLOCK else block_id for block_id in blocks],
+                first_live=found.first[group],
+            )
+            table.num_sealed = max(found.depth, table.first_live)
+            sequence.block_tables.append(table)
+        self._new_places[sequence] = {
+            (group, index)
+            for group, blocks in enumerate(found.blocks)
+            for index, block_id in enumerate(blocks, found.first[group])
+            if block_id == NO_BLOCK
+        }
+        block_size = self._pools.block_size
+        sequence.is_admitted = True
+        sequence.num_room_tokens = min(map(len, sequence.block_tables)) * block_size
+        sequence.num_cached_tokens = found.depth * block_size
+        for index, block_hash in enumerate(sequence.block_hashes[found.depth :], found.depth):
+            self._coming[block_hash] = (sequence, index)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
-from baton.services.worker.sealing import Sealer, StepSums
+from baton.services.worker.sealing import Corrupt, PendingSums, Sealer
 from baton.services.worker.sequence_table import SequenceTable
-from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import Sequence
 from baton.shared.rpc.errors import BatonError, DigestMismatch
 from baton.shared.telemetry import Counters, log_event
@@ -24,32 +25,46 @@ logger = logging.getLogger(__name__)
 class CorruptionGuard:
     def __init__(
         self,
-        pool: BlockPool,
+        pools: Pools,
         sealer: Sealer,
         table: SequenceTable,
         fail: Callable[[Sequence, BatonError], None],
         counters: Counters,
     ) -> None:
-        self._pool = pool
+        self._pools = pools
         self._sealer = sealer
         self._table = table
         self._fail = fail
         self._counters = counters
 
-    def has_spoiled(self, sequence: Sequence, sums: StepSums | None = None) -> bool:
+    def has_spoiled(self, sequence: Sequence, sums: PendingSums | None = None) -> bool:
         """Whether a block that the prompt was computed from is corrupt; ends the sequence then.
 
         `sums`: of these blocks, where they were started behind the prompt's last step.
 
         Asked before the last chunk's own blocks are sealed: those have nothing to be checked with.
-        A reader that holds the block itself would never read ours, and notice nothing.
+        A reader that holds the block itself would never read ours, and notice nothing. Blocks that
+        fell behind a window before have been checked when they did (`may_leave`).
         """
-        num_corrupt, end = 0, sequence.num_sealed_blocks
-        for group, table in enumerate(sequence.block_tables):
-            known = sums.of(group, 0, end) if end and sums is not None else None
-            corrupt = self._sealer.drop_corrupt(group, table[:end], known)
-            num_corrupt += len(corrupt)
-            self.found(group, corrupt)
+        end = sequence.num_sealed_blocks
+        tables = [table[:end] for table in sequence.block_tables]
+        return self._has_corrupt(tables, sums)
+
+    def may_leave(self, sequence: Sequence, position: int, sums: PendingSums | None = None) -> bool:
+        """Whether the blocks that no token of a prompt from `position` on reads are what was
+        sealed: after this nobody looks at them. Ends the sequence if not."""
+        leaving = [
+            self._pools.behind_window(sequence, group, position)
+            for group in range(len(sequence.block_tables))
+        ]
+        return not self._has_corrupt(leaving, sums)
+
+    def _has_corrupt(self, block_ids: Seq[Seq[int]], sums: PendingSums | None) -> bool:
+        num_corrupt = 0
+        for group, ids in enumerate(block_ids):
+            corrupt = self._sealer.drop_corrupt(group, ids, sums)
+            num_corrupt += len(corrupt.block_ids)
+            self.found(corrupt)
         self._counters["digest_mismatches"] += num_corrupt
         return num_corrupt > 0
 
@@ -63,26 +78,46 @@ class CorruptionGuard:
                 strict=False,
             )
         )
-        for group in range(self._sealer.num_groups):
+        for group in range(len(self._pools.groups)):
+            pool = self._pools.of(group)
             # Of a later generation, they are another sequence's by now.
             block_ids = [
                 block_id
                 for its_group, block_id, generation in columns
                 if its_group == group
-                and block_id < self._pool.num_blocks
-                and self._pool.block(block_id).generation == generation
+                and block_id < pool.num_blocks
+                and pool.block(block_id).generation == generation
             ]
-            self.found(group, self._sealer.drop_corrupt(group, block_ids))
+            self.found(self._sealer.drop_corrupt(group, block_ids))
 
-    def found(self, group: int, corrupt: list[int]) -> None:
+    def found(self, corrupt: Corrupt) -> None:
         """What was computed from corrupt blocks is wrong, whatever its own digests say."""
         if not corrupt:
             return
-        for block_id in corrupt:
+        for block_id in corrupt.block_ids:
             log_event(
-                logger, logging.ERROR, "own block is corrupt, dropped", group=group, block=block_id
+                logger,
+                logging.ERROR,
+                "own block is corrupt, dropped",
+                group=corrupt.group,
+                block=block_id,
             )
         for sequence in self._table.all():
-            table = sequence.block_tables[group] if sequence.block_tables else []
-            if not set(corrupt).isdisjoint(table):
+            if sequence.block_tables and self._has_used(sequence, corrupt):
                 self._fail(sequence, DigestMismatch("it was computed from a corrupt block"))
+
+    def _has_used(self, sequence: Sequence, corrupt: Corrupt) -> bool:
+        """Whether the sequence read one of the blocks, or what was computed from them."""
+        table = sequence.block_tables[corrupt.group]
+        generations = self._pools.of(corrupt.group).generations(corrupt.block_ids)
+        copies = zip(corrupt.block_ids, generations, strict=True)
+        if not set(corrupt.block_ids).isdisjoint(table) or not set(copies).isdisjoint(table.left):
+            return True
+        if self._pools.groups[corrupt.group].spec.reads_everything:
+            # Who has a later block of the prefix has one of these too, this one or a copy.
+            return False
+        return any(
+            (group, block_id) in corrupt.lost
+            for group, each in enumerate(sequence.block_tables)
+            for block_id in each
+        )

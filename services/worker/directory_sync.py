@@ -16,7 +16,7 @@ from baton.shared.directory.directory import Directory, DirectoryUnavailable, op
 from baton.shared.directory.keys import LEDGER_TTL_S
 from baton.shared.directory.ledger import LedgerEntry
 from baton.shared.directory.workers import WorkerRecord
-from baton.shared.kv.block_pool import CacheChanges
+from baton.shared.kv.prefix_cache import CacheChanges
 from baton.shared.kv.sequence import AttemptKey
 from baton.shared.telemetry import log_event
 

@@ -20,6 +20,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from prometheus_client import CollectorRegistry
 
@@ -33,12 +34,13 @@ from baton.services.worker.inspection import snapshot
 from baton.services.worker.metrics import EngineMetrics
 from baton.services.worker.reports import Reports
 from baton.services.worker.sealing import Sealer
-from baton.services.worker.sequence_table import SequenceTable, Slot
-from baton.services.worker.stepper import StepInFlight, StepLimits, Stepper, Work
+from baton.services.worker.sequence_table import Recipient, SequenceTable
+from baton.services.worker.stepper import Outcome, Part, StepInFlight, StepLimits, Stepper
 from baton.shared.directory.ledger import Stage
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.block_pool import BlockPool
-from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState, num_blocks_for
+from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState
 from baton.shared.rpc.convert import key_from_pb
 from baton.shared.rpc.errors import (
     AttemptFailed,
@@ -67,7 +69,7 @@ class EngineLoop:
     def __init__(
         self,
         runner: ModelRunner,
-        pool: BlockPool,
+        pools: Pools,
         sealer: Sealer,
         *,
         identity: msg.Peer,
@@ -80,25 +82,25 @@ class EngineLoop:
         trace: Trace,
         metrics: EngineMetrics | None = None,
     ) -> None:
-        self._pool = pool
+        self._pools = pools
         self._sealer = sealer
         self._counters = counters
         self._trace = trace
-        self._metrics = metrics or EngineMetrics(CollectorRegistry(), block_bytes=0)
+        self._metrics = metrics or EngineMetrics(CollectorRegistry())
         self._eos = frozenset(runner.model_config.eos_token_ids)
 
         self.inbox = inbox
         self.num_steps = 0
         self.is_busy = False
         self._table = SequenceTable()
-        self._stepper = Stepper(runner, pool, self._table, limits, failpoints)
+        self._stepper = Stepper(runner, pools, self._table, limits, failpoints)
         self._steps_ahead = runner.steps_ahead
         self._in_flight: deque[StepInFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
-        self._guard = CorruptionGuard(pool, sealer, self._table, self._fail, counters)
-        self._admitter = Admitter(pool, sealer, self._table, self._guard.found)
-        self._claims = ClaimTable(pool, sealer, self._reports.emit, trace)
-        self._pulls = PullTable(pool, sealer, submit_pull, self._reports.emit, counters, trace)
+        self._guard = CorruptionGuard(pools, sealer, self._table, self._fail, counters)
+        self._admitter = Admitter(pools, sealer, self._table, self._guard.found)
+        self._claims = ClaimTable(pools, sealer, self._reports.emit, trace)
+        self._pulls = PullTable(pools, sealer, submit_pull, self._reports.emit, counters, trace)
         self._unclaimed: set[AttemptKey] = set()
         """Prefill-hosted sequences whose blocks nobody will claim."""
         self._computed_at: dict[AttemptKey, float] = {}
@@ -155,8 +157,8 @@ class EngineLoop:
             case msg.StartPrefill(sequence, unclaimed):
                 if self._start(sequence, None) and unclaimed:
                     self._unclaimed.add(sequence.key)
-            case msg.StartDecode(sequence, slot, source):
-                if self._start(sequence, slot) and source is not None:
+            case msg.StartDecode(sequence, recipient, source):
+                if self._start(sequence, recipient) and source is not None:
                     self._pulls.start(sequence, source)
             case msg.CancelAttempts(key):
                 self._cancel_up_to(key)
@@ -179,8 +181,8 @@ class EngineLoop:
             case msg.Pulled():
                 self._on_pulled(command)
             case msg.Inspect(check_integrity, reply):
-                orphans = [table for step in self._in_flight for table in step.orphans]
-                state = snapshot(self._table, self._pool, self._counters, check_integrity, orphans)
+                orphans = [tables for step in self._in_flight for tables in step.orphans]
+                state = snapshot(self._table, self._pools, self._counters, check_integrity, orphans)
                 state.num_claims = len(self._claims)
                 reply(state)
             case msg.Drain():
@@ -191,28 +193,29 @@ class EngineLoop:
             case msg.Stop():
                 self._is_stopping = True
 
-    def _start(self, sequence: Sequence, slot: Slot | None) -> bool:
-        error = self._reason_to_refuse(sequence, slot)
+    def _start(self, sequence: Sequence, recipient: Recipient | None) -> bool:
+        error = self._reason_to_refuse(sequence, recipient)
         if error is not None:
-            self._reports.failed(sequence.key, slot, error)
+            self._reports.failed(sequence.key, recipient, error)
             return False
         self._cancel_up_to(sequence.key)
-        self._table.add(sequence, slot)
+        self._table.add(sequence, recipient)
         self._sealer.hash_blocks(sequence)
         return True
 
-    def _reason_to_refuse(self, sequence: Sequence, slot: Slot | None) -> BatonError | None:
+    def _reason_to_refuse(
+        self, sequence: Sequence, recipient: Recipient | None
+    ) -> BatonError | None:
         if self._is_draining:
             return Draining("the worker is shutting down")
         if self._table.is_stale(sequence.key):
             return StaleAttempt("this attempt, its cancel, or a later one was seen before")
-        num_tokens = sequence.num_prompt_tokens
-        if slot is not None:
+        num_tokens, capacity = sequence.num_prompt_tokens, self._pools.capacity
+        if recipient is not None:
             num_tokens += sequence.params.max_tokens - sequence.first_index
-        num_blocks = self._sealer.num_groups * num_blocks_for(num_tokens, self._pool.block_size)
-        if num_blocks > self._pool.num_blocks:
-            limit = f"{self._pool.num_blocks} blocks in the pool"
-            return InvalidField("token_ids", f"needs {num_blocks} blocks", limit=limit)
+        if not capacity.holds(num_tokens):
+            problem = f"needs {capacity.describe_need(num_tokens)}"
+            return InvalidField("token_ids", problem, limit=capacity.describe())
         return None
 
     def _cancel_up_to(self, key: AttemptKey) -> None:
@@ -247,11 +250,11 @@ class EngineLoop:
         if sequence is None and self._table.is_stale(key):
             self._claims.refuse(key, reader, ClaimBroken("the sequence has ended"))
             return
-        if self._table.slot(key) is not None:
+        if self._table.recipient(key) is not None:
             self._claims.refuse(key, reader, ClaimBroken("the sequence is not to be handed over"))
             return
         self._claims.add(key, reader)
-        if sequence is not None and sequence.block_tables:
+        if sequence is not None and sequence.is_admitted:
             self._claims.tell_admitted(key)
             self._claims.announce(sequence)
 
@@ -285,7 +288,7 @@ class EngineLoop:
             pull = self._pulls.get(sequence.key)
             if pull is not None and not pull.is_admitted:
                 continue
-            verdict = self._admitter.try_admit(sequence)
+            verdict = self._admitter.try_admit(sequence, reads=pull is not None)
             if verdict is Admission.ADMIT:
                 self._admitted(sequence, pull)
             elif verdict is Admission.WAIT_FOR_ROOM:
@@ -297,7 +300,7 @@ class EngineLoop:
         if pull is not None:
             sequence.state = SequenceState.TRANSFERRING
             self._reports.takes_over(sequence, pull.source)
-            self._pulls.took_room(pull)
+            self._pulls.took_room(pull, self._admitter.take_new_places(sequence))
             return
         sequence.state = SequenceState.PREFILLING
         sequence.num_computed_tokens = sequence.num_cached_tokens
@@ -305,7 +308,7 @@ class EngineLoop:
         self._counters["cached_prompt_tokens"] += sequence.num_cached_tokens
         self._metrics.num_queried_tokens += sequence.num_prompt_tokens
         self._reports.owns(sequence, Stage.PREFILLING)
-        if self._table.slot(key) is None:
+        if self._table.recipient(key) is None:
             self._reports.prompt_admitted(sequence)
             self._claims.tell_admitted(key)
             self._claims.announce(sequence)
@@ -320,10 +323,10 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """Launches a step, retires those before it; whether there was anything to do."""
-        work = self._stepper.plan(self._preempt, self._blocks_are_coming)
+        parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         num_kept = 0
-        if work:
-            launched = self._stepper.launch(work)
+        if parts:
+            launched = self._stepper.launch(parts)
             self._in_flight.append(launched)
             self._start_sums(launched)
             # After a failure nothing is planned before everything is known again.
@@ -332,39 +335,44 @@ class EngineLoop:
         while len(self._in_flight) > num_kept:
             self._retire(self._in_flight.popleft())
             has_retired = True
-        return bool(work) or has_retired
+        return bool(parts) or has_retired
 
     def _start_sums(self, launched: StepInFlight) -> None:
         """What checks and seals prompts' blocks is made behind the step, before it is missed."""
         if launched.step is None or not launched.chunks:
             return
-        block_size = self._pool.block_size
-        ranges = []
+        wanted: list[list[int]] = [[] for _ in self._pools.groups]
         for part in launched.chunks:
-            # The last chunk seals its own blocks, and checks those before it.
-            is_last = part.end >= part.sequence.num_prompt_tokens
-            first = 0 if is_last else part.start // block_size
-            ranges.append((part.sequence, first, part.end // block_size))
-        for part, sums in zip(
-            launched.chunks, self._sealer.start_sums(ranges, launched.step), strict=True
-        ):
-            part.sums = sums
+            for group, block_ids in enumerate(wanted):
+                block_ids += self._blocks_to_sum(part, group)
+        if any(wanted):
+            launched.sums = self._sealer.start_sums(wanted, launched.step)
+
+    def _blocks_to_sum(self, part: Part, group: int) -> list[int]:
+        """Those that a chunk fills, and those that are checked when it is computed: behind the last
+        one all before it, else what falls out of the window."""
+        sequence, block_size = part.sequence, self._pools.block_size
+        table, end = sequence.block_tables[group], part.end // block_size
+        if part.end >= sequence.num_prompt_tokens:
+            return table[table.first_live : end]
+        leaving = self._pools.behind_window(sequence, group, part.end)
+        return leaving + table[max(part.start // block_size, table.first_live + len(leaving)) : end]
 
     def _blocks_are_coming(self) -> bool:
         return any(step.orphans for step in self._in_flight)
 
     def _retire(self, step: StepInFlight) -> None:
         """Takes what a step drew: its tokens leave, then comes what nobody's token waits for."""
-        drawn = self._stepper.collect(step)
+        outcomes = self._stepper.collect(step)
         # A step that was launched ahead had to wait for the one before.
         began_s, self._collected_s = max(step.started_s, self._collected_s), time.monotonic()
         self.num_steps += 1
         self._counters["steps"] += 1
-        self._trace.emit("step", started=step.started_s, num_rows=len(step.work))
-        taken = zip(step.work, drawn, strict=True)
-        unsettled = [part for part, token_id in taken if self._took(part, token_id)]
+        self._trace.emit("step", started=step.started_s, num_rows=len(step.parts))
+        taken = zip(step.parts, outcomes, strict=True)
+        unsettled = [part for part, outcome in taken if self._took(part, outcome, step)]
         self._publish()
-        seconds, num_decoding = self._collected_s - began_s, len(step.work) - len(step.chunks)
+        seconds, num_decoding = self._collected_s - began_s, len(step.parts) - len(step.chunks)
         self._stepper.pacing.took_step(seconds, num_decoding=num_decoding)
         self._metrics.took_step(
             seconds,
@@ -372,78 +380,83 @@ class EngineLoop:
             num_prompt_tokens=sum(part.num_tokens for part in step.chunks),
         )
         for part in unsettled:
-            self._settle(part, step.started_s)
-        for table in step.orphans:
-            self._pool.release(table)
+            self._settle(part, step)
+        for tables in step.orphans:
+            self._pools.release(tables)
 
-    def _took(self, part: Work, token_id: int | EngineFailure | None) -> bool:
+    def _took(self, part: Part, outcome: Outcome, step: StepInFlight) -> bool:
         """Reports what a part drew; whether it filled blocks, or ended its sequence, as well."""
         sequence = part.sequence
         is_decoding = sequence.state is SequenceState.DECODING
         if not is_decoding and sequence.state is not SequenceState.PREFILLING:
             return False
-        if isinstance(token_id, EngineFailure):
+        if isinstance(outcome, EngineFailure):
             # It may be what they hold that made it fail: nobody shall find them again.
-            for table in sequence.block_tables:
-                for block_id in table:
-                    self._pool.drop(block_id)
-            self._fail(sequence, token_id)
+            self._pools.drop(sequence)
+            self._fail(sequence, outcome)
             return False
         if not is_decoding:
-            return self._took_chunk(part, token_id)
-        if token_id is None:
-            return False
-        sequence.num_computed_tokens = num_computed = sequence.num_computed_tokens + 1
-        self._took_token(sequence, token_id)
-        return num_computed % self._pool.block_size == 0 or sequence.finish_reason is not None
+            return self._took_chunk(part, outcome, step)
+        num_blocks = sequence.num_computed_tokens // self._pools.block_size
+        for drawn in outcome:
+            if sequence.finish_reason is None:
+                sequence.num_computed_tokens += 1
+                self._took_token(sequence, drawn)
+        has_filled = sequence.num_computed_tokens // self._pools.block_size > num_blocks
+        return has_filled or bool(outcome) and sequence.finish_reason is not None
 
-    def _settle(self, part: Work, started_s: float) -> None:
-        """Seals what a part filled, tells its reader, and ends its sequence if that was all."""
+    def _settle(self, part: Part, step: StepInFlight) -> None:
+        """Seals what a part filled, gives back what fell out of the window, tells the reader, and
+        ends the sequence if that was all."""
         sequence = part.sequence
         if sequence.state in (SequenceState.FINISHED, SequenceState.ABORTED):
             # Another part found a block of it corrupt.
             return
         if part.is_chunk:
-            self._settle_chunk(part, started_s)
+            self._settle_chunk(part, step)
         else:
             self._sealer.seal_computed(sequence, with_digests=False)
+            self._pools.give_back_behind(sequence, sequence.num_computed_tokens)
         self._end_if_finished(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._counters["preemptions"] += 1
         self._fail(sequence, Preempted("no free block"))
 
-    def _took_chunk(self, part: Work, token_id: int | None) -> bool:
+    def _took_chunk(self, part: Part, drawn: Seq[Drawn], step: StepInFlight) -> bool:
         """Whether the sequence is still there: its blocks may be found corrupt."""
         sequence = part.sequence
-        sequence.num_computed_tokens += part.num_tokens
-        if token_id is None:
+        if not drawn:
+            if not self._guard.may_leave(sequence, part.end, step.sums):
+                return False
+            sequence.num_computed_tokens += part.num_tokens
             return True
         # Of all blocks but those that this chunk filled: they have no digest yet.
-        if self._guard.has_spoiled(sequence, part.sums):
+        if self._guard.has_spoiled(sequence, step.sums):
             return False
-        slot = self._table.slot(sequence.key)
-        if slot is None:
+        sequence.num_computed_tokens += part.num_tokens
+        recipient = self._table.recipient(sequence.key)
+        if recipient is None:
             sequence.state = SequenceState.TRANSFERRING
-            finish_reason = sequence.append(token_id, self._eos)
+            finish_reason = sequence.append(drawn[0].token_id, self._eos)
             self._counters["generated_tokens"] += 1
-            self._reports.first_token(sequence, token_id, finish_reason)
+            self._reports.first_token(sequence, drawn[0], finish_reason)
         else:
             sequence.state = SequenceState.DECODING
-            self._reports.joined(sequence, slot, None)
+            self._reports.joined(sequence, recipient, None)
             self._reports.owns(sequence, Stage.DECODING)
-            self._took_token(sequence, token_id)
+            self._took_token(sequence, drawn[0])
         return True
 
-    def _settle_chunk(self, part: Work, started_s: float) -> None:
+    def _settle_chunk(self, part: Part, step: StepInFlight) -> None:
         sequence, num_sealed = part.sequence, part.sequence.num_sealed_blocks
-        self._sealer.seal_computed(sequence, with_digests=True, sums=part.sums)
+        self._sealer.seal_computed(sequence, with_digests=True, sums=step.sums)
         self._counters["computed_prompt_tokens"] += part.num_tokens
         self._counters["computed_blocks"] += sequence.num_sealed_blocks - num_sealed
         self._trace.emit(
             "chunk",
             key=sequence.key,
-            started=started_s,
+            started=step.started_s,
             num_tokens=part.num_tokens,
             is_last=bool(sequence.output_token_ids),
         )
@@ -451,6 +464,8 @@ class EngineLoop:
             self._claims.announce(sequence)
         elif sequence.state is SequenceState.TRANSFERRING:
             self._hand_over(sequence)
+        if sequence.is_admitted:
+            self._pools.give_back_behind(sequence, sequence.num_computed_tokens)
 
     def _hand_over(self, sequence: Sequence) -> None:
         """Our part of a prefill-hosted sequence is over, but for the reader's pulls."""
@@ -467,24 +482,24 @@ class EngineLoop:
 
     def _join(self, pull: Pull) -> None:
         """All blocks are here and verified: into the running batch, first token out."""
-        sequence, slot = pull.sequence, self._table.slot(pull.sequence.key)
-        if slot is None or pull.first_token_id is None:
-            raise RuntimeError(f"{sequence.key} joins without slot or first token")
+        sequence, recipient = pull.sequence, self._table.recipient(pull.sequence.key)
+        if recipient is None or pull.first_token is None:
+            raise RuntimeError(f"{sequence.key} joins without recipient or first token")
         sequence.state = SequenceState.DECODING
         sequence.num_computed_tokens = sequence.num_prompt_tokens
         sequence.num_scheduled_tokens = sequence.num_prompt_tokens
         self._trace.emit("joined", key=sequence.key, num_pulled_blocks=pull.num_pulled_blocks)
-        self._reports.joined(sequence, slot, pull)
-        self._metrics.joined(pull.transfer_s, pull.num_pulled_blocks)
+        self._reports.joined(sequence, recipient, pull)
+        self._metrics.joined(pull.transfer_s, pull.num_pulled_bytes)
         self._reports.owns(sequence, Stage.DECODING, peer=pull.source.worker_id)
-        self._took_token(sequence, pull.first_token_id)
+        self._took_token(sequence, pull.first_token)
         self._end_if_finished(sequence)
 
-    def _took_token(self, sequence: Sequence, token_id: int) -> None:
+    def _took_token(self, sequence: Sequence, drawn: Drawn) -> None:
         index = sequence.next_index
-        finish_reason = sequence.append(token_id, self._eos)
+        finish_reason = sequence.append(drawn.token_id, self._eos)
         self._counters["generated_tokens"] += 1
-        self._reports.token(self._table.slot_of(sequence), index, token_id, finish_reason)
+        self._reports.token(self._table.recipient_of(sequence), index, drawn, finish_reason)
 
     def _end_if_finished(self, sequence: Sequence) -> None:
         """After its last token, once its blocks are sealed."""
@@ -516,7 +531,7 @@ class EngineLoop:
 
     def _fail(self, sequence: Sequence, error: BatonError) -> None:
         """Ends a sequence and tells its host, and whoever reads its blocks."""
-        self._reports.failed(sequence.key, self._table.slot(sequence.key), error)
+        self._reports.failed(sequence.key, self._table.recipient(sequence.key), error)
         self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
@@ -536,12 +551,12 @@ class EngineLoop:
         self._table.remove(key)
         self._stepper.forget(sequence)
         sequence.state = state
-        for table in sequence.block_tables:
+        if sequence.is_admitted:
             if sequence.num_steps_in_flight:
-                self._in_flight[-1].orphans.append(table)
+                self._in_flight[-1].orphans.append(sequence.block_tables)
             else:
-                self._pool.release(table)
-        sequence.block_tables = []
+                self._pools.release(sequence.block_tables)
+        sequence.block_tables, sequence.is_admitted = [], False
         self._admitter.forget(sequence)
         self._computed_at.pop(key, None)
         self._unclaimed.discard(key)
@@ -549,7 +564,7 @@ class EngineLoop:
     # Telling
 
     def _publish(self) -> None:
-        changes = self._pool.take_changes()
+        changes = self._pools.prefix_cache.take_changes()
         if changes.added or changes.removed:
             self._reports.emit(msg.CacheChanged(changes))
         self._reports.flush(self.num_steps)

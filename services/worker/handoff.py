@@ -25,9 +25,11 @@ from itertools import count
 
 from baton.services.worker.messages import Outgoing, Peer, ToReader, ToSource
 from baton.services.worker.sealing import Sealer
-from baton.shared.kv.block_pool import BlockPool, Digest
+from baton.shared.kv.block_pool import Digest, DigestRow
 from baton.shared.kv.digest import Uint64Array
-from baton.shared.kv.sequence import AttemptKey, Sequence, num_blocks_for
+from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import AttemptKey, Place, Sequence, num_blocks_for
 from baton.shared.rpc.convert import key_from_pb, key_to_pb
 from baton.shared.rpc.errors import (
     BatonError,
@@ -66,9 +68,9 @@ class ClaimTable:
     """Which sequences are claimed by whom, and what their readers have been told."""
 
     def __init__(
-        self, pool: BlockPool, sealer: Sealer, emit: Callable[[Outgoing], None], trace: Trace
+        self, pools: Pools, sealer: Sealer, emit: Callable[[Outgoing], None], trace: Trace
     ) -> None:
-        self._pool = pool
+        self._pools = pools
         self._sealer = sealer
         self._emit = emit
         self._trace = trace
@@ -96,12 +98,16 @@ class ClaimTable:
         if claim is None:
             return
         computed = bool(sequence.output_token_ids)
-        end = num_blocks_for(sequence.num_prompt_tokens, self._pool.block_size)
+        num_tokens, block_size = sequence.num_prompt_tokens, self._pools.block_size
+        end = num_blocks_for(num_tokens, block_size)
         end = end if computed else min(end, sequence.num_sealed_blocks)
         if claim.num_announced == end and not computed:
             return
         for group, table in enumerate(sequence.block_tables):
-            message = self._announcement(sequence.key, group, table, claim.num_announced, end)
+            # What no token behind the prompt reads stays here.
+            first = self._pools.groups[group].first_block(num_tokens, block_size)
+            first = max(first, claim.num_announced)
+            message = self._announcement(sequence.key, group, table, first, max(first, end))
             if computed and group == len(sequence.block_tables) - 1:
                 message.computed.first_token_id = sequence.output_token_ids[0]
             self._emit(ToReader(claim.reader, kv.HoldResponse(announce=message)))
@@ -120,7 +126,7 @@ class ClaimTable:
             group=group,
             block_indices=range(first, end),
             block_ids=block_ids,
-            generations=self._pool.generations(block_ids),
+            generations=self._pools.of(group).generations(block_ids),
             digests=[value for digest in digests for value in digest],
         )
 
@@ -164,9 +170,6 @@ class ClaimTable:
 
 # The reader's side
 
-Place = tuple[int, int]
-"""(cache group, index in the block table)."""
-
 
 @dataclass(slots=True)
 class Pull:
@@ -180,23 +183,24 @@ class Pull:
     """Not asked for yet."""
     missing: set[Place] = field(default_factory=set)
     """Not verified yet; known once there is room here."""
-    first_token_id: int | None = None
+    landed: dict[Place, DigestRow] = field(default_factory=dict)
+    """Verified, and not sealed yet: a block is sealed behind all before it."""
+    first_token: Drawn | None = None
     computed_at: float = 0.0
     transfer_s: float = 0.0
     num_pulled_blocks: int = 0
+    num_pulled_bytes: int = 0
     is_released: bool = False
-
-    @property
-    def has_room(self) -> bool:
-        return bool(self.sequence.block_tables)
 
 
 @dataclass(slots=True)
 class _Job:
     key: AttemptKey
+    group: int
     places: list[Place]
     local_block_ids: list[int]
     expected: list[ExpectedBlock]
+    block_bytes: int
 
 
 class PullTable:
@@ -204,14 +208,14 @@ class PullTable:
 
     def __init__(
         self,
-        pool: BlockPool,
+        pools: Pools,
         sealer: Sealer,
         submit: Callable[[PullJob], None],
         emit: Callable[[Outgoing], None],
         counters: Counters,
         trace: Trace,
     ) -> None:
-        self._pool = pool
+        self._pools = pools
         self._sealer = sealer
         self._submit = submit
         self._emit = emit
@@ -220,7 +224,7 @@ class PullTable:
         self._pulls: dict[AttemptKey, Pull] = {}
         self._jobs: dict[int, _Job] = {}
         self._job_ids = count(1)
-        self._pools: dict[str, kv.PoolDescription] = {}
+        self._descriptions: dict[str, kv.PoolDescription] = {}
 
     def __len__(self) -> int:
         return len(self._pulls)
@@ -235,20 +239,16 @@ class PullTable:
 
     def forget_source(self, source: Peer) -> None:
         """Its stream is gone: so is the description of its pool."""
-        self._pools.pop(source.incarnation, None)
+        self._descriptions.pop(source.incarnation, None)
 
     def of_source(self, source: Peer) -> list[Pull]:
         return [
             pull for pull in self._pulls.values() if pull.source.incarnation == source.incarnation
         ]
 
-    def took_room(self, pull: Pull) -> None:
-        """The sequence has its block tables; the sealed blocks at their front were held here."""
-        pull.missing = {
-            (group, index)
-            for group, table in enumerate(pull.sequence.block_tables)
-            for index in range(pull.sequence.num_sealed_blocks, len(table))
-        }
+    def took_room(self, pull: Pull, missing: set[Place]) -> None:
+        """The sequence has its block tables; `missing`: all of it that is not held here."""
+        pull.missing = missing
         self._pull_announced(pull)
         self._release_when_complete(pull)
 
@@ -262,7 +262,7 @@ class PullTable:
         """Takes a message of an owner; returns a pull that is complete and released."""
         kind = message.WhichOneof("message")
         if kind == "hello":
-            self._pools[source.incarnation] = message.hello.pool
+            self._descriptions[source.incarnation] = message.hello.pool
             return None
         if kind is None or kind == "tick":
             return None
@@ -287,51 +287,59 @@ class PullTable:
         return None
 
     def _on_announce(self, pull: Pull, message: kv.AnnounceBlocks) -> None:
-        pool = self._pools.get(pull.source.incarnation)
-        num_heads = pool.num_heads if pool is not None else 0
-        num_blocks = len(message.block_indices)
+        group, num_blocks = message.group, len(message.block_indices)
+        description = self._descriptions.get(pull.source.incarnation)
         if not (
-            num_heads
+            description is not None
+            and group < len(description.groups) == len(self._pools.groups)
             and num_blocks == len(message.block_ids) == len(message.generations)
-            and num_blocks * num_heads == len(message.digests)
+            and num_blocks * description.groups[group].num_heads == len(message.digests)
         ):
             raise ClaimBroken("an announcement that makes no sense")
-        group, digests = message.group, tuple(message.digests)
+        num_heads, digests = description.groups[group].num_heads, tuple(message.digests)
         columns = zip(message.block_indices, message.block_ids, message.generations, strict=True)
         for column, (index, block_id, generation) in enumerate(columns):
             digest: Digest = digests[column * num_heads : (column + 1) * num_heads]
             pull.announced[group, index] = ExpectedBlock(block_id, generation, digest)
         if message.HasField("computed"):
-            pull.first_token_id = message.computed.first_token_id
+            pull.first_token = Drawn(message.computed.first_token_id)
             pull.computed_at = time.monotonic()
-        if pull.has_room:
+        if pull.sequence.is_admitted:
             self._pull_announced(pull)
             self._release_when_complete(pull)
 
     def _pull_announced(self, pull: Pull) -> None:
         """Asks for what was announced and is missing; what is held here is never asked for."""
-        wanted = [
-            (place, block) for place, block in pull.announced.items() if place in pull.missing
-        ]
+        for group in range(len(self._pools.groups)):
+            wanted = [
+                (place, block)
+                for place, block in pull.announced.items()
+                if place[0] == group and place in pull.missing
+            ]
+            if wanted:
+                self._submit_job(pull, group, wanted)
         pull.announced.clear()
-        if not wanted:
-            return
-        tables = pull.sequence.block_tables
+
+    def _submit_job(
+        self, pull: Pull, group: int, wanted: list[tuple[Place, ExpectedBlock]]
+    ) -> None:
+        table = pull.sequence.block_tables[group]
+        peer = self._descriptions[pull.source.incarnation]
         job = _Job(
             pull.sequence.key,
+            group,
             [place for place, _ in wanted],
-            [tables[group][index] for (group, index), _ in wanted],
+            [table[index] for (_, index), _ in wanted],
             [block for _, block in wanted],
+            peer.groups[group].block_bytes,
         )
         job_id = next(self._job_ids)
         self._jobs[job_id] = job
         remote_block_ids = [block.remote_block_id for block in job.expected]
         copies = tuple(map(BlockCopy, remote_block_ids, job.local_block_ids))
-        self._submit(
-            PullJob(job_id, self._pools[pull.source.incarnation], copies, tuple(job.expected))
-        )
+        self._submit(PullJob(job_id, peer, group, copies, tuple(job.expected)))
         # Still before this thread gives any block to anybody.
-        self._pool.quarantine(job.local_block_ids)
+        self._pools.of(group).quarantine(job.local_block_ids)
 
     def key_of(self, result: PullResult) -> AttemptKey:
         return self._jobs[result.job_id].key
@@ -359,6 +367,8 @@ class PullTable:
         pull.missing.difference_update(job.places)
         pull.num_pulled_blocks += len(job.places)
         self._counters["pulled_blocks"] += len(job.places)
+        self._counters["pulled_bytes"] += len(job.places) * job.block_bytes
+        pull.num_pulled_bytes += len(job.places) * job.block_bytes
         self._release_when_complete(pull)
 
     def _report_mismatch(self, pull: Pull, job: _Job, mismatched: tuple[int, ...]) -> None:
@@ -384,7 +394,7 @@ class PullTable:
     def settle(self, result: PullResult) -> None:
         """The job's blocks may be used, or be given to somebody else, only now."""
         job = self._jobs.pop(result.job_id)
-        self._pool.lift_quarantine(job.local_block_ids)
+        self._pools.of(job.group).lift_quarantine(job.local_block_ids)
         self._trace.emit(
             "pulled",
             key=job.key,
@@ -399,20 +409,23 @@ class PullTable:
             self._seal(pull, job, result.local_sums)
 
     def _seal(self, pull: Pull, job: _Job, sums: Uint64Array) -> None:
-        """The copies become this worker's own sealed blocks; the tail stays open for decode."""
+        """The copies become this worker's own sealed blocks, each behind all before it in every
+        group; the tail stays open for decode."""
+        digests = self._sealer.digests_of_sums(job.group, job.local_block_ids, sums)
+        pull.landed.update(zip(job.places, digests, strict=True))
         sequence = pull.sequence
-        num_full = len(sequence.block_hashes[0])
-        digests = self._sealer.digests_of_sums(job.local_block_ids, sums)
-        for (group, index), block_id, digest in zip(
-            job.places, job.local_block_ids, digests, strict=True
-        ):
-            if index < num_full:
-                self._sealer.seal_block(sequence, group, index, block_id, digest)
+        num_full = len(sequence.block_hashes)
         first_missing = min((index for _, index in pull.missing), default=num_full)
-        sequence.num_sealed_blocks = min(first_missing, num_full)
+        end = min(first_missing, num_full)
+        for group, index in sorted(pull.landed, key=lambda place: place[1]):
+            if index < end:
+                digest = pull.landed.pop((group, index))
+                self._sealer.seal_block(sequence, group, index, digest)
+        for table in sequence.block_tables:
+            table.num_sealed = max(table.num_sealed, min(end, len(table)))
 
     def _release_when_complete(self, pull: Pull) -> None:
-        if pull.missing or pull.first_token_id is None or pull.is_released:
+        if pull.missing or pull.first_token is None or pull.is_released:
             return
         pull.is_released = True
         pull.transfer_s = time.monotonic() - pull.computed_at

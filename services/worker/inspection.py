@@ -8,30 +8,31 @@ import grpc
 
 from baton.services.worker.mailroom import Mailroom
 from baton.services.worker.sequence_table import SequenceTable
-from baton.shared.kv.block_pool import BlockPool
-from baton.shared.kv.sequence import SequenceState
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import BlockTable, SequenceState
 from baton.shared.telemetry import Counters
 from baton.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
 
 
 def snapshot(
     table: SequenceTable,
-    pool: BlockPool,
+    pools: Pools,
     counters: Counters,
     check_integrity: bool,
-    orphans: Seq[list[int]],
+    orphans: Seq[Seq[BlockTable]],
 ) -> worker_service_pb2.GetWorkerStateResponse:
     """On the engine thread, between two steps.
 
-    `orphans`: block tables that sequences which have ended left to a step in flight.
+    `orphans`: block tables, by group, that sequences which have ended left to a step in flight.
     """
     sequences = table.all()
     num_waiting = len(table.in_state(SequenceState.WAITING))
     state = worker_service_pb2.GetWorkerStateResponse(
-        num_blocks=pool.num_blocks,
-        num_free_blocks=pool.num_free,
-        num_quarantined_blocks=pool.num_quarantined,
-        num_cached_blocks=pool.num_cached,
+        num_blocks=sum(pool.num_blocks for pool in pools.by_number),
+        num_free_blocks=sum(pools.num_free),
+        num_quarantined_blocks=pools.num_quarantined,
+        num_cached_blocks=pools.prefix_cache.num_cached,
+        num_free_blocks_by_pool=pools.num_free,
         num_waiting=num_waiting,
         num_running=len(sequences) - num_waiting,
         counters=worker_service_pb2.WorkerCounters(
@@ -40,8 +41,8 @@ def snapshot(
     )
     if check_integrity:
         try:
-            held = [table for sequence in sequences for table in sequence.block_tables]
-            pool.check_integrity([*held, *orphans])
+            held = [sequence.block_tables for sequence in sequences if sequence.is_admitted]
+            pools.check_integrity([*held, *orphans])
         except AssertionError as error:
             state.integrity_error = str(error)
     return state

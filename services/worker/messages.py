@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from baton.services.worker.sequence_table import Recipient
 from baton.shared.directory.ledger import LedgerEntry
-from baton.shared.kv.block_pool import CacheChanges
+from baton.shared.kv.prefix_cache import CacheChanges
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.rpc.errors import BatonError
 from baton.shared.transfer.puller import PullResult

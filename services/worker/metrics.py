@@ -58,8 +58,7 @@ def _field(name: str) -> str:
 class EngineMetrics:
     """What the engine thread observes."""
 
-    def __init__(self, registry: CollectorRegistry, block_bytes: int) -> None:
-        self.block_bytes = block_bytes
+    def __init__(self, registry: CollectorRegistry) -> None:
         self.num_queried_tokens = 0
         """Prompt tokens of the sequences admitted to be computed here."""
         self.num_joined = 0
@@ -101,10 +100,10 @@ class EngineMetrics:
         in_seconds.observe(seconds)
         in_tokens.observe(num_decoding + num_prompt_tokens)
 
-    def joined(self, transfer_s: float, num_blocks: int) -> None:
+    def joined(self, transfer_s: float, num_bytes: int) -> None:
         self.num_joined += 1
         self._handoff_seconds.observe(transfer_s)
-        self._handoff_bytes.observe(num_blocks * self.block_bytes)
+        self._handoff_bytes.observe(num_bytes)
 
 
 class WorkerCollector(Collector):
@@ -177,7 +176,7 @@ class WorkerCollector(Collector):
             (
                 "pulled_bytes",
                 "Bytes of the blocks that were read from another worker and verified",
-                counters.num_pulled_blocks * self._engine.block_bytes,
+                counters.num_pulled_bytes,
             ),
         ):
             yield counter(f"baton_{name}", help, value)

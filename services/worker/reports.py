@@ -16,6 +16,7 @@ from baton.services.worker.messages import (
 )
 from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.directory.ledger import LedgerEntry, Stage
+from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb
 from baton.shared.rpc.errors import BatonError, to_failure
@@ -34,7 +35,7 @@ class Reports:
         self._table = table
         self._deliver = deliver
         self._outbox: list[Outgoing] = []
-        self._tokens: defaultdict[str, list[tuple[int, int, int, FinishReason | None]]]
+        self._tokens: defaultdict[str, list[tuple[int, int, Drawn, FinishReason | None]]]
         """By gateway: number, index, token id, and why it is the last."""
         self._tokens = defaultdict(list)
 
@@ -44,13 +45,13 @@ class Reports:
     def flush(self, step: int) -> None:
         """Delivers; all tokens of a gateway go as one message with columns."""
         for gateway, tokens in self._tokens.items():
-            numbers, indices, token_ids, reasons = zip(*tokens, strict=True)
+            numbers, indices, drawn, reasons = zip(*tokens, strict=True)
             response = dec.DecodeResponse()
             output = response.step
             output.step = step
             output.slots.extend(numbers)
             output.indices.extend(indices)
-            output.token_ids.extend(token_ids)
+            output.token_ids.extend([each.token_id for each in drawn])
             output.finish_reasons.extend([FINISH_REASON_TO_PB[reason] for reason in reasons])
             self.emit(ToGateway(gateway, response))
         self._tokens.clear()
@@ -65,10 +66,10 @@ class Reports:
         self.emit(ToPrefillStream(sequence.key, pre.PrefillResponse(admitted=admitted)))
 
     def first_token(
-        self, sequence: Sequence, token_id: int, finish_reason: FinishReason | None
+        self, sequence: Sequence, drawn: Drawn, finish_reason: FinishReason | None
     ) -> None:
         first = pre.PrefillFirstToken(
-            token_id=token_id, finish_reason=FINISH_REASON_TO_PB[finish_reason]
+            token_id=drawn.token_id, finish_reason=FINISH_REASON_TO_PB[finish_reason]
         )
         self.emit(ToPrefillStream(sequence.key, pre.PrefillResponse(first_token=first)))
 
@@ -84,9 +85,9 @@ class Reports:
         self.emit(ToGateway(recipient.gateway, dec.DecodeResponse(joined=joined)))
 
     def token(
-        self, recipient: Recipient, index: int, token_id: int, finish_reason: FinishReason | None
+        self, recipient: Recipient, index: int, drawn: Drawn, finish_reason: FinishReason | None
     ) -> None:
-        self._tokens[recipient.gateway].append((recipient.number, index, token_id, finish_reason))
+        self._tokens[recipient.gateway].append((recipient.number, index, drawn, finish_reason))
 
     def failed(self, key: AttemptKey, recipient: Recipient | None, error: BatonError) -> None:
         """To whoever hosts the sequence."""
@@ -126,7 +127,7 @@ class Reports:
             owner_worker_id=owner,
             owner_incarnation=incarnation,
             peer_worker_id=peer,
-            num_blocks=sum(map(len, sequence.block_tables)),
+            num_blocks=sum(len(table) - table.first_live for table in sequence.block_tables),
         )
         self.emit(LedgerWrite(entry))
 

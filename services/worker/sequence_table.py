@@ -19,10 +19,6 @@ class Recipient:
     number: int
 
 
-# The engine loop still calls it so.
-Slot = Recipient
-
-
 class SequenceTable:
     """Sequences in order of arrival. At most one attempt of each is here at a time.
 
@@ -59,9 +55,6 @@ class SequenceTable:
         """Of a decode-hosted sequence; KeyError for another."""
         return self._recipients[sequence]
 
-    # The engine loop still calls them so.
-    slot, slot_of = recipient, recipient_of
-
     def decode_hosted(self) -> Iterable[Sequence]:
         """In order of arrival; not to be kept."""
         return self._recipients.keys()
@@ -75,7 +68,11 @@ class SequenceTable:
 
     def growing(self) -> list[Sequence]:
         """Those that hold blocks and will want more: the decode-hosted ones."""
-        return [sequence for sequence in self._recipients if sequence.block_tables]
+        return [sequence for sequence in self._recipients if sequence.is_admitted]
+
+    def admitted(self) -> list[Sequence]:
+        """Those that have their room here, whoever hosts them."""
+        return [sequence for sequence in self._sequences.values() if sequence.is_admitted]
 
     def add(self, sequence: Sequence, recipient: Recipient | None) -> None:
         """The attempt, and lower ones, will be refused from now on."""

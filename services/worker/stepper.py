@@ -17,13 +17,15 @@ from baton.services.decode import scheduler as decode_policy
 from baton.services.prefill import scheduler as prefill_policy
 from baton.services.prefill.pacing import Pacing
 from baton.services.worker.failpoints import Failpoints
-from baton.services.worker.sealing import StepSums
+from baton.services.worker.sealing import PendingSums
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.steps import Step
-from baton.shared.kv.block_pool import BlockPool
-from baton.shared.kv.sequence import Sequence, SequenceState
+from baton.shared.kv.block_pool import PoolExhausted
+from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import BlockTable, Sequence, SequenceState
 from baton.shared.rpc.errors import EngineFailure
 from baton.shared.telemetry import log_event
 
@@ -43,14 +45,14 @@ class StepLimits:
 
 
 @dataclass(slots=True)
-class Work:
+class Part:
     """A sequence's part of a step: `num_tokens` tokens from position `start` on."""
 
     sequence: Sequence
     start: int
     num_tokens: int
-    sums: StepSums | None = None
-    """Of the blocks that a chunk fills; for the last one of a prompt, of those before as well."""
+    draft_ids: tuple[int, ...] = ()
+    """The last of these tokens, which are guesses."""
 
     @property
     def end(self) -> int:
@@ -64,7 +66,7 @@ class Work:
     def row(self, handle: RowHandle) -> BatchRow:
         """Draws a token when the part reaches the end of what is known of the sequence."""
         sequence, start = self.sequence, self.start
-        end, num_known = self.end, sequence.num_tokens
+        end, num_known = self.end - len(self.draft_ids), sequence.num_tokens
         return BatchRow(
             sequence.token_slice(start, end) if end <= num_known else None,
             start,
@@ -72,6 +74,7 @@ class Work:
             sequence.params if end >= num_known else None,
             sequence.key.sample,
             handle,
+            self.draft_ids,
         )
 
 
@@ -79,131 +82,209 @@ class Work:
 class StepInFlight:
     """A step whose result was not taken yet."""
 
-    work: list[Work]
+    parts: list[Part]
     step: Step | None
     """None: it could not be launched; its parts are tried one by one."""
     started_s: float
-    chunks: list[Work] = field(default_factory=list)
+    chunks: list[Part] = field(default_factory=list)
     """Those of the parts that are chunks of prompts."""
-    orphans: list[list[int]] = field(default_factory=list)
+    sums: PendingSums | None = None
+    """Of the blocks that the chunks fill, and of those that must be checked behind them."""
+    orphans: list[list[BlockTable]] = field(default_factory=list)
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 
 
-Drawn = int | EngineFailure | None
+Outcome = Seq[Drawn] | EngineFailure
+"""What a part drew, or why nothing can be had of it."""
+DraftTokens = Callable[[Sequence, int], Seq[int]]
+"""A sequence whose tokens are all known, and a number → guesses of its next tokens, at most so
+many."""
 
 
 class Stepper:
     def __init__(
         self,
         runner: ModelRunner,
-        pool: BlockPool,
+        pools: Pools,
         table: SequenceTable,
         limits: StepLimits,
         failpoints: Failpoints,
+        draft_tokens: DraftTokens | None = None,
     ) -> None:
         self._runner = runner
-        self._pool = pool
+        self._pools = pools
         self._table = table
         self._limits = limits
         self._failpoints = failpoints
+        self._draft_tokens = draft_tokens
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
 
-    def plan(
+    def schedule(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
-    ) -> list[Work]:
+    ) -> list[Part]:
         """A token for each running sequence, then chunks of prompts, as far as the limits go.
 
         `preempt` ends a sequence for good and gives its blocks back, when no step that is in flight
         may write to them any more; `blocks_are_coming` says whether such are awaited.
         """
-        decoding = self._plan_decode(preempt, blocks_are_coming)
-        work = [Work(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
+        decoding = self._schedule_decode(preempt, blocks_are_coming)
+        parts = [Part(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
+        if self._draft_tokens is not None and self._runner.num_drafts:
+            self._add_drafts(parts, self._draft_tokens)
         prefilling = self._table.in_state(SequenceState.PREFILLING)
         if prefilling and self.pacing.may_take_chunks(time.monotonic(), num_decoding=len(decoding)):
-            work += self._plan_chunks(prefilling, decoding)
-        return work
+            parts += self._schedule_chunks(prefilling, parts, preempt, blocks_are_coming)
+        return parts
 
-    def _plan_chunks(self, prefilling: list[Sequence], decoding: list[Sequence]) -> list[Work]:
+    def _add_drafts(self, parts: list[Part], draft_tokens: DraftTokens) -> None:
+        """Guesses for those whose tokens are all known, as far as there is room for them."""
+        for part in parts:
+            sequence = part.sequence
+            most = min(self._runner.num_drafts, sequence.num_to_compute - part.end)
+            if part.end != sequence.num_tokens or most < 1:
+                continue
+            drafts = tuple(draft_tokens(sequence, most))
+            try:
+                self._pools.extend(sequence, part.end + len(drafts))
+            except PoolExhausted:
+                continue
+            part.draft_ids, part.num_tokens = drafts, part.num_tokens + len(drafts)
+
+    def _schedule_chunks(
+        self,
+        prefilling: list[Sequence],
+        decoding: list[Part],
+        preempt: Callable[[Sequence], None],
+        blocks_are_coming: Callable[[], bool],
+    ) -> list[Part]:
         """What the step has room for beside those that decode."""
-        num_to_open = sum(sequence not in self._handles for sequence in decoding)
+        for sequence in prefilling:
+            self._extend_ahead(sequence, preempt, blocks_are_coming)
+        num_to_open = sum(part.sequence not in self._handles for part in decoding)
+        num_decoding = sum(part.num_tokens for part in decoding)
         chunks = prefill_policy.plan_chunks(
-            prefilling,
+            # Without those that had to yield.
+            [sequence for sequence in prefilling if sequence.is_admitted],
             # However many decode, prompts go on by a block at least.
-            token_budget=max(self._limits.token_budget - len(decoding), self._pool.block_size),
+            token_budget=max(self._limits.token_budget - num_decoding, self._pools.block_size),
             max_rows=min(
                 self._limits.max_num_seqs - len(decoding), self._runner.num_free_rows - num_to_open
             ),
-            block_size=self._pool.block_size,
+            block_size=self._pools.block_size,
         )
         return [
-            Work(chunk.sequence, chunk.sequence.num_scheduled_tokens, chunk.num_tokens)
+            Part(chunk.sequence, chunk.sequence.num_scheduled_tokens, chunk.num_tokens)
             for chunk in chunks
         ]
 
-    def _plan_decode(
+    def _extend_ahead(
+        self,
+        sequence: Sequence,
+        preempt: Callable[[Sequence], None],
+        blocks_are_coming: Callable[[], bool],
+    ) -> None:
+        """Room for the prompt's next tokens in groups that give blocks back behind a window.
+
+        What it gave back is free again unless others hold it too; then the latest has to yield.
+        """
+        wanted = min(self._pools.num_ahead(sequence), sequence.num_prompt_tokens)
+        while sequence.is_admitted and sequence.num_room_tokens < wanted:
+            try:
+                self._pools.extend(sequence, wanted)
+            except PoolExhausted:
+                has_room = sequence.num_room_tokens > sequence.num_scheduled_tokens
+                if (
+                    has_room
+                    or sequence.num_steps_in_flight
+                    or self._blocks_are_kept(blocks_are_coming)
+                ):
+                    return
+                # A block is enough to go on.
+                wanted = min(wanted, sequence.num_room_tokens + self._pools.block_size)
+                if self._pools.has(self._pools.num_lacking(sequence, wanted)):
+                    continue
+                victim = decode_policy.choose_victim(self._table.admitted())
+                if victim is None:
+                    return
+                preempt(victim)
+
+    def _blocks_are_kept(self, blocks_are_coming: Callable[[], bool]) -> bool:
+        """Whether a transfer, or a step in flight, will give blocks back by itself."""
+        return self._pools.num_quarantined > 0 or blocks_are_coming()
+
+    def _schedule_decode(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
     ) -> list[Sequence]:
         """The running sequences of this step, each with room for its token."""
-        block_size, max_rows = self._pool.block_size, self._limits.max_num_seqs
+        max_rows = self._limits.max_num_seqs
         running = decode_policy.running(self._table.decode_hosted())
         rows = running[:max_rows]
-        while decode_policy.is_short_of_blocks(running, self._pool.num_free, block_size):
+        lacking = decode_policy.lacking_room(running)
+        while lacking and decode_policy.is_short_of_blocks(
+            lacking, self._num_lacking, self._pools.num_free
+        ):
             victim = None
-            if not self._pool.num_quarantined and not blocks_are_coming():
+            if not self._blocks_are_kept(blocks_are_coming):
                 victim = decode_policy.choose_victim(self._table.growing())
             if victim is None:
                 rows = decode_policy.plan_rows(
                     running,
-                    num_free_blocks=self._pool.num_free,
+                    self._num_lacking,
+                    num_free_blocks=self._pools.num_free,
                     max_rows=max_rows,
-                    block_size=block_size,
                 )
                 break
             preempt(victim)
             running = decode_policy.running(self._table.decode_hosted())
             rows = running[:max_rows]
-        for sequence in decode_policy.lacking_blocks(rows, block_size):
-            for table in sequence.block_tables:
-                table.extend(self._pool.allocate(1))
+            lacking = decode_policy.lacking_room(running)
+        for sequence in decode_policy.lacking_room(rows):
+            self._pools.extend(sequence, sequence.num_scheduled_tokens + 1)
         return rows
 
-    def launch(self, work: list[Work]) -> StepInFlight:
+    def _num_lacking(self, sequence: Sequence) -> list[int]:
+        return self._pools.num_lacking(sequence, sequence.num_scheduled_tokens + 1)
+
+    def launch(self, parts: list[Part]) -> StepInFlight:
         """Starts a step of all parts in one batch."""
         self._failpoints.before_step()
         started_s = time.monotonic()
         step = None
         try:
-            step = self._runner.launch(Batch(self._rows(work)))
+            step = self._runner.launch(Batch(self._rows(parts)))
         except Exception:
             log_event(
                 logger,
                 logging.ERROR,
                 "step failed, trying its rows one by one",
                 exc_info=True,
-                num_rows=len(work),
+                num_rows=len(parts),
             )
             self._runner.check_device()
-        for part in work:
+        for part in parts:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
-        chunks = [part for part in work if part.is_chunk]
-        return StepInFlight(work, step, started_s, chunks)
+        chunks = [part for part in parts if part.is_chunk]
+        return StepInFlight(parts, step, started_s, chunks)
 
-    def collect(self, in_flight: StepInFlight) -> Seq[Drawn]:
-        """The token that each part drew, None where it drew none, or why it could not.
+    def collect(self, in_flight: StepInFlight) -> Seq[Outcome]:
+        """What each part drew, or why it could not.
 
         The steps before it have been collected. Parts of a step that failed are computed here, one
-        by one, so that no sequence stops another.
+        by one, so that no sequence stops another. Only now it is known which drafts stand: what
+        others launched for a sequence meanwhile is further back by those that do not.
         """
-        for part in in_flight.work:
+        for part in in_flight.parts:
             part.sequence.num_steps_in_flight -= 1
         if in_flight.step is None:
-            return [self._alone(part) for part in in_flight.work]
-        return [
-            token if token is None or token >= 0 else EngineFailure("the logits were not numbers")
-            for token in in_flight.step.result()
-        ]
+            outcomes = [self._alone(part) for part in in_flight.parts]
+        else:
+            outcomes = [_outcome(drawn) for drawn in in_flight.step.result()]
+        for part, outcome in zip(in_flight.parts, outcomes, strict=True):
+            if part.draft_ids and not isinstance(outcome, EngineFailure):
+                part.sequence.num_scheduled_tokens -= part.num_tokens - len(outcome)
+        return outcomes
 
     def forget(self, sequence: Sequence) -> None:
         """It takes part in no further step."""
@@ -211,26 +292,31 @@ class Stepper:
         if handle is not None:
             self._runner.close_row(handle)
 
-    def _alone(self, part: Work) -> Drawn:
-        if not part.sequence.block_tables:
-            return None
+    def _alone(self, part: Part) -> Outcome:
+        if not part.sequence.is_admitted:
+            return ()
         try:
-            token = self._runner.forward(Batch(self._rows([part])))[0]
+            [drawn] = self._runner.forward(Batch(self._rows([part])))
         except Exception as error:
             log_event(
                 logger, logging.ERROR, "row failed alone", key=part.sequence.key, exc_info=True
             )
             self._runner.check_device()
             return EngineFailure(f"the engine failed: {type(error).__name__}")
-        if token is not None and token < 0:
-            return EngineFailure("the logits were not numbers")
-        return token
+        return _outcome(drawn)
 
-    def _rows(self, work: list[Work]) -> list[BatchRow]:
+    def _rows(self, parts: list[Part]) -> list[BatchRow]:
         handles = self._handles
-        return [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in work]
+        return [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in parts]
 
     def _open(self, sequence: Sequence) -> RowHandle:
         handle = self._runner.open_row(sequence.params, sequence.key.sample)
         self._handles[sequence] = handle
         return handle
+
+
+def _outcome(drawn: Seq[Drawn]) -> Outcome:
+    for each in drawn:
+        if each.failure is not None:
+            return EngineFailure(each.failure)
+    return drawn

@@ -38,8 +38,8 @@ from baton.shared.directory.directory import DirectoryMisconfigured
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.block_pool import BlockPool
 from baton.shared.kv.capability import Capability
+from baton.shared.kv.pools import Pools
 from baton.shared.rpc.convert import ROLE_TO_PB
 from baton.shared.rpc.errors import Draining
 from baton.shared.rpc.serve import (
@@ -53,7 +53,7 @@ from baton.shared.rpc.serve import (
 from baton.shared.telemetry import Counters, Trace, baton_version, log_event
 from baton.shared.transfer import nixl_agent
 from baton.shared.transfer.choose import TransportUnavailable, choose_transport
-from baton.shared.transfer.interface import KvTransport, LocalPool, TransferError
+from baton.shared.transfer.interface import GroupBlocks, KvTransport, LocalPool, TransferError
 from baton.shared.transfer.nixl import NixlTransport
 from baton.shared.transfer.puller import Puller, PullResult
 from baton.shared.transfer.shm import ShmTransport, sweep_stale
@@ -67,7 +67,6 @@ from baton.v1 import (
 
 logger = logging.getLogger("worker")
 
-_LAYOUT = "block,kv_head,layer,kv,token,dim"
 _ROLE_SERVICES = {
     "prefill": ["baton.v1.PrefillService", "baton.v1.KvService"],
     "decode": ["baton.v1.DecodeService"],
@@ -139,12 +138,18 @@ class Worker:
         except BaseException:
             self._transport.close()
             raise
-        cache, groups = self._runner.kv_cache, self._runner.groups
+        cache = self._runner.kv_cache
         self._transport_pool = LocalPool(
             memory=cache.memory,
-            num_blocks=cache.num_blocks,
-            block_bytes=cache.block_bytes,
-            num_heads=groups[0].spec.num_kv_heads,
+            groups=tuple(
+                GroupBlocks(
+                    offset_bytes=cache.pool_of(number).offset_bytes,
+                    num_blocks=cache.pool_of(number).num_blocks,
+                    block_bytes=cache.pool_of(number).block_bytes,
+                    num_heads=group.spec.num_kv_heads,
+                )
+                for number, group in enumerate(cache.groups)
+            ),
             incarnation=self._incarnation,
         )
         try:
@@ -154,9 +159,9 @@ class Worker:
         self._capability = Capability(
             model_digest=self._runner.model_digest,
             dtype=str(self._runner.dtype).removeprefix("torch."),
+            cache_dtype=str(cache.dtype).removeprefix("torch."),
             block_size=config.block_size,
-            layout=_LAYOUT,
-            cache_groups=tuple(f"{group.spec} x {len(group.layer_ids)}" for group in groups),
+            layout=cache.layout(),
             determinism=f"{self._runner.determinism} ({self._runner.numerics})",
         )
 
@@ -183,7 +188,7 @@ class Worker:
             drop_peer=puller.drop_peer,
             directory=directory,
         )
-        metrics = EngineMetrics(self._registry, self._transport_pool.block_bytes)
+        metrics = EngineMetrics(self._registry)
         engine = self._build_engine(identity, inbox, mailroom, puller, metrics)
         mailroom.engine = engine
         self._register_services(endpoint, mailroom)
@@ -240,9 +245,9 @@ class Worker:
         metrics: EngineMetrics,
     ) -> EngineLoop:
         cache = self._runner.kv_cache
-        pool = BlockPool(cache.num_blocks, self._config.block_size)
+        pools = Pools(cache.groups, self._runner.capacity)
         sealer = Sealer(
-            pool,
+            pools,
             cache,
             self._runner.block_sums(),
             self._incarnation,
@@ -251,7 +256,7 @@ class Worker:
         )
         return EngineLoop(
             self._runner,
-            pool,
+            pools,
             sealer,
             identity=identity,
             limits=StepLimits(
@@ -335,11 +340,13 @@ class Worker:
                 max_model_len=self._runner.max_model_len,
                 eos_token_ids=tuple(model.eos_token_ids),
             ),
-            num_blocks=self._transport_pool.num_blocks,
+            capacity=self._runner.capacity,
             load=WorkerLoad(
                 num_waiting=state.num_waiting,
                 num_running=state.num_running,
-                num_free_blocks=state.num_free_blocks,
+                # Before the engine has answered once, none.
+                num_free_blocks=tuple(state.num_free_blocks_by_pool)
+                or (0,) * len(self._runner.num_blocks),
                 counters={field.name: value for field, value in state.counters.ListFields()},
             ),
         )
@@ -350,7 +357,8 @@ class Worker:
             logging.INFO,
             "worker is ready",
             role=self._args.role,
-            num_blocks=self._transport_pool.num_blocks,
+            num_blocks=sum(self._runner.capacity.num_blocks),
+            cache=self._runner.kv_cache.arrangement.describe(),
             block_size=self._config.block_size,
             dtype=self._capability.dtype,
             determinism=self._capability.determinism,

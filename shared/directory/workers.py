@@ -11,12 +11,13 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from baton.shared.directory.connection import Connection, Script
 from baton.shared.directory.keys import WORKER_TTL_S, Keys, milliseconds
 from baton.shared.kv.capability import Capability
+from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.telemetry import log_event
 
 log = logging.getLogger(__name__)
 
 Role = Literal["prefill", "decode", "both"]
-_SCHEMA = 1
+_SCHEMA = 2
 _T = TypeVar("_T")
 
 # KEYS  1 the worker's record, 2 the sorted set of workers
@@ -52,7 +53,8 @@ class WorkerLoad:
 
     num_waiting: int
     num_running: int
-    num_free_blocks: int
+    num_free_blocks: tuple[int, ...]
+    """By block pool."""
     counters: Mapping[str, int]
 
 
@@ -78,7 +80,7 @@ class WorkerRecord:
     """host:port of the gRPC endpoint."""
     capability: Capability
     model: ModelFacts
-    num_blocks: int
+    capacity: Capacity
     load: WorkerLoad
 
 
@@ -150,6 +152,7 @@ def decode_record(text: str) -> WorkerRecord:
     model = _part(fields, "model")
     load = _part(fields, "load")
     counters = _part(load, "counters")
+    capacity = _capacity(_part(fields, "capacity"))
     role = _text(fields, "role")
     if role not in get_args(Role):
         raise ValueError(f"unknown role {role!r}")
@@ -162,8 +165,8 @@ def decode_record(text: str) -> WorkerRecord:
             model_digest=_text(capability, "model_digest"),
             dtype=_text(capability, "dtype"),
             block_size=_count(capability, "block_size"),
-            layout=_text(capability, "layout"),
-            cache_groups=tuple(_items(capability, "cache_groups", str)),
+            cache_dtype=_text(capability, "cache_dtype"),
+            layout=tuple(_items(capability, "layout", str)),
             determinism=_text(capability, "determinism"),
         ),
         model=ModelFacts(
@@ -173,14 +176,38 @@ def decode_record(text: str) -> WorkerRecord:
             max_model_len=_count(model, "max_model_len"),
             eos_token_ids=tuple(_items(model, "eos_token_ids", int)),
         ),
-        num_blocks=_count(fields, "num_blocks"),
+        capacity=capacity,
         load=WorkerLoad(
             num_waiting=_count(load, "num_waiting"),
             num_running=_count(load, "num_running"),
-            num_free_blocks=_count(load, "num_free_blocks"),
+            num_free_blocks=_num_free_blocks(load, capacity),
             counters={name: _count(counters, name) for name in counters},
         ),
     )
+
+
+def _capacity(fields: dict[str, Any]) -> Capacity:
+    capacity = Capacity(
+        block_size=_count(fields, "block_size"),
+        num_blocks=tuple(_items(fields, "num_blocks", int)),
+        groups=tuple(
+            GroupShare(_count(share, "pool"), _optional_count(share, "max_blocks"))
+            for share in _items(fields, "groups", dict)
+        ),
+    )
+    num_pools = len(capacity.num_blocks)
+    if not capacity.groups or any(share.pool >= num_pools for share in capacity.groups):
+        raise ValueError("field groups names a pool that is not there")
+    if capacity.block_size < 1 or min(capacity.num_blocks) < 0:
+        raise ValueError("field capacity makes no sense")
+    return capacity
+
+
+def _num_free_blocks(fields: dict[str, Any], capacity: Capacity) -> tuple[int, ...]:
+    num_free = tuple(_items(fields, "num_free_blocks", int))
+    if len(num_free) != len(capacity.num_blocks) or min(num_free) < 0:
+        raise ValueError("field num_free_blocks has not a count for each pool")
+    return num_free
 
 
 def _part(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -196,6 +223,10 @@ def _count(fields: dict[str, Any], name: str) -> int:
     if value < 0:
         raise ValueError(f"field {name} is negative")
     return value
+
+
+def _optional_count(fields: dict[str, Any], name: str) -> int | None:
+    return None if fields.get(name, 0) is None else _count(fields, name)
 
 
 def _items(fields: dict[str, Any], name: str, kind: type[_T]) -> list[_T]:

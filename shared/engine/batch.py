@@ -28,12 +28,24 @@ class RowHandle:
     is_sent: bool = False
     """The sampling parameters are on the device."""
     context_len: int = -1
+    """As `drawn_at`: the highest that it may be."""
     num_blocks: int = 0
-    """Ids of the block table that are on the device."""
+    """Entries of the block tables that are on the device."""
+    num_drafts: int = 0
+    """As the device has it."""
     drawn_at: int = -1
-    """Position of the token that was drawn last; it is the input of the next row there."""
+    """Position of the token that was drawn last; it is the input of the next row there. The highest
+    that it may be, until the steps with drafts that were launched are known."""
     drawn_token: int = -1
     """That token, where the host knows it."""
+
+    def fell_short(self, num_tokens: int) -> None:
+        """So many drafts of a step were not what was drawn: all that was launched since then is
+        that many positions further back."""
+        if self.drawn_at >= 0:
+            self.drawn_at -= num_tokens
+        if self.context_len >= 0:
+            self.context_len -= num_tokens
 
 
 @dataclass(slots=True)
@@ -41,22 +53,34 @@ class BatchRow:
     """One sequence's part of a step."""
 
     token_ids: Sequence[int] | None
-    """Tokens whose KV is computed in this step; None: the one that was drawn for `handle` in the
-    step before, which the host may not know yet."""
+    """Tokens whose KV is computed in this step; None: the one that was drawn last for `handle`,
+    which the host may not know yet."""
     position: int
-    """Position of the first of them; the KV of all earlier ones is in the blocks already."""
+    """Position of the first of them; the KV of all earlier ones is in the blocks already. Where
+    `token_ids` is None, the highest that it may be (`RowHandle.drawn_at`)."""
     block_tables: Sequence[Sequence[int]]
-    """[group][logical block] → block id, at least up to the last of `token_ids`."""
+    """[group][logical block] → block id, at least up to the last token; NO_BLOCK where no token
+    from `position` on reads."""
     sampling: SamplingParams | None = None
     """How to draw the token that follows the last one; None: draw none."""
     sample_index: int = 0
     """Which of the samples of one request this is."""
     handle: RowHandle | None = None
     """None: nothing is kept of this row after the step."""
+    draft_ids: Sequence[int] = ()
+    """Guesses of what is drawn behind a row of one token, computed along with it. A token is drawn
+    behind each of them too; what stands is what was drawn up to the first guess that it is not."""
+    num_logits: int = 1
+    """How many of the row's last tokens `logits` is asked for."""
+
+    @property
+    def num_known(self) -> int:
+        """Tokens before the drafts."""
+        return 1 if self.token_ids is None else len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
-        return 1 if self.token_ids is None else len(self.token_ids)
+        return self.num_known + len(self.draft_ids)
 
     @property
     def context_len(self) -> int:
@@ -100,7 +124,7 @@ class BatchColumns:
     context_lens: Ints
     """[R]: tokens of each row whose KV is there after the step."""
     block_tables: list[Ints]
-    """By group, [R, blocks of the longest row]; −1 beyond a row's context."""
+    """By group, [R, blocks of the longest row]; NO_BLOCK in holes and beyond a row's context."""
     slot_mapping: list[Ints]
     """By group, [T]: block id · block_size + offset at which each token's KV is stored."""
 
@@ -132,7 +156,9 @@ def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
     return BatchColumns(
         order=order,
         input_ids=np.fromiter(
-            chain.from_iterable(_token_ids(row) for row in ordered), np.int64, num_tokens
+            chain.from_iterable(chain(_token_ids(row), row.draft_ids) for row in ordered),
+            np.int64,
+            num_tokens,
         ),
         positions=positions,
         query_start=query_start,

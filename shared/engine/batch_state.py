@@ -10,7 +10,9 @@ took a block changes nothing and sends nothing.
     top_k          int32   [S]
     temperature, top_p, min_p  float32 [S]
     rows           int32   by padded batch size B: [B] slots of the decode rows, −1 = padding
-    block_tables   int32   [S, max_blocks]
+    draft_ids      int32   [S, K]   guesses of the tokens behind the last drawn one
+    num_drafts     int32   [S]      how many of them there are
+    block_tables   int32   [G, S, max_blocks]   by cache group
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from baton.shared.engine.batch import RowHandle
 from baton.shared.engine.sampler import draw_stream
+from baton.shared.kv.block_pool import NO_BLOCK
 
 Int32s = npt.NDArray[np.int32]
 
@@ -32,9 +35,18 @@ _FLOATS = ("temperature", "top_p", "min_p")
 
 class BatchState:
     def __init__(
-        self, num_slots: int, max_blocks: int, batch_sizes: Sequence[int], device: torch.device
+        self,
+        num_slots: int,
+        max_blocks: int,
+        batch_sizes: Sequence[int],
+        device: torch.device,
+        *,
+        zero_blocks: Sequence[int] = (0,),
+        num_drafts: int = 0,
     ) -> None:
-        """`batch_sizes`: the padded sizes that decode batches come in."""
+        """`batch_sizes`: the padded sizes that decode batches come in. `zero_blocks`: by cache
+        group, what holes in block tables read. `num_drafts`: K."""
+        num_groups = len(zero_blocks)
         sizes = {
             "streams": 2 * num_slots,
             "token_ids": num_slots,
@@ -44,7 +56,9 @@ class BatchState:
             "top_p": num_slots,
             "min_p": num_slots,
             **{f"rows{size}": size for size in batch_sizes},
-            "block_tables": num_slots * max_blocks,
+            "draft_ids": num_slots * num_drafts,
+            "num_drafts": num_slots,
+            "block_tables": num_groups * num_slots * max_blocks,
         }
         self._starts: dict[str, int] = {}
         end = 0
@@ -65,8 +79,10 @@ class BatchState:
         self.top_p = part("top_p").view(torch.float32)
         self.min_p = part("min_p").view(torch.float32)
         self.rows = {size: part(f"rows{size}").fill_(-1) for size in batch_sizes}
-        self.block_tables = part("block_tables").view(num_slots, max_blocks)
-        self._max_blocks = max_blocks
+        self.draft_ids = part("draft_ids").view(num_slots, num_drafts)
+        self.num_drafts = part("num_drafts")
+        self.block_tables = part("block_tables").view(num_groups, num_slots, max_blocks)
+        self._zero_blocks = tuple(zero_blocks)
         self._sent_rows = {size: [-1] * size for size in batch_sizes}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._offsets: list[int] = []
@@ -105,14 +121,23 @@ class BatchState:
     def send_context_len(self, slot: int, context_len: int) -> None:
         self._set("context_lens", slot, context_len)
 
-    def send_blocks(self, slot: int, first: int, block_ids: Sequence[int]) -> None:
-        """Entries of the slot's block table from index `first` on."""
-        start = self._starts["block_tables"] + slot * self._max_blocks + first
-        if len(block_ids) == 1:
+    def send_drafts(self, slot: int, draft_ids: Sequence[int]) -> None:
+        start = self._starts["draft_ids"] + slot * self.draft_ids.shape[1]
+        self._offsets.extend(range(start, start + len(draft_ids)))
+        self._values.extend(draft_ids)
+        self._set("num_drafts", slot, len(draft_ids))
+
+    def send_blocks(self, group: int, slot: int, first: int, block_ids: Sequence[int]) -> None:
+        """Entries of the slot's block table in a group from index `first` on."""
+        _, num_slots, max_blocks = self.block_tables.shape
+        start = self._starts["block_tables"] + (group * num_slots + slot) * max_blocks + first
+        if len(block_ids) == 1 and block_ids[0] != NO_BLOCK:
             self._offsets.append(start)
             self._values.append(block_ids[0])
         else:
-            self._runs.append((start, np.array(block_ids, np.int32)))
+            run = np.array(block_ids, np.int32)
+            run[run == NO_BLOCK] = self._zero_blocks[group]
+            self._runs.append((start, run))
 
     def send_rows(self, size: int, slots: list[int]) -> None:
         """Which slots decode; `slots` has at most `size` entries."""

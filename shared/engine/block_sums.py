@@ -59,10 +59,7 @@ class DeviceBlockSums:
     blocks are others. Of high priority, so that it gets its share of a busy GPU at once."""
 
     def __init__(self, cache: KvCache) -> None:
-        self._words = [
-            cache.memory.view(torch.int32).view(cache.num_blocks + 1, group.spec.num_kv_heads, -1)
-            for group in cache.groups
-        ]
+        self._words = [cache.words(group) for group in range(len(cache.groups))]
         self._device = cache.memory.device
         self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
 

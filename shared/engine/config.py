@@ -92,6 +92,7 @@ class EngineConfig:
     `host_memory_mib`: what this process may take of the host's memory on a CPU, weights and pool
     included; None: what is free.
     `cuda_graphs`: decode steps are captured once and replayed.
+    `num_drafts`: the most drafts (guesses of the next tokens) that a step checks for a sequence.
 
     Raises:
         ModelError: a value is out of range.
@@ -110,6 +111,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     host_memory_mib: int | None = None
     cuda_graphs: bool = True
+    num_drafts: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -132,6 +134,8 @@ class EngineConfig:
                 f"block_size: must be a power of two from 1 to {MAX_BLOCK_SIZE}, "
                 f"not {self.block_size}"
             )
+        if self.num_drafts < 0:
+            raise ModelError(f"num_drafts: must not be negative, not {self.num_drafts}")
         for name in (
             *("num_blocks", "max_model_len", "token_budget", "max_num_seqs"),
             "host_memory_mib",

@@ -6,6 +6,10 @@
       device  copy updates, scatter ─► begin_step ─► layers ─► logits ─► draw ─► tokens to the host
                                        └────── one CUDA graph per padded batch size ──────┘
 
+Rows of one token may bring drafts along: then every row of the step has `width` tokens, K drafts
+behind its own, and short rows are padded. There are graphs for that width too; what of the drafts
+stands is found out on the device, and the host learns it with the tokens.
+
 Nothing waits for the device: a decode row's token is where the step before left it, so step N + 1
 can be launched while N runs. `DeviceStep.result` waits for the copy of the tokens.
 """
@@ -16,12 +20,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from baton.kernels.batch_state import begin_step
-from baton.kernels.decode_attention import make_work, plan_decode
+from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
+from baton.kernels.drafts import accept_drafts, begin_drafted_step
 from baton.kernels.sampling import draw, make_sampling_work
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
@@ -30,6 +36,9 @@ from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.steps import Model
 from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.kv.cache_spec import window_of
+from baton.shared.kv.drawn import Drawn, drawn_of
 from baton.shared.kv.sequence import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -46,34 +55,59 @@ def padded_sizes(max_num_seqs: int) -> list[int]:
 class DeviceStep:
     """A step in flight."""
 
-    rows: list[int]
+    wanted: list[int]
     """Row of the batch that each drawn token is for; −1: nobody wants it."""
     num_rows: int
     tokens: Tensor
-    """int32 [≥ len(rows)] on the host, once `done`."""
+    """int32 [≥ len(wanted)] on the host, once `done`; behind them, in a step with drafts, how many
+    of each decode row's tokens stand."""
     done: torch.cuda.Event | None
+    drafted: list[tuple[int, int, RowHandle, int]] = field(default_factory=list)
+    """(row of the batch, place of its count behind the tokens, handle, number) of each row that
+    brought drafts."""
 
-    def result(self) -> list[int | None]:
+    def result(self) -> list[Sequence[Drawn]]:
         if self.done is not None:
             self.done.synchronize()
-        result: list[int | None] = [None] * self.num_rows
-        for row, token in zip(self.rows, self.tokens.tolist(), strict=False):
+        drawn: list[list[Drawn]] = [[] for _ in range(self.num_rows)]
+        tokens = self.tokens.tolist()
+        for row, token in zip(self.wanted, tokens, strict=False):
             if row >= 0:
-                result[row] = token
-        return result
+                drawn[row].append(drawn_of(token))
+        for row, place, handle, num_drafts in self.drafted:
+            num_standing = tokens[len(self.wanted) + place]
+            del drawn[row][num_standing:]
+            handle.fell_short(1 + num_drafts - num_standing)
+        return list(drawn)
 
 
 @dataclass(slots=True)
 class _DecodeBuffers:
-    """What a decode step of one padded size reads and writes; a graph keeps their addresses."""
+    """What a decode step of one padded size and width reads and writes; a graph keeps their
+    addresses."""
 
     size: int
+    width: int
     input_ids: Tensor
+    """int32 [size · width]"""
     positions: Tensor
     slots: Tensor
-    tokens: Tensor
-    plan: DevicePlan
+    """int64 [G, size · width]"""
+    rows: Tensor
+    """int32 [size]: the slots that decode."""
+    token_rows: Tensor
+    """int32 [size · width]: each token's slot; `rows` itself where the width is 1."""
+    back: Tensor | None
+    """int32 [size · width]; None where the width is 1."""
+    results: Tensor
+    """int32 [size · width + size]: drawn tokens, then how many stand of each row."""
+    plans: list[DevicePlan]
+    """By cache group."""
     graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.results[: self.size * self.width]
 
 
 @dataclass(slots=True)
@@ -83,10 +117,12 @@ class _Layout:
     handles: list[RowHandle] = field(default_factory=list)
     """By row of the batch."""
     decode: list[int] = field(default_factory=list)
-    """Rows of one token, in the batch's order."""
+    """Rows of one token and its drafts, in the batch's order."""
     chunks: list[int] = field(default_factory=list)
     size: int = 0
     """Of the decode rows, padded."""
+    width: int = 1
+    """Tokens of a decode row, padded."""
     wanted: list[int] = field(default_factory=list)
     """Row of the batch for each row of logits; −1 = padding."""
     scratch: list[RowHandle] = field(default_factory=list)
@@ -104,7 +140,9 @@ class DeviceSteps:
         vocab_size: int,
         max_model_len: int,
         max_num_seqs: int,
+        num_drafts: int = 0,
     ) -> None:
+        """`num_drafts`: the most that a row may bring along."""
         self.kv_cache = kv_cache
         self._model = model
         self._device = device
@@ -112,24 +150,40 @@ class DeviceSteps:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._block_size = kv_cache.block_size
-        (self._kv,) = kv_cache.padded_tensors
+        self._caches = kv_cache.padded_tensors
+        self._num_blocks = [len(tensor) for tensor in kv_cache.tensors]
+        self._windows = [window_of(group.spec) or 0 for group in kv_cache.groups]
         self._sizes = padded_sizes(max_num_seqs)
+        self._num_drafts = num_drafts
+        self._widths = [1, 1 + num_drafts] if num_drafts else [1]
         # Sequences beyond those of one step may be waiting for their turn.
         num_slots = 2 * max_num_seqs + 16
-        max_blocks = -(-max_model_len // self._block_size)
-        self._state = BatchState(num_slots, max_blocks, self._sizes, device)
-        self._sampling_work = make_sampling_work(max_num_seqs, vocab_size, device)
-        _, num_kv_heads, _, _, _, head_dim = self._kv.shape
+        self._state = BatchState(
+            num_slots,
+            -(-max_model_len // self._block_size),
+            self._sizes,
+            device,
+            zero_blocks=self._num_blocks,
+            num_drafts=num_drafts,
+        )
+        # Decode rows of the widest step, and as many chunks beside them as there are rows.
+        max_wanted = max_num_seqs * self._widths[-1]
+        self._drawn_sizes = padded_sizes(max_wanted)
+        self._sampling_work = make_sampling_work(max_wanted, vocab_size, device)
         self._work = {
-            size: make_work(size, num_kv_heads, num_heads, head_dim, device) for size in self._sizes
+            (size, width): self._make_work(size * width)
+            for size in self._sizes
+            for width in self._widths
         }
-        self._drawn_work = {
-            size: make_work(size, num_kv_heads, num_heads, head_dim, device) for size in self._sizes
+        self._drawn_work = {size: self._make_work(size) for size in self._drawn_sizes}
+        self._decode = {
+            (size, width): self._make_buffers(size, width)
+            for size in self._sizes
+            for width in self._widths
         }
-        self._decode = {size: self._make_buffers(size) for size in self._sizes}
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-        self._host = HostBuffers(max_num_seqs, device)
+        self._host = HostBuffers(max_wanted + max_num_seqs, device)
         # What was made here was made on another stream than that of the steps.
         self.synchronize(everything=True)
         self.on_launch: Callable[[tuple[torch.cuda.Event, torch.cuda.Event]], None] | None = None
@@ -166,25 +220,26 @@ class DeviceSteps:
             layout = _Layout()
             try:
                 self._lay_out(batch, layout)
-                logits, _ = self._compute(batch, layout, draws=[True] * len(batch.rows))
+                logits, _ = self._compute(batch, layout, [row.num_logits for row in batch.rows])
             finally:
                 self._distrust_device(layout)
                 self._close(layout.scratch)
+            # Row by row, as the batch has them; of one row in the order of its tokens.
             places = [place for place, row in enumerate(layout.wanted) if row >= 0]
-            result = torch.empty(
-                len(places), self._vocab_size, dtype=torch.float32, device=self._device
-            )
-            result[[layout.wanted[place] for place in places]] = logits[places].float()
+            places.sort(key=lambda place: layout.wanted[place])
+            result = logits[places].float()
         self.synchronize()
         return result
 
     def capture(self, *, graphs: bool) -> None:
-        """Compiles the kernels of decode; captures a graph for every padded size if asked to."""
+        """Compiles the kernels of decode; captures a graph for every padded size and width if asked
+        to."""
         with self._on_stream():
             pool = None
             # The largest first: the smaller ones find room in its memory.
-            for size in reversed(self._sizes):
-                buffers = self._decode[size]
+            for buffers in sorted(
+                self._decode.values(), key=lambda each: each.size * each.width, reverse=True
+            ):
                 self._decode_step(buffers)
                 self.synchronize()
                 if not graphs or self._stream is None:
@@ -227,36 +282,40 @@ class DeviceSteps:
                 handle = self.open_row(row.sampling or _GREEDY, row.sample_index)
                 layout.scratch.append(handle)
             layout.handles.append(handle)
-            if row.num_tokens == 1:
+            if row.num_known == 1:
                 layout.decode.append(index)
+                if row.draft_ids:
+                    layout.width = self._widths[-1]
             else:
                 layout.chunks.append(index)
-            self._note(row, handle)
-        num_decode = len(layout.decode)
-        if num_decode:
-            layout.size = self._padded(num_decode)
+        for row, handle in zip(batch.rows, layout.handles, strict=True):
+            self._note(row, handle, has_drafts=layout.width > 1)
+        if layout.decode:
+            layout.size = _padded(len(layout.decode), self._sizes)
             self._state.send_rows(layout.size, [layout.handles[i].slot for i in layout.decode])
-        layout.wanted = layout.decode + [-1] * (layout.size - num_decode)
 
-    def _padded(self, num_rows: int) -> int:
-        return self._sizes[bisect_left(self._sizes, num_rows)]
-
-    def _note(self, row: BatchRow, handle: RowHandle) -> None:
-        state, slot, table = self._state, handle.slot, row.block_tables[0]
+    def _note(self, row: BatchRow, handle: RowHandle, *, has_drafts: bool) -> None:
+        """`has_drafts`: the step's rows of one token may bring some along."""
+        state, slot = self._state, handle.slot
         if not handle.is_sent:
             state.send_sampling(handle)
             handle.is_sent = True
-        if len(table) > handle.num_blocks:
-            state.send_blocks(slot, handle.num_blocks, table[handle.num_blocks :])
-            handle.num_blocks = len(table)
+        num_blocks = len(row.block_tables[0])
+        if num_blocks > handle.num_blocks:
+            for group, table in enumerate(row.block_tables):
+                state.send_blocks(group, slot, handle.num_blocks, table[handle.num_blocks :])
+            handle.num_blocks = num_blocks
         end = row.context_len
-        if row.num_tokens == 1:
-            # begin_step moves the length on by one.
+        if row.num_known == 1:
+            # The step moves the length on by its tokens.
             if handle.context_len != row.position:
                 state.send_context_len(slot, row.position)
             if handle.drawn_at != row.position:
                 assert row.token_ids is not None
                 state.send_token(slot, row.token_ids[0])
+            if has_drafts and (row.draft_ids or handle.num_drafts):
+                state.send_drafts(slot, row.draft_ids)
+                handle.num_drafts = len(row.draft_ids)
         else:
             state.send_context_len(slot, end)
         handle.context_len = end
@@ -269,16 +328,23 @@ class DeviceSteps:
             raise ValueError("a batch needs rows and each row a token")
         if row.context_len > self._max_model_len:
             raise ValueError(f"a row of {row.context_len} tokens exceeds max_model_len")
-        if len(row.block_tables) != 1:
-            raise ValueError("rows need 1 block tables")
-        table, handle = row.block_tables[0], row.handle
+        if row.draft_ids and (row.num_known != 1 or len(row.draft_ids) > self._num_drafts):
+            raise ValueError(f"a row of one token may bring {self._num_drafts} drafts along")
+        if len(row.block_tables) != len(self._caches):
+            raise ValueError(f"rows need {len(self._caches)} block tables")
+        handle = row.handle
         num_known = 0 if handle is None else handle.num_blocks
-        if len(table) * self._block_size < row.context_len:
-            raise ValueError("a block table is shorter than its row's context")
-        if len(table) > num_known:
+        first_written = row.position // self._block_size
+        for table, num_blocks in zip(row.block_tables, self._num_blocks, strict=True):
+            if len(table) * self._block_size < row.context_len:
+                raise ValueError("a block table is shorter than its row's context")
             new = table[num_known:]
-            if min(new) < 0 or max(new) >= self.kv_cache.num_blocks:
+            if not new:
+                continue
+            if min(new) < NO_BLOCK or max(new) >= num_blocks:
                 raise ValueError("a block table names a block that does not exist")
+            if min(new) == NO_BLOCK and NO_BLOCK in table[first_written:]:
+                raise ValueError("a row's tokens have no block")
         if row.token_ids is None and (handle is None or handle.drawn_at != row.position):
             raise ValueError("a row without tokens, for which none was drawn")
 
@@ -288,123 +354,230 @@ class DeviceSteps:
             handle.is_sent = False
             handle.context_len = handle.drawn_at = -1
             handle.num_blocks = 0
+            # Not known: the next step with drafts sends how many there are.
+            handle.num_drafts = -1
         self._state.forget()
 
     def _launch(self, batch: Batch, layout: _Layout) -> DeviceStep:
-        draws = [row.sampling is not None for row in batch.rows]
+        rows = batch.rows
+        # Behind a row of one token, and behind each of its drafts, or behind a chunk's last token.
+        num_wanted = [
+            0 if row.sampling is None else 1 + len(row.draft_ids) if row.num_known == 1 else 1
+            for row in rows
+        ]
         if layout.chunks:
-            logits, rows = self._compute(batch, layout, draws)
-            tokens = torch.empty(len(logits), dtype=torch.int32, device=self._device)
+            logits, columns = self._compute(batch, layout, num_wanted)
+            results = torch.empty(len(logits) + layout.size, dtype=torch.int32, device=self._device)
             if len(logits):
-                self._draw(logits, rows, tokens)
+                self._draw(logits, columns.rows, columns.back, results[: len(logits)])
+                if layout.width > 1:
+                    self._accept(self._state.rows[layout.size], results, len(logits))
         else:
-            buffers = self._decode[layout.size]
+            buffers = self._decode[layout.size, layout.width]
             self._host.send(self._state, None)
             if buffers.graph is not None:
                 buffers.graph.replay()
             else:
                 self._decode_step(buffers)
-            tokens = buffers.tokens
-        wanted = [row if row >= 0 and draws[row] else -1 for row in layout.wanted]
-        return self._fetch(tokens, wanted, len(batch.rows))
+            results = buffers.results
+            layout.wanted = self._wanted_of_decode(layout, num_wanted)
+        wanted = [row if row >= 0 and num_wanted[row] else -1 for row in layout.wanted]
+        if layout.width == 1:
+            results = results[: len(wanted)]
+        return self._fetch(batch, layout, results, wanted)
+
+    def _wanted_of_decode(self, layout: _Layout, num_wanted: Sequence[int]) -> list[int]:
+        """Row of the batch for each token of the decode rows; −1 for padding."""
+        width = layout.width
+        wanted = [-1] * (layout.size * width)
+        for place, row in enumerate(layout.decode):
+            for j in range(max(1, num_wanted[row])):
+                wanted[place * width + j] = row
+        return wanted
 
     def _decode_step(self, buffers: _DecodeBuffers) -> None:
         """All of a step without prompt chunks; reads and writes fixed addresses only."""
-        plan = buffers.plan
-        self._begin(buffers.input_ids, plan)
-        hidden = self._model.hidden_states(buffers.input_ids, buffers.positions, [self._kv], [plan])
-        assert plan.rows is not None
-        self._draw(self._model.logits(hidden), plan.rows, buffers.tokens)
+        self._begin(buffers.input_ids, buffers, buffers.plans)
+        hidden = self._model.hidden_states(
+            buffers.input_ids, buffers.positions, self._caches, buffers.plans
+        )
+        self._draw(self._model.logits(hidden), buffers.token_rows, buffers.back, buffers.tokens)
+        if buffers.width > 1:
+            self._accept(buffers.rows, buffers.results, buffers.size * buffers.width)
 
     def _compute(
-        self, batch: Batch, layout: _Layout, draws: Sequence[bool]
-    ) -> tuple[Tensor, Tensor]:
-        """Runs a step with prompt chunks.
+        self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, _Wanted]:
+        """Runs a step with prompt chunks; of each row the logits at its last `num_wanted` tokens
+        are wanted.
 
-        Returns the logits [R, vocab] of the decode rows, of the chunks that draw, and of padding,
-        and the slots [R] that they are of; `layout.wanted` says which rows they are.
+        Returns the logits [R, vocab] of what is wanted, and of padding, and what they are of;
+        `layout.wanted` says which rows.
         """
-        rows, handles = batch.rows, layout.handles
-        slots_of_decode = [handles[i].slot for i in layout.decode]
-        layout.wanted = layout.decode + [i for i in layout.chunks if draws[i]]
+        places = self._place_wanted(batch, layout, num_wanted)
         # As many rows of logits as decode has in one of its graphs: those kernels are compiled.
-        num_drawn = self._padded(len(layout.wanted)) if layout.wanted else 0
-        layout.wanted += [-1] * (num_drawn - len(layout.wanted))
+        num_padded = 0
+        is_many = len(places) > self._drawn_sizes[-1]
+        if places:
+            num_padded = len(places) if is_many else _padded(len(places), self._drawn_sizes)
+        layout.wanted += [-1] * (num_padded - len(places))
+        num_decode, num_groups = layout.size * layout.width, len(self._caches)
         columns = step_columns(
-            slots_of_decode + [-1] * (layout.size - len(layout.decode)),
-            [(handles[i].slot, rows[i], draws[i]) for i in layout.chunks],
-            num_drawn,
+            num_decode,
+            [(layout.handles[i].slot, batch.rows[i]) for i in layout.chunks],
+            places,
+            num_padded,
+            num_groups=num_groups,
             block_size=self._block_size,
-            head_dim=self._kv.shape[5],
-            itemsize=self._kv.element_size(),
+            head_dim=max(kv.shape[5] for kv in self._caches),
+            itemsize=self._caches[0].element_size(),
         )
         sent = self._host.send(self._state, columns.packed)
         assert sent is not None
-        num_tokens = columns.num_tokens
-        slots = sent[: 2 * num_tokens].view(torch.int64)
-        input_ids = sent[2 * num_tokens : 3 * num_tokens]
-        positions = sent[3 * num_tokens : 4 * num_tokens]
-        tiles = sent[4 * num_tokens :][: 4 * columns.num_tiles]
-        behind = 4 * num_tokens + tiles.numel()
-        last = sent[behind:][:num_drawn]
-        draw_rows = sent[behind + -(-num_drawn // 4) * 4 :][:num_drawn]
-        has_decode = layout.size > 0
-        plan = DevicePlan(
-            positions=positions,
-            slots=slots,
-            context_lens=self._state.context_lens,
-            block_tables=self._state.block_tables,
-            rows=self._state.rows[layout.size] if has_decode else None,
-            work=self._work[layout.size] if has_decode else None,
-            tiles=tiles.view(-1, 4) if columns.num_tiles else None,
-            block_m=columns.block_m,
-            attended=self._attended(columns) if columns.num_padding else None,
-        )
-        if has_decode:
-            self._begin(input_ids, plan)
-        wanted = (last, [self._plan_of_drawn(draw_rows, plan)])
-        hidden = self._model.hidden_states(input_ids, positions, [self._kv], [plan], wanted)
-        if not num_drawn:
-            return hidden.new_empty(0, self._vocab_size), draw_rows
-        return self._model.logits(hidden), draw_rows
+        num_tokens, behind = columns.num_tokens, 2 * num_groups * columns.num_tokens
+        slots = sent[:behind].view(torch.int64).view(num_groups, num_tokens)
+        input_ids, positions = sent[behind:][: 2 * num_tokens].view(2, num_tokens)
+        behind += 2 * num_tokens
+        tiles = sent[behind:][: 4 * columns.num_tiles]
+        behind += tiles.numel()
+        aligned = -(-num_padded // 4) * 4
+        tokens, rows, back = sent[behind:][: 3 * aligned].view(3, aligned)[:, :num_padded]
+        wanted = _Wanted(tokens, rows, back if any(each[2] for each in places) else None)
+        buffers = self._decode[layout.size, layout.width] if layout.size else None
+        work = self._work[layout.size, layout.width] if layout.size else [None] * num_groups
+        plans = [
+            DevicePlan(
+                positions=positions,
+                slots=slots[group],
+                context_lens=self._state.context_lens,
+                block_tables=self._state.block_tables[group],
+                rows=buffers.token_rows if buffers is not None else None,
+                work=work[group],
+                tiles=tiles.view(-1, 4) if columns.num_tiles else None,
+                block_m=columns.block_m,
+                window=self._windows[group],
+                attended=self._attended(columns, group) if columns.num_padding else None,
+            )
+            for group in range(num_groups)
+        ]
+        if buffers is not None:
+            here = replace(buffers, positions=positions, slots=slots)
+            self._begin(input_ids, here, plans)
+        if is_many:
+            # More than ever draw at once: all tokens go through the last layer.
+            hidden = self._model.hidden_states(input_ids, positions, self._caches, plans)
+            hidden = hidden.index_select(0, tokens)
+        else:
+            hidden = self._model.hidden_states(
+                input_ids, positions, self._caches, plans, (tokens, self._plans_of(wanted, plans))
+            )
+        if not num_padded:
+            return hidden.new_empty(0, self._vocab_size), wanted
+        return self._model.logits(hidden), wanted
 
-    def _plan_of_drawn(self, draw_rows: Tensor, plan: DevicePlan) -> DevicePlan:
-        """What the last tokens of rows attend to: as in a decode step, all keys of the slot."""
-        work = None
-        if len(draw_rows):
-            work = self._drawn_work[len(draw_rows)]
-            plan_decode(draw_rows, self._state.context_lens, work)
-        return replace(plan, rows=draw_rows, work=work, tiles=None, attended=None)
+    def _place_wanted(
+        self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]
+    ) -> list[tuple[int, int, int]]:
+        """(token of the step, slot, tokens of the slot behind it) of each row of logits; notes in
+        `layout.wanted` which rows they are of."""
+        rows, handles, width = batch.rows, layout.handles, layout.width
+        places: list[tuple[int, int, int]] = []
+        for place, i in enumerate(layout.decode):
+            num_drafts = len(rows[i].draft_ids)
+            for j in range(1 + num_drafts):
+                # Drafts are checked at every token of a row, whatever else is wanted of it.
+                if width > 1 or j >= 1 + num_drafts - num_wanted[i] or not num_wanted[i]:
+                    places.append((place * width + j, handles[i].slot, num_drafts - j))
+                    layout.wanted.append(i)
+            if width > 1:
+                # In the places that `accept_drafts` looks at.
+                padding = width - 1 - num_drafts
+                places += [(place * width, -1, 0)] * padding
+                layout.wanted += [-1] * padding
+        if width > 1:
+            padding = (layout.size - len(layout.decode)) * width
+            places += [(0, -1, 0)] * padding
+            layout.wanted += [-1] * padding
+        token = layout.size * width
+        for i in layout.chunks:
+            token += rows[i].num_tokens
+            for before in range(num_wanted[i], 0, -1):
+                places.append((token - before, handles[i].slot, before - 1))
+                layout.wanted.append(i)
+        return places
 
-    def _attended(self, columns: StepColumns) -> Tensor:
+    def _plans_of(self, wanted: _Wanted, plans: Sequence[DevicePlan]) -> list[DevicePlan]:
+        """What the wanted tokens attend to: as in a decode step, the slot's keys up to them."""
+        num_rows = len(wanted.rows)
+        drawn: list[DevicePlan] = []
+        for group, plan in enumerate(plans):
+            work = self._drawn_work[num_rows][group] if num_rows else None
+            self._plan_work(wanted.rows, work, wanted.back, drawn)
+            drawn.append(replace(plan, rows=wanted.rows, work=work, tiles=None, attended=None))
+        return drawn
+
+    def _plan_work(
+        self,
+        rows: Tensor,
+        work: DecodeWork | None,
+        back: Tensor | None,
+        planned: Sequence[DevicePlan],
+    ) -> None:
+        """Lists the items of a group's decode attention, unless an earlier group has the same."""
+        if work is None or any(plan.work is work for plan in planned):
+            return
+        window = self._windows[len(planned)]
+        plan_decode(rows, self._state.context_lens, work, back=back, window=window)
+
+    def _attended(self, columns: StepColumns, group: int) -> Tensor:
         """Nobody reads what becomes of the padding, but numbers shall go on through the layers."""
         attended = torch.empty(
             columns.num_tokens,
             self._num_heads,
-            self._kv.shape[5],
-            dtype=self._kv.dtype,
+            self._caches[group].shape[5],
+            dtype=self._caches[group].dtype,
             device=self._device,
         )
         attended[-columns.num_padding :].zero_()
         return attended
 
-    def _begin(self, input_ids: Tensor, plan: DevicePlan) -> None:
-        """Fills in the decode rows' tokens and places, and moves their lengths on by one."""
+    def _begin(
+        self, input_ids: Tensor, buffers: _DecodeBuffers, plans: Sequence[DevicePlan]
+    ) -> None:
+        """Fills in the decode rows' tokens and places, and moves their lengths on."""
         state = self._state
-        assert plan.rows is not None and plan.work is not None
-        begin_step(
-            plan.rows,
-            state.token_ids,
-            state.context_lens,
-            state.block_tables,
-            input_ids,
-            plan.positions,
-            plan.slots,
-            block_size=self._block_size,
-        )
-        plan_decode(plan.rows, state.context_lens, plan.work)
+        rows = state.rows[buffers.size]
+        if buffers.width == 1:
+            begin_step(
+                rows,
+                state.token_ids,
+                state.context_lens,
+                state.block_tables,
+                input_ids,
+                buffers.positions,
+                buffers.slots,
+                block_size=self._block_size,
+            )
+        else:
+            assert buffers.back is not None
+            begin_drafted_step(
+                rows,
+                state.token_ids,
+                state.context_lens,
+                state.block_tables,
+                state.draft_ids,
+                state.num_drafts,
+                input_ids,
+                buffers.positions,
+                buffers.slots,
+                buffers.token_rows,
+                buffers.back,
+                block_size=self._block_size,
+            )
+        for number, plan in enumerate(plans):
+            self._plan_work(buffers.token_rows, plan.work, buffers.back, plans[:number])
 
-    def _draw(self, logits: Tensor, rows: Tensor, out: Tensor) -> None:
+    def _draw(self, logits: Tensor, rows: Tensor, back: Tensor | None, out: Tensor) -> None:
         state = self._state
         draw(
             logits,
@@ -418,15 +591,38 @@ class DeviceSteps:
             state.token_ids,
             out=out,
             work=self._sampling_work,
+            back=back,
         )
 
-    def _fetch(self, tokens: Tensor, rows: list[int], num_rows: int) -> DeviceStep:
-        host = self._host.fetch(tokens)
+    def _accept(self, rows: Tensor, results: Tensor, num_tokens: int) -> None:
+        """results: drawn tokens, those of the decode rows first; behind them goes what stands."""
+        state = self._state
+        accept_drafts(
+            rows,
+            results,
+            state.draft_ids,
+            state.num_drafts,
+            state.token_ids,
+            state.context_lens,
+            results[num_tokens:],
+        )
+
+    def _fetch(
+        self, batch: Batch, layout: _Layout, results: Tensor, wanted: list[int]
+    ) -> DeviceStep:
+        host = self._host.fetch(results)
         done = None
         if self._stream is not None:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        return DeviceStep(rows, num_rows, host, done)
+        drafted = []
+        if layout.width > 1:
+            drafted = [
+                (row, place, layout.handles[row], len(batch.rows[row].draft_ids))
+                for place, row in enumerate(layout.decode)
+                if batch.rows[row].draft_ids
+            ]
+        return DeviceStep(wanted, len(batch.rows), host, done, drafted)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -435,20 +631,67 @@ class DeviceSteps:
         for handle in handles:
             self.close_row(handle)
 
-    def _make_buffers(self, size: int) -> _DecodeBuffers:
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=self._device)
+    def _make_work(self, num_rows: int) -> list[DecodeWork]:
+        """By cache group; groups whose work is cut alike share it, for layers run one by one."""
+        made: dict[tuple[int, ...], DecodeWork] = {}
+        work = []
+        for kv, window in zip(self._caches, self._windows, strict=True):
+            _, num_kv_heads, _, _, _, head_dim = kv.shape
+            key = (num_kv_heads, head_dim, window)
+            if key not in made:
+                made[key] = make_work(
+                    num_rows, num_kv_heads, self._num_heads, head_dim, self._device
+                )
+            work.append(made[key])
+        return work
 
-        state, positions, slots = self._state, zeros(torch.int32), zeros(torch.int64)
-        plan = DevicePlan(
-            positions=positions,
-            slots=slots,
-            context_lens=state.context_lens,
-            block_tables=state.block_tables,
-            rows=state.rows[size],
-            work=self._work[size],
-            tiles=None,
-            block_m=0,
+    def _make_buffers(self, size: int, width: int) -> _DecodeBuffers:
+        state, num_tokens = self._state, size * width
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        positions = zeros(num_tokens)
+        slots = zeros(len(self._caches), num_tokens, dtype=torch.int64)
+        token_rows = state.rows[size] if width == 1 else zeros(num_tokens)
+        plans = [
+            DevicePlan(
+                positions=positions,
+                slots=slots[group],
+                context_lens=state.context_lens,
+                block_tables=state.block_tables[group],
+                rows=token_rows,
+                work=work,
+                tiles=None,
+                block_m=0,
+                window=self._windows[group],
+            )
+            for group, work in enumerate(self._work[size, width])
+        ]
+        return _DecodeBuffers(
+            size,
+            width,
+            zeros(num_tokens),
+            positions,
+            slots,
+            state.rows[size],
+            token_rows,
+            None if width == 1 else zeros(num_tokens),
+            zeros(num_tokens + size),
+            plans,
         )
-        tokens = zeros(torch.int32)
-        return _DecodeBuffers(size, zeros(torch.int32), positions, slots, tokens, plan)
+
+
+class _Wanted(NamedTuple):
+    """Tokens whose logits are wanted, padding included."""
+
+    tokens: Tensor
+    """int32 [R]: which of the step's."""
+    rows: Tensor
+    """int32 [R]: their slots; −1 for padding."""
+    back: Tensor | None
+    """int32 [R]: tokens of the slot behind each; None where there are none."""
+
+
+def _padded(num_rows: int, sizes: Sequence[int]) -> int:
+    return sizes[bisect_left(sizes, num_rows)]

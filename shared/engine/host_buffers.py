@@ -17,11 +17,12 @@ _STEPS_IN_FLIGHT = 4
 class HostBuffers:
     """Pinned memory on the host, a buffer in turn for each step."""
 
-    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        """`max_tokens`: of what a step gives back."""
         self._device = device
         self._is_pinned = device.type == "cuda"
         self._tokens = [
-            torch.zeros(max_num_seqs, dtype=torch.int32, pin_memory=self._is_pinned)
+            torch.zeros(max_tokens, dtype=torch.int32, pin_memory=self._is_pinned)
             for _ in range(_STEPS_IN_FLIGHT)
         ]
         self._columns = [self._buffer(0) for _ in range(_STEPS_IN_FLIGHT)]

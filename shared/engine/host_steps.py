@@ -12,10 +12,12 @@ from torch import Tensor
 
 from baton.kernels import reference
 from baton.shared.engine import determinism
-from baton.shared.engine.batch import Batch, BatchColumns, RowHandle
+from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, RowHandle
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.engine.steps import Model
+from baton.shared.kv.cache_spec import window_of
+from baton.shared.kv.drawn import Drawn, drawn_of
 from baton.shared.kv.sequence import SamplingParams
 
 
@@ -23,10 +25,10 @@ from baton.shared.kv.sequence import SamplingParams
 class DoneStep:
     """A step whose tokens are known."""
 
-    tokens: list[int | None]
+    drawn: list[Sequence[Drawn]]
 
-    def result(self) -> list[int | None]:
-        return self.tokens
+    def result(self) -> list[Sequence[Drawn]]:
+        return self.drawn
 
 
 class HostSteps:
@@ -62,29 +64,49 @@ class HostSteps:
         columns = batch.columns(self.kv_cache.block_size)
         hidden = self._hidden_states(columns)
         rows = [batch.rows[i] for i in columns.order]
-        drawing = [i for i, row in enumerate(rows) if row.sampling is not None]
-        result: list[int | None] = [None] * len(rows)
+        # A token behind the last one that is known, and behind each draft.
+        drawing = [
+            (i, offset)
+            for i, row in enumerate(rows)
+            if row.sampling is not None
+            for offset in range(row.num_known - 1, row.num_tokens)
+        ]
+        result: list[Sequence[Drawn]] = [[] for _ in rows]
         if drawing:
             tokens = sample_tokens(
-                self._last_logits(hidden, columns, drawing),
-                [sampling for row in rows if (sampling := row.sampling) is not None],
-                [rows[i].sample_index for i in drawing],
-                [rows[i].context_len for i in drawing],
+                self._logits_at(hidden, [int(columns.query_start[i]) + at for i, at in drawing]),
+                [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None],
+                [rows[i].sample_index for i, _ in drawing],
+                [rows[i].position + offset + 1 for i, offset in drawing],
             )
-            for i, token in zip(drawing, tokens, strict=True):
-                result[columns.order[i]] = token
-                handle = rows[i].handle
-                if handle is not None:
-                    handle.drawn_at, handle.drawn_token = rows[i].context_len, token
+            by_row: dict[int, list[int]] = {}
+            for (i, _), token in zip(drawing, tokens, strict=True):
+                by_row.setdefault(i, []).append(token)
+            for i, drawn in by_row.items():
+                result[columns.order[i]] = self._stands(rows[i], drawn)
         return DoneStep(result)
+
+    def _stands(self, row: BatchRow, token_ids: Sequence[int]) -> list[Drawn]:
+        """Of what was drawn behind a row's token and its drafts, that whose draft stands."""
+        standing = 0
+        while standing < len(row.draft_ids) and token_ids[standing] == row.draft_ids[standing]:
+            standing += 1
+        drawn = [drawn_of(token_id) for token_id in token_ids[: standing + 1]]
+        if row.handle is not None:
+            row.handle.drawn_at = row.position + row.num_known + standing
+            row.handle.drawn_token = drawn[-1].token_id
+        return drawn
 
     def logits(self, batch: Batch) -> Tensor:
         columns = batch.columns(self.kv_cache.block_size)
         hidden = self._hidden_states(columns)
-        logits = self._last_logits(hidden, columns, range(len(columns.order)))
-        result = torch.empty_like(logits)
-        result[columns.order] = logits
-        return result
+        place_of = {row: place for place, row in enumerate(columns.order)}
+        wanted = [
+            int(columns.query_start[place_of[index] + 1]) - before
+            for index, row in enumerate(batch.rows)
+            for before in range(row.num_logits, 0, -1)
+        ]
+        return self._logits_at(hidden, wanted)
 
     def _hidden_states(self, columns: BatchColumns) -> Tensor:
         """[at least T, hidden]; rows behind the step's tokens are padding."""
@@ -98,6 +120,7 @@ class HostSteps:
                 kv,
                 num_heads=self._num_heads,
                 min_rows=self._min_rows,
+                window=window_of(self.kv_cache.groups[group].spec),
             )
             for group, kv in enumerate(self.kv_cache.padded_tensors)
         ]
@@ -108,10 +131,10 @@ class HostSteps:
             plans,
         )
 
-    def _last_logits(self, hidden: Tensor, columns: BatchColumns, rows: Sequence[int]) -> Tensor:
-        """float32 [len(rows), vocab]."""
-        last = columns.query_start[1:][list(rows)] - 1
-        return self._model.logits(hidden.index_select(0, self._padded(last)))[: len(last)].float()
+    def _logits_at(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
+        """float32 [len(tokens), vocab]."""
+        wanted = self._padded(np.array(tokens, np.int64))
+        return self._model.logits(hidden.index_select(0, wanted))[: len(tokens)].float()
 
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
         num_missing = determinism.MIN_LINEAR_ROWS - len(column)
@@ -125,6 +148,7 @@ class HostSteps:
             raise ValueError(f"a row of {longest} tokens exceeds max_model_len")
         if len(columns.block_tables) != len(self.kv_cache.groups):
             raise ValueError(f"rows need {len(self.kv_cache.groups)} block tables")
-        for table, slots in zip(columns.block_tables, columns.slot_mapping, strict=True):
-            if int(table.max()) >= self.kv_cache.num_blocks or int(slots.min()) < 0:
+        for group, table in enumerate(columns.block_tables):
+            num_blocks = self.kv_cache.pool_of(group).num_blocks
+            if int(table.max()) >= num_blocks or int(columns.slot_mapping[group].min()) < 0:
                 raise ValueError("a block table names a block that does not exist")

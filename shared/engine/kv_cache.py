@@ -1,17 +1,37 @@
-"""The block pool's memory: one flat run of bytes, seen as one tensor per cache group.
+"""The block pools' memory: one flat run of bytes, seen as one tensor per cache group.
 
-Block ids are common to all groups: a block belongs to one group at a time, so every group's blocks
-have the same number of bytes. Behind the last block lies one more that stays zero and has no id in
-any block table; attention reads it where a block table ends before its key tile does.
+Pools lie one after another. Block ids count from 0 in each pool and are common to the groups that
+share it: a block belongs to one group at a time. Behind the last block of a pool lies one more that
+stays zero; attention reads it where a block table has a hole, or ends before its key tile does.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from baton.shared.engine.cache_spec import CacheGroup
+from baton.shared.kv.arrangement import Arrangement
+
+_ALIGNMENT_BYTES = 256
+"""Of a pool's first block, and of the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMemory:
+    """Where a pool's blocks lie."""
+
+    offset_bytes: int
+    num_blocks: int
+    """Without the zero block behind them."""
+    block_bytes: int
+
+    @property
+    def end_bytes(self) -> int:
+        """Of the zero block."""
+        return self.offset_bytes + (self.num_blocks + 1) * self.block_bytes
 
 
 class KvCache:
@@ -19,14 +39,15 @@ class KvCache:
 
     Attributes:
         memory: uint8 [required_bytes], contiguous.
+        pools: by pool, where its blocks lie in it.
         tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim].
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
     """
 
     def __init__(
         self,
-        groups: Sequence[CacheGroup],
-        num_blocks: int,
+        arrangement: Arrangement,
+        num_blocks: Sequence[int],
         block_size: int,
         dtype: torch.dtype,
         memory: torch.Tensor | None = None,
@@ -34,15 +55,17 @@ class KvCache:
     ) -> None:
         """Takes `memory` (uint8 [at least required_bytes], 64-byte aligned) or allocates it.
 
+        num_blocks: by pool.
+
         Raises:
-            ValueError: the memory does not fit, or the groups' blocks differ in bytes.
+            ValueError: the memory does not fit.
         """
-        self.groups = tuple(groups)
-        self.num_blocks = num_blocks
+        self.arrangement = arrangement
+        self.groups = arrangement.groups
         self.block_size = block_size
         self.dtype = dtype
-        self.block_bytes = block_bytes(groups, block_size, dtype)
-        num_bytes = self.required_bytes(groups, num_blocks, block_size, dtype)
+        self.pools = _lay_out(arrangement, num_blocks)
+        num_bytes = self.required_bytes(arrangement, num_blocks)
         if memory is None:
             memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
@@ -53,35 +76,63 @@ class KvCache:
                 f"not {memory.numel()}"
             )
         self.memory = memory[:num_bytes]
-        self.memory[num_blocks * self.block_bytes :].zero_()
+        for pool in self.pools:
+            self.memory[pool.end_bytes - pool.block_bytes : pool.end_bytes].zero_()
         self.padded_tensors = [
-            self.memory.view(dtype).view(num_blocks + 1, *group.block_shape(block_size))
-            for group in self.groups
+            self._bytes_of(group)
+            .view(dtype)
+            .view(self.pool_of(group).num_blocks + 1, *each.block_shape(block_size))
+            for group, each in enumerate(self.groups)
         ]
-        self.tensors = [tensor[:num_blocks] for tensor in self.padded_tensors]
+        self.tensors = [tensor[:-1] for tensor in self.padded_tensors]
 
     @staticmethod
-    def required_bytes(
-        groups: Sequence[CacheGroup], num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes of memory for `num_blocks` blocks and the zero block behind them."""
-        return (num_blocks + 1) * block_bytes(groups, block_size, dtype)
+    def required_bytes(arrangement: Arrangement, num_blocks: Sequence[int]) -> int:
+        """Bytes of memory for so many blocks by pool, and the zero block behind each."""
+        end = _lay_out(arrangement, num_blocks)[-1].end_bytes
+        return -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+    def pool_of(self, group: int) -> PoolMemory:
+        return self.pools[self.arrangement.pools[group]]
+
+    def words(self, group: int) -> torch.Tensor:
+        """A group's blocks as 32-bit words: int32 [num_blocks + 1, num_kv_heads, words], a view."""
+        num_heads = self.groups[group].spec.num_kv_heads
+        blocks = self._bytes_of(group).view(torch.int32)
+        return blocks.view(self.pool_of(group).num_blocks + 1, num_heads, -1)
 
     def block_words(self, block_ids: Sequence[int], group: int = 0) -> torch.Tensor:
         """A copy of blocks as 32-bit words: int32 [len(block_ids), num_kv_heads, words]."""
-        num_heads = self.groups[group].spec.num_kv_heads
-        words = self.memory.view(torch.int32).view(self.num_blocks + 1, num_heads, -1)
+        words = self.words(group)
         index = torch.tensor(list(block_ids), dtype=torch.int64, device=words.device)
         return words.index_select(0, index)
 
+    def layout(self) -> tuple[str, ...]:
+        """By group: what its blocks hold, as the tensors have it; equal for caches whose blocks
+        are alike."""
+        return tuple(
+            json.dumps(
+                {
+                    "spec": repr(each.spec),
+                    "layers": each.layer_ids,
+                    "axes": each.axes(self.block_size),
+                    "strides": self.tensors[group].stride(),
+                    "pool": self.arrangement.pools[group],
+                }
+            )
+            for group, each in enumerate(self.groups)
+        )
 
-def block_bytes(groups: Sequence[CacheGroup], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block, the same for every group.
+    def _bytes_of(self, group: int) -> torch.Tensor:
+        pool = self.pool_of(group)
+        return self.memory[pool.offset_bytes : pool.end_bytes]
 
-    Raises:
-        ValueError: the groups' blocks differ in bytes.
-    """
-    sizes = {group.block_bytes(block_size, dtype.itemsize) for group in groups}
-    if len(sizes) != 1:
-        raise ValueError(f"cache groups differ in block bytes: {sorted(sizes)}")
-    return sizes.pop()
+
+def _lay_out(arrangement: Arrangement, num_blocks: Sequence[int]) -> tuple[PoolMemory, ...]:
+    pools: list[PoolMemory] = []
+    end = 0
+    for count, block_bytes in zip(num_blocks, arrangement.block_bytes, strict=True):
+        offset = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        pools.append(PoolMemory(offset, count, block_bytes))
+        end = pools[-1].end_bytes
+    return tuple(pools)

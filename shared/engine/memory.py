@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from baton.shared.engine.config import EngineConfig, ModelError
 from baton.shared.engine.host_memory import HostMemory, host_memory, own_bytes
+from baton.shared.kv.arrangement import Arrangement, most_blocks
 
 _POOL_BYTES = 256 * 2**20
 _MAX_POOL_BYTES = 2**30
@@ -44,25 +47,31 @@ def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.dev
 
 def choose_num_blocks(
     config: EngineConfig,
+    arrangement: Arrangement,
     *,
-    block_bytes: int,
+    ahead_tokens: int,
     max_model_len: int,
     used_bytes: int,
     device: torch.device,
-) -> int:
-    """The configured number of blocks, else what the machine can spare.
+) -> tuple[int, ...]:
+    """By pool: the configured number of blocks, else what the machine can spare.
 
-    On a CPU: four sequences of max_model_len or 256 MiB, whichever is more, but at most 1 GiB and
-    half of what is free. On a GPU: all that is left of the engine's share.
+    Pools are cut for sequences of max_model_len; a configured number is that of the first pool, and
+    the others follow. On a CPU: four such sequences or 256 MiB, whichever is more, but at most
+    1 GiB and half of what is free. On a GPU: all that is left of the engine's share.
 
     Args:
-        used_bytes: what weights and the largest step take beside the pool.
+        ahead_tokens: computed before a windowed group gives blocks back; see `most_blocks`.
+        used_bytes: what weights and the largest step take beside the pools.
 
     Raises:
         ModelError: not even one sequence of max_model_len fits, or the configured number does not
             fit into memory.
     """
-    longest = -(-max_model_len // config.block_size)
+    block_size = config.block_size
+    most = [most_blocks(group, block_size, ahead_tokens) for group in arrangement.groups]
+    longest = arrangement.blocks_for(max_model_len, most, block_size)
+    longest_bytes = _bytes_of(arrangement, longest)
     host = ""
     if device.type == "cuda":
         room = _gpu_room(config, device) - used_bytes - GPU_MARGIN_BYTES
@@ -71,25 +80,49 @@ def choose_num_blocks(
         free = free_host_memory(config)
         host = f" ({free})"
         room = free.free_bytes - used_bytes
-        wanted = max(4 * longest * block_bytes, _POOL_BYTES)
+        wanted = max(4 * longest_bytes, _POOL_BYTES)
         num_bytes = min(wanted, _MAX_POOL_BYTES, room // 2)
     if config.num_blocks is not None:
-        if config.num_blocks * block_bytes > room:
-            raise ModelError(
-                f"num_blocks: {config.num_blocks} blocks of {block_bytes} bytes do not fit "
-                f"into the {max(0, room)} bytes that are free{host}"
+        num_blocks = tuple(-(-config.num_blocks * count // longest[0]) for count in longest)
+        if _bytes_of(arrangement, num_blocks) > room:
+            sizes = " and ".join(
+                f"{count} blocks of {size} bytes"
+                for count, size in zip(num_blocks, arrangement.block_bytes, strict=True)
             )
-        return config.num_blocks
-    # The zero block behind the last one is a block too.
-    num_blocks = max(0, num_bytes // block_bytes - 1)
-    if num_blocks < longest:
-        missing = (longest + 1) * block_bytes - num_bytes
+            raise ModelError(
+                f"num_blocks: {sizes} do not fit into the {max(0, room)} bytes that are free{host}"
+            )
+        return num_blocks
+    # The zero block behind each pool's last one is a block too.
+    usable_bytes = num_bytes - sum(arrangement.block_bytes)
+    if usable_bytes < longest_bytes:
         raise ModelError(
-            f"max_model_len: a sequence of {max_model_len} tokens needs {longest} blocks, "
-            f"the pool would have {num_blocks}{host}: {_gib(missing)} missing; "
+            f"max_model_len: a sequence of {max_model_len} tokens needs "
+            f"{_needs(arrangement, most, max_model_len, block_size)}, the pool would have "
+            f"{_gib(max(0, usable_bytes))}{host}: {_gib(longest_bytes - usable_bytes)} missing; "
             "set num_blocks or a lower max_model_len"
         )
-    return num_blocks
+    if arrangement.num_pools == 1:
+        return (usable_bytes // arrangement.block_bytes[0],)
+    return tuple(usable_bytes * count // longest_bytes for count in longest)
+
+
+def _bytes_of(arrangement: Arrangement, num_blocks: Sequence[int]) -> int:
+    return sum(map(int.__mul__, num_blocks, arrangement.block_bytes))
+
+
+def _needs(
+    arrangement: Arrangement, most: Sequence[int | None], num_tokens: int, block_size: int
+) -> str:
+    """What each group needs for one sequence."""
+    whole = -(-num_tokens // block_size)
+    needs = []
+    for group, pool, each in zip(arrangement.groups, arrangement.pools, most, strict=True):
+        count = whole if each is None else min(whole, each)
+        size = _gib(count * arrangement.block_bytes[pool])
+        of_group = f" in the group of {group.spec}" if len(most) > 1 else ""
+        needs.append(f"{count} blocks ({size}){of_group}")
+    return ", ".join(needs)
 
 
 def _gpu_room(config: EngineConfig, device: torch.device) -> int:

@@ -7,7 +7,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
-from baton.shared.engine.cache_spec import CacheGroup, cache_groups
 from baton.shared.engine.config import (
     DeviceError,
     EngineConfig,
@@ -24,7 +24,7 @@ from baton.shared.engine.config import (
     resolve_max_model_len,
 )
 from baton.shared.engine.host_steps import HostSteps
-from baton.shared.engine.kv_cache import KvCache, block_bytes
+from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
 from baton.shared.engine.model_digest import (
     Progress,
@@ -36,6 +36,10 @@ from baton.shared.engine.models import llama
 from baton.shared.engine.operations import Operations, reference_operations
 from baton.shared.engine.steps import Step, Steps
 from baton.shared.engine.weights import DummyWeights, WeightFiles
+from baton.shared.kv.arrangement import Arrangement, arrange, most_blocks
+from baton.shared.kv.cache_spec import CacheGroup
+from baton.shared.kv.capacity import Capacity, GroupShare
+from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import SamplingParams
 from baton.shared.telemetry import log_event
 
@@ -51,6 +55,8 @@ _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
 _GOOD_ENOUGH = 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
+_SHARE_OF_SMALL_POOLS = 4
+"""A windowed group's share of a sequence is at most so large a part of its pool."""
 _MIN_CAPABILITY = (8, 0)
 _MOST_WITH_TRITON = {"vocab_size": 1 << 18, "hidden_size": 1 << 14, "head_dim": 256}
 
@@ -67,6 +73,8 @@ class ModelRunner:
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of one step.
         steps_ahead: how many steps may be launched before the result of the first is taken.
+        num_drafts: the most drafts that a row of one token may have.
+        capacity: what sequences take of the block pools.
     """
 
     def __init__(
@@ -95,8 +103,17 @@ class ModelRunner:
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         self.kernels = _kernels(config.kernels, self.device, self.model_config)
-        self.groups: tuple[CacheGroup, ...] = cache_groups(llama.cache_specs(self.model_config))
+        self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
+        self.num_drafts = config.num_drafts
         self._config = config
+        self.arrangement: Arrangement = arrange(
+            llama.cache_specs(self.model_config),
+            block_size=config.block_size,
+            itemsize=self.dtype.itemsize,
+            max_model_len=self.max_model_len,
+            ahead_tokens=self._ahead_tokens,
+        )
+        self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         self._ops = _operations(self.kernels, self.device)
 
         weights = self._find_weights()
@@ -115,12 +132,18 @@ class ModelRunner:
         self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
             self.num_blocks = self._choose_num_blocks(self._measure_peak(progress))
-        shape = (self.groups, self.num_blocks, config.block_size, self.dtype)
-        memory = pool_memory(KvCache.required_bytes(*shape)) if pool_memory else None
-        self.kv_cache = KvCache(*shape, memory=memory, device=self.device)
+        num_bytes = KvCache.required_bytes(self.arrangement, self.num_blocks)
+        self.kv_cache = KvCache(
+            self.arrangement,
+            self.num_blocks,
+            config.block_size,
+            self.dtype,
+            memory=pool_memory(num_bytes) if pool_memory else None,
+            device=self.device,
+        )
         self._steps: Steps = self._make_steps(self.kv_cache)
-        self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self._warm_up(progress)
+        self.capacity = self._make_capacity()
 
     def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
         """A place for a sequence in the state that steps go on from.
@@ -147,9 +170,8 @@ class ModelRunner:
         """
         return self._steps.launch(batch)
 
-    def forward(self, batch: Batch) -> list[int | None]:
-        """`launch` and its result: by row, the token that follows its last one; None where none is
-        drawn."""
+    def forward(self, batch: Batch) -> list[Sequence[Drawn]]:
+        """`launch` and its result: by row, what was drawn behind its last token."""
         return self.launch(batch).result()
 
     def block_sums(self) -> BlockSums:
@@ -168,7 +190,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """Computes a step → float32 [rows, vocab], the logits at each row's last token."""
+        """Computes a step → float32 [logits, vocab], the logits at each row's last `num_logits`
+        tokens, row by row."""
         return self._steps.logits(batch)
 
     def _find_weights(self) -> WeightFiles | DummyWeights:
@@ -197,6 +220,7 @@ class ModelRunner:
                 self.model_config,
                 load,
                 self._ops,
+                self.groups,
                 max_model_len=self.max_model_len,
                 dtype=self.dtype,
                 device=self.device,
@@ -216,10 +240,31 @@ class ModelRunner:
                 return "consistent", determinism.MIN_LINEAR_ROWS
         return "exact", min_rows
 
-    def _choose_num_blocks(self, used_bytes: int) -> int:
+    @property
+    def _ahead_tokens(self) -> int:
+        """Tokens that are computed, or may be, before a windowed group gives blocks back."""
+        largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else _HOST_TOKEN_BUDGET
+        budget = self._config.token_budget or largest
+        return (1 + self.steps_ahead) * max(budget, 1 + self.num_drafts)
+
+    def _make_capacity(self) -> Capacity:
+        """A windowed group's share of a small pool is cut: prompts go on in smaller chunks then."""
+        block_size, shares = self._config.block_size, []
+        for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
+            most = most_blocks(group, block_size, self._ahead_tokens)
+            if most is not None:
+                # Enough to go on: a block, and the tokens in flight.
+                in_flight = (1 + self.steps_ahead) * (1 + self.num_drafts)
+                least = most_blocks(group, block_size, in_flight + block_size) or 0
+                most = max(least, min(most, self.num_blocks[pool] // _SHARE_OF_SMALL_POOLS))
+            shares.append(GroupShare(pool, most))
+        return Capacity(block_size, self.num_blocks, tuple(shares))
+
+    def _choose_num_blocks(self, used_bytes: int) -> tuple[int, ...]:
         return choose_num_blocks(
             self._config,
-            block_bytes=block_bytes(self.groups, self._config.block_size, self.dtype),
+            self.arrangement,
+            ahead_tokens=self._ahead_tokens,
             max_model_len=self.max_model_len,
             used_bytes=used_bytes,
             device=self.device,
@@ -245,6 +290,7 @@ class ModelRunner:
             vocab_size=self.model_config.vocab_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self._config.max_num_seqs,
+            num_drafts=self.num_drafts,
         )
 
     # On a GPU
@@ -253,9 +299,12 @@ class ModelRunner:
         """Bytes that weights and the largest step take, with a pool just large enough for it."""
         progress("measuring memory")
         num_tokens = min(self._config.token_budget or _TOKEN_BUDGETS[-1], self.max_model_len)
-        num_blocks = -(-num_tokens // self._config.block_size)
+        whole = -(-num_tokens // self._config.block_size)
+        num_blocks = [0] * self.arrangement.num_pools
+        for pool in self.arrangement.pools:
+            num_blocks[pool] += whole
         cache = KvCache(
-            self.groups, num_blocks, self._config.block_size, self.dtype, device=self.device
+            self.arrangement, num_blocks, self._config.block_size, self.dtype, device=self.device
         )
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
@@ -277,20 +326,30 @@ class ModelRunner:
         progress("compiling kernels and capturing graphs")
         with torch.inference_mode():
             self._steps.capture(graphs=self._config.cuda_graphs)
-            limit = min(self.max_model_len, self.num_blocks * self._config.block_size)
+            # As if no group had a window: the prompts of this have all their blocks.
+            blocks_each = min(
+                num_blocks // self.arrangement.pools.count(pool)
+                for pool, num_blocks in enumerate(self.num_blocks)
+            )
+            limit = min(self.max_model_len, blocks_each * self._config.block_size)
             budgets = [self._config.token_budget] if self._config.token_budget else _TOKEN_BUDGETS
             usable = [min(budget, limit) for budget in budgets if budget is not None]
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
                 self._steps.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
+            if self.num_drafts:
+                prompt = self._prompt_row(min(16, limit))
+                guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
+                self._steps.launch(Batch([guess, prompt])).result()
             measured = min(_MEASURED_TOKENS, limit)
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
             for budget in usable:
                 self._sustained_rate(measured, budget)
             rates = {budget: self._sustained_rate(measured, budget) for budget in usable}
             sums = self.block_sums()
-            for exponent in range(self.num_blocks.bit_length()):
-                sums(range(min(2**exponent, MOST_AT_ONCE)))
+            for group, pool in enumerate(self.arrangement.pools):
+                for exponent in range(self.num_blocks[pool].bit_length()):
+                    sums(range(min(2**exponent, MOST_AT_ONCE)), group)
         best = max(rates.values())
         self.token_budget = min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
         shown = ", ".join(f"{b}: {rate:.0f}" for b, rate in rates.items())
@@ -320,8 +379,13 @@ class ModelRunner:
         """Of random tokens: products of equal rows would be done faster, at less power."""
         draw = random.Random(num_tokens)
         token_ids = draw.choices(range(self.model_config.vocab_size), k=num_tokens)
-        table = list(range(-(-num_tokens // self._config.block_size)))
-        return BatchRow(token_ids, 0, [table], SamplingParams(temperature=0.0))
+        whole = -(-num_tokens // self._config.block_size)
+        taken = [0] * self.arrangement.num_pools
+        tables = []
+        for pool in self.arrangement.pools:
+            tables.append(list(range(taken[pool], taken[pool] + whole)))
+            taken[pool] += whole
+        return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
 
 
 def _device(name: str) -> torch.device:

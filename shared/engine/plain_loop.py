@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import SamplingParams, num_blocks_for
 
 
@@ -40,31 +41,29 @@ class PlainLoop:
                 BatchRow(
                     token_ids=outputs[i][-1:],
                     position=len(prompts[i]) + len(outputs[i]) - 1,
-                    block_tables=[tables[i]],
+                    block_tables=tables[i],
                     sampling=params[i],
                 )
                 for i in running
             ]
-            for i, token in zip(running, self._runner.forward(Batch(rows)), strict=True):
-                assert token is not None
-                outputs[i].append(token)
+            for i, [drawn] in zip(running, self._runner.forward(Batch(rows)), strict=True):
+                outputs[i].append(drawn.token_id)
         return outputs
 
     def _prefill(
-        self, prompt: Sequence[int], table: list[int], sampling: SamplingParams, chunk: int
+        self, prompt: Sequence[int], tables: list[list[int]], sampling: SamplingParams, chunk: int
     ) -> int:
         """Computes a prompt in chunks → its first generated token."""
-        token = None
+        drawn: Sequence[Drawn] = ()
         for start in range(0, len(prompt), chunk):
             row = BatchRow(
                 token_ids=prompt[start : start + chunk],
                 position=start,
-                block_tables=[table],
+                block_tables=tables,
                 sampling=sampling if start + chunk >= len(prompt) else None,
             )
-            [token] = self._runner.forward(Batch([row]))
-        assert token is not None
-        return token
+            [drawn] = self._runner.forward(Batch([row]))
+        return drawn[0].token_id
 
     def _is_done(self, output: list[int], params: SamplingParams) -> bool:
         is_eos = output[-1] in self._runner.model_config.eos_token_ids
@@ -76,14 +75,18 @@ class PlainLoop:
 
     def _block_tables(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[list[int]]:
-        block_size = self._runner.kv_cache.block_size
-        tables: list[list[int]] = []
-        next_block = 0
+    ) -> list[list[list[int]]]:
+        """By prompt and cache group; as if no group had a window."""
+        block_size, pools = self._runner.kv_cache.block_size, self._runner.arrangement.pools
+        next_block = [0] * self._runner.arrangement.num_pools
+        tables: list[list[list[int]]] = []
         for prompt, each in zip(prompts, params, strict=True):
-            end = next_block + num_blocks_for(len(prompt) + each.max_tokens, block_size)
-            tables.append(list(range(next_block, end)))
-            next_block = end
-        if next_block > self._runner.num_blocks:
-            raise ValueError(f"{next_block} blocks needed, the pool has {self._runner.num_blocks}")
+            whole = num_blocks_for(len(prompt) + each.max_tokens, block_size)
+            tables.append([])
+            for pool in pools:
+                tables[-1].append(list(range(next_block[pool], next_block[pool] + whole)))
+                next_block[pool] += whole
+        for need, have in zip(next_block, self._runner.num_blocks, strict=True):
+            if need > have:
+                raise ValueError(f"{need} blocks needed, the pool has {have}")
         return tables

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from baton.shared.engine.batch import Batch, RowHandle
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import SamplingParams
-
-BAD_LOGITS = -1
-"""In place of a token: the logits were not numbers."""
 
 
 class Model(Protocol):
@@ -38,9 +36,10 @@ class Model(Protocol):
 class Step(Protocol):
     """A step that was launched."""
 
-    def result(self) -> list[int | None]:
-        """By row, the token that follows its last one; None where none was drawn, BAD_LOGITS
-        where none could be. Waits for the device."""
+    def result(self) -> list[Sequence[Drawn]]:
+        """By row, what was drawn behind its last token: nothing where nothing was asked, one for
+        each draft that stands more where there were drafts. To be called once; waits for the
+        device."""
 
 
 class Steps(Protocol):
@@ -63,4 +62,5 @@ class Steps(Protocol):
         """
 
     def logits(self, batch: Batch) -> Tensor:
-        """Computes a step, draws nothing → float32 [rows, vocab], at each row's last token."""
+        """Computes a step, draws nothing → float32 [logits, vocab]: at each row's last
+        `num_logits` tokens, row by row."""

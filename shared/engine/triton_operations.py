@@ -36,11 +36,13 @@ class DevicePlan:
     block_tables: Tensor
     """int32 [S, max_blocks]"""
     rows: Tensor | None
-    """int32 [B]; None: no decode rows."""
+    """int32 [B], the slot of each row of one token, −1 for padding; None: no such rows."""
     work: DecodeWork | None
     tiles: Tensor | None
     """int32 [NT, 4], see prefill_tiles; None: no prompt chunks."""
     block_m: int
+    window: int = 0
+    """Positions that a token attends to, its own among them; 0: all before it."""
     attended: Tensor | None = None
     """[T, num_heads, head_dim]: where attention goes, layer after layer. Tokens that are in no row
     and no tile keep what it holds. None: to new memory."""
@@ -159,6 +161,7 @@ class TritonOperations:
                 plan.block_tables,
                 plan.work,
                 scale,
+                window=plan.window,
                 out=out[:num_decode],
                 pdl=self._overlaps,
             )
@@ -171,6 +174,7 @@ class TritonOperations:
                 plan.block_tables,
                 scale,
                 block_m=plan.block_m,
+                window=plan.window,
                 out=out,
             )
         return out

@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Iterable, Sequence
 
-_SCHEMA = b"baton.block.v1"
+_SCHEMA = b"baton.block.v2"
 PREFIX_STRIDE_TOKENS = 256
 """The directory lists the hash at every multiple of this many tokens."""
 
@@ -24,10 +24,8 @@ def _tagged(tag: bytes, value: bytes) -> bytes:
     return _TAG.pack(tag, len(value)) + value
 
 
-def root_hash(
-    capability_hash: str, *, group: int = 0, adapter: str = "", salt: bytes = b""
-) -> bytes:
-    """Parent of the first block of a cache group.
+def root_hash(capability_hash: str, *, adapter: str = "", salt: bytes = b"") -> bytes:
+    """Parent of a prompt's first block, in every cache group: a hash names tokens, not bytes.
 
     `capability_hash` covers model digest, cache dtype, layout and determinism class; `salt`
     comes from the authenticated identity.
@@ -35,7 +33,6 @@ def root_hash(
     fields = [
         _tagged(b"schm", _SCHEMA),
         _tagged(b"capa", capability_hash.encode()),
-        _tagged(b"grou", struct.pack("<Q", group)),
         _tagged(b"adap", adapter.encode()),
         _tagged(b"salt", salt),
     ]

@@ -15,10 +15,11 @@ class Capability:
 
     model_digest: str
     dtype: str
+    """Of what is computed."""
+    cache_dtype: str
     block_size: int
-    layout: str
-    """Axes of a block, outermost first."""
-    cache_groups: tuple[str, ...]
+    layout: tuple[str, ...]
+    """By cache group, what its blocks hold and how, as the tensors have it (KvCache.layout)."""
     determinism: str
     """`exact` or `consistent`, and what equal bits rest on beside it (docs/architecture.md)."""
 
@@ -30,4 +31,4 @@ class Capability:
 @functools.lru_cache(maxsize=256)
 def _hash(capability: Capability) -> str:
     fields = json.dumps(dataclasses.asdict(capability), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(b"baton.capability.v1\0" + fields.encode()).hexdigest()
+    return hashlib.sha256(b"baton.capability.v2\0" + fields.encode()).hexdigest()

@@ -19,7 +19,10 @@ a failure. The gateway decides whether a new attempt follows.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+
+from baton.shared.kv.block_pool import NO_BLOCK
 
 # Also for those who look for it here.
 from baton.shared.sampling import SamplingParams as SamplingParams
@@ -56,6 +59,37 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
 
 
+Place = tuple[int, int]
+"""(cache group, index in the block table)."""
+
+
+class BlockTable(list[int]):
+    """A sequence's blocks in one cache group: block ids by logical block.
+
+    Attributes:
+        first_live: blocks before it are holes (NO_BLOCK): given back, or never taken.
+        num_sealed: blocks at the front that are full, final and digested, or holes.
+        left: (id, generation) of blocks that were used and given back.
+    """
+
+    __slots__ = ("first_live", "left", "num_sealed")
+
+    def __init__(self, block_ids: Seq[int] = (), *, first_live: int = 0) -> None:
+        """`first_live`: so many holes come before the blocks."""
+        super().__init__([NO_BLOCK] * first_live)
+        self.extend(block_ids)
+        self.first_live = first_live
+        self.num_sealed = first_live
+        self.left: list[tuple[int, int]] = []
+
+    def leave(self, block_ids: Seq[int], generations: Seq[int]) -> None:
+        """The blocks from `first_live` on become holes."""
+        end = self.first_live + len(block_ids)
+        self[self.first_live : end] = [NO_BLOCK] * len(block_ids)
+        self.left.extend(zip(block_ids, generations, strict=True))
+        self.first_live = end
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Engine state of one attempt; equal to itself only, and hashed as quickly.
@@ -74,18 +108,20 @@ class Sequence:
     """Seconds on this process's monotonic clock."""
 
     state: SequenceState = SequenceState.WAITING
-    block_hashes: list[list[bytes]] = field(default_factory=list)
-    """[group][logical block] → chained hash, for full blocks; grows while decoding."""
-    block_tables: list[list[int]] = field(default_factory=list)
-    """[group][logical block] → block id."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hash by logical block, for full blocks; grows while decoding."""
+    block_tables: list[BlockTable] = field(default_factory=list)
+    """By cache group; empty before the sequence is admitted and after it has ended."""
+    is_admitted: bool = False
+    """It has its room: block tables, and whatever else its groups keep for it."""
+    num_room_tokens: int = 0
+    """Tokens from its beginning for which every group has a block, or had one."""
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     """Computed, or being computed by a step in flight."""
     num_steps_in_flight: int = 0
-    num_sealed_blocks: int = 0
-    """Blocks at the front that are full, final and digested, in every group."""
     finish_reason: FinishReason | None = None
     """Why the token that was taken last is the last one."""
     num_to_compute: int = field(init=False)
@@ -94,6 +130,11 @@ class Sequence:
     def __post_init__(self) -> None:
         num_to_draw = self.params.max_tokens - self.first_index
         self.num_to_compute = len(self.prompt_token_ids) + num_to_draw - 1
+
+    @property
+    def num_sealed_blocks(self) -> int:
+        """Blocks at the front that are sealed in every group."""
+        return min((table.num_sealed for table in self.block_tables), default=0)
 
     @property
     def num_tokens(self) -> int:

@@ -62,14 +62,14 @@ class NixlTransport:
         set_defaults(self._host)
         self._agent = agent = Agent(self._agent_name, has_thread=True)
         self._local = local = _Local(pool)
-        agent.register(local.blocks)
+        agent.register(local.memory)
         local.description.nixl.CopyFrom(
             kv_service_pb2.NixlPool(
                 agent_metadata=agent.metadata(),
                 agent_name=agent.name,
-                base_address=local.blocks.data_ptr(),
-                device_id=max(local.blocks.get_device(), 0),
-                is_device_memory=local.blocks.is_cuda,
+                base_address=local.memory.data_ptr(),
+                device_id=max(local.memory.get_device(), 0),
+                is_device_memory=local.memory.is_cuda,
             )
         )
 
@@ -102,16 +102,15 @@ class _Local:
     def __init__(self, pool: LocalPool) -> None:
         self.pool = pool
         self.device = pool.memory.device
-        self.blocks = pool.memory[: pool.num_blocks * pool.block_bytes]
+        self.memory = pool.memory
         self.description = kv_service_pb2.PoolDescription(
-            incarnation=pool.incarnation,
-            num_blocks=pool.num_blocks,
-            block_bytes=pool.block_bytes,
-            num_heads=pool.num_heads,
+            incarnation=pool.incarnation, groups=[group.describe() for group in pool.groups]
         )
-        self.num_scratch = max(1, min(pool.num_blocks, _MEASURED_BYTES // pool.block_bytes))
+        # The path is measured with blocks of the first group.
+        measured = pool.groups[0]
+        self.num_scratch = max(1, min(measured.num_blocks, _MEASURED_BYTES // measured.block_bytes))
         self.scratch = torch.empty(
-            self.num_scratch * pool.block_bytes, dtype=torch.uint8, device=self.device
+            self.num_scratch * measured.block_bytes, dtype=torch.uint8, device=self.device
         )
         self.connections = count(1)
 
@@ -149,12 +148,13 @@ class NixlConnection:
             raise
         self._log_rate()
 
-    def read(self, copies: Sequence[BlockCopy]) -> None:
-        self.start(copies).wait()
+    def read(self, group: int, copies: Sequence[BlockCopy]) -> None:
+        self.start(group, copies).wait()
 
-    def start(self, copies: Sequence[BlockCopy]) -> _Read:
+    def start(self, group: int, copies: Sequence[BlockCopy]) -> _Read:
         ids = np.array(copies, dtype=np.int64).reshape(-1, 2)
-        ends = np.array([self._peer.num_blocks, self._local.pool.num_blocks])
+        here, there = self._local.pool.groups[group], self._peer.groups[group]
+        ends = np.array([there.num_blocks, here.num_blocks])
         wrong = ((ids < 0) | (ids >= ends)).any(axis=1)
         if wrong.any():
             remote_id, local_id = ids[wrong.argmax()].tolist()
@@ -162,7 +162,7 @@ class NixlConnection:
                 f"block {remote_id} of {ends[0]} to block {local_id} of {ends[1]}: no such block"
             )
         block_ids = ids.astype(np.int32)
-        return self._start(self._blocks, block_ids[:, 1], block_ids[:, 0], _STALLED_S)
+        return self._start(group, self._blocks[group], block_ids[:, 1], block_ids[:, 0], _STALLED_S)
 
     def close(self) -> None:
         """Ends the agent, and with it whatever is under way: sockets and queue pairs are closed,
@@ -185,25 +185,37 @@ class NixlConnection:
     def _prepare(self, agent: Agent) -> None:
         """Makes the two sides known to the agent."""
         local, peer = self._local, self._peer
-        for memory in (local.blocks, local.scratch):
+        for memory in (local.memory, local.scratch):
             agent.register(memory)
-        block_bytes = local.pool.block_bytes
-        self._blocks = agent.local_blocks(local.blocks, local.pool.num_blocks, block_bytes)
-        self._scratch = agent.local_blocks(local.scratch, local.num_scratch, block_bytes)
+        groups = local.pool.groups
+        # Groups that share a pool share the lists of its blocks.
+        local_blocks = {
+            each.offset_bytes: agent.local_blocks(
+                local.memory[each.offset_bytes :], each.num_blocks, each.block_bytes
+            )
+            for each in groups
+        }
+        self._blocks = [local_blocks[each.offset_bytes] for each in groups]
+        self._scratch = agent.local_blocks(local.scratch, local.num_scratch, groups[0].block_bytes)
         name = agent.add_peer(peer.nixl.agent_metadata)
         if name != peer.nixl.agent_name:
             raise TransferError(f"said to be {peer.nixl.agent_name}'s, and is {name}'s")
-        self._remote_blocks = agent.peer_blocks(
-            name,
-            peer.nixl.base_address,
-            peer.num_blocks,
-            block_bytes,
-            peer.nixl.device_id,
-            is_device_memory=peer.nixl.is_device_memory,
-        )
+        remote_blocks = {
+            each.offset_bytes: agent.peer_blocks(
+                name,
+                peer.nixl.base_address + each.offset_bytes,
+                each.num_blocks,
+                each.block_bytes,
+                peer.nixl.device_id,
+                is_device_memory=peer.nixl.is_device_memory,
+            )
+            for each in peer.groups
+        }
+        self._remote_blocks = [remote_blocks[each.offset_bytes] for each in peer.groups]
 
     def _start(
         self,
+        group: int,
         local_blocks: int,
         local_ids: npt.NDArray[np.int32],
         remote_ids: npt.NDArray[np.int32],
@@ -213,7 +225,7 @@ class NixlConnection:
             raise TransferError(f"pool {self._peer.incarnation} is disconnected")
         if self._pending is not None:
             raise RuntimeError("a read is under way already")
-        num_bytes = len(local_ids) * self._local.pool.block_bytes
+        num_bytes = len(local_ids) * self._local.pool.groups[group].block_bytes
         read = _Read(self, self._agent, stalled_s + num_bytes / _STALLED_BYTES_PER_S)
         if not len(local_ids):
             return read
@@ -224,7 +236,7 @@ class NixlConnection:
                 self._agent.make_read(
                     local_blocks,
                     np.ascontiguousarray(local_ids),
-                    self._remote_blocks,
+                    self._remote_blocks[group],
                     np.ascontiguousarray(remote_ids),
                 )
             )
@@ -236,14 +248,14 @@ class NixlConnection:
     def _measure(self, give_up: Callable[[], bool]) -> float:
         """Bytes per second of reading some blocks, none of them into the pool; the first pass
         only makes the path."""
-        num_blocks = min(self._local.num_scratch, self._peer.num_blocks)
+        num_blocks = min(self._local.num_scratch, self._peer.groups[0].num_blocks)
         ids = np.arange(num_blocks, dtype=np.int32)
         elapsed_s = 0.0
         for _ in range(2):
             started_s = time.perf_counter()
-            self._start(self._scratch, ids, ids, _CONNECT_S).wait(give_up)
+            self._start(0, self._scratch, ids, ids, _CONNECT_S).wait(give_up)
             elapsed_s = time.perf_counter() - started_s
-        return num_blocks * self._local.pool.block_bytes / max(elapsed_s, 1e-9)
+        return num_blocks * self._local.pool.groups[0].block_bytes / max(elapsed_s, 1e-9)
 
     def _log_rate(self) -> None:
         here = self._local.device.type

@@ -43,15 +43,15 @@ _PIECE_BYTES = 1 << 20
 # Large enough that a GPU's launches and a transport's start don't count.
 _DEVICE_PIECE_BYTES = 64 << 20
 
-SumBlocks = Callable[[Sequence[int]], Uint64Array]
-"""Local block ids → [ids, num_heads], what `block_sums` gives for these blocks."""
+SumBlocks = Callable[[Sequence[int], int], Uint64Array]
+"""Local block ids, cache group → [ids, num_heads], what `block_sums` gives for these blocks."""
 
 
 @runtime_checkable
 class OverlappingSums(Protocol):
     """Sums that leave the thread free."""
 
-    def start(self, block_ids: Sequence[int]) -> Callable[[], Uint64Array]:
+    def start(self, block_ids: Sequence[int], group: int) -> Callable[[], Uint64Array]:
         """Begins what SumBlocks does; what is returned waits for it."""
 
 
@@ -70,6 +70,8 @@ class PullJob:
 
     job_id: int
     peer: PoolDescription
+    group: int
+    """The cache group that the blocks are of."""
     copies: Sequence[BlockCopy]
     expected: Sequence[ExpectedBlock]
 
@@ -113,8 +115,7 @@ class Puller:
     ) -> None:
         self._transport = transport
         self._pool = pool
-        self._words = pool.words()
-        self._no_sums: Uint64Array = np.empty((0, pool.num_heads), dtype=np.uint64)
+        self._words = [pool.words(group) for group in range(len(pool.groups))]
         self._on_done = on_done
         self._sum_blocks: SumBlocks | OverlappingSums = sum_blocks or self._sum_by_torch
         self._connections: dict[str, PeerConnection] = {}
@@ -175,7 +176,7 @@ class Puller:
 
     def _answer(self, job: PullJob) -> None:
         started_s = time.monotonic()
-        sums = self._no_sums
+        sums: Uint64Array = np.empty((0, 0), dtype=np.uint64)
         mismatched: tuple[int, ...] = ()
         error: str | None = None
         try:
@@ -204,10 +205,10 @@ class Puller:
 
     def _pull(self, job: PullJob) -> tuple[Uint64Array, tuple[int, ...]]:
         """Reads a job's blocks → their sums, and the columns of those that are not as announced."""
-        _check_job(job, self._pool.num_heads)
-        pieces = self._pieces(len(job.copies))
+        _check_job(job, self._pool)
+        pieces = self._pieces(job)
         if not pieces:
-            return self._no_sums, ()
+            return np.empty((0, self._pool.groups[job.group].num_heads), dtype=np.uint64), ()
         wait = self._start(job, *pieces[0])
         # The first blocks are on their way meanwhile.
         wanted = self._announced(job)
@@ -217,7 +218,7 @@ class Puller:
             if following is not None:
                 wait = self._start(job, *following)
             local_ids = [copy.local_block_id for copy in job.copies[start:end]]
-            summed.append(self._start_sums(local_ids))
+            summed.append(self._start_sums(local_ids, job.group))
         sums = np.concatenate([take() for take in summed])
         seed, announced = wanted
         wrong = (digests(sums, seed) != announced).any(axis=1)
@@ -233,11 +234,11 @@ class Puller:
             connection = self._transport.connect(job.peer, give_up)
             self._connections[incarnation] = connection
         if isinstance(connection, OverlappingConnection):
-            return partial(connection.start(copies).wait, give_up)
+            return partial(connection.start(job.group, copies).wait, give_up)
 
         def read() -> None:
             self._check_not_dropped(job)
-            connection.read(copies)
+            connection.read(job.group, copies)
 
         return read
 
@@ -262,7 +263,7 @@ class Puller:
 
     def _announced(self, job: PullJob) -> tuple[Uint64Array, Uint64Array]:
         """Seeds and digests of the job's blocks, each [copies, num_heads]."""
-        num_heads = self._pool.num_heads
+        num_heads = self._pool.groups[job.group].num_heads
         seed = seeds(
             job.peer.incarnation,
             [block.remote_block_id for block in job.expected],
@@ -273,27 +274,32 @@ class Puller:
         announced = np.fromiter(values, np.uint64, len(job.expected) * num_heads)
         return seed, announced.reshape(-1, num_heads)
 
-    def _pieces(self, num_copies: int) -> list[tuple[int, int]]:
+    def _pieces(self, job: PullJob) -> list[tuple[int, int]]:
         """Ranges of copies that are read and summed together."""
+        num_copies = len(job.copies)
         piece_bytes = _DEVICE_PIECE_BYTES if self._pool.memory.is_cuda else _PIECE_BYTES
-        stride = max(1, piece_bytes // self._pool.block_bytes)
+        stride = max(1, piece_bytes // self._pool.groups[job.group].block_bytes)
         return [(start, min(start + stride, num_copies)) for start in range(0, num_copies, stride)]
 
-    def _start_sums(self, block_ids: Sequence[int]) -> Callable[[], Uint64Array]:
+    def _start_sums(self, block_ids: Sequence[int], group: int) -> Callable[[], Uint64Array]:
         sum_blocks = self._sum_blocks
         if isinstance(sum_blocks, OverlappingSums):
-            return sum_blocks.start(block_ids)
-        sums = sum_blocks(block_ids)
+            return sum_blocks.start(block_ids, group)
+        sums = sum_blocks(block_ids, group)
         return lambda: sums
 
-    def _sum_by_torch(self, block_ids: Sequence[int]) -> Uint64Array:
+    def _sum_by_torch(self, block_ids: Sequence[int], group: int) -> Uint64Array:
+        words = self._words[group]
         if len(block_ids) == 1:
-            return block_sums(self._words[block_ids[0]].unsqueeze(0))
-        return block_sums(torch.stack([self._words[block_id] for block_id in block_ids]))
+            return block_sums(words[block_ids[0]].unsqueeze(0))
+        return block_sums(torch.stack([words[block_id] for block_id in block_ids]))
 
 
-def _check_job(job: PullJob, num_heads: int) -> None:
+def _check_job(job: PullJob, pool: LocalPool) -> None:
     """`TransferError` unless there is a digest for each head of each copy."""
+    if not 0 <= job.group < min(len(pool.groups), len(job.peer.groups)):
+        raise TransferError(f"pull {job.job_id}: there is no cache group {job.group}")
+    num_heads = pool.groups[job.group].num_heads
     if [copy.remote_block_id for copy in job.copies] != [
         block.remote_block_id for block in job.expected
     ] or any(len(block.digests) != num_heads for block in job.expected):

@@ -23,7 +23,13 @@ import numpy as np
 import torch
 
 from baton.shared.telemetry import log_event
-from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.shared.transfer.interface import (
+    BlockCopy,
+    GroupBlocks,
+    LocalPool,
+    TransferError,
+    check_layout,
+)
 from baton.v1 import kv_service_pb2
 
 log = logging.getLogger(__name__)
@@ -71,9 +77,7 @@ class ShmTransport:
         pool = self._bound()
         return kv_service_pb2.PoolDescription(
             incarnation=pool.incarnation,
-            num_blocks=pool.num_blocks,
-            block_bytes=pool.block_bytes,
-            num_heads=pool.num_heads,
+            groups=[group.describe() for group in pool.groups],
             shm=kv_service_pb2.ShmPool(path=str(self._path), host_id=host_id()),
         )
 
@@ -101,17 +105,23 @@ class ShmConnection:
     """A peer's pool, mapped. `TransferError` when it is not what `peer` says."""
 
     def __init__(self, local: LocalPool, peer: kv_service_pb2.PoolDescription) -> None:
-        _check_layout(local, peer)
+        _check_offer(peer)
+        check_layout(local, peer)
         self._peer_name = peer.incarnation
-        self._local_blocks = local.blocks()
+        self._local_blocks = [local.blocks(group) for group in range(len(local.groups))]
         self._file = _open_peer(peer)
         try:
-            num_bytes = peer.num_blocks * peer.block_bytes
+            num_bytes = _end_bytes(peer)
             self._mapping = mmap.mmap(self._file, num_bytes, prot=mmap.PROT_READ)
         except (OSError, ValueError, OverflowError) as error:
             os.close(self._file)
             raise TransferError(f"pool {peer.incarnation} cannot be mapped: {error}") from error
-        self._remote_blocks = _read_only_tensor(self._mapping).view(peer.num_blocks, -1)
+        memory = _read_only_tensor(self._mapping)
+        self._remote_blocks = [
+            memory[each.offset_bytes : each.end_bytes].view(each.num_blocks, -1)
+            for each in map(GroupBlocks.of, peer.groups)
+        ]
+        del memory
         self.bytes_per_second = self._measure()
         log_event(
             log,
@@ -122,8 +132,9 @@ class ShmConnection:
             gb_per_s=self.bytes_per_second / 1e9,
         )
 
-    def read(self, copies: Sequence[BlockCopy]) -> None:
-        num_remote, num_local = len(self._remote_blocks), len(self._local_blocks)
+    def read(self, group: int, copies: Sequence[BlockCopy]) -> None:
+        remote, local = self._remote_blocks[group], self._local_blocks[group]
+        num_remote, num_local = len(remote), len(local)
         for remote_id, local_id in copies:
             if not (0 <= remote_id < num_remote and 0 <= local_id < num_local):
                 raise TransferError(
@@ -134,7 +145,7 @@ class ShmConnection:
             raise TransferError(f"pool {self._peer_name} is gone")
         # Block by block: three to ten times the rate of index_select and index_copy_.
         for remote_id, local_id in copies:
-            self._local_blocks[local_id].copy_(self._remote_blocks[remote_id])
+            local[local_id].copy_(remote[remote_id])
 
     def close(self) -> None:
         if self._mapping.closed:
@@ -145,19 +156,17 @@ class ShmConnection:
 
     def _measure(self) -> float:
         """Bytes per second of reading some blocks; the first pass only brings pages in."""
-        num_blocks = max(1, min(len(self._remote_blocks), _MEASURED_BYTES // self._block_bytes))
-        scratch = torch.empty(num_blocks, self._block_bytes, dtype=torch.uint8)
+        remote = self._remote_blocks[0]
+        block_bytes = remote.shape[1]
+        num_blocks = max(1, min(len(remote), _MEASURED_BYTES // block_bytes))
+        scratch = torch.empty(num_blocks, block_bytes, dtype=torch.uint8)
         elapsed_s = 0.0
         for _ in range(2):
             started_s = time.perf_counter()
             for index in range(num_blocks):
-                scratch[index].copy_(self._remote_blocks[index])
+                scratch[index].copy_(remote[index])
             elapsed_s = time.perf_counter() - started_s
-        return num_blocks * self._block_bytes / max(elapsed_s, 1e-9)
-
-    @property
-    def _block_bytes(self) -> int:
-        return self._local_blocks.shape[1]
+        return num_blocks * block_bytes / max(elapsed_s, 1e-9)
 
 
 def sweep_stale(directory: Path = DEFAULT_DIRECTORY) -> int:
@@ -186,18 +195,15 @@ def host_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _check_layout(local: LocalPool, peer: kv_service_pb2.PoolDescription) -> None:
+def _check_offer(peer: kv_service_pb2.PoolDescription) -> None:
     if peer.WhichOneof("transport") != "shm":
         raise TransferError(f"pool {peer.incarnation} is not offered over shm")
     if peer.shm.host_id != host_id():
         raise TransferError(f"pool {peer.incarnation} is on another host")
-    if (peer.block_bytes, peer.num_heads) != (local.block_bytes, local.num_heads):
-        raise TransferError(
-            f"pool {peer.incarnation} has blocks of {peer.block_bytes} bytes and "
-            f"{peer.num_heads} heads, this one of {local.block_bytes} and {local.num_heads}"
-        )
-    if peer.num_blocks < 1:
-        raise TransferError(f"pool {peer.incarnation} has no blocks")
+
+
+def _end_bytes(peer: kv_service_pb2.PoolDescription) -> int:
+    return max(GroupBlocks.of(group).end_bytes for group in peer.groups)
 
 
 def _open_peer(peer: kv_service_pb2.PoolDescription) -> int:
@@ -215,10 +221,10 @@ def _open_peer(peer: kv_service_pb2.PoolDescription) -> int:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             raise TransferError(f"pool {peer.incarnation}: the file is not ours")
-        if found.st_size < peer.num_blocks * peer.block_bytes:
+        if found.st_size < _end_bytes(peer):
             raise TransferError(
-                f"pool {peer.incarnation}: the file has {found.st_size} bytes, not "
-                f"{peer.num_blocks} blocks of {peer.block_bytes}"
+                f"pool {peer.incarnation}: the file has {found.st_size} bytes, its blocks end at "
+                f"{_end_bytes(peer)}"
             )
         if not _is_owned(file):
             raise TransferError(f"pool {peer.incarnation} is gone")

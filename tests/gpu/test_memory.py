@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from baton.services.worker import messages as msg
-from baton.services.worker.sequence_table import Slot
+from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.config import ModelError
@@ -41,7 +41,7 @@ class OneWorker(SimWorker):
         number = next(self._numbers)
         params = SamplingParams(temperature=0.0, max_tokens=NUM_ANSWER, ignore_eos=True)
         sequence = Sequence(AttemptKey(f"request-{number}", 0, 1), tuple(prompt), params)
-        self.inbox.put(msg.StartDecode(sequence, Slot(self.gateway_stream, number), None))
+        self.inbox.put(msg.StartDecode(sequence, Recipient(self.gateway_stream, number), None))
 
     def step(self) -> None:
         self.engine.run_once(may_wait=False)

@@ -26,18 +26,20 @@ DRAWN = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, seed=3)
 LENGTHS = [*range(1, 140), *range(140, MAX_CHUNK, 7), 255, 256, 257, 511, 512, 513, MAX_CHUNK]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "bfloat16 with drafts"])
 def runner(request: pytest.FixtureRequest) -> ModelRunner:
+    dtype, _, drafts = request.param.partition(" ")
     forget_kernels()
     return ModelRunner(
         EngineConfig(
             DEMO,
             "cuda",
-            request.param,
+            dtype,
             kernels="triton",
             num_blocks=NUM_BLOCKS,
             max_num_seqs=MAX_NUM_SEQS,
             token_budget=MAX_CHUNK,
+            num_drafts=3 if drafts else 0,
         )
     )
 
@@ -47,7 +49,7 @@ def forget_kernels() -> None:
     import triton
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("kernels."):
+        if name.startswith("baton.kernels."):
             for value in vars(module).values():
                 if isinstance(value, triton.JITFunction):
                     value.device_caches.clear()
@@ -129,6 +131,15 @@ def test_decode_with_chunks(runner: ModelRunner, late: list[str]) -> None:
         for num_tokens in (2, 15, 16, 33, 64, 65, 129, MAX_CHUNK - num_rows):
             rows = [*decode_rows(num_rows), chunk(num_tokens, sampling=GREEDY)]
             runner.forward(Batch(rows))
+
+
+def test_rows_with_drafts(runner: ModelRunner, late: list[str]) -> None:
+    for num_rows in range(1, MAX_NUM_SEQS):
+        rows = decode_rows(num_rows)
+        for number, row in enumerate(rows):
+            row.draft_ids = [7] * (number % (runner.num_drafts + 1))
+        runner.forward(Batch(rows))
+        runner.forward(Batch([*rows, chunk(2 + num_rows, sampling=GREEDY)]))
 
 
 def test_sums_of_any_number_of_blocks(runner: ModelRunner, late: list[str]) -> None:

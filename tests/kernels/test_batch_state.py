@@ -27,9 +27,13 @@ def test_scatter_writes_only_the_given_offsets(device: torch.device, num_updates
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
-@pytest.mark.parametrize("num_rows", [1, 5, 128, 131])
+@pytest.mark.parametrize(("num_rows", "num_groups"), [(1, 1), (5, 3), (128, 1), (131, 2)])
 def test_begin_step(
-    device: torch.device, poisoned: Callable[..., Tensor], block_size: int, num_rows: int
+    device: torch.device,
+    poisoned: Callable[..., Tensor],
+    block_size: int,
+    num_rows: int,
+    num_groups: int,
 ) -> None:
     num_slots, max_blocks = num_rows + 9, 4
     rows = torch.randperm(num_slots)[:num_rows].to(torch.int32)
@@ -38,15 +42,17 @@ def test_begin_step(
     lens = torch.randint(0, max_blocks * block_size, (num_slots,), dtype=torch.int32)
     tokens = torch.randint(0, 128_256, (num_slots,), dtype=torch.int32, device=device)
     # Large ids: places exceed 32 bits. Entries beyond a row's blocks, and the row stride, are wild.
-    tables = poisoned(num_slots, max_blocks + 3, dtype=torch.int32)[:, :max_blocks]
+    tables = poisoned(num_groups, num_slots, max_blocks + 3, dtype=torch.int32)[..., :max_blocks]
     for slot, length in enumerate(lens.tolist()):
         used = length // block_size + 1
-        tables[slot, :used] = torch.randint(0, 2**31 - 1, (used,)).to(tables)
+        tables[:, slot, :used] = torch.randint(0, 2**31 - 1, (num_groups, used)).to(tables)
     results = []
     for function in (begin_step_reference, begin_step):
         context_lens = lens.to(device, copy=True)
         outputs = [
-            poisoned(num_rows + 2, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64)
+            poisoned(num_rows + 2, dtype=torch.int32),
+            poisoned(num_rows + 2, dtype=torch.int32),
+            poisoned(num_groups, num_rows + 2, dtype=torch.int64),
         ]
         function(rows, tokens, context_lens, tables, *outputs, block_size=block_size)
         results.append((*outputs, context_lens))
@@ -59,10 +65,10 @@ def test_a_position_beyond_the_table_has_no_place(device: torch.device) -> None:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     context_lens = ints(31, 32)
-    slots = torch.zeros(2, dtype=torch.int64, device=device)
-    tables = ints(4, 5, 6, 7).view(2, 2)
+    slots = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    tables = ints(4, 5, 6, 7).view(1, 2, 2)
     begin_step(
         ints(0, 1), ints(8, 9), context_lens, tables, ints(0, 0), ints(0, 0), slots, block_size=16
     )
-    assert slots.tolist() == [5 * 16 + 15, -1]
+    assert slots.tolist() == [[5 * 16 + 15, -1]]
     assert context_lens.tolist() == [32, 33]

@@ -16,41 +16,45 @@ BLOCK_SIZE = 16
 @pytest.mark.parametrize("seed", range(20))
 def test_every_token_has_its_place(seed: int) -> None:
     rng = random.Random(seed)
-    decode = rng.sample(range(50), rng.randrange(5))
-    decode_slots = decode + [-1] * rng.choice([0, 3])
-    chunks = [(slot, _chunk(rng), rng.random() < 0.5) for slot in range(50, 51 + rng.randrange(4))]
-    drawing = [slot for slot, _, draws in chunks if draws]
-    num_drawn = len(decode) + len(drawing) + rng.randrange(3)
+    num_groups, num_decode = rng.choice([1, 1, 3]), rng.randrange(8)
+    chunks = [(slot, _chunk(rng, num_groups)) for slot in range(50, 51 + rng.randrange(4))]
+    wanted = [(rng.randrange(200), rng.randrange(50), rng.randrange(4)) for _ in range(seed % 7)]
+    num_wanted = len(wanted) + rng.randrange(3)
     columns = step_columns(
-        decode_slots, chunks, num_drawn, block_size=BLOCK_SIZE, head_dim=64, itemsize=2
+        num_decode,
+        chunks,
+        wanted,
+        num_wanted,
+        num_groups=num_groups,
+        block_size=BLOCK_SIZE,
+        head_dim=64,
+        itemsize=2,
     )
 
     num_tokens = columns.num_tokens
     assert num_tokens % 16 == 0
-    packed = columns.packed
-    slots = packed[: 2 * num_tokens].view(np.int64).tolist()
-    input_ids, positions = packed[2 * num_tokens : 4 * num_tokens].reshape(2, -1).tolist()
-    tiles, rest = np.split(packed[4 * num_tokens :], [4 * columns.num_tiles])
-    last, draw_rows = rest.reshape(2, -1)[:, :num_drawn].tolist()
+    places, packed = np.split(columns.packed, [2 * num_groups * num_tokens])
+    slots = places.view(np.int64).reshape(num_groups, num_tokens)
+    input_ids, positions = packed[: 2 * num_tokens].reshape(2, -1).tolist()
+    tiles, rest = np.split(packed[2 * num_tokens :], [4 * columns.num_tiles])
+    tokens, rows, back = rest.reshape(3, -1)[:, :num_wanted].tolist()
 
-    assert slots[: len(decode_slots)] == [-1] * len(decode_slots)
-    expected_last, token = list(range(len(decode))), len(decode_slots)
+    assert (slots[:, :num_decode] == -1).all()
+    token = num_decode
     covered = []
-    for slot, row, draws in chunks:
+    for slot, row in chunks:
         assert row.token_ids is not None
-        [table] = row.block_tables
         for offset, token_id in enumerate(row.token_ids):
             position = row.position + offset
-            block_id = table[position // BLOCK_SIZE]
-            assert slots[token] == block_id * BLOCK_SIZE + position % BLOCK_SIZE
+            for group, table in enumerate(row.block_tables):
+                block_id = table[position // BLOCK_SIZE]
+                assert slots[group, token] == block_id * BLOCK_SIZE + position % BLOCK_SIZE
             assert (input_ids[token], positions[token]) == (token_id, position)
             covered.append((token, slot, position))
             token += 1
-        if draws:
-            expected_last.append(token - 1)
-    assert slots[token:] == [-1] * columns.num_padding
-    assert last[: len(expected_last)] == expected_last
-    assert draw_rows == decode + drawing + [-1] * (num_drawn - len(expected_last))
+    assert (slots[:, token:] == -1).all() and num_tokens - token == columns.num_padding
+    padding = [(0, -1, 0)] * (num_wanted - len(wanted))
+    assert list(zip(tokens, rows, back, strict=True)) == wanted + padding
     in_tiles = [
         (first + offset, slot, position + offset)
         for first, count, slot, position in tiles.reshape(-1, 4).tolist()
@@ -59,18 +63,27 @@ def test_every_token_has_its_place(seed: int) -> None:
     assert sorted(in_tiles) == covered
 
 
-def test_parts_begin_where_kernels_are_compiled_for() -> None:
-    rng = random.Random(7)
-    for num_drawn in range(6):
-        columns = step_columns(
-            [3, -1], [(1, _chunk(rng), False)], num_drawn, block_size=16, head_dim=64, itemsize=2
-        )
-        assert len(columns.packed) % 4 == 0
+def test_columns_begin_at_16_bytes() -> None:
+    """Kernels are compiled for aligned pointers."""
+    rng = random.Random(1)
+    for num_wanted in range(6):
+        for num_groups in (1, 2):
+            columns = step_columns(
+                2,
+                [(1, _chunk(rng, num_groups))],
+                [],
+                num_wanted,
+                num_groups=num_groups,
+                block_size=16,
+                head_dim=64,
+                itemsize=2,
+            )
+            assert len(columns.packed) % 4 == 0
 
 
-def _chunk(rng: random.Random) -> BatchRow:
+def _chunk(rng: random.Random, num_groups: int) -> BatchRow:
     position, num_tokens = rng.choice([0, rng.randrange(100)]), rng.randint(1, 200)
     num_blocks = -(-(position + num_tokens) // BLOCK_SIZE) + rng.randrange(3)
-    table = [rng.randrange(1000) for _ in range(num_blocks)]
+    tables = [[rng.randrange(1000) for _ in range(num_blocks)] for _ in range(num_groups)]
     token_ids = [rng.randrange(2**17) for _ in range(num_tokens)]
-    return BatchRow(token_ids, position, [table])
+    return BatchRow(token_ids, position, tables)

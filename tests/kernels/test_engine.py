@@ -17,6 +17,7 @@ from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig, load_model_config
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.models import llama
+from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import SamplingParams
 
 # Hashes wrap around; NumPy, which the interpreter computes with, would rather not.
@@ -130,7 +131,7 @@ def test_a_prompt_whose_last_chunk_is_one_token(
         runner.launch(Batch([BatchRow(prompt[17:32], 17, table, None, 0, handle)])),
         runner.launch(Batch([BatchRow(prompt[32:], 32, table, params, 0, handle)])),
     ]
-    assert [step.result() for step in steps] == [[None], [None], [None], [expected]]
+    assert [step.result() for step in steps] == [[[]], [[]], [[]], [expected]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -160,24 +161,24 @@ def test_tokens_of_steps_launched_ahead(
         runner.launch(Batch([chunk(0, 0, 16), chunk(1, 0, 7)])),
         runner.launch(Batch([chunk(0, 16, 19), decode(1, 7)])),
     ]
-    drawn: list[list[int | None]] = [[], [], []]
+    drawn: list[list[Drawn]] = [[], [], []]
     results = [launched.pop(0).result()]
     launched.append(runner.launch(Batch([decode(0, 19), decode(1, 8)])))
     results.append(launched.pop(0).result())
-    drawn[1] += [results[0][1], results[1][1]]
-    drawn[0] += [results[1][0]]
+    drawn[1] += [*results[0][1], *results[1][1]]
+    drawn[0] += results[1][0]
     runner.close_row(handles[1])
     handles[1] = handles[0]
     handles.append(runner.open_row(params, 0))
     launched.append(runner.launch(Batch([decode(0, 20), chunk(2, 0, 5)])))
-    drawn[0].append(launched.pop(0).result()[0])
+    drawn[0] += launched.pop(0).result()[0]
     launched.append(runner.launch(Batch([decode(2, 5), decode(0, 21)])))
     zero, two = launched.pop(0).result()
-    drawn[0].append(zero)
-    drawn[2].append(two)
+    drawn[0] += zero
+    drawn[2] += two
     two, zero = launched.pop(0).result()
-    drawn[0].append(zero)
-    drawn[2].append(two)
+    drawn[0] += zero
+    drawn[2] += two
     for got, answer in zip(drawn, expected, strict=True):
         assert got == answer[: len(got)] and len(got) >= 2
 
@@ -201,11 +202,13 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
         return BatchRow(prompts[i], 0, tables[i], params, 0, handles[i])
 
     def decode(i: int, index: int) -> BatchRow:
-        token = expected[i][index]
-        assert token is not None
-        return BatchRow([token], len(prompts[i]) + index, tables[i], params, 0, handles[i])
+        token_id = expected[i][index].token_id
+        return BatchRow([token_id], len(prompts[i]) + index, tables[i], params, 0, handles[i])
 
-    assert runner.forward(Batch([prompt_of(0), prompt_of(1)])) == [expected[0][0], expected[1][0]]
+    assert runner.forward(Batch([prompt_of(0), prompt_of(1)])) == [
+        [expected[0][0]],
+        [expected[1][0]],
+    ]
     updates: list[torch.Tensor] = []
 
     def remember(state: torch.Tensor, sent: torch.Tensor) -> None:
@@ -217,12 +220,92 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
         with pytest.raises(MemoryError):
             runner.launch(Batch([decode(0, 0), prompt_of(2)]))
     monkeypatch.setattr("baton.shared.engine.host_buffers.scatter", remember)
-    assert runner.forward(Batch([decode(1, 0)])) == [expected[1][1]]
-    assert runner.forward(Batch([decode(0, 0)])) == [expected[0][1]]
-    assert runner.forward(Batch([prompt_of(2), decode(0, 1)])) == [expected[2][0], expected[0][2]]
+    assert runner.forward(Batch([decode(1, 0)])) == [[expected[1][1]]]
+    assert runner.forward(Batch([decode(0, 0)])) == [[expected[0][1]]]
+    assert runner.forward(Batch([prompt_of(2), decode(0, 1)])) == [
+        [expected[2][0]],
+        [expected[0][2]],
+    ]
     for offsets, _ in updates:
         assert len(offsets.unique()) == len(offsets)
     assert updates
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_with_drafts_draws_what_it_draws_token_by_token(
+    temperature: float, make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """Right drafts, wrong ones, none, beside a prompt's chunk and alone; what follows goes on from
+    where the device found the last right one, though the host learns it later."""
+    runner = make("triton", device, num_drafts=3)
+    params = SamplingParams(temperature=temperature, top_p=0.9, seed=4, max_tokens=12)
+    prompts = [tokens(19, 5), tokens(7, 6), tokens(21, 7)]
+    tables = [[[5, 6, 7]], [[0, 1]], [[11, 12, 13]]]
+    expected = [
+        _alone(reference, prompt, table, params, 11)
+        for prompt, table in zip(prompts, tables, strict=True)
+    ]
+    answers = [[drawn.token_id for drawn in each] for each in expected]
+    handles = [runner.open_row(params, 0) for _ in prompts]
+
+    def chunk(i: int, start: int, end: int) -> BatchRow:
+        draws = params if end == len(prompts[i]) else None
+        return BatchRow(prompts[i][start:end], start, tables[i], draws, 0, handles[i])
+
+    def row(i: int, index: int, drafts: list[int]) -> BatchRow:
+        """Of the token at `index` of the answer, or the highest that it may be at."""
+        return BatchRow(None, len(prompts[i]) + index, tables[i], params, 0, handles[i], drafts)
+
+    def wrong(token_id: int) -> int:
+        return (token_id + 1) % int(CONFIG["vocab_size"])
+
+    first, second = answers[0], answers[1]
+    firsts = [[expected[0][0]], [expected[1][0]]]
+    assert runner.forward(Batch([chunk(0, 0, 19), chunk(1, 0, 7)])) == firsts
+    # Two of three drafts are right; the other row has one, which is wrong.
+    drafts = [*first[1:3], wrong(first[3])]
+    launched = [
+        runner.launch(Batch([row(0, 0, drafts), row(1, 0, [wrong(second[1])]), chunk(2, 0, 16)])),
+        # Nobody knows yet that these are two and one positions further back.
+        runner.launch(Batch([row(1, 2, []), row(0, 4, [])])),
+    ]
+    assert launched.pop(0).result() == [expected[0][1:4], expected[1][1:2], []]
+    assert [handles[0].drawn_at, handles[1].drawn_at] == [19 + 4, 7 + 2]
+    assert launched.pop(0).result() == [expected[1][2:3], expected[0][4:5]]
+    # All right, beside one without drafts; and what was drawn last is known now.
+    step = [row(0, 4, first[5:8]), row(1, 2, []), chunk(2, 16, 21)]
+    assert runner.forward(Batch(step)) == [expected[0][5:9], expected[1][3:4], expected[2][:1]]
+    known = BatchRow([second[3]], 7 + 3, tables[1], params, 0, handles[1], second[4:6])
+    assert runner.forward(Batch([known])) == [expected[1][4:7]]
+    with pytest.raises(ValueError, match="3 drafts"):
+        runner.launch(Batch([row(0, 8, first[:4])]))
+
+
+def test_logits_at_several_tokens_of_a_row(
+    make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """Of prompt chunks, and of a row with drafts: what each would have as the last token."""
+    runner = make("triton", device, num_drafts=2)
+    prompt, other = tokens(30, 1), tokens(20, 2)
+    tables = [[[7, 3]], [[9, 30]]]
+    rows = [
+        BatchRow(prompt[:26], 0, tables[0], num_logits=4),
+        BatchRow(other[:17], 0, tables[1], num_logits=17),
+    ]
+    whole = reference.logits(Batch(rows))
+    assert len(whole) == 21
+    for number, end in enumerate(range(23, 27)):
+        alone = reference.logits(Batch([BatchRow(prompt[:end], 0, tables[0])]))
+        assert torch.equal(alone[0], whole[number])
+    behind = [
+        BatchRow(other[17:18], 17, tables[1], draft_ids=other[18:20], num_logits=3),
+        BatchRow(prompt[26:29], 26, tables[0], num_logits=2),
+    ]
+    for batch, expected in ((rows, whole), (behind, reference.logits(Batch(behind)))):
+        actual = runner.logits(Batch(batch)).cpu()
+        assert actual.shape == expected.shape
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert float(error) < 1e-4
 
 
 def _fail(*_: Any, **__: Any) -> None:
@@ -230,12 +313,15 @@ def _fail(*_: Any, **__: Any) -> None:
 
 
 def _alone(
-    runner: ModelRunner, prompt: list[int], table: list[list[int]], params: SamplingParams
-) -> list[int | None]:
-    [token] = runner.forward(Batch([BatchRow(prompt, 0, table, params)]))
+    runner: ModelRunner,
+    prompt: list[int],
+    table: list[list[int]],
+    params: SamplingParams,
+    num_more: int = 4,
+) -> list[Drawn]:
+    [[token]] = runner.forward(Batch([BatchRow(prompt, 0, table, params)]))
     drawn = [token]
-    for position in range(len(prompt), len(prompt) + 4):
-        assert token is not None
-        [token] = runner.forward(Batch([BatchRow([token], position, table, params)]))
+    for position in range(len(prompt), len(prompt) + num_more):
+        [[token]] = runner.forward(Batch([BatchRow([token.token_id], position, table, params)]))
         drawn.append(token)
     return drawn

@@ -17,6 +17,7 @@ from baton.shared.directory.workers import (
     encode_record,
 )
 from baton.shared.kv.capability import Capability
+from baton.shared.kv.capacity import Capacity, GroupShare
 
 pytestmark = pytest.mark.redis
 
@@ -27,10 +28,10 @@ def record(worker_id: str = "p0", incarnation: str = "a1") -> WorkerRecord:
         incarnation=incarnation,
         role="prefill",
         address="127.0.0.1:4242",
-        capability=Capability("d" * 64, "float32", 16, "axes", ("full:2x32",), "exact"),
+        capability=Capability("d" * 64, "float32", "bfloat16", 16, ("full:2x32", "axes"), "exact"),
         model=ModelFacts("demo", "llama", 2048, 4096, (1, 2)),
-        num_blocks=128,
-        load=WorkerLoad(1, 2, 3, {"num_steps": 7}),
+        capacity=Capacity(16, (128, 40), (GroupShare(0), GroupShare(1, 9), GroupShare(1, 7))),
+        load=WorkerLoad(1, 2, (3, 0), {"num_steps": 7}),
     )
 
 
@@ -43,7 +44,7 @@ async def test_records_come_back_as_published(directory: Directory) -> None:
 
 async def test_heartbeat_replaces_the_record(directory: Directory) -> None:
     await directory.workers.publish(record())
-    busier = dataclasses.replace(record(), load=WorkerLoad(9, 9, 0, {}))
+    busier = dataclasses.replace(record(), load=WorkerLoad(9, 9, (0, 40), {}))
     await directory.workers.publish(busier)
     assert await directory.workers.list() == [busier]
 
@@ -117,17 +118,32 @@ def _without(name: str) -> str:
         "",
         "null",
         "[" * 100_000,
-        _changed("schema", to=2),
+        _changed("schema", to=1),
         _without("address"),
         _without("load"),
         _changed("role", to="boss"),
-        _changed("num_blocks", to=-1),
-        _changed("num_blocks", to=True),
-        _changed("num_blocks", to="128"),
-        _changed("capability", "cache_groups", to=[1]),
+        _changed("capacity", to=128),
+        _changed("capacity", "block_size", to=0),
+        _changed("capacity", "num_blocks", to=[128, -1]),
+        _changed("capacity", "num_blocks", to=[128, True]),
+        _changed("capacity", "num_blocks", to="128"),
+        _changed("capacity", "num_blocks", to=[]),
+        _changed("capacity", "num_blocks", to=[128]),
+        _changed("capacity", "groups", to=[]),
+        _changed("capacity", "groups", to=[0]),
+        _changed("capacity", "groups", to=[{"pool": 2, "max_blocks": None}]),
+        _changed("capacity", "groups", to=[{"pool": -1, "max_blocks": None}]),
+        _changed("capacity", "groups", to=[{"pool": 0, "max_blocks": -1}]),
+        _changed("capacity", "groups", to=[{"pool": 0}]),
+        _changed("capability", "layout", to=[1]),
+        _changed("capability", "cache_dtype", to=2),
         _changed("capability", to=[]),
         _changed("model", "eos_token_ids", to="12"),
         _changed("load", "counters", to={"num_steps": 1.5}),
+        _changed("load", "num_free_blocks", to=3),
+        _changed("load", "num_free_blocks", to=[3]),
+        _changed("load", "num_free_blocks", to=[3, -1]),
+        _changed("load", "num_free_blocks", to=[3, None]),
     ],
 )
 def test_malformed_records_are_value_errors(text: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.shared.engine.cache_spec import Full
 from baton.shared.engine.config import ModelConfig, RopeConfig
 from baton.shared.engine.operations import Operations
+from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, Full, places_of_layers
 
 Wanted = tuple[Tensor, Sequence[Any]]
 """Which tokens of a step, int [R], and by cache group the plan of these alone."""
@@ -20,7 +20,7 @@ LoadTensor = Callable[[str], Tensor]
 """Reads a tensor of the checkpoint by name, in the engine's dtype and on its device."""
 
 
-def cache_specs(config: ModelConfig) -> list[Full]:
+def cache_specs(config: ModelConfig) -> list[CacheSpec]:
     """What each layer caches."""
     return [Full(config.num_kv_heads, config.head_dim)] * config.num_layers
 
@@ -85,6 +85,7 @@ class Llama:
         config: ModelConfig,
         load: LoadTensor,
         ops: Operations,
+        groups: Sequence[CacheGroup],
         *,
         max_model_len: int,
         dtype: torch.dtype,
@@ -92,6 +93,7 @@ class Llama:
     ) -> None:
         self.config = config
         self._ops = ops
+        self._places = places_of_layers(groups)
         self._load = load
         self.embedding = load("model.embed_tokens.weight")
         head = self.embedding if config.tie_word_embeddings else load("lm_head.weight")
@@ -121,18 +123,19 @@ class Llama:
             plans: by cache group, where the step's tokens are stored and what they attend to.
         """
         ops, eps = self._ops, self.config.rms_norm_eps
-        (kv,), (plan,) = kv_caches, plans
         hidden = self.embedding.index_select(0, input_ids)
         rope = ops.take_rope(self._rope, positions)
         for index, layer in enumerate(self._layers):
-            query = self._query(layer, index, hidden, rope, kv, plan)
+            group, place = self._places[index]
+            kv, plan = kv_caches[group], plans[group]
+            query = self._query(layer, place, hidden, rope, kv, plan)
             if wanted is not None and index == len(self._layers) - 1:
-                tokens, (plan,) = wanted
+                tokens, plan = wanted[0], wanted[1][group]
                 if not len(tokens):
                     return hidden[:0]
                 query, hidden = query.index_select(0, tokens), hidden.index_select(0, tokens)
             scale = 1 / math.sqrt(self.config.head_dim)
-            attended = ops.paged_attention(query, kv, index, plan, scale).view(len(hidden), -1)
+            attended = ops.paged_attention(query, kv, place, plan, scale).view(len(hidden), -1)
             hidden = ops.linear(attended, layer.output.weight, layer.output.bias, hidden)
             x = ops.norm_gate_up(
                 hidden, layer.post_attention_norm, eps, layer.gate_up.weight, layer.gate_up.bias
@@ -146,14 +149,14 @@ class Llama:
         return self._ops.norm_linear(hidden, self._norm, eps, self._head, None)
 
     def _query(
-        self, layer: _Layer, index: int, hidden: Tensor, rope: Any, kv: Tensor, plan: Any
+        self, layer: _Layer, place: int, hidden: Tensor, rope: Any, kv: Tensor, plan: Any
     ) -> Tensor:
         """hidden [T, hidden] → [T, num_heads, head_dim]; keys and values go to the cache."""
         ops, config = self._ops, self.config
         qkv = ops.norm_linear(
             hidden, layer.input_norm, config.rms_norm_eps, layer.qkv.weight, layer.qkv.bias
         ).view(len(hidden), -1, config.head_dim)
-        return ops.rope_and_store(qkv, rope, kv, index, plan, config.num_heads)
+        return ops.rope_and_store(qkv, rope, kv, place, plan, config.num_heads)
 
     def _load_layer(self, layer: int) -> _Layer:
         prefix = f"model.layers.{layer}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.cache_spec import CacheGroup, Full, cache_groups
 from baton.shared.engine.config import DeviceError, EngineConfig, ModelError
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.arrangement import Arrangement
+from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, Full, Sliding, cache_groups
 from baton.shared.kv.sequence import SamplingParams
 from tests.device import DEVICE, ENGINE, ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
@@ -22,6 +25,12 @@ def test_layers_with_equal_specs_form_a_group() -> None:
     assert groups == (CacheGroup(small, (0, 2, 3)), CacheGroup(large, (1,)))
     assert groups[0].block_shape(16) == (2, 3, 2, 16, 16)
     assert groups[0].block_bytes(16, 4) == 2 * 3 * 2 * 16 * 16 * 4
+
+
+def pools_of_their_own(specs: Sequence[CacheSpec], itemsize: int = 4) -> Arrangement:
+    groups = cache_groups(specs)
+    sizes = tuple(group.block_bytes(8, itemsize) for group in groups)
+    return Arrangement(groups, tuple(range(len(groups))), sizes, 0.0)
 
 
 def test_the_pool_lives_in_the_memory_handed_in(
@@ -37,7 +46,7 @@ def test_the_pool_lives_in_the_memory_handed_in(
     runner = make_runner(model_dir, num_blocks=8)
     config = EngineConfig(model_dir, num_blocks=8, **ENGINE)
     with_memory = ModelRunner(config, pool_memory=pool_memory)
-    assert with_memory.num_blocks == 8
+    assert with_memory.num_blocks == (8,)
     assert with_memory.kv_cache.memory.data_ptr() == asked[0].data_ptr()
     assert tuple(with_memory.kv_cache.tensors[0].shape) == (8, 2, 2, 2, 16, 16)
     row = BatchRow([5, 6, 7], 0, [[3]])
@@ -45,8 +54,7 @@ def test_the_pool_lives_in_the_memory_handed_in(
 
 
 def test_words_of_a_block_are_its_bytes_by_head() -> None:
-    groups = cache_groups([Full(2, 4)] * 3)
-    cache = KvCache(groups, 5, 8, torch.bfloat16)
+    cache = KvCache(pools_of_their_own([Full(2, 4)] * 3, 2), [5], 8, torch.bfloat16)
     cache.tensors[0].copy_(torch.randn(cache.tensors[0].shape))
     words = cache.block_words([4, 1])
     assert words.dtype == torch.int32 and tuple(words.shape) == (2, 2, 3 * 2 * 8 * 4 // 2)
@@ -54,12 +62,33 @@ def test_words_of_a_block_are_its_bytes_by_head() -> None:
 
 
 def test_memory_that_does_not_fit_is_refused() -> None:
-    groups = cache_groups([Full(2, 4)])
-    needed = KvCache.required_bytes(groups, 5, 8, torch.float32)
+    arrangement = pools_of_their_own([Full(2, 4)])
+    needed = KvCache.required_bytes(arrangement, [5])
     with pytest.raises(ValueError, match="64-byte aligned"):
-        KvCache(groups, 5, 8, torch.float32, torch.zeros(needed - 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="differ in block bytes"):
-        KvCache.required_bytes(cache_groups([Full(2, 4), Full(1, 4)]), 5, 8, torch.float32)
+        KvCache(arrangement, [5], 8, torch.float32, torch.zeros(needed - 1, dtype=torch.uint8))
+
+
+def test_pools_of_unequal_blocks_lie_one_after_another() -> None:
+    """Nothing that is written to one group's blocks is seen in another's, and the zero blocks stay
+    what they are."""
+    arrangement = pools_of_their_own([Full(2, 4), Sliding(1, 12, 9), Full(2, 4)])
+    memory = torch.full((KvCache.required_bytes(arrangement, [5, 3]),), 7, dtype=torch.uint8)
+    cache = KvCache(arrangement, [5, 3], 8, torch.float32, memory)
+    assert [tuple(tensor.shape) for tensor in cache.tensors] == [
+        (5, 2, 2, 2, 8, 4),
+        (3, 1, 1, 2, 8, 12),
+    ]
+    for value, tensor in enumerate(cache.tensors, 1):
+        tensor.fill_(value)
+    for value, (tensor, padded) in enumerate(
+        zip(cache.tensors, cache.padded_tensors, strict=True), 1
+    ):
+        assert bool((tensor == value).all()) and not bool(padded[-1].any())
+    for number in range(2):
+        assert cache.pool_of(number).offset_bytes % 256 == 0
+        words = cache.block_words([2], number)
+        assert torch.equal(words[0].flatten(), cache.tensors[number][2].view(torch.int32).flatten())
+    assert len(set(cache.layout())) == 2
 
 
 def test_the_number_of_blocks_is_chosen(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
@@ -67,8 +96,9 @@ def test_the_number_of_blocks_is_chosen(make_llama: MakeLlama, make_runner: Make
     share = 0.05
     limit = share * torch.cuda.mem_get_info()[1] if ON_GPU else 2**30
     runner = make_runner(model_dir, num_blocks=None, gpu_memory_utilization=share)
-    assert runner.num_blocks >= 4 * 512 // 16
-    assert runner.num_blocks * runner.kv_cache.block_bytes <= limit
+    [num_blocks] = runner.num_blocks
+    assert num_blocks >= 4 * 512 // 16
+    assert num_blocks * runner.arrangement.block_bytes[0] <= limit
     with pytest.raises(ModelError, match="num_blocks: 1000000000 blocks"):
         make_runner(model_dir, num_blocks=10**9)
 

@@ -22,6 +22,7 @@ from baton.services.gateway.links import (
 )
 from baton.services.gateway.router import WorkerSnapshot
 from baton.shared.engine.config import ModelConfig
+from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.rpc.errors import DigestMismatch, Draining, WorkerLost
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, channel_options
 from baton.v1 import (
@@ -136,9 +137,8 @@ def snapshot(address: str) -> WorkerSnapshot:
         address=address,
         role="decode",
         capability_hash="c",
-        block_size=16,
-        num_blocks=8,
-        num_free_blocks=8,
+        capacity=Capacity(16, (8,), (GroupShare(0),)),
+        num_free_blocks=(8,),
         num_waiting=0,
         num_running=0,
     )

@@ -19,6 +19,7 @@ from baton.services.gateway.router import (
     next_in_turn,
 )
 from baton.shared.kv.block_hash import PREFIX_STRIDE_TOKENS
+from baton.shared.kv.capacity import Capacity, GroupShare
 
 
 def worker(worker_id: str, role: Role, **changes: Any) -> WorkerSnapshot:
@@ -28,24 +29,29 @@ def worker(worker_id: str, role: Role, **changes: Any) -> WorkerSnapshot:
         "address": "127.0.0.1:1",
         "role": role,
         "capability_hash": "a",
-        "block_size": 16,
         "num_blocks": 100,
         "num_free_blocks": 100,
         "num_waiting": 0,
         "num_running": 0,
     }
-    return WorkerSnapshot(**(fields | changes))
+    fields |= changes
+    # Of one cache group, which reads everything, unless a capacity is given.
+    only_pool = Capacity(16, (fields.pop("num_blocks"),), (GroupShare(0),))
+    free = fields.pop("num_free_blocks")
+    fields.setdefault("capacity", only_pool)
+    fields["num_free_blocks"] = free if isinstance(free, tuple) else (free,)
+    return WorkerSnapshot(**fields)
 
 
 def route(
     *workers: WorkerSnapshot,
     hits: dict[str, int] | None = None,
     num_prompt_tokens: int = 160,
-    num_blocks_needed: int = 12,
+    num_tokens: int = 12 * 16,
     **options: Any,
 ) -> tuple[str | None, str] | None:
     """Ids of the chosen (prefill, decode)."""
-    chosen = choose(workers, hits or {}, num_prompt_tokens, num_blocks_needed, **options)
+    chosen = choose(workers, hits or {}, num_prompt_tokens, num_tokens, **options)
     if chosen is None:
         return None
     prefill_id = chosen.prefill.worker_id if chosen.prefill else None
@@ -199,7 +205,9 @@ def test_a_route_keeps_every_rule_and_is_found_when_there_is_one(
     workers: list[WorkerSnapshot], spread: int
 ) -> None:
     def fits(each: WorkerSnapshot) -> bool:
-        return not each.suspect and each.num_blocks >= (10 if each.role == "prefill" else 12)
+        return not each.suspect and each.capacity.num_blocks[0] >= (
+            10 if each.role == "prefill" else 12
+        )
 
     pairs = [
         (first, second)
@@ -217,20 +225,20 @@ def test_a_route_keeps_every_rule_and_is_found_when_there_is_one(
         for each in workers
         if each.role == "both" and fits(each) and each.capability_hash not in served
     ]
-    chosen = choose(workers, {}, 160, 12, spread=spread)
+    chosen = choose(workers, {}, 160, 192, spread=spread)
     assert (chosen is None) == (not pairs and not alone)
     if chosen is not None:
         assert (chosen.prefill, chosen.decode) in [*pairs, *alone]
         assert chosen.num_new_tokens == 160
     # Whatever the rule for long queues says, somebody takes what somebody could take before, and
     # a prompt that goes around the prefill workers goes to a partner of one.
-    relieved = choose(workers, {}, 160, 12, spread=spread, local_prefill=LocalPrefill(200, 0.5))
+    relieved = choose(workers, {}, 160, 192, spread=spread, local_prefill=LocalPrefill(200, 0.5))
     assert (relieved is None) == (chosen is None)
     if relieved is not None and relieved.prefill is None and pairs:
         assert relieved.decode.role == "both"
         assert relieved.decode.capability_hash in served | {w.capability_hash for _, w in alone}
     # Held is only what a busy prefill worker could compute later.
-    held = choose(workers, {}, 160, 12, spread=spread, local_prefill=LocalPrefill(200, 0.5, 1.0))
+    held = choose(workers, {}, 160, 192, spread=spread, local_prefill=LocalPrefill(200, 0.5, 1.0))
     if held is None and chosen is not None:
         assert all(first.num_outstanding_tokens for first, _ in pairs)
 
@@ -261,7 +269,7 @@ def test_a_partner_takes_no_more_than_its_share_of_the_queue() -> None:
     assert route(prefill, beyond, local_prefill=RULE) == ("p", "b")
     # So a long prompt needs a longer queue than the threshold.
     first = worker("p", "prefill", num_outstanding_tokens=700)
-    options: dict[str, Any] = {"num_blocks_needed": 60, "local_prefill": RULE}
+    options: dict[str, Any] = {"num_tokens": 60 * 16, "local_prefill": RULE}
     assert route(first, worker("b", "both"), num_prompt_tokens=800, **options) == ("p", "b")
 
 
@@ -303,7 +311,7 @@ def test_a_prompt_that_neither_side_may_take_now_has_no_route() -> None:
 
 
 def test_a_prompt_longer_than_the_threshold_goes_to_an_idle_worker() -> None:
-    options: dict[str, Any] = {"num_blocks_needed": 90, "local_prefill": HOLDING}
+    options: dict[str, Any] = {"num_tokens": 90 * 16, "local_prefill": HOLDING}
     both = worker("b", "both", num_outstanding_tokens=1)
     assert route(worker("p", "prefill"), both, num_prompt_tokens=1400, **options) == ("p", "b")
     busy = worker("p", "prefill", num_outstanding_tokens=1)
@@ -345,28 +353,41 @@ def test_rules_that_make_no_sense_are_refused(values: tuple[Any, ...]) -> None:
 
 def test_a_route_tells_what_is_left_to_compute() -> None:
     workers = [worker("p", "prefill"), worker("b", "both")]
-    pair = choose(workers, {"p": 96, "b": 112}, 160, 12)
+    pair = choose(workers, {"p": 96, "b": 112}, 160, 192)
     assert pair is not None and pair.computes_prompt.worker_id == "p"
     assert pair.num_new_tokens == 64
-    alone = choose(workers[1:], {"p": 96, "b": 512}, 160, 12)
+    alone = choose(workers[1:], {"p": 96, "b": 512}, 160, 192)
     assert alone is not None and alone.computes_prompt.worker_id == "b"
     assert alone.num_new_tokens == 1
 
 
-def test_longest_run_counts_from_the_start_without_gaps() -> None:
+def test_longest_run_reaches_to_the_deepest_boundary_that_is_held() -> None:
+    """A boundary is listed when a hit up to it is valid, whatever became of what is before it."""
     stride = PREFIX_STRIDE_TOKENS
-    workers = [worker(name, "prefill") for name in ("all", "first", "gap", "late", "old", "none")]
+    workers = [worker(name, "prefill") for name in ("all", "first", "late", "old", "none")]
     now = {each.worker_id: each.incarnation for each in workers}
 
     def held_by(*names: str) -> dict[str, str]:
         return {name: now[name] for name in names} | {"old": "old-before", "gone": "x"}
 
-    holders = [held_by("all", "first", "gap"), held_by("all", "late"), held_by("all", "gap")]
-    assert longest_run(holders, workers) == {"all": 3 * stride, "first": stride, "gap": stride}
+    holders = [held_by("all", "first"), held_by("all", "late"), held_by("all")]
+    runs = {"all": 3 * stride, "first": stride, "late": 2 * stride}
+    assert longest_run(holders, workers) == runs
     assert longest_run([], workers) == {}
+
+
+def test_a_worker_whose_scarcest_pool_is_too_small_is_left_out() -> None:
+    """By the arithmetic of the worker itself: a windowed group takes so many blocks at most."""
+    shares = (GroupShare(0), GroupShare(1, 4))
+    fits = worker("d", "decode", capacity=Capacity(16, (12, 4), shares), num_free_blocks=(12, 4))
+    short = worker("s", "decode", capacity=Capacity(16, (99, 3), shares), num_free_blocks=(99, 3))
+    assert route(worker("p", "prefill"), fits, short) == ("p", "d")
+    assert route(worker("p", "prefill"), short) is None
+    empty = worker("e", "decode", capacity=Capacity(16, (99, 9), shares), num_free_blocks=(99, 0))
+    assert route(worker("p", "prefill"), empty, fits) == ("p", "d")
 
 
 def test_longest_run_counts_in_whole_blocks() -> None:
     """The directory lists every tenth block of 24 tokens: the last within each 256 tokens."""
-    odd = worker("w", "both", block_size=24)
+    odd = worker("w", "both", capacity=Capacity(24, (100,), (GroupShare(0),)))
     assert longest_run([{"w": "w-first"}], [odd]) == {"w": 240}

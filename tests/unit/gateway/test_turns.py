@@ -14,6 +14,7 @@ from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
 from baton.services.gateway.turns import Turn, Turns
 from baton.shared.engine.config import ModelConfig
+from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.rpc.errors import InvalidField
 
 LATE_S = 0.5
@@ -61,9 +62,8 @@ class Pair(Cluster):
                 address="127.0.0.1:1",
                 role=role,
                 capability_hash="a",
-                block_size=16,
-                num_blocks=100,
-                num_free_blocks=100,
+                capacity=Capacity(16, (100,), (GroupShare(0),)),
+                num_free_blocks=(100,),
                 num_waiting=0,
                 num_running=0,
                 num_outstanding_tokens=self._outstanding_tokens[role],
@@ -230,8 +230,9 @@ async def test_who_waits_for_another_worker_keeps_nobody_waiting(
     with_all = asked.cluster.snapshots
 
     def smaller() -> list[WorkerSnapshot]:
-        away = WorkerSnapshot("away", "away", "", "both", "a", 16, 100, 9, 0, 0, suspect=True)
-        return [*(replace(each, num_blocks=40) for each in with_all()), away]
+        large, small = (Capacity(16, (count,), (GroupShare(0),)) for count in (100, 40))
+        away = WorkerSnapshot("away", "away", "", "both", "a", large, (9,), 0, 0, suspect=True)
+        return [*(replace(each, capacity=small) for each in with_all()), away]
 
     monkeypatch.setattr(asked.cluster, "snapshots", smaller)
     await asked.ended("a")

@@ -20,6 +20,7 @@ from baton.services.gateway.server import InferenceServicer
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
 from baton.shared.kv.block_hash import chain_hashes, is_boundary, root_hash
 from baton.shared.kv.capability import Capability
+from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.sequence import AttemptKey, FinishReason
 from baton.shared.kv.sequence import Sequence as EngineSequence
 from baton.shared.rpc.convert import sequence_from_pb
@@ -34,9 +35,9 @@ MODEL: Any = SimpleNamespace(vocab_size=1000, max_position_embeddings=4096, eos_
 CAPABILITY = Capability(
     model_digest="m",
     dtype="float32",
+    cache_dtype="float32",
     block_size=BLOCK_SIZE,
-    layout="b",
-    cache_groups=("full",),
+    layout=("full",),
     determinism="exact",
 )
 
@@ -49,8 +50,8 @@ def worker_record(worker_id: str) -> WorkerRecord:
         address="127.0.0.1:1",
         capability=CAPABILITY,
         model=ModelFacts("null", "llama", 1000, 4096, (2,)),
-        num_blocks=256,
-        load=WorkerLoad(0, 0, 256, {}),
+        capacity=Capacity(BLOCK_SIZE, (256,), (GroupShare(0),)),
+        load=WorkerLoad(0, 0, (256,), {}),
     )
 
 

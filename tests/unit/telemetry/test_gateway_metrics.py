@@ -14,6 +14,7 @@ from baton.services.gateway.metrics import ClusterLoad, GatewayMetrics, cluster_
 from baton.services.gateway.report import RequestReport, cause
 from baton.shared.directory.workers import ModelFacts, Role, WorkerLoad, WorkerRecord
 from baton.shared.kv.capability import Capability
+from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.sequence import FinishReason, SamplingParams
 from baton.shared.rpc.errors import InvalidField, TooManyAttempts, WorkerLost
 
@@ -26,10 +27,10 @@ def worker(
         incarnation="ab",
         role=role,
         address="",
-        capability=Capability("m", "float32", 16, "layout", ("spec",), "exact"),
+        capability=Capability("m", "float32", "float32", 16, ("layout",), "exact"),
         model=ModelFacts("m", "llama", 512, 4096, (2,)),
-        num_blocks=blocks,
-        load=WorkerLoad(waiting, running, free, {}),
+        capacity=Capacity(16, (blocks,), (GroupShare(0),)),
+        load=WorkerLoad(waiting, running, (free,), {}),
     )
 
 

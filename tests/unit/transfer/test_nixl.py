@@ -3,12 +3,15 @@ TCP. These tests need the wheel `nixl-cu13`; `-m 'not nixl'` leaves them out."""
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -21,6 +24,7 @@ from baton.shared.kv.digest import block_sums, digests, seeds
 from baton.shared.transfer import nixl_agent
 from baton.shared.transfer.interface import (
     BlockCopy,
+    GroupBlocks,
     LocalPool,
     OverlappingConnection,
     TransferError,
@@ -33,19 +37,36 @@ pytestmark = pytest.mark.nixl
 
 ROOT = Path(__file__).parents[3]
 NUM_BLOCKS, NUM_HEADS, BLOCK_BYTES = 96, 2, 16384
+WIDE_BYTES, WIDE_HEADS = 40960, 5
+NARROW, WIDE, SHARING = 0, 1, 2
+"""Cache groups of these tests' pools: two of unequal block bytes, and one that shares the blocks of
+the first, with more heads."""
 SEED = 2718
 
-# Another process with a pool of known bytes. Prints the pool's description, then what it is asked.
+
+def groups_of(
+    num_blocks: int, num_wide: int, block_bytes: int = BLOCK_BYTES
+) -> tuple[GroupBlocks, ...]:
+    """One pool behind the other in one memory, with a block's room between them."""
+    narrow = GroupBlocks(0, num_blocks, block_bytes, NUM_HEADS)
+    wide = GroupBlocks(narrow.end_bytes + block_bytes, num_wide, WIDE_BYTES, WIDE_HEADS)
+    return (narrow, wide, replace(narrow, num_heads=2 * NUM_HEADS))
+
+
+GROUPS = groups_of(NUM_BLOCKS, 9)
+
+# Another process with pools of known bytes. Prints their description, then what it is asked.
 PEER = """
-import hashlib, sys, time
+import hashlib, json, sys, time
 import torch
-from baton.shared.transfer.interface import LocalPool
+from baton.shared.transfer.interface import GroupBlocks, LocalPool
 from baton.shared.transfer.nixl import NixlTransport
-incarnation, num_blocks, num_heads, block_bytes, seed = sys.argv[1], *map(int, sys.argv[2:])
-memory = torch.empty(num_blocks * block_bytes, dtype=torch.uint8)
+incarnation, seed, groups = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+groups = tuple(GroupBlocks(*each) for each in groups)
+memory = torch.empty(max(group.end_bytes for group in groups), dtype=torch.uint8)
 memory.random_(0, 256, generator=torch.Generator().manual_seed(seed))
 transport = NixlTransport(incarnation)
-transport.bind(LocalPool(memory, num_blocks, block_bytes, num_heads, incarnation))
+transport.bind(LocalPool(memory, groups, incarnation))
 print(transport.describe().SerializeToString().hex(), flush=True)
 for line in sys.stdin:
     if line == "hash\\n":
@@ -62,45 +83,45 @@ for line in sys.stdin:
         print("closed", flush=True)
 """
 
-# Reads the whole pool again and again.
+# Reads the whole of the first group again and again.
 READER = """
 import sys
 import torch
 from baton.v1.kv_service_pb2 import PoolDescription
-from baton.shared.transfer.interface import BlockCopy, LocalPool
+from baton.shared.transfer.interface import BlockCopy, GroupBlocks, LocalPool
 from baton.shared.transfer.nixl import NixlTransport
 peer = PoolDescription.FromString(bytes.fromhex(sys.argv[1]))
-memory = torch.empty(peer.num_blocks * peer.block_bytes, dtype=torch.uint8)
+groups = tuple(map(GroupBlocks.of, peer.groups))
+memory = torch.empty(max(group.end_bytes for group in groups), dtype=torch.uint8)
 transport = NixlTransport("beef")
-transport.bind(LocalPool(memory, peer.num_blocks, peer.block_bytes, peer.num_heads, "beef"))
+transport.bind(LocalPool(memory, groups, "beef"))
 connection = transport.connect(peer)
 print("reading", flush=True)
 while True:
-    connection.read([BlockCopy(block_id, block_id) for block_id in range(peer.num_blocks)])
+    connection.read(0, [BlockCopy(block, block) for block in range(groups[0].num_blocks)])
 """
 
 
 class Peer:
-    """`content` is what its pool holds: [num_blocks, block_bytes] uint8."""
+    """`contents` is what its pools hold, by group: [num_blocks, bytes of a block] uint8."""
 
     def __init__(
-        self,
-        env: dict[str, str] | None = None,
-        num_blocks: int = NUM_BLOCKS,
-        block_bytes: int = BLOCK_BYTES,
+        self, env: dict[str, str] | None = None, groups: tuple[GroupBlocks, ...] = GROUPS
     ) -> None:
         self.incarnation = secrets.token_hex(16)
-        numbers = [str(number) for number in (num_blocks, NUM_HEADS, block_bytes, SEED)]
+        arguments = [str(SEED), json.dumps(list(map(astuple, groups)))]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PEER, self.incarnation, *numbers],
+            [sys.executable, "-c", PEER, self.incarnation, *arguments],
             cwd=ROOT,
             env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.content = torch.empty(num_blocks, block_bytes, dtype=torch.uint8)
-        self.content.view(-1).random_(0, 256, generator=torch.Generator().manual_seed(SEED))
+        memory = torch.empty(max(group.end_bytes for group in groups), dtype=torch.uint8)
+        memory.random_(0, 256, generator=torch.Generator().manual_seed(SEED))
+        pool = LocalPool(memory, groups, self.incarnation)
+        self.contents = [pool.blocks(group) for group in range(len(groups))]
         self.description = PoolDescription.FromString(bytes.fromhex(self._line()))
 
     def ask(self, what: str) -> str:
@@ -109,21 +130,30 @@ class Peer:
         self.process.stdin.flush()
         return self._line()
 
+    def stop(self) -> None:
+        """Returns when no thread of it runs any more."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
 
-    def job(self, copies: list[tuple[int, int]], job_id: int = 1) -> PullJob:
+    def job(self, copies: list[tuple[int, int]], job_id: int = 1, group: int = NARROW) -> PullJob:
         """With what the peer would announce of these blocks."""
         remote_ids = [remote for remote, _ in copies]
-        words = self.content[remote_ids].view(torch.int32).view(len(copies), NUM_HEADS, -1)
-        seed = seeds(self.incarnation, remote_ids, [7] * len(copies), NUM_HEADS)
+        num_heads = self.description.groups[group].num_heads
+        content = self.contents[group][remote_ids]
+        words = content.view(torch.int32).view(len(copies), num_heads, -1)
+        seed = seeds(self.incarnation, remote_ids, [7] * len(copies), num_heads)
         rows = digests(block_sums(words), seed).tolist()
         expected = [
             ExpectedBlock(remote, 7, tuple(row))
             for remote, row in zip(remote_ids, rows, strict=True)
         ]
-        return PullJob(job_id, self.description, [BlockCopy(*copy) for copy in copies], expected)
+        return PullJob(
+            job_id, self.description, group, [BlockCopy(*copy) for copy in copies], expected
+        )
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -153,9 +183,10 @@ def start_peer() -> Iterator[Callable[..., Peer]]:
 
 @pytest.fixture
 def pool() -> LocalPool:
-    """This process's pool: all 0xA5."""
-    memory = torch.full((NUM_BLOCKS * BLOCK_BYTES,), 0xA5, dtype=torch.uint8)
-    return LocalPool(memory, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS, secrets.token_hex(16))
+    """This process's pools: all 0xA5."""
+    num_bytes = max(group.end_bytes for group in GROUPS)
+    memory = torch.full((num_bytes,), 0xA5, dtype=torch.uint8)
+    return LocalPool(memory, GROUPS, secrets.token_hex(16))
 
 
 @pytest.fixture
@@ -166,18 +197,18 @@ def transport(pool: LocalPool) -> Iterator[NixlTransport]:
     transport.close()
 
 
-def random_copies(num: int) -> list[BlockCopy]:
-    remote = torch.randperm(NUM_BLOCKS)[:num].tolist()
-    local = torch.randperm(NUM_BLOCKS)[:num].tolist()
+def random_copies(num: int, num_blocks: int = NUM_BLOCKS) -> list[BlockCopy]:
+    remote = torch.randperm(num_blocks)[:num].tolist()
+    local = torch.randperm(num_blocks)[:num].tolist()
     return [BlockCopy(*pair) for pair in zip(remote, local, strict=True)]
 
 
-def check_landed(pool: LocalPool, peer: Peer, copies: list[BlockCopy]) -> None:
+def check_landed(pool: LocalPool, peer: Peer, copies: list[BlockCopy], group: int = NARROW) -> None:
     """The copies, and nothing else, have changed."""
-    wanted = torch.full_like(pool.blocks(), 0xA5)
+    wanted = replace(pool, memory=torch.full_like(pool.memory, 0xA5))
     for remote_id, local_id in copies:
-        wanted[local_id] = peer.content[remote_id]
-    assert torch.equal(pool.blocks(), wanted)
+        wanted.blocks(group)[local_id] = peer.contents[group][remote_id]
+    assert torch.equal(pool.memory, wanted.memory)
 
 
 def test_it_is_there() -> None:
@@ -193,31 +224,47 @@ def test_random_blocks_arrive_and_others_stay(
     check_landed(pool, peer, [])
     assert connection.bytes_per_second > 1e6
     copies = random_copies(num_copies)
-    connection.read(copies)
+    connection.read(NARROW, copies)
     check_landed(pool, peer, copies)
+    connection.close()
+
+
+def test_blocks_of_other_groups_arrive_in_their_own_places(
+    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer]
+) -> None:
+    """The peer's pools have other sizes, and so begin elsewhere."""
+    peer = start_peer(groups=groups_of(NUM_BLOCKS + 3, 12))
+    connection = transport.connect(peer.description)
+    for group, num_blocks in ((WIDE, 9), (SHARING, NUM_BLOCKS)):
+        pool.memory.fill_(0xA5)
+        copies = random_copies(num_blocks, num_blocks)
+        connection.read(group, copies)
+        check_landed(pool, peer, copies, group)
+        with pytest.raises(TransferError, match="no such block"):
+            connection.read(group, [BlockCopy(0, num_blocks)])
     connection.close()
 
 
 def test_reads_follow_one_another(transport: NixlTransport, pool: LocalPool, peer: Peer) -> None:
     connection = transport.connect(peer.description)
     assert isinstance(connection, OverlappingConnection)
-    connection.read([])
-    first = connection.start([BlockCopy(3, 4)])
+    connection.read(NARROW, [])
+    first = connection.start(NARROW, [BlockCopy(3, 4)])
     with pytest.raises(RuntimeError, match="under way"):
-        connection.start([BlockCopy(5, 6)])
+        connection.start(NARROW, [BlockCopy(5, 6)])
     first.wait()
-    connection.start([BlockCopy(5, 6)]).wait()
+    connection.start(NARROW, [BlockCopy(5, 6)]).wait()
     check_landed(pool, peer, [BlockCopy(3, 4), BlockCopy(5, 6)])
     connection.close()
     connection.close()
     with pytest.raises(TransferError, match="disconnected"):
-        connection.read([BlockCopy(0, 0)])
+        connection.read(NARROW, [BlockCopy(0, 0)])
 
 
 def test_reading_leaves_the_source_as_it_was(transport: NixlTransport, peer: Peer) -> None:
     before = peer.ask("hash")
     connection = transport.connect(peer.description)
-    connection.read(random_copies(NUM_BLOCKS))
+    connection.read(NARROW, random_copies(NUM_BLOCKS))
     connection.close()
     assert peer.ask("hash") == before
 
@@ -236,7 +283,7 @@ def test_over_tcp_a_busy_owner_is_read(
     assert peer.ask("busy") == "busy"
     connection = transport.connect(peer.description)
     copies = random_copies(NUM_BLOCKS)
-    connection.read(copies)
+    connection.read(NARROW, copies)
     check_landed(pool, peer, copies)
     connection.close()
 
@@ -248,9 +295,9 @@ def test_blocks_that_are_not_there(
     connection = transport.connect(peer.description)
     copies = [BlockCopy(1, 1), BlockCopy(remote_id, local_id)]
     with pytest.raises(TransferError, match=f"block {remote_id} of 96 to block {local_id} of 96"):
-        connection.read(copies)
+        connection.read(NARROW, copies)
     check_landed(pool, peer, [])
-    connection.read(copies[:1])
+    connection.read(NARROW, copies[:1])
     check_landed(pool, peer, copies[:1])
     connection.close()
 
@@ -259,13 +306,18 @@ def test_wrong_layouts_are_refused(
     transport: NixlTransport, peer: Peer, pool: LocalPool, start_peer: Callable[..., Peer]
 ) -> None:
     with pytest.raises(TransferError, match="has blocks of 8192 bytes and 2 heads"):
-        transport.connect(start_peer(num_blocks=8, block_bytes=8192).description)
+        transport.connect(start_peer(groups=groups_of(8, 8, 8192)).description)
     with pytest.raises(TransferError, match="own"):
         transport.connect(transport.describe())
     cases: list[tuple[str, Callable[[PoolDescription], object]]] = [
-        ("and 4 heads", lambda d: setattr(d, "num_heads", 4)),
-        ("no blocks", lambda d: setattr(d, "num_blocks", 0)),
-        ("registered", lambda d: setattr(d, "num_blocks", NUM_BLOCKS + 1)),
+        ("and 4 heads", lambda d: setattr(d.groups[NARROW], "num_heads", 4)),
+        ("and 10 heads", lambda d: setattr(d.groups[WIDE], "num_heads", 10)),
+        ("8192 bytes and 5 heads", lambda d: setattr(d.groups[WIDE], "block_bytes", 8192)),
+        ("no blocks", lambda d: setattr(d.groups[WIDE], "num_blocks", 0)),
+        ("no cache group", lambda d: d.ClearField("groups")),
+        ("16384 bytes and 2 heads, this", lambda d: d.groups.__delitem__(slice(1, None))),
+        ("registered", lambda d: setattr(d.groups[WIDE], "num_blocks", 9 + 1)),
+        ("registered", lambda d: setattr(d.groups[WIDE], "offset_bytes", 1 << 40)),
         ("registered", lambda d: setattr(d.nixl, "base_address", d.nixl.base_address - 64)),
         ("registered", lambda d: setattr(d.nixl, "is_device_memory", True)),
         ("said to be", lambda d: setattr(d.nixl, "agent_name", "baton-0")),
@@ -279,7 +331,7 @@ def test_wrong_layouts_are_refused(
         with pytest.raises(TransferError, match=match):
             transport.connect(description)
     connection = transport.connect(peer.description)
-    connection.read([BlockCopy(0, 0)])
+    connection.read(NARROW, [BlockCopy(0, 0)])
     connection.close()
     check_landed(pool, peer, [BlockCopy(0, 0)])
 
@@ -290,20 +342,20 @@ def test_a_killed_peer_is_an_error_and_another_can_be_read(
 ) -> None:
     victim, other = start_peer(env={"UCX_TLS": tls}), start_peer()
     connection = transport.connect(victim.description)
-    connection.read([BlockCopy(0, 0)])
+    connection.read(NARROW, [BlockCopy(0, 0)])
     victim.kill()
     started = time.monotonic()
     with pytest.raises(TransferError, match=victim.incarnation):
-        connection.read([BlockCopy(1, 1)])
+        connection.read(NARROW, [BlockCopy(1, 1)])
     with pytest.raises(TransferError):
-        connection.read([BlockCopy(1, 1)])
+        connection.read(NARROW, [BlockCopy(1, 1)])
     connection.close()
     assert time.monotonic() - started < 2.0
     with pytest.raises(TransferError):
         transport.connect(victim.description)
     connection = transport.connect(other.description)
     copies = random_copies(NUM_BLOCKS)
-    connection.read(copies)
+    connection.read(NARROW, copies)
     check_landed(pool, other, copies)
     connection.close()
 
@@ -311,7 +363,7 @@ def test_a_killed_peer_is_an_error_and_another_can_be_read(
 def test_a_reader_killed_in_the_middle_leaves_the_owner_alone(
     start_peer: Callable[..., Peer],
 ) -> None:
-    peer = start_peer(env={"UCX_TLS": "tcp"}, block_bytes=1 << 20)
+    peer = start_peer(env={"UCX_TLS": "tcp"}, groups=groups_of(NUM_BLOCKS, 1, 1 << 20))
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     before = peer.ask("hash")
     with subprocess.Popen(
@@ -334,8 +386,8 @@ def test_a_peer_killed_in_the_middle(
     """Stopped first, so that the read is under way when the end comes."""
     peer = start_peer(env={"UCX_TLS": "tcp"})
     connection = transport.connect(peer.description)
-    peer.process.send_signal(signal.SIGSTOP)
-    pending = connection.start(random_copies(NUM_BLOCKS))
+    peer.stop()
+    pending = connection.start(NARROW, random_copies(NUM_BLOCKS))
     peer.kill()
     started = time.monotonic()
     with pytest.raises(TransferError, match=peer.incarnation):
@@ -351,8 +403,8 @@ def test_a_read_of_a_stopped_peer_can_be_given_up(
     die of it: over TCP UCX bears no reader that is gone before it is answered.)"""
     peer = start_peer(env={"UCX_TLS": "tcp"})
     connection = transport.connect(peer.description)
-    peer.process.send_signal(signal.SIGSTOP)
-    pending = connection.start(random_copies(NUM_BLOCKS))
+    peer.stop()
+    pending = connection.start(NARROW, random_copies(NUM_BLOCKS))
     give_up_at = time.monotonic() + 0.2
     with pytest.raises(TransferError, match="dropped"):
         pending.wait(lambda: time.monotonic() > give_up_at)
@@ -364,7 +416,7 @@ def test_a_read_of_a_stopped_peer_can_be_given_up(
     other = start_peer()
     connection = transport.connect(other.description)
     copies = random_copies(NUM_BLOCKS)
-    connection.read(copies)
+    connection.read(NARROW, copies)
     check_landed(pool, other, copies)
     connection.close()
 
@@ -374,10 +426,10 @@ def test_a_stalled_read_ends(
 ) -> None:
     peer = start_peer(env={"UCX_TLS": "tcp"})
     connection = transport.connect(peer.description)
-    peer.process.send_signal(signal.SIGSTOP)
+    peer.stop()
     monkeypatch.setattr("baton.shared.transfer.nixl._STALLED_S", 0.2)
     with pytest.raises(TransferError, match="stalled"):
-        connection.read([BlockCopy(0, 0)])
+        connection.read(NARROW, [BlockCopy(0, 0)])
     connection.close()
 
 
@@ -388,7 +440,7 @@ def test_a_closed_pool_is_off_offer(
     connection = transport.connect(peer.description)
     assert peer.ask("close") == "closed"
     with pytest.raises(TransferError):
-        connection.read([BlockCopy(0, 0)])
+        connection.read(NARROW, [BlockCopy(0, 0)])
     connection.close()
 
 
@@ -409,8 +461,12 @@ def test_the_puller_reads_verifies_and_outlives_peers(
         assert (result.error, result.mismatched) == (None, ())
         check_landed(pool, peer, copies)
         local_ids = [copy.local_block_id for copy in copies]
-        assert np.array_equal(result.local_sums, block_sums(pool.words()[local_ids]))
+        assert np.array_equal(result.local_sums, block_sums(pool.words(NARROW)[local_ids]))
         assert puller.rates().keys() == {peer.incarnation}
+        puller.submit(peer.job([(8, 1), (0, 3)], group=WIDE))
+        result = results.get(timeout=30)
+        assert (result.error, result.mismatched) == (None, ())
+        assert np.array_equal(result.local_sums, block_sums(pool.words(WIDE)[[1, 3]]))
 
         victim = start_peer()
         puller.submit(victim.job([(0, 0)]))
@@ -425,7 +481,7 @@ def test_the_puller_reads_verifies_and_outlives_peers(
         stopped = start_peer(env={"UCX_TLS": "tcp"})
         puller.submit(stopped.job([(0, 0)]))
         assert results.get(timeout=30).error is None
-        stopped.process.send_signal(signal.SIGSTOP)
+        stopped.stop()
         puller.submit(stopped.job([(0, 0)]))
         time.sleep(0.1)
         puller.drop_peer(stopped.incarnation)
@@ -435,7 +491,7 @@ def test_the_puller_reads_verifies_and_outlives_peers(
 
         # So it does where the way to one is only being made.
         silent = start_peer(env={"UCX_TLS": "tcp"})
-        silent.process.send_signal(signal.SIGSTOP)
+        silent.stop()
         puller.submit(silent.job([(0, 0)]))
         # Until the puller is making the connection; it tells nobody when.
         time.sleep(0.5)
@@ -451,12 +507,12 @@ def test_two_connections_at_once(
     transport: NixlTransport, pool: LocalPool, peer: Peer, start_peer: Callable[..., Peer]
 ) -> None:
     one, two = transport.connect(peer.description), transport.connect(start_peer().description)
-    first, second = one.start([BlockCopy(1, 1)]), two.start([BlockCopy(2, 2)])
+    first, second = one.start(NARROW, [BlockCopy(1, 1)]), two.start(NARROW, [BlockCopy(2, 2)])
     second.wait()
     first.wait()
     check_landed(pool, peer, [BlockCopy(1, 1), BlockCopy(2, 2)])
     one.close()
-    two.read([BlockCopy(3, 3)])
+    two.read(NARROW, [BlockCopy(3, 3)])
     two.close()
 
 

@@ -3,18 +3,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from queue import Queue
 
 import numpy as np
 import pytest
 import torch
 
-from baton.shared.kv.digest import block_sums
+from baton.shared.kv.digest import Uint64Array, block_sums
 from baton.shared.transfer.interface import BlockCopy, LocalPool, PeerConnection, TransferError
 from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
 from baton.shared.transfer.shm import ShmTransport
-from baton.v1.kv_service_pb2 import PoolDescription
-from tests.unit.transfer.conftest import BLOCK_BYTES, NUM_BLOCKS, NUM_HEADS, Peer
+from baton.v1.kv_service_pb2 import GroupBlocks, PoolDescription
+from tests.unit.transfer.conftest import (
+    BLOCK_BYTES,
+    NARROW,
+    NUM_BLOCKS,
+    NUM_HEADS,
+    SHARING,
+    WIDE,
+    WIDE_BYTES,
+    WIDE_HEADS,
+    Peer,
+    with_blocks,
+)
 
 StartPeer = Callable[[], Peer]
 
@@ -33,12 +45,15 @@ def puller(
     puller.close()
 
 
-def job(peer: Peer, copies: Sequence[tuple[int, int]], job_id: int = 1) -> PullJob:
+def job(
+    peer: Peer, copies: Sequence[tuple[int, int]], job_id: int = 1, group: int = NARROW
+) -> PullJob:
     return PullJob(
         job_id,
         peer.description,
+        group,
         [BlockCopy(*copy) for copy in copies],
-        [peer.expected(remote_id, generation=40 + remote_id) for remote_id, _ in copies],
+        [peer.expected(remote_id, 40 + remote_id, group) for remote_id, _ in copies],
     )
 
 
@@ -48,10 +63,75 @@ def test_good_blocks(
     puller.submit(job(peer, [(5, 0), (2, 11), (9, 4)]))
     result = results.get(timeout=30)
     assert (result.job_id, result.error, result.mismatched) == (1, None, ())
-    assert torch.equal(pool.blocks()[[0, 11, 4]], peer.content[[5, 2, 9]])
-    assert np.array_equal(result.local_sums, block_sums(pool.words()[[0, 11, 4]]))
+    assert torch.equal(pool.blocks(NARROW)[[0, 11, 4]], peer.content[[5, 2, 9]])
+    assert np.array_equal(result.local_sums, block_sums(pool.words(NARROW)[[0, 11, 4]]))
     assert result.started_s <= result.finished_s
     assert puller.rates().keys() == {peer.incarnation}
+
+
+@pytest.mark.parametrize(
+    ("group", "holder", "num_heads"), [(WIDE, WIDE, WIDE_HEADS), (SHARING, NARROW, 2 * NUM_HEADS)]
+)
+def test_blocks_of_other_groups_are_read_and_summed_by_their_own_heads(
+    puller: Puller,
+    pool: LocalPool,
+    results: Queue[PullResult],
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
+    group: int,
+    holder: int,
+    num_heads: int,
+) -> None:
+    """In pieces of so many bytes, however large a block is."""
+    monkeypatch.setattr("baton.shared.transfer.puller._PIECE_BYTES", WIDE_BYTES + 1)
+    puller.submit(job(peer, [(6, 4), (0, 2), (5, 0)], group=group))
+    result = results.get(timeout=30)
+    assert (result.error, result.mismatched) == (None, ())
+    assert result.local_sums.shape == (3, num_heads)
+    assert np.array_equal(result.local_sums, block_sums(pool.words(group)[[4, 2, 0]]))
+    landed = {4: peer.contents[group][6], 2: peer.contents[group][0], 0: peer.contents[group][5]}
+    assert torch.equal(pool.memory, with_blocks(pool, holder, landed))
+
+
+def test_who_sums_for_the_puller_is_told_the_group(
+    transport: ShmTransport, pool: LocalPool, peer: Peer
+) -> None:
+    asked: list[tuple[list[int], int]] = []
+
+    def sum_blocks(block_ids: Sequence[int], group: int) -> Uint64Array:
+        asked.append((list(block_ids), group))
+        return block_sums(pool.words(group)[list(block_ids)])
+
+    results: Queue[PullResult] = Queue()
+    puller = Puller(transport, pool, results.put, sum_blocks)
+    for group in (WIDE, NARROW):
+        puller.submit(job(peer, [(3, 1)], group=group))
+        assert results.get(timeout=30).mismatched == ()
+    puller.close()
+    assert asked == [([1], WIDE), ([1], NARROW)]
+
+
+@pytest.mark.parametrize("group", [-1, 3, 1000])
+def test_a_group_that_is_not_there_fails_alone(
+    puller: Puller, pool: LocalPool, results: Queue[PullResult], peer: Peer, group: int
+) -> None:
+    good = job(peer, [(0, 0)])
+    puller.submit(replace(good, group=group))
+    puller.submit(good)
+    assert "no cache group" in (results.get(timeout=30).error or "")
+    assert results.get(timeout=30).error is None
+    assert torch.equal(pool.memory, with_blocks(pool, NARROW, {0: peer.content[0]}))
+
+
+def test_digests_of_another_group_do_not_fit(
+    puller: Puller, pool: LocalPool, results: Queue[PullResult], peer: Peer
+) -> None:
+    """Nor do those of one that shares the blocks: its heads are others."""
+    good = job(peer, [(0, 0)])
+    for group in (WIDE, SHARING):
+        puller.submit(replace(good, group=group))
+        assert "do not fit together" in (results.get(timeout=30).error or "")
+    assert not pool.memory.any()
 
 
 def test_blocks_of_several_pieces(
@@ -66,8 +146,8 @@ def test_blocks_of_several_pieces(
     puller.submit(job(peer, copies))
     result = results.get(timeout=30)
     assert (result.error, result.mismatched) == (None, ())
-    assert torch.equal(pool.blocks().flip(0), peer.content[:NUM_BLOCKS])
-    assert np.array_equal(result.local_sums[::-1], block_sums(pool.words()))
+    assert torch.equal(pool.blocks(NARROW).flip(0), peer.content[:NUM_BLOCKS])
+    assert np.array_equal(result.local_sums[::-1], block_sums(pool.words(NARROW)))
 
 
 def test_mismatches_name_the_copies(puller: Puller, results: Queue[PullResult], peer: Peer) -> None:
@@ -78,7 +158,7 @@ def test_mismatches_name_the_copies(puller: Puller, results: Queue[PullResult], 
     expected[1] = expected[1]._replace(digests=(first, (second + 1) % 2**64))
     expected[3] = expected[3]._replace(generation=expected[3].generation + 1)
     expected[5] = expected[5]._replace(digests=expected[6].digests)
-    puller.submit(PullJob(7, good.peer, good.copies, expected))
+    puller.submit(replace(good, job_id=7, expected=expected))
     result = results.get(timeout=30)
     assert (result.job_id, result.error, result.mismatched) == (7, None, (1, 3, 5))
     assert result.local_sums.shape == (8, NUM_HEADS)
@@ -103,7 +183,7 @@ def test_blocks_of_another_incarnation_do_not_match(
     puller: Puller, results: Queue[PullResult], peer: Peer, start_peer: StartPeer
 ) -> None:
     other = start_peer()
-    puller.submit(PullJob(1, peer.description, [BlockCopy(0, 0)], [other.expected(0)]))
+    puller.submit(replace(job(peer, [(0, 0)]), expected=[other.expected(0)]))
     assert results.get(timeout=30).mismatched == (0,)
 
 
@@ -120,7 +200,7 @@ def test_announcement_that_does_not_fit_fails_alone(
     short = [good.expected[0], good.expected[1]._replace(digests=good.expected[1].digests[:1])]
     huge = [good.expected[0], good.expected[1]._replace(digests=(0, 2**64))]
     for expected in (good.expected[:1], good.expected[::-1], short, huge):
-        puller.submit(PullJob(0, good.peer, good.copies, expected))
+        puller.submit(replace(good, job_id=0, expected=expected))
     puller.submit(good)
     for _ in range(4):
         assert results.get(timeout=30).error
@@ -190,7 +270,7 @@ class GatedConnection:
     def __init__(self, transport: GatedTransport, incarnation: str) -> None:
         self.transport, self.incarnation = transport, incarnation
 
-    def read(self, copies: Sequence[BlockCopy]) -> None:
+    def read(self, group: int, copies: Sequence[BlockCopy]) -> None:
         self.transport.reading.release()
         assert self.transport.gate.acquire(timeout=30)
         self.transport.events.append(f"read {self.incarnation} {copies[0].remote_block_id}")
@@ -209,7 +289,8 @@ class Gated:
         self.puller.submit(
             PullJob(
                 job_id,
-                PoolDescription(incarnation=incarnation),
+                PoolDescription(incarnation=incarnation, groups=[GroupBlocks()]),
+                NARROW,
                 [BlockCopy(job_id, 0)],
                 [ExpectedBlock(job_id, 0, (0,) * NUM_HEADS)],
             )
@@ -276,7 +357,7 @@ def test_close_answers_everything_and_closes_connections(gated: Gated) -> None:
 def test_failed_read_closes_the_connection_and_the_next_job_connects_anew(
     gated: Gated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: GatedConnection, copies: Sequence[BlockCopy]) -> None:
+    def fail(self: GatedConnection, group: int, copies: Sequence[BlockCopy]) -> None:
         raise TransferError("no luck")
 
     with monkeypatch.context() as patched:

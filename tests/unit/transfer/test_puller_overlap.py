@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from baton.shared.kv.digest import Uint64Array, block_sums, digests, seeds
-from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.shared.transfer.interface import BlockCopy, GroupBlocks, LocalPool, TransferError
 from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
 from baton.v1.kv_service_pb2 import PoolDescription
 
 NUM_BLOCKS, NUM_HEADS, BLOCK_BYTES = 16, 2, 256
-PEER = PoolDescription(incarnation="ab12", num_blocks=NUM_BLOCKS, num_heads=NUM_HEADS)
+OTHER = GroupBlocks(0, 2, BLOCK_BYTES // 2, 1)
+GROUP = 1
+"""The one that all is about."""
+GROUPS = (OTHER, GroupBlocks(OTHER.end_bytes, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS))
+PEER = PoolDescription(incarnation="ab12", groups=[group.describe() for group in GROUPS])
 
 
 class Read:
@@ -33,7 +37,7 @@ class Read:
         if self.connection.fails_at in numbers:
             raise TransferError("broken")
         for remote_id, local_id in self.copies:
-            self.connection.pool.blocks()[local_id] = self.connection.source[remote_id]
+            self.connection.pool.blocks(GROUP)[local_id] = self.connection.source[remote_id]
         log.append(f"landed {numbers}")
 
 
@@ -48,11 +52,12 @@ class Connection:
         self.log = log
         self.fails_at = self.hangs_at = -1
 
-    def start(self, copies: Sequence[BlockCopy]) -> Read:
+    def start(self, group: int, copies: Sequence[BlockCopy]) -> Read:
+        assert group == GROUP
         self.log.append(f"start {[copy.remote_block_id for copy in copies]}")
         return Read(self, copies)
 
-    def read(self, copies: Sequence[BlockCopy]) -> None:
+    def read(self, group: int, copies: Sequence[BlockCopy]) -> None:
         pytest.fail("the puller waits for no read that it could start")
 
     def close(self) -> None:
@@ -85,8 +90,8 @@ class StartedSums:
         self.bench = bench
         self.fail_when_taken = False
 
-    def start(self, block_ids: Sequence[int]) -> Callable[[], Uint64Array]:
-        sums = self.bench.sum_blocks(block_ids)
+    def start(self, block_ids: Sequence[int], group: int) -> Callable[[], Uint64Array]:
+        sums = self.bench.sum_blocks(block_ids, group)
 
         def take() -> Uint64Array:
             self.bench.log.append(f"take {list(block_ids)}")
@@ -99,8 +104,8 @@ class StartedSums:
 
 class Bench:
     def __init__(self, *, starts_sums: bool = False) -> None:
-        memory = torch.zeros(NUM_BLOCKS * BLOCK_BYTES, dtype=torch.uint8)
-        self.pool = LocalPool(memory, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS, secrets.token_hex(8))
+        memory = torch.zeros(GROUPS[-1].end_bytes, dtype=torch.uint8)
+        self.pool = LocalPool(memory, GROUPS, secrets.token_hex(8))
         self.log: list[str] = []
         source = torch.randint(0, 256, (NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8)
         self.connection = Connection(self.pool, source, self.log)
@@ -114,11 +119,12 @@ class Bench:
             self.started if starts_sums else self.sum_blocks,
         )
 
-    def sum_blocks(self, block_ids: Sequence[int]) -> Uint64Array:
+    def sum_blocks(self, block_ids: Sequence[int], group: int) -> Uint64Array:
+        assert group == GROUP
         self.log.append(f"sum {list(block_ids)}")
         if self.sum_fails:
             raise RuntimeError("no sums today")
-        return block_sums(self.pool.words()[list(block_ids)])
+        return block_sums(self.pool.words(group)[list(block_ids)])
 
     def pull(self, ids: Sequence[int]) -> None:
         """Block i to block 15 − i."""
@@ -126,7 +132,8 @@ class Bench:
         seed = seeds(PEER.incarnation, ids, [0] * len(ids), NUM_HEADS)
         rows = digests(block_sums(words), seed).tolist()
         expected = [ExpectedBlock(i, 0, tuple(row)) for i, row in zip(ids, rows, strict=True)]
-        self.puller.submit(PullJob(1, PEER, [BlockCopy(i, 15 - i) for i in ids], expected))
+        copies = [BlockCopy(i, 15 - i) for i in ids]
+        self.puller.submit(PullJob(1, PEER, GROUP, copies, expected))
 
 
 _OVERLAPPED = [
@@ -156,7 +163,7 @@ def test_a_piece_is_summed_while_the_next_is_read(bench: Bench) -> None:
     result = bench.results.get(timeout=10)
     assert (result.error, result.mismatched) == (None, ())
     assert bench.log == _OVERLAPPED
-    local = bench.pool.words()[[12, 14, 11, 15, 10]]
+    local = bench.pool.words(GROUP)[[12, 14, 11, 15, 10]]
     assert np.array_equal(result.local_sums, block_sums(local))
 
 
@@ -173,7 +180,7 @@ def test_sums_that_can_be_started_are_taken_when_all_has_landed(starting: Bench)
     result = starting.results.get(timeout=10)
     assert (result.error, result.mismatched) == (None, ())
     assert starting.log == [*_OVERLAPPED, "take [12, 14]", "take [11, 15]", "take [10]"]
-    local = starting.pool.words()[[12, 14, 11, 15, 10]]
+    local = starting.pool.words(GROUP)[[12, 14, 11, 15, 10]]
     assert np.array_equal(result.local_sums, block_sums(local))
 
 
@@ -182,7 +189,7 @@ def test_sums_that_fail_when_taken_fail_the_job(starting: Bench) -> None:
     starting.pull([3, 1])
     result = starting.results.get(timeout=10)
     assert result.error == "RuntimeError: no sums today"
-    assert result.local_sums.shape == (0, NUM_HEADS) and starting.log[-1] == "close"
+    assert len(result.local_sums) == 0 and starting.log[-1] == "close"
 
 
 def test_a_piece_that_fails_leaves_no_sums(bench: Bench) -> None:
@@ -190,7 +197,7 @@ def test_a_piece_that_fails_leaves_no_sums(bench: Bench) -> None:
     bench.pull([3, 1, 4, 0, 5])
     result = bench.results.get(timeout=10)
     assert result.error == "broken"
-    assert result.local_sums.shape == (0, NUM_HEADS)
+    assert len(result.local_sums) == 0
     assert bench.log[-1] == "close"
 
 

@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError
+from baton.shared.transfer.interface import BlockCopy, GroupBlocks, LocalPool, TransferError
 from baton.shared.transfer.shm import ShmTransport, sweep_stale
 from baton.v1.kv_service_pb2 import PoolDescription
-from tests.unit.transfer.conftest import BLOCK_BYTES, NUM_BLOCKS, NUM_HEADS, Peer
+from tests.unit.transfer.conftest import (
+    BLOCK_BYTES,
+    GROUPS,
+    NARROW,
+    NUM_BLOCKS,
+    NUM_HEADS,
+    SHARING,
+    WIDE,
+    Peer,
+    with_blocks,
+)
 
 StartPeer = Callable[[], Peer]
 
@@ -21,12 +31,26 @@ def test_blocks_of_another_process_arrive_and_others_stay(
 ) -> None:
     connection = transport.connect(peer.description)
     assert connection.bytes_per_second > 0
-    connection.read([BlockCopy(16, 3), BlockCopy(0, 4), BlockCopy(16, 0)])
-    connection.read([])
-    expected = torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
-    expected[[3, 4, 0]] = peer.content[[16, 0, 16]]
-    assert torch.equal(pool.blocks(), expected)
+    connection.read(NARROW, [BlockCopy(16, 3), BlockCopy(0, 4), BlockCopy(16, 0)])
+    connection.read(NARROW, [])
+    landed = {3: peer.content[16], 4: peer.content[0], 0: peer.content[16]}
+    assert torch.equal(pool.memory, with_blocks(pool, NARROW, landed))
     connection.close()
+    connection.close()
+
+
+def test_blocks_of_every_group_arrive_in_their_own_places(
+    transport: ShmTransport, pool: LocalPool, peer: Peer
+) -> None:
+    """The peer's pools have other sizes, and so begin elsewhere."""
+    connection = transport.connect(peer.description)
+    connection.read(WIDE, [BlockCopy(6, 0), BlockCopy(1, 4)])
+    landed = {0: peer.contents[WIDE][6], 4: peer.contents[WIDE][1]}
+    assert torch.equal(pool.memory, with_blocks(pool, WIDE, landed))
+    pool.memory.zero_()
+    connection.read(SHARING, [BlockCopy(16, 11)])
+    landed = {11: peer.contents[NARROW][16]}
+    assert torch.equal(pool.memory, with_blocks(pool, NARROW, landed))
     connection.close()
 
 
@@ -40,14 +64,15 @@ def test_bytes_are_equal_whatever_they_mean(tmp_path: Path, dtype: torch.dtype) 
         incarnation = secrets.token_hex(8)
         end = ShmTransport(incarnation, tmp_path)
         memory = end.allocate(num_bytes)
-        end.bind(LocalPool(memory, 4, num_bytes // 4, NUM_HEADS, incarnation))
+        group = GroupBlocks(0, 4, num_bytes // 4, NUM_HEADS)
+        end.bind(LocalPool(memory, (group,), incarnation))
         ends.append((end, memory))
     (owner, theirs), (reader, ours) = ends
     theirs.random_(0, 256, generator=torch.Generator().manual_seed(1))
     values = theirs.view(dtype)
     values[:4] = torch.tensor([float("nan"), float("-inf"), -0.0, 1e-40], dtype=dtype)
     connection = reader.connect(owner.describe())
-    connection.read([BlockCopy(i, 3 - i) for i in range(4)])
+    connection.read(0, [BlockCopy(i, 3 - i) for i in range(4)])
     assert torch.equal(ours.view(4, -1), theirs.view(4, -1).flip(0))
     connection.close()
     owner.close()
@@ -57,15 +82,15 @@ def test_bytes_are_equal_whatever_they_mean(tmp_path: Path, dtype: torch.dtype) 
 def test_reader_sees_later_writes_of_the_owner(tmp_path: Path, pool: LocalPool) -> None:
     incarnation = secrets.token_hex(8)
     owner = ShmTransport(incarnation, tmp_path)
-    memory = owner.allocate(NUM_BLOCKS * BLOCK_BYTES)
-    owner.bind(LocalPool(memory, NUM_BLOCKS, BLOCK_BYTES, NUM_HEADS, incarnation))
+    memory = owner.allocate(pool.memory.numel())
+    owner.bind(LocalPool(memory, GROUPS, incarnation))
     reader = ShmTransport(secrets.token_hex(8), tmp_path)
     reader.bind(pool)
     connection = reader.connect(owner.describe())
     for value in (1, 2):
         memory.fill_(value)
-        connection.read([BlockCopy(7, 7)])
-        assert pool.blocks()[7].eq(value).all()
+        connection.read(NARROW, [BlockCopy(7, 7)])
+        assert pool.blocks(NARROW)[7].eq(value).all()
     connection.close()
     owner.close()
 
@@ -110,22 +135,39 @@ def test_incarnation_cannot_lead_elsewhere(tmp_path: Path, incarnation: str) -> 
         ShmTransport(incarnation, tmp_path)
 
 
-@pytest.mark.parametrize("copy", [(NUM_BLOCKS + 5, 0), (0, NUM_BLOCKS), (-1, 0), (0, -1)])
+@pytest.mark.parametrize(
+    ("group", "copy"),
+    [
+        *((NARROW, copy) for copy in [(NUM_BLOCKS + 5, 0), (0, NUM_BLOCKS), (-1, 0), (0, -1)]),
+        *((WIDE, copy) for copy in [(7, 0), (0, 5), (-1, 0), (0, -1)]),
+    ],
+)
 def test_no_such_block(
-    transport: ShmTransport, pool: LocalPool, peer: Peer, copy: tuple[int, int]
+    transport: ShmTransport, pool: LocalPool, peer: Peer, group: int, copy: tuple[int, int]
 ) -> None:
     connection = transport.connect(peer.description)
     with pytest.raises(TransferError, match="no such block"):
-        connection.read([BlockCopy(0, 0), BlockCopy(*copy)])
+        connection.read(group, [BlockCopy(0, 0), BlockCopy(*copy)])
     assert not pool.memory.any()
     connection.close()
 
 
-def changed(peer: Peer, **fields: object) -> PoolDescription:
+def changed(peer: Peer, group: int | None = None, **fields: object) -> PoolDescription:
+    """`fields` are those of the group, or of the description."""
     description = PoolDescription()
     description.CopyFrom(peer.description)
     for name, value in fields.items():
-        setattr(description.shm if name in ("path", "host_id") else description, name, value)
+        part = description if group is None else description.groups[group]
+        setattr(description.shm if name in ("path", "host_id") else part, name, value)
+    return description
+
+
+def regrouped(peer: Peer, *order: int) -> PoolDescription:
+    """With these of its groups, in this order."""
+    description = PoolDescription()
+    description.CopyFrom(peer.description)
+    del description.groups[:]
+    description.groups.extend(peer.description.groups[group] for group in order)
     return description
 
 
@@ -134,13 +176,19 @@ def test_unlike_pools_are_not_connected(
 ) -> None:
     not_offered = changed(peer)
     not_offered.ClearField("shm")
-    (tmp_path / "secret").write_bytes(bytes(NUM_BLOCKS * BLOCK_BYTES))
+    (tmp_path / "secret").write_bytes(bytes(pool.memory.numel()))
     cases = {
         "another host": changed(peer, host_id="else"),
-        "blocks of": changed(peer, block_bytes=BLOCK_BYTES // 2),
-        "heads": changed(peer, num_heads=1),
-        "no blocks": changed(peer, num_blocks=0),
-        "has .* bytes, not": changed(peer, num_blocks=10**6),
+        "blocks of 2048 bytes": changed(peer, NARROW, block_bytes=BLOCK_BYTES // 2),
+        "4096 bytes and 3 heads, 4096 bytes and 4": changed(peer, WIDE, block_bytes=BLOCK_BYTES),
+        "and 1 heads": changed(peer, NARROW, num_heads=1),
+        "and 6 heads": changed(peer, WIDE, num_heads=6),
+        "no blocks": changed(peer, WIDE, num_blocks=0),
+        "has .* bytes, its blocks end at": changed(peer, NARROW, num_blocks=10**6),
+        "bytes, its blocks end at": changed(peer, WIDE, offset_bytes=2**63),
+        "2 heads, 12288 bytes and 3 heads, this": regrouped(peer, NARROW, WIDE),
+        "has blocks of 12288": regrouped(peer, WIDE, NARROW, SHARING),
+        "has blocks of no cache group": regrouped(peer),
         "cannot be in a file named": changed(peer, path=str(tmp_path / "secret")),
         "cannot be in a file": changed(peer, incarnation="beef"),
         "cannot be opened": changed(peer, path=str(tmp_path / "not-here" / peer.path.name)),
@@ -153,7 +201,7 @@ def test_unlike_pools_are_not_connected(
 
 
 def test_file_that_is_not_a_pool(transport: ShmTransport, pool: LocalPool, tmp_path: Path) -> None:
-    size = NUM_BLOCKS * BLOCK_BYTES
+    size = pool.memory.numel()
     description = transport.describe()
     description.incarnation = "beef"
     path = tmp_path / "baton-beef.kv"
@@ -182,10 +230,10 @@ def test_killed_peer_is_noticed(
 ) -> None:
     peer = start_peer()
     connection = transport.connect(peer.description)
-    connection.read([BlockCopy(0, 0)])
+    connection.read(NARROW, [BlockCopy(0, 0)])
     peer.kill()
     with pytest.raises(TransferError, match="gone"):
-        connection.read([BlockCopy(1, 1)])
+        connection.read(NARROW, [BlockCopy(1, 1)])
     connection.close()
     with pytest.raises(TransferError, match="gone"):
         transport.connect(peer.description)
@@ -201,7 +249,7 @@ def test_closed_peer_is_noticed(
     connection = transport.connect(peer.description)
     peer.close_transport()
     with pytest.raises(TransferError, match="gone"):
-        connection.read([BlockCopy(0, 0)])
+        connection.read(NARROW, [BlockCopy(0, 0)])
     connection.close()
 
 

@@ -5,11 +5,13 @@ What a step may write to, and read from, must therefore stay as it was when it w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.drawn import Drawn
 
 
 @dataclass
@@ -17,7 +19,7 @@ class LateStep:
     runner: ModelRunner
     batch: Batch
 
-    def result(self) -> list[int | None]:
+    def result(self) -> list[Sequence[Drawn]]:
         return self.runner.forward(self.batch)
 
 

@@ -72,8 +72,9 @@ class Network:
         self.channels: dict[Channel, deque[Callable[[], None]]] = {}
         self.holds: dict[tuple[str, str], HoldStream] = {}
         """(reader's incarnation, owner's incarnation) → stream, as the reader sees it."""
-        self.corrupted: set[tuple[str, int]] = set()
-        """(incarnation, block id) of every block that was ever changed by other than its owner."""
+        self.corrupted: set[tuple[str, int, int]] = set()
+        """(incarnation, pool, block id) of every block that was ever changed by other than its
+        owner."""
         for name in runners:
             self._boot(name)
 
@@ -98,18 +99,20 @@ class Network:
             worker.inbox.put(msg.Pulled(self._pull(worker, worker.jobs.popleft(), corrupt)))
 
     def corrupt_sealed(self, name: str, index: int) -> None:
-        """Writes over one block that is sealed, and held or to be found."""
+        """Writes over one block that is sealed, of any group, and held or to be found."""
         worker = self.workers[name]
-        blocks = [worker.pool.block(block_id) for block_id in range(worker.pool.num_blocks)]
         sealed = [
-            block_id
-            for block_id, block in enumerate(blocks)
+            (number, block_id)
+            for number, pool in enumerate(worker.pools.by_number)
+            for block_id, block in enumerate(map(pool.block, range(pool.num_blocks)))
             if block.digest is not None and (block.ref_count or block.block_hash is not None)
         ]
         if sealed:
-            block_id = sealed[index % len(sealed)]
-            worker.runner.kv_cache.tensors[0][block_id].neg_().sub_(1)
-            self.corrupted.add((worker.incarnation, block_id))
+            number, block_id = sealed[index % len(sealed)]
+            # Of the groups that share the pool, all see the whole of a block.
+            group = worker.runner.arrangement.pools.index(number)
+            worker.runner.kv_cache.tensors[group][block_id].neg_().sub_(1)
+            self.corrupted.add((worker.incarnation, number, block_id))
 
     def kill(self, name: str) -> None:
         """The worker is gone with all that was under way to and from it, and starts anew."""
@@ -237,20 +240,21 @@ class Network:
         stream.reader.inbox.put(msg.SourceGone(stream.owner.peer, error))
 
     def _pull(self, worker: SimWorker, job: PullJob, corrupt: bool) -> PullResult:
-        now = self.clock.now
-        num_heads = worker.runner.groups[0].spec.num_kv_heads
+        now, group = self.clock.now, job.group
+        number = worker.runner.arrangement.pools[group]
+        num_heads = worker.runner.groups[group].spec.num_kv_heads
         if not self.is_alive(job.peer.incarnation):
             sums = block_sums(torch.empty(0, num_heads, 1, dtype=torch.int32))
             return PullResult(job.job_id, (), sums, "the pool is gone", now, now)
         [source] = [w for w in self.workers.values() if w.incarnation == job.peer.incarnation]
         local = [copy.local_block_id for copy in job.copies]
         remote = [copy.remote_block_id for copy in job.copies]
-        blocks = worker.runner.kv_cache.tensors[0]
-        blocks[local] = source.runner.kv_cache.tensors[0][remote]
+        blocks = worker.runner.kv_cache.tensors[group]
+        blocks[local] = source.runner.kv_cache.tensors[group][remote]
         if corrupt:
-            self.corrupted.add((source.incarnation, remote[-1]))
+            self.corrupted.add((source.incarnation, number, remote[-1]))
             blocks[local[-1]].neg_().sub_(1)
-        sums = block_sums(worker.runner.kv_cache.block_words(local))
+        sums = block_sums(worker.runner.kv_cache.block_words(local, group))
         generations = [block.generation for block in job.expected]
         landed = digests(sums, seeds(source.incarnation, remote, generations, num_heads)).tolist()
         mismatched = tuple(
@@ -258,7 +262,9 @@ class Network:
             for i, (row, block) in enumerate(zip(landed, job.expected, strict=True))
             if tuple(row) != block.digests
         )
-        honest = [i for i in mismatched if (source.incarnation, remote[i]) not in self.corrupted]
+        honest = [
+            i for i in mismatched if (source.incarnation, number, remote[i]) not in self.corrupted
+        ]
         if honest:
             key = worker.engine._pulls._jobs[job.job_id].key
             assert key not in source.engine._claims, "claimed blocks were written"

@@ -1,4 +1,4 @@
-"""One worker of the simulation: a real engine loop, its pool, and what is asked of its puller."""
+"""One worker of the simulation: a real engine loop, its pools, and what is asked of its puller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey
 from baton.shared.telemetry import Counters, Trace
 from baton.shared.transfer.puller import PullJob
@@ -36,7 +36,7 @@ class SimWorker:
         """`post` takes what the engine delivers at the end of an iteration."""
         self.peer = msg.Peer(name, incarnation, f"{name}.test")
         self.runner = runner
-        self.pool = BlockPool(runner.num_blocks, runner.kv_cache.block_size)
+        self.pools = Pools(runner.groups, runner.capacity)
         self.inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
         self.jobs: deque[PullJob] = deque()
         self.counters = Counters()
@@ -46,9 +46,9 @@ class SimWorker:
         failpoints = Failpoints(set())
         self.engine = EngineLoop(
             runner,
-            self.pool,
+            self.pools,
             Sealer(
-                self.pool,
+                self.pools,
                 runner.kv_cache,
                 runner.block_sums(),
                 incarnation,
@@ -73,9 +73,15 @@ class SimWorker:
         cache = self.runner.kv_cache
         return kv_service_pb2.PoolDescription(
             incarnation=self.incarnation,
-            num_blocks=cache.num_blocks,
-            block_bytes=cache.block_bytes,
-            num_heads=cache.groups[0].spec.num_kv_heads,
+            groups=[
+                kv_service_pb2.GroupBlocks(
+                    offset_bytes=cache.pool_of(number).offset_bytes,
+                    num_blocks=cache.pool_of(number).num_blocks,
+                    block_bytes=cache.pool_of(number).block_bytes,
+                    num_heads=group.spec.num_kv_heads,
+                )
+                for number, group in enumerate(cache.groups)
+            ],
         )
 
     def check(self) -> None:
@@ -88,8 +94,8 @@ class SimWorker:
         """All that must be nothing when every request is over; {} when it is."""
         engine = self.engine
         found = {
-            "blocks": self.pool.num_blocks - self.pool.num_free,
-            "quarantined": self.pool.num_quarantined,
+            "blocks": sum(self.pools.capacity.num_blocks) - sum(self.pools.num_free),
+            "quarantined": self.pools.num_quarantined,
             "sequences": engine._table.all(),
             "claims": engine._claims._claims,
             "pulls": engine._pulls._pulls,

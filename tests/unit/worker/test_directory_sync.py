@@ -14,7 +14,7 @@ from baton.services.worker.directory_sync import DirectorySync
 from baton.shared.directory.directory import Directory, DirectoryUnavailable
 from baton.shared.directory.ledger import LedgerEntry, Stage
 from baton.shared.directory.workers import WorkerRecord
-from baton.shared.kv.block_pool import CacheChanges
+from baton.shared.kv.prefix_cache import CacheChanges
 from baton.shared.kv.sequence import AttemptKey
 
 RECORD = cast(WorkerRecord, "the worker as it is now")

@@ -14,7 +14,8 @@ from baton.services.worker.sealing import Sealer
 from baton.shared.engine.block_sums import HostBlockSums
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.block_pool import BlockPool
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import AttemptKey, BlockTable, Place, SamplingParams, Sequence
 from baton.shared.rpc.convert import key_to_pb
 from baton.shared.rpc.errors import Cancelled, ClaimBroken, DigestMismatch, SourceLost, to_failure
 from baton.shared.telemetry import Counters, Trace
@@ -33,16 +34,26 @@ SOURCE = Peer("p", "aa" * 16, "p.test")
 class Side:
     """What both sides stand on."""
 
-    pool: BlockPool
+    pools: Pools
     cache: KvCache
     sealer: Sealer
     sent: list[Outgoing] = field(default_factory=list)
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.pools.of(0)
+
+    @property
+    def num_cached(self) -> int:
+        return self.pools.prefix_cache.num_cached
 
     def sequence(self, *, num_cached: int = 0) -> Sequence:
         """With room for all of its prompt; `num_cached` blocks at its front are sealed."""
         made = Sequence(KEY, PROMPT, SamplingParams())
         self.sealer.hash_blocks(made)
-        made.block_tables = [self.pool.allocate(3)]
+        made.block_tables = [BlockTable()]
+        self.pools.extend(made, len(PROMPT))
+        made.is_admitted = True
         made.num_computed_tokens = num_cached * BLOCK_SIZE
         self.sealer.seal_computed(made, with_digests=True)
         return made
@@ -54,14 +65,11 @@ class Side:
 
 @pytest.fixture
 def side(make_runner: MakeRunner) -> Side:
-    cache = make_runner(NUM_BLOCKS).kv_cache
+    runner = make_runner(NUM_BLOCKS)
+    cache, pools = runner.kv_cache, Pools(runner.groups, runner.capacity)
     cache.tensors[0].normal_()
-    pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
-    return Side(
-        pool,
-        cache,
-        Sealer(pool, cache, HostBlockSums(cache), "ab" * 16, "c" * 64, Failpoints(set())),
-    )
+    sums, failpoints = HostBlockSums(cache), Failpoints(set())
+    return Side(pools, cache, Sealer(pools, cache, sums, "ab" * 16, "c" * 64, failpoints))
 
 
 # The owner's side
@@ -69,7 +77,7 @@ def side(make_runner: MakeRunner) -> Side:
 
 @pytest.fixture
 def claims(side: Side) -> ClaimTable:
-    return ClaimTable(side.pool, side.sealer, side.sent.append, Trace(None, ""))
+    return ClaimTable(side.pools, side.sealer, side.sent.append, Trace(None, ""))
 
 
 def to_reader(side: Side) -> list[kv.HoldResponse]:
@@ -176,6 +184,15 @@ def test_claims_are_found_by_reader_and_by_age(
 # The reader's side
 
 
+def missing_of(sequence: Sequence) -> set[Place]:
+    """All that is not sealed."""
+    return {
+        (group, index)
+        for group, table in enumerate(sequence.block_tables)
+        for index in range(table.num_sealed, len(table))
+    }
+
+
 class Reader:
     """A PullTable and what an owner would send it."""
 
@@ -184,22 +201,24 @@ class Reader:
         self.jobs: list[PullJob] = []
         self.counters = Counters()
         self.table = PullTable(
-            side.pool,
+            side.pools,
             side.sealer,
             self.jobs.append,
             side.sent.append,
             self.counters,
             Trace(None, ""),
         )
-        description = kv.PoolDescription(incarnation=SOURCE.incarnation, num_heads=2)
+        groups = [kv.GroupBlocks(num_heads=2, block_bytes=1024)]
+        description = kv.PoolDescription(incarnation=SOURCE.incarnation, groups=groups)
         self.hear(hello=kv.HoldHelloReply(pool=description))
 
     def hear(self, source: Peer = SOURCE, **message: object) -> Pull | None:
         return self.table.on_message(source, kv.HoldResponse(**message))  # type: ignore[arg-type]
 
-    def announce(self, *indices: int, first_token_id: int | None = None) -> None:
+    def announce(self, *indices: int, group: int = 0, first_token_id: int | None = None) -> None:
         message = kv.AnnounceBlocks(
             key=key_to_pb(KEY),
+            group=group,
             block_indices=indices,
             block_ids=[100 + index for index in indices],
             generations=[1] * len(indices),
@@ -215,7 +234,7 @@ class Reader:
         self.hear(admitted=kv.ClaimAdmitted(key=key_to_pb(KEY)))
         pull = self.table.get(KEY)
         assert pull is not None
-        self.table.took_room(pull)
+        self.table.took_room(pull, missing_of(sequence))
         return pull
 
     def land(self, *, mismatched: tuple[int, ...] = (), error: str | None = None) -> None:
@@ -231,8 +250,8 @@ class Reader:
     def requests(self) -> list[kv.HoldRequest]:
         return [sent.message for sent in self.side.take_sent() if isinstance(sent, ToSource)]
 
-    def check(self, *held: list[int]) -> None:
-        self.side.pool.check_integrity(held)
+    def check(self, *held: BlockTable) -> None:
+        self.side.pools.check_integrity([[each] for each in held])
 
 
 @pytest.fixture
@@ -255,15 +274,15 @@ def test_only_what_is_missing_is_pulled_each_into_its_place(side: Side, reader: 
 
 def test_what_is_announced_before_there_is_room_here_waits(side: Side, reader: Reader) -> None:
     sequence = side.sequence()
-    table, sequence.block_tables = sequence.block_tables, []
+    tables, sequence.block_tables, sequence.is_admitted = sequence.block_tables, [], False
     reader.table.start(sequence, SOURCE)
     reader.announce(0, 1)
     reader.announce(2, first_token_id=7)
     assert reader.jobs == []
-    sequence.block_tables = table
+    sequence.block_tables, sequence.is_admitted = tables, True
     pull = reader.table.get(KEY)
     assert pull is not None
-    reader.table.took_room(pull)
+    reader.table.took_room(pull, missing_of(sequence))
     [job] = reader.jobs
     assert [copy.remote_block_id for copy in job.copies] == [100, 101, 102]
 
@@ -299,9 +318,9 @@ def test_the_source_is_told_before_the_copies_are_sealed_and_then_they_are(
     result = PullResult(job.job_id, (), sums, None, 0.0, 1.0)
     reader.table.on_pulled(result)
     assert [m.WhichOneof("message") for m in reader.requests()] == ["claim", "release"]
-    assert side.pool.num_quarantined == 3 and side.pool.num_cached == 0
+    assert side.pool.num_quarantined == 3 and side.num_cached == 0
     reader.table.settle(result)
-    assert side.pool.num_quarantined == 0 and side.pool.num_cached == 2
+    assert side.pool.num_quarantined == 0 and side.num_cached == 2
     assert sequence.num_sealed_blocks == 2
     assert len(reader.requests()) == 0
     reader.check(sequence.block_tables[0])
@@ -331,9 +350,10 @@ def test_a_mismatch_ends_the_claim_and_names_the_blocks(side: Side, reader: Read
     with pytest.raises(DigestMismatch):
         reader.land(mismatched=(1,))
     cancel = reader.requests()[-1].cancel
-    assert cancel.mismatched_block_ids == [101]
+    assert cancel.mismatched_groups == [0] and cancel.mismatched_block_ids == [101]
+    assert cancel.mismatched_generations == [1]
     assert reader.counters["digest_mismatches"] == 1
-    assert side.pool.num_cached == 0, "nothing of a job that failed is used"
+    assert side.num_cached == 0, "nothing of a job that failed is used"
     reader.check(sequence.block_tables[0])
 
 

@@ -6,30 +6,52 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.services.decode import scheduler
 from baton.services.decode.scheduler import (
     choose_victim,
     is_short_of_blocks,
-    num_blocks_wanted,
+    lacking_room,
     plan_rows,
 )
 from baton.services.prefill.scheduler import Admission, admission, plan_chunks
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence, num_blocks_for
+from baton.shared.kv.sequence import (
+    AttemptKey,
+    SamplingParams,
+    Sequence,
+    SequenceState,
+    num_blocks_for,
+)
 
 BLOCK_SIZE = 4
 
 
 def sequence(num_prompt: int, *, num_computed: int = 0, name: str = "r") -> Sequence:
+    """With room for its prompt."""
     key = AttemptKey(name, 0, 1)
     made = Sequence(key, tuple(range(num_prompt)), SamplingParams(max_tokens=1000))
     made.num_computed_tokens = made.num_scheduled_tokens = num_computed
+    made.num_room_tokens = num_blocks_for(num_prompt, BLOCK_SIZE) * BLOCK_SIZE
     return made
 
 
 def running(num_tokens: int, num_blocks: int, name: str = "r") -> Sequence:
-    """Decoding, with a block table of `num_blocks` in its one group."""
+    """Decoding, with room for `num_blocks` blocks of tokens."""
     made = sequence(num_tokens, num_computed=num_tokens - 1, name=name)
-    made.block_tables = [list(range(num_blocks))]
+    made.num_room_tokens = num_blocks * BLOCK_SIZE
     return made
+
+
+def lacking_of(num_pools: int) -> scheduler.Lacking:
+    """As if a sequence had a block table in each pool."""
+
+    def num_lacking(each: Sequence) -> list[int]:
+        wanted = num_blocks_for(each.num_scheduled_tokens + 1, BLOCK_SIZE)
+        return [max(0, wanted - each.num_room_tokens // BLOCK_SIZE)] * num_pools
+
+    return num_lacking
+
+
+ONE_POOL, TWO_POOLS = lacking_of(1), lacking_of(2)
 
 
 # Prefill
@@ -38,15 +60,18 @@ def running(num_tokens: int, num_blocks: int, name: str = "r") -> Sequence:
 @pytest.mark.parametrize(
     ("num_new", "num_free", "num_growing", "verdict"),
     [
-        (4, 4, 0, Admission.ADMIT),
-        (5, 4, 0, Admission.WAIT_FOR_ROOM),
-        (3, 4, 1, Admission.ADMIT),
-        (4, 4, 1, Admission.WAIT_FOR_ROOM),
-        (0, 0, 0, Admission.ADMIT),
+        ([4], [4], [0], Admission.ADMIT),
+        ([5], [4], [0], Admission.WAIT_FOR_ROOM),
+        ([3], [4], [1], Admission.ADMIT),
+        ([4], [4], [1], Admission.WAIT_FOR_ROOM),
+        ([0], [0], [0], Admission.ADMIT),
+        ([4, 2], [4, 3], [0, 1], Admission.ADMIT),
+        ([4, 3], [9, 3], [0, 1], Admission.WAIT_FOR_ROOM),
+        ([9, 0], [4, 9], [0, 0], Admission.WAIT_FOR_ROOM),
     ],
 )
-def test_a_prompt_enters_when_all_of_it_fits_beside_those_that_grow(
-    num_new: int, num_free: int, num_growing: int, verdict: Admission
+def test_a_prompt_enters_when_all_of_it_fits_beside_those_that_grow_in_every_pool(
+    num_new: list[int], num_free: list[int], num_growing: list[int], verdict: Admission
 ) -> None:
     assert verdict is admission(
         num_new_blocks=num_new,
@@ -59,7 +84,7 @@ def test_a_prompt_enters_when_all_of_it_fits_beside_those_that_grow(
 def test_a_prompt_whose_prefix_is_coming_does_not_block_those_behind_it() -> None:
     """Also when there is no room: only WAIT_FOR_ROOM makes the others wait."""
     assert Admission.WAIT_FOR_PREFIX is admission(
-        num_new_blocks=9, num_free_blocks=0, num_growing=0, prefix_is_coming=True
+        num_new_blocks=[9], num_free_blocks=[0], num_growing=[0], prefix_is_coming=True
     )
 
 
@@ -83,6 +108,17 @@ def test_a_chunk_ends_with_a_block_unless_it_is_the_last_or_too_small() -> None:
     assert chunks([sequence(20, num_computed=2)], 2) == [("r", 2)]
     assert chunks([sequence(20)], 3) == [("r", 3)], "less than a block is still progress"
     assert chunks([sequence(7, num_computed=4)], 10) == [("r", 3)]
+
+
+def test_a_chunk_goes_no_further_than_there_is_room_for() -> None:
+    """Of a windowed group a prompt has room for a stretch at a time."""
+    stretch, whole = sequence(20, name="a"), sequence(6, name="b")
+    stretch.num_room_tokens = 8
+    assert chunks([stretch, whole], 100) == [("a", 8), ("b", 6)]
+    stretch.num_computed_tokens = stretch.num_scheduled_tokens = 8
+    assert chunks([stretch, whole], 100, max_rows=1) == [("b", 6)], "it takes no row in vain"
+    stretch.num_room_tokens = 12
+    assert chunks([stretch, whole], 100, max_rows=1) == [("a", 4)]
 
 
 @given(
@@ -115,21 +151,34 @@ def _is_computed(each: Sequence) -> bool:
 # Decode
 
 
-def test_a_sequence_wants_a_block_when_its_next_token_has_no_slot() -> None:
-    assert num_blocks_wanted(running(8, 2), BLOCK_SIZE) == 0
-    assert num_blocks_wanted(running(9, 2), BLOCK_SIZE) == 1
+def test_who_runs() -> None:
+    """Also who draws the first token in a step that is in flight; not who has drawn the last."""
+    decoding, ahead, filling, over, waiting = (
+        sequence(8, num_computed=8, name=name) for name in "abcde"
+    )
+    decoding.state = over.state = SequenceState.DECODING
+    ahead.state = filling.state = SequenceState.PREFILLING
+    filling.num_scheduled_tokens = 7
+    over.num_scheduled_tokens = over.num_to_compute
+    assert scheduler.running([decoding, ahead, filling, over, waiting]) == [decoding, ahead]
 
 
-def test_every_group_wants_its_own_block() -> None:
-    both = running(9, 2)
-    both.block_tables.append([7, 8])
-    assert num_blocks_wanted(both, BLOCK_SIZE) == 2
+def test_a_sequence_lacks_room_when_its_next_token_has_none() -> None:
+    fits, lacks = running(8, 2), running(9, 2)
+    assert lacking_room([fits, lacks]) == [lacks]
 
 
 def test_short_of_blocks_counts_all_that_is_wanted() -> None:
     batch = [running(9, 2), running(5, 1), running(4, 1)]
-    assert not is_short_of_blocks(batch, 2, BLOCK_SIZE)
-    assert is_short_of_blocks(batch, 1, BLOCK_SIZE)
+    assert not is_short_of_blocks(batch, ONE_POOL, [2])
+    assert is_short_of_blocks(batch, ONE_POOL, [1])
+
+
+def test_short_of_blocks_is_who_lacks_them_in_any_pool() -> None:
+    batch = [running(9, 2), running(5, 1), running(4, 1)]
+    assert not is_short_of_blocks(batch, TWO_POOLS, [2, 2])
+    assert is_short_of_blocks(batch, TWO_POOLS, [9, 1])
+    assert is_short_of_blocks(batch, TWO_POOLS, [1, 9])
 
 
 def test_the_latest_is_preempted_and_the_first_never() -> None:
@@ -139,8 +188,9 @@ def test_the_latest_is_preempted_and_the_first_never() -> None:
     assert choose_victim([]) is None
 
 
-def rows(batch: list[Sequence], num_free: int, max_rows: int = 100) -> list[str]:
-    planned = plan_rows(batch, num_free_blocks=num_free, max_rows=max_rows, block_size=BLOCK_SIZE)
+def rows(batch: list[Sequence], *num_free: int, max_rows: int = 100) -> list[str]:
+    lacking = lacking_of(len(num_free))
+    planned = plan_rows(batch, lacking, num_free_blocks=num_free, max_rows=max_rows)
     return [each.key.request_id for each in planned]
 
 
@@ -150,18 +200,23 @@ def test_rows_oldest_first_and_who_finds_no_block_sits_out() -> None:
     assert rows(batch, 1) == ["a", "c"]
     assert rows(batch, 0) == ["c"]
     assert rows(batch, 2, max_rows=1) == ["a"]
+    assert rows(batch, 9, 1) == rows(batch, 1, 9) == ["a", "c"]
 
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 1)), max_size=8),
-    num_free=st.integers(0, 6),
+    num_free=st.lists(st.integers(0, 6), min_size=2, max_size=2),
 )
-def test_planned_rows_fit_into_what_is_free(sizes: list[tuple[int, int]], num_free: int) -> None:
+def test_planned_rows_fit_into_what_is_free(
+    sizes: list[tuple[int, int]], num_free: list[int]
+) -> None:
     batch = [
         running(tokens, num_blocks_for(tokens, BLOCK_SIZE) - lacking, str(i))
         for i, (tokens, lacking) in enumerate(sizes)
     ]
-    planned = plan_rows(batch, num_free_blocks=num_free, max_rows=100, block_size=BLOCK_SIZE)
-    assert sum(num_blocks_wanted(each, BLOCK_SIZE) for each in planned) <= num_free
+    planned = plan_rows(batch, TWO_POOLS, num_free_blocks=num_free, max_rows=100)
+    taken = sum(TWO_POOLS(each)[0] for each in planned)
+    assert taken <= min(num_free)
     sitting_out = [each for each in batch if each not in planned]
-    assert all(num_blocks_wanted(each, BLOCK_SIZE) for each in sitting_out)
+    assert all(TWO_POOLS(each)[0] for each in sitting_out)
+    assert not sitting_out or taken == min(num_free), "nobody sits out for whom there is room"

@@ -71,10 +71,12 @@ def test_hosts() -> None:
     )
     assert table.of_gateway("g1") == [ours]
     for each in (prefilled, ours):
-        each.block_tables = [[1]]
+        each.is_admitted = True
     assert table.growing() == [ours], "others hold nothing yet, a prefilled one does not grow"
+    assert table.admitted() == [prefilled, ours], "in order of arrival"
     table.remove(ours.key)
     assert table.of_gateway("g1") == [] == table.growing()
+    assert table.admitted() == [prefilled]
     assert table.recipient(ours.key) is None
 
 

@@ -62,8 +62,9 @@ class SumsBench(Bench):
 
     def check_digests(self, block_ids: Seq[int]) -> None:
         """Those of the pool are those of the bytes."""
-        found = self.engine._sealer.digests_of_sums(block_ids, self.right(block_ids))
-        assert [self.pool.block(block_id).digest for block_id in block_ids] == found
+        found = self.engine._sealer.digests_of_sums(0, block_ids, self.right(block_ids))
+        pool = self.pools.of(0)
+        assert [pool.block(block_id).digest for block_id in block_ids] == found
 
 
 @pytest.fixture
@@ -74,8 +75,7 @@ def bench(make_runner: MakeRunner) -> SumsBench:
 def test_a_prompt_is_sealed_and_checked_with_sums_that_were_started(bench: SumsBench) -> None:
     sequence = bench.start_prompt()
     bench.step()
-    [table] = sequence.block_tables
-    table = list(table)
+    table = list(sequence.block_tables[0])
     while not bench.tokens[0]:
         bench.step()
     sums = bench.sums
@@ -140,9 +140,9 @@ def test_a_step_that_could_not_be_launched_is_sealed_with_sums_made_afterwards(
     assert 0 in bench.failures and "refused" in bench.runner.log
     assert len(bench.tokens[1]) == 2 and other.finish_reason is not None
     assert not sequence.block_tables
-    kept = bench.pool.match(other.block_hashes[0], other.prompt_token_ids)
-    assert len(kept) == len(PROMPT) // BLOCK_SIZE
-    bench.check_digests(kept)
+    found, prompt = bench.pools.prefix_cache, other.prompt_token_ids
+    assert found.match(other.block_hashes, prompt) == len(PROMPT) // BLOCK_SIZE
+    bench.check_digests([found.find(each, 0, prompt) for each in other.block_hashes])
 
 
 def test_the_host_sums_what_the_step_has_left(bench: SumsBench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import pytest
@@ -17,8 +18,8 @@ from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.engine.steps import BAD_LOGITS
-from baton.shared.kv.block_pool import BlockPool
+from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
 from baton.shared.rpc.errors import BatonError, EngineFailure, from_failure
@@ -37,16 +38,16 @@ class LoggedStep:
     step: LateStep
     log: list[str]
 
-    def result(self) -> list[int | None]:
+    def result(self) -> list[Seq[Drawn]]:
         self.log.append("result")
         handles = [row.handle for row in self.step.batch.rows]
         before = [handle.drawn_token if handle is not None else 0 for handle in handles]
-        tokens = self.step.result()
-        for handle, token, last in zip(handles, tokens, before, strict=True):
+        result = self.step.result()
+        for handle, drawn, last in zip(handles, result, before, strict=True):
             # As on a device: the step behind reads the last token that was one.
-            if handle is not None and token == BAD_LOGITS:
+            if handle is not None and drawn and drawn[-1].failure is not None:
                 handle.drawn_token = last
-        return tokens
+        return result
 
 
 class FlakyRunner(LateRunner):
@@ -67,7 +68,7 @@ class FlakyRunner(LateRunner):
         self.log.append("launch")
         return LoggedStep(super().launch(batch), self.log)
 
-    def forward(self, batch: Batch) -> list[int | None]:
+    def forward(self, batch: Batch) -> list[Seq[Drawn]]:
         self.log.append("alone")
         assert len(batch.rows) == 1
         self._refuse_bad("refused alone", batch)
@@ -86,7 +87,7 @@ class Bench:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = FlakyRunner(runner)
-        self.pool = BlockPool(runner.num_blocks, BLOCK_SIZE)
+        self.pools = Pools(runner.groups, runner.capacity)
         self.tokens: defaultdict[int, list[int]] = defaultdict(list)
         self.reasons: dict[int, FinishReason] = {}
         self.failures: dict[int, BatonError] = {}
@@ -94,8 +95,8 @@ class Bench:
         sums = runner.block_sums()
         self.engine = EngineLoop(
             self.runner,  # type: ignore[arg-type]
-            self.pool,
-            Sealer(self.pool, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
+            self.pools,
+            Sealer(self.pools, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
             identity=msg.Peer("w", "ab" * 16, ""),
             limits=StepLimits(token_budget=16, max_num_seqs=4),
             inbox=queue.SimpleQueue(),
@@ -120,7 +121,7 @@ class Bench:
         self.step()
         while self.engine.num_sequences or self.engine._in_flight:
             self.step()
-        assert self.pool.num_free == self.pool.num_blocks
+        assert self.num_held == 0
 
     def check(self) -> None:
         states: list[worker_service_pb2.GetWorkerStateResponse] = []
@@ -129,7 +130,7 @@ class Bench:
 
     @property
     def num_held(self) -> int:
-        return self.pool.num_blocks - self.pool.num_free
+        return sum(self.pools.capacity.num_blocks) - sum(self.pools.num_free)
 
     def _hear(self, mail: list[msg.Outgoing]) -> None:
         for message in mail:
@@ -286,11 +287,11 @@ def test_blocks_of_a_failed_sequence_are_not_found_again(
     # One chunk is a block at least: after some steps the first block is in the cache.
     while not spoiled.num_sealed_blocks:
         bench.step()
-    assert bench.pool.num_cached
+    assert bench.pools.prefix_cache.num_cached
     bench.runner.kv_cache.tensors[0][spoiled.block_tables[0]] = float("nan")
     bench.run()
     assert isinstance(bench.failures.pop(0), EngineFailure)
-    assert bench.pool.num_cached == 0
+    assert bench.pools.prefix_cache.num_cached == 0
     bench.start(1, prompt, sampling(1, 4))
     bench.run()
     assert bench.tokens[1] == undisturbed(make_runner, prompt, sampling(1, 4))

@@ -17,9 +17,9 @@ import pytest
 from baton.services.worker import messages as msg
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, num_blocks_for
+from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams
 from baton.shared.rpc.errors import InvalidField, Preempted
-from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
+from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench, LoggedStep, sampling
 
 NUM_EPISODES = 20
@@ -115,8 +115,7 @@ class Episode:
             stop = draw.choice(expected)
             params = sampling(params.seed, params.max_tokens, frozenset({stop}))
             expected, reason = expected[: expected.index(stop) + 1], FinishReason.STOP
-        num_blocks = num_blocks_for(len(prompt) + params.max_tokens, BLOCK_SIZE)
-        fits = num_blocks <= self._bench.pool.num_blocks
+        fits = self._bench.pools.capacity.holds(len(prompt) + params.max_tokens)
         sequence = self._bench.start(len(self._asked), prompt, params)
         self._asked.append(Asked(sequence.key, expected, reason, fits))
         return self._asked[-1]

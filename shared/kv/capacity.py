@@ -1,0 +1,80 @@
+"""How many blocks a sequence needs, by pool: one arithmetic for gateway and worker.
+
+What the gateway lets through the worker never refuses, for both ask the same `Capacity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShare:
+    """What one cache group takes of the pools."""
+
+    pool: int
+    max_blocks: int | None = None
+    """The most blocks that one sequence holds at once: its window, and what is computed ahead of
+    it. None: a block for every `block_size` tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """A worker's block pools."""
+
+    block_size: int
+    """Tokens."""
+    num_blocks: tuple[int, ...]
+    """By pool."""
+    groups: tuple[GroupShare, ...]
+
+    def blocks_for(self, num_tokens: int) -> list[int]:
+        """By pool: the most blocks that a sequence of so many tokens holds at once."""
+        blocks = [0] * len(self.num_blocks)
+        whole = -(-num_tokens // self.block_size)
+        for group in self.groups:
+            most = group.max_blocks
+            blocks[group.pool] += whole if most is None else min(whole, most)
+        return blocks
+
+    def holds(self, num_tokens: int, num_free: Sequence[int] | None = None) -> bool:
+        """Whether a sequence of so many tokens fits into the pools, or what is free of them."""
+        room = self.num_blocks if num_free is None else num_free
+        return all(
+            need <= have for need, have in zip(self.blocks_for(num_tokens), room, strict=True)
+        )
+
+    def max_tokens(self, limit: int, num_free: Sequence[int] | None = None) -> int:
+        """Tokens of the longest sequence that fits, at most `limit`."""
+        room = self.num_blocks if num_free is None else num_free
+        whole = min(self._max_whole(pool, blocks) for pool, blocks in enumerate(room))
+        return int(min(limit, whole * self.block_size))
+
+    def _max_whole(self, pool: int, num_free: int) -> float:
+        """The most blocks' worth of tokens for which so many free blocks of a pool do."""
+        shares = [group.max_blocks for group in self.groups if group.pool == pool]
+        limits = sorted(most for most in shares if most is not None)
+        num_groups, left = len(shares), num_free
+        for most in limits:
+            if left <= most * num_groups:
+                break
+            # This group takes no more, however long the sequence is.
+            left, num_groups = left - most, num_groups - 1
+        return left // num_groups if num_groups else float("inf")
+
+    def describe(self) -> str:
+        """For a refusal: what there is."""
+        if len(self.num_blocks) == 1:
+            return f"{self.num_blocks[0]} blocks in the pool"
+        return ", ".join(
+            f"{have} blocks in pool {pool}" for pool, have in enumerate(self.num_blocks)
+        )
+
+    def describe_need(self, num_tokens: int) -> str:
+        """For a refusal: how many blocks are needed, and where."""
+        needs = list(zip(self.blocks_for(num_tokens), self.num_blocks, strict=True))
+        if len(needs) == 1:
+            return f"{needs[0][0]} blocks"
+        short = [(pool, need) for pool, (need, have) in enumerate(needs) if need > have]
+        return ", ".join(f"{need} blocks of pool {pool}" for pool, need in short)

@@ -1,0 +1,137 @@
+"""Pools: a worker's block pools, and the block tables that its sequences have in them.
+
+Every cache group draws on one pool; groups whose blocks are equally large may share one. Tables of
+one sequence grow together. Behind a window a table has holes: what no later token reads is given
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+from baton.shared.kv.block_pool import NO_BLOCK, Block, BlockPool, PoolExhausted
+from baton.shared.kv.cache_spec import CacheGroup
+from baton.shared.kv.capacity import Capacity
+from baton.shared.kv.prefix_cache import PrefixCache
+from baton.shared.kv.sequence import BlockTable
+from baton.shared.kv.sequence import Sequence as Seq
+
+
+class Pools:
+    """
+    Attributes:
+        by_number: the pools.
+        prefix_cache: what finds their blocks by prefix.
+    """
+
+    def __init__(self, groups: Sequence[CacheGroup], capacity: Capacity) -> None:
+        self.groups = tuple(groups)
+        self.capacity = capacity
+        self.block_size = capacity.block_size
+        self.by_number = tuple(
+            BlockPool(num_blocks, on_evicted=self._on_evicted) for num_blocks in capacity.num_blocks
+        )
+        self._of_group = tuple(self.by_number[share.pool] for share in capacity.groups)
+        self.prefix_cache = PrefixCache(self.groups, self._of_group, self.block_size)
+        self._windowed = [
+            number for number, group in enumerate(groups) if not group.spec.reads_everything
+        ]
+
+    def of(self, group: int) -> BlockPool:
+        """The pool that a cache group's blocks are of."""
+        return self._of_group[group]
+
+    @property
+    def num_free(self) -> list[int]:
+        """By pool: blocks that an allocation could have."""
+        return [pool.num_free for pool in self.by_number]
+
+    @property
+    def num_quarantined(self) -> int:
+        return sum(pool.num_quarantined for pool in self.by_number)
+
+    # Room
+
+    def num_lacking(self, sequence: Seq, num_tokens: int) -> list[int]:
+        """By pool: blocks that the sequence lacks for its first `num_tokens` tokens."""
+        wanted = [0] * len(self.by_number)
+        have = -(-num_tokens // self.block_size)
+        for table, share in zip(sequence.block_tables, self.capacity.groups, strict=True):
+            wanted[share.pool] += max(0, have - len(table))
+        return wanted
+
+    def has(self, num_blocks: Iterable[int]) -> bool:
+        """Whether so many blocks, by pool, are free."""
+        return all(map(int.__le__, num_blocks, self.num_free))
+
+    def extend(self, sequence: Seq, num_tokens: int) -> None:
+        """Gives the sequence room for its first `num_tokens` tokens, in every group.
+
+        Raises PoolExhausted, and takes none, when too few blocks are free.
+        """
+        if not self.has(self.num_lacking(sequence, num_tokens)):
+            raise PoolExhausted(f"no room for {num_tokens} tokens of {sequence.key}")
+        have = -(-num_tokens // self.block_size)
+        for group, table in enumerate(sequence.block_tables):
+            if len(table) < have:
+                table.extend(self._of_group[group].allocate(have - len(table)))
+        sequence.num_room_tokens = max(sequence.num_room_tokens, have * self.block_size)
+
+    def num_ahead(self, sequence: Seq) -> int:
+        """Tokens from its beginning for which a sequence may have room now: of a windowed group it
+        holds so many blocks at most, and gives those behind the window back first."""
+        most = sequence.num_prompt_tokens
+        for table, share in zip(sequence.block_tables, self.capacity.groups, strict=True):
+            if share.max_blocks is not None:
+                most = min(most, (table.first_live + share.max_blocks) * self.block_size)
+        return most
+
+    def behind_window(self, sequence: Seq, group: int, position: int) -> list[int]:
+        """The blocks that no token from `position` on reads, and that are still held."""
+        table = sequence.block_tables[group]
+        end = min(self.groups[group].first_block(position, self.block_size), len(table))
+        return table[table.first_live : end]
+
+    def give_back_behind(self, sequence: Seq, position: int) -> None:
+        """Gives back what no token of the sequence from `position` on reads.
+
+        Every step that was launched for a token before it has retired.
+        """
+        for group in self._windowed:
+            block_ids = self.behind_window(sequence, group, position)
+            if block_ids:
+                pool, table = self._of_group[group], sequence.block_tables[group]
+                table.leave(block_ids, pool.generations(block_ids))
+                pool.release([block_id for block_id in block_ids if block_id != NO_BLOCK])
+
+    def release(self, tables: Sequence[BlockTable]) -> None:
+        """Gives back all that a sequence's tables hold; `tables` are by group."""
+        for pool, table in zip(self._of_group, tables, strict=True):
+            pool.release([block_id for block_id in table if block_id != NO_BLOCK])
+
+    def drop(self, sequence: Seq) -> None:
+        """Nothing that the sequence holds is found any more."""
+        for group, table in enumerate(sequence.block_tables):
+            for block_id in table:
+                if block_id != NO_BLOCK:
+                    self.prefix_cache.drop(group, block_id)
+
+    def check_integrity(self, held: Iterable[Sequence[BlockTable]] | None = None) -> None:
+        """Raises AssertionError with what is wrong. `held`: every sequence's tables, by group."""
+        by_pool: list[list[BlockTable]] | None = None
+        if held is not None:
+            by_pool = [[] for _ in self.by_number]
+            for tables in held:
+                for share, table in zip(self.capacity.groups, tables, strict=True):
+                    by_pool[share.pool].append(table)
+        for number, pool in enumerate(self.by_number):
+            pool.check_integrity(None if by_pool is None else by_pool[number])
+        self.prefix_cache.check_integrity()
+        for table in chain.from_iterable(by_pool or ()):
+            holes = [block_id for block_id in table[: table.first_live] if block_id != NO_BLOCK]
+            if holes or NO_BLOCK in table[table.first_live :]:
+                raise AssertionError(f"holes and blocks out of place: {table}")
+
+    def _on_evicted(self, block_id: int, block: Block) -> None:
+        self.prefix_cache.evicted(block_id, block)
