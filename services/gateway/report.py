@@ -6,16 +6,13 @@ import asyncio
 import logging
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from baton.services.gateway.generation import Generation
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.shared.kv.sequence import FinishReason
 from baton.shared.rpc.errors import BatonError
 from baton.shared.telemetry import log_event
 from baton.v1 import error_details_pb2
-
-if TYPE_CHECKING:
-    from baton.services.gateway.generate import Generation
 
 logger = logging.getLogger("gateway.request")
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 from baton.services.gateway import generate as path
 from baton.services.gateway.admission import Limits
+from baton.services.gateway.generation import Generation
 from baton.services.gateway.identity import Identity
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.kv.sequence import FinishReason
@@ -51,7 +52,7 @@ class ScriptedFrontend(NullFrontend):
             yield response
 
     async def attempts(
-        self, generation: path.Generation, *rest: object
+        self, generation: Generation, *rest: object
     ) -> AsyncGenerator[list[int], None]:
         params = generation.admitted.params
         last = [*generation.admitted.prompt_token_ids, *generation.token_ids][-1]

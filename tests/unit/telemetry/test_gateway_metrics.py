@@ -9,7 +9,7 @@ import time
 import pytest
 
 from baton.services.gateway.admission import AdmittedRequest
-from baton.services.gateway.generate import Generation
+from baton.services.gateway.generation import Generation
 from baton.services.gateway.metrics import ClusterLoad, GatewayMetrics, cluster_load
 from baton.services.gateway.report import RequestReport, cause
 from baton.shared.directory.workers import ModelFacts, Role, WorkerLoad, WorkerRecord

@@ -1,0 +1,186 @@
+"""One attempt at an answer: on one prefill worker P and one decode worker D, or on D alone.
+
+Only the current attempt's tokens are taken, and of them only the next index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.generation import Generation
+from baton.services.gateway.links import (
+    DecodeLink,
+    Event,
+    Events,
+    Failed,
+    Joined,
+    PromptAdmitted,
+    Token,
+    follow_prefill,
+)
+from baton.services.gateway.router import Route
+from baton.shared.kv.sequence import AttemptKey
+from baton.shared.rpc.convert import duration_to_pb, key_to_pb, sampling_to_pb
+from baton.shared.rpc.errors import SourceLost
+from baton.v1 import prefill_service_pb2, types_pb2
+
+_MAX_PATIENCE_DOUBLINGS = 5
+
+
+async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerator[list[int], None]:
+    """Runs of new tokens, from one try on one route. Raises what ended it; however it ends, it is
+    cancelled on P and D."""
+    token_ids = [*generation.admitted.prompt_token_ids, *generation.token_ids]
+    route = await cluster.route(
+        token_ids,
+        generation.num_left,
+        generation.capability_hash,
+        salt=generation.admitted.identity.cache_salt,
+        has_begun=bool(generation.token_ids),
+    )
+    attempt = _Attempt(generation, cluster, route, token_ids)
+    try:
+        attempt.start()
+        while generation.finish_reason is None:
+            run, failure = attempt.take(await _all_there(attempt.events))
+            if run:
+                attempt.tokens_came()
+                yield run
+            if failure is not None and generation.finish_reason is None:
+                attempt.cast_doubt(failure)
+                raise failure.error
+    finally:
+        attempt.end()
+
+
+async def _all_there(events: Events) -> list[Event]:
+    """At least one; tokens that piled up go out as one message."""
+    taken = [await events.get()]
+    while not events.empty():
+        taken.append(events.get_nowait())
+    return taken
+
+
+class _Attempt:
+    def __init__(
+        self, generation: Generation, cluster: Cluster, route: Route, token_ids: list[int]
+    ) -> None:
+        """`token_ids`: the prompt and what has been emitted."""
+        self._generation, self._cluster, self._route = generation, cluster, route
+        self._token_ids = token_ids
+        self._key = AttemptKey(generation.request_id, 0, generation.num_attempts)
+        self.events: Events = asyncio.Queue()
+        self._is_prompt_open = True
+        self._prefill: asyncio.Task[None] | None = None
+        self._link: DecodeLink | None = None
+        self._number = 0
+        """On the link."""
+
+    def start(self) -> None:
+        """On P and D, whose events come from now on."""
+        generation, route = self._generation, self._route
+        # When one token is left it comes from P: nobody has to take the blocks over.
+        wants_decode = route.prefill is None or generation.num_left > 1
+        generation.prefill_worker_id = route.prefill.worker_id if route.prefill else ""
+        generation.decode_worker_id = route.decode.worker_id if wants_decode else ""
+        patience = 2.0 ** min(generation.num_fruitless - 1, _MAX_PATIENCE_DOUBLINGS)
+        spec = self._sequence_spec()
+        if route.prefill is not None:
+            call = follow_prefill(
+                self._cluster.channel(route.prefill),
+                route.prefill.incarnation,
+                prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode),
+                self.events,
+                patience,
+            )
+            self._prefill = asyncio.create_task(call)
+        if wants_decode:
+            self._link = self._cluster.link(route.decode)
+            self._number = self._link.start(spec, _source(route), self.events, patience)
+
+    def take(self, events: list[Event]) -> tuple[list[int], Failed | None]:
+        """Keeps what they say; returns the new tokens, and the first failure."""
+        generation = self._generation
+        run: list[int] = []
+        failure: Failed | None = None
+        for event in events:
+            match event:
+                case Token(index, token_id, finish_reason):
+                    # P and D both bring the first token; what came before is not the next.
+                    is_next = index == len(generation.token_ids)
+                    if is_next and generation.finish_reason is None:
+                        generation.token_ids.append(token_id)
+                        generation.finish_reason = finish_reason
+                        run.append(token_id)
+                case PromptAdmitted(num_cached_tokens):
+                    self._note_cached(num_cached_tokens)
+                    if generation.num_attempts == 1:
+                        generation.prefill_admitted_at = time.monotonic()
+                case Joined(num_cached_tokens, transfer_s):
+                    generation.transfer_s = transfer_s
+                    if self._route.prefill is None:
+                        self._note_cached(num_cached_tokens)
+                case Failed():
+                    failure = failure or event
+        return run, failure
+
+    def tokens_came(self) -> None:
+        generation, now = self._generation, time.monotonic()
+        self._end_prompt()
+        generation.capability_hash = self._route.decode.capability_hash
+        generation.first_token_at = generation.first_token_at or now
+        generation.last_token_at = now
+
+    def cast_doubt(self, failure: Failed) -> None:
+        """On the worker that failed, if one did."""
+        prefill = self._route.prefill
+        if failure.worker_incarnation is not None:
+            self._cluster.doubt(failure.worker_incarnation)
+        elif isinstance(failure.error, SourceLost) and prefill is not None:
+            self._cluster.doubt(prefill.incarnation)
+
+    def end(self) -> None:
+        self._end_prompt()
+        if self._prefill is not None:
+            self._prefill.cancel()
+        if self._link is not None:
+            self._link.end(self._number, self._key)
+
+    def _end_prompt(self) -> None:
+        if self._is_prompt_open:
+            self._is_prompt_open = False
+            self._cluster.prompt_ended(self._route)
+
+    def _note_cached(self, num_cached_tokens: int) -> None:
+        """Later attempts find what earlier ones computed; that is not the client's prefix."""
+        if self._generation.num_attempts == 1:
+            self._generation.num_cached_tokens = num_cached_tokens
+
+    def _sequence_spec(self) -> types_pb2.SequenceSpec:
+        generation = self._generation
+        spec = types_pb2.SequenceSpec(
+            key=key_to_pb(self._key),
+            token_ids=self._token_ids,
+            first_index=len(generation.token_ids),
+            sampling=sampling_to_pb(generation.admitted.params),
+            distrust=generation.distrust,
+            cache_salt=generation.admitted.identity.cache_salt,
+            capability_hash=self._route.decode.capability_hash,
+        )
+        if generation.deadline is not None:
+            time_left_s = max(0.0, generation.deadline - time.monotonic())
+            spec.time_left.CopyFrom(duration_to_pb(time_left_s))
+        return spec
+
+
+def _source(route: Route) -> types_pb2.WorkerAddress | None:
+    if route.prefill is None:
+        return None
+    return types_pb2.WorkerAddress(
+        worker_id=route.prefill.worker_id,
+        incarnation=route.prefill.incarnation,
+        address=route.prefill.address,
+    )
