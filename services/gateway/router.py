@@ -60,25 +60,25 @@ class Route:
 class LocalPrefill:
     """When a `both` partner computes a prompt itself, with a prefill worker at hand.
 
-    The prefill worker comes first: as long as it keeps up, nothing disturbs the partner's
-    streams. What it cannot compute in time spills over: a prompt that would lengthen its queue
-    beyond `threshold_tokens`. The partner's own queue stays below `max_share` of that queue, as
-    it computes prompts more slowly, beside its streams; so neither side's prompts wait much
-    longer than the other's, and a long prompt needs a longer queue before it may disturb.
+    The prefill worker comes first: as long as it keeps up, nothing disturbs the partner's streams.
+    A prompt that would make its queue longer than `threshold_tokens` goes to the partner instead,
+    whose own queue stays below `max_share` of that queue, since it computes prompts more slowly,
+    beside its streams. So prompts wait about equally long on both sides, and a long prompt disturbs
+    the streams only where the queue is long.
 
-    With `late_after_s`, a prompt that neither side may take now is held at the gateway, and so is
-    what comes behind it. When there is room again the oldest goes first, but those held longer
-    than that go after all others (`next_in_turn`): under overload, first come, first served makes
-    every prompt late; so most are in time, and the late ones are computed when there is time:
-    without a deadline they wait for as long as the overload lasts.
+    With `late_after_s`, a prompt that neither side may take now is held at the gateway, and so are
+    those that come after it. When there is room again the oldest one goes, but those held for
+    longer than `late_after_s` go after all others (`next_in_turn`): under overload, first come,
+    first served would make every prompt late, whereas so most are in time. The late ones go when
+    the overload ends, or their deadline ends them.
 
-    How much a prompt delays the partner's streams is the partner's matter: its token budget, and
-    its goal for the time per token.
+    How much a prompt delays the partner's streams is up to the partner: its token budget, and its
+    goal for the time per token.
     """
 
     threshold_tokens: int
-    """At most the time to first token that is allowed, less `late_after_s`, times the prefill
-    rate; about half of it where nothing is held."""
+    """Should be at most the prefill rate times (the time to first token that is allowed, less
+    `late_after_s`); about half of it where nothing is held."""
     max_share: float = 0.25
     late_after_s: float | None = None
     """None: nothing is held."""
@@ -107,20 +107,21 @@ def choose(
 ) -> Route | None:
     """The route of one attempt; None when it must wait for a worker, or for room at one.
 
-    First the worker that computes the prompt: the fewest tokens until that is done, those queued
-    before it and those of it that are not cached there; then the smallest batch. Prefill workers
-    do that; a `both` worker does where its capability has none that could, and then keeps the
-    sequence. Otherwise the prefill worker's partner follows: a `decode` or `both` worker of equal
-    capability, most free room, then smallest batch. When the queue of the prefill worker is too
-    long, a `both` partner may take the prompt alone (`LocalPrefill`).
+    The first choice is of the worker that computes the prompt: the one with the fewest tokens to
+    compute until that is done, those queued before it and those of it that are not cached there;
+    of equals the one with the smallest batch. Prefill workers compute prompts; so do `both` workers
+    that no prefill worker of equal capability is there for, and they keep the sequence. A prefill
+    worker needs a partner: the `decode` or `both` worker of equal capability with the most free
+    room, of equals the one with the smallest batch. When a prefill worker's queue is too long, a
+    `both` partner may take the prompt alone (`LocalPrefill`).
 
     hits: worker id → cached tokens from the prompt's start (`longest_run`).
     num_prompt_tokens: what has to be in the cache before the next token can be drawn.
-    num_tokens: of the whole sequence; pools that cannot hold it are left out. The prefill worker's
-        must hold the prompt.
+    num_tokens: of the whole sequence, which the decode worker's pools must hold; those of the
+        prefill worker must hold the prompt.
     capability_hash: the only one acceptable, once an attempt has emitted tokens.
-    local_prefill: None: a prompt never goes around the prefill workers, nor waits for room.
-    spread: a counter; successive values take equal workers in turn.
+    local_prefill: None: prompts never pass the prefill workers by, nor wait for room.
+    spread: a counter, by which equal workers are taken in turn.
     """
     usable = [
         worker
@@ -137,64 +138,109 @@ def choose(
         for worker in usable
         if worker.role != "prefill" and worker.capacity.holds(num_tokens)
     ]
+    firsts = _able_to_compute(prefills, decodes)
+    if not firsts:
+        return None
+    prompt = _Prompt(num_prompt_tokens, hits, local_prefill, spread)
+    first = prompt.best_to_compute(firsts)
+    if first.role == "both":
+        # A doubt lasts seconds: it must not send all that is held to the partner.
+        must_wait = prompt.may_be_held and not prompt.has_room(first)
+        return None if must_wait and _has_doubted_prefill(first, workers) else prompt.alone(first)
+    partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
+    if prompt.has_room(first):
+        return prompt.pair(first, partners)
+    taker = prompt.taker(first, partners)
+    if taker is not None:
+        return prompt.alone(taker)
+    return None if prompt.may_be_held else prompt.pair(first, partners)
+
+
+def _able_to_compute(
+    prefills: Sequence[WorkerSnapshot], decodes: Sequence[WorkerSnapshot]
+) -> list[WorkerSnapshot]:
+    """Prefill workers that have a partner, and `both` workers that no prefill worker is there
+    for."""
     with_prefill = {worker.capability_hash for worker in prefills}
     with_decode = {worker.capability_hash for worker in decodes}
-    firsts = [worker for worker in prefills if worker.capability_hash in with_decode] + [
+    return [worker for worker in prefills if worker.capability_hash in with_decode] + [
         worker
         for worker in decodes
         if worker.role == "both" and worker.capability_hash not in with_prefill
     ]
-    if not firsts:
-        return None
 
-    def num_new_tokens(worker: WorkerSnapshot) -> int:
+
+def _has_doubted_prefill(both: WorkerSnapshot, workers: Collection[WorkerSnapshot]) -> bool:
+    return any(
+        worker.role == "prefill"
+        and worker.suspect
+        and worker.capability_hash == both.capability_hash
+        for worker in workers
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt that looks for its workers; the fields are arguments of `choose`."""
+
+    num_tokens: int
+    hits: Mapping[str, int]
+    local_prefill: LocalPrefill | None
+    spread: int
+
+    @property
+    def may_be_held(self) -> bool:
+        return self.local_prefill is not None and self.local_prefill.late_after_s is not None
+
+    def num_new_tokens(self, worker: WorkerSnapshot) -> int:
         # A hit never covers the last token: its logits have to be computed.
-        return num_prompt_tokens - min(hits.get(worker.worker_id, 0), num_prompt_tokens - 1)
+        return self.num_tokens - min(self.hits.get(worker.worker_id, 0), self.num_tokens - 1)
 
-    def queue_with_it(worker: WorkerSnapshot) -> int:
-        return worker.num_outstanding_tokens + num_new_tokens(worker)
+    def queue_at(self, worker: WorkerSnapshot) -> int:
+        """Tokens that the worker has to compute until it has computed this prompt."""
+        return worker.num_outstanding_tokens + self.num_new_tokens(worker)
 
-    def prefill_rank(worker: WorkerSnapshot) -> tuple[int, int]:
-        # What a worker says of itself is half a second old: it decides between equals only.
-        return (queue_with_it(worker), worker.num_waiting + worker.num_running)
-
-    def alone(worker: WorkerSnapshot) -> Route:
-        return Route(None, worker, num_new_tokens(worker))
-
-    def has_room(worker: WorkerSnapshot) -> bool:
+    def has_room(self, worker: WorkerSnapshot) -> bool:
         # However long a prompt is, an idle worker takes it.
         return (
-            local_prefill is None
+            self.local_prefill is None
             or not worker.num_outstanding_tokens
-            or queue_with_it(worker) <= local_prefill.threshold_tokens
+            or self.queue_at(worker) <= self.local_prefill.threshold_tokens
         )
 
-    may_hold = local_prefill is not None and local_prefill.late_after_s is not None
-    if may_hold:
-        firsts = [w for w in firsts if w.role == "both" or has_room(w)] or firsts
-    first = _best(firsts, prefill_rank, spread)
-    if first.role == "both":
-        # A doubt lasts seconds: it must not send all that is held to the partner.
-        is_pair = any(
-            w.role == "prefill" and w.suspect and w.capability_hash == first.capability_hash
-            for w in workers
-        )
-        return None if may_hold and is_pair and not has_room(first) else alone(first)
-    partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
-    if local_prefill is not None and not has_room(first):
-        most = local_prefill.max_share * queue_with_it(first)
-        takers = [w for w in partners if w.role == "both" and queue_with_it(w) <= most]
-        if takers:
-            return alone(_best(takers, lambda w: (queue_with_it(w), *_decode_rank(w)), spread))
-        if may_hold:
+    def best_to_compute(self, workers: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
+        if self.may_be_held:
+            workers = [w for w in workers if w.role == "both" or self.has_room(w)] or workers
+
+        def rank(worker: WorkerSnapshot) -> tuple[int, int]:
+            # What a worker says of itself is half a second old: it decides between equals only.
+            return (self.queue_at(worker), worker.num_waiting + worker.num_running)
+
+        return _best(workers, rank, self.spread)
+
+    def taker(
+        self, prefill: WorkerSnapshot, partners: Sequence[WorkerSnapshot]
+    ) -> WorkerSnapshot | None:
+        """The partner that computes the prompt in place of a prefill worker without room."""
+        assert self.local_prefill is not None
+        most = self.local_prefill.max_share * self.queue_at(prefill)
+        takers = [w for w in partners if w.role == "both" and self.queue_at(w) <= most]
+        if not takers:
             return None
-    return Route(first, _best(partners, _decode_rank, spread), num_new_tokens(first))
+        return _best(takers, lambda w: (self.queue_at(w), *_decode_rank(w)), self.spread)
+
+    def alone(self, worker: WorkerSnapshot) -> Route:
+        return Route(None, worker, self.num_new_tokens(worker))
+
+    def pair(self, prefill: WorkerSnapshot, partners: Sequence[WorkerSnapshot]) -> Route:
+        decode = _best(partners, _decode_rank, self.spread)
+        return Route(prefill, decode, self.num_new_tokens(prefill))
 
 
 def next_in_turn(
     held: Sequence[_Held], since_s: Callable[[_Held], float], now_s: float, late_after_s: float
 ) -> _Held | None:
-    """Who goes next of those that are held: the oldest that is not late, else the oldest.
+    """The next to go of those that are held: the oldest that is not late, else the oldest of all.
 
     held: oldest first, by the time `since_s` gives.
     """
@@ -229,7 +275,7 @@ def _decode_rank(worker: WorkerSnapshot) -> tuple[int, int]:
 def _best(
     workers: Sequence[WorkerSnapshot], rank: Callable[[WorkerSnapshot], _Rank], spread: int
 ) -> WorkerSnapshot:
-    """The lowest in rank; of equals, the one whose turn it is in the order of their ids."""
+    """The lowest in rank; equals are taken in turn, in the order of their ids."""
     lowest = min(map(rank, workers))
     equals = sorted(
         (worker for worker in workers if rank(worker) == lowest), key=lambda w: w.worker_id
