@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from baton.loadtest.environment import describe_environment
-from baton.shared.engine.config import EngineConfig, ModelConfig
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.models.model_config import ModelConfig
 from benchmarks.checkout import RESULTS
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.in_process import InProcessEngine
@@ -182,19 +183,19 @@ def prefill_floor_s(model: ModelConfig, num_tokens: int, ceilings: Ceilings) -> 
     head = model.vocab_size * model.hidden_size
     flop = 2 * (_num_streamed_weights(model) - head) * num_tokens + 2 * head
     pairs = num_tokens * (num_tokens + 1) / 2
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
+    attention = sum(4 * each.num_heads * each.head_dim * pairs for each in model.layers)
     return flop / (ceilings.matmul_tflop_per_s * 1e12) + attention / (_ATTENTION_TFLOP_PER_S * 1e12)
 
 
 def _num_streamed_weights(model: ModelConfig) -> int:
     """All but the embedding, of which a step reads a few rows."""
-    attention = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    return model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size
+    heads = sum(2 * each.head_dim * (each.num_heads + each.num_kv_heads) for each in model.layers)
+    mlp = 3 * model.num_layers * model.intermediate_size
+    return model.hidden_size * (heads + mlp + model.vocab_size)
 
 
 def _kv_bytes_per_token(model: ModelConfig) -> int:
-    return 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return sum(2 * 2 * each.num_kv_heads * each.head_dim for each in model.layers)
 
 
 def _note(points: dict[str, dict[str, float]], name: str, point: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ from baton.loadtest.interrupt import exit_code
 from baton.loadtest.samples import Slo, warnings
 from baton.loadtest.spec import Load
 from baton.services.launcher.roles import RoleCounts
-from baton.shared.engine.config import load_model_config
+from baton.shared.model_files.info import load_model_info
 from benchmarks.checkout import RESULTS, set_import_path
 from benchmarks.stack.arrangements import add_stack_flags, measure_rates, stack_options
 from benchmarks.stack.launched import StackFailed, running
@@ -85,7 +85,7 @@ async def _measure(
     """Workload → summaries by rate, of one stack."""
     lengths = {workload: _lengths(workload) for workload in args.workloads}
     options = stack_options(args, counts, model_dir, longest=max(map(sum, lengths.values())))
-    vocab_size = load_model_config(model_dir).vocab_size
+    vocab_size = load_model_info(model_dir).vocab_size
     slo = Slo(*args.slo)
     found: dict[str, list[Summary]] = {}
     async with running(options) as stack:

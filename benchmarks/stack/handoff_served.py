@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.services.launcher.roles import RoleCounts, StackConfig
-from baton.shared.engine.config import load_model_config
+from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from benchmarks.stack.launched import StackOptions, running
@@ -74,7 +74,7 @@ async def _measure(
     measured = {}
     async with running(options) as stack, internal_channel(stack.address) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)
-        vocab_size = load_model_config(options.config.model_dir).vocab_size
+        vocab_size = load_model_info(options.config.model_dir).vocab_size
         for num_tokens in prompts:
             times = [
                 await _ask(stub, num_tokens, vocab_size) for _ in range(_WARM_UP + repetitions)

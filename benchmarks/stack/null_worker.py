@@ -22,10 +22,10 @@ import uvloop
 from baton.services.decode.server import DecodeEvents, DecodeServicer
 from baton.services.worker.directory_sync import DirectorySync
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
-from baton.shared.engine.config import load_model_config
 from baton.shared.kv.capability import Capability
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, stop_event
 from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
@@ -33,6 +33,8 @@ from baton.v1 import decode_service_pb2, decode_service_pb2_grpc, types_pb2
 _NUM_BLOCKS = 1 << 20
 _BLOCK_SIZE = 16
 _FIRST_TOKEN = 256
+_MAX_MODEL_LEN = 131_072
+"""Of a model whose files do not say."""
 _MAX_UNSENT = 2
 """Messages to a gateway that may wait for its stream: beyond it the engine waits."""
 
@@ -117,7 +119,7 @@ class NullEngine:
 
 async def serve(args: argparse.Namespace) -> int:
     stop = stop_event()
-    model = load_model_config(args.model)
+    model = load_model_info(args.model)
     incarnation = secrets.token_hex(16)
     capability = Capability("null", "none", "none", _BLOCK_SIZE, (), "consistent (no engine)")
     engine = NullEngine(capability.hash(), model.vocab_size, args.step_ms / 1e3)
@@ -138,7 +140,7 @@ async def serve(args: argparse.Namespace) -> int:
                 model_name=args.model.resolve().name,
                 model_type=model.model_type,
                 vocab_size=model.vocab_size,
-                max_model_len=model.max_position_embeddings,
+                max_model_len=model.max_position_embeddings or _MAX_MODEL_LEN,
                 eos_token_ids=tuple(model.eos_token_ids),
             ),
             capacity=Capacity(_BLOCK_SIZE, (_NUM_BLOCKS,), (GroupShare(0),)),

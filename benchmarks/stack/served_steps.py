@@ -24,8 +24,9 @@ from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.loadtest.timeline import NUM_WARM_UP, Window, window_of
 from baton.services.launcher.roles import RoleCounts, StackConfig
-from baton.shared.engine.config import EngineConfig, load_model_config
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.model_files.info import load_model_info
 from benchmarks.checkout import RESULTS
 from benchmarks.in_process import InProcessEngine, random_prompts
 from benchmarks.stack.launched import StackFailed, StackOptions, running
@@ -99,7 +100,7 @@ async def _served_steps(
         gpus=() if args.device == "cpu" else ("0",),
         role_flags={"both": flags},
     )
-    vocab_size = load_model_config(model_dir).vocab_size
+    vocab_size = load_model_info(model_dir).vocab_size
     measured = {}
     async with running(options) as stack:
         for batch in args.batches:

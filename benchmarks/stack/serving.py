@@ -30,7 +30,7 @@ from baton.loadtest.interrupt import exit_code
 from baton.loadtest.report import Report, Run
 from baton.loadtest.samples import warnings
 from baton.loadtest.spec import Load
-from baton.shared.engine.config import load_model_config
+from baton.shared.model_files.info import load_model_info
 from benchmarks.checkout import RESULTS, set_import_path
 from benchmarks.stack.arrangements import (
     ARRANGEMENTS,
@@ -96,7 +96,7 @@ async def _measure_all(args: argparse.Namespace, model_dir: Path) -> None:
         start_s = time.monotonic() - started_s
         print(f"{args.arrangement}: serving after {start_s:.0f} s", flush=True)
         for workload in args.workloads:
-            runs = await _measure(args, stack, workload, load_model_config(model_dir).vocab_size)
+            runs = await _measure(args, stack, workload, load_model_info(model_dir).vocab_size)
             result = {
                 "arrangement": args.arrangement,
                 "model": model_dir.name,

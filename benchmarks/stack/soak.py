@@ -32,7 +32,7 @@ from baton.loadtest.drivers import request_of
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
-from baton.shared.engine.config import load_model_config
+from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
@@ -199,7 +199,7 @@ async def _soak(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
         if victim not in stack.pids():
             raise StackFailed(f"--kill {victim}: no such worker")
         memory = MemoryWatch(stack)
-        clients = Clients(stack.address, args, load_model_config(model_dir).vocab_size)
+        clients = Clients(stack.address, args, load_model_info(model_dir).vocab_size)
         duration_s = 60 * args.minutes
         started_s = time.monotonic()
         killing = asyncio.create_task(_kill_and_wait(stack, victim, duration_s / 2))

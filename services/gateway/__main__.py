@@ -20,8 +20,9 @@ from baton.services.gateway.router import LocalPrefill
 from baton.services.gateway.server import InferenceServicer
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.directory.directory import DirectoryMisconfigured
-from baton.shared.engine.config import ModelConfig, ModelError, load_model_config, served_name
 from baton.shared.metrics import MetricsServer, add_metrics_flag
+from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
 from baton.shared.rpc.flags import add_flag, add_switch, optional_port
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
 from baton.shared.telemetry import add_log_flags, configure_logging, log_event
@@ -116,7 +117,7 @@ def main() -> int:
         "gateway", role="gateway", log_format=args.log_format, log_level=args.log_level
     )
     try:
-        model = load_model_config(args.model)
+        model = load_model_info(args.model)
         codec = TextCodec.load(args.model)
     except ModelError as error:
         sys.stderr.write(f"baton gateway: {error}\n")
@@ -124,7 +125,7 @@ def main() -> int:
     return uvloop.run(serve(args, model, codec))
 
 
-async def serve(args: argparse.Namespace, model: ModelConfig, codec: TextCodec | None) -> int:
+async def serve(args: argparse.Namespace, model: ModelInfo, codec: TextCodec | None) -> int:
     """Until a signal; returns the exit status."""
     stop = stop_event()
     incarnation = secrets.token_hex(16)

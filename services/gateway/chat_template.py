@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.services.gateway.tokenizer_files import one_line, read_json_object
-from baton.shared.engine.config import ModelError
+from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField, NoChatTemplate
 from baton.shared.telemetry import log_event
 

@@ -23,8 +23,8 @@ from baton.shared.directory.directory import Directory, DirectoryUnavailable, op
 from baton.shared.directory.keys import WORKER_TTL_S
 from baton.shared.directory.ledger import Stage
 from baton.shared.directory.workers import WorkerRecord
-from baton.shared.engine.config import ModelConfig
 from baton.shared.kv.block_hash import boundary_hashes, root_hash
+from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import InvalidField
 from baton.shared.rpc.serve import internal_channel
 from baton.shared.telemetry import log_event
@@ -36,6 +36,8 @@ _POLL_S = 0.25
 _DOUBT_S = 1.0
 _MAX_DOUBT_S = 8.0
 _CHANNEL_GRACE_S = 600.0
+_SHORT_MODEL_LEN = 2048
+"""Of a model whose files leave its length to the type, until a worker tells it."""
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Cluster:
         name: str,
         *,
         incarnation: str,
-        model: ModelConfig,
+        model: ModelInfo,
         local_prefill: LocalPrefill | None = None,
     ) -> None:
         self._url = url
@@ -226,7 +228,8 @@ class Cluster:
         """As the workers have them; the model's own while none is known."""
         records = self.records()
         lengths = [record.model.max_model_len for record in records]
-        max_model_len = min(lengths, default=self._model.max_position_embeddings)
+        own_len = self._model.max_position_embeddings or _SHORT_MODEL_LEN
+        max_model_len = min(lengths, default=own_len)
         pools = [
             max(
                 (r.capacity.max_tokens(max_model_len) for r in records if r.role != other_side),

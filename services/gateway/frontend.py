@@ -20,7 +20,7 @@ from baton.services.gateway.identity import Identify, Identity, ask_nobody
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.directory.directory import DirectoryUnavailable
-from baton.shared.engine.config import ModelConfig
+from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.convert import ROLE_TO_PB
 from baton.shared.rpc.errors import DeadlineExceeded, Draining, NoTokenizer
 from baton.shared.telemetry import Counters, baton_version
@@ -34,7 +34,7 @@ class Frontend:
         cluster: Cluster,
         codec: TextCodec | None,
         *,
-        model: ModelConfig,
+        model: ModelInfo,
         model_name: str,
         incarnation: str,
         identify: Identify = ask_nobody,
@@ -200,7 +200,7 @@ class Frontend:
         )
 
 
-def _eos_token_ids(model: ModelConfig, codec: TextCodec | None) -> frozenset[int]:
+def _eos_token_ids(model: ModelInfo, codec: TextCodec | None) -> frozenset[int]:
     """Those of the model's own files, and the one that its tokenizer's files name: a fine-tuned
     model may tell of its end there only."""
     eos_token_ids = set(model.eos_token_ids)

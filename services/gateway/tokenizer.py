@@ -24,7 +24,7 @@ from baton.services.gateway.chat_template import ChatTemplate
 from baton.services.gateway.stops import StopFinder
 from baton.services.gateway.text_stream import BytesToText, PiecesToText, TextStream
 from baton.services.gateway.tokenizer_files import load_tokenizer, step_of
-from baton.shared.engine.config import ModelError
+from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField
 
 _NUM_ENCODING_THREADS = 2

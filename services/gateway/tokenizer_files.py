@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 
 from baton.services.gateway.tokenizer_classes import DEFAULTS, put_together, tokenizer_class
 from baton.services.gateway.tokenizer_forms import Converted, convert_other_form, put_around
-from baton.shared.engine.config import ModelError
+from baton.shared.model_files.fields import ModelError
 
 STANDARD_NAMES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),

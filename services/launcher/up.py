@@ -16,7 +16,8 @@ from baton.services.launcher.role_process import Misconfigured, NeverReady
 from baton.services.launcher.roles import StackConfig, UsageError
 from baton.services.launcher.stack import Stack
 from baton.shared.directory.embedded import ServerFailed, ServerMissing
-from baton.shared.engine.config import ModelError, load_model_config
+from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.serve import bare_host, join_address
 
 # Starts the stack and uses it. When it returns, the stack is stopped; it returns the exit code.
@@ -54,7 +55,7 @@ def run_stack(
 def check(config: StackConfig) -> None:
     """Finds what is wrong before any process is started. Raises ModelError, UsageError."""
     config.check()
-    load_model_config(config.model_dir)
+    load_model_info(config.model_dir)
     _check_port("--port", config.host, config.port)
     if config.http_port is not None:
         _check_port("--http-port", config.host, config.http_port)

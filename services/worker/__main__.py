@@ -18,10 +18,10 @@ from baton.shared.engine.config import (
     KERNELS,
     LOAD_FORMATS,
     EngineConfig,
-    ModelError,
-    served_name,
 )
 from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
+from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.info import served_name
 from baton.shared.rpc.flags import add_flag, add_switch
 from baton.shared.telemetry import add_log_flags, configure_logging
 

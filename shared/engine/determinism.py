@@ -7,13 +7,14 @@ class is claimed only when it is found. Takes some milliseconds for a small mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 from baton.kernels.reference import TILE
-from baton.shared.engine.config import ModelConfig
+from baton.shared.engine.linear import Linear
+from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.operations import Operations
 
 MIN_LINEAR_ROWS = 16
@@ -25,10 +26,15 @@ _MAX_WEIGHT_ELEMENTS = 2**20
 
 def min_attention_rows(config: ModelConfig) -> int | None:
     """The fewest rows from which on a row of attention's products keeps its bits; None: unknown."""
+    fewest = [_min_rows_of_heads(dim) for dim in sorted({each.head_dim for each in config.layers})]
+    known = [rows for rows in fewest if rows is not None]
+    return max(known) if len(known) == len(fewest) else None
+
+
+def _min_rows_of_heads(head_dim: int) -> int | None:
     generator = torch.Generator().manual_seed(0)
-    dims = (TILE, config.head_dim)
-    query = torch.randn(5, _MANY, config.head_dim, generator=generator)
-    keys = torch.randn(5, *dims, generator=generator)
+    query = torch.randn(5, _MANY, head_dim, generator=generator)
+    keys = torch.randn(5, TILE, head_dim, generator=generator)
     weights = torch.rand(5, _MANY, TILE, generator=generator)
 
     def scores(rows: int, batch: int) -> Tensor:
@@ -44,21 +50,21 @@ def min_attention_rows(config: ModelConfig) -> int | None:
     return None
 
 
-def linear_is_stable(config: ModelConfig, ops: Operations) -> bool:
-    """Whether rows of linear layers keep their bits from MIN_LINEAR_ROWS rows on."""
+def linear_is_stable(shapes: Collection[tuple[int, int]], ops: Operations) -> bool:
+    """Whether rows of linear layers keep their bits from MIN_LINEAR_ROWS rows on.
+
+    Args:
+        shapes: [out, in] of the layers.
+    """
     generator = torch.Generator().manual_seed(0)
-    hidden, size = config.hidden_size, config.intermediate_size
-    q_size = config.num_heads * config.head_dim
-    qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
-    shapes = {(qkv_size, hidden), (hidden, q_size), (2 * size, hidden), (hidden, size)}
-    for num_out, num_in in sorted(shapes | {(config.vocab_size, hidden)}):
+    for num_out, num_in in sorted(shapes):
         # The order of a row's sum depends on the inputs' number; outputs are cut to save time.
         num_out = min(num_out, max(64, _MAX_WEIGHT_ELEMENTS // num_in))
-        weight = ops.pack_weight(torch.randn(num_out, num_in, generator=generator))
+        layer = ops.pack_linear(torch.randn(num_out, num_in, generator=generator))
         x = torch.randn(_MANY, num_in, generator=generator)
 
-        def product(rows: int, _: int, x: Tensor = x, weight: Tensor = weight) -> Tensor:
-            return ops.linear(x[:rows].contiguous(), weight, None)[None]
+        def product(rows: int, _: int, x: Tensor = x, layer: Linear = layer) -> Tensor:
+            return ops.linear(x[:rows].contiguous(), layer)[None]
 
         if not _is_stable(product, MIN_LINEAR_ROWS):
             return False

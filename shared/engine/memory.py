@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from baton.shared.engine.config import EngineConfig, ModelError
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.host_memory import HostMemory, host_memory, own_bytes
 from baton.shared.kv.arrangement import Arrangement, most_blocks
+from baton.shared.model_files.fields import ModelError
 
 _POOL_BYTES = 256 * 2**20
 _MAX_POOL_BYTES = 2**30

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from baton.shared.engine.config import ModelError
+from baton.shared.model_files.fields import ModelError
 
 Progress = Callable[[str], None]
 
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 16 * 2**20
 
 
@@ -24,8 +26,7 @@ def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
     Raises:
         ModelError: files are missing, or named outside of the directory.
     """
-    single = model_dir / "model.safetensors"
-    index = model_dir / "model.safetensors.index.json"
+    single, index = model_dir / _SINGLE, model_dir / _INDEX
     if single.exists():
         return single, {}
     if not index.exists():
@@ -56,7 +57,8 @@ def weight_paths(model_dir: Path) -> list[Path]:
 
 
 def model_digest(model_dir: Path, files: Sequence[Path], progress: Progress) -> str:
-    """Hex SHA-256 over config.json and the weight files, names and lengths included.
+    """Hex SHA-256 over config.json, the index if there is one, and the weight files; names and
+    lengths included.
 
     What `progress` raises ends it.
 
@@ -65,6 +67,9 @@ def model_digest(model_dir: Path, files: Sequence[Path], progress: Progress) -> 
     """
     digest = hashlib.sha256()
     paths = [model_dir / "config.json", *files]
+    if model_dir / _SINGLE not in files:
+        # It says which of several tensors of one name counts.
+        paths.insert(1, model_dir / _INDEX)
     try:
         total = sum(path.stat().st_size for path in paths)
         report = ProgressReport(progress, "hashing weights", total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import time
@@ -16,13 +15,7 @@ from torch import Tensor
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
-from baton.shared.engine.config import (
-    DeviceError,
-    EngineConfig,
-    ModelConfig,
-    load_model_config,
-    resolve_max_model_len,
-)
+from baton.shared.engine.config import DeviceError, EngineConfig, resolve_max_model_len
 from baton.shared.engine.host_steps import HostSteps
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
@@ -32,9 +25,12 @@ from baton.shared.engine.model_digest import (
     dummy_digest,
     model_digest,
 )
-from baton.shared.engine.models import llama
-from baton.shared.engine.operations import Operations, reference_operations
-from baton.shared.engine.steps import Step, Steps
+from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.registry import load_model_config
+from baton.shared.engine.operations import Operations
+from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.steps import Model, Step, Steps
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange, most_blocks
 from baton.shared.kv.cache_spec import CacheGroup
@@ -67,6 +63,8 @@ class ModelRunner:
     Attributes:
         determinism: 'exact' when a token's bits do not depend on the rest of the step, the
             boundaries of chunks, or block ids; else 'consistent'.
+        dtype: of activations, and of weights that have no form of their own.
+        cache_dtype: of keys and values.
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
         model_digest: tells models apart (`model_digest.py`).
@@ -98,18 +96,21 @@ class ModelRunner:
         Raises:
             ModelError: the model, its weights or the configuration cannot be used.
         """
-        self.model_config = load_model_config(config.model_dir)
-        self.max_model_len = resolve_max_model_len(config, self.model_config)
+        self._model_type, self.model_config = load_model_config(config.model_dir)
+        self.max_model_len = resolve_max_model_len(
+            config, self.model_config.max_position_embeddings
+        )
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
+        self.cache_dtype = self.dtype
         self.kernels = _kernels(config.kernels, self.device, self.model_config)
         self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self.num_drafts = config.num_drafts
         self._config = config
         self.arrangement: Arrangement = arrange(
-            llama.cache_specs(self.model_config),
+            self.model_config.cache_specs,
             block_size=config.block_size,
-            itemsize=self.dtype.itemsize,
+            itemsize=self.cache_dtype.itemsize,
             max_model_len=self.max_model_len,
             ahead_tokens=self._ahead_tokens,
         )
@@ -117,17 +118,19 @@ class ModelRunner:
         self._ops = _operations(self.kernels, self.device)
 
         weights = self._find_weights()
-        num_weights = sum(math.prod(shape) for shape in weights.shapes.values())
-        weight_bytes = num_weights * self.dtype.itemsize
-        check_weights_fit(config, weight_bytes, self.device)
+        plan = plan_model(
+            self._model_type, self.model_config, self.groups, weights, self._ops, self.dtype
+        )
+        weights.check_all_taken(plan.shapes, self._model_type.ignored_tensors)
+        check_weights_fit(config, plan.num_bytes, self.device)
         if self.device.type == "cpu":
-            self.num_blocks = self._choose_num_blocks(weight_bytes)
+            self.num_blocks = self._choose_num_blocks(plan.num_bytes)
         self.model_digest = self._digest(weights, progress)
         on_digest(self.model_digest)
-        self._model = self._load(weights, progress)
+        self._model = self._load(weights, plan, progress)
         weights.close()
 
-        self.determinism, self._min_rows = self._measure_determinism()
+        self.determinism, self._min_rows = self._measure_determinism(plan)
         self.numerics = _numerics(self.device, self.kernels)
         self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
@@ -137,7 +140,7 @@ class ModelRunner:
             self.arrangement,
             self.num_blocks,
             config.block_size,
-            self.dtype,
+            self.cache_dtype,
             memory=pool_memory(num_bytes) if pool_memory else None,
             device=self.device,
         )
@@ -195,12 +198,9 @@ class ModelRunner:
         return self._steps.logits(batch)
 
     def _find_weights(self) -> WeightFiles | DummyWeights:
-        shapes = llama.tensor_shapes(self.model_config)
         if self._config.load_format == "dummy":
-            return DummyWeights(shapes)
-        weights = WeightFiles(self._config.model_dir)
-        weights.check(shapes, llama.is_ignored_tensor)
-        return weights
+            return DummyWeights()
+        return WeightFiles(self._config.model_dir)
 
     def _digest(self, weights: WeightFiles | DummyWeights, progress: Progress) -> str:
         model_dir = self._config.model_dir
@@ -208,25 +208,24 @@ class ModelRunner:
             return dummy_digest(model_dir)
         return model_digest(model_dir, weights.files, progress)
 
-    def _load(self, weights: WeightFiles | DummyWeights, progress: Progress) -> llama.Llama:
-        report = ProgressReport(progress, "loading weights", len(weights.shapes))
-
-        def load(name: str) -> Tensor:
-            report.advance(1)
-            return weights.tensor(name, self.dtype, self.device)
-
+    def _load(
+        self, weights: WeightFiles | DummyWeights, plan: ModelPlan, progress: Progress
+    ) -> Model:
+        report = ProgressReport(progress, "loading weights", plan.num_reads)
         with torch.inference_mode():
-            return llama.Llama(
+            return load_model(
+                self._model_type,
                 self.model_config,
-                load,
-                self._ops,
                 self.groups,
-                max_model_len=self.max_model_len,
+                weights,
+                self._ops,
                 dtype=self.dtype,
                 device=self.device,
+                num_positions=self.max_model_len,
+                on_read=lambda: report.advance(1),
             )
 
-    def _measure_determinism(self) -> tuple[str, int]:
+    def _measure_determinism(self, plan: ModelPlan) -> tuple[str, int]:
         """The class, and the fewest rows of attention's products."""
         if self.device.type != "cpu" or self.dtype != torch.float32 or self.kernels != "torch":
             return "consistent", 1
@@ -234,7 +233,7 @@ class ModelRunner:
             min_rows = determinism.min_attention_rows(self.model_config)
             if (
                 min_rows is None
-                or not determinism.linear_is_stable(self.model_config, self._ops)
+                or not determinism.linear_is_stable(plan.linear_shapes, self._ops)
                 or not determinism.elementwise_is_stable()
             ):
                 return "consistent", determinism.MIN_LINEAR_ROWS
@@ -304,7 +303,11 @@ class ModelRunner:
         for pool in self.arrangement.pools:
             num_blocks[pool] += whole
         cache = KvCache(
-            self.arrangement, num_blocks, self._config.block_size, self.dtype, device=self.device
+            self.arrangement,
+            num_blocks,
+            self._config.block_size,
+            self.cache_dtype,
+            device=self.device,
         )
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
@@ -448,7 +451,7 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 
 def _operations(kernels: str, device: torch.device) -> Operations:
     if kernels == "torch":
-        return reference_operations()
+        return ReferenceOperations()
     from baton.kernels.prefill_attention import why_not_hopper
     from baton.shared.engine.triton_operations import TritonOperations
 

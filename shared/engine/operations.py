@@ -1,17 +1,29 @@
 """The operations a model is made of: one interface, two tables of kernels.
 
-`reference` is plain torch and serves every device; its bits are the class `exact` on a CPU.
-`triton` is kernels/*.py on a GPU. A model is written once, over this interface.
+`ReferenceOperations` (reference_operations.py) is plain torch and serves every device; its bits are
+the class `exact` on a CPU. `TritonOperations` (triton_operations.py) is kernels/*.py on a GPU. A
+model is written once, over this interface.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from baton.kernels import reference
+from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm."""
+
+    weight: Tensor
+    """[hidden]"""
+    eps: float
+    """Added to the mean of squares."""
 
 
 class Operations(Protocol):
@@ -21,24 +33,38 @@ class Operations(Protocol):
     they are is between the table and its steps (host_steps.py, device_steps.py).
     """
 
-    def pack_weight(self, weight: Tensor) -> Tensor: ...
+    @property
+    def ranks(self) -> Ranks:
+        """Which share of split layers is loaded here."""
+
+    def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
+        """A layer of a checkpoint's parts, this rank's share of it.
+
+        Raises:
+            ModelError: a tensor is missing, has another shape, or a form that is not served.
+        """
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A layer of a weight [out, in] that is there already, as the table of a tied embedding.
+        Its memory is used where the form allows it."""
+
+    def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
+        """Some of the outputs, as keys and values alone for tokens whose query nobody wants.
+        Shares the memory where the form allows it."""
 
     def pack_rope(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Any: ...
 
     def take_rope(self, table: Any, positions: Tensor) -> Any: ...
 
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
-    ) -> Tensor:
-        """The residual's memory may be taken for the result."""
+    def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
+        """The residual's memory may be taken for the result. Of a layer split by rows, the ranks'
+        products are added up before bias and residual are."""
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
+        """Not for layers that are split by rows."""
 
-    def norm_gate_up(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> Tensor: ...
+    def norm_gate_up(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
+        """Not for layers that are split by rows."""
 
     def rope_and_store(
         self, qkv: Tensor, rope: Any, kv: Tensor, layer: int, plan: Any, num_heads: int
@@ -47,8 +73,3 @@ class Operations(Protocol):
     def paged_attention(
         self, query: Tensor, kv: Tensor, layer: int, plan: Any, scale: float
     ) -> Tensor: ...
-
-
-def reference_operations() -> Operations:
-    """The torch reference."""
-    return cast(Operations, reference)

@@ -18,6 +18,8 @@ from baton.kernels.rms_norm import rms_norm
 from baton.kernels.rope_store import rope_and_store
 from baton.kernels.silu_mul import silu_mul
 from baton.kernels.skinny_linear import skinny_linear
+from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
+from baton.shared.engine.operations import Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class DevicePlan:
 
 
 Rope = tuple[Tensor, Tensor]
+_ALONE = Ranks()
 
 
 class TritonOperations:
@@ -56,13 +59,28 @@ class TritonOperations:
     one before ends, and wait for its results by themselves (programmatic dependent launch, compute
     capability 9.0)."""
 
-    def __init__(self, *, use_skinny: bool = True, overlaps: bool = False) -> None:
+    def __init__(
+        self, ranks: Ranks = _ALONE, *, use_skinny: bool = True, overlaps: bool = False
+    ) -> None:
+        self.ranks = ranks
         self._use_skinny = use_skinny
         self._overlaps = overlaps
         self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
 
-    def pack_weight(self, weight: Tensor) -> Tensor:
-        return weight.contiguous()
+    def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
+        weight, bias = expand(spec, reader, self.ranks)
+        num_out, num_in = weight.shape
+        all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
+        return Linear(weight.contiguous(), bias, num_out, num_in, all_reduce)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        num_out, num_in = weight.shape
+        return Linear(weight.contiguous(), bias, num_out, num_in)
+
+    def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
+        bias = None if layer.bias is None else layer.bias[first:end]
+        weight = layer.weight[first:end]
+        return Linear(weight, bias, end - first, layer.num_in, layer.all_reduce)
 
     def pack_rope(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
         return cos.contiguous(), sin.contiguous()
@@ -71,10 +89,11 @@ class TritonOperations:
         """The kernel reads the table by position."""
         return table
 
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
-    ) -> Tensor:
-        config = self._choose(x, weight, fused=residual is not None)
+    def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
+        weight, bias = layer.weight, layer.bias
+        if layer.all_reduce is not None:
+            return self._reduced(x, layer, residual)
+        config = self._choose(x, layer, fused=residual is not None)
         if config is not None:
             return skinny_linear(
                 x,
@@ -92,39 +111,36 @@ class TritonOperations:
         # In place: the product is added where the residual lies, in float32 before rounding.
         return residual.addmm_(x, weight.t())
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        config = self._choose(x, weight, fused=True)
+    def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
+        config = self._choose(x, layer, fused=True)
         if config is None:
-            return self.linear(rms_norm(x, norm_weight, eps, pdl=self._overlaps), weight, bias)
+            return self.linear(rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps), layer)
         return skinny_linear(
             x,
-            weight,
-            bias,
-            norm_weight=norm_weight,
-            eps=eps,
+            layer.weight,
+            layer.bias,
+            norm_weight=norm.weight,
+            eps=norm.eps,
             config=config,
             pdl=config.pdl,
         )
 
-    def norm_gate_up(
-        self, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        config = self._choose(x, weight, fused=True)
+    def norm_gate_up(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
+        weight, bias = layer.weight, layer.bias
+        config = self._choose(x, layer, fused=True)
         if config is not None:
             return skinny_linear(
                 x,
                 weight,
                 bias,
-                norm_weight=norm_weight,
-                eps=eps,
+                norm_weight=norm.weight,
+                eps=norm.eps,
                 silu_mul=True,
                 config=config,
                 pdl=config.pdl,
             )
-        x = rms_norm(x, norm_weight, eps, pdl=self._overlaps)
-        config = self._choose(x, weight, fused=False)
+        x = rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
+        config = self._choose(x, layer, fused=False)
         if config is not None:
             return skinny_linear(x, weight, bias, silu_mul=True, config=config, pdl=config.pdl)
         return silu_mul(torch.nn.functional.linear(x, weight, bias), pdl=self._overlaps)
@@ -179,9 +195,17 @@ class TritonOperations:
             )
         return out
 
-    def _choose(self, x: Tensor, weight: Tensor, *, fused: bool) -> linear_table.Config | None:
-        num_out, num_in = weight.shape
-        key = (x.shape[0], num_out, num_in, x.dtype, fused)
+    def _reduced(self, x: Tensor, layer: Linear, residual: Tensor | None) -> Tensor:
+        """This rank's product, added to the others'; then bias and residual."""
+        assert layer.all_reduce is not None
+        y = self.linear(x, replace(layer, bias=None, all_reduce=None))
+        layer.all_reduce(y)
+        if layer.bias is not None:
+            y.add_(layer.bias)
+        return y if residual is None else residual.add_(y)
+
+    def _choose(self, x: Tensor, layer: Linear, *, fused: bool) -> linear_table.Config | None:
+        key = (x.shape[0], layer.num_out, layer.num_in, x.dtype, fused)
         if key not in self._chosen:
             self._chosen[key] = self._look_up(*key)
         return self._chosen[key]

@@ -1,26 +1,51 @@
 """Weights of a Hugging Face directory, from safetensors only.
 
-Headers are read and compared with what the model needs before anything big is allocated; then the
-model asks for one tensor after another.
+Headers are read, and what a model takes is compared with them, before anything big is allocated
+(model_loader.py); then the model takes one tensor after another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from baton.shared.engine.config import ModelError
 from baton.shared.engine.model_digest import find_weight_files
+from baton.shared.engine.weight_headers import DTYPES, Header, read_header
+from baton.shared.model_files.fields import ModelError
 
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER_BYTES = 100 * 2**20
+
+class WeightSource(Protocol):
+    """Where a model's tensors come from."""
+
+    def header(self, name: str) -> Header | None:
+        """None: nothing of that name is stored."""
+
+    def where(self, name: str) -> str:
+        """What an error says before a tensor's name."""
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        part: tuple[slice, ...] = (),
+    ) -> torch.Tensor:
+        """A new tensor on the device; on `meta` of the right size, and nothing is read.
+
+        Args:
+            shape: of the whole tensor.
+            dtype: of the result; None: as it is stored.
+            part: what to take of the first dimensions.
+
+        Raises:
+            ModelError: there is no such tensor, it has another shape, or cannot be read.
+        """
 
 
 class WeightFiles:
@@ -28,7 +53,6 @@ class WeightFiles:
 
     Attributes:
         files: the safetensors files, sorted by name.
-        shapes: shape of each tensor by name.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -39,51 +63,64 @@ class WeightFiles:
         """
         self._listing, names = find_weight_files(model_dir)
         self.files = sorted({model_dir / name for name in names.values()} or {self._listing})
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._headers: dict[str, Header] = {}
         self._file_of: dict[str, Path] = {}
         for path in self.files:
-            for name, shape in _read_header(path).items():
-                if names and names.get(name) != path.name:
-                    raise ModelError(f"{path}: {name}: not where {self._listing.name} says")
-                self.shapes[name] = shape
-                self._file_of[name] = path
+            for name, header in read_header(path).items():
+                # A shard may hold more than the index assigns to it.
+                if not names or names.get(name) == path.name:
+                    self._headers[name] = header
+                    self._file_of[name] = path
         for name, file_name in names.items():
-            if name not in self.shapes:
+            if name not in self._headers:
                 raise ModelError(f"{model_dir / file_name}: {name}: missing from the file")
         self._open: dict[Path, Any] = {}
 
-    def check(
-        self, shapes: Mapping[str, tuple[int, ...]], is_ignored: Callable[[str], bool]
-    ) -> None:
-        """Compares the files with the tensors that a model needs.
+    def header(self, name: str) -> Header | None:
+        return self._headers.get(name)
+
+    def where(self, name: str) -> str:
+        return str(self._file_of.get(name, self._listing))
+
+    def check_all_taken(self, taken: Collection[str], ignored: tuple[str, ...]) -> None:
+        """After a model has taken its tensors: what is left must be of no meaning.
+
+        Args:
+            ignored: endings of names.
 
         Raises:
-            ModelError: a tensor is missing, has another shape, or is neither needed nor ignored.
+            ModelError: a tensor was neither taken nor is it ignored.
         """
-        for name, shape in shapes.items():
-            if name not in self.shapes:
-                raise ModelError(f"{self._listing}: {name}: missing tensor")
-            if self.shapes[name] != shape:
-                found = list(self.shapes[name])
-                raise ModelError(
-                    f"{self._file_of[name]}: {name}: shape {found} where config.json "
-                    f"makes it {list(shape)}"
-                )
-        for name in self.shapes:
-            if name not in shapes and not is_ignored(name):
-                raise ModelError(f"{self._file_of[name]}: {name}: unexpected tensor")
+        for name in self._headers:
+            if name not in taken and not name.endswith(ignored):
+                raise ModelError(f"{self.where(name)}: {name}: unexpected tensor")
 
-    def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Reads one tensor.
-
-        Raises:
-            ModelError: the file cannot be read.
-        """
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        part: tuple[slice, ...] = (),
+    ) -> torch.Tensor:
+        """See `WeightSource`."""
+        header = self._headers.get(name)
+        if header is None:
+            raise ModelError(f"{self._listing}: {name}: missing tensor")
+        if header.shape != shape:
+            raise ModelError(
+                f"{self.where(name)}: {name}: shape {list(header.shape)} where config.json "
+                f"makes it {list(shape)}"
+            )
+        dtype = dtype or DTYPES[header.dtype]
+        if device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)[part]
         path = self._file_of[name]
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
-            tensor: torch.Tensor = self._open[path].get_tensor(name)
+            file = self._open[path]
+            tensor: torch.Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: {name}: {' '.join(str(error).split())}") from None
         # A copy: what is read is a view of the mapped file, which others may change.
@@ -100,70 +137,32 @@ class DummyWeights:
     Norms are one and matrices small, so that activations stay in range at any depth.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.shapes = dict(shapes)
+    def header(self, name: str) -> None:
+        """Nothing is stored; what is asked for is made."""
 
-    def tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        shape = self.shapes[name]
+    def where(self, name: str) -> str:
+        return "dummy weights"
+
+    def check_all_taken(self, taken: Collection[str], ignored: tuple[str, ...]) -> None:
+        """There is nothing else."""
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        part: tuple[slice, ...] = (),
+    ) -> torch.Tensor:
+        """See `WeightSource`; float32 unless a dtype is given."""
+        weight = torch.empty(shape, dtype=dtype or torch.float32, device=device)
+        if device.type == "meta":
+            return weight[part]
         if len(shape) == 1:
-            value = 0.0 if name.endswith("bias") else 1.0
-            return torch.full(shape, value, dtype=dtype, device=device)
+            return weight.fill_(0.0 if name.endswith("bias") else 1.0)[part]
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
         generator = torch.Generator(device).manual_seed(seed)
-        weight = torch.empty(shape, dtype=dtype, device=device)
-        return weight.normal_(std=0.02, generator=generator)
+        return weight.normal_(std=0.02, generator=generator)[part]
 
     def close(self) -> None:
         """There are no files."""
-
-
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's tensors, after checking that every byte of each is there."""
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
-                raise ModelError(f"{path}: header: truncated or not a safetensors file")
-            header = json.loads(file.read(header_bytes))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path}: header: not valid JSON") from None
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: header: must be an object")
-    header.pop("__metadata__", None)
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    spans = []
-    for name, entry in header.items():
-        shapes[name], span = _read_entry(path, name, entry)
-        spans.append(span)
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise ModelError(f"{path}: header: tensors overlap or leave a gap at byte {end}")
-        end = stop
-    if 8 + header_bytes + end != file_bytes:
-        raise ModelError(
-            f"{path}: truncated or corrupt: {file_bytes} bytes where the header "
-            f"promises {8 + header_bytes + end}"
-        )
-    return shapes
-
-
-def _read_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, start, stop]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError
-        if not isinstance(dtype, str):
-            raise TypeError
-    except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{path}: {name}: malformed header entry") from None
-    if dtype not in _DTYPES:
-        raise ModelError(f"{path}: {name}: dtype {dtype} is not one of {', '.join(_DTYPES)}")
-    if stop - start != math.prod(shape) * _DTYPES[dtype]:
-        raise ModelError(f"{path}: {name}: data_offsets do not match shape {shape}")
-    return tuple(shape), (start, stop)

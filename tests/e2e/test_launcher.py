@@ -222,8 +222,8 @@ def _unsupported_model_type(model: Path) -> str:
 
 
 def _unsupported_field(model: Path) -> str:
-    _change_config(model, attention_sinks=4)
-    return f"{model}/config.json: attention_sinks: "
+    _change_config(model, hidden_act="gelu")
+    return f"{model}/config.json: hidden_act: "
 
 
 @pytest.mark.parametrize(

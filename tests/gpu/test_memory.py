@@ -16,9 +16,9 @@ from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import StepLimits
 from baton.shared.engine.batch import Batch
-from baton.shared.engine.config import ModelError
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.model_files.fields import ModelError
 from tests.gpu.conftest import DEMO, MakeRunner
 from tests.unit.worker.sim_worker import SimWorker
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from baton.kernels.batch_state import scatter
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.config import EngineConfig, load_model_config
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.engine.models import llama
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import SamplingParams
+from tests.weights import weight_shapes
 
 # Hashes wrap around; NumPy, which the interpreter computes with, would rather not.
 pytestmark = [
@@ -55,7 +55,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         name: torch.rand(shape, generator=generator) + 0.5
         if len(shape) == 1
         else torch.randn(shape, generator=generator) * 0.3
-        for name, shape in llama.tensor_shapes(load_model_config(directory)).items()
+        for name, shape in weight_shapes(directory).items()
     }
     save_file(weights, directory / "model.safetensors")
 

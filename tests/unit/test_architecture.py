@@ -32,6 +32,7 @@ WITHOUT_TORCH = (
     "baton.shared.sampling",
     "baton.shared.engine.config",
     "baton.shared.engine.model_digest",
+    "baton.shared.model_files",
 )
 WITH_TORCH = ("baton.shared.kv.digest",)
 BANNED_NAMES = {"base", "common", "helpers", "utils"}

@@ -38,6 +38,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "mistral-window-never-left": {"family": "mistral", "sliding_window": 512},
+    "mistral-explicit-heads": {
+        "family": "mistral",
+        "sliding_window": None,
+        "head_dim": 24,
+        "num_key_value_heads": 1,
+    },
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 DEMO = Path(__file__).parents[3] / "models" / "demo"
@@ -65,11 +73,17 @@ def random_prompts(vocab_size: int) -> list[list[int]]:
     return [random_prompt(length, vocab_size) for length in (1, 15, 16, 17, 200)]
 
 
+def block_tables(runner: ModelRunner) -> list[list[int]]:
+    """By cache group, blocks for 256 tokens that no other group has."""
+    starts = [16 * index for index in range(len(runner.groups))]
+    return [list(range(start, start + 16)) for start in starts]
+
+
 def check_logits(model: Any, runner: ModelRunner, min_span: float) -> None:
     for prompt in random_prompts(runner.model_config.vocab_size):
         with torch.no_grad():
             expected = model(torch.tensor([prompt])).logits[0, -1]
-        got = runner.logits(Batch([BatchRow(prompt, 0, [list(range(16))])]))[0].cpu()
+        got = runner.logits(Batch([BatchRow(prompt, 0, block_tables(runner))]))[0].cpu()
         assert float(expected.max() - expected.min()) > min_span
         limit = 1e-3 * float(expected.abs().max()) if ON_GPU else 1e-4
         torch.testing.assert_close(got, expected, atol=limit, rtol=0)
@@ -89,8 +103,24 @@ def test_a_random_llama(shape: str, make_llama: MakeLlama, make_runner: MakeRunn
     check_logits(model, make_runner(model_dir), min_span=10)
 
 
+@pytest.mark.parametrize("window", [1, 16, 33])
+def test_logits_of_a_mistral_with_a_window(
+    window: int, make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, model = make_llama(family="mistral", sliding_window=window)
+    check_logits(model, make_runner(model_dir), min_span=10)
+
+
 @pytest.mark.exact
-@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_of_a_mistral_with_a_window(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, model = make_llama(family="mistral", sliding_window=33)
+    check_tokens(model, make_runner(model_dir))
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("shape", [each for each in SHAPES if not each.startswith("mistral-")])
 def test_greedy_tokens_of_a_random_llama(
     shape: str, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:

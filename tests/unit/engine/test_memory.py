@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from baton.shared.engine import memory
-from baton.shared.engine.config import EngineConfig, ModelError
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.host_memory import HostMemory
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
+from baton.shared.model_files.fields import ModelError
 
 MIB = 2**20
 CPU = torch.device("cpu")

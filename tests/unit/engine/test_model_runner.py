@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.config import DeviceError, EngineConfig, ModelError
+from baton.shared.engine.config import DeviceError, EngineConfig
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, Full, Sliding, cache_groups
 from baton.shared.kv.sequence import SamplingParams
+from baton.shared.model_files.fields import ModelError
 from tests.device import DEVICE, ENGINE, ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 

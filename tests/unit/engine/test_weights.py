@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from baton.shared.engine.config import ModelError
+from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_digest import ProgressReport
+from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.weights import WeightFiles
+from baton.shared.model_files.fields import ModelError
+from tests.device import ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def refused(make_runner: MakeRunner, model_dir: Path) -> str:
@@ -67,7 +72,7 @@ def test_a_corrupt_header(
     ("entry", "reason"),
     [
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "data_offsets"),
-        ({"dtype": "I8", "shape": [16], "data_offsets": [0, 16]}, "dtype I8"),
+        ({"dtype": "I9", "shape": [16], "data_offsets": [0, 16]}, "dtype I9"),
         ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "malformed"),
         ({"dtype": "F32", "shape": [4]}, "malformed"),
         ([], "malformed"),
@@ -98,16 +103,46 @@ def test_tensors_that_do_not_fit_the_config(make_llama: MakeLlama, make_runner: 
     assert f"{bias}: unexpected tensor" in refused(make_runner, model_dir)
 
 
-def test_a_tied_head_and_old_rope_tables_are_ignored(
-    make_llama: MakeLlama, make_runner: MakeRunner
-) -> None:
-    model_dir, _ = make_llama(tie_word_embeddings=True)
-    extra = {
-        "lm_head.weight": torch.zeros(320, 64),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
-    }
+def test_old_rope_tables_are_ignored(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    model_dir, _ = make_llama()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
     change_tensors(model_dir, lambda tensors: tensors.update(extra))
     make_runner(model_dir)
+
+
+def logits(runner: ModelRunner) -> torch.Tensor:
+    return runner.logits(Batch([BatchRow(list(range(20)), 0, [[0, 1]])]))
+
+
+@pytest.mark.parametrize("kept", ["both", "embedding", "head"])
+def test_of_tied_weights_a_file_may_have_either_name_or_both(
+    kept: str, make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama(tie_word_embeddings=True)
+    expected = logits(make_runner(model_dir))
+
+    def rename(tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+        if kept != "both":
+            del tensors["lm_head.weight" if kept == "embedding" else EMBEDDING]
+
+    change_tensors(model_dir, rename)
+    assert torch.equal(logits(make_runner(model_dir)), expected)
+
+
+def test_a_head_that_is_not_the_embedding_counts_though_the_config_ties_them(
+    make_llama: MakeLlama, make_runner: MakeRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in transformers, whose model is loaded from the same files."""
+    model_dir, _ = make_llama(tie_word_embeddings=True)
+    head = {"lm_head.weight": torch.randn(320, 64, generator=torch.Generator().manual_seed(4))}
+    change_tensors(model_dir, lambda tensors: tensors.update(head))
+    model: Any = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model.eval()(torch.arange(20)[None]).logits[0, -1:]
+    limit = 1e-3 * float(expected.abs().max()) if ON_GPU else 1e-4
+    torch.testing.assert_close(logits(make_runner(model_dir)).cpu(), expected, atol=limit, rtol=0)
+    assert "tied embeddings are not" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -137,6 +172,37 @@ def test_an_index_that_does_not_match_its_files(
 
     index.write_text("{")
     assert "model.safetensors.index.json" in refused(make_runner, model_dir)
+
+
+def test_tensors_that_the_index_assigns_to_another_shard_load_from_there(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama(max_shard_size="100KB")
+    expected = logits(make_runner(model_dir))
+    index = json.loads((model_dir / "model.safetensors.index.json").read_text())["weight_map"]
+    others = sorted(set(index.values()) - {index[Q_PROJ]})
+    for path in (model_dir / others[0], model_dir / others[-1]):
+        # One that the index does not name at all is nowhere.
+        extra = {Q_PROJ: torch.zeros(3), "model.layers.7.mlp.up_proj.weight": torch.zeros(2)}
+        save_file({**load_file(path), **extra}, path)
+    assert torch.equal(logits(make_runner(model_dir)), expected)
+
+
+def test_what_the_index_says_is_part_of_the_digest(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama(max_shard_size="100KB")
+    index_path = model_dir / "model.safetensors.index.json"
+    content = json.loads(index_path.read_text())
+    names = content["weight_map"]
+    other = next(file for file in names.values() if file != names[Q_PROJ])
+    path = model_dir / other
+    save_file({**load_file(path), Q_PROJ: torch.zeros(64, 64)}, path)
+    one = make_runner(model_dir)
+    names[Q_PROJ] = other
+    index_path.write_text(json.dumps(content))
+    two = make_runner(model_dir)
+    assert not torch.equal(logits(one), logits(two)) and one.model_digest != two.model_digest
 
 
 def test_the_digest_covers_config_and_weights(

@@ -16,7 +16,7 @@ from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.openai.app import build_app
 from baton.services.gateway.openai.endpoint import HttpEndpoint
 from baton.services.gateway.tokenizer import TextCodec
-from baton.shared.engine.config import ModelConfig
+from baton.shared.model_files.info import ModelInfo
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
@@ -30,7 +30,7 @@ class NullFrontend(Frontend):
         self.cluster = cast(Cluster, _NullCluster())
         self.codec = codec
         self.identify = ask_nobody
-        self.model = cast(ModelConfig, None)
+        self.model = cast(ModelInfo, None)
         self.model_name = "null"
         self.metrics = GatewayMetrics(self.model_name)
         self.num_in_flight = 0

@@ -21,8 +21,8 @@ from baton.services.gateway.links import (
     follow_prefill,
 )
 from baton.services.gateway.router import WorkerSnapshot
-from baton.shared.engine.config import ModelConfig
 from baton.shared.kv.capacity import Capacity, GroupShare
+from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import DigestMismatch, Draining, WorkerLost
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, channel_options
 from baton.v1 import (
@@ -125,7 +125,7 @@ async def channel(worker: Worker) -> AsyncIterator[grpc.aio.Channel]:
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
-    cluster = Cluster("redis://unused", "test", incarnation="g", model=cast(ModelConfig, None))
+    cluster = Cluster("redis://unused", "test", incarnation="g", model=cast(ModelInfo, None))
     yield cluster
     await cluster.close()
 

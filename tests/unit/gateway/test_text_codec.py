@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders
 
 from baton.services.gateway.tokenizer import TextCodec
-from baton.shared.engine.config import ModelError
+from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField
 
 

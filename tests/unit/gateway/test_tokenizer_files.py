@@ -17,7 +17,7 @@ from transformers.models.auto.tokenization_auto import (
 
 from baton.services.gateway.tokenizer_classes import _GENERIC, CLASS_OF_MODEL_TYPE, DEFAULTS
 from baton.services.gateway.tokenizer_files import load_tokenizer
-from baton.shared.engine.config import ModelError
+from baton.shared.model_files.fields import ModelError
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -13,8 +13,8 @@ import pytest
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
 from baton.services.gateway.turns import Turn, Turns
-from baton.shared.engine.config import ModelConfig
 from baton.shared.kv.capacity import Capacity, GroupShare
+from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import InvalidField
 
 LATE_S = 0.5
@@ -50,7 +50,7 @@ class Pair(Cluster):
             "redis://unused",
             "test",
             incarnation="g",
-            model=cast(ModelConfig, None),
+            model=cast(ModelInfo, None),
             local_prefill=LocalPrefill(1000, 0.5, late_after_s),
         )
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from baton.shared.engine.config import EngineConfig, load_model_config
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.engine.models import llama
+from tests.weights import weight_shapes
 
 MakeRunner = Callable[[int], ModelRunner]
 BLOCK_SIZE = 4
@@ -48,7 +48,7 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
         name: torch.ones(shape)
         if len(shape) == 1
         else torch.randn(shape, generator=generator) * 0.5
-        for name, shape in llama.tensor_shapes(load_model_config(directory)).items()
+        for name, shape in weight_shapes(directory).items()
     }
     save_file(weights, directory / "model.safetensors")
     return lambda num_blocks: _runner(directory, num_blocks)

@@ -1,0 +1,234 @@
+"""Linear layers: what a model asks for, what a checkpoint holds, and what is computed with.
+
+    LinearSpec    a model's wish: parts side by side, how ranks share them
+        │ stored_as     by part: plain numbers, or numbers with scales of their own
+        ▼
+    expand        each part in the activations' dtype, this rank's share of it, one under another
+        │ Operations.pack_linear
+        ▼
+    Linear        what `linear`, `norm_linear` and `norm_gate_up` take; models never look inside
+
+A form of weights that is computed as it is stored becomes a kind of `Linear` of its own, made by
+`Operations.load_linear` from the same parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from baton.shared.engine.weight_headers import Header
+from baton.shared.model_files.fields import ModelError
+
+FLOATS = ("F32", "F16", "BF16")
+"""What plain weights, biases, norms and scales may be stored as."""
+_SCALED = ("I8", "F8_E4M3")
+_PACKED = ("qweight", "weight_packed")
+_WHOLE = slice(None)
+
+
+class Split(Enum):
+    """How tensor-parallel ranks share a layer."""
+
+    REPLICATED = "replicated"
+    COLUMNS = "columns"
+    """Each has some of the outputs, for all inputs."""
+    ROWS = "rows"
+    """Each has all outputs, for some of the inputs; the results are added up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which of the ranks this is."""
+
+    rank: int = 0
+    size: int = 1
+    all_reduce: Callable[[Tensor], object] | None = None
+    """Replaces a tensor by the sum of all ranks' tensors; needed from two ranks on."""
+
+    def share(self, size: int, unit: int) -> slice:
+        """This rank's part of `size` outputs or inputs, which come in units that stay whole.
+
+        With fewer units than ranks, neighbouring ranks have the same one.
+
+        Raises:
+            ModelError: the units cannot be divided evenly.
+        """
+        num_units = size // unit
+        if num_units % self.size == 0:
+            num_own = num_units // self.size
+            first = self.rank * num_own
+        elif self.size % num_units == 0:
+            num_own, first = 1, self.rank // (self.size // num_units)
+        else:
+            raise ModelError(f"{num_units} units cannot be shared by {self.size} ranks")
+        return slice(first * unit, (first + num_own) * unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Outputs that a checkpoint keeps in one place: a module of it, or some rows of one."""
+
+    module: str
+    """Its tensors are called `module` and a suffix: .weight, .bias, .weight_scale."""
+    num_out: int
+    has_bias: bool = False
+    first: int = 0
+    """The module's row that is this part's first."""
+    module_out: int | None = None
+    """Rows of the whole module; None: there are no others."""
+    unit: int = 1
+    """Ranks share the outputs in runs of so many, as a head."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """A layer as a model wants it: its parts' outputs stand side by side."""
+
+    num_in: int
+    parts: tuple[Part, ...]
+    split: Split = Split.REPLICATED
+    in_unit: int = 1
+    """Ranks share the inputs in runs of so many."""
+
+
+class PartReader(Protocol):
+    """What `expand` needs of whoever loads a model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The activations'."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """config.json says that linear layers come as 8-bit numbers with scales."""
+
+    def header(self, name: str) -> Header | None:
+        """None: nothing of that name is stored."""
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+        """As it is stored, on the device that computes."""
+
+    def read_float(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+        """In the activations' dtype."""
+
+    def error(self, name: str, reason: str) -> ModelError: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One matrix in the activations' dtype. Further kinds of layers join here."""
+
+    weight: Tensor
+    """[num_out, num_in], in whatever form the operations packed it."""
+    bias: Tensor | None
+    """[num_out]"""
+    num_out: int
+    num_in: int
+    all_reduce: Callable[[Tensor], object] | None = None
+    """Of a layer split by rows: adds up the ranks' products, before bias and residual."""
+
+    @property
+    def num_bytes(self) -> int:
+        num_numbers = self.num_out * (self.num_in + (self.bias is not None))
+        return num_numbers * self.weight.dtype.itemsize
+
+
+def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+    """This rank's weight [out, in] and bias [out], in the activations' dtype.
+
+    Parts without a bias beside parts with one get zeros.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape, or a form that is not served.
+    """
+    columns = _WHOLE
+    if spec.split is Split.ROWS:
+        columns = ranks.share(spec.num_in, spec.in_unit)
+    rows = [_rows(part, spec.split, ranks) for part in spec.parts]
+    weight = _joined(
+        [
+            _weight(part, spec.num_in, own, columns, reader)
+            for part, own in zip(spec.parts, rows, strict=True)
+        ]
+    )
+    if not any(part.has_bias for part in spec.parts):
+        return weight, None
+    biases = [_bias(part, own, reader) for part, own in zip(spec.parts, rows, strict=True)]
+    return weight, _joined(biases).to(weight.device)
+
+
+def _rows(part: Part, split: Split, ranks: Ranks) -> slice:
+    """Of the part's module, what this rank has."""
+    own = slice(0, part.num_out)
+    if split is Split.COLUMNS:
+        own = ranks.share(part.num_out, part.unit)
+    rows = slice(part.first + own.start, part.first + own.stop)
+    return _WHOLE if rows == slice(0, _module_out(part)) else rows
+
+
+def _module_out(part: Part) -> int:
+    return part.num_out if part.module_out is None else part.module_out
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _bias(part: Part, rows: slice, reader: PartReader) -> Tensor:
+    num_rows = len(range(_module_out(part))[rows])
+    if not part.has_bias:
+        return torch.zeros(num_rows, dtype=reader.dtype)
+    which = () if rows == _WHOLE else (rows,)
+    return reader.read_float(f"{part.module}.bias", (_module_out(part),), which)
+
+
+def _weight(part: Part, num_in: int, rows: slice, columns: slice, reader: PartReader) -> Tensor:
+    """Rows and columns of a module's weight [module_out, num_in]."""
+    name = f"{part.module}.weight"
+    shape = (_module_out(part), num_in)
+    for suffix in _PACKED:
+        packed = f"{part.module}.{suffix}"
+        if reader.header(packed) is not None:
+            raise reader.error(packed, "weights of less than 8 bits are not supported")
+    which = () if rows == columns == _WHOLE else (rows, columns)
+    header = reader.header(name)
+    if header is None or header.dtype not in _SCALED:
+        return reader.read_float(name, shape, which)
+    if not reader.is_quantized:
+        reason = f"dtype {header.dtype}, but config.json has no quantization_config"
+        raise reader.error(name, reason)
+    scale = _scale(f"{part.module}.weight_scale", shape, rows, columns, reader)
+    # In the scale's dtype and rounded once, as those who made the numbers do it.
+    return (reader.read(name, shape, which).to(scale.dtype) * scale).to(reader.dtype)
+
+
+def _scale(
+    name: str, shape: tuple[int, int], rows: slice, columns: slice, reader: PartReader
+) -> Tensor:
+    """One scale for all of a weight of that shape, or one a row, or one for each of equal runs of
+    a row's numbers; in a shape that multiplies the weight's rows and columns."""
+    header = reader.header(name)
+    if header is None:
+        raise reader.error(name, "missing tensor, though the weight is of 8 bits")
+    if header.dtype not in FLOATS:
+        raise reader.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
+    scale = reader.read(name, header.shape)
+    if not scale.is_meta and not bool(scale.isfinite().all()):
+        raise reader.error(name, "holds what is no number")
+    if scale.numel() == 1 and scale.dim() <= 1:
+        return scale
+    num_out, num_in = shape
+    if scale.dim() != 2 or scale.shape[0] != num_out or num_in % max(1, scale.shape[1]):
+        raise reader.error(
+            name, f"shape {list(header.shape)} does not fit a weight of {list(shape)}"
+        )
+    scale = scale[rows]
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(num_in // scale.shape[1], 1)[:, columns]

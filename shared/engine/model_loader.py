@@ -1,0 +1,215 @@
+"""Gives a model what it is made of: from a checkpoint to the device, or on paper.
+
+A model type's constructor names each part once. Run with a loader on the device `meta` it reads
+nothing, and finds what is missing, what has another shape, and how many bytes the layers will take
+(`plan_model`); run with one on a real device, it loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baton.shared.engine.linear import FLOATS, Linear, LinearSpec
+from baton.shared.engine.models.model_config import ModelConfig, RopeConfig
+from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope import rope_tables
+from baton.shared.engine.operations import Norm, Operations
+from baton.shared.engine.steps import Model
+from baton.shared.engine.weight_headers import Header
+from baton.shared.engine.weights import WeightSource
+from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
+from baton.shared.model_files.fields import ModelError
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
+
+_META = torch.device("meta")
+
+
+class ModelLoader:
+    """
+    Attributes:
+        dtype: of activations, and of weights that are not computed in a form of their own.
+        places: by layer, its cache group and its place among the layers of a block of that group.
+        taken: shape of each tensor that was read.
+        linear_shapes: [out, in] of each layer as it is computed here.
+        num_bytes: of all that was loaded.
+    """
+
+    def __init__(
+        self,
+        ops: Operations,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_positions: int,
+        is_quantized: bool,
+        groups: Sequence[CacheGroup] = (),
+        on_read: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`num_positions`: length of rope tables."""
+        self.ops = ops
+        self.dtype = dtype
+        self.places = places_of_layers(groups)
+        self.is_quantized = is_quantized
+        self.taken: dict[str, tuple[int, ...]] = {}
+        self.linear_shapes: set[tuple[int, int]] = set()
+        self.num_bytes = 0
+        self._source = source
+        self._device = device
+        self._num_positions = num_positions
+        self._on_read = on_read
+
+    def embedding(self, module: str, num_rows: int, size: int) -> Tensor:
+        """[num_rows, size]"""
+        return self._counted(self.read_float(f"{module}.weight", (num_rows, size)))
+
+    def norm(self, module: str, size: int, eps: float) -> Norm:
+        return Norm(self._counted(self.read_float(f"{module}.weight", (size,))), eps)
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        layer = self.ops.load_linear(spec, self)
+        self.num_bytes += layer.num_bytes
+        self.linear_shapes.add((layer.num_out, layer.num_in))
+        return layer
+
+    def tied_head(self, module: str, embedding: Tensor) -> Linear:
+        """A head of the embedding's weights. A checkpoint that says so and yet has another weight
+        there is taken at its weight, as transformers does."""
+        name = f"{module}.weight"
+        weight = embedding
+        if self.header(name) is not None:
+            own = self.read_float(name, tuple(embedding.shape))
+            if not own.is_meta and not torch.equal(own, embedding):
+                log_event(
+                    logger,
+                    logging.WARNING,
+                    "tied embeddings are not: the file has a head of its own, which is used",
+                    tensor=name,
+                )
+                weight = own
+        head = self.ops.pack_linear(weight)
+        self.linear_shapes.add((head.num_out, head.num_in))
+        return head
+
+    def rope(self, config: RopeConfig, head_dim: int) -> Any:
+        """A table for `Operations.take_rope`."""
+        where = _META if self._device == _META else torch.device("cpu")
+        cos, sin = rope_tables(config, head_dim, self._num_positions, where)
+        return self.ops.pack_rope(cos.to(self._device), sin.to(self._device), self.dtype)
+
+    # For whoever makes linear layers
+
+    def header(self, name: str) -> Header | None:
+        return self._source.header(name)
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+        return self._read(name, shape, None, part)
+
+    def read_float(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+        header = self.header(name)
+        if header is not None and header.dtype not in FLOATS:
+            raise self.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
+        return self._read(name, shape, self.dtype, part)
+
+    def error(self, name: str, reason: str) -> ModelError:
+        return ModelError(f"{self._source.where(name)}: {name}: {reason}")
+
+    def _read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None,
+        part: tuple[slice, ...],
+    ) -> Tensor:
+        tensor = self._source.read(name, shape, self._device, dtype, part)
+        self.taken[name] = shape
+        self._on_read()
+        return tensor
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        self.num_bytes += tensor.nbytes
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What loading a model will do."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of the tensors that it reads."""
+    linear_shapes: frozenset[tuple[int, int]]
+    """[out, in] of each linear layer as it is computed here."""
+    num_bytes: int
+    """Of the layers, as they will be on the device."""
+    num_reads: int
+
+
+def plan_model(
+    model_type: ModelType,
+    config: ModelConfig,
+    groups: Sequence[CacheGroup],
+    source: WeightSource,
+    ops: Operations,
+    dtype: torch.dtype,
+) -> ModelPlan:
+    """Builds the model on paper.
+
+    Raises:
+        ModelError: the source lacks or misshapes a tensor, or has it in a form that is not served.
+    """
+    num_reads = 0
+
+    def count() -> None:
+        nonlocal num_reads
+        num_reads += 1
+
+    load = ModelLoader(
+        ops,
+        source,
+        dtype=dtype,
+        device=_META,
+        num_positions=1,
+        is_quantized=config.is_quantized,
+        groups=groups,
+        on_read=count,
+    )
+    model_type.build(config, load)
+    return ModelPlan(load.taken, frozenset(load.linear_shapes), load.num_bytes, num_reads)
+
+
+def load_model(
+    model_type: ModelType,
+    config: ModelConfig,
+    groups: Sequence[CacheGroup],
+    source: WeightSource,
+    ops: Operations,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_positions: int,
+    on_read: Callable[[], None],
+) -> Model:
+    """Builds the model on its device; `on_read` is called `ModelPlan.num_reads` times.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    load = ModelLoader(
+        ops,
+        source,
+        dtype=dtype,
+        device=device,
+        num_positions=num_positions,
+        is_quantized=config.is_quantized,
+        groups=groups,
+        on_read=on_read,
+    )
+    return model_type.build(config, load)

@@ -1,0 +1,224 @@
+"""A model's config.json, normalised once: sizes, and by layer what attention does.
+
+A type's file (llama.py) reads its own fields with what stands here. The rule for every field: it is
+refused where the type's code in transformers reads it and the engine does not compute what it says.
+All others are left unread, and named in one log line (registry.py). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from baton.shared.engine.models.quantization import read_quantization
+from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
+from baton.shared.model_files.fields import Fields, shown
+from baton.shared.model_files.info import read_model_info
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding; the four llama3 fields are meaningful for that type only."""
+
+    theta: float
+    rope_type: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """The attention of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    window: int | None = None
+    """A token sees itself and the `window` − 1 tokens before it; None: all."""
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        if self.window is None:
+            return Full(self.num_kv_heads, self.head_dim)
+        return Sliding(self.num_kv_heads, self.head_dim, self.window)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What every decoder has; a type that has more adds it in a class of its own."""
+
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    hidden_size: int
+    intermediate_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    dtype: str | None
+    """Of the checkpoint's weights, as its authors say."""
+    is_quantized: bool
+    """Linear layers may come as 8-bit numbers with scales."""
+    layers: tuple[AttentionConfig, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads, the same number in every layer."""
+        [num_heads] = {layer.num_heads for layer in self.layers}
+        return num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """The largest of all layers."""
+        return max(layer.head_dim for layer in self.layers)
+
+    @property
+    def cache_specs(self) -> list[CacheSpec]:
+        """What each layer caches."""
+        return [layer.cache_spec for layer in self.layers]
+
+
+def read_decoder(
+    fields: Fields, *, max_position_embeddings: int, tie_word_embeddings: bool = False
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that all types spell alike, but for `layers`.
+
+    The arguments are the type's own defaults.
+    """
+    for name, neutral in _READ_BY_EVERY_TYPE.items():
+        fields.only(name, *neutral)
+    values = asdict(read_model_info(fields))
+    if values["max_position_embeddings"] is None:
+        values["max_position_embeddings"] = max_position_embeddings
+    return {
+        **values,
+        "hidden_size": fields.integer("hidden_size"),
+        "intermediate_size": fields.integer("intermediate_size"),
+        "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
+        "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=tie_word_embeddings),
+        "dtype": _dtype(fields),
+        "is_quantized": read_quantization(fields),
+    }
+
+
+_READ_BY_EVERY_TYPE: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "per_layer_config": ({},),
+    "kv_sharing_modes": (),
+}
+"""Fields that transformers reads for any decoder, with the values that change nothing."""
+
+
+def read_heads(
+    fields: Fields, hidden_size: int, *, num_kv_heads: int | None = None
+) -> dict[str, int]:
+    """`num_heads`, `num_kv_heads` and `head_dim` of an `AttentionConfig`.
+
+    Args:
+        num_kv_heads: the type's default for a missing field; None, and null in the file, mean
+            as many as query heads.
+    """
+    num_heads = fields.integer("num_attention_heads")
+    if num_kv_heads is None or fields.has("num_key_value_heads"):
+        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(
+            "num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} attention heads"
+        )
+    if fields.get("head_dim") is None and hidden_size % num_heads:
+        raise fields.error("hidden_size", f"{hidden_size} is not divisible by {num_heads} heads")
+    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"rotary embedding needs an even size, not {head_dim}")
+    return {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+
+
+def read_layer_types(fields: Fields, num_layers: int) -> list[str] | None:
+    """`layer_types`, one per layer: full_attention or sliding_attention; None: not in the file."""
+    types = fields.strings("layer_types")
+    if types is None:
+        return None
+    types = [_LAYER_TYPES.get(each, each) for each in types]
+    for each in types:
+        if each not in _LAYER_TYPES.values():
+            raise fields.error("layer_types", f"{shown(each)} is not supported")
+    if len(types) != num_layers:
+        raise fields.error(
+            "layer_types", f"has {len(types)} entries for {num_layers} hidden layers"
+        )
+    return types
+
+
+_LAYER_TYPES = {
+    "attention": "full_attention",
+    "full_attention": "full_attention",
+    "sliding_attention": "sliding_attention",
+}
+
+
+def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
+    """Rotary embedding of all layers, in whichever spelling."""
+    fields.only("partial_rotary_factor", 1, 1.0)
+    given = [
+        (name, rope)
+        for name in ("rope_scaling", "rope_parameters")
+        if fields.get(name) not in (None, {}) and (rope := fields.object(name)) is not None
+    ]
+    read = [_rope(fields, rope, max_position_embeddings) for _, rope in given]
+    if not read:
+        return _rope(fields, Fields(fields.path, {}), max_position_embeddings)
+    if len(set(read)) > 1:
+        raise fields.error("rope_scaling", "contradicts rope_parameters")
+    return read[0]
+
+
+def _rope(fields: Fields, rope: Fields, max_position: int) -> RopeConfig:
+    theta = fields.number("rope_theta", default=10000.0)
+    if rope.get("rope_theta") is not None:
+        own = rope.number("rope_theta")
+        if fields.get("rope_theta") is not None and own != theta:
+            raise rope.error("rope_theta", f"{own} contradicts rope_theta {theta}")
+        theta = own
+    rope.only("partial_rotary_factor", 1, 1.0)
+    # One rope for each of these kinds of layers.
+    for kind in sorted(set(_LAYER_TYPES.values())):
+        rope.only(kind)
+    legacy_type = rope.get("type")
+    rope_type = rope.get("rope_type") or legacy_type or "default"
+    if rope_type == "llama3":
+        original = rope.integer("original_max_position_embeddings", default=max_position)
+        result = RopeConfig(
+            theta=theta,
+            rope_type=rope_type,
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_max_position=fields.integer(
+                "original_max_position_embeddings", default=original
+            ),
+        )
+        if result.high_freq_factor <= result.low_freq_factor:
+            raise rope.error("high_freq_factor", "must be greater than low_freq_factor")
+        return result
+    is_neutral = rope_type in ("linear", "dynamic") and rope.number("factor") == 1
+    if rope_type != "default" and not is_neutral:
+        raise rope.error(
+            "rope_type", f"only 'default' and 'llama3' are supported, not {shown(rope_type)}"
+        )
+    return RopeConfig(theta=theta, rope_type="default")
+
+
+def _dtype(fields: Fields) -> str | None:
+    new, old = fields.get("dtype"), fields.get("torch_dtype")
+    value = new if new is not None else old
+    if value is not None and not isinstance(value, str):
+        raise fields.error("dtype", f"must be a string, not {shown(value)}")
+    return value

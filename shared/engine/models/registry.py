@@ -1,0 +1,63 @@
+"""The model types that the engine serves, by the `model_type` of config.json."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from baton.shared.engine.models.llama import LLAMA
+from baton.shared.engine.models.mistral import MISTRAL
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.model_type import ModelType
+from baton.shared.model_files.fields import shown
+from baton.shared.model_files.info import open_config
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {each.name: each for each in (LLAMA, MISTRAL)}
+_BOOKKEEPING = frozenset(
+    """
+    _attn_implementation_autoset _name_or_path architectures attention_dropout bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range label2id length_penalty max_length min_length name_or_path num_labels
+    output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type
+    return_dict sep_token_id task_specific_params tokenizer_class torchscript
+    transformers_version unsloth_fixed unsloth_version use_cache
+    """.split()
+)
+"""What every file may hold, and what is not worth a line in the log."""
+
+
+def register(model_type: ModelType) -> None:
+    """Adds a type, or takes the place of one of that name."""
+    _TYPES[model_type.name] = model_type
+
+
+def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
+    """Reads a Hugging Face directory's config.json and generation_config.json.
+
+    Fields that the type does not read are named in one log line.
+
+    Raises:
+        ModelError: no such directory or file, bad JSON, a wrong type, or a field whose value is not
+            computed here.
+    """
+    fields = open_config(model_dir)
+    name = fields.string("model_type")
+    model_type = _TYPES.get(name)
+    if model_type is None:
+        known = ", ".join(sorted(_TYPES))
+        raise fields.error("model_type", f"{shown(name)} is not supported; supported are {known}")
+    config = model_type.configure(fields)
+    ignored = fields.unread(_BOOKKEEPING)
+    if ignored:
+        log_event(
+            logger,
+            logging.INFO,
+            "fields of the model's config that change nothing here are ignored",
+            file=str(fields.path),
+            fields=" ".join(sorted(ignored)),
+        )
+    return model_type, config

@@ -1,0 +1,107 @@
+"""What every process reads of a model directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.shared.model_files.fields import Fields, ModelError
+from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
+
+BASE: dict[str, Any] = {
+    "model_type": "whatever",
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
+def write(model_dir: Path, **changes: Any) -> Path:
+    (model_dir / "config.json").write_text(json.dumps({**BASE, **changes}))
+    return model_dir
+
+
+def test_nothing_is_said_of_arithmetic(tmp_path: Path) -> None:
+    """The gateway serves whatever its workers compute."""
+    write(tmp_path, hidden_act="swirl", quantization_config={"quant_method": "gptq"})
+    assert load_model_info(tmp_path) == ModelInfo("whatever", 320, 512, (2,), 1)
+    write(tmp_path, max_position_embeddings=None, eos_token_id=None, bos_token_id=None)
+    assert load_model_info(tmp_path) == ModelInfo("whatever", 320, None, (), None)
+
+
+def test_a_model_is_called_as_its_directory_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "4f2a91").mkdir()
+    (tmp_path / "tale").symlink_to("4f2a91")
+    monkeypatch.chdir(tmp_path)
+    for given in ("tale", "tale/", "./tale", "4f2a91/../tale", str(tmp_path / "tale")):
+        assert served_name(Path(given)) == "tale"
+    monkeypatch.chdir(tmp_path / "4f2a91")
+    assert served_name(Path()) == "4f2a91"
+
+
+def test_end_of_sequence_ids_come_from_the_generation_config(tmp_path: Path) -> None:
+    write(tmp_path)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"eos_token_id": [7, 9]}')
+    assert load_model_info(tmp_path).eos_token_ids == (7, 9)
+    generation.write_text('{"temperature": 0.6}')
+    assert load_model_info(tmp_path).eos_token_ids == (2,)
+    generation.write_text('{"eos_token_id": 320}')
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id: .* outside"):
+        load_model_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model_type": None}, "model_type"),
+        ({"model_type": 3}, "model_type"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"max_position_embeddings": 512.5}, "max_position_embeddings"),
+        ({"eos_token_id": 320}, "eos_token_id"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"bos_token_id": -1}, "bos_token_id"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], field: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_model_info(write(tmp_path, **changes))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'config.json'}: {field}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", '{"a": ' + "[" * 10**5])
+def test_a_file_that_is_not_a_json_object(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"config\.json: ") as caught:
+        load_model_info(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_or_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: no such model directory"):
+        load_model_info(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"config\.json: no such file"):
+        load_model_info(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -1e-3, float("nan"), float("inf"), 10**400, "1", True])
+def test_a_number_is_finite_and_positive(value: Any) -> None:
+    with pytest.raises(ModelError, match=r"^x\.json: y: must be "):
+        Fields(Path("x.json"), {"y": value}).number("y")
+
+
+def test_fields_that_nobody_asked_for_are_named_with_their_place() -> None:
+    fields = Fields(Path("x.json"), {"a": 1, "b": {"c": 2, "d": 3}, "e": None, "f": 0, "g": {}})
+    assert fields.integer("a") == 1
+    inner = fields.object("b")
+    assert inner is not None and inner.integer("c") == 2
+    assert fields.unread(harmless=["f"]) == ["g", "b.d"]
