@@ -15,6 +15,7 @@ from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.drain import drain
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.app import build_app
+from baton.services.gateway.openai.cors import allow_origins, origins
 from baton.services.gateway.openai.endpoint import HttpEndpoint
 from baton.services.gateway.router import LocalPrefill
 from baton.services.gateway.server import InferenceServicer
@@ -60,6 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="port of the OpenAI endpoint; 0 picks one; default: none",
     )
     add_flag(parser, "--http-host", type=str, help="address of it; default: that of --host")
+    add_flag(
+        parser,
+        "--cors-allow-origin",
+        type=origins,
+        metavar="ORIGIN[,ORIGIN]",
+        help="web pages that may ask over HTTP, such as https://app.example; *: all; default: none",
+    )
     add_switch(parser, "--reuse-port", help="share the ports with other gateways of this host")
     add_flag(
         parser,
@@ -155,7 +163,8 @@ async def serve(args: argparse.Namespace, model: ModelInfo, codec: TextCodec | N
     )
     http = None
     if args.http_port is not None:
-        http = HttpEndpoint(build_app(frontend), on_refused=frontend.metrics.http_refused)
+        app = allow_origins(build_app(frontend), args.cors_allow_origin)
+        http = HttpEndpoint(app, on_refused=frontend.metrics.http_refused)
     metrics = None
     try:
         if args.metrics_port is not None:

@@ -3,7 +3,7 @@
     not serving ─► alone: new requests are refused
                    behind shared ports: new connections go to the others; requests that still
                    come on old ones are answered, until clients have been told to connect anew
-                ─► running answers finish ─► closed
+                ─► running answers finish ─► what still runs is told so ─► closed
 
 All of it within a limited time.
 """
@@ -54,6 +54,8 @@ async def drain(
         while time.monotonic() < left_at and endpoint.has_connections() and not is_orphaned():
             await asyncio.sleep(_LEAVING_POLL_S)
         await _until_quiet(frontend, _LINGER_S, give_up_at)
+    frontend.cut_off()
+    await _until_quiet(frontend, 0.0, time.monotonic() + _STOP_GRACE_S)
     await endpoint.stop(_STOP_GRACE_S)
     if http is not None:
         await http.stop()

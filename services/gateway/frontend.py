@@ -62,6 +62,8 @@ class Frontend:
         """From then on `generate` refuses; what runs goes on."""
         self._eos_token_ids = _eos_token_ids(model, codec)
         self._request_numbers = count(1)
+        self._running: set[asyncio.Timeout] = set()
+        self._is_cut_off = False
 
     async def generate(
         self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
@@ -84,19 +86,32 @@ class Frontend:
             eos_token_ids=self._eos_token_ids,
             counters=self.counters,
             metrics=self.metrics,
+            is_cut_off=lambda: self._is_cut_off,
         )
         self.num_in_flight += 1
+        limit = asyncio.timeout(time_left_s)
         try:
-            async with asyncio.timeout(time_left_s), aclosing(responses):
+            async with limit, aclosing(responses):
+                self._running.add(limit)
                 async for response in responses:
                     yield response
         except TimeoutError:
+            if self._is_cut_off:
+                raise Draining("the gateway shut down before the answer was whole") from None
             raise DeadlineExceeded("the request's deadline has passed") from None
         except (asyncio.CancelledError, GeneratorExit):
             self.counters["cancelled"] += 1
             raise
         finally:
+            self._running.discard(limit)
             self.num_in_flight -= 1
+
+    def cut_off(self) -> None:
+        """The end of a drain: what still runs ends with Draining, and nothing else begins."""
+        self.is_draining = self._is_cut_off = True
+        for limit in self._running:
+            if not limit.expired():
+                limit.reschedule(0.0)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Raises InvalidField, NoTokenizer."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from baton.services.gateway.admission import AdmittedRequest, admit
@@ -59,13 +59,14 @@ async def generate(
     eos_token_ids: frozenset[int],
     counters: Counters,
     metrics: GatewayMetrics,
+    is_cut_off: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
-    """Everything that happens to a request, in order.
+    """Everything that happens to a request, in order. `is_cut_off`: see RequestReport.
 
     Raises a BatonError; nothing has been allocated anywhere when it is an InvalidField.
     """
     arrived_at = time.monotonic()
-    with RequestReport(request_id, arrived_at, deadline, metrics) as report:
+    with RequestReport(request_id, arrived_at, deadline, metrics, is_cut_off=is_cut_off) as report:
         encode = codec.encode_async if codec else None
         admitted = await admit(
             request,

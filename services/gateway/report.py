@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.shared.kv.sequence import FinishReason
-from baton.shared.rpc.errors import BatonError
+from baton.shared.rpc.errors import BatonError, Draining
 from baton.shared.telemetry import log_event
 from baton.v1 import error_details_pb2
 
@@ -24,13 +25,21 @@ class RequestReport:
     """A context for the life of one request. An exception that leaves it means: not answered."""
 
     def __init__(
-        self, request_id: str, arrived_at: float, deadline: float | None, metrics: GatewayMetrics
+        self,
+        request_id: str,
+        arrived_at: float,
+        deadline: float | None,
+        metrics: GatewayMetrics,
+        *,
+        is_cut_off: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Moments are seconds on the monotonic clock."""
+        """Moments are seconds on the monotonic clock. `is_cut_off`: whether the gateway itself is
+        what ends requests now."""
         self._request_id = request_id
         self._arrived_at = arrived_at
         self._deadline = deadline
         self._metrics = metrics
+        self._is_cut_off = is_cut_off
         self._generation: Generation | None = None
         self._heard_at = 0.0
         self._has_ended = False
@@ -89,6 +98,8 @@ class RequestReport:
         if isinstance(error, BatonError):
             return error.code.name
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            if self._is_cut_off():
+                return Draining.code.name
             latest = time.monotonic() + _DEADLINE_SLACK_S
             ran_out = self._deadline is not None and latest >= self._deadline
             return "DEADLINE_EXCEEDED" if ran_out else "CANCELLED"

@@ -117,6 +117,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         port=args.port,
         http_port=args.http_port,
         num_gateways=args.gateways,
+        cors_allow_origin=args.cors_allow_origin,
         device=args.device,
         dtype=args.dtype,
         redis_url=args.redis_url,
@@ -221,6 +222,13 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         default=defaults.drain_s,
         metavar="S",
         help="time that running answers get at SIGTERM",
+    )
+    add_flag(
+        gateway,
+        "--cors-allow-origin",
+        type=str,
+        metavar="ORIGIN[,ORIGIN]",
+        help="web pages that may ask over HTTP, such as https://app.example; *: all; default: none",
     )
     add_switch(gateway, "--reflection", help="serve gRPC reflection")
     metrics = parser.add_argument_group("metrics")

@@ -48,6 +48,7 @@ class StackConfig:
     """Of the OpenAI endpoint; None is without."""
     num_gateways: int = 1
     """Behind the same ports."""
+    cors_allow_origin: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     redis_url: str | None = None
@@ -127,6 +128,8 @@ def _gateway_argv(
     argv += ["--cluster", config.cluster, "--host", config.host, "--port", str(port)]
     argv += ["--http-port", "none" if http_port is None else str(http_port)]
     argv += ["--drain-s", f"{config.drain_s:g}"]
+    if config.cors_allow_origin is not None:
+        argv += ["--cors-allow-origin", config.cors_allow_origin]
     if config.num_gateways > 1:
         argv.append("--reuse-port")
     if config.reflection:

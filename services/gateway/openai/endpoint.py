@@ -11,7 +11,7 @@ from functools import partial
 from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from baton.services.gateway.openai.guard import (
     KEEP_ALIVE_S,
@@ -31,7 +31,7 @@ _UNACKNOWLEDGED_MS = 30_000
 
 
 class HttpEndpoint:
-    def __init__(self, app: FastAPI, *, on_refused: OnRefused) -> None:
+    def __init__(self, app: ASGIApp, *, on_refused: OnRefused) -> None:
         """`on_refused` gets the status of each connection's answer that is not `app`'s."""
         # uvicorn would write a line for every bad request that a client likes to send.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
