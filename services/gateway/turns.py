@@ -4,9 +4,9 @@
         while not (there is room and turn.has_come):
             await turn.hold()
 
-A newcomer goes before those that are late, but before nobody else. `wake` is called whenever there
-may be room; it wakes the next one only, so many that wait cost little more than one.
-"""
+A prompt that has just come goes before those that are late, and after all others. `wake` is called
+whenever there may be room; it wakes only the one whose turn it is, so that many that wait cost
+little more than one. """
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _since_s = attrgetter("since_s")
 
 class Turns:
     def __init__(self, late_after_s: float) -> None:
-        """Who waits longer than `late_after_s` goes after all others."""
+        """Those that have waited for longer than `late_after_s` go after all others."""
         self._late_after_s = late_after_s
         self._held: list[Turn] = []
         """Oldest first."""
 
     @contextmanager
     def turn(self) -> Iterator[Turn]:
-        """Waits from now on, in this order once it is held; at the end the next one is woken."""
+        """A turn that counts from now, held or not; when it ends, the next one is woken."""
         turn = Turn(self, time.monotonic())
         try:
             yield turn
@@ -84,16 +84,16 @@ class Turn:
         return self._turns.has_come(self)
 
     async def hold(self) -> None:
-        """Until it may be its turn; whose turn it is instead is woken."""
+        """Waits until its turn may have come. If it is another's turn, that one is woken."""
         self._turns.hold(self)
-        # Before others are looked at: when they have just become late, it wakes itself.
+        # First: if the others have just become late it is this one's turn, and `wake` wakes it.
         self._woken.clear()
         if not self.has_come:
             self._turns.wake()
         await self._woken.wait()
 
     def leave(self) -> None:
-        """It waits for something else than room, and keeps nobody waiting."""
+        """It waits for something other than room now: those behind it need not wait for it."""
         self._turns.leave(self)
 
     def wake(self) -> None:
