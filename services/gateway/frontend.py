@@ -70,7 +70,8 @@ class Frontend:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer, message by message. Closing it, or cancelling who reads it, frees everything.
 
-        Raises a BatonError; InvalidField, NoTokenizer and Draining come before the first message.
+        Raises a BatonError. Draining and NoTokenizer come before the first message; so does
+        InvalidField, unless the last worker that could hold the sequence goes away after it.
         """
         if self.is_draining:
             self.metrics.requests.labels("UNAVAILABLE").inc()

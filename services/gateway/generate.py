@@ -63,7 +63,7 @@ async def generate(
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Everything that happens to a request, in order. `is_cut_off`: see RequestReport.
 
-    Raises a BatonError; nothing has been allocated anywhere when it is an InvalidField.
+    Raises a BatonError. When it is an InvalidField, nothing is allocated anywhere.
     """
     arrived_at = time.monotonic()
     with RequestReport(request_id, arrived_at, deadline, metrics, is_cut_off=is_cut_off) as report:
