@@ -6,7 +6,8 @@
 
 A prompt that has just come goes before those that are late, and after all others. `wake` is called
 whenever there may be room; it wakes only the one whose turn it is, so that many that wait cost
-little more than one. """
+little more than one.
+"""
 
 from __future__ import annotations
 
