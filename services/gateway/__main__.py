@@ -14,6 +14,7 @@ import uvloop
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.drain import drain
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.generation_config import SOURCES, read_default_sampling
 from baton.services.gateway.openai.app import build_app
 from baton.services.gateway.openai.cors import allow_origins, origins
 from baton.services.gateway.openai.endpoint import HttpEndpoint
@@ -24,10 +25,11 @@ from baton.shared.directory.directory import DirectoryMisconfigured
 from baton.shared.metrics import MetricsServer, add_metrics_flag
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
+from baton.shared.rpc.convert import sampling_to_json
 from baton.shared.rpc.flags import add_flag, add_switch, optional_port
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
 from baton.shared.telemetry import add_log_flags, configure_logging, log_event
-from baton.v1 import inference_service_pb2_grpc
+from baton.v1 import inference_service_pb2_grpc, types_pb2
 
 logger = logging.getLogger("gateway")
 
@@ -79,6 +81,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_switch(parser, "--reflection", help="serve gRPC reflection")
     add_flag(
         parser,
+        "--generation-config",
+        type=str,
+        default="auto",
+        choices=SOURCES,
+        help="auto: sampling fields that a request does not set are those of the model's "
+        "generation_config.json; none: that file does not count",
+    )
+    add_flag(
+        parser,
         "--local-prefill-tokens",
         type=int,
         help="queue of a prefill worker, in prompt tokens, from which on a partner of role both "
@@ -127,15 +138,30 @@ def main() -> int:
     try:
         model = load_model_info(args.model)
         codec = TextCodec.load(args.model)
+        default_sampling = types_pb2.SamplingParams()
+        if args.generation_config == "auto":
+            default_sampling = read_default_sampling(args.model, model.vocab_size)
     except ModelError as error:
         sys.stderr.write(f"baton gateway: {error}\n")
         return 2
-    return uvloop.run(serve(args, model, codec))
+    return uvloop.run(serve(args, model, codec, default_sampling))
 
 
-async def serve(args: argparse.Namespace, model: ModelInfo, codec: TextCodec | None) -> int:
+async def serve(
+    args: argparse.Namespace,
+    model: ModelInfo,
+    codec: TextCodec | None,
+    default_sampling: types_pb2.SamplingParams,
+) -> int:
     """Until a signal; returns the exit status."""
     stop = stop_event()
+    if default_sampling.ListFields():
+        log_event(
+            logger,
+            logging.INFO,
+            "sampling defaults of generation_config.json apply",
+            **sampling_to_json(default_sampling),
+        )
     incarnation = secrets.token_hex(16)
     cluster = Cluster(
         args.redis_url,
@@ -150,6 +176,7 @@ async def serve(args: argparse.Namespace, model: ModelInfo, codec: TextCodec | N
         model=model,
         model_name=args.model_name,
         incarnation=incarnation,
+        default_sampling=default_sampling,
     )
     connection_age_s = args.connection_age_s if args.reuse_port else None
     endpoint = Endpoint(

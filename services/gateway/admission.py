@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from baton.services.gateway.identity import ANONYMOUS, Identity
 from baton.shared.rpc.convert import given_fields, sampling_from_pb
@@ -34,6 +34,16 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDefaults:
+    """What the model's own files say for requests that do not say otherwise."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+    """Become stop tokens, unless a request ignores them."""
+    sampling: types_pb2.SamplingParams = field(default_factory=types_pb2.SamplingParams)
+    """Fields that it has are for requests that lack them."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdmittedRequest:
     """A request whose every field holds."""
 
@@ -49,19 +59,21 @@ async def admit(
     limits: Limits,
     *,
     encode: Encode | None,
-    eos_token_ids: frozenset[int] = frozenset(),
+    defaults: ModelDefaults = ModelDefaults(),
     identity: Identity = ANONYMOUS,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
 ) -> AdmittedRequest:
     """Awaits nothing but `encode`, and that only when all else about the request holds.
 
-    `encode` turns a prompt into token ids; None when the model has no tokenizer. `eos_token_ids`
-    become stop tokens of the request, unless it ignores them.
+    `encode` turns a prompt into token ids; None when the model has no tokenizer.
 
     Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one.
     """
     _check_sampling(request.sampling, limits, has_tokenizer=encode is not None)
-    params = sampling_from_pb(request.sampling)
+    sampling = types_pb2.SamplingParams()
+    sampling.CopyFrom(defaults.sampling)
+    sampling.MergeFrom(request.sampling)
+    params = sampling_from_pb(sampling)
     received = tuple(request.received_token_ids)
     check_token_ids("received_token_ids", received, limits)
     has_seed = request.sampling.HasField("seed")
@@ -71,13 +83,16 @@ async def admit(
 
     prompt_field = request.WhichOneof("prompt") or "prompt"
     prompt = await _prompt_token_ids(request, limits, encode)
-    max_tokens = _check_lengths(prompt_field, len(prompt), request.sampling, limits)
+    default_max_tokens = defaults.sampling.max_tokens or limits.default_max_tokens
+    max_tokens = _check_lengths(prompt_field, len(prompt), request, limits, default_max_tokens)
     if len(received) > max_tokens:
         problem = f"has {len(received)} tokens, more than the whole answer"
         raise InvalidField("received_token_ids", problem, limit=f"max_tokens, {max_tokens}")
 
     seed = params.seed if has_seed else draw_seed()
-    ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
+    ends = params.stop_token_ids
+    if not params.ignore_eos:
+        ends |= defaults.eos_token_ids
     params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
     return AdmittedRequest(prompt, params, received, identity)
 
@@ -85,12 +100,12 @@ async def admit(
 def _check_sampling(
     sampling: types_pb2.SamplingParams, limits: Limits, *, has_tokenizer: bool
 ) -> None:
-    for field, value in given_fields(sampling):
-        name = f"sampling.{field.name}"
-        if field.kind is Kind.TEXTS and not has_tokenizer:
+    for given, value in given_fields(sampling):
+        name = f"sampling.{given.name}"
+        if given.kind is Kind.TEXTS and not has_tokenizer:
             raise NoTokenizer(f"{name} needs text, and the model has no tokenizer")
-        if field.limit is not None:
-            _refuse(name, field.limit(value, limits.vocab_size))
+        if given.limit is not None:
+            _refuse(name, given.limit(value, limits.vocab_size))
 
 
 def _refuse(field: str, broken: Broken | None) -> None:
@@ -145,25 +160,25 @@ async def _encoded(text: str, limits: Limits, encode: Encode | None) -> tuple[in
 
 
 def _check_lengths(
-    prompt_field: str, num_prompt: int, sampling: types_pb2.SamplingParams, limits: Limits
+    prompt_field: str,
+    num_prompt: int,
+    request: pb.GenerateRequest,
+    limits: Limits,
+    default_max_tokens: int,
 ) -> int:
     """The answer's number of tokens: the client's, or the default as far as it fits."""
-    room, limit = room_for_answer(num_prompt, limits)
+    length, what = limits.max_model_len, "the model's length"
+    if limits.max_pool_tokens is not None and limits.max_pool_tokens < length:
+        length, what = limits.max_pool_tokens, "the largest block pool"
+    limit = f"prompt and answer together {length}, {what}"
+    room = length - num_prompt
     if room < 1:
         problem = f"has {num_prompt} tokens, which leaves no room for an answer"
-        raise InvalidField(prompt_field, problem, limit=limit)
+        raise InvalidField(prompt_field, problem, limit=limit, context_length=length)
+    sampling = request.sampling
     if not sampling.HasField("max_tokens"):
-        return min(limits.default_max_tokens, room)
-    if sampling.max_tokens > room:
+        return min(default_max_tokens, room)
+    if sampling.max_tokens > room and not request.clamp_max_tokens:
         problem = f"is {sampling.max_tokens}, after a prompt of {num_prompt}"
-        raise InvalidField("sampling.max_tokens", problem, limit=limit)
-    return sampling.max_tokens
-
-
-def room_for_answer(num_prompt: int, limits: Limits) -> tuple[int, str]:
-    """Tokens that fit after a prompt of `num_prompt`, below 1 for none; and what limits them."""
-    if limits.max_pool_tokens is not None and limits.max_pool_tokens < limits.max_model_len:
-        limit = f"prompt and answer together {limits.max_pool_tokens}, the largest block pool"
-        return limits.max_pool_tokens - num_prompt, limit
-    limit = f"prompt and answer together {limits.max_model_len}, the model's length"
-    return limits.max_model_len - num_prompt, limit
+        raise InvalidField("sampling.max_tokens", problem, limit=limit, context_length=length)
+    return min(sampling.max_tokens, room)

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from itertools import count
 from typing import Any
 
-from baton.services.gateway.admission import check_text, check_token_ids
+from baton.services.gateway.admission import ModelDefaults, check_text, check_token_ids
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generate import generate
 from baton.services.gateway.identity import Identify, Identity, ask_nobody
@@ -37,9 +37,11 @@ class Frontend:
         model: ModelInfo,
         model_name: str,
         incarnation: str,
+        default_sampling: types_pb2.SamplingParams | None = None,
         identify: Identify = ask_nobody,
     ) -> None:
-        """`identify`: what both doors ask before anything else of a request is looked at."""
+        """`default_sampling`: its fields are for requests that do not set them. `identify`: what
+        both doors ask before anything else of a request is looked at."""
         self.identify = identify
         self.cluster = cluster
         self.codec = codec
@@ -60,7 +62,9 @@ class Frontend:
         """Shutting down: health says so, before anything is refused."""
         self.is_draining = False
         """From then on `generate` refuses; what runs goes on."""
-        self._eos_token_ids = _eos_token_ids(model, codec)
+        self.defaults = ModelDefaults(
+            _eos_token_ids(model, codec), default_sampling or types_pb2.SamplingParams()
+        )
         self._request_numbers = count(1)
         self._running: set[asyncio.Timeout] = set()
         self._is_cut_off = False
@@ -84,7 +88,7 @@ class Frontend:
             deadline=deadline,
             cluster=self.cluster,
             codec=self.codec,
-            eos_token_ids=self._eos_token_ids,
+            defaults=self.defaults,
             counters=self.counters,
             metrics=self.metrics,
             is_cut_off=lambda: self._is_cut_off,
@@ -156,7 +160,7 @@ class Frontend:
             model_type=self.model.model_type,
             vocab_size=self.model.vocab_size,
             max_model_len=limits.max_model_len,
-            eos_token_ids=sorted(self._eos_token_ids),
+            eos_token_ids=sorted(self.defaults.eos_token_ids),
             has_tokenizer=self.codec is not None,
             block_size=records[0].capability.block_size if records else 0,
         )
@@ -172,6 +176,7 @@ class Frontend:
             directory_reachable=self.cluster.is_directory_reachable,
             workers=self._worker_statuses(),
             counters=self._server_counters(),
+            default_sampling=self.defaults.sampling,
         )
         try:
             for stage, num_entries in (await self.cluster.ledger_counts()).items():

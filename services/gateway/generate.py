@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from baton.services.gateway.admission import AdmittedRequest, admit
+from baton.services.gateway.admission import AdmittedRequest, ModelDefaults, admit
 from baton.services.gateway.attempt import run_attempt
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generation import Generation
@@ -56,7 +56,7 @@ async def generate(
     deadline: float | None,
     cluster: Cluster,
     codec: TextCodec | None,
-    eos_token_ids: frozenset[int],
+    defaults: ModelDefaults,
     counters: Counters,
     metrics: GatewayMetrics,
     is_cut_off: Callable[[], bool] = lambda: False,
@@ -72,7 +72,7 @@ async def generate(
             request,
             cluster.limits(),
             encode=encode,
-            eos_token_ids=eos_token_ids,
+            defaults=defaults,
             identity=identity,
         )
         counters["requests"] += 1

@@ -126,6 +126,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         block_size=args.block_size,
         max_model_len=args.max_model_len,
         reflection=args.reflection,
+        generation_config=args.generation_config,
         drain_s=args.drain_s,
         metrics_port=args.metrics_port,
     )
@@ -231,6 +232,14 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         help="web pages that may ask over HTTP, such as https://app.example; *: all; default: none",
     )
     add_switch(gateway, "--reflection", help="serve gRPC reflection")
+    add_flag(
+        gateway,
+        "--generation-config",
+        type=str,
+        choices=("auto", "none"),
+        help="none: the sampling defaults in the model's generation_config.json do not count; "
+        "default: auto",
+    )
     metrics = parser.add_argument_group("metrics")
     add_flag(
         metrics,

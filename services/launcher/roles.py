@@ -59,6 +59,8 @@ class StackConfig:
     host_memory_mib: int | None = None
     """What each worker may take of the host's memory."""
     reflection: bool = False
+    generation_config: str | None = None
+    """`auto` or `none`: whether the model's sampling defaults count."""
     drain_s: float = 30.0
     model_name: str | None = None
     metrics_port: int | None = None
@@ -132,6 +134,8 @@ def _gateway_argv(
         argv += ["--cors-allow-origin", config.cors_allow_origin]
     if config.num_gateways > 1:
         argv.append("--reuse-port")
+    if config.generation_config is not None:
+        argv += ["--generation-config", config.generation_config]
     if config.reflection:
         argv.append("--reflection")
     return tuple(argv)

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from baton.services.launcher.target import connect, report
+from baton.shared.rpc.convert import sampling_to_json
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
@@ -42,6 +43,7 @@ def to_json(info: pb.GetServerInfoResponse) -> dict[str, Any]:
         "ledger": {stage.stage: stage.num_entries for stage in info.ledger},
         "num_prefix_entries": info.num_prefix_entries,
         "counters": _numbers(info.counters),
+        "default_sampling": sampling_to_json(info.default_sampling),
     }
 
 
@@ -69,6 +71,8 @@ def to_text(state: dict[str, Any]) -> str:
     lines += _table(rows)
     stages = ", ".join(f"{stage} {count}" for stage, count in state["ledger"].items()) or "empty"
     lines += ["", f"ledger: {stages}", f"prefix index: {state['num_prefix_entries']} entries"]
+    defaults = ", ".join(f"{name} {value}" for name, value in state["default_sampling"].items())
+    lines += [f"sampling defaults of the model: {defaults or 'none'}"]
     lines += ["counters:"]
     counters = state["counters"].items()
     lines += [f"  {line}" for line in _table([(_words(name), str(n)) for name, n in counters])]

@@ -72,6 +72,18 @@ def given_fields(message: pb.SamplingParams) -> Iterator[tuple[SamplingField, An
             yield field, value
 
 
+def sampling_to_json(message: pb.SamplingParams) -> dict[str, Any]:
+    """The sampling fields that are set, as HTTP requests write them."""
+    return {field.public_name: _shown(value) for field, value in given_fields(message)}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        # 0.6 and not 0.6000000238: messages carry numbers in 32 bits.
+        return float(f"{value:.7g}")
+    return value if isinstance(value, int) else list(value)
+
+
 def sequence_from_pb(spec: pb.SequenceSpec) -> Sequence:
     """The deadline is set on this process's monotonic clock."""
     deadline = None

@@ -2,7 +2,6 @@
 
     BatonError
     ├── InvalidField          a request field is out of range
-    │   └── ContextTooLong    prompt and answer do not fit into the model's length
     ├── NoTokenizer           text asked of a model directory without tokenizer
     ├── NoChatTemplate        a chat asked of one whose template cannot be used
     ├── Draining              the process is shutting down
@@ -72,15 +71,17 @@ class InvalidField(BatonError):
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = pb.FAILURE_REASON_BAD_FIELD
+    context_length: int | None = None
+    """Where prompt and answer together are too long: the tokens that they may have. HTTP clients
+    tell this from the others; it does not travel between processes."""
 
-    def __init__(self, field: str, problem: str, *, limit: str) -> None:
+    def __init__(
+        self, field: str, problem: str, *, limit: str, context_length: int | None = None
+    ) -> None:
         super().__init__(f"{field} {problem}; limit: {limit}")
         self.field = field
         self.limit = limit
-
-
-class ContextTooLong(InvalidField):
-    reason = pb.FAILURE_REASON_CONTEXT_TOO_LONG
+        self.context_length = context_length
 
 
 class NoTokenizer(BatonError):

@@ -165,7 +165,6 @@ def test_bytes_that_are_no_message_are_refused(stack: Stack) -> None:
 
 
 def test_bad_text_names_field_and_limit(small_stack: Stack) -> None:
-    assert_bad_field(status_of(small_stack, ""), "text", "at least 1")
     assert_bad_field(status_of(small_stack, "a" * ((1 << 20) + 1)), "text", str(1 << 20))
     assert_bad_field(status_of(small_stack, "a", stops=["."] * 17), "sampling.stops", "16")
     error = status_of(small_stack, "a", stops=[".", ""])
@@ -199,6 +198,8 @@ def test_what_just_fits_is_served_after_all_that(
     full = small_stack.generate([5] * 1000, max_tokens=24)
     assert len(full.token_ids) == 24
     assert full.attempts == 1
+    # The answer to no text begins after the start token.
+    assert small_stack.generate("", max_tokens=2).num_prompt_tokens == 1
     stack.assert_idle()
     small_stack.assert_idle()
     assert all(p.popen.poll() is None for s in (stack, small_stack) for p in s.processes.values())

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask, is_asked
@@ -26,6 +27,7 @@ from baton.services.gateway.openai.schema import (
     TokenizeRequest,
     parse,
 )
+from baton.shared.rpc.convert import sampling_to_json
 from baton.shared.rpc.errors import BatonError
 from baton.shared.telemetry import baton_version
 from baton.v1 import inference_service_pb2 as pb
@@ -54,6 +56,7 @@ def build_app(frontend: Frontend) -> FastAPI:
             frontend.metrics.http_refused(error.status)
         return error.response()
 
+    app.add_middleware(_NoTrailingSlash)
     for kind in (HttpError, BatonError, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_routing_error)
@@ -79,13 +82,14 @@ def _inference(frontend: Frontend) -> APIRouter:
             "root": frontend.model_name,
             "parent": None,
             "max_model_len": frontend.cluster.limits().max_model_len,
+            "default_sampling_params": sampling_to_json(frontend.defaults.sampling),
         }
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @router.get("/v1/models/{model:path}")
+    @router.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])
     async def model(model: str) -> Response:
         _check_model(model, frontend)
         return JSONResponse(card())
@@ -154,7 +158,7 @@ def _operations(frontend: Frontend) -> APIRouter:
         is_ready = frontend.cluster.has_route() and not frontend.is_leaving
         return Response(status_code=200 if is_ready else 503)
 
-    @router.get("/version")
+    @router.api_route("/version", methods=["GET", "HEAD"])
     async def version() -> Response:
         return JSONResponse({"version": baton_version()})
 
@@ -215,6 +219,18 @@ async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
         add_generation_prompt=fields.add_generation_prompt is not False,
         add_special_tokens=bool(fields.add_special_tokens),
     )
+
+
+class _NoTrailingSlash:
+    """`/v1/models/` is what `/v1/models` is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self._app(scope, receive, send)
 
 
 def _check_model(name: str | None, frontend: Frontend) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import zlib
 from typing import Any
 
 from pydantic_core import from_json
@@ -19,10 +21,21 @@ _MAX_SKIPPED_BYTES = 16 * MAX_BODY_BYTES
 everything before it reads would otherwise meet a broken connection instead of the answer."""
 
 
+_GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
+"""Both are told by their first bytes."""
+
+
 async def read_json(request: Request) -> dict[str, Any]:
-    """Raises HttpError: 400 for what is no JSON object, 408, 413."""
+    """Raises HttpError: 400 for what is no JSON object, 408, 413, 415."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        message = f"content-encoding {encoding[:40]!r} is not supported; gzip and deflate are"
+        raise HttpError(415, message, code="unsupported_encoding")
     body = await _read(request)
+    if encoding not in ("", "identity"):
+        body = _inflate(body)
     try:
+        body = body.removeprefix(codecs.BOM_UTF8)
         parsed = from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         message = f"the body is not valid JSON: {error}"
@@ -53,6 +66,27 @@ async def _read(request: Request) -> bytes:
     except ClientDisconnect:
         raise HttpError(499, "the client went away", code="cancelled") from None
     if num_bytes > MAX_BODY_BYTES:
+        raise _too_large()
+    return b"".join(chunks)
+
+
+def _inflate(body: bytes) -> bytes:
+    """No more than a body may have, however small it came."""
+    chunks: list[bytes] = []
+    num_left = MAX_BODY_BYTES + 1
+    try:
+        while body and num_left:
+            # A gzip file may be several in a row.
+            member = zlib.decompressobj(_GZIP_OR_ZLIB)
+            chunks.append(member.decompress(body, num_left))
+            num_left -= len(chunks[-1])
+            if num_left and not member.eof:
+                raise zlib.error("it is cut off")
+            body = member.unused_data
+    except zlib.error as error:
+        message = f"the body is not what its content-encoding says: {error}"
+        raise HttpError(400, message, code="invalid_encoding") from None
+    if not num_left:
         raise _too_large()
     return b"".join(chunks)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baton.services.gateway.admission import room_for_answer
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import ChatRequest, ContentPart, Message
@@ -25,7 +24,7 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
 
 async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateRequest:
     """Raises InvalidParam and BatonErrors."""
-    sampling = request.sampling()
+    sampling = request.sampling(frontend.cluster.limits().vocab_size)
     if request.max_completion_tokens is not None:
         sampling.max_tokens = request.max_completion_tokens
     token_ids = await frontend.chat_prompt(
@@ -34,12 +33,15 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
         # The template puts them in.
         add_special_tokens=bool(request.add_special_tokens),
     )
-    if not sampling.HasField("max_tokens"):
-        room, _ = room_for_answer(len(token_ids), frontend.cluster.limits())
-        # When there is no room, admission says so.
-        sampling.max_tokens = max(room, 1)
+    is_length_given = sampling.HasField("max_tokens")
+    if not is_length_given:
+        default = frontend.defaults.sampling.max_tokens
+        sampling.max_tokens = default or frontend.cluster.limits().max_model_len
     return pb.GenerateRequest(
-        token_ids=pb.TokenIds(token_ids=token_ids), sampling=sampling, standalone_text=True
+        token_ids=pb.TokenIds(token_ids=token_ids),
+        sampling=sampling,
+        standalone_text=True,
+        clamp_max_tokens=not is_length_given,
     )
 
 

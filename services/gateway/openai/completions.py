@@ -7,8 +7,8 @@ from typing import Any
 
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.frontend import Frontend
-from baton.services.gateway.openai.errors import InvalidParam
-from baton.services.gateway.openai.schema import CompletionRequest
+from baton.services.gateway.openai.errors import InvalidParam, context_too_long
+from baton.services.gateway.openai.schema import CompletionRequest, whole
 from baton.v1 import inference_service_pb2 as pb
 
 MAX_PROMPTS = 128
@@ -22,20 +22,23 @@ async def completion_requests(
     request: CompletionRequest, frontend: Frontend
 ) -> list[pb.GenerateRequest]:
     """One for each prompt. Raises InvalidParam and BatonErrors."""
-    sampling = request.sampling()
-    if not sampling.HasField("max_tokens"):
-        sampling.max_tokens = _DEFAULT_MAX_TOKENS
     limits = frontend.cluster.limits()
-    adds_special = request.add_special_tokens is not False
+    sampling = request.sampling(limits.vocab_size)
+    is_length_given = sampling.HasField("max_tokens")
+    if not is_length_given:
+        default = frontend.defaults.sampling.max_tokens or _DEFAULT_MAX_TOKENS
+        sampling.max_tokens = min(default, _DEFAULT_MAX_TOKENS)
     requests = []
     for prompt in split_prompts(request.prompt, limits):
-        if isinstance(prompt, str) and adds_special:
-            requests.append(pb.GenerateRequest(text=prompt, sampling=sampling))
-            continue
-        if isinstance(prompt, str):
-            prompt = await frontend.tokenize(prompt, add_special_tokens=False)
-        token_ids = pb.TokenIds(token_ids=prompt)
-        requests.append(pb.GenerateRequest(token_ids=token_ids, sampling=sampling))
+        one = pb.GenerateRequest(sampling=sampling, clamp_max_tokens=not is_length_given)
+        if isinstance(prompt, str) and request.add_special_tokens is not False:
+            one.text = prompt
+        elif isinstance(prompt, str):
+            token_ids = await frontend.tokenize(prompt, add_special_tokens=False)
+            one.token_ids.CopyFrom(pb.TokenIds(token_ids=token_ids))
+        else:
+            one.token_ids.CopyFrom(pb.TokenIds(token_ids=prompt))
+        requests.append(one)
     return requests
 
 
@@ -47,7 +50,7 @@ def split_prompts(prompt: Any, limits: Limits) -> list[str | Sequence[int]]:
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise InvalidParam("prompt", "must be text, token ids, or a list of either")
-    if type(prompt[0]) is int:
+    if type(whole(prompt[0])) is int:
         return [_token_ids("prompt", prompt, limits)]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidParam("prompt", f"has {len(prompt)} prompts; limit: {MAX_PROMPTS}")
@@ -63,9 +66,10 @@ def _token_ids(path: str, values: Any, limits: Limits) -> Sequence[int]:
         raise InvalidParam(path, "must be text or token ids")
     if len(values) > limits.max_model_len:
         problem = f"has {len(values)} tokens; limit: {limits.max_model_len}, the model's length"
-        raise InvalidParam(path, problem)
-    for index, value in enumerate(values):
+        raise context_too_long(path, problem, limits.max_model_len)
+    token_ids = [whole(value) for value in values]
+    for index, value in enumerate(token_ids):
         if type(value) is not int or not 0 <= value < limits.vocab_size:
             problem = f"is no token id; limit: 0 to {limits.vocab_size - 1}"
             raise InvalidParam(f"{path}[{index}]", problem)
-    return values
+    return token_ids

@@ -42,6 +42,12 @@ class InvalidParam(HttpError):
         super().__init__(400, f"{param} {problem}", param=param, code=code)
 
 
+def context_too_long(param: str, problem: str, context_length: int) -> HttpError:
+    """In the words that clients look for."""
+    message = f"This model's maximum context length is {context_length} tokens. However, {param} "
+    return HttpError(400, message + problem, param=param, code="context_length_exceeded")
+
+
 def to_http_error(error: Exception, fields: dict[str, str] | None = None) -> HttpError:
     """`fields`: what this endpoint calls the fields of GenerateRequest, where it differs.
 
@@ -51,7 +57,10 @@ def to_http_error(error: Exception, fields: dict[str, str] | None = None) -> Htt
         return error
     if isinstance(error, InvalidField):
         param = _http_name(error.field, fields or {})
-        message = param + error.message.removeprefix(error.field)
+        problem = error.message.removeprefix(error.field).lstrip()
+        if error.context_length is not None:
+            return context_too_long(param, problem, error.context_length)
+        message = f"{param} {problem}"
         return HttpError(400, message, param=_INDEX.sub("", param), code="invalid_value")
     if isinstance(error, BatonError):
         reason = error_details_pb2.FailureReason.Name(error.reason)

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.shared.sampling import FIELDS, Kind, SamplingField
@@ -18,6 +25,13 @@ _Entry = TypeVar("_Entry")
 # Only the first wrong entry is reported: a million of them would take seconds.
 _List = Annotated[list[_Entry], Field(fail_fast=True)]
 
+
+def whole(value: Any) -> Any:
+    """16.0 → 16: some languages write whole numbers so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Int = Annotated[int, BeforeValidator(whole)]
 _UINT32 = 2**32 - 1
 _MAX_ENTRIES = 4096
 """Of any list in a request but prompts, and of the content parts of all messages together."""
@@ -29,12 +43,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "length_penalty": (1, 1.0),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
-    "typical_p": (1, 1.0),
+    "typical_p": (1,),
     "min_tokens": (0,),
     "bad_words": ([],),
     "allowed_token_ids": (),
@@ -97,13 +111,13 @@ def _type_of(field: SamplingField) -> Any:
         case Kind.NUMBER:
             return float
         case Kind.COUNT:
-            return Annotated[int, Field(ge=low, le=_UINT32)]
+            return Annotated[_Int, Field(ge=low, le=_UINT32)]
         case Kind.SEED:
-            return Annotated[int, Field(ge=low, lt=2**64)]
+            return Annotated[_Int, Field(ge=low, lt=2**64)]
         case Kind.SWITCH:
             return bool
         case Kind.TOKEN_IDS:
-            return _List[Annotated[int, Field(ge=0, le=_UINT32)]]
+            return _List[Annotated[_Int, Field(ge=0, le=_UINT32)]]
         case Kind.TEXTS:
             return str | _List[str]
 
@@ -127,16 +141,20 @@ class Sampled(_WithSampling):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
 
-    def sampling(self) -> types_pb2.SamplingParams:
+    def sampling(self, vocab_size: int) -> types_pb2.SamplingParams:
         """Only what was given is set: admission knows the defaults, and checks the ranges."""
         given = {field: getattr(self, field.public_name) for field in FIELDS}
-        return types_pb2.SamplingParams(
+        sampling = types_pb2.SamplingParams(
             **{
                 field.name: field.spelling.read(value)
                 for field, value in given.items()
                 if value is not None
             }
         )
+        if sampling.top_k > vocab_size:
+            # So clients say all of it, who do not know how large it is.
+            sampling.top_k = 0
+        return sampling
 
 
 class CompletionRequest(Sampled):
@@ -162,7 +180,7 @@ class Message(_Fields):
 
 class ChatRequest(Sampled):
     messages: _List[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=0, le=_UINT32)
+    max_completion_tokens: _Int | None = Field(None, ge=0, le=_UINT32)
     add_generation_prompt: bool | None = None
 
 
@@ -177,7 +195,7 @@ class TokenizeRequest(_Fields):
 
 class DetokenizeRequest(_Fields):
     model: str | None = None
-    tokens: _List[int]
+    tokens: _List[_Int]
 
 
 _Request = TypeVar("_Request", bound=BaseModel)
@@ -218,7 +236,10 @@ def _check_neutral(body: dict[str, Any]) -> None:
     for field in body.keys() & UNSUPPORTED.keys():
         value, neutral = body[field], UNSUPPORTED[field]
         # 0 == False: they ask for different things.
-        is_neutral = any(value == other and type(value) is type(other) for other in neutral)
+        is_neutral = any(
+            value == other and isinstance(value, bool) is isinstance(other, bool)
+            for other in neutral
+        )
         if value is not None and not is_neutral:
             raise InvalidParam(field, "is not supported", code="unsupported_parameter")
 

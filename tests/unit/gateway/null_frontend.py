@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from baton.services.gateway.admission import Limits
+from baton.services.gateway.admission import Limits, ModelDefaults
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity, ask_nobody
@@ -30,6 +30,7 @@ class NullFrontend(Frontend):
         self.cluster = cast(Cluster, _NullCluster())
         self.codec = codec
         self.identify = ask_nobody
+        self.defaults = ModelDefaults()
         self.model = cast(ModelInfo, None)
         self.model_name = "null"
         self.metrics = GatewayMetrics(self.model_name)

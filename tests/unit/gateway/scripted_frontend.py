@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 
 from baton.services.gateway import generate as path
-from baton.services.gateway.admission import Limits
+from baton.services.gateway.admission import Limits, ModelDefaults
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.identity import Identity
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.kv.sequence import FinishReason
 from baton.shared.telemetry import Counters
 from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
 from tests.unit.gateway.null_frontend import NullFrontend
 
 
@@ -25,12 +26,13 @@ class ScriptedFrontend(NullFrontend):
         next_token: Mapping[int, int],
         *,
         eos_token_ids: frozenset[int] = frozenset(),
+        default_sampling: types_pb2.SamplingParams | None = None,
         max_model_len: int = 512,
     ) -> None:
         super().__init__(codec)
         self.counters = Counters()
         self._next_token = next_token
-        self._eos_token_ids = eos_token_ids
+        self.defaults = ModelDefaults(eos_token_ids, default_sampling or types_pb2.SamplingParams())
         self._limits = Limits(vocab_size=1000, max_model_len=max_model_len, max_pool_tokens=None)
         self.cluster.limits = lambda: self._limits  # type: ignore[method-assign]
 
@@ -45,7 +47,7 @@ class ScriptedFrontend(NullFrontend):
             deadline=None,
             cluster=self.cluster,
             codec=self.codec,
-            eos_token_ids=self._eos_token_ids,
+            defaults=self.defaults,
             counters=self.counters,
             metrics=self.metrics,
         ):

@@ -276,3 +276,51 @@ async def test_a_broken_template_is_not_blamed_on_the_messages(
         assert (reply.status, reply.error["param"]) == (400, None)
         assert reply.error["code"] == "no_chat_template"
         assert "line 1" in reply.error["message"]
+
+
+async def test_an_answer_without_a_length_takes_the_room_that_is_left(
+    load: Callable[..., Model],
+) -> None:
+    model = load("byte_level")
+    letter = model["x"]
+    frontend = ScriptedFrontend(model.codec, {}, max_model_len=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(path, "attempts", frontend.attempts)
+        async with serving(frontend) as http:
+            for prompt, num_tokens in ((25, 7), (31, 1), (10, 16)):
+                reply = await ask(http.address, COMPLETIONS, {"prompt": [letter] * prompt})
+                body = json.loads(reply.body)
+                assert body["usage"]["completion_tokens"] == num_tokens
+                assert body["choices"][0]["finish_reason"] == "length"
+            messages = [{"role": "user", "content": "x"}]
+            reply = await ask(http.address, CHAT, {"messages": messages})
+            assert json.loads(reply.body)["usage"]["total_tokens"] == 32
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "param"),
+    [
+        (COMPLETIONS, {"prompt": [5] * 32}, "prompt"),
+        (COMPLETIONS, {"prompt": [5] * 33}, "prompt"),
+        (COMPLETIONS, {"prompt": [[5], [5] * 33]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": "x" * 40}, "prompt"),
+        (COMPLETIONS, {"prompt": [5] * 25, "max_tokens": 8}, "max_tokens"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 40}]}, "messages"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 99},
+            "max_completion_tokens",
+        ),
+    ],
+)
+async def test_a_request_beyond_the_context_says_so_as_clients_expect(
+    load: Callable[..., Model], endpoint: str, body: dict[str, Any], param: str
+) -> None:
+    model = load("byte_level")
+    async with serving(ScriptedFrontend(model.codec, {}, max_model_len=32)) as http:
+        for stream in (False, True):
+            reply = await ask(http.address, endpoint, {**body, "stream": stream})
+            assert (reply.status, reply.error["param"]) == (400, param)
+            assert reply.error["code"] == "context_length_exceeded"
+            assert "maximum context length is 32 tokens" in reply.error["message"]
+            assert reply.error["type"] == "invalid_request_error"

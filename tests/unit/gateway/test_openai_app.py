@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -139,6 +142,7 @@ async def test_every_sampling_field_arrives(address: str, frontend: NullFrontend
         ({"prompt": [[1], [1000]]}, "prompt[1][0]"),
         ({"prompt": ["a", 1]}, "prompt[1]"),
         ({"prompt": [1] * 513}, "prompt"),
+        ({"prompt": [1.5]}, "prompt[0]"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
@@ -213,6 +217,93 @@ async def test_what_the_engine_lacks_is_refused_unless_neutral(
     assert reply.error["code"] == "unsupported_parameter"
 
 
+@pytest.mark.parametrize(
+    ("body", "taken"),
+    [
+        ({"n": 1.0}, {}),
+        ({"presence_penalty": 0.0, "min_tokens": 0.0}, {}),
+        ({"max_tokens": 16.0}, {"max_tokens": 16}),
+        ({"top_k": 7.0, "seed": -3.0}, {"top_k": 7, "seed": 2**64 - 3}),
+        ({"top_k": -1.0}, {"top_k": 0}),
+        ({"top_k": 1001}, {"top_k": 0}),
+        ({"top_k": 2**32 - 1}, {"top_k": 0}),
+        ({"top_k": 1000}, {"top_k": 1000}),
+        ({"stop_token_ids": [5.0]}, {"stop_token_ids": [5]}),
+    ],
+)
+async def test_numbers_that_are_meant_are_taken(
+    address: str, frontend: NullFrontend, body: dict[str, Any], taken: dict[str, Any]
+) -> None:
+    assert (await ask(address, COMPLETIONS, {**HELLO, **body})).status == 200
+    [request] = frontend.requests
+    assert {name: getattr(request.sampling, name) for name in taken} == taken
+
+
+async def test_token_ids_may_be_written_as_floats(address: str, frontend: NullFrontend) -> None:
+    assert (await ask(address, COMPLETIONS, {"prompt": [1.0, 2.0]})).status == 200
+    assert (await ask(address, COMPLETIONS, {"prompt": [[1.0], [2]]})).status == 200
+    prompts = [list(request.token_ids.token_ids) for request in frontend.requests]
+    assert prompts == [[1, 2], [1], [2]]
+
+
+async def test_a_trailing_slash_does_not_matter(address: str) -> None:
+    assert (await ask(address, COMPLETIONS + "/", HELLO)).status == 200
+    for path in ("/v1/models/", "/v1/models/null/", "/health/", "/metrics/", "/version//"):
+        assert (await ask(address, path)).status == 200, path
+    assert (await ask(address, "/")).status == 404
+
+
+async def test_head_is_answered_where_get_is(address: str) -> None:
+    for path in ("/v1/models", "/v1/models/null", "/health", "/metrics", "/version"):
+        reply = await ask(address, path, method="HEAD")
+        assert (reply.status, reply.body) == (200, b""), path
+    reply = await ask(address, COMPLETIONS, method="HEAD")
+    assert (reply.status, reply.headers["allow"], reply.body) == (405, "POST", b"")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "encode"),
+    [
+        ("gzip", gzip.compress),
+        ("X-GZIP", gzip.compress),
+        ("gzip", lambda body: gzip.compress(body[:5]) + gzip.compress(body[5:])),
+        ("deflate", zlib.compress),
+        ("identity", bytes),
+        ("", bytes),
+    ],
+)
+async def test_a_body_may_be_compressed_and_begin_with_a_mark(
+    address: str, frontend: NullFrontend, encoding: str, encode: Callable[[bytes], bytes]
+) -> None:
+    body = codecs.BOM_UTF8 + json.dumps(HELLO).encode()
+    headers = f"content-encoding: {encoding}\r\n"
+    assert (await ask(address, COMPLETIONS, encode(body), headers=headers)).status == 200
+    assert frontend.requests[0].text == "hello"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status"),
+    [
+        # Hundreds of times larger than it comes.
+        ("gzip", gzip.compress(b'{"prompt": "' + b"a" * (1 << 25) + b'"}'), 413),
+        ("gzip", gzip.compress(b" " * (MAX_BODY_BYTES + 1)), 413),
+        ("gzip", gzip.compress(b"{}")[:-4], 400),
+        ("gzip", b"{}", 400),
+        ("gzip", gzip.compress(b"{}") + b"rest", 400),
+        ("deflate", b"\x00\x01", 400),
+        ("br", b"{}", 415),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"{}")), 415),
+    ],
+)
+async def test_what_a_compressed_body_must_not_be(
+    address: str, frontend: NullFrontend, encoding: str, body: bytes, status: int
+) -> None:
+    headers = f"content-encoding: {encoding}\r\n"
+    reply = await ask(address, COMPLETIONS, body, headers=headers)
+    assert reply.status == status and reply.error["message"]
+    assert frontend.requests == []
+
+
 async def test_no_number_passes_for_a_switch(address: str) -> None:
     assert (await ask(address, COMPLETIONS, {**HELLO, "logprobs": 0})).status == 400
     assert (await ask(address, COMPLETIONS, {**HELLO, "n": True})).status == 400
@@ -253,6 +344,7 @@ async def test_unknown_fields_are_ignored(address: str) -> None:
     [
         (InvalidField("sampling.max_tokens", "is 0", limit="x"), 400, "max_tokens"),
         (InvalidField("sampling.stops[3]", "has 0", limit="x"), 400, "stop"),
+        (InvalidField("token_ids", "has 9", limit="x", context_length=8), 400, "prompt"),
         (InvalidField("text", "is empty", limit="x"), 400, "prompt"),
         (NoTokenizer("none"), 400, None),
         (Draining("leaving"), 503, None),

@@ -88,6 +88,8 @@ def test_the_gateway_listens_where_it_is_told() -> None:
         " --host 0.0.0.0 --port 7000 --http-port none --drain-s 30 --reflection"
         " --metrics-port none"
     )
+    [spec] = gateway_specs(up("--generation-config", "none"), "redis://r", 7000, None)
+    assert "--generation-config none" in " ".join(spec.argv)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ def server_info() -> pb.GetServerInfoResponse:
         ledger=[pb.LedgerStageCount(stage="DECODING", num_entries=2)],
         num_prefix_entries=5,
         counters=pb.ServerCounters(num_digest_mismatches=3),
+        default_sampling=types_pb2.SamplingParams(temperature=0.6, top_k=20),
     )
 
 
@@ -273,6 +274,7 @@ def test_status_as_json(
     assert state["num_prefix_entries"] == 5
     assert state["counters"]["num_digest_mismatches"] == 3
     assert state["counters"]["num_preemptions"] == 0
+    assert state["default_sampling"] == {"temperature": 0.6, "top_k": 20}
 
 
 def test_status_as_table(
@@ -284,3 +286,4 @@ def test_status_as_table(
     assert ["decode-0", "decode", "d1", "NO", "1", "2", "30/40"] in lines
     assert ["digest", "mismatches", "3"] in lines
     assert "ledger: DECODING 2".split() in lines
+    assert "sampling defaults of the model: temperature 0.6, top_k 20".split() in lines

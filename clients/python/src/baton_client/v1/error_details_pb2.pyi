@@ -22,7 +22,6 @@ class FailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_REASON_ENGINE: _ClassVar[FailureReason]
     FAILURE_REASON_CANCELLED: _ClassVar[FailureReason]
     FAILURE_REASON_TOO_MANY_ATTEMPTS: _ClassVar[FailureReason]
-    FAILURE_REASON_CONTEXT_TOO_LONG: _ClassVar[FailureReason]
     FAILURE_REASON_NO_CHAT_TEMPLATE: _ClassVar[FailureReason]
 FAILURE_REASON_UNSPECIFIED: FailureReason
 FAILURE_REASON_BAD_FIELD: FailureReason
@@ -39,7 +38,6 @@ FAILURE_REASON_WORKER_LOST: FailureReason
 FAILURE_REASON_ENGINE: FailureReason
 FAILURE_REASON_CANCELLED: FailureReason
 FAILURE_REASON_TOO_MANY_ATTEMPTS: FailureReason
-FAILURE_REASON_CONTEXT_TOO_LONG: FailureReason
 FAILURE_REASON_NO_CHAT_TEMPLATE: FailureReason
 
 class Failure(_message.Message):

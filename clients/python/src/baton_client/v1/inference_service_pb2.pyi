@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "sampling", "received_token_ids", "standalone_text")
+    __slots__ = ("text", "token_ids", "sampling", "received_token_ids", "standalone_text", "clamp_max_tokens")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     STANDALONE_TEXT_FIELD_NUMBER: _ClassVar[int]
+    CLAMP_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     sampling: _types_pb2.SamplingParams
     received_token_ids: _containers.RepeatedScalarFieldContainer[int]
     standalone_text: bool
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., received_token_ids: _Optional[_Iterable[int]] = ..., standalone_text: bool = ...) -> None: ...
+    clamp_max_tokens: bool
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., received_token_ids: _Optional[_Iterable[int]] = ..., standalone_text: bool = ..., clamp_max_tokens: bool = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("token_ids",)
@@ -131,7 +133,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model_name", "model_type", "vocab_size", "max_model_len", "eos_token_ids", "has_tokenizer", "chat_template", "block_size", "default_sampling")
+    __slots__ = ("model_name", "model_type", "vocab_size", "max_model_len", "eos_token_ids", "has_tokenizer", "chat_template", "block_size")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -140,7 +142,6 @@ class GetModelInfoResponse(_message.Message):
     HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
-    DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     model_type: str
     vocab_size: int
@@ -149,15 +150,14 @@ class GetModelInfoResponse(_message.Message):
     has_tokenizer: bool
     chat_template: str
     block_size: int
-    default_sampling: _types_pb2.SamplingParams
-    def __init__(self, model_name: _Optional[str] = ..., model_type: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: bool = ..., chat_template: _Optional[str] = ..., block_size: _Optional[int] = ..., default_sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+    def __init__(self, model_name: _Optional[str] = ..., model_type: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: bool = ..., chat_template: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "gateway_incarnation", "directory_reachable", "workers", "ledger", "num_prefix_entries", "counters")
+    __slots__ = ("version", "gateway_incarnation", "directory_reachable", "workers", "ledger", "num_prefix_entries", "counters", "default_sampling")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_REACHABLE_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class GetServerInfoResponse(_message.Message):
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     version: str
     gateway_incarnation: str
     directory_reachable: bool
@@ -172,7 +173,8 @@ class GetServerInfoResponse(_message.Message):
     ledger: _containers.RepeatedCompositeFieldContainer[LedgerStageCount]
     num_prefix_entries: int
     counters: ServerCounters
-    def __init__(self, version: _Optional[str] = ..., gateway_incarnation: _Optional[str] = ..., directory_reachable: bool = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., ledger: _Optional[_Iterable[_Union[LedgerStageCount, _Mapping]]] = ..., num_prefix_entries: _Optional[int] = ..., counters: _Optional[_Union[ServerCounters, _Mapping]] = ...) -> None: ...
+    default_sampling: _types_pb2.SamplingParams
+    def __init__(self, version: _Optional[str] = ..., gateway_incarnation: _Optional[str] = ..., directory_reachable: bool = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., ledger: _Optional[_Iterable[_Union[LedgerStageCount, _Mapping]]] = ..., num_prefix_entries: _Optional[int] = ..., counters: _Optional[_Union[ServerCounters, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker", "role", "healthy", "num_waiting", "num_running", "num_free_blocks", "num_blocks", "capability_hash", "determinism")
