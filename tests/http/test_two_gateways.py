@@ -34,7 +34,7 @@ class Launcher:
 
     def gateways(self) -> set[int]:
         roles = descendants(self.process.pid)
-        return {pid for pid in roles if b"\0services.gateway\0" in _command(pid)}
+        return {pid for pid in roles if b"\0baton.services.gateway\0" in _command(pid)}
 
 
 @pytest.fixture
