@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from baton.shared.log_output import LogOutput
 from baton.shared.rpc.flags import add_flag
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def configure_logging(
 
     `name` is the worker's id, or "gateway"; `role` what it does.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _LogHandler()
     handler.setFormatter(JsonLines(name, role) if log_format == "json" else TextLines(name))
     logging.basicConfig(handlers=[handler], level=log_level.upper())
 
@@ -119,6 +120,28 @@ def log_event(
         fields = {"request_id": key.request_id, "attempt": key.attempt, **fields}
     # The record keeps the fields as `extra` does; stacklevel 2 is who called this.
     logger.log(level, event, extra={"fields": fields}, exc_info=exc_info or None, stacklevel=2)
+
+
+class _LogHandler(logging.Handler):
+    """To standard error, as long as somebody takes the lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._output = LogOutput(lambda: sys.stderr, self._describe_loss)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+        else:
+            self._output.write(line)
+
+    def _describe_loss(self, num_lines: int) -> str:
+        fields = {"num_lines": num_lines}
+        about = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
+        record = {**about, "msg": "log lines were lost: nobody took them", "fields": fields}
+        return self.format(logging.makeLogRecord(record))
 
 
 class TextLines(logging.Formatter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -16,9 +17,14 @@ from baton.services.launcher.role_process import Misconfigured, NeverReady
 from baton.services.launcher.roles import StackConfig, UsageError
 from baton.services.launcher.stack import Stack
 from baton.shared.directory.embedded import ServerFailed, ServerMissing
+from baton.shared.log_output import LogOutput
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.serve import bare_host, join_address
+
+_stderr = LogOutput(
+    lambda: sys.stderr, lambda num_lines: f"baton: {num_lines} lines were lost: nobody took them"
+)
 
 # Starts the stack and uses it. When it returns, the stack is stopped; it returns the exit code.
 Serve = Callable[[Stack], Awaitable[int]]
@@ -28,7 +34,7 @@ def run_up(config: StackConfig) -> int:
     async def serve(stack: Stack) -> int:
         address = await stack.start()
         http = "" if stack.http_address is None else f" http={stack.http_address}"
-        print(f"READY grpc={address}{http}", flush=True)
+        _say_ready(f"READY grpc={address}{http}")
         await stack.watch()
         return 0
 
@@ -140,8 +146,17 @@ def _check_port(flag: str, host: str, port: int) -> None:
         raise UsageError(f"cannot listen on {where} ({flag}): {error.strerror}") from None
 
 
+def _say_ready(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        # Who started it waits for READY elsewhere. What Python flushes at its end must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Never waits for who reads it: roles' lines come this way."""
+    _stderr.write(line)
 
 
 def notice_to_stderr(line: str) -> None:

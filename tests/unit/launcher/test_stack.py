@@ -21,7 +21,9 @@ _PATIENCE_S = 30.0
 
 
 class Launcher:
-    def __init__(self, tmp_path: Path, exits: dict[str, int]) -> None:
+    def __init__(
+        self, tmp_path: Path, exits: dict[str, int], *, stderr_to: int | None = None
+    ) -> None:
         self.journal = tmp_path / "journal"
         self.journal.touch()
         self.stdout_path, self.stderr_path = tmp_path / "stdout", tmp_path / "stderr"
@@ -37,7 +39,7 @@ class Launcher:
                     "TMPDIR": str(tmp_path),
                 },
                 stdout=stdout,
-                stderr=stderr,
+                stderr=stderr if stderr_to is None else stderr_to,
             )
 
     @property
@@ -168,6 +170,19 @@ def test_a_role_that_never_gets_ready_ends_everything_with_its_last_line(
         last,
     )
     assert launcher.stdout == ""
+
+
+def test_who_reads_its_log_may_go_away(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    launcher = Launcher(tmp_path, {}, stderr_to=writer)
+    os.close(writer)
+    os.close(reader)
+    launcher.wait_ready()
+    launcher.wait_started("decode-0")
+    os.kill(launcher.started("decode-0")[0][0], signal.SIGKILL)
+    launcher.wait_started("decode-0", num_times=2)
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait_exit() == 0
 
 
 def test_a_second_signal_kills(launch: Callable[..., Launcher]) -> None:
