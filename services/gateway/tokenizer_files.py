@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 
 from baton.services.gateway.tokenizer_classes import DEFAULTS, put_together, tokenizer_class
 from baton.services.gateway.tokenizer_forms import Converted, convert_other_form, put_around
+from baton.shared.model_files import fields
 from baton.shared.model_files.fields import ModelError
 
 STANDARD_NAMES = (
@@ -81,13 +82,7 @@ def _from_json(path: Path) -> Converted | None:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Empty without the file. Raises ModelError, naming it."""
-    try:
-        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
-    return content
+    return fields.read_json_object(path) if path.exists() else {}
 
 
 def step_of(step: Any) -> dict[str, Any] | None:

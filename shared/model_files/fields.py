@@ -30,7 +30,7 @@ class Fields:
     @classmethod
     def of_file(cls, path: Path) -> Fields:
         """Raises ModelError: no such file, or not one JSON object."""
-        return cls(path, _read_json(path))
+        return cls(path, read_json_object(path))
 
     def error(self, name: str, reason: str) -> ModelError:
         return ModelError(f"{self.path}: {self._prefix}{name}: {reason}")
@@ -155,7 +155,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ModelError, naming the file: it is missing, or does not hold one JSON object."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -15,6 +15,19 @@ from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
 
+_READ_BY_EVERY_TYPE: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "per_layer_config": ({},),
+    "kv_sharing_modes": (),
+}
+"""Fields that transformers reads for any decoder, with the values that change nothing."""
+_LAYER_TYPES = {
+    "attention": "full_attention",
+    "full_attention": "full_attention",
+    "sliding_attention": "sliding_attention",
+}
+"""How files call the kinds of layers → our word, which is transformers'."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -109,14 +122,6 @@ def read_decoder(
     }
 
 
-_READ_BY_EVERY_TYPE: dict[str, tuple[Any, ...]] = {
-    "is_causal": (True,),
-    "per_layer_config": ({},),
-    "kv_sharing_modes": (),
-}
-"""Fields that transformers reads for any decoder, with the values that change nothing."""
-
-
 def read_heads(
     fields: Fields, hidden_size: int, *, num_kv_heads: int | None = None
 ) -> dict[str, int]:
@@ -155,13 +160,6 @@ def read_layer_types(fields: Fields, num_layers: int) -> list[str] | None:
             "layer_types", f"has {len(types)} entries for {num_layers} hidden layers"
         )
     return types
-
-
-_LAYER_TYPES = {
-    "attention": "full_attention",
-    "full_attention": "full_attention",
-    "sliding_attention": "sliding_attention",
-}
 
 
 def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
