@@ -13,6 +13,7 @@ In float32 on a CPU a token's bits must not depend on what else is in the step. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ _SCRATCH_BYTES = 32 * 2**20
 """About how much memory gathered keys, and scores, may each take."""
 _MIN_QUERIES, _MAX_QUERIES = 16, 128
 """Query tokens of a prompt chunk handled at once."""
+_MAX_PRIMITIVES = 64
+"""oneDNN compiles a product for each number of rows that it meets: 0.6 to 1.4 MiB each time, and
+half a millisecond, little beside the step. By itself it keeps 1024 of them, which prompts of odd
+lengths fill, in two caches: its own, and that of the layer between it and torch."""
 
 _linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -41,6 +46,9 @@ def pack_weight(weight: Tensor) -> Tensor:
     has_onednn: bool = torch.backends.mkldnn.is_available()
     if _pack is None or not has_onednn or weight.device.type != "cpu":
         return weight
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        # Read at the first use, which this is.
+        os.environ.setdefault(variable, str(_MAX_PRIMITIVES))
     packed: Tensor = _pack(weight, 16)
     return packed
 
