@@ -110,6 +110,12 @@ class Agent:
         arguments = (local, local_ids, remote, remote_ids, "", [self._backend], False)
         return int(self._call("no read", "makeXferReq", self._library.NIXL_READ, *arguments))
 
+    def expected_s(self, read: int) -> float | None:
+        """Seconds that the library expects of a read, by what it knows of the path that it has
+        found; None when it does not know."""
+        expected_us, _, _ = self._call("no estimate", "estimateXferCost", read)
+        return expected_us / 1e6 if expected_us > 0 else None
+
     def progress(self) -> None:
         """Takes note of what has happened, of peers that are gone for one."""
         self._call("no news", "getNotifs", {}, [self._backend])

@@ -29,7 +29,7 @@ from baton.shared.transfer.interface import (
     OverlappingConnection,
     TransferError,
 )
-from baton.shared.transfer.nixl import NixlTransport
+from baton.shared.transfer.nixl import NixlTransport, is_detour
 from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
 from baton.v1.kv_service_pb2 import PoolDescription
 
@@ -227,6 +227,52 @@ def test_random_blocks_arrive_and_others_stay(
     connection.read(NARROW, copies)
     check_landed(pool, peer, copies)
     connection.close()
+
+
+# Seen between H100s, over NVLink and on one GPU, with pools of 24 blocks of 48 KiB and 64 of 4 KiB
+# that were read once; then without CUDA IPC, and over TCP.
+@pytest.mark.parametrize(
+    ("measured_gb", "expected_gb", "is_one"),
+    [
+        (11.0, 392.0, False),
+        (5.7, 392.0, False),
+        (1.6, 262.0, False),
+        (360.0, 417.0, False),
+        (40.0, None, False),
+        (0.43, 11.7, True),
+        (0.5, 0.01, True),
+        (0.5, None, True),
+    ],
+)
+def test_a_path_is_a_detour_when_it_is_slow_and_known_to_be(
+    measured_gb: float, expected_gb: float | None, is_one: bool
+) -> None:
+    expected = None if expected_gb is None else expected_gb * 1e9
+    assert is_detour(measured_gb * 1e9, expected) is is_one
+
+
+def test_small_pools_are_measured_by_many_reads(
+    start_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = groups_of(2, 1)
+    peer = start_peer(groups=groups)
+    transport = NixlTransport("ca11")
+    transport.bind(LocalPool(torch.zeros(groups[1].end_bytes, dtype=torch.uint8), groups, "ca11"))
+    num_pieces = []
+    make_read = nixl_agent.Agent.make_read
+
+    def counted(agent: Any, local: int, local_ids: Any, *more: Any) -> int:
+        num_pieces.append(len(local_ids))
+        return make_read(agent, local, local_ids, *more)
+
+    monkeypatch.setattr(nixl_agent.Agent, "make_read", counted)
+    connection = transport.connect(peer.description)
+    assert min(num_pieces) * BLOCK_BYTES == 64 << 20
+    # The library knows of host memory here, and does not take it for NVLink.
+    expected = connection._expected_rate()
+    assert expected is not None and 1e6 < expected < 20e9
+    connection.close()
+    transport.close()
 
 
 def test_blocks_of_other_groups_arrive_in_their_own_places(
