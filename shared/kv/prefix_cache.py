@@ -1,7 +1,7 @@
 """PrefixCache: which sealed blocks are found again, by the prefix that they end.
 
 A tree of nodes, one for each prefix (a chain of block hashes) of which some group caches the last
-block. A node's blocks, one a group, hold the same tokens.
+block, or that such a prefix begins with. A node's blocks, one a group, hold the same tokens.
 
     hit       the deepest prefix of a prompt that is valid in every group. A group whose tokens read
               everything needs all blocks before the hit; one with a window those in the window,
@@ -12,8 +12,8 @@ block. A node's blocks, one a group, hold the same tokens.
     dropped   a block that is corrupt takes with it all that was computed from it: in every group,
               all blocks from its position on.
 
-A node knows its nearest ancestor that is there, not always its parent: what descends from a dropped
-block is found also where nodes between the two are gone.
+A node whose blocks are gone stays as long as others descend from it: by way of it they are lost
+when a block before it is dropped, and are valid again when its blocks come back.
 
 Bookkeeping only, as block_pool.py.
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from baton.shared.kv.block_hash import is_boundary
+from baton.shared.kv.block_hash import stride_blocks
 from baton.shared.kv.block_pool import NO_BLOCK, Block, BlockPool, DigestRow, check
 from baton.shared.kv.cache_spec import CacheGroup
 
@@ -34,16 +34,19 @@ class Node:
 
     chain_hash: bytes
     index: int
-    token_ids: tuple[int, ...]
-    """Of its last block."""
     blocks: list[int]
     """By group: the block that is found here, or NO_BLOCK."""
-    ancestor: Node | None
-    """The nearest prefix of it that is there."""
-    descendants: set[Node] = field(default_factory=set)
-    """Those whose nearest ancestor this is."""
+    parent: Node | None
+    """The prefix that is shorter by a block; None for a prompt's first."""
+    children: set[Node] = field(default_factory=set)
+    token_ids: tuple[int, ...] = ()
+    """Of its last block; none as long as no block was found here."""
     is_listed: bool = False
     """By the directory: a hit that ends here is valid."""
+
+    @property
+    def is_empty(self) -> bool:
+        return all(block_id == NO_BLOCK for block_id in self.blocks)
 
 
 @dataclass(slots=True)
@@ -62,8 +65,11 @@ class PrefixCache:
         self._groups = tuple(groups)
         self._pools = tuple(pools)
         self._block_size = block_size
-        self._is_anchored = any(group.spec.reads_everything for group in groups)
-        """Whether some group needs every block before a hit."""
+        self._stride = stride_blocks(block_size)
+        numbers = range(len(self._groups))
+        self._anchors = [n for n in numbers if self._groups[n].spec.reads_everything]
+        """Groups that need every block before a hit."""
+        self._windowed = [n for n in numbers if n not in self._anchors]
         self._nodes: dict[bytes, Node] = {}
         self._changes = CacheChanges()
         self._num_blocks = 0
@@ -81,40 +87,56 @@ class PrefixCache:
         hashes: of the prompt's blocks that may be used. Token ids are compared too, so that a hash
         collision cannot serve another prompt's blocks.
         """
-        deepest = 0
-        runs = [0] * len(self._groups)
-        for index, chain_hash in enumerate(hashes):
-            node = self._nodes.get(chain_hash)
-            if node is not None and not self._has_tokens(node, token_ids):
+        node = None
+        for chain_hash in hashes:
+            following = self._nodes.get(chain_hash)
+            if (
+                following is None
+                or not self._is_anchor(following)
+                or not self._may_have_tokens(following, token_ids)
+            ):
                 break
-            for group, run in enumerate(runs):
-                is_there = node is not None and node.blocks[group] != NO_BLOCK
-                runs[group] = run + 1 if is_there else 0
-            if self._is_anchored and node is None:
-                break
-            if self._covers(runs, index + 1):
-                deepest = index + 1
-        return deepest
+            node = following
+        while node is not None:
+            gap = self._gap(node)
+            if gap is None:
+                return node.index + 1
+            # No hit between the two is valid either.
+            node = gap.parent
+        return 0
 
     def find(self, chain_hash: bytes, group: int, token_ids: Sequence[int]) -> int:
         """The block of one group that ends this prefix of `token_ids`, or NO_BLOCK."""
         node = self._nodes.get(chain_hash)
-        if node is None or not self._has_tokens(node, token_ids):
+        if node is None or not self._may_have_tokens(node, token_ids):
             return NO_BLOCK
         return node.blocks[group]
 
-    def _has_tokens(self, node: Node, token_ids: Sequence[int]) -> bool:
+    def _may_have_tokens(self, node: Node, token_ids: Sequence[int]) -> bool:
+        """They are not known where nothing was found yet."""
         start = node.index * self._block_size
-        return node.token_ids == tuple(token_ids[start : start + self._block_size])
+        known = node.token_ids
+        return not known or known == tuple(token_ids[start : start + self._block_size])
 
-    def _covers(self, runs: Sequence[int], depth: int) -> bool:
-        """Whether a hit of `depth` blocks is valid; runs: by group, blocks that are there without
-        a gap up to its end."""
-        position = depth * self._block_size
-        return all(
-            run >= depth - group.first_block(position, self._block_size)
-            for run, group in zip(runs, self._groups, strict=True)
-        )
+    def _is_anchor(self, node: Node) -> bool:
+        """Whether the groups that read everything have their blocks here."""
+        for group in self._anchors:
+            if node.blocks[group] == NO_BLOCK:
+                return False
+        return True
+
+    def _gap(self, node: Node) -> Node | None:
+        """The nearest prefix that lacks a block which a token behind the node reads in a windowed
+        group; None: a hit that ends here is valid, for all other groups have all before it."""
+        position = (node.index + 1) * self._block_size
+        for group in self._windowed:
+            first = self._groups[group].first_block(position, self._block_size)
+            current: Node | None = node
+            while current is not None and current.index >= first:
+                if current.blocks[group] == NO_BLOCK:
+                    return current
+                current = current.parent
+        return None
 
     # Contents
 
@@ -135,38 +157,32 @@ class PrefixCache:
         """
         block = self._pools[group].block(block_id)
         block.block_hash, block.digest, block.group = hashes[index], digest, group
-        node = self._nodes.get(hashes[index]) or self._new_node(hashes, index, token_ids)
-        if node is None:
+        node = self._nodes.get(hashes[index]) or self._new_node(hashes, index)
+        if node is None or node.blocks[group] != NO_BLOCK:
             return
-        if node.blocks[group] == NO_BLOCK:
-            node.blocks[group] = block_id
-            block.node = node
-            self._num_blocks += 1
-        if is_boundary(index, self._block_size) and not node.is_listed:
-            self._list_if_valid(node)
+        node.blocks[group], node.token_ids = block_id, token_ids
+        block.node = node
+        self._num_blocks += 1
+        for each in self._needing(node, group) if node.children else (node,):
+            self._list_if_valid(each)
 
-    def _new_node(
-        self, hashes: Sequence[bytes], index: int, token_ids: tuple[int, ...]
-    ) -> Node | None:
-        ancestor = None
-        for before in range(index - 1, -1, -1):
-            ancestor = self._nodes.get(hashes[before])
-            if ancestor is not None or self._is_anchored:
-                break
-        if self._is_anchored and index and not (ancestor and self._is_anchor(ancestor)):
+    def _new_node(self, hashes: Sequence[bytes], index: int) -> Node | None:
+        """With all before it that are not there. None where a group that reads everything lacks the
+        block before it."""
+        parent = self._nodes.get(hashes[index - 1]) if index else None
+        if self._anchors and index and not (parent and self._is_anchor(parent)):
             return None
-        node = Node(hashes[index], index, token_ids, [NO_BLOCK] * len(self._groups), ancestor)
-        self._nodes[node.chain_hash] = node
-        if ancestor is not None:
-            ancestor.descendants.add(node)
-        return node
-
-    def _is_anchor(self, node: Node) -> bool:
-        """Whether the groups that read everything have their blocks here."""
-        return all(
-            block_id != NO_BLOCK or not group.spec.reads_everything
-            for block_id, group in zip(node.blocks, self._groups, strict=True)
-        )
+        first = index
+        while first and parent is None:
+            first -= 1
+            parent = self._nodes.get(hashes[first - 1]) if first else None
+        for at in range(first, index + 1):
+            node = Node(hashes[at], at, [NO_BLOCK] * len(self._groups), parent)
+            self._nodes[node.chain_hash] = node
+            if parent is not None:
+                parent.children.add(node)
+            parent = node
+        return parent
 
     def drop(self, group: int, block_id: int) -> list[tuple[int, int]]:
         """What the block holds is wrong: in every group, nothing from its position on is found any
@@ -189,9 +205,9 @@ class PrefixCache:
             self._forget_run(node)
             return
         self._lose(node, block.group)
-        self._unlist_within_window(node, block.group)
-        if all(each == NO_BLOCK for each in node.blocks):
-            self._splice_out(node)
+        for each in self._needing(node, block.group):
+            self._unlist(each)
+        self._prune(node)
 
     def take_changes(self) -> CacheChanges:
         """What changed since the last call, for the directory."""
@@ -211,64 +227,49 @@ class PrefixCache:
         """Nothing that ends here or descends from here is found any more; returns (group, block id)
         of all that was."""
         lost = []
-        if node.ancestor is not None:
-            node.ancestor.descendants.discard(node)
         doomed = [node]
         while doomed:
             current = doomed.pop()
-            doomed.extend(current.descendants)
+            doomed.extend(current.children)
             del self._nodes[current.chain_hash]
             for group, block_id in enumerate(current.blocks):
                 if block_id != NO_BLOCK:
                     lost.append((group, self._lose(current, group)))
             self._unlist(current)
+        if node.parent is not None:
+            node.parent.children.discard(node)
+            self._prune(node.parent)
         return lost
 
-    def _splice_out(self, node: Node) -> None:
-        """A node without blocks goes; what descends from it hangs on its ancestor."""
-        del self._nodes[node.chain_hash]
-        for each in node.descendants:
-            each.ancestor = node.ancestor
-        if node.ancestor is not None:
-            node.ancestor.descendants.discard(node)
-            node.ancestor.descendants |= node.descendants
+    def _prune(self, node: Node) -> None:
+        """A node goes that has no blocks, and from which none descends that has some."""
+        current: Node | None = node
+        while current is not None and current.is_empty and not current.children:
+            del self._nodes[current.chain_hash]
+            self._unlist(current)
+            if current.parent is not None:
+                current.parent.children.discard(current)
+            current = current.parent
 
     # The directory
 
     def _list_if_valid(self, node: Node) -> None:
-        depth, runs = node.index + 1, []
-        for number, group in enumerate(self._groups):
-            if group.spec.reads_everything:
-                # All before it is there: else this node would not be.
-                runs.append(depth if node.blocks[number] != NO_BLOCK else 0)
-                continue
-            wanted = depth - group.first_block(depth * self._block_size, self._block_size)
-            runs.append(self._run_up_to(node, number, wanted))
-        if self._covers(runs, depth):
+        if (node.index + 1) % self._stride or node.is_listed:
+            return
+        if self._is_anchor(node) and self._gap(node) is None:
             node.is_listed = True
             self._changes.removed.pop(node.chain_hash, None)
             self._changes.added[node.chain_hash] = None
 
-    def _run_up_to(self, node: Node, group: int, most: int) -> int:
-        """Blocks of a group that are there without a gap up to the node, counted up to `most`."""
-        run, current, index = 0, node, node.index
-        while run < most and current.index == index and current.blocks[group] != NO_BLOCK:
-            run, index = run + 1, index - 1
-            if current.ancestor is None:
-                break
-            current = current.ancestor
-        return run
-
-    def _unlist_within_window(self, node: Node, group: int) -> None:
-        """Hits that needed the block of `group` at this node are valid no more."""
+    def _needing(self, node: Node, group: int) -> Iterator[Node]:
+        """Those at which a hit ends that needs the block of `group` at this node."""
         reaching = [node]
         while reaching:
             current = reaching.pop()
             position = (current.index + 1) * self._block_size
-            if self._groups[group].first_block(position, self._block_size) > node.index:
-                continue
-            self._unlist(current)
-            reaching.extend(current.descendants)
+            if self._groups[group].first_block(position, self._block_size) <= node.index:
+                yield current
+                reaching.extend(current.children)
 
     def _unlist(self, node: Node) -> None:
         if node.is_listed:
@@ -282,8 +283,10 @@ class PrefixCache:
         for chain_hash, node in self._nodes.items():
             what = f"node {node.index} {chain_hash.hex()[:8]}"
             check(node.chain_hash == chain_hash, f"{what}: found by a wrong hash")
-            check(len(node.token_ids) == self._block_size, f"{what}: not full")
-            check(any(b != NO_BLOCK for b in node.blocks), f"{what}: without blocks")
+            if node.is_empty:
+                check(not self._anchors and bool(node.children), f"{what}: without blocks")
+            else:
+                check(len(node.token_ids) == self._block_size, f"{what}: not full")
             for group, block_id in enumerate(node.blocks):
                 if block_id == NO_BLOCK:
                     continue
@@ -291,21 +294,18 @@ class PrefixCache:
                 block = self._pools[group].block(block_id)
                 is_linked = block.node is node and block.group == group
                 check(is_linked and block.block_hash == chain_hash, f"{what}: block {block_id}")
-            if node.ancestor is None:
-                check(not self._is_anchored or node.index == 0, f"{what}: found, its parent not")
+            parent = node.parent
+            if parent is None:
+                check(node.index == 0, f"{what}: found, its parent not")
                 continue
-            check(self._nodes.get(node.ancestor.chain_hash) is node.ancestor, f"{what}: orphan")
-            check(node in node.ancestor.descendants, f"{what}: its ancestor does not know it")
-            gap = node.index - node.ancestor.index
-            check(gap == 1 or gap > 1 and not self._is_anchored, f"{what}: {gap} behind its parent")
+            check(self._nodes.get(parent.chain_hash) is parent, f"{what}: orphan")
+            check(node in parent.children, f"{what}: its parent does not know it")
+            check(parent.index == node.index - 1, f"{what}: behind {parent.index}")
+            is_behind = not self._anchors or self._is_anchor(parent)
+            check(is_behind, f"{what}: found, a block before it not")
         check(num_blocks == self._num_blocks, f"{num_blocks} blocks found, not {self._num_blocks}")
-        known = sum(len(node.descendants) for node in self._nodes.values())
+        known = sum(len(node.children) for node in self._nodes.values())
         check(
-            known == sum(node.ancestor is not None for node in self._nodes.values()),
-            "ancestors and descendants disagree",
+            known == sum(node.parent is not None for node in self._nodes.values()),
+            "parents and children disagree",
         )
-
-    def runs(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Index and blocks by group of every node, for tests."""
-        for node in self._nodes.values():
-            yield node.index, tuple(node.blocks)
