@@ -35,7 +35,14 @@ from baton.services.worker.metrics import EngineMetrics
 from baton.services.worker.reports import Reports
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.sequence_table import Recipient, SequenceTable
-from baton.services.worker.stepper import Outcome, Part, StepInFlight, StepLimits, Stepper
+from baton.services.worker.stepper import (
+    DraftTokens,
+    Outcome,
+    Part,
+    StepInFlight,
+    StepLimits,
+    Stepper,
+)
 from baton.shared.directory.ledger import Stage
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
@@ -81,7 +88,9 @@ class EngineLoop:
         counters: Counters,
         trace: Trace,
         metrics: EngineMetrics | None = None,
+        draft_tokens: DraftTokens | None = None,
     ) -> None:
+        """`draft_tokens`: guesses that decode steps check, as many as the runner takes."""
         self._pools = pools
         self._sealer = sealer
         self._counters = counters
@@ -93,7 +102,7 @@ class EngineLoop:
         self.num_steps = 0
         self.is_busy = False
         self._table = SequenceTable()
-        self._stepper = Stepper(runner, pools, self._table, limits, failpoints)
+        self._stepper = Stepper(runner, pools, self._table, limits, failpoints, draft_tokens)
         self._steps_ahead = runner.steps_ahead
         self._in_flight: deque[StepInFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)

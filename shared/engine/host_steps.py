@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ class HostSteps:
         return 1 << 20
 
     def launch(self, batch: Batch) -> DoneStep:
+        batch = Batch([_placed(row) for row in batch.rows])
         columns = batch.columns(self.kv_cache.block_size)
         hidden = self._hidden_states(columns)
         rows = [batch.rows[i] for i in columns.order]
@@ -152,3 +153,11 @@ class HostSteps:
             num_blocks = self.kv_cache.pool_of(group).num_blocks
             if int(table.max()) >= num_blocks or int(columns.slot_mapping[group].min()) < 0:
                 raise ValueError("a block table names a block that does not exist")
+
+
+def _placed(row: BatchRow) -> BatchRow:
+    """The row at the position where it really is, which its caller may not have known."""
+    handle = row.handle
+    if row.token_ids is not None or handle is None or not 0 <= handle.drawn_at < row.position:
+        return row
+    return replace(row, position=handle.drawn_at)

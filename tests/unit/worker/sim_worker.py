@@ -63,6 +63,7 @@ class SimWorker:
             failpoints=failpoints,
             counters=self.counters,
             trace=Trace(None, name),
+            draft_tokens=getattr(runner, "draft_tokens", None),
         )
 
     @property

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import FinishReason, SamplingParams
+from baton.shared.kv.sequence import FinishReason, SamplingParams, Sequence
 from baton.shared.rpc.errors import DeadlineExceeded
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.late_runner import LateRunner
@@ -64,6 +64,28 @@ class Oracle:
             [known] = self._loop.generate([prompt], [params])
             self._answers[prompt, params] = known
         return known
+
+
+class DraftingRunner:
+    """Stands in for a runner whose decode steps check drafts: two right ones, a wrong one, ..."""
+
+    num_drafts = 3
+
+    def __init__(self, runner: Any, oracle: Oracle) -> None:
+        self._runner = runner
+        self._oracle = oracle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def draft_tokens(self, sequence: Sequence, most: int) -> list[int]:
+        prompt = sequence.prompt_token_ids[: sequence.num_prompt_tokens - sequence.first_index]
+        answer, index = self._oracle.answer(prompt, sequence.params), sequence.next_index
+        coming = answer[index : index + most]
+        return [
+            token_id if (index + ahead) % 3 else (token_id + 1) % 61
+            for ahead, token_id in enumerate(coming)
+        ]
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -180,16 +202,32 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_any_interleaving(
     runs_ahead: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
 ) -> None:
+    late: dict[str, Any] = {name: LateRunner(runner) for name, runner in runners.items()}
+    _run(late if runs_ahead else runners, oracle, clock)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_any_interleaving_with_drafts(
+    runs_ahead: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
+) -> None:
+    """The answer is the one without drafts, whatever of them was wrong."""
+    drafting: dict[str, Any] = {
+        name: DraftingRunner(LateRunner(runner) if runs_ahead else runner, oracle)
+        for name, runner in runners.items()
+    }
+    _run(drafting, oracle, clock, max_examples=40)
+
+
+def _run(runners: dict[str, Any], oracle: Oracle, clock: Clock, max_examples: int = 80) -> None:
     class Machine(ProtocolMachine):
         pass
 
-    late: dict[str, Any] = {name: LateRunner(runner) for name, runner in runners.items()}
-    Machine.runners = late if runs_ahead else runners
+    Machine.runners = runners
     Machine.oracle, Machine.clock = oracle, clock
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=80,
+            max_examples=max_examples,
             stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
