@@ -160,7 +160,9 @@ class Stepper:
     ) -> list[Part]:
         """What the step has room for beside those that decode."""
         for sequence in prefilling:
-            self._extend_ahead(sequence, preempt, blocks_are_coming)
+            # Unless it had to yield to one before it.
+            if sequence.is_admitted:
+                self._extend_ahead(sequence, preempt, blocks_are_coming)
         num_to_open = sum(part.sequence not in self._handles for part in decoding)
         num_decoding = sum(part.num_tokens for part in decoding)
         chunks = prefill_policy.plan_chunks(

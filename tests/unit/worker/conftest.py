@@ -1,10 +1,11 @@
-"""A tiny random llama, and runners over it."""
+"""Tiny random models of one cache group and of two, and runners over them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import save_file
 
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from tests.alternating import ALTERNATING as ALTERNATING_TYPE
+from tests.alternating import register
 from tests.weights import weight_shapes
 
-MakeRunner = Callable[[int], ModelRunner]
+MakeRunner = Callable[..., ModelRunner]
 BLOCK_SIZE = 4
 
 CONFIG = {
@@ -37,12 +40,47 @@ CONFIG = {
 }
 
 
+WINDOWED = {**CONFIG, "model_type": "mistral", "sliding_window": 6}
+ALTERNATING = {
+    **CONFIG,
+    "model_type": ALTERNATING_TYPE.name,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 6,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "full": CONFIG,
+    "windowed": WINDOWED,
+    "one pool": ALTERNATING,
+    # Blocks of unequal bytes: each group has a pool of its own.
+    "two pools": {**ALTERNATING, "sliding_num_key_value_heads": 1, "sliding_head_dim": 12},
+}
+
+
 @pytest.fixture(scope="session")
 def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
-    """Given the size of its pool in blocks, a runner on one CPU thread, of the class `exact`."""
+    """Given the size of its pool in blocks, and one of CONFIGS, a runner on one CPU thread, of the
+    class `exact`."""
     torch.set_num_threads(1)
-    directory = tmp_path_factory.mktemp("tiny")
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+    register()
+    directories: dict[str, Path] = {}
+
+    def make(num_blocks: int, kind: str = "full") -> ModelRunner:
+        if kind not in directories:
+            directories[kind] = tmp_path_factory.mktemp("tiny")
+            _write_model(directories[kind], CONFIGS[kind])
+        runner = ModelRunner(
+            EngineConfig(
+                directories[kind], device="cpu", block_size=BLOCK_SIZE, num_blocks=num_blocks
+            )
+        )
+        assert runner.determinism == "exact"
+        return runner
+
+    return make
+
+
+def _write_model(directory: Path, config: dict[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(11)
     weights = {
         name: torch.ones(shape)
@@ -51,12 +89,3 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
         for name, shape in weight_shapes(directory).items()
     }
     save_file(weights, directory / "model.safetensors")
-    return lambda num_blocks: _runner(directory, num_blocks)
-
-
-def _runner(directory: Path, num_blocks: int) -> ModelRunner:
-    runner = ModelRunner(
-        EngineConfig(directory, device="cpu", block_size=BLOCK_SIZE, num_blocks=num_blocks)
-    )
-    assert runner.determinism == "exact"
-    return runner

@@ -206,6 +206,18 @@ def test_any_interleaving(
     _run(late if runs_ahead else runners, oracle, clock)
 
 
+@pytest.mark.parametrize(
+    ("kind", "num_blocks"), [("windowed", 12), ("one pool", 24), ("two pools", 14)]
+)
+def test_any_interleaving_of_several_cache_groups(
+    kind: str, num_blocks: int, make_runner: MakeRunner, clock: Clock
+) -> None:
+    """Blocks that windows gave back, prefixes with gaps, pools that run out one before the other:
+    split equals together all the same."""
+    runners = {name: LateRunner(make_runner(num_blocks, kind)) for name in ("prefill", "decode")}
+    _run(runners, Oracle(make_runner(64, kind)), clock, max_examples=40)
+
+
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_any_interleaving_with_drafts(
     runs_ahead: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
