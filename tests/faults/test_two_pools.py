@@ -1,0 +1,85 @@
+"""Two cache groups with blocks of unequal bytes, in pools of their own, one of them with a window:
+split equals together, whatever fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.alternating import make_alternating, register
+from tests.e2e.harness import Stack
+from tests.e2e.oracle import Ask, Oracle
+from tests.faults.streams import Background
+
+pytestmark = [pytest.mark.e2e, pytest.mark.exact]
+
+WORKERS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
+WINDOW = 40
+FIELDS: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "sliding_num_key_value_heads": 1,
+    "sliding_head_dim": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("alternating")
+    make_alternating(directory, FIELDS)
+    register()
+    return directory
+
+
+@pytest.fixture
+def stack(model: Path, tmp_path: Path) -> Iterator[Stack]:
+    with Stack(
+        model,
+        tmp_path,
+        WORKERS,
+        worker_module="tests.alternating_worker",
+        # Some sequences have to yield: in the end about three fit into a decode worker.
+        flags=["--num-blocks", "64", "--token-budget", "48", "--max-model-len", "640"],
+        failpoints={"p0": "corrupt_sealed_block"},
+    ) as stack:
+        yield stack
+
+
+def test_split_equals_together(stack: Stack, model: Path) -> None:
+    """A corrupted hand-off, a full pool, and a decode worker that is killed in mid-stream."""
+    source = random.Random(5)
+    drawn = {"temperature": 1.0, "seed": 7}
+    asks = [
+        Ask(
+            [source.randrange(3, 512) for _ in range(num_prompt)],
+            {"max_tokens": 5 * WINDOW, **(drawn if number % 2 else {})},
+        )
+        for number, num_prompt in enumerate((30, 210, 6 * WINDOW, 97, 200, 64))
+    ]
+    expected = Oracle(model).answers(asks)
+    streams = [Background(stack, ask.prompt, ignore_eos=True, **ask.sampling) for ask in asks]
+    stack.wait_until(lambda: sum(stream.num_tokens for stream in streams) > 300)
+    busiest = max(("d0", "d1"), key=lambda name: stack.state(name).num_running)
+    stack.kill(busiest)
+    stack.restart(busiest)
+    results = [stream.result() for stream in streams]
+    assert [result.token_ids for result in results] == expected
+    assert sum(result.attempts for result in results) > len(results)
+    counters = [stack.state(name).counters for name in WORKERS]
+    assert sum(each.num_digest_mismatches for each in counters) >= 1
+    assert len(stack.state("p0").num_free_blocks_by_pool) == 2
+    stack.assert_idle()
