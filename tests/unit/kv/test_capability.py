@@ -12,12 +12,12 @@ from baton.shared.kv.capability import Capability
 ONE = Capability(
     model_digest="d" * 64,
     dtype="float32",
+    cache_dtype="float32",
     block_size=16,
-    layout="block,kv_head,layer,kv,token,dim",
-    cache_groups=("Full(2, 24) x 3",),
+    layout=("Full(2, 24) x 3", "Sliding(2, 24, 64) x 3"),
     determinism="exact",
 )
-GOLDEN = "e6f585ac0c04fa08dc3703efd281963226583e626c41ded65f118b6a3cc349cc"
+GOLDEN = "4cc723526fdfc3a231503500ffa7706e42bc7ad3d76fcd7290b3ca21e7cad47c"
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,12 @@ GOLDEN = "e6f585ac0c04fa08dc3703efd281963226583e626c41ded65f118b6a3cc349cc"
     [
         {"model_digest": "e" * 64},
         {"dtype": "bfloat16"},
+        {"cache_dtype": "bfloat16"},
         {"block_size": 32},
-        {"layout": "block,layer,kv_head,kv,token,dim"},
-        {"cache_groups": ("Full(2, 24) x 4",)},
-        {"cache_groups": ("Full(2, 24) x 3", "Full(2, 24) x 3")},
-        {"cache_groups": ("Full(2", "24) x 3")},
+        {"layout": ("Full(2, 24) x 3", "Sliding(2, 24, 65) x 3")},
+        {"layout": ("Sliding(2, 24, 64) x 3", "Full(2, 24) x 3")},
+        {"layout": ("Full(2, 24) x 3",)},
+        {"layout": ("Full(2, 24) x 3", "Sliding(2", "24, 64) x 3")},
         {"determinism": "consistent"},
     ],
 )
@@ -43,9 +44,9 @@ def test_no_field_is_forgotten() -> None:
     assert {field.name for field in dataclasses.fields(Capability)} == {
         "model_digest",
         "dtype",
+        "cache_dtype",
         "block_size",
         "layout",
-        "cache_groups",
         "determinism",
     }
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.sequence import (
     AttemptKey,
+    BlockTable,
     FinishReason,
     SamplingParams,
     Sequence,
@@ -93,3 +95,32 @@ def test_attempts_are_ordered_and_share_their_sequence() -> None:
 def test_blocks_just_cover_the_tokens(num_tokens: int, block_size: int) -> None:
     num_blocks = num_blocks_for(num_tokens, block_size)
     assert num_blocks * block_size >= num_tokens > (num_blocks - 1) * block_size
+
+
+# Block tables
+
+
+def test_a_table_may_begin_with_holes() -> None:
+    table = BlockTable([7, 8], first_live=2)
+    assert table == [NO_BLOCK, NO_BLOCK, 7, 8]
+    assert (table.first_live, table.num_sealed, table.left) == (2, 2, [])
+    assert BlockTable() == [] and BlockTable([7]).first_live == 0
+
+
+def test_what_leaves_a_table_becomes_holes_and_is_remembered() -> None:
+    table = BlockTable([7, 8, 9], first_live=1)
+    table.leave([7], [40])
+    table.leave([8, 9], [41, 42])
+    assert table == [NO_BLOCK] * 4 and table.first_live == 4
+    assert table.left == [(7, 40), (8, 41), (9, 42)]
+    table.append(5)
+    assert table[table.first_live :] == [5]
+
+
+def test_blocks_are_sealed_that_are_so_in_every_group() -> None:
+    one = sequence()
+    assert one.num_sealed_blocks == 0, "it has no tables yet"
+    one.block_tables = [BlockTable([1, 2, 3]), BlockTable([4, 5], first_live=1)]
+    assert one.num_sealed_blocks == 0
+    one.block_tables[0].num_sealed = 3
+    assert one.num_sealed_blocks == 1, "a hole counts as sealed"

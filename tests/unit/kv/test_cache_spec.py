@@ -1,0 +1,96 @@
+"""CacheSpec: what a token reads, how layers become groups, how heads are shared out to ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.shared.kv.cache_spec import (
+    CacheGroup,
+    CacheSpec,
+    Full,
+    Sliding,
+    cache_groups,
+    places_of_layers,
+    window_of,
+)
+
+FULL, NARROW, WIDE = Full(2, 8), Sliding(2, 8, 4), Sliding(2, 8, 100)
+MOST_TOKENS = 60
+
+
+def reads(spec: CacheSpec, position: int) -> list[int]:
+    """By a mask as transformers makes it: causal, and closer than the window."""
+    window = window_of(spec)
+    return [
+        key
+        for key in range(MOST_TOKENS)
+        if key <= position and (window is None or position - key < window)
+    ]
+
+
+@given(
+    spec=st.sampled_from([FULL, Sliding(1, 8, 1), NARROW, WIDE]),
+    position=st.integers(0, MOST_TOKENS - 1),
+    block_size=st.sampled_from([1, 4, 16]),
+)
+def test_the_first_token_and_block_that_are_read(
+    spec: CacheSpec, position: int, block_size: int
+) -> None:
+    expected = reads(spec, position)
+    assert spec.first_read(position) == expected[0]
+    first_block = CacheGroup(spec, (0,)).first_block(position, block_size)
+    assert first_block == min(key // block_size for key in expected)
+
+
+def test_who_reads_everything() -> None:
+    assert FULL.reads_everything and not WIDE.reads_everything
+    assert (window_of(FULL), window_of(WIDE)) == (None, 100)
+
+
+@given(num_heads=st.integers(1, 16), num_ranks=st.integers(1, 16), is_sliding=st.booleans())
+def test_ranks_cover_every_head_exactly(num_heads: int, num_ranks: int, is_sliding: bool) -> None:
+    """Each head at one rank; where there are more ranks than heads, each at equally many."""
+    spec = Sliding(num_heads, 8, 5) if is_sliding else Full(num_heads, 8)
+    if num_heads % num_ranks and num_ranks % num_heads:
+        for rank in range(num_ranks):
+            for ask in (spec.heads_of_rank, spec.of_rank):
+                with pytest.raises(ValueError, match=f"{num_heads} KV heads .* {num_ranks} ranks"):
+                    ask(rank, num_ranks)
+        return
+    shares = [spec.heads_of_rank(rank, num_ranks) for rank in range(num_ranks)]
+    held = Counter(head for share in shares for head in share)
+    assert held == dict.fromkeys(range(num_heads), max(1, num_ranks // num_heads))
+    firsts = [share.start for share in shares]
+    assert firsts == sorted(firsts), "in order"
+    for rank, share in enumerate(shares):
+        of_rank = spec.of_rank(rank, num_ranks)
+        assert type(of_rank) is type(spec) and window_of(of_rank) == window_of(spec)
+        assert (of_rank.num_kv_heads, of_rank.head_dim) == (len(share), 8)
+
+
+layers = st.lists(st.sampled_from([FULL, NARROW, WIDE, Full(1, 16)]), min_size=1, max_size=12)
+
+
+@given(specs=layers)
+def test_layers_with_equal_specs_are_a_group_and_each_has_one_place(
+    specs: list[CacheSpec],
+) -> None:
+    groups = cache_groups(specs)
+    assert [group.spec for group in groups] == list(dict.fromkeys(specs))
+    places = places_of_layers(groups)
+    assert len(places) == len(set(places)) == len(specs)
+    for layer, (number, place) in enumerate(places):
+        assert groups[number].spec == specs[layer]
+        assert groups[number].layer_ids[place] == layer
+    assert all(list(group.layer_ids) == sorted(group.layer_ids) for group in groups)
+
+
+def test_a_block_is_its_axes() -> None:
+    group = CacheGroup(WIDE, (1, 3, 5), num_padding_layers=1)
+    assert list(group.axes(16)) == ["kv_head", "layer", "kv", "token", "dim"]
+    assert group.block_shape(16) == (2, 4, 2, 16, 8)
+    assert group.block_bytes(16, 2) == 2 * 4 * 2 * 16 * 8 * 2
