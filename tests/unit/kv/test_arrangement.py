@@ -23,14 +23,16 @@ BLOCK_SIZE, ITEMSIZE, AHEAD = 16, 2, 512
 MOST_GROUPS, GROUP_COST = 8, 0.005
 """A group more costs host time in every step: it must save so much of the memory."""
 
-LLAMA = [Full(8, 128)] * 32
-MISTRAL = [Sliding(8, 128, 4096)] * 32
-GPT_OSS = [Sliding(8, 64, 128), Full(8, 64)] * 18
-GEMMA_3 = ([Sliding(4, 256, 1024)] * 5 + [Full(4, 256)]) * 5 + [Sliding(4, 256, 1024)] * 4
-GEMMA_4 = ([Sliding(16, 256, 1024)] * 5 + [Full(4, 512)]) * 10
-UNEVEN = [Full(3, 64), Sliding(5, 96, 700), Sliding(5, 96, 700), Full(1, 128)]
+LLAMA: list[CacheSpec] = [Full(8, 128)] * 32
+MISTRAL: list[CacheSpec] = [Sliding(8, 128, 4096)] * 32
+GPT_OSS: list[CacheSpec] = [Sliding(8, 64, 128), Full(8, 64)] * 18
+_LOCAL_3: list[CacheSpec] = [Sliding(4, 256, 1024)]
+GEMMA_3 = [*_LOCAL_3 * 5, Full(4, 256)] * 5 + _LOCAL_3 * 4
+_LOCAL_4: list[CacheSpec] = [Sliding(16, 256, 1024)]
+GEMMA_4 = [*_LOCAL_4 * 5, Full(4, 512)] * 10
+UNEVEN: list[CacheSpec] = [Full(3, 64), *[Sliding(5, 96, 700)] * 2, Full(1, 128)]
 
-SHAPES = {
+SHAPES: dict[str, list[CacheSpec]] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "gpt-oss": GPT_OSS,
