@@ -57,7 +57,7 @@ class Capacity:
         limits = sorted(most for most in shares if most is not None)
         num_groups, left = len(shares), num_free
         for most in limits:
-            if left <= most * num_groups:
+            if left < most * num_groups:
                 break
             # This group takes no more, however long the sequence is.
             left, num_groups = left - most, num_groups - 1
