@@ -56,7 +56,7 @@ class Spelling:
     lowest: int = 0
     """Of a whole number."""
     read: Callable[[Any], Any] = lambda value: value
-    """What they write → what the contract has."""
+    """What they write → what the contract has; None: as if they had not given it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +114,6 @@ def within(low: float, high: float) -> Limit:
     return check
 
 
-def above(low: float, high: float) -> Limit:
-    def check(value: float, vocab_size: int) -> Broken | None:
-        if low < value <= high:
-            return None
-        return Broken(f"is {value:g}", f"above {low:g}, at most {high:g}")
-
-    return check
-
-
 def at_least(low: int) -> Limit:
     def check(value: int, vocab_size: int) -> Broken | None:
         return None if value >= low else Broken(f"is {value}", f"at least {low}")
@@ -169,6 +160,9 @@ def unknown_token(value: Sequence[int], vocab_size: int) -> Broken | None:
 
 # The fields
 
+ALL_TOKENS = -1
+"""How HTTP clients say `max_tokens` when they want as many as there is room for."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -184,12 +178,20 @@ class SamplingParams:
         limit=at_least(1),
         metavar="N",
         help="tokens to generate",
+        spelling=Spelling(
+            lowest=ALL_TOKENS, read=lambda value: None if value == ALL_TOKENS else value
+        ),
     )
     temperature: float = declared(
         Kind.NUMBER, 1.0, limit=within(0, 100), metavar="T", help="0 is greedy"
     )
     top_p: float = declared(
-        Kind.NUMBER, 1.0, limit=above(0, 1), metavar="P", help="keep the likeliest share P"
+        Kind.NUMBER,
+        1.0,
+        # 0 keeps the likeliest token.
+        limit=within(0, 1),
+        metavar="P",
+        help="keep the likeliest share P",
     )
     top_k: int = declared(
         Kind.COUNT,
@@ -212,8 +214,11 @@ class SamplingParams:
         0,
         metavar="S",
         help="same seed, same answer",
-        # OpenAI's seeds have a sign; those without it are the same numbers as over gRPC.
-        spelling=Spelling(lowest=-(2**63), read=lambda value: value % 2**64),
+        # OpenAI's seeds have a sign; those without it are the same numbers as over gRPC. -1 is no
+        # seed, as in llama.cpp and vLLM.
+        spelling=Spelling(
+            lowest=-(2**63), read=lambda value: None if value == -1 else value % 2**64
+        ),
     )
     stops: tuple[str, ...] = declared(
         Kind.TEXTS,
@@ -221,8 +226,12 @@ class SamplingParams:
         limit=texts(max_num=16, max_length=256),
         metavar="TEXT",
         help="end before this text; may be repeated",
+        # Forms that were left empty send empty texts.
         spelling=Spelling(
-            name="stop", read=lambda value: [value] if isinstance(value, str) else value
+            name="stop",
+            read=lambda value: [
+                text for text in ([value] if isinstance(value, str) else value) if text
+            ],
         ),
         is_for_workers=False,
     )

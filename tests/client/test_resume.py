@@ -134,7 +134,7 @@ def test_no_retry_when_told_so(asker: Asker) -> None:
 
 def test_what_stays_wrong_is_not_tried_again(asker: Asker) -> None:
     endings = {
-        fails(InvalidField("sampling.top_p", "is 2", limit="above 0, at most 1")): InvalidRequest,
+        fails(InvalidField("sampling.top_p", "is 2", limit="0 to 1")): InvalidRequest,
         fails(NoTokenizer("the model has no tokenizer")): Unsupported,
         fails(EngineFailure("the engine failed")): ServerError,
         aborts(grpc.StatusCode.RESOURCE_EXHAUSTED): ServerError,

@@ -90,7 +90,7 @@ def _assert_served(seen: dict[str, Any]) -> None:
     assert seen["info"] == ["demo", True, 2]
     assert seen["deadline"][0] == "DeadlineExceeded"
     assert seen["cancel"][0] == "Cancelled"
-    assert seen["invalid"] == ["InvalidRequest", "sampling.top_p", "above 0, at most 1"]
+    assert seen["invalid"] == ["InvalidRequest", "sampling.top_p", "0 to 1"]
 
 
 def _probe(python: Path, tmp_path: Path, *addresses: str) -> dict[str, Any]:

@@ -149,7 +149,9 @@ class _Run:
         if not self.ask.is_streamed:
             choice.texts.append(finished.text)
             return b""
-        return self._event(index, choice, finished.text, finish_reason=choice.finish_reason)
+        # Some clients take no text from the event that has the reason.
+        rest = self._event(index, choice, finished.text) if finished.text else b""
+        return rest + self._event(index, choice, "", finish_reason=choice.finish_reason)
 
     def _event(
         self,
@@ -215,6 +217,9 @@ async def _send_head(run: _Run, send: Send, kind: bytes, *, length: int | None =
     headers.append((b"cache-control", b"no-store"))
     if length is not None:
         headers.append((b"content-length", str(length).encode()))
+    else:
+        # Proxies that know it pass a stream on as it comes.
+        headers.append((b"x-accel-buffering", b"no"))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,7 @@ _UINT32 = 2**32 - 1
 _TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the whole answer may take. Ours: OpenAI has no such header."""
 _MAX_TIMEOUT_S = 1e6
+_SLASHES = re.compile("/{2,}")
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -56,7 +58,7 @@ def build_app(frontend: Frontend) -> FastAPI:
             frontend.metrics.http_refused(error.status)
         return error.response()
 
-    app.add_middleware(_NoTrailingSlash)
+    app.add_middleware(_PlainPath)
     for kind in (HttpError, BatonError, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_routing_error)
@@ -221,21 +223,21 @@ async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
     )
 
 
-class _NoTrailingSlash:
-    """`/v1/models/` is what `/v1/models` is."""
+class _PlainPath:
+    """`/v1/models/` and `/v1//models` are `/v1/models`: base URLs end with a slash or without."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/"):
-            scope["path"] = scope["path"].rstrip("/") or "/"
+        if scope["type"] == "http":
+            scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
         await self._app(scope, receive, send)
 
 
 def _check_model(name: str | None, frontend: Frontend) -> None:
-    """A request without a name means the one model there is."""
-    if name is not None and name != frontend.model_name:
+    """A request without a name, or with an empty one, means the one model there is."""
+    if name and name != frontend.model_name:
         message = f"the model {name[:200]!r} does not exist; this is {frontend.model_name!r}"
         raise HttpError(404, message, param="model", code="model_not_found")
 

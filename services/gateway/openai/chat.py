@@ -25,8 +25,6 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
 async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateRequest:
     """Raises InvalidParam and BatonErrors."""
     sampling = request.sampling(frontend.cluster.limits().vocab_size)
-    if request.max_completion_tokens is not None:
-        sampling.max_tokens = request.max_completion_tokens
     token_ids = await frontend.chat_prompt(
         template_messages(request.messages, frontend),
         add_generation_prompt=request.add_generation_prompt is not False,
@@ -35,7 +33,7 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
     )
     is_length_given = sampling.HasField("max_tokens")
     if not is_length_given:
-        default = frontend.defaults.sampling.max_tokens
+        default = 0 if request.asks_for_all else frontend.defaults.sampling.max_tokens
         sampling.max_tokens = default or frontend.cluster.limits().max_model_len
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(token_ids=token_ids),

@@ -25,7 +25,9 @@ async def completion_requests(
     limits = frontend.cluster.limits()
     sampling = request.sampling(limits.vocab_size)
     is_length_given = sampling.HasField("max_tokens")
-    if not is_length_given:
+    if request.asks_for_all:
+        sampling.max_tokens = limits.max_model_len
+    elif not is_length_given:
         default = frontend.defaults.sampling.max_tokens or _DEFAULT_MAX_TOKENS
         sampling.max_tokens = min(default, _DEFAULT_MAX_TOKENS)
     requests = []

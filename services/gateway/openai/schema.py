@@ -6,7 +6,7 @@ by admission.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,10 +15,11 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
+    model_validator,
 )
 
 from baton.services.gateway.openai.errors import InvalidParam
-from baton.shared.sampling import FIELDS, Kind, SamplingField
+from baton.shared.sampling import ALL_TOKENS, FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
 _Entry = TypeVar("_Entry")
@@ -123,7 +124,10 @@ def _type_of(field: SamplingField) -> Any:
 
 
 if TYPE_CHECKING:
-    _WithSampling = _Fields
+
+    class _WithSampling(_Fields):
+        max_tokens: int | None
+
 else:
     _WithSampling = create_model(
         "_WithSampling",
@@ -141,15 +145,21 @@ class Sampled(_WithSampling):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
 
+    @property
+    def asks_for_all(self) -> bool:
+        """As many tokens as there is room for, whatever the default is."""
+        return self.max_tokens == ALL_TOKENS
+
     def sampling(self, vocab_size: int) -> types_pb2.SamplingParams:
         """Only what was given is set: admission knows the defaults, and checks the ranges."""
         given = {field: getattr(self, field.public_name) for field in FIELDS}
+        read = {
+            field.name: field.spelling.read(value)
+            for field, value in given.items()
+            if value is not None
+        }
         sampling = types_pb2.SamplingParams(
-            **{
-                field.name: field.spelling.read(value)
-                for field, value in given.items()
-                if value is not None
-            }
+            **{name: value for name, value in read.items() if value is not None}
         )
         if sampling.top_k > vocab_size:
             # So clients say all of it, who do not know how large it is.
@@ -167,9 +177,17 @@ class ContentPart(_Fields):
     text: str | None = None
 
 
+def _as_part(value: Any) -> Any:
+    return {"type": "text", "text": value} if isinstance(value, str) else value
+
+
+_Part = Annotated[ContentPart, BeforeValidator(_as_part)]
+"""Some clients list texts as they are."""
+
+
 class Message(_Fields):
     role: str
-    content: str | _List[ContentPart] | None = None
+    content: str | _List[_Part] | None = None
     name: str | None = None
     reasoning_content: Any = None
     reasoning: Any = None
@@ -180,8 +198,14 @@ class Message(_Fields):
 
 class ChatRequest(Sampled):
     messages: _List[Message] = Field(min_length=1)
-    max_completion_tokens: _Int | None = Field(None, ge=0, le=_UINT32)
+    max_completion_tokens: _Int | None = Field(None, ge=ALL_TOKENS, le=_UINT32)
     add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _prefer_the_newer_name(self) -> Self:
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
+        return self
 
 
 class TokenizeRequest(_Fields):

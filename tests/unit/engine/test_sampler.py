@@ -156,6 +156,7 @@ def test_filters_that_need_the_whole_vocabulary(top_k: int, top_p: float) -> Non
         SamplingParams(temperature=0),
         SamplingParams(temperature=1e-30),
         SamplingParams(top_k=1),
+        SamplingParams(top_p=0.0),
         SamplingParams(top_p=1e-9),
         SamplingParams(min_p=1.0),
         SamplingParams(top_k=1, top_p=1e-9, min_p=1.0),

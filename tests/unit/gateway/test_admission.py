@@ -103,7 +103,7 @@ async def test_drawn_seeds_differ() -> None:
     ("field", "accepted", "broken"),
     [
         ("temperature", [0.0, -0.0, 1e-30, 100.0], [-0.01, 100.01, math.inf, -math.inf, math.nan]),
-        ("top_p", [1e-30, 0.5, 1.0], [0.0, -0.5, 1.01, math.inf, math.nan]),
+        ("top_p", [0.0, 1e-30, 0.5, 1.0], [-0.5, 1.01, math.inf, math.nan]),
         ("top_k", [0, 1, 100], [101, 2**32 - 1]),
         ("min_p", [0.0, 0.5, 1.0], [-0.01, 1.01, math.inf, -math.inf, math.nan]),
         ("max_tokens", [1, 61], [0, 62, 2**32 - 1]),

@@ -65,7 +65,7 @@ def test_a_default_that_the_engine_lacks_is_said(
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.5}, "top_p"),
         ({"top_k": "all"}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

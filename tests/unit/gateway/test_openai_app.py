@@ -144,7 +144,7 @@ async def test_every_sampling_field_arrives(address: str, frontend: NullFrontend
         ({"prompt": [1] * 513}, "prompt"),
         ({"prompt": [1.5]}, "prompt[0]"),
         ({"prompt": ["a"] * 129}, "prompt"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -2}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 2**32}, "max_tokens"),
         ({"prompt": "a", "max_tokens": "16"}, "max_tokens"),
@@ -195,7 +195,7 @@ async def test_a_field_out_of_its_range_is_named(
         ),
         ({"messages": [{"role": "user", "content": "a"}] * 4097}, "messages"),
         (
-            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": -1},
+            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": -2},
             "max_completion_tokens",
         ),
     ],
