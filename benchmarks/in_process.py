@@ -18,10 +18,10 @@ from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.sequence_table import Recipient
-from baton.services.worker.stepper import StepLimits
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.block_sums import BlockSums, TakeSums
+from baton.shared.engine.executor import Step
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.engine.steps import Step
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.pools import Pools
@@ -70,7 +70,7 @@ class InProcessEngine:
             self.pools,
             Sealer(self.pools, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
             identity=msg.Peer("benchmark", "ab" * 16, ""),
-            limits=StepLimits(runner.token_budget, max_num_seqs),
+            limits=BatchLimits(runner.token_budget, max_num_seqs),
             inbox=self._inbox,
             submit_pull=lambda job: None,
             deliver=self._take,

@@ -6,7 +6,7 @@ In float32 on a CPU a token's bits must not depend on what else is in the step. 
   products, quotients and square roots are rounded exactly; `exp`, `log` and `log1p` are measured
   to be stable; `silu` and `sigmoid` are not (their vector and scalar loops differ), so silu is
   written with `exp`.
-- Matrix products have enough rows: see `plan_step(min_rows=…)` and shared/engine/determinism.py.
+- Matrix products have enough rows: `plan_attention(min_rows=…)`, shared/engine/determinism.py.
 - Attention works on key tiles of TILE positions, aligned at absolute positions, as a batch of
   equal products. Tiles are added one after another; a masked key adds exactly zero.
 """
@@ -122,7 +122,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_and_store(
-    qkv: Tensor, rope: tuple[Tensor, Tensor], kv: Tensor, layer: int, plan: StepPlan, num_heads: int
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor],
+    kv: Tensor,
+    layer: int,
+    plan: AttentionPlan,
+    num_heads: int,
 ) -> Tensor:
     """Rotates queries and keys of qkv [≥ T, num_heads + 2 · num_kv_heads, head_dim], stores keys
     and values → query [≥ T, num_heads, head_dim]."""
@@ -133,7 +138,7 @@ def rope_and_store(
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class AttentionPlan:
     """Where the tokens of one step are stored and what they attend to, in one cache group."""
 
     num_tokens: int
@@ -177,7 +182,7 @@ class QueryUnits:
     """Rows of a product: M = queries · heads per KV head, padded to min_rows."""
 
 
-def plan_step(
+def plan_attention(
     query_start: npt.NDArray[np.int64],
     context_lens: npt.NDArray[np.int64],
     block_table: npt.NDArray[np.int64],
@@ -187,7 +192,7 @@ def plan_step(
     num_heads: int,
     min_rows: int,
     window: int | None = None,
-) -> StepPlan:
+) -> AttentionPlan:
     """Prepares a step for all layers of a cache group, once.
 
     Args:
@@ -211,7 +216,7 @@ def plan_step(
     heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
     slots = heads * (num_layers * 2 * block_size) + offsets[:, None]
     layers = np.arange(num_layers * 2).reshape(num_layers, 2, 1) * block_size
-    return StepPlan(
+    return AttentionPlan(
         num_tokens=int(query_start[-1]),
         slots=_to(kv, slots.reshape(-1) + layers),
         units=units,
@@ -343,7 +348,7 @@ def _plan_units(
     )
 
 
-def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: StepPlan) -> None:
+def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: AttentionPlan) -> None:
     """Writes the step's keys and values, [≥ T, num_kv_heads, head_dim] each, to their slots.
 
     kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim].
@@ -354,7 +359,9 @@ def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: StepPlan)
         rows.index_copy_(0, plan.slots[layer, which], tokens)
 
 
-def paged_attention(query: Tensor, kv: Tensor, layer: int, plan: StepPlan, scale: float) -> Tensor:
+def paged_attention(
+    query: Tensor, kv: Tensor, layer: int, plan: AttentionPlan, scale: float
+) -> Tensor:
     """Causal attention of query [≥ T, num_heads, head_dim] over the blocks → the same shape.
 
     The step's own keys and values are stored before. Rows of `query` behind T come back as zeros.

@@ -41,7 +41,7 @@ class DrawConfig(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SamplingWork:
+class SamplingScratch:
     """Memory between the launches; what it holds before a draw does not matter.
 
     Attributes:
@@ -61,13 +61,13 @@ class SamplingWork:
     candidates: Tensor
 
 
-def make_sampling_work(max_rows: int, vocab: int, device: torch.device) -> SamplingWork:
+def make_sampling_scratch(max_rows: int, vocab: int, device: torch.device) -> SamplingScratch:
     """Work for `draw` with at most so many rows and tokens."""
 
     def empty(columns: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(max_rows, columns, dtype=dtype, device=device)
 
-    return SamplingWork(
+    return SamplingScratch(
         part_value=empty(_MAX_SPLITS, torch.float32),
         part_token=empty(_MAX_SPLITS, torch.int32),
         row_value=empty(2, torch.float32),
@@ -90,7 +90,7 @@ def draw(
     token_ids: Tensor,
     *,
     out: Tensor | None = None,
-    work: SamplingWork | None = None,
+    work: SamplingScratch | None = None,
     config: DrawConfig | None = None,
     back: Tensor | None = None,
     pdl: bool = False,
@@ -111,7 +111,7 @@ def draw(
         stream: int64 [S], random state before the position is mixed in.
         token_ids: int32 [S], gets the drawn tokens.
         out: int32 [R].
-        work: of make_sampling_work, for no fewer rows and no fewer tokens.
+        work: of make_sampling_scratch, for no fewer rows and no fewer tokens.
         back: int32 [R], how far before its slot's position a row draws; of several rows of a slot
             any may win `token_ids`. None: nowhere.
         pdl: launched to overlap the end of the kernel before.
@@ -123,7 +123,7 @@ def draw(
         out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
         return out
-    work = work or make_sampling_work(num_rows, vocab, logits.device)
+    work = work or make_sampling_scratch(num_rows, vocab, logits.device)
     config = config or _config(num_rows, vocab)
     options = {"launch_pdl": True} if pdl else {}
     max_splits, max_span = _splits(num_rows, vocab, config.max_block)

@@ -155,7 +155,7 @@ class _GapMeter:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        steps: Any = runner._steps
+        steps: Any = runner._executor
         steps.on_launch = self._events.append
         self._steps = steps
 

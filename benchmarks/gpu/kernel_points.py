@@ -117,7 +117,7 @@ def block_digest() -> Iterator[Point]:
 
 
 def sampling() -> Iterator[Point]:
-    from baton.kernels.sampling import draw, make_sampling_work
+    from baton.kernels.sampling import draw, make_sampling_scratch
 
     kinds: Sequence[tuple[str, float, int, float]] = [
         ("greedy", 0.0, 0, 1.0),
@@ -133,7 +133,7 @@ def sampling() -> Iterator[Point]:
         context_lens = torch.full_like(rows, 100)
         stream = torch.randint(2**62, (count,), device="cuda")
         token_ids, out = torch.zeros_like(rows), torch.zeros_like(rows)
-        work = make_sampling_work(count, VOCAB, torch.device("cuda"))
+        work = make_sampling_scratch(count, VOCAB, torch.device("cuda"))
         for name, temperature, top_k, top_p in kinds:
             heat = torch.full((count,), temperature, device="cuda")
             keep = torch.full((count,), top_k, dtype=torch.int32, device="cuda")

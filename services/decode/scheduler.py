@@ -62,7 +62,7 @@ def choose_victim(holders: Seq[Sequence]) -> Sequence | None:
     return holders[-1] if len(holders) > 1 else None
 
 
-def plan_rows(
+def choose_rows(
     running: Iterable[Sequence],
     num_lacking: Lacking,
     *,

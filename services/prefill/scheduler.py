@@ -46,7 +46,7 @@ def admission(
     return Admission.ADMIT
 
 
-def plan_chunks(
+def choose_chunks(
     prefilling: Iterable[Sequence], *, token_budget: int, max_rows: int, block_size: int
 ) -> list[Chunk]:
     """First come, first served, until the step's token budget is spent.

@@ -36,11 +36,11 @@ from baton.services.worker.reports import Reports
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.services.worker.stepper import (
+    BatchLimits,
     DraftTokens,
+    InFlight,
     Outcome,
     Part,
-    StepInFlight,
-    StepLimits,
     Stepper,
 )
 from baton.shared.directory.ledger import Stage
@@ -80,7 +80,7 @@ class EngineLoop:
         sealer: Sealer,
         *,
         identity: msg.Peer,
-        limits: StepLimits,
+        limits: BatchLimits,
         inbox: queue.SimpleQueue[msg.Command],
         submit_pull: Callable[[PullJob], None],
         deliver: Callable[[list[msg.Outgoing]], None],
@@ -104,7 +104,7 @@ class EngineLoop:
         self._table = SequenceTable()
         self._stepper = Stepper(runner, pools, self._table, limits, failpoints, draft_tokens)
         self._steps_ahead = runner.steps_ahead
-        self._in_flight: deque[StepInFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
         self._guard = CorruptionGuard(pools, sealer, self._table, self._fail, counters)
         self._admitter = Admitter(pools, sealer, self._table, self._guard.found)
@@ -346,7 +346,7 @@ class EngineLoop:
             has_retired = True
         return bool(parts) or has_retired
 
-    def _start_sums(self, launched: StepInFlight) -> None:
+    def _start_sums(self, launched: InFlight) -> None:
         """What checks and seals prompts' blocks is made behind the step, before it is missed."""
         if launched.step is None or not launched.chunks:
             return
@@ -370,7 +370,7 @@ class EngineLoop:
     def _blocks_are_coming(self) -> bool:
         return any(step.orphans for step in self._in_flight)
 
-    def _retire(self, step: StepInFlight) -> None:
+    def _retire(self, step: InFlight) -> None:
         """Takes what a step drew: its tokens leave, then comes what nobody's token waits for."""
         outcomes = self._stepper.collect(step)
         # A step that was launched ahead had to wait for the one before.
@@ -393,7 +393,7 @@ class EngineLoop:
         for tables in step.orphans:
             self._pools.release(tables)
 
-    def _took(self, part: Part, outcome: Outcome, step: StepInFlight) -> bool:
+    def _took(self, part: Part, outcome: Outcome, step: InFlight) -> bool:
         """Reports what a part drew; whether it filled blocks, or ended its sequence, as well."""
         sequence = part.sequence
         is_decoding = sequence.state is SequenceState.DECODING
@@ -414,7 +414,7 @@ class EngineLoop:
         has_filled = sequence.num_computed_tokens // self._pools.block_size > num_blocks
         return has_filled or bool(outcome) and sequence.finish_reason is not None
 
-    def _settle(self, part: Part, step: StepInFlight) -> None:
+    def _settle(self, part: Part, step: InFlight) -> None:
         """Seals what a part filled, gives back what fell out of the window, tells the reader, and
         ends the sequence if that was all."""
         sequence = part.sequence
@@ -432,7 +432,7 @@ class EngineLoop:
         self._counters["preemptions"] += 1
         self._fail(sequence, Preempted("no free block"))
 
-    def _took_chunk(self, part: Part, drawn: Seq[Drawn], step: StepInFlight) -> bool:
+    def _took_chunk(self, part: Part, drawn: Seq[Drawn], step: InFlight) -> bool:
         """Whether the sequence is still there: its blocks may be found corrupt."""
         sequence = part.sequence
         if not drawn:
@@ -457,7 +457,7 @@ class EngineLoop:
             self._took_token(sequence, drawn[0])
         return True
 
-    def _settle_chunk(self, part: Part, step: StepInFlight) -> None:
+    def _settle_chunk(self, part: Part, step: InFlight) -> None:
         sequence, num_sealed = part.sequence, part.sequence.num_sealed_blocks
         self._sealer.seal_computed(sequence, with_digests=True, sums=step.sums)
         self._counters["computed_prompt_tokens"] += part.num_tokens

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from baton.services.worker.failpoints import Failpoints
 from baton.shared.engine.block_sums import BlockSums, TakeSums
+from baton.shared.engine.executor import Step
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.steps import Step
 from baton.shared.kv import digest as block_digest
 from baton.shared.kv.block_hash import chain_hashes, root_hash
 from baton.shared.kv.block_pool import NO_BLOCK, DigestRow

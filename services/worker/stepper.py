@@ -20,8 +20,8 @@ from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import PendingSums
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.executor import Step
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.engine.steps import Step
 from baton.shared.kv.block_pool import PoolExhausted
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pools import Pools
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class StepLimits:
+class BatchLimits:
     """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows.
 
     `tpot_goal_s`: prompts wait while streams get their tokens more slowly than that, on average.
@@ -79,7 +79,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class StepInFlight:
+class InFlight:
     """A step whose result was not taken yet."""
 
     parts: list[Part]
@@ -107,7 +107,7 @@ class Stepper:
         runner: ModelRunner,
         pools: Pools,
         table: SequenceTable,
-        limits: StepLimits,
+        limits: BatchLimits,
         failpoints: Failpoints,
         draft_tokens: DraftTokens | None = None,
     ) -> None:
@@ -165,7 +165,7 @@ class Stepper:
                 self._extend_ahead(sequence, preempt, blocks_are_coming)
         num_to_open = sum(part.sequence not in self._handles for part in decoding)
         num_decoding = sum(part.num_tokens for part in decoding)
-        chunks = prefill_policy.plan_chunks(
+        chunks = prefill_policy.choose_chunks(
             # Without those that had to yield.
             [sequence for sequence in prefilling if sequence.is_admitted],
             # However many decode, prompts go on by a block at least.
@@ -230,7 +230,7 @@ class Stepper:
             if not self._blocks_are_kept(blocks_are_coming):
                 victim = decode_policy.choose_victim(self._table.growing())
             if victim is None:
-                rows = decode_policy.plan_rows(
+                rows = decode_policy.choose_rows(
                     running,
                     self._num_lacking,
                     num_free_blocks=self._pools.num_free,
@@ -248,7 +248,7 @@ class Stepper:
     def _num_lacking(self, sequence: Sequence) -> list[int]:
         return self._pools.num_lacking(sequence, sequence.num_scheduled_tokens + 1)
 
-    def launch(self, parts: list[Part]) -> StepInFlight:
+    def launch(self, parts: list[Part]) -> InFlight:
         """Starts a step of all parts in one batch."""
         self._failpoints.before_step()
         started_s = time.monotonic()
@@ -268,9 +268,9 @@ class Stepper:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
         chunks = [part for part in parts if part.is_chunk]
-        return StepInFlight(parts, step, started_s, chunks)
+        return InFlight(parts, step, started_s, chunks)
 
-    def collect(self, in_flight: StepInFlight) -> Seq[Outcome]:
+    def collect(self, in_flight: InFlight) -> Seq[Outcome]:
         """What each part drew, or why it could not.
 
         The steps before it have been collected. Parts of a step that failed are computed here, one

@@ -33,7 +33,7 @@ from baton.services.worker.inspection import WorkerServicer
 from baton.services.worker.mailroom import Mailroom
 from baton.services.worker.metrics import EngineMetrics, WorkerCollector
 from baton.services.worker.sealing import Sealer
-from baton.services.worker.stepper import StepLimits
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.directory.directory import DirectoryMisconfigured
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
 from baton.shared.engine.config import EngineConfig
@@ -259,7 +259,7 @@ class Worker:
             pools,
             sealer,
             identity=identity,
-            limits=StepLimits(
+            limits=BatchLimits(
                 self._runner.token_budget, self._config.max_num_seqs, self._args.tpot_goal_s
             ),
             inbox=inbox,

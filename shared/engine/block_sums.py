@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from baton.shared.engine.executor import Step
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.steps import Step
 from baton.shared.kv.digest import Uint64Array, block_sums
 
 MOST_AT_ONCE = 1024
@@ -96,7 +96,7 @@ class DeviceBlockSums:
 
 
 def _end_of(step: Step) -> torch.cuda.Event:
-    from baton.shared.engine.device_steps import DeviceStep
+    from baton.shared.engine.device_executor import DeviceStep
 
     if not isinstance(step, DeviceStep) or step.done is None:
         raise TypeError(f"{type(step).__name__} is no step of this device")

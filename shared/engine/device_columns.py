@@ -20,7 +20,7 @@ _TOKEN_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class StepColumns:
+class ChunkColumns:
     """T tokens: decode rows (filled in on the device), chunks, padding. R of them are wanted.
 
     packed: int32, one after another, each from a multiple of 16 bytes on, for kernels are compiled
@@ -38,7 +38,7 @@ class StepColumns:
     block_m: int
 
 
-def step_columns(
+def chunk_columns(
     num_decode: int,
     chunks: Sequence[tuple[int, BatchRow]],
     wanted: Sequence[tuple[int, int, int]],
@@ -48,7 +48,7 @@ def step_columns(
     block_size: int,
     head_dim: int,
     itemsize: int,
-) -> StepColumns:
+) -> ChunkColumns:
     """Columns of a step.
 
     Args:
@@ -90,7 +90,7 @@ def step_columns(
     columns[1] = -1
     if wanted:
         columns[:, : len(wanted)] = np.array(wanted, np.int32).T
-    return StepColumns(packed, num_tokens, num_tokens - num_real, num_wanted, len(tiles), block_m)
+    return ChunkColumns(packed, num_tokens, num_tokens - num_real, num_wanted, len(tiles), block_m)
 
 
 def _slots(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baton.shared.engine.executor import Model
 from baton.shared.engine.linear import FLOATS, Linear, LinearSpec
 from baton.shared.engine.models.model_config import ModelConfig, RopeConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope import rope_tables
 from baton.shared.engine.operations import Norm, Operations
-from baton.shared.engine.steps import Model
 from baton.shared.engine.weight_headers import Header
 from baton.shared.engine.weights import WeightSource
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers

@@ -16,7 +16,8 @@ from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
 from baton.shared.engine.config import DeviceError, EngineConfig, resolve_max_model_len
-from baton.shared.engine.host_steps import HostSteps
+from baton.shared.engine.executor import Executor, Model, Step
+from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
 from baton.shared.engine.model_digest import (
@@ -30,7 +31,6 @@ from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.registry import load_model_config
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
-from baton.shared.engine.steps import Model, Step, Steps
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange, most_blocks
 from baton.shared.kv.cache_spec import CacheGroup
@@ -144,7 +144,7 @@ class ModelRunner:
             memory=pool_memory(num_bytes) if pool_memory else None,
             device=self.device,
         )
-        self._steps: Steps = self._make_steps(self.kv_cache)
+        self._executor: Executor = self._make_executor(self.kv_cache)
         self._warm_up(progress)
         self.capacity = self._make_capacity()
 
@@ -154,14 +154,14 @@ class ModelRunner:
         Raises:
             ValueError: all places are taken (`num_free_rows`).
         """
-        return self._steps.open_row(sampling, sample_index)
+        return self._executor.open_row(sampling, sample_index)
 
     def close_row(self, handle: RowHandle) -> None:
-        self._steps.close_row(handle)
+        self._executor.close_row(handle)
 
     @property
     def num_free_rows(self) -> int:
-        return self._steps.num_free_rows
+        return self._executor.num_free_rows
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
@@ -171,7 +171,7 @@ class ModelRunner:
             ValueError: a row is empty, too long, or names blocks that do not exist.
             torch.OutOfMemoryError: the step needs more memory than there is; nothing was computed.
         """
-        return self._steps.launch(batch)
+        return self._executor.launch(batch)
 
     def forward(self, batch: Batch) -> list[Sequence[Drawn]]:
         """`launch` and its result: by row, what was drawn behind its last token."""
@@ -195,7 +195,7 @@ class ModelRunner:
     def logits(self, batch: Batch) -> Tensor:
         """Computes a step → float32 [logits, vocab], the logits at each row's last `num_logits`
         tokens, row by row."""
-        return self._steps.logits(batch)
+        return self._executor.logits(batch)
 
     def _find_weights(self) -> WeightFiles | DummyWeights:
         if self._config.load_format == "dummy":
@@ -269,9 +269,9 @@ class ModelRunner:
             device=self.device,
         )
 
-    def _make_steps(self, kv_cache: KvCache) -> Steps:
+    def _make_executor(self, kv_cache: KvCache) -> Executor:
         if self.kernels == "torch":
-            return HostSteps(
+            return HostExecutor(
                 self._model,
                 kv_cache,
                 self.device,
@@ -279,9 +279,9 @@ class ModelRunner:
                 max_model_len=self.max_model_len,
                 min_rows=self._min_rows,
             )
-        from baton.shared.engine.device_steps import DeviceSteps
+        from baton.shared.engine.device_executor import DeviceExecutor
 
-        return DeviceSteps(
+        return DeviceExecutor(
             self._model,
             kv_cache,
             self.device,
@@ -311,11 +311,11 @@ class ModelRunner:
         )
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
-            steps = self._make_steps(cache)
-            steps.launch(Batch([self._prompt_row(num_tokens)])).result()
+            executor = self._make_executor(cache)
+            executor.launch(Batch([self._prompt_row(num_tokens)])).result()
         pool_bytes = cache.memory.numel()
         peak = torch.cuda.max_memory_allocated(self.device) - pool_bytes
-        del steps, cache
+        del executor, cache
         torch.cuda.empty_cache()
         return int(peak)
 
@@ -323,12 +323,12 @@ class ModelRunner:
         """Compiles kernels and captures graphs; nobody's first request waits for that."""
         if self.kernels != "triton" or self.device.type != "cuda":
             return
-        from baton.shared.engine.device_steps import DeviceSteps
+        from baton.shared.engine.device_executor import DeviceExecutor
 
-        assert isinstance(self._steps, DeviceSteps)
+        assert isinstance(self._executor, DeviceExecutor)
         progress("compiling kernels and capturing graphs")
         with torch.inference_mode():
-            self._steps.capture(graphs=self._config.cuda_graphs)
+            self._executor.capture(graphs=self._config.cuda_graphs)
             # As if no group had a window: the prompts of this have all their blocks.
             blocks_each = min(
                 num_blocks // self.arrangement.pools.count(pool)
@@ -339,11 +339,11 @@ class ModelRunner:
             usable = [min(budget, limit) for budget in budgets if budget is not None]
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
-                self._steps.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
+                self._executor.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
             if self.num_drafts:
                 prompt = self._prompt_row(min(16, limit))
                 guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
-                self._steps.launch(Batch([guess, prompt])).result()
+                self._executor.launch(Batch([guess, prompt])).result()
             measured = min(_MEASURED_TOKENS, limit)
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
             for budget in usable:
@@ -372,7 +372,7 @@ class ModelRunner:
         for start in starts:
             token_ids = prompt.token_ids[start : start + budget]
             row = BatchRow(token_ids, start, prompt.block_tables, prompt.sampling)
-            launched.append(self._steps.launch(Batch([row])))
+            launched.append(self._executor.launch(Batch([row])))
             if len(launched) > 1:
                 launched.pop(0).result()
         launched.pop().result()

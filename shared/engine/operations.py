@@ -30,7 +30,7 @@ class Operations(Protocol):
     """Shapes and meaning of each are given in kernels/reference.py.
 
     A `rope` and a `plan` are made once per step for all layers, by whoever prepares the step; what
-    they are is between the table and its steps (host_steps.py, device_steps.py).
+    they are is between the table and its steps (host_executor.py, device_executor.py).
     """
 
     @property

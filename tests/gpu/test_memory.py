@@ -14,7 +14,7 @@ import torch
 
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
-from baton.services.worker.stepper import StepLimits
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
@@ -31,7 +31,7 @@ class OneWorker(SimWorker):
     """Alone: what it tells its gateway is counted."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        limits = StepLimits(runner.token_budget, max_num_seqs=8)
+        limits = BatchLimits(runner.token_budget, max_num_seqs=8)
         super().__init__("gpu", "ab" * 16, runner, lambda _, mail: self._count(mail), limits)
         self.num_tokens = 0
         self.failures: list[str] = []
@@ -106,7 +106,7 @@ def test_a_step_without_memory_fails_one_request(
     """The one whose chunk it is; others that decode go on, and so does the engine."""
     runner = make_gpu_runner(DEMO, num_blocks=256)
     engine = OneWorker(runner)
-    steps: Any = runner._steps
+    steps: Any = runner._executor
     launch = getattr(steps, where)
     failed: list[int] = []
 

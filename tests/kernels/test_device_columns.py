@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from baton.shared.engine.batch import BatchRow
-from baton.shared.engine.device_columns import step_columns
+from baton.shared.engine.device_columns import chunk_columns
 
 BLOCK_SIZE = 16
 
@@ -20,7 +20,7 @@ def test_every_token_has_its_place(seed: int) -> None:
     chunks = [(slot, _chunk(rng, num_groups)) for slot in range(50, 51 + rng.randrange(4))]
     wanted = [(rng.randrange(200), rng.randrange(50), rng.randrange(4)) for _ in range(seed % 7)]
     num_wanted = len(wanted) + rng.randrange(3)
-    columns = step_columns(
+    columns = chunk_columns(
         num_decode,
         chunks,
         wanted,
@@ -68,7 +68,7 @@ def test_columns_begin_at_16_bytes() -> None:
     rng = random.Random(1)
     for num_wanted in range(6):
         for num_groups in (1, 2):
-            columns = step_columns(
+            columns = chunk_columns(
                 2,
                 [(1, _chunk(rng, num_groups))],
                 [],

@@ -216,7 +216,7 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
         scatter(state, sent)
 
     with monkeypatch.context() as patch:
-        patch.setattr("baton.shared.engine.device_steps.step_columns", _fail)
+        patch.setattr("baton.shared.engine.device_executor.chunk_columns", _fail)
         with pytest.raises(MemoryError):
             runner.launch(Batch([decode(0, 0), prompt_of(2)]))
     monkeypatch.setattr("baton.shared.engine.host_buffers.scatter", remember)

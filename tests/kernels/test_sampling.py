@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baton.kernels.reference_sampling import random_bits
 from baton.kernels.reference_state import draw_reference
-from baton.kernels.sampling import DrawConfig, SamplingWork, draw, make_sampling_work
+from baton.kernels.sampling import DrawConfig, SamplingScratch, draw, make_sampling_scratch
 from baton.shared.engine.sampler import draw_key, draw_stream
 
 # Many parts, searches over more tokens than fit, blocks that end before the row.
@@ -29,7 +29,7 @@ class _Batch:
     stream: Tensor
     token_ids: Tensor
 
-    def draw(self, config: DrawConfig | None = None, work: SamplingWork | None = None) -> Tensor:
+    def draw(self, config: DrawConfig | None = None, work: SamplingScratch | None = None) -> Tensor:
         return draw(**vars(self), config=config, work=work)
 
     def check(self, config: DrawConfig | None = None) -> Tensor:
@@ -182,7 +182,7 @@ def test_padding_writes_nothing_else(device: torch.device) -> None:
 
 def test_a_row_draws_the_same_in_any_batch(device: torch.device) -> None:
     batch = _batch(_logits(4, 300, device, 1.0), top_p=0.9, top_k=200)
-    work = make_sampling_work(5, 300, device)
+    work = make_sampling_scratch(5, 300, device)
     for tensor in vars(work).values():
         tensor.view(torch.uint8).fill_(0xFF)  # NaN, and wild numbers
     together = batch.draw(work=work).tolist()

@@ -10,8 +10,8 @@ from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.model_files.fields import Fields
 
 if TYPE_CHECKING:
+    from baton.shared.engine.executor import Model
     from baton.shared.engine.model_loader import ModelLoader
-    from baton.shared.engine.steps import Model
 
 
 @dataclass(frozen=True, slots=True)

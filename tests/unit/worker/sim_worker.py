@@ -10,7 +10,7 @@ from baton.services.worker import messages as msg
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
-from baton.services.worker.stepper import StepLimits
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey
@@ -19,7 +19,7 @@ from baton.shared.transfer.puller import PullJob
 from baton.v1 import kv_service_pb2, worker_service_pb2
 
 CAPABILITY = "c" * 64
-SMALL_STEPS = StepLimits(token_budget=8, max_num_seqs=4)
+SMALL_STEPS = BatchLimits(token_budget=8, max_num_seqs=4)
 
 
 class SimWorker:
@@ -31,7 +31,7 @@ class SimWorker:
         incarnation: str,
         runner: ModelRunner,
         post: Callable[[SimWorker, list[msg.Outgoing]], None],
-        limits: StepLimits = SMALL_STEPS,
+        limits: BatchLimits = SMALL_STEPS,
     ) -> None:
         """`post` takes what the engine delivers at the end of an iteration."""
         self.peer = msg.Peer(name, incarnation, f"{name}.test")

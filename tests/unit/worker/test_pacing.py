@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from baton.services.prefill.pacing import Pacing
-from baton.services.worker.stepper import StepLimits, Stepper
+from baton.services.worker.stepper import BatchLimits, Stepper
 from baton.shared.kv.sequence import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench
@@ -78,7 +78,7 @@ def test_a_prompt_waits_for_slow_streams_and_all_get_the_same_tokens(
     bench = Bench(make_runner(NUM_BLOCKS))
     stepper = bench.engine._stepper
     assert isinstance(stepper, Stepper)
-    limits = StepLimits(token_budget=16, max_num_seqs=4, tpot_goal_s=goal_s)
+    limits = BatchLimits(token_budget=16, max_num_seqs=4, tpot_goal_s=goal_s)
     stepper._limits, stepper.pacing = limits, Pacing(limits.tpot_goal_s)
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     bench.start(0, (5, 9, 13, 7), greedy)

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from baton.services.decode import scheduler
 from baton.services.decode.scheduler import (
+    choose_rows,
     choose_victim,
     is_short_of_blocks,
     lacking_room,
-    plan_rows,
 )
-from baton.services.prefill.scheduler import Admission, admission, plan_chunks
+from baton.services.prefill.scheduler import Admission, admission, choose_chunks
 from baton.shared.kv.sequence import (
     AttemptKey,
     SamplingParams,
@@ -89,7 +89,7 @@ def test_a_prompt_whose_prefix_is_coming_does_not_block_those_behind_it() -> Non
 
 
 def chunks(prompts: list[Sequence], budget: int, max_rows: int = 100) -> list[tuple[str, int]]:
-    planned = plan_chunks(prompts, token_budget=budget, max_rows=max_rows, block_size=BLOCK_SIZE)
+    planned = choose_chunks(prompts, token_budget=budget, max_rows=max_rows, block_size=BLOCK_SIZE)
     return [(chunk.sequence.key.request_id, chunk.num_tokens) for chunk in planned]
 
 
@@ -132,7 +132,7 @@ def test_every_prompt_is_computed_once_within_budget(
     left = [sequence(length, name=str(i)) for i, length in enumerate(lengths)]
     finished: list[int] = []
     while left:
-        planned = plan_chunks(left, token_budget=budget, max_rows=max_rows, block_size=BLOCK_SIZE)
+        planned = choose_chunks(left, token_budget=budget, max_rows=max_rows, block_size=BLOCK_SIZE)
         assert planned, "no step is without progress"
         assert sum(chunk.num_tokens for chunk in planned) <= budget
         assert len(planned) <= max_rows and all(chunk.num_tokens > 0 for chunk in planned)
@@ -190,7 +190,7 @@ def test_the_latest_is_preempted_and_the_first_never() -> None:
 
 def rows(batch: list[Sequence], *num_free: int, max_rows: int = 100) -> list[str]:
     lacking = lacking_of(len(num_free))
-    planned = plan_rows(batch, lacking, num_free_blocks=num_free, max_rows=max_rows)
+    planned = choose_rows(batch, lacking, num_free_blocks=num_free, max_rows=max_rows)
     return [each.key.request_id for each in planned]
 
 
@@ -214,7 +214,7 @@ def test_planned_rows_fit_into_what_is_free(
         running(tokens, num_blocks_for(tokens, BLOCK_SIZE) - lacking, str(i))
         for i, (tokens, lacking) in enumerate(sizes)
     ]
-    planned = plan_rows(batch, TWO_POOLS, num_free_blocks=num_free, max_rows=100)
+    planned = choose_rows(batch, TWO_POOLS, num_free_blocks=num_free, max_rows=100)
     taken = sum(TWO_POOLS(each)[0] for each in planned)
     assert taken <= min(num_free)
     sitting_out = [each for each in batch if each not in planned]

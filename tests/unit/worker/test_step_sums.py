@@ -8,7 +8,7 @@ import pytest
 
 from baton.services.worker import messages as msg
 from baton.shared.engine.block_sums import BlockSums, HostBlockSums, TakeSums
-from baton.shared.engine.steps import Step
+from baton.shared.engine.executor import Step
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.sequence import Sequence
 from baton.shared.rpc.errors import DigestMismatch

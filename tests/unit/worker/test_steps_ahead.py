@@ -14,7 +14,7 @@ from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.sequence_table import Recipient
-from baton.services.worker.stepper import StepLimits
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
@@ -98,7 +98,7 @@ class Bench:
             self.pools,
             Sealer(self.pools, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
             identity=msg.Peer("w", "ab" * 16, ""),
-            limits=StepLimits(token_budget=16, max_num_seqs=4),
+            limits=BatchLimits(token_budget=16, max_num_seqs=4),
             inbox=queue.SimpleQueue(),
             submit_pull=lambda job: None,
             deliver=self._hear,

@@ -1,8 +1,8 @@
 """What a step needs and gives, whatever computes it.
 
-`HostSteps` (host_steps.py) plans each step with numpy and runs the torch reference: the CPU path.
-`DeviceSteps` (device_steps.py) keeps the sequences' state on the GPU and runs the Triton kernels.
-Both take the same batches and the same model.
+`HostExecutor` (host_executor.py) prepares each step with numpy and runs the torch reference: the
+CPU path. `DeviceExecutor` (device_executor.py) keeps the sequences' state on the GPU and runs the
+Triton kernels. Both take the same batches and the same model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Step(Protocol):
         device."""
 
 
-class Steps(Protocol):
+class Executor(Protocol):
+    """Launches steps, one after another, over one model and one cache."""
+
     kv_cache: KvCache
 
     def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:

@@ -28,13 +28,13 @@ from torch import Tensor
 from baton.kernels.batch_state import begin_step
 from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
 from baton.kernels.drafts import accept_drafts, begin_drafted_step
-from baton.kernels.sampling import draw, make_sampling_work
+from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
-from baton.shared.engine.device_columns import StepColumns, step_columns
+from baton.shared.engine.device_columns import ChunkColumns, chunk_columns
+from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.steps import Model
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.cache_spec import window_of
@@ -129,7 +129,7 @@ class _Layout:
     """Handles of rows that nothing is kept of."""
 
 
-class DeviceSteps:
+class DeviceExecutor:
     def __init__(
         self,
         model: Model,
@@ -169,7 +169,7 @@ class DeviceSteps:
         # Decode rows of the widest step, and as many chunks beside them as there are rows.
         max_wanted = max_num_seqs * self._widths[-1]
         self._drawn_sizes = padded_sizes(max_wanted)
-        self._sampling_work = make_sampling_work(max_wanted, vocab_size, device)
+        self._sampling_scratch = make_sampling_scratch(max_wanted, vocab_size, device)
         self._work = {
             (size, width): self._make_work(size * width)
             for size in self._sizes
@@ -422,7 +422,7 @@ class DeviceSteps:
             num_padded = len(places) if is_many else _padded(len(places), self._drawn_sizes)
         layout.wanted += [-1] * (num_padded - len(places))
         num_decode, num_groups = layout.size * layout.width, len(self._caches)
-        columns = step_columns(
+        columns = chunk_columns(
             num_decode,
             [(layout.handles[i].slot, batch.rows[i]) for i in layout.chunks],
             places,
@@ -529,7 +529,7 @@ class DeviceSteps:
         window = self._windows[len(planned)]
         plan_decode(rows, self._state.context_lens, work, back=back, window=window)
 
-    def _attended(self, columns: StepColumns, group: int) -> Tensor:
+    def _attended(self, columns: ChunkColumns, group: int) -> Tensor:
         """Nobody reads what becomes of the padding, but numbers shall go on through the layers."""
         attended = torch.empty(
             columns.num_tokens,
@@ -590,7 +590,7 @@ class DeviceSteps:
             state.streams,
             state.token_ids,
             out=out,
-            work=self._sampling_work,
+            work=self._sampling_scratch,
             back=back,
         )
 

@@ -1,4 +1,4 @@
-"""Steps planned on the host, with numpy, and computed by the torch reference at once."""
+"""Steps prepared on the host, with numpy, and computed by the torch reference at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from baton.kernels import reference
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, RowHandle
+from baton.shared.engine.executor import Model
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.sampler import sample_tokens
-from baton.shared.engine.steps import Model
 from baton.shared.kv.cache_spec import window_of
 from baton.shared.kv.drawn import Drawn, drawn_of
 from baton.shared.kv.sequence import SamplingParams
@@ -31,7 +31,7 @@ class DoneStep:
         return self.drawn
 
 
-class HostSteps:
+class HostExecutor:
     def __init__(
         self,
         model: Model,
@@ -113,7 +113,7 @@ class HostSteps:
         """[at least T, hidden]; rows behind the step's tokens are padding."""
         self._check(columns)
         plans = [
-            reference.plan_step(
+            reference.plan_attention(
                 columns.query_start,
                 columns.context_lens,
                 columns.block_tables[group],
