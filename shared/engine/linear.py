@@ -211,8 +211,12 @@ def _weight(part: Part, num_in: int, rows: slice, columns: slice, reader: PartRe
         reason = f"dtype {header.dtype}, but config.json has no quantization_config"
         raise reader.error(name, reason)
     scale = _scale(f"{part.module}.weight_scale", shape, rows, columns, reader)
+    numbers = reader.read(name, shape, which)
+    if numbers.is_meta:
+        # A product on paper would load torch's compiler, as torch.cat does.
+        return numbers.to(reader.dtype)
     # In the scale's dtype and rounded once, as those who made the numbers do it.
-    return (reader.read(name, shape, which).to(scale.dtype) * scale).to(reader.dtype)
+    return (numbers.to(scale.dtype) * scale).to(reader.dtype)
 
 
 def _scale(
@@ -231,7 +235,8 @@ def _scale(
     if scale.numel() == 1 and scale.dim() <= 1:
         return scale
     num_out, num_in = shape
-    if scale.dim() != 2 or scale.shape[0] != num_out or num_in % max(1, scale.shape[1]):
+    is_grouped = scale.dim() == 2 and scale.shape[0] == num_out and scale.shape[1] > 0
+    if not is_grouped or num_in % scale.shape[1]:
         raise reader.error(
             name, f"shape {list(header.shape)} does not fit a weight of {list(shape)}"
         )

@@ -104,7 +104,7 @@ class ModelLoader:
         if self._device == _META:
             # Nothing is computed on paper, and to try loads torch's compiler: 75 MB that stay.
             return None
-        cos, sin = rope_tables(config, head_dim, self._num_positions, torch.device("cpu"))
+        cos, sin = rope_tables(config, head_dim, self._num_positions)
         return self.ops.pack_rope(cos.to(self._device), sin.to(self._device), self.dtype)
 
     # For whoever makes linear layers

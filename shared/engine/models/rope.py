@@ -10,18 +10,16 @@ from torch import Tensor
 from baton.shared.engine.models.model_config import RopeConfig
 
 
-def rope_tables(
-    rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin of each pair's angle: float32 [num_positions, head_dim / 2] each."""
-    frequencies = _inverse_frequencies(rope, head_dim, device)
-    angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequencies
+    frequencies = _inverse_frequencies(rope, head_dim)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-def _inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
+def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each pair: float32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / rope.theta**exponents
     if rope.rope_type == "default":
         return plain

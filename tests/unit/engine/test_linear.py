@@ -232,7 +232,7 @@ def test_ranks_share_whole_heads_and_repeat_those_that_are_too_few() -> None:
             "a.weight_scale: shape",
         ),
         (
-            {"a.weight": whole_numbers(32, 1), "a.weight_scale": torch.ones(0, 0)},
+            {"a.weight": whole_numbers(32, 1), "a.weight_scale": torch.ones(32, 0)},
             "a.weight_scale: shape",
         ),
         (
