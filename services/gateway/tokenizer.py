@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from baton.services.gateway.chat_template import ChatTemplate
+from baton.services.gateway.decoder_steps import BYTE_OF_CHARACTER, byte_tokens, is_byte_level
 from baton.services.gateway.stops import StopFinder
 from baton.services.gateway.text_stream import BytesToText, PiecesToText, TextStream
-from baton.services.gateway.tokenizer_files import load_tokenizer, step_of
+from baton.services.gateway.tokenizer_files import load_tokenizer
 from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField
 
 _NUM_ENCODING_THREADS = 2
-_LOCAL_DECODERS = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 _MAX_CACHED_TEXTS = 1 << 18
 
 
@@ -54,17 +54,8 @@ class TextCodec:
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
-        decoders = list(_flat_decoders(step_of(tokenizer.decoder)))
-        kinds = [decoder["type"] for decoder in decoders]
-        self._is_byte_level = kinds in (["ByteLevel"], ["ByteLevel", "Fuse"])
-        if not self._is_byte_level:
-            _check_local(decoders)
-        self._bytes = {
-            token_id: byte
-            for byte in range(256)
-            for written in (f"<0x{byte:02X}>", f"<0x{byte:02x}>")
-            if "ByteFallback" in kinds and (token_id := tokenizer.token_to_id(written)) is not None
-        }
+        self._is_byte_level = is_byte_level(tokenizer)
+        self._bytes = byte_tokens(tokenizer)
         self._token_bytes: dict[int, bytes] = {}
         self._texts: dict[tuple[bool, tuple[int, ...]], str] = {}
         self._threads = ThreadPoolExecutor(_NUM_ENCODING_THREADS, "tokenise")
@@ -194,7 +185,7 @@ class TextCodec:
         if token is None or token_id in self._special_ids:
             return b""
         try:
-            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:  # an added token, written as itself
             return token.encode()
 
@@ -310,35 +301,3 @@ def _mark_tokens(
     marked = [pattern.sub(lambda match: marks[match[0]], stop) for stop in stops]
     by_id = {silent_ids[written]: mark for written, mark in marks.items()}
     return by_id, list(dict.fromkeys([*stops, *marked]))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """How byte-level vocabularies write a byte: as the Latin-1 character that it is where that
-    can be seen, otherwise as the next character from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    invisible = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {
-        chr(0x100 + index): byte for index, byte in enumerate(invisible)
-    }
-
-
-_BYTE_OF_CHARACTER = _byte_alphabet()
-
-
-def _flat_decoders(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    if decoder is not None and decoder["type"] == "Sequence":
-        for part in decoder["decoders"]:
-            yield from _flat_decoders(part)
-    elif decoder is not None:
-        yield decoder
-
-
-def _check_local(decoders: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError unless a token's text depends on nothing but whether it is the first."""
-    is_fused = False
-    for decoder in decoders:
-        kind = decoder["type"]
-        is_strip_of_first = kind == "Strip" and decoder["start"] <= 1 and decoder["stop"] == 0
-        if kind not in _LOCAL_DECODERS or (is_fused and not is_strip_of_first):
-            raise ValueError(f"decoder: text from {kind} at this place cannot be streamed")
-        is_fused = is_fused or kind == "Fuse"
