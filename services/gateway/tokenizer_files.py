@@ -72,7 +72,8 @@ def _from_json(path: Path) -> Converted | None:
     if not path.exists():
         return None
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        # The library takes only paths that are UTF-8.
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: {one_line(error)}") from error
     padding = tokenizer.padding

@@ -53,8 +53,10 @@ def read_model_info(fields: Fields) -> ModelInfo:
 
 
 def served_name(model_dir: Path) -> str:
-    """What a model is called by default: its directory as given, links not followed."""
-    return Path(os.path.normpath(model_dir.absolute())).name
+    """What a model is called by default: its directory as given, links not followed. Bytes that
+    are not UTF-8 become U+FFFD: no message could carry them."""
+    name = Path(os.path.normpath(model_dir.absolute())).name
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,11 @@ def test_llamas_class_puts_its_own_steps_around_the_model(
         ids = ours.tokenizer.encode(text).ids
         assert ids == theirs(text).input_ids
         assert ours.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_a_path_need_not_be_utf_8(tmp_path: Path, tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    model_dir = tmp_path / os.fsdecode(b"m\xf6del")
+    model_dir.mkdir()
+    written = tokenizers_by_kind["byte_level"].to_str()
+    (model_dir / "tokenizer.json").write_text(written, encoding="utf-8")
+    assert load_tokenizer(model_dir) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,8 @@ def test_fields_that_nobody_asked_for_are_named_with_their_place() -> None:
     inner = fields.object("b")
     assert inner is not None and inner.integer("c") == 2
     assert fields.unread(harmless=["f"]) == ["g", "b.d"]
+
+
+def test_a_name_that_is_not_utf_8_can_be_sent_all_the_same() -> None:
+    assert served_name(Path(os.fsdecode(b"/models/m\xf6del"))) == "m\ufffddel"
+    assert served_name(Path("/models/mödel")) == "mödel"
