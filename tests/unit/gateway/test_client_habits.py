@@ -34,6 +34,7 @@ NO_CALLS: tuple[Any, ...] = (None, [])
 @pytest.fixture
 def frontend(model_dir: Path) -> NullFrontend:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{{ raise_exception('Users begin') if messages[0].role == 'assistant' }}"
     (model_dir / "chat_template.jinja").write_text(template)
     return NullFrontend(TextCodec.load(model_dir))
 
@@ -155,6 +156,13 @@ async def test_an_answer_may_be_sent_back_as_it_came(address: str) -> None:
             }
             body = {"messages": [*MESSAGES, said, *MESSAGES]}
             assert (await ask(address, CHAT, body)).status == 200, said
+
+
+async def test_a_template_that_refuses_is_quoted(address: str) -> None:
+    said = {"role": "assistant", "content": "Hello"}
+    reply = await ask(address, CHAT, {"messages": [said]})
+    assert (reply.status, reply.error["param"]) == (400, "messages")
+    assert "Users begin" in reply.error["message"]
 
 
 async def test_stream_options_without_a_stream_ask_for_nothing(address: str) -> None:
