@@ -1,4 +1,4 @@
-"""The decode service as a process, a worker of that role: `python -m services.decode --help`."""
+"""A worker of the role decode as a process: `python -m baton.services.decode --help`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefill service as a process, a worker of that role: `python -m services.prefill --help`."""
+"""A worker of the role prefill as a process: `python -m baton.services.prefill --help`."""
 
 from __future__ import annotations
 

@@ -135,6 +135,8 @@ def launched(
 ) -> Iterator[Launched]:
     monkeypatch.setenv("BATON_FAILPOINTS", "slow_steps")
     monkeypatch.setenv("BATON_DRAIN_S", "0.5")
+    # A gateway that leaves waits for its clients' connections to grow that old.
+    monkeypatch.setenv("BATON_CONNECTION_AGE_S", "2")
     counts = [f"--{role}{s}={2}" for role, s in (("prefill", ""), ("decode", ""), ("gateway", "s"))]
     launched = Launched(
         tmp_path,
