@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from tests.device import DEVICE, ON_GPU
+from tests.lanes import pytest_runtest_setup as pytest_runtest_setup
+from tests.lanes import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
 if not torch.cuda.is_available():
     # Read whenever a kernel is defined: by then it must be set, whichever test is first to import

@@ -33,7 +33,7 @@ RUNTIMES = {"oldest": ["grpcio==1.72.1", "protobuf==6.30.0"], "newest": ["--upgr
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    _pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={out}",
+    _pip("wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={out}",
          str(ROOT / "clients" / "python"))  # fmt: skip
     [path] = out.glob("baton_client-*.whl")
     return path
@@ -56,9 +56,9 @@ def test_contents(wheel: Path) -> None:
 def test_alone_against_a_running_stack(
     runtime: str, wheel: Path, stack: Launched, tmp_path: Path
 ) -> None:
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    _pip(python, "install", *RUNTIMES[runtime], str(wheel))
+    _pip("--python", str(python), "install", *RUNTIMES[runtime], str(wheel))
     address = stack.wait_ready()
     num_cancelled = _num_cancelled(address)
     with (
@@ -115,9 +115,9 @@ def _num_cancelled(address: str) -> int:
     return info.counters.num_cancelled
 
 
-def _pip(python: str | Path, command: str, *arguments: str) -> None:
+def _pip(*arguments: str) -> None:
     done = subprocess.run(
-        [python, "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments],
+        [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments],
         capture_output=True,
         text=True,
         check=False,
