@@ -7,11 +7,14 @@ Where there is no GPU, kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.device import DEVICE, ON_GPU
+from tests.device import DEVICE, ON_GPU, ROOT
+from tests.e2e.harness import Stack
+from tests.lanes import computing_last
 from tests.lanes import pytest_runtest_setup as pytest_runtest_setup
 from tests.lanes import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
@@ -32,9 +35,25 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    computing_last(items)
     if ON_GPU:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu") is not None]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+
+
+@pytest.fixture(scope="session")
+def demo_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The demo model, with a prefill worker, a decode worker, both doors and all metrics; for tests
+    that leave it as they found it."""
+    workers = {"p0": "prefill", "d0": "decode"}
+    ports = {"BATON_METRICS_PORT": "0", "BATON_HTTP_PORT": "0"}
+    with Stack(
+        ROOT / "models/demo",
+        tmp_path_factory.mktemp("demo"),
+        workers,
+        environments=dict.fromkeys(("gateway", *workers), ports),
+    ) as stack:
+        yield stack

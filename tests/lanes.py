@@ -1,8 +1,9 @@
-"""Two lanes of tests side by side, each in its order, in a process of its own: `pytest -n 2`.
+"""Two lanes of tests side by side, each in its own order and its own process: `pytest -n 2`.
 
-Whatever starts processes waits most of the time; kernels in Triton's interpreter, and engines, keep
-a core busy. So that one does not disturb the other, `COMPUTING` steps back whenever a core is
-wanted, and takes one thread. Without `-n` all run one after the other.
+One starts whole stacks, and waits for them most of the time. The other does all the rest: first
+what waits too, then what computes, kernels in Triton's interpreter and engines. That steps back
+wherever somebody else wants a core, and takes one thread, so that it disturbs no stack. Without
+`-n` all run one after the other.
 """
 
 from __future__ import annotations
@@ -13,18 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-STACKS, COMPUTING = "stacks", "computing"
-_COMPUTING_FOLDERS = (
-    "tests/kernels/",
-    "tests/unit/engine/",
-    "tests/unit/kv/",
-    "tests/unit/worker/",
-)
+_STACKS = ("tests/e2e/", "tests/faults/", "tests/http/")
+_COMPUTING = ("tests/kernels/", "tests/unit/engine/", "tests/unit/kv/", "tests/unit/worker/")
 _NICE = 10
-
-
-def lane_of(nodeid: str) -> str:
-    return COMPUTING if nodeid.startswith(_COMPUTING_FOLDERS) else STACKS
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,13 +27,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         """What is of one scope runs in one process."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return lane_of(nodeid)
+            return "stacks" if nodeid.startswith(_STACKS) else "the rest"
 
     return Lanes(config, log)
 
 
+def computing_last(items: list[pytest.Item]) -> None:
+    """In place; otherwise in the order in which they were."""
+    items.sort(key=_is_computing)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    is_beside_another = "PYTEST_XDIST_WORKER" in os.environ
-    if is_beside_another and lane_of(item.nodeid) == COMPUTING and os.nice(0) < _NICE:
+    if "PYTEST_XDIST_WORKER" in os.environ and _is_computing(item) and os.nice(0) < _NICE:
         os.nice(_NICE)
         torch.set_num_threads(1)
+
+
+def _is_computing(item: pytest.Item) -> bool:
+    return item.nodeid.startswith(_COMPUTING)

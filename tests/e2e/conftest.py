@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.e2e.harness import Stack
 from tests.e2e.oracle import Oracle
 
 
@@ -31,6 +33,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A prefill and a decode worker of that model; for tests that leave it as they found it."""
+    workers = {"p0": "prefill", "d0": "decode"}
+    with Stack(tiny_model, tmp_path_factory.mktemp("stack"), workers) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="session")

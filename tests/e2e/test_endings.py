@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,11 +18,9 @@ pytestmark = pytest.mark.e2e
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 
 
-@pytest.fixture(scope="module")
-def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    workers = {"p0": "prefill", "d0": "decode"}
-    with Stack(tiny_model, tmp_path_factory.mktemp("stack"), workers) as stack:
-        yield stack
+@pytest.fixture
+def stack(tiny_stack: Stack) -> Stack:
+    return tiny_stack
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from baton.loadtest.__main__ import main
-from tests.device import ROOT
 from tests.e2e.harness import Stack
 
 pytestmark = pytest.mark.e2e
@@ -19,16 +17,9 @@ NAMES = ("gateway", "p0", "d0")
 NUM_REQUESTS = 12
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    ports = {"BATON_METRICS_PORT": "0", "BATON_HTTP_PORT": "0"}
-    with Stack(
-        ROOT / "models/demo",
-        tmp_path_factory.mktemp("load"),
-        {"p0": "prefill", "d0": "decode"},
-        environments=dict.fromkeys(NAMES, ports),
-    ) as stack:
-        yield stack
+@pytest.fixture
+def stack(demo_stack: Stack) -> Stack:
+    return demo_stack
 
 
 def measured(stack: Stack, directory: Path, scheme: str, *flags: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,11 +29,9 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    workers = {"p0": "prefill", "d0": "decode"}
-    with Stack(DEMO, tmp_path_factory.mktemp("stack"), workers) as stack:
-        yield stack
+@pytest.fixture
+def stack(demo_stack: Stack) -> Stack:
+    return demo_stack
 
 
 @pytest.fixture(scope="module")

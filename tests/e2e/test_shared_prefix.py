@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +17,9 @@ NUM_SHARED = 1000
 NUM_SHARED_BLOCKS = 62
 
 
-@pytest.fixture(scope="module")
-def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    workers = {"p0": "prefill", "d0": "decode"}
-    with Stack(tiny_model, tmp_path_factory.mktemp("stack"), workers) as stack:
-        yield stack
+@pytest.fixture
+def stack(tiny_stack: Stack) -> Stack:
+    return tiny_stack
 
 
 def test_common_prefix_is_computed_once(stack: Stack, oracle: Oracle) -> None:
@@ -36,6 +32,7 @@ def test_common_prefix_is_computed_once(stack: Stack, oracle: Oracle) -> None:
         sampling = {"temperature": 1.0, "seed": number} if number % 2 else {}
         asks.append(Ask([*shared, *own], {"max_tokens": 6, **sampling}))
 
+    computed, pulled = NewCounts(stack, "p0"), NewCounts(stack, "d0")
     results = stack.generate_at_once([(ask.prompt, ask.sampling) for ask in asks])
 
     assert [result.token_ids for result in results] == oracle.answers(asks)
@@ -45,12 +42,22 @@ def test_common_prefix_is_computed_once(stack: Stack, oracle: Oracle) -> None:
     assert cached == [0] + [num_shared_tokens] * (NUM_REQUESTS - 1)
     num_own_tokens = sum(len(ask.prompt) - num_shared_tokens for ask in asks)
     num_own_full = sum(len(ask.prompt) // BLOCK_SIZE - NUM_SHARED_BLOCKS for ask in asks)
-    computed = stack.state("p0").counters
-    assert computed.num_computed_blocks == NUM_SHARED_BLOCKS + num_own_full
-    assert computed.num_computed_prompt_tokens == num_shared_tokens + num_own_tokens
-    assert computed.num_cached_prompt_tokens == num_shared_tokens * (NUM_REQUESTS - 1)
+    assert computed("num_computed_blocks") == NUM_SHARED_BLOCKS + num_own_full
+    assert computed("num_computed_prompt_tokens") == num_shared_tokens + num_own_tokens
+    assert computed("num_cached_prompt_tokens") == num_shared_tokens * (NUM_REQUESTS - 1)
     num_tails = sum(len(ask.prompt) % BLOCK_SIZE > 0 for ask in asks)
-    pulled = stack.state("d0").counters
-    assert pulled.num_pulled_blocks == NUM_SHARED_BLOCKS + num_own_full + num_tails
-    assert pulled.num_computed_prompt_tokens == 0
+    assert pulled("num_pulled_blocks") == NUM_SHARED_BLOCKS + num_own_full + num_tails
+    assert pulled("num_computed_prompt_tokens") == 0
     stack.assert_idle()
+
+
+class NewCounts:
+    """Of one worker, from now on."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self._stack, self._name = stack, name
+        self._before = stack.state(name).counters
+
+    def __call__(self, counter: str) -> int:
+        now = self._stack.state(self._name).counters
+        return int(getattr(now, counter) - getattr(self._before, counter))

@@ -127,7 +127,7 @@ async def test_a_client_that_disconnects_frees_its_sequence(
     _, writer = await connect(http)
     writer.write(head.encode() + body)
     await asyncio.to_thread(
-        stack.wait_until, lambda: any(s.num_running for s in map(stack.state, ["decode-0"]))
+        stack.wait_until, lambda: any(s.num_running for s in map(stack.state, ["d0"]))
     )
     writer.transport.abort()
     await asyncio.to_thread(stack.assert_idle)

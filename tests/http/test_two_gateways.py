@@ -6,8 +6,9 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -28,7 +29,7 @@ _BODY = {"prompt": "In the beginning", "temperature": 0, "max_tokens": 8}
 
 
 class Launcher:
-    def __init__(self, process: asyncio.subprocess.Process, addresses: dict[str, str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], addresses: dict[str, str]) -> None:
         self.process = process
         self.addresses = addresses
 
@@ -37,22 +38,27 @@ class Launcher:
         return {pid for pid in roles if b"\0baton.services.gateway\0" in _command(pid)}
 
 
-@pytest.fixture
-async def launcher(tmp_path: Path) -> AsyncIterator[Launcher]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.services.launcher", "up", "--model", "models/demo"),
-        *("--port", "0", "--http-port", "0", "--gateways", "2", "--both", "1"),
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    scratch = tmp_path_factory.mktemp("launcher")
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "baton.services.launcher", "up", "--model", "models/demo"),
+            *("--port", "0", "--http-port", "0", "--gateways", "2", "--both", "1"),
+        ],
         cwd=ROOT,
-        env=process_environment(BATON_CONNECTION_AGE_S="1", TMPDIR=str(tmp_path)),
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        line = (await asyncio.wait_for(process.stdout.readline(), 60 * PATIENCE)).decode()
-        yield Launcher(process, dict(part.split("=", 1) for part in line.split()[1:]))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = await process.wait()
+        env=process_environment(BATON_CONNECTION_AGE_S="1", TMPDIR=str(scratch)),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("READY ")
+            yield Launcher(process, dict(part.split("=", 1) for part in line.split()[1:]))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
     assert code == 0
 
 
