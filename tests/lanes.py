@@ -16,7 +16,7 @@ import torch
 
 _STACKS = ("tests/e2e/", "tests/faults/", "tests/http/")
 _COMPUTING = ("tests/kernels/", "tests/unit/engine/", "tests/unit/kv/", "tests/unit/worker/")
-_NICE = 10
+_NICE = 5
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -23,7 +23,7 @@ def stack(tiny_stack: Stack) -> Stack:
 
 
 def test_common_prefix_is_computed_once(stack: Stack, oracle: Oracle) -> None:
-    source = random.Random(0)
+    source = random.Random("shared prefix")
     shared = [source.randrange(3, 512) for _ in range(NUM_SHARED)]
     asks = []
     for number in range(NUM_REQUESTS):
