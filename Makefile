@@ -32,10 +32,11 @@ protos: $(STUBS) ## Generate the Python stubs of protos/ into shared/gen
 run: install ## Serve the demo model and stream one answer; ONCE=1 stops after it
 	@$(BIN)/python -m baton.services.launcher.run --model $(MODEL) $(if $(filter-out 0,$(ONCE)),--once)
 
-# In two lanes, side by side (tests/lanes.py); PYTEST_ARGS="-n 0" runs one test after the other.
+# In two lanes, side by side (tests/lanes.py), of one thread each; PYTEST_ARGS="-n 0" runs one test
+# after the other.
 .PHONY: test
 test: install ## Run the whole CPU suite (PYTEST_ARGS="-k name" for a part)
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 # On a machine with an NVIDIA GPU. Left out by name: tests that need the same bits in every batch.
 .PHONY: test-gpu
