@@ -3,7 +3,7 @@
 #   docker build -t baton:cpu .
 #   docker build -t baton:cuda --build-arg DEVICE=cuda .
 #
-# With a directory wheelhouse/ (`make wheelhouse`) nothing is asked of a package index. No BuildKit
+# With a directory wheelhouse/DEVICE (`make wheelhouse`) nothing is asked of a package index. No BuildKit
 # needed. BASE: any Debian with the Python that the wheels are for, and its venv module.
 ARG BASE=python:3.11-slim-bookworm
 
@@ -17,13 +17,17 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python3 -m venv /opt/tools && python3 -m venv --without-pip /opt/baton
 COPY pyproject.toml constraints.txt deploy/requirements.py ./
 # The asterisk: a directory that is not there is none too many. The file in front is there always.
-COPY constraints.txt wheelhouse* wheelhouse/
+COPY constraints.txt wheelhouse/${DEVICE}* wheelhouse/
 RUN case "$DEVICE" in \
         cpu) extras=worker; index="extra-index-url = $TORCH_INDEX" ;; \
         cuda) extras="worker nixl"; index= ;; \
         *) echo "DEVICE must be cpu or cuda, not '$DEVICE'" >&2; exit 1 ;; \
     esac \
     && if ls wheelhouse/*.whl >/dev/null 2>&1; then \
+        python=$(python3 -c "import platform; print(platform.python_version())"); \
+        wheels=$(cat wheelhouse/python.txt 2>/dev/null || echo "$python"); \
+        [ "$python" = "$wheels" ] || { echo "wheelhouse/$DEVICE is for Python $wheels, the image" \
+            "has $python: make wheelhouse PYTHON_OF_IMAGE=$python" >&2; exit 1; }; \
         index="no-index = true\nfind-links = /build/wheelhouse"; \
     fi \
     && printf "[global]\n$index\n" > /etc/pip.conf \
