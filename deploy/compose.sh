@@ -180,10 +180,12 @@ states() {
 }
 
 # A role that has no use for restarts says so by code 2; one that was restarted too often says it
-# no better. `end_if_failing [PID]`: PID is compose, which waits for the role's health.
+# no better. `end_if_failing [PID]`: PID is compose, which waits for the role's health; as long as it
+# runs, it may yet replace the containers that were there before.
 end_if_failing() {
     local id restarts before ended status code is_oom service why
     while read -r id restarts ended status code is_oom service; do
+        if [[ -n ${1:-} && -n ${RESTARTS[$id]:-} ]]; then continue; fi
         before=${RESTARTS[$id]:-0}
         # The engine counts anew when a container is started by hand.
         if ((restarts < before)); then before=0; fi
@@ -194,9 +196,20 @@ end_if_failing() {
         if [[ -n ${1:-} ]]; then kill "$1" 2>/dev/null || true; fi
         why=$(last_line "$id")
         if [[ $is_oom == true ]]; then why="killed for want of memory; $why"; fi
-        docker stop -t 1 "$id" >/dev/null
+        stop_unhealthy
         fail "$service: $why"
     done < <(states)
+}
+
+# The others fail likewise, or wait for what fails: none of them is to go on by itself.
+stop_unhealthy() {
+    local id ids=()
+    for id in $(compose ps -a -q); do
+        if [[ $(docker inspect -f '{{.State.Health.Status}}' "$id" 2>/dev/null) != healthy ]]; then
+            ids+=("$id")
+        fi
+    done
+    docker stop -t 1 "${ids[@]}" >/dev/null 2>&1 || true
 }
 
 last_line() {

@@ -150,12 +150,16 @@ LOG = "02:00:00 decode INFO looking\nbaton worker: model: config.json: no such f
 def test_a_role_that_cannot_start_ends_it_with_its_own_last_line(
     failing: dict[str, Any], said: str, engine: Engine
 ) -> None:
-    engine.holds(container("prefill"), container("decode", **({"log": LOG} | failing)))
+    engine.holds(
+        container("prefill"),
+        container("decode", health="unhealthy", **({"log": LOG} | failing)),
+        container("decode", id="decode-2", health="starting"),
+    )
     run = engine.run("up")
     assert run.returncode == 1
     assert run.stderr == f"decode: {said}\n"
     [stop] = engine.calls("docker", "stop")
-    assert stop["arguments"][-1] == "decode-id"
+    assert stop["arguments"][-2:] == ["decode-id", "decode-2"]
 
 
 def test_what_failed_before_does_not_count(engine: Engine) -> None:
