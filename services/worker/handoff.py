@@ -184,7 +184,8 @@ class Pull:
     missing: set[Place] = field(default_factory=set)
     """Not verified yet; known once there is room here."""
     landed: dict[Place, DigestRow] = field(default_factory=dict)
-    """Verified, and not sealed yet: a block is sealed behind all before it."""
+    """Verified, and not sealed yet: a block is sealed behind all before it, when the prompt is
+    computed."""
     first_token: Drawn | None = None
     computed_at: float = 0.0
     transfer_s: float = 0.0
@@ -307,6 +308,8 @@ class PullTable:
         if pull.sequence.is_admitted:
             self._pull_announced(pull)
             self._release_when_complete(pull)
+            if message.HasField("computed"):
+                self._seal_landed(pull)
 
     def _pull_announced(self, pull: Pull) -> None:
         """Asks for what was announced and is missing; what is held here is never asked for."""
@@ -409,10 +412,19 @@ class PullTable:
             self._seal(pull, job, result.local_sums)
 
     def _seal(self, pull: Pull, job: _Job, sums: Uint64Array) -> None:
-        """The copies become this worker's own sealed blocks, each behind all before it in every
-        group; the tail stays open for decode."""
         digests = self._sealer.digests_of_sums(job.group, job.local_block_ids, sums)
         pull.landed.update(zip(job.places, digests, strict=True))
+        self._seal_landed(pull)
+
+    def _seal_landed(self, pull: Pull) -> None:
+        """The copies become this worker's own sealed blocks, each behind all before it in every
+        group; the tail stays open for decode.
+
+        Not before the prompt is computed: until then its owner has not checked the blocks that
+        these were computed from, and if one is corrupt nobody may find them here.
+        """
+        if pull.first_token is None:
+            return
         sequence = pull.sequence
         num_full = len(sequence.block_hashes)
         first_missing = min((index for _, index in pull.missing), default=num_full)

@@ -294,10 +294,10 @@ def test_release_follows_the_last_block_and_the_first_token_and_then_it_joins(
     pull = reader.start(sequence)
     reader.announce(0, 1)
     reader.land()
-    assert sequence.num_sealed_blocks == 2
     reader.announce(2, first_token_id=7)
     assert [m.WhichOneof("message") for m in reader.requests()] == ["claim"]
     reader.land()
+    assert sequence.num_sealed_blocks == 2
     assert [m.WhichOneof("message") for m in reader.requests()] == ["release"]
     assert pull.num_pulled_blocks == 3 and reader.counters["pulled_blocks"] == 3
     released = kv.ClaimReleased(key=key_to_pb(KEY), held=True)
@@ -305,6 +305,17 @@ def test_release_follows_the_last_block_and_the_first_token_and_then_it_joins(
     assert len(reader.table) == 0 and side.pool.num_quarantined == 0
     assert side.pool.block(sequence.block_tables[0][2]).block_hash is None
     reader.check(sequence.block_tables[0])
+
+
+def test_no_copy_is_found_before_the_prompt_is_computed(side: Side, reader: Reader) -> None:
+    """Only then the owner has checked what the blocks were computed from."""
+    sequence = side.sequence()
+    reader.start(sequence)
+    reader.announce(0, 1)
+    reader.land()
+    assert side.num_cached == 0 and sequence.num_sealed_blocks == 0
+    reader.announce(first_token_id=7)
+    assert side.num_cached == 2 and sequence.num_sealed_blocks == 2
 
 
 def test_the_source_is_told_before_the_copies_are_sealed_and_then_they_are(

@@ -209,6 +209,7 @@ def test_a_copy_is_found_behind_the_blocks_before_it_in_every_group(
 ) -> None:
     reader.announce(WINDOWED, 4, 5)
     reader.announce(FULL, 0, 1, 2)
+    reader.end_announcements()
     reader.land()
     assert reader.found(WINDOWED) == [], "the other group has nothing yet"
     reader.land()

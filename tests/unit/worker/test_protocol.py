@@ -7,6 +7,7 @@ that was ever sent is the one that an undisturbed run draws.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from baton.shared.kv.sequence import FinishReason, SamplingParams, Sequence
 from baton.shared.rpc.errors import DeadlineExceeded
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.late_runner import LateRunner
-from tests.unit.worker.network import Clock
+from tests.unit.worker.network import Clock, Network
 from tests.unit.worker.simulation import Cluster
 
 NUM_BLOCKS = 12
@@ -245,3 +246,44 @@ def _run(runners: dict[str, Any], oracle: Oracle, clock: Clock, max_examples: in
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_what_was_computed_from_a_bad_block_is_found_nowhere(
+    make_runner: MakeRunner, clock: Clock
+) -> None:
+    """The reader has good copies of the block that goes bad at its source. What the source computed
+    from it afterwards it copies as it was sealed, and wrong: that is noticed at the prompt's end.
+    """
+    cluster = Cluster({name: make_runner(40) for name in ("prefill", "decode")}, clock)
+    network, prefill = cluster.network, cluster.network.workers["prefill"]
+    prompt, params = tuple(3 + 7 * i % 50 for i in range(25)), replace(GREEDY, ignore_eos=True)
+    expected = Oracle(make_runner(64)).answer(prompt, params)
+    request = cluster.submit(prompt, params, expected)
+    sequences = prefill.engine._table.all()
+    while not sequences or not sequences[0].num_computed_tokens:
+        _exchange(network)
+        network.step("prefill")
+        sequences = prefill.engine._table.all()
+    assert sequences[0].num_computed_tokens == 8, "and most is to come"
+    _exchange(network)
+    assert (
+        prefill.counters["digest_mismatches"] == 0
+        and network.workers["decode"].counters["pulled_blocks"]
+    )
+    network.corrupt_sealed("prefill", -1)
+    while request.num_attempts == 1:
+        network.step("prefill")
+        _exchange(network)
+    assert prefill.counters["digest_mismatches"] == 1
+    cluster.settle()
+    assert (request.outcome, request.token_ids) == (FinishReason.LENGTH, expected)
+
+
+def _exchange(network: Network) -> None:
+    """All that is under way arrives, and the reader reads what it was told of."""
+    for _ in range(6):
+        for channel in network.busy_channels:
+            while network.channels.get(channel):
+                network.deliver(channel)
+        network.finish_pull("decode")
+        network.step("decode")
