@@ -107,8 +107,11 @@ class ClaimTable:
             # What no token behind the prompt reads stays here.
             first = self._pools.groups[group].first_block(num_tokens, block_size)
             first = max(first, claim.num_announced)
+            is_last = computed and group == len(sequence.block_tables) - 1
+            if first >= end and not is_last:
+                continue
             message = self._announcement(sequence.key, group, table, first, max(first, end))
-            if computed and group == len(sequence.block_tables) - 1:
+            if is_last:
                 message.computed.first_token_id = sequence.output_token_ids[0]
             self._emit(ToReader(claim.reader, kv.HoldResponse(announce=message)))
         self._trace.emit(
