@@ -63,8 +63,8 @@ class DeviceStep:
     of each decode row's tokens stand."""
     done: torch.cuda.Event | None
     drafted: list[tuple[int, int, RowHandle, int]] = field(default_factory=list)
-    """(row of the batch, place of its count behind the tokens, handle, number) of each row that
-    brought drafts."""
+    """(row of the batch, where its count is in `tokens`, handle, number) of each row that brought
+    drafts."""
 
     def result(self) -> list[Sequence[Drawn]]:
         if self.done is not None:
@@ -75,7 +75,7 @@ class DeviceStep:
             if row >= 0:
                 drawn[row].append(drawn_of(token))
         for row, place, handle, num_drafts in self.drafted:
-            num_standing = tokens[len(self.wanted) + place]
+            num_standing = tokens[place]
             del drawn[row][num_standing:]
             handle.fell_short(1 + num_drafts - num_standing)
         return list(drawn)
@@ -100,7 +100,7 @@ class _DecodeBuffers:
     back: Tensor | None
     """int32 [size · width]; None where the width is 1."""
     results: Tensor
-    """int32 [size · width + size]: drawn tokens, then how many stand of each row."""
+    """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
     plans: list[DevicePlan]
     """By cache group."""
     graph: torch.cuda.CUDAGraph | None = None
@@ -166,8 +166,8 @@ class DeviceExecutor:
             zero_blocks=self._num_blocks,
             num_drafts=num_drafts,
         )
-        # Decode rows of the widest step, and as many chunks beside them as there are rows.
-        max_wanted = max_num_seqs * self._widths[-1]
+        # Decode rows of the widest step, padded, and as many chunks beside them as there are rows.
+        max_wanted = max_num_seqs * (1 + self._widths[-1] if num_drafts else 1)
         self._drawn_sizes = padded_sizes(max_wanted)
         self._sampling_scratch = make_sampling_scratch(max_wanted, vocab_size, device)
         self._work = {
@@ -183,7 +183,7 @@ class DeviceExecutor:
         }
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-        self._host = HostBuffers(max_wanted + max_num_seqs, device)
+        self._host = HostBuffers(_aligned(max_wanted) + max_num_seqs, device)
         # What was made here was made on another stream than that of the steps.
         self.synchronize(everything=True)
         self.on_launch: Callable[[tuple[torch.cuda.Event, torch.cuda.Event]], None] | None = None
@@ -367,7 +367,7 @@ class DeviceExecutor:
         ]
         if layout.chunks:
             logits, columns = self._compute(batch, layout, num_wanted)
-            results = torch.empty(len(logits) + layout.size, dtype=torch.int32, device=self._device)
+            results = self._make_results(len(logits), layout.size)
             if len(logits):
                 self._draw(logits, columns.rows, columns.back, results[: len(logits)])
                 if layout.width > 1:
@@ -440,7 +440,7 @@ class DeviceExecutor:
         behind += 2 * num_tokens
         tiles = sent[behind:][: 4 * columns.num_tiles]
         behind += tiles.numel()
-        aligned = -(-num_padded // 4) * 4
+        aligned = _aligned(num_padded)
         tokens, rows, back = sent[behind:][: 3 * aligned].view(3, aligned)[:, :num_padded]
         wanted = _Wanted(tokens, rows, back if any(each[2] for each in places) else None)
         buffers = self._decode[layout.size, layout.width] if layout.size else None
@@ -604,7 +604,7 @@ class DeviceExecutor:
             state.num_drafts,
             state.token_ids,
             state.context_lens,
-            results[num_tokens:],
+            results[_aligned(num_tokens) :],
         )
 
     def _fetch(
@@ -617,8 +617,9 @@ class DeviceExecutor:
             done.record(self._stream)
         drafted = []
         if layout.width > 1:
+            counts = _aligned(len(wanted))
             drafted = [
-                (row, place, layout.handles[row], len(batch.rows[row].draft_ids))
+                (row, counts + place, layout.handles[row], len(batch.rows[row].draft_ids))
                 for place, row in enumerate(layout.decode)
                 if batch.rows[row].draft_ids
             ]
@@ -630,6 +631,10 @@ class DeviceExecutor:
     def _close(self, handles: Sequence[RowHandle]) -> None:
         for handle in handles:
             self.close_row(handle)
+
+    def _make_results(self, num_tokens: int, num_rows: int) -> Tensor:
+        num_words = _aligned(num_tokens) + num_rows
+        return torch.empty(num_words, dtype=torch.int32, device=self._device)
 
     def _make_work(self, num_rows: int) -> list[DecodeWork]:
         """By cache group; groups whose work is cut alike share it, for layers run one by one."""
@@ -677,7 +682,7 @@ class DeviceExecutor:
             state.rows[size],
             token_rows,
             None if width == 1 else zeros(num_tokens),
-            zeros(num_tokens + size),
+            self._make_results(num_tokens, size),
             plans,
         )
 
@@ -691,6 +696,11 @@ class _Wanted(NamedTuple):
     """int32 [R]: their slots; −1 for padding."""
     back: Tensor | None
     """int32 [R]: tokens of the slot behind each; None where there are none."""
+
+
+def _aligned(num_words: int) -> int:
+    """So that what comes behind begins at 16 bytes: kernels are compiled for aligned pointers."""
+    return -(-num_words // 4) * 4
 
 
 def _padded(num_rows: int, sizes: Sequence[int]) -> int:
