@@ -22,9 +22,11 @@ import uvloop
 from baton.services.decode.server import DecodeEvents, DecodeServicer
 from baton.services.worker.directory_sync import DirectorySync
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
+from baton.shared.engine.model_digest import identify_model, weight_paths
 from baton.shared.kv.capability import Capability
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, stop_event
@@ -121,7 +123,8 @@ async def serve(args: argparse.Namespace) -> int:
     stop = stop_event()
     model = load_model_info(args.model)
     incarnation = secrets.token_hex(16)
-    capability = Capability("null", "none", "none", _BLOCK_SIZE, (), "consistent (no engine)")
+    digest = _digest(args.model)
+    capability = Capability(digest, "none", "none", _BLOCK_SIZE, (), "consistent (no engine)")
     engine = NullEngine(capability.hash(), model.vocab_size, args.step_ms / 1e3)
     endpoint = Endpoint(max_message_bytes=INTERNAL_MESSAGE_BYTES)
     decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(
@@ -162,6 +165,15 @@ async def serve(args: argparse.Namespace) -> int:
     await directory.close()
     await endpoint.stop(0.5)
     return 0
+
+
+def _digest(model_dir: Path) -> str:
+    """As the gateway has it, which would use no worker of another model."""
+    try:
+        files = weight_paths(model_dir)
+    except ModelError:
+        return "null"
+    return identify_model(model_dir, files, lambda _: None).digest
 
 
 def main() -> int:

@@ -18,10 +18,13 @@ from baton.services.gateway.generation_config import SOURCES, read_default_sampl
 from baton.services.gateway.openai.app import build_app
 from baton.services.gateway.openai.cors import allow_origins, origins
 from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.services.gateway.own_model import Interrupted, own_digest
 from baton.services.gateway.router import LocalPrefill
+from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.server import InferenceServicer
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.directory.directory import DirectoryMisconfigured
+from baton.shared.engine.config import LOAD_FORMATS
 from baton.shared.metrics import MetricsServer, add_metrics_flag
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
@@ -45,6 +48,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model-name",
         type=str,
         help="what requests call the model; default: the directory's name",
+    )
+    add_flag(
+        parser,
+        "--load-format",
+        type=str,
+        default="auto",
+        choices=LOAD_FORMATS,
+        help="as the workers were given: dummy takes only workers with random weights",
     )
     add_flag(
         parser,
@@ -163,11 +174,13 @@ async def serve(
             **sampling_to_json(default_sampling),
         )
     incarnation = secrets.token_hex(16)
+    served = ServedModel(args.model_name, model.vocab_size)
     cluster = Cluster(
         args.redis_url,
         args.cluster,
         incarnation=incarnation,
         model=model,
+        served=served,
         local_prefill=args.local_prefill,
     )
     frontend = Frontend(
@@ -201,20 +214,25 @@ async def serve(
                 frontend.metrics.registry,
                 is_ready=lambda: cluster.has_route() and not frontend.is_leaving,
             )
+        workers = await cluster.registered()
+        digest = await own_digest(args.model, args.load_format, workers, stop)
+        if digest is not None:
+            served.has_weights(digest)
         await cluster.connect()
         # First: what cannot listen fails before anybody can ask the other.
         if http is not None:
             http_host = args.http_host or args.host
             await http.start(http_host, args.http_port, reuse_port=args.reuse_port)
         await endpoint.start(args.host, args.port, [_SERVICE])
-    except (DirectoryMisconfigured, OSError) as error:
-        sys.stderr.write(f"baton gateway: {error}\n")
+    except (DirectoryMisconfigured, OSError, Interrupted) as error:
+        if not isinstance(error, Interrupted):
+            sys.stderr.write(f"baton gateway: {error}\n")
         if http is not None:
             await http.stop()
         if metrics is not None:
             metrics.close()
         await cluster.close()
-        return 2
+        return 0 if isinstance(error, Interrupted) else 2
     following = asyncio.create_task(cluster.follow())
     following.add_done_callback(lambda _: stop.set())
     readiness = asyncio.create_task(_follow_readiness(cluster, endpoint))

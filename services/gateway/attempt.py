@@ -40,6 +40,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
         generation.capability_hash,
         salt=generation.admitted.identity.cache_salt,
         has_begun=bool(generation.token_ids),
+        begun_on=generation.model_digest,
     )
     attempt = _Attempt(generation, cluster, route, token_ids)
     try:
@@ -131,6 +132,7 @@ class _Attempt:
         generation, now = self._generation, time.monotonic()
         self._end_prompt()
         generation.capability_hash = self._route.decode.capability_hash
+        generation.model_digest = self._route.decode.model_digest
         generation.first_token_at = generation.first_token_at or now
         generation.last_token_at = now
 

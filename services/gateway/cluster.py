@@ -18,11 +18,18 @@ import grpc
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.links import DecodeLink
 from baton.services.gateway.router import LocalPrefill, Route, WorkerSnapshot, choose, longest_run
+from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.turns import Turn, Turns
-from baton.shared.directory.directory import Directory, DirectoryUnavailable, open_directory
+from baton.shared.directory.directory import (
+    Directory,
+    DirectoryRefused,
+    DirectoryUnavailable,
+    OtherModel,
+    open_directory,
+)
 from baton.shared.directory.keys import WORKER_TTL_S
 from baton.shared.directory.ledger import Stage
-from baton.shared.directory.workers import WorkerRecord
+from baton.shared.directory.workers import ClusterView, WorkerRecord
 from baton.shared.kv.block_hash import boundary_hashes, root_hash
 from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import InvalidField
@@ -38,6 +45,7 @@ _MAX_DOUBT_S = 8.0
 _CHANNEL_GRACE_S = 600.0
 _SHORT_MODEL_LEN = 2048
 """Of a model whose files leave its length to the type, until a worker tells it."""
+_NOT_ASKED = DirectoryUnavailable("the directory has not been asked yet")
 
 
 @dataclass(slots=True)
@@ -72,8 +80,10 @@ class Cluster:
         *,
         incarnation: str,
         model: ModelInfo,
+        served: ServedModel,
         local_prefill: LocalPrefill | None = None,
     ) -> None:
+        self.served = served
         self._url = url
         self._name = name
         self._incarnation = incarnation
@@ -83,7 +93,8 @@ class Cluster:
         self._may_hold = late_after_s is not None
         self._turns = Turns(late_after_s or 0.0)
         self._directory: Directory | None = None
-        self.is_directory_reachable = False
+        self.directory_problem: DirectoryUnavailable | None = _NOT_ASKED
+        """None while the directory answers and takes writes."""
         self.num_waiting = 0
         """Attempts for which there is no worker, or no room at one, now."""
         self._known: dict[str, _Known] = {}
@@ -99,49 +110,84 @@ class Cluster:
     # Following the directory
 
     async def connect(self) -> None:
-        """Raises DirectoryMisconfigured; a directory that is away is tried again later."""
-        try:
-            self._directory = await open_directory(self._url, self._name)
-            await self._refresh()
-        except DirectoryUnavailable as error:
-            log_event(logger, logging.WARNING, "the directory is away", message=error)
+        """Raises DirectoryMisconfigured; a directory that is away is tried again later.
+
+        OtherModel when workers of another model are alive, which are waited for as long as it
+        takes to forget them if they were killed.
+        """
+        give_up_at = time.monotonic() + WORKER_TTL_S + _POLL_S
+        await self._try_refresh()
+        while (other := self.served.other) is not None:
+            if time.monotonic() > give_up_at:
+                raise OtherModel(self._name, other, str(self.served))
+            await asyncio.sleep(_POLL_S)
+            await self._try_refresh()
 
     async def follow(self) -> None:
         """Until cancelled."""
         while True:
-            try:
-                await self._refresh()
-            except DirectoryUnavailable as error:
-                if self.is_directory_reachable:
-                    log_event(logger, logging.WARNING, "the directory is away", message=error)
-                self.is_directory_reachable = False
+            await self._try_refresh()
             # Also without news: a doubt may have run out.
             self._changed.set()
             self._changed = asyncio.Event()
             self._turns.wake()
             await asyncio.sleep(_POLL_S)
 
-    async def _refresh(self) -> None:
-        if self._directory is None:
-            self._directory = await open_directory(self._url, self._name)
-        records = await self._directory.workers.list()
+    async def _try_refresh(self) -> None:
+        try:
+            view = await self._view()
+        except DirectoryUnavailable as error:
+            self._note_directory(error)
+            return
         now = time.monotonic()
-        if not self.is_directory_reachable:
-            log_event(logger, logging.INFO, "the directory answers")
+        if self._note_directory(view.refusal):
             # It may have come back empty: live workers get the time to register again.
             for known in self._known.values():
                 known.seen_at = now
-        self.is_directory_reachable = True
-        for record in records:
+        self.served.learn(view.model)
+        for record in filter(self.served.takes, view.records):
             previous = self._known.get(record.worker_id)
             if previous is not None and previous.record == record:
                 previous.seen_at = now
             else:
                 self._known[record.worker_id] = _Known(record, now)
         for worker_id, known in list(self._known.items()):
-            if now - known.seen_at > WORKER_TTL_S:
+            # Where nobody can write, those who say nothing may live all the same.
+            is_gone = view.refusal is None and now - known.seen_at > WORKER_TTL_S
+            if is_gone or not self.served.takes(known.record):
                 del self._known[worker_id]
         await self._prune_ways()
+
+    async def _view(self) -> ClusterView:
+        if self._directory is None:
+            self._directory = await open_directory(self._url, self._name)
+        return await self._directory.workers.view(self._incarnation)
+
+    def _note_directory(self, problem: DirectoryUnavailable | None) -> bool:
+        """Logs what is new; whether the directory is back."""
+        before, self.directory_problem = self.directory_problem, problem
+        if type(problem) is not type(before) or before is _NOT_ASKED:
+            if problem is None:
+                log_event(logger, logging.INFO, "the directory answers")
+            elif isinstance(problem, DirectoryRefused):
+                log_event(logger, logging.WARNING, "the directory refuses", message=problem)
+            else:
+                log_event(logger, logging.WARNING, "the directory is away", message=problem)
+        return problem is None and before is not None
+
+    @property
+    def is_directory_reachable(self) -> bool:
+        return self.directory_problem is None
+
+    async def registered(self) -> list[WorkerRecord]:
+        """Workers of whatever model, as the directory has them; none while it is away.
+
+        Raises DirectoryMisconfigured.
+        """
+        try:
+            return (await self._view()).records
+        except DirectoryUnavailable:
+            return []
 
     async def _prune_ways(self) -> None:
         """Closes what leads to workers that are gone and serves no sequence any more."""
@@ -190,6 +236,7 @@ class Cluster:
                 address=known.record.address,
                 role=known.record.role,
                 capability_hash=known.record.capability.hash(),
+                model_digest=known.record.capability.model_digest,
                 capacity=known.record.capacity,
                 num_free_blocks=known.num_free_blocks(),
                 num_waiting=known.record.load.num_waiting + known.num_started,
@@ -256,16 +303,19 @@ class Cluster:
         *,
         salt: bytes = b"",
         has_begun: bool = False,
+        begun_on: str | None = None,
     ) -> Route:
         """Locates the prompt's prefixes and chooses; waits as long as nobody can take it.
 
         `salt` is that of the prompt's block hashes: only prefixes with the same one are found.
 
-        An answer that has begun, of which its reader has tokens, is never held.
+        An answer that has begun, of which its reader has tokens, is never held; `begun_on` is the
+        digest of the model that these came from.
 
         Whoever takes the route calls `prompt_ended` for it, once.
 
-        Raises InvalidField when no pool will ever hold it.
+        Raises InvalidField when no pool will ever hold it, and ModelReplaced when the cluster
+        serves another model.
         """
         with self._turns.turn() as turn:
             while True:
@@ -276,6 +326,7 @@ class Cluster:
                     salt,
                     turn,
                     may_hold=self._may_hold and not has_begun,
+                    begun_on=begun_on,
                 )
                 if route is not None:
                     return route
@@ -289,9 +340,11 @@ class Cluster:
         turn: Turn,
         *,
         may_hold: bool,
+        begun_on: str | None,
     ) -> Route | None:
         """None after a wait: something may be different now."""
         changed = self._changed
+        self.served.check(begun_on)
         snapshots = self.snapshots()
         if choose(snapshots, {}, 1, 1, capability_hash=capability_hash) is None:
             # Who is held has nobody behind who could go: one by one they go on, not all at once.

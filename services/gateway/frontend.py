@@ -177,13 +177,16 @@ class Frontend:
             workers=self._worker_statuses(),
             counters=self._server_counters(),
             default_sampling=self.defaults.sampling,
+            model_digest=self.cluster.served.digest or "",
+            directory_problem=str(self.cluster.directory_problem or ""),
         )
         try:
             for stage, num_entries in (await self.cluster.ledger_counts()).items():
                 info.ledger.add(stage=stage.name, num_entries=num_entries)
             info.num_prefix_entries = await self.cluster.num_prefix_entries()
-        except DirectoryUnavailable:
+        except DirectoryUnavailable as error:
             info.directory_reachable = False
+            info.directory_problem = str(error)
         return info
 
     def _worker_statuses(self) -> list[pb.WorkerStatus]:

@@ -78,7 +78,7 @@ async def generate(
         counters["requests"] += 1
         generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
         report.admitted(generation)
-        yield pb.GenerateResponse(started=_started(generation))
+        yield pb.GenerateResponse(started=_started(generation, cluster))
 
         decoder = _new_decoder(codec, request, admitted) if codec else None
         generation.finish_reason = _finished_before(admitted, decoder)
@@ -94,12 +94,13 @@ async def generate(
         yield pb.GenerateResponse(finished=_finished(generation, text))
 
 
-def _started(generation: Generation) -> pb.GenerateStarted:
+def _started(generation: Generation, cluster: Cluster) -> pb.GenerateStarted:
     admitted = generation.admitted
     return pb.GenerateStarted(
         request_id=generation.request_id,
         seed=admitted.params.seed,
         num_prompt_tokens=len(admitted.prompt_token_ids),
+        model_digest=cluster.served.digest or "",
     )
 
 

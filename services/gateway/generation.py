@@ -23,6 +23,8 @@ class Generation:
     """Attempts in a row that brought no token."""
     distrust: bool = False
     capability_hash: str | None = None
+    model_digest: str | None = None
+    """Both of the workers that its tokens came from."""
     num_cached_tokens: int = 0
     transfer_s: float | None = None
     prefill_worker_id: str = ""

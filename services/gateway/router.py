@@ -36,6 +36,7 @@ class WorkerSnapshot:
     """Prompt tokens to compute that this gateway sent there and whose first token has not come."""
     suspect: bool = False
     """Silent, unhealthy or draining: gets nothing new."""
+    model_digest: str = ""
 
     @property
     def num_free_tokens(self) -> int:

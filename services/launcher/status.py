@@ -38,7 +38,9 @@ def to_json(info: pb.GetServerInfoResponse) -> dict[str, Any]:
     return {
         "version": info.version,
         "gateway_incarnation": info.gateway_incarnation,
+        "model_digest": info.model_digest,
         "directory_reachable": info.directory_reachable,
+        "directory_problem": info.directory_problem,
         "workers": [_worker_to_json(worker) for worker in info.workers],
         "ledger": {stage.stage: stage.num_entries for stage in info.ledger},
         "num_prefix_entries": info.num_prefix_entries,
@@ -49,10 +51,12 @@ def to_json(info: pb.GetServerInfoResponse) -> dict[str, Any]:
 
 def to_text(state: dict[str, Any]) -> str:
     """`state` as `to_json` makes it."""
-    directory = "answers" if state["directory_reachable"] else "cannot be reached"
+    directory = "directory answers"
+    if not state["directory_reachable"]:
+        directory = state["directory_problem"] or "directory cannot be reached"
     lines = [
-        f"gateway {state['gateway_incarnation']}, version {state['version']};"
-        f" directory {directory}",
+        f"gateway {state['gateway_incarnation']}, version {state['version']}; {directory}",
+        f"model {state['model_digest'] or 'not known yet'}",
         "",
     ]
     rows = [("WORKER", "ROLE", "INCARNATION", "HEALTHY", "WAITING", "RUNNING", "FREE BLOCKS")]

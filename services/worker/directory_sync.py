@@ -12,8 +12,14 @@ import time
 from collections.abc import Awaitable, Callable
 from itertools import islice
 
-from baton.shared.directory.directory import Directory, DirectoryUnavailable, open_directory
-from baton.shared.directory.keys import LEDGER_TTL_S
+from baton.shared.directory.cluster_model import shown_model
+from baton.shared.directory.directory import (
+    Directory,
+    DirectoryUnavailable,
+    OtherModel,
+    open_directory,
+)
+from baton.shared.directory.keys import LEDGER_TTL_S, WORKER_TTL_S
 from baton.shared.directory.ledger import LedgerEntry
 from baton.shared.directory.workers import WorkerRecord
 from baton.shared.kv.prefix_cache import CacheChanges
@@ -28,6 +34,10 @@ _PREFIX_REFRESH_S = 20.0
 _LEDGER_REFRESH_S = 10.0
 _WRITES = 256
 """Entries, and ends, in one round trip."""
+_PATIENCE_S = WORKER_TTL_S + HEARTBEAT_S
+"""Workers that were killed are taken for alive that long."""
+_SETTLED_S = 2
+"""A server that is younger may have lost all it knew: workers that live say it again first."""
 
 
 class DirectorySync:
@@ -44,6 +54,8 @@ class DirectorySync:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._is_retired = False
+        self._has_joined = False
+        self._refused_since: float | None = None
         self._registering = asyncio.Lock()
         """A heartbeat under way must not put a worker back that retires meanwhile."""
         self._directory: Directory | None = None
@@ -57,6 +69,8 @@ class DirectorySync:
         self._removed: dict[bytes, None] = {}
         self._changed = asyncio.Event()
         self._is_away = False
+        self.has_tried = asyncio.Event()
+        """Set once the worker is registered, or could not reach the directory."""
         self._next_heartbeat = self._next_prefixes = self._next_ledger = 0.0
 
     # What the engine says; never blocks
@@ -98,7 +112,8 @@ class DirectorySync:
     async def run(self, make_record: Callable[[], Awaitable[WorkerRecord]]) -> None:
         """Until cancelled; `make_record` tells the worker as it is now.
 
-        DirectoryMisconfigured gets out.
+        DirectoryMisconfigured gets out; OtherModel too, at once when the worker was registered
+        before, and else when the other model's workers are still there after a while.
         """
         while True:
             try:
@@ -110,6 +125,7 @@ class DirectorySync:
                 if not self._is_away:
                     log_event(logger, logging.WARNING, "the directory is away", message=error)
                 self._is_away = True
+                self.has_tried.set()
                 self._say_all_again()
                 await asyncio.sleep(HEARTBEAT_S)
                 continue
@@ -157,8 +173,7 @@ class DirectorySync:
         if now >= self._next_heartbeat:
             async with self._registering:
                 if not self._is_retired:
-                    record = await make_record()
-                    await self._directory.workers.publish(record)
+                    await self._beat(self._directory, make_record)
             self._next_heartbeat = now + HEARTBEAT_S
         if now >= self._next_prefixes:
             self._added = dict(self._held)
@@ -168,6 +183,25 @@ class DirectorySync:
             self._next_ledger = now + _LEDGER_REFRESH_S
         await self._flush_ledger(self._directory)
         await self._flush_prefixes(self._directory)
+
+    async def _beat(
+        self, directory: Directory, make_record: Callable[[], Awaitable[WorkerRecord]]
+    ) -> None:
+        if not self._has_joined and await _has_just_started(directory):
+            return
+        try:
+            await directory.workers.publish(await make_record())
+        except OtherModel as error:
+            now = time.monotonic()
+            if self._refused_since is None:
+                self._refused_since = now
+                log_event(logger, logging.WARNING, "waiting for other workers", message=error)
+            if self._has_joined or now - self._refused_since > _PATIENCE_S:
+                raise
+            return
+        self._has_joined = True
+        self._refused_since = None
+        self.has_tried.set()
 
     async def _flush_ledger(self, directory: Directory) -> None:
         while self._dirty or self._finished:
@@ -197,3 +231,27 @@ class DirectorySync:
         forgotten_before = time.monotonic() - LEDGER_TTL_S
         self._finished = {k: t for k, t in self._finished.items() if t > forgotten_before}
         self._next_heartbeat = self._next_prefixes = self._next_ledger = 0.0
+
+
+async def _has_just_started(directory: Directory) -> bool:
+    return await directory.workers.model() is None and await directory.age_s() < _SETTLED_S
+
+
+async def check_model(url: str, cluster: str, *, name: str, digest: str) -> None:
+    """Before much is loaded: whether there is a place for a worker of this model in the cluster.
+
+    Raises OtherModel, as late as `DirectorySync.run` does, and DirectoryMisconfigured.
+    """
+    give_up_at = time.monotonic() + _PATIENCE_S
+    try:
+        directory = await open_directory(url, cluster)
+        try:
+            while (served := await directory.workers.model()) and served.digest != digest:
+                if time.monotonic() > give_up_at:
+                    raise OtherModel(cluster, served, shown_model(name, digest))
+                await asyncio.sleep(HEARTBEAT_S)
+        finally:
+            await directory.aclose()
+    except DirectoryUnavailable:
+        # It is tried again when there is something to say.
+        return

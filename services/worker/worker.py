@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from baton.services.decode.server import DecodeServicer
 from baton.services.prefill.server import PrefillServicer
 from baton.services.worker import messages as msg
-from baton.services.worker.directory_sync import DirectorySync
+from baton.services.worker.directory_sync import DirectorySync, check_model
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.hold import KvServicer
@@ -34,9 +34,10 @@ from baton.services.worker.mailroom import Mailroom
 from baton.services.worker.metrics import EngineMetrics, WorkerCollector
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.stepper import BatchLimits
-from baton.shared.directory.directory import DirectoryMisconfigured
+from baton.shared.directory.directory import DirectoryMisconfigured, OtherModel
 from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
 from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_digest import ModelIdentity
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.capability import Capability
 from baton.shared.kv.pools import Pools
@@ -132,6 +133,7 @@ class Worker:
                 dataclasses.replace(config, device=choice.device),
                 pool_memory=shm.allocate if shm is not None and choice.device == "cpu" else None,
                 progress=lambda text: log_event(logger, logging.INFO, text),
+                on_identity=self._check_model,
             )
         except TransferError as error:
             raise WorkerStartError(f"--shm-dir, --num-blocks: {error}") from error
@@ -157,7 +159,7 @@ class Worker:
         except TransferError as error:
             raise WorkerStartError(f"--transport {choice.transport}: {error}") from error
         self._capability = Capability(
-            model_digest=self._runner.model_digest,
+            model_digest=self._runner.model_identity.digest,
             dtype=str(self._runner.dtype).removeprefix("torch."),
             cache_dtype=str(cache.dtype).removeprefix("torch."),
             block_size=config.block_size,
@@ -208,16 +210,22 @@ class Worker:
         gc.collect()
         gc.freeze()
         self._export(inbox, metrics, mailroom, puller, directory)
-        self._ready.set()
-        await endpoint.set_ready(is_ready=True)
-        self._announce(address)
+        await _first_of(directory.has_tried, stop)
+        was_ready = not stop.is_set()
+        if was_ready:
+            self._ready.set()
+            await endpoint.set_ready(is_ready=True)
+            self._announce(address)
 
         await stop.wait()
-        has_failed = not engine_thread.is_alive() or directory_task.done()
+        problem = directory_task.exception() if directory_task.done() else None
+        has_failed = not engine_thread.is_alive() or problem is not None
         self._ready.clear()
         await endpoint.set_ready(is_ready=False)
         log_event(logger, logging.INFO, "stopping", num_sequences=engine.num_sequences)
-        if not has_failed and not is_orphaned():
+        # Another model has taken the cluster over: what began here ends here.
+        is_replaced = was_ready and isinstance(problem, OtherModel)
+        if (not has_failed or is_replaced) and not is_orphaned():
             await directory.retire()
             await _drain(engine, args.drain_s)
         directory_task.cancel()
@@ -234,7 +242,21 @@ class Worker:
             with contextlib.suppress(OSError):
                 args.shm_dir.rmdir()
         self._trace.close()
+        if problem is not None and not was_ready:
+            sys.stderr.write(f"baton worker: {problem}\n")
+            return 2
         return 1 if has_failed else 0
+
+    def _check_model(self, identity: ModelIdentity) -> None:
+        """Raises WorkerStartError when the cluster has no place for it."""
+        args = self._args
+        check = check_model(
+            args.redis_url, args.cluster, name=args.model_name, digest=identity.digest
+        )
+        try:
+            asyncio.run(check)
+        except DirectoryMisconfigured as error:
+            raise WorkerStartError(str(error)) from error
 
     def _build_engine(
         self,
@@ -339,6 +361,7 @@ class Worker:
                 vocab_size=model.vocab_size,
                 max_model_len=self._runner.max_model_len,
                 eos_token_ids=tuple(model.eos_token_ids),
+                files_stamp=self._runner.model_identity.files_stamp,
             ),
             capacity=self._runner.capacity,
             load=WorkerLoad(
@@ -382,6 +405,13 @@ def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:
     thread = threading.Thread(target=run, name="engine", daemon=True)
     thread.start()
     return thread
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 def _stop_on_failure(task: asyncio.Task[None], stop: asyncio.Event) -> None:

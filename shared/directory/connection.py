@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from baton.shared.directory.resolver import (
+    ResolvedConnection,
+    ResolvedSslConnection,
+    Resolver,
+)
 
 CALL_TIMEOUT_S = 0.5
 PAUSE_S = 0.25
@@ -31,6 +39,10 @@ Command = tuple[str | bytes | int, ...]
 
 class DirectoryUnavailable(Exception):
     """The server cannot be reached, is too slow, or refuses. The message is one line."""
+
+
+class DirectoryRefused(DirectoryUnavailable):
+    """The server answers, but not what it was asked: it is a replica, or its disk is full, say."""
 
 
 class DirectoryMisconfigured(Exception):
@@ -56,17 +68,7 @@ class Connection:
 
     def __init__(self, url: str, scripts: Sequence[Script]) -> None:
         try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=_NUM_CONNECTIONS,
-                timeout=CALL_TIMEOUT_S,
-                socket_timeout=CALL_TIMEOUT_S,
-                socket_connect_timeout=CALL_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-                # Foreign bytes under our keys become malformed entries, not exceptions.
-                decode_responses=True,
-                encoding_errors="replace",
-            )
+            pool = _pool(url)
         except ValueError:
             # The parser's own message may repeat the URL, and with it a password.
             raise DirectoryMisconfigured(
@@ -79,7 +81,8 @@ class Connection:
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """Replies in the order of `commands`, after one round trip.
 
-        `DirectoryUnavailable` when any of them failed; the others may have been executed.
+        `DirectoryUnavailable` when any of them failed, `DirectoryRefused` when the server says
+        so; the others may have been executed.
         """
         task = asyncio.current_task()
         num_cancels = task.cancelling() if task else 0
@@ -112,7 +115,7 @@ class Connection:
             raise DirectoryUnavailable(f"directory failed: {_line(error)}") from error
         for reply in replies:
             if isinstance(reply, Exception):
-                raise DirectoryUnavailable(f"directory refused: {_line(reply)}") from reply
+                raise DirectoryRefused(f"directory refused: {_line(reply)}") from reply
         return replies
 
     async def scan(self, pattern: str) -> AsyncIterator[list[str]]:
@@ -148,10 +151,39 @@ class Connection:
         needed = dict.fromkeys(str(command[1]) for command in commands)
         loads: list[Command] = [("SCRIPT", "LOAD", self._scripts[sha].text) for sha in needed]
         replies = await self._send([*loads, *commands])
+        for reply in replies[: len(loads)]:
+            if isinstance(reply, Exception):
+                # That says why; those to the commands only that the script is unknown.
+                return [reply] * len(commands)
         return replies[len(loads) :]
+
+
+def _pool(url: str) -> BlockingConnectionPool:
+    """Raises ValueError."""
+    of_url: dict[str, Any] = dict(parse_url(url))
+    connection_class = of_url.pop("connection_class", None)
+    if connection_class is not UnixDomainSocketConnection:
+        is_encrypted = connection_class is SSLConnection
+        connection_class = ResolvedSslConnection if is_encrypted else ResolvedConnection
+        of_url["resolver"] = Resolver(of_url.get("host", "localhost"))
+    options = {
+        "connection_class": connection_class,
+        "max_connections": _NUM_CONNECTIONS,
+        "timeout": CALL_TIMEOUT_S,
+        "socket_timeout": CALL_TIMEOUT_S,
+        "socket_connect_timeout": CALL_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+        # Foreign bytes under our keys become malformed entries, not exceptions.
+        "decode_responses": True,
+        "encoding_errors": "replace",
+        # What the URL says wins, as the client's own `from_url` has it.
+        **of_url,
+    }
+    return BlockingConnectionPool(**options)
 
 
 def _line(error: Exception) -> str:
     if isinstance(error, ResponseError) or str(error):
-        return str(error).splitlines()[0]
+        # Servers say in which script and line it was, too.
+        return re.sub(r"\.? script: [\w, ]*on @user_script:\d+\.?$", "", str(error).splitlines()[0])
     return type(error).__name__

@@ -6,9 +6,11 @@ All of it are hints and records; the process that hosts the memory decides. Ever
 
 from __future__ import annotations
 
+from baton.shared.directory.cluster_model import OtherModel
 from baton.shared.directory.connection import (
     Connection,
     DirectoryMisconfigured,
+    DirectoryRefused,
     DirectoryUnavailable,
 )
 from baton.shared.directory.keys import Keys
@@ -19,7 +21,9 @@ from baton.shared.directory.workers import WORKER_SCRIPTS, WorkerRegistry
 __all__ = [
     "Directory",
     "DirectoryMisconfigured",
+    "DirectoryRefused",
     "DirectoryUnavailable",
+    "OtherModel",
     "open_directory",
 ]
 
@@ -67,6 +71,11 @@ class Directory:
                 f"redis evicts keys: maxmemory-policy is {policy} with maxmemory {limit}; "
                 "set maxmemory-policy to noeviction"
             )
+
+    async def age_s(self) -> int:
+        """Since the server was started, in whole seconds."""
+        [server] = await self._connection.execute([("INFO", "server")])
+        return int(server["uptime_in_seconds"])
 
     async def aclose(self) -> None:
         await self._connection.aclose()

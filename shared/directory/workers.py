@@ -1,15 +1,16 @@
-"""Who is alive: one record a worker, kept fresh by the worker itself."""
+"""Who is alive: one record a worker, kept fresh by the worker itself; and whose model it is."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from baton.shared.directory.connection import Connection, Script
-from baton.shared.directory.keys import WORKER_TTL_S, Keys, milliseconds
+from baton.shared.directory.cluster_model import ClusterModel, OtherModel
+from baton.shared.directory.connection import Command, Connection, DirectoryRefused, Script
+from baton.shared.directory.keys import GATEWAY_TTL_S, WORKER_TTL_S, Keys, milliseconds
 from baton.shared.kv.capability import Capability
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.telemetry import log_event
@@ -20,31 +21,51 @@ Role = Literal["prefill", "decode", "both"]
 _SCHEMA = 2
 _T = TypeVar("_T")
 
-# KEYS  1 the worker's record, 2 the sorted set of workers
-# ARGV  1 worker id, 2 incarnation, 3 record, 4 TTL in ms
-# returns 1
+# KEYS  1 the worker's record, 2 the sorted set of workers, 3 the cluster's model
+# ARGV  1 worker id, 2 incarnation, 3 record, 4 TTL in ms, 5 digest of the worker's model, 6 its
+#       name, 7 its vocabulary
+# returns nothing when the record is as written; else the digest, name and vocabulary of the
+#       model that the cluster serves instead
 PUBLISH = Script("""
+local served = redis.call('HMGET', KEYS[3], 'digest', 'name', 'vocab_size')
+if served[1] and served[1] ~= ARGV[5] then return served end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', KEYS[1], 'incarnation', ARGV[2], 'record', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
+if not served[1] then
+  redis.call('HSET', KEYS[3], 'digest', ARGV[5], 'name', ARGV[6], 'vocab_size', ARGV[7])
+end
+redis.call('PEXPIRE', KEYS[3], ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
-return 1
+return {}
 """)
 
-# KEYS  1 the worker's record, 2 the sorted set of workers
+# KEYS  1 the worker's record, 2 the sorted set of workers, 3 the cluster's model
 # ARGV  1 worker id, 2 incarnation
-# returns 1 when the record was that incarnation's and is gone now, else 0
+# returns 1 when the record was that incarnation's and is gone now, and with the last one the
+#       cluster's model; else 0
 REMOVE = Script("""
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[2] then return 0 end
+local time = redis.call('TIME')
 redis.call('DEL', KEYS[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', time[1] * 1000 + math.floor(time[2] / 1000))
+if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) end
 return 1
 """)
 
-WORKER_SCRIPTS = (PUBLISH, REMOVE)
+# KEYS  1 the gateway's key
+# ARGV  1 TTL in ms
+# returns 1
+ATTEND = Script("""
+redis.call('SET', KEYS[1], '', 'PX', ARGV[1])
+return 1
+""")
+
+WORKER_SCRIPTS = (PUBLISH, REMOVE, ATTEND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +88,9 @@ class ModelFacts:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    files_stamp: str = ""
+    """Equal stamps: the very files of this host that this worker read; empty when it is not sure
+    (shared/engine/model_digest.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +108,18 @@ class WorkerRecord:
     load: WorkerLoad
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """What a gateway reads."""
+
+    model: ClusterModel | None
+    """None while no worker is registered."""
+    records: list[WorkerRecord]
+    refusal: DirectoryRefused | None
+    """Why the server takes no writes. Then it says nothing that a worker has no record: it may
+    live and be unable to say so."""
+
+
 class WorkerRegistry:
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection = connection
@@ -91,25 +127,54 @@ class WorkerRegistry:
         self._complained: set[str] = set()
 
     async def publish(self, record: WorkerRecord) -> None:
-        """Registers, or beats the heart: the record lives `WORKER_TTL_S`."""
-        keys = [self._keys.worker(record.worker_id), self._keys.workers]
-        ttl_ms = milliseconds(WORKER_TTL_S)
-        text = encode_record(record)
-        await self._connection.execute(
-            [PUBLISH.call(keys, record.worker_id, record.incarnation, text, ttl_ms)]
+        """Registers, or beats the heart: the record lives `WORKER_TTL_S`.
+
+        Raises `OtherModel`.
+        """
+        own = model_of(record)
+        publish = PUBLISH.call(
+            [self._keys.worker(record.worker_id), self._keys.workers, self._keys.model],
+            record.worker_id,
+            record.incarnation,
+            encode_record(record),
+            milliseconds(WORKER_TTL_S),
+            own.digest,
+            own.name,
+            own.vocab_size,
         )
+        [served] = await self._connection.execute([publish])
+        if (other := ClusterModel.from_fields(served)) is not None:
+            raise OtherModel(self._keys.cluster, other, str(own))
 
     async def remove(self, worker_id: str, incarnation: str) -> None:
         """Does nothing when another incarnation is the registered one."""
-        keys = [self._keys.worker(worker_id), self._keys.workers]
+        keys = [self._keys.worker(worker_id), self._keys.workers, self._keys.model]
         await self._connection.execute([REMOVE.call(keys, worker_id, incarnation)])
 
-    async def list(self) -> list[WorkerRecord]:
-        """All live workers, by id, in two round trips.
+    async def view(self, gateway: str) -> ClusterView:
+        """All that the gateway of that incarnation needs, in three round trips."""
+        refusal = None
+        try:
+            keys = [self._keys.gateway(gateway)]
+            await self._connection.execute([ATTEND.call(keys, milliseconds(GATEWAY_TTL_S))])
+        except DirectoryRefused as error:
+            refusal = error
+        model, worker_ids = await self._connection.execute(
+            [self._read_model, ("ZRANGE", self._keys.workers, 0, -1)]
+        )
+        records = await self._records(worker_ids)
+        return ClusterView(ClusterModel.from_fields(model), records, refusal)
 
-        Records that are malformed or of another version are left out and logged once.
-        """
-        [worker_ids] = await self._connection.execute([("ZRANGE", self._keys.workers, 0, -1)])
+    async def model(self) -> ClusterModel | None:
+        """None while no worker is registered."""
+        [fields] = await self._connection.execute([self._read_model])
+        return ClusterModel.from_fields(fields)
+
+    @property
+    def _read_model(self) -> Command:
+        return ("HMGET", self._keys.model, "digest", "name", "vocab_size")
+
+    async def _records(self, worker_ids: Sequence[str]) -> list[WorkerRecord]:
         texts = await self._connection.execute(
             [("HGET", self._keys.worker(worker_id), "record") for worker_id in worker_ids]
         )
@@ -119,6 +184,14 @@ class WorkerRegistry:
                 records.append(record)
         self._complained.intersection_update(worker_ids)
         return records
+
+    async def list(self) -> list[WorkerRecord]:
+        """All live workers, by id, in two round trips.
+
+        Records that are malformed or of another version are left out and logged once.
+        """
+        [worker_ids] = await self._connection.execute([("ZRANGE", self._keys.workers, 0, -1)])
+        return await self._records(worker_ids)
 
     def _decode(self, worker_id: str, text: str) -> WorkerRecord | None:
         try:
@@ -134,6 +207,12 @@ class WorkerRegistry:
             return None
         self._complained.discard(worker_id)
         return record
+
+
+def model_of(record: WorkerRecord) -> ClusterModel:
+    # A directory may be called what no UTF-8 is.
+    name = record.model.model_name.encode(errors="replace").decode()
+    return ClusterModel(record.capability.model_digest, name, record.model.vocab_size)
 
 
 def encode_record(record: WorkerRecord) -> str:
@@ -175,6 +254,7 @@ def decode_record(text: str) -> WorkerRecord:
             vocab_size=_count(model, "vocab_size"),
             max_model_len=_count(model, "max_model_len"),
             eos_token_ids=tuple(_items(model, "eos_token_ids", int)),
+            files_stamp=_text(model, "files_stamp"),
         ),
         capacity=capacity,
         load=WorkerLoad(

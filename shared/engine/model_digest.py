@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton.shared.model_files.fields import ModelError
@@ -18,6 +19,7 @@ Progress = Callable[[str], None]
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 16 * 2**20
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
@@ -56,20 +58,24 @@ def weight_paths(model_dir: Path) -> list[Path]:
     return sorted({model_dir / name for name in names.values()} or {listing})
 
 
-def model_digest(model_dir: Path, files: Sequence[Path], progress: Progress) -> str:
-    """Hex SHA-256 over config.json, the index if there is one, and the weight files; names and
-    lengths included.
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    digest: str
+    """Hex SHA-256 over config.json, the index if there is one, and the weight files, names and
+    lengths included; for random weights over config.json alone, with `dummy-` before it."""
+    files_stamp: str
+    """Equal stamps mean equal digests, also of another process. Empty when that is not sure."""
 
-    What `progress` raises ends it.
+
+def identify_model(model_dir: Path, files: Sequence[Path], progress: Progress) -> ModelIdentity:
+    """Reads all of it; what `progress` raises ends that.
 
     Raises:
         ModelError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    paths = [model_dir / "config.json", *files]
-    if model_dir / _SINGLE not in files:
-        # It says which of several tensors of one name counts.
-        paths.insert(1, model_dir / _INDEX)
+    paths = _identifying(model_dir, files)
+    stamp = files_stamp(model_dir, files)
     try:
         total = sum(path.stat().st_size for path in paths)
         report = ProgressReport(progress, "hashing weights", total)
@@ -81,13 +87,42 @@ def model_digest(model_dir: Path, files: Sequence[Path], progress: Progress) -> 
                     report.advance(len(chunk))
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+    is_sure = files_stamp(model_dir, files) == stamp
+    return ModelIdentity(digest.hexdigest(), stamp if is_sure else "")
 
 
-def dummy_digest(model_dir: Path) -> str:
-    """Of a model with random weights: of config.json alone, and recognisable."""
+def identify_dummy(model_dir: Path) -> ModelIdentity:
+    """Of a model with random weights."""
     config = (model_dir / "config.json").read_bytes()
-    return "dummy-" + hashlib.sha256(b"dummy weights\0" + config).hexdigest()
+    digest = hashlib.sha256(b"dummy weights\0" + config).hexdigest()
+    return ModelIdentity(f"dummy-{digest}", "")
+
+
+def files_stamp(model_dir: Path, files: Sequence[Path]) -> str:
+    """Hex SHA-256 over which files of which host these are, and when they were last changed: what
+    one process has hashed, another need not.
+
+    Raises:
+        ModelError: a file is not there.
+    """
+    seen = []
+    try:
+        for path in _identifying(model_dir, files):
+            found = path.stat()
+            times = [found.st_mtime_ns, found.st_ctime_ns]
+            seen.append([path.name, found.st_dev, found.st_ino, found.st_size, *times])
+        fields = json.dumps([_BOOT_ID.read_text(), seen])
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256(fields.encode()).hexdigest()
+
+
+def _identifying(model_dir: Path, files: Sequence[Path]) -> list[Path]:
+    paths = [model_dir / "config.json", *files]
+    if model_dir / _SINGLE not in files:
+        # It says which of several tensors of one name counts.
+        paths.insert(1, model_dir / _INDEX)
+    return paths
 
 
 class ProgressReport:

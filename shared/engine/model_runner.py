@@ -21,10 +21,11 @@ from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
 from baton.shared.engine.model_digest import (
+    ModelIdentity,
     Progress,
     ProgressReport,
-    dummy_digest,
-    model_digest,
+    identify_dummy,
+    identify_model,
 )
 from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
 from baton.shared.engine.models.model_config import ModelConfig
@@ -67,7 +68,7 @@ class ModelRunner:
         cache_dtype: of keys and values.
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
-        model_digest: tells models apart (`model_digest.py`).
+        model_identity: tells models apart.
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of one step.
         steps_ahead: how many steps may be launched before the result of the first is taken.
@@ -81,7 +82,7 @@ class ModelRunner:
         *,
         pool_memory: Callable[[int], Tensor] | None = None,
         progress: Progress = lambda _: None,
-        on_digest: Callable[[str], None] = lambda _: None,
+        on_identity: Callable[[ModelIdentity], None] = lambda _: None,
     ) -> None:
         """Loads the model, allocates its block pool, and compiles what has to be compiled.
 
@@ -90,7 +91,7 @@ class ModelRunner:
         Args:
             pool_memory: given a number of bytes, returns uint8 memory for the pool.
             progress: told, once a second, how far hashing and loading are.
-            on_digest: told which model it is before anything big is loaded; what it raises ends
+            on_identity: told which model it is before anything big is loaded; what it raises ends
                 the start.
 
         Raises:
@@ -125,8 +126,8 @@ class ModelRunner:
         check_weights_fit(config, plan.num_bytes, self.device)
         if self.device.type == "cpu":
             self.num_blocks = self._choose_num_blocks(plan.num_bytes)
-        self.model_digest = self._digest(weights, progress)
-        on_digest(self.model_digest)
+        self.model_identity = self._identify(weights, progress)
+        on_identity(self.model_identity)
         self._model = self._load(weights, plan, progress)
         weights.close()
 
@@ -202,11 +203,11 @@ class ModelRunner:
             return DummyWeights()
         return WeightFiles(self._config.model_dir)
 
-    def _digest(self, weights: WeightFiles | DummyWeights, progress: Progress) -> str:
+    def _identify(self, weights: WeightFiles | DummyWeights, progress: Progress) -> ModelIdentity:
         model_dir = self._config.model_dir
         if isinstance(weights, DummyWeights):
-            return dummy_digest(model_dir)
-        return model_digest(model_dir, weights.files, progress)
+            return identify_dummy(model_dir)
+        return identify_model(model_dir, weights.files, progress)
 
     def _load(
         self, weights: WeightFiles | DummyWeights, plan: ModelPlan, progress: Progress

@@ -7,6 +7,7 @@
     ├── Draining              the process is shutting down
     ├── DeadlineExceeded      the request's own deadline
     ├── CapabilityMismatch    model, layout or dtype differ
+    ├── ModelReplaced         the cluster serves another model, also one that an answer began on
     ├── TooManyAttempts       the request keeps meeting dying workers
     └── AttemptFailed         one attempt ended; the gateway may start another
         ├── StaleAttempt      a higher attempt, or a cancel, was seen before
@@ -107,6 +108,11 @@ class DeadlineExceeded(BatonError):
 class CapabilityMismatch(BatonError):
     code = grpc.StatusCode.FAILED_PRECONDITION
     reason = pb.FAILURE_REASON_CAPABILITY_MISMATCH
+
+
+class ModelReplaced(BatonError):
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = pb.FAILURE_REASON_MODEL_REPLACED
 
 
 class TooManyAttempts(BatonError):

@@ -45,6 +45,7 @@ class Try:
     started: bool = True
     seed: int | None = None
     num_prompt_tokens: int = NUM_PROMPT_TOKENS
+    model_digest: str = ""
     shift: int = 0
     """Added to the first index of each chunk."""
 
@@ -127,6 +128,7 @@ class ScriptedGateway(inference_service_pb2_grpc.InferenceServiceServicer):
                 request_id=f"request-{len(self.requests)}",
                 seed=script.seed or request.sampling.seed or SEED,
                 num_prompt_tokens=script.num_prompt_tokens,
+                model_digest=script.model_digest,
             )
             yield pb.GenerateResponse(started=started)
         index = len(request.received_token_ids)

@@ -174,12 +174,27 @@ def test_no_wait_beyond_the_deadline(asker: Asker) -> None:
         (Try(shift=1), "token 6 came where 5 is the next"),
         (Try(shift=-1), "token 4 came where 5 is the next"),
         (Try(num_prompt_tokens=6), "another model answers"),
+        (Try(model_digest="b"), "another model answers"),
         (Try(seed=2), "another seed"),
     ],
 )
 def test_rest_that_does_not_fit_is_refused(asker: Asker, rest: Try, complaint: str) -> None:
-    with ScriptedGateway(Try(5, PASSING["connection"]), rest) as gateway:
+    first = Try(5, PASSING["connection"], model_digest="a")
+    with ScriptedGateway(first, rest) as gateway:
         outcome = asker.generate(gateway.address)
         assert len(gateway.requests) == 2
     assert isinstance(outcome.error, ServerError) and complaint in outcome.error.message
     assert outcome.token_ids == TOKEN_IDS[:5]
+
+
+@pytest.mark.parametrize(
+    ("num_before", "digests"), [(5, ("a", "a")), (5, ("", "a")), (5, ("a", "")), (0, ("a", "b"))]
+)
+def test_the_same_model_or_one_that_is_not_told_goes_on(
+    asker: Asker, num_before: int, digests: tuple[str, str]
+) -> None:
+    """So does another as long as no token has come."""
+    first = Try(num_before, PASSING["connection"], model_digest=digests[0])
+    with ScriptedGateway(first, Try(model_digest=digests[1])) as gateway:
+        outcome = asker.generate(gateway.address)
+    assert outcome.error is None and outcome.token_ids == TOKEN_IDS

@@ -202,20 +202,23 @@ def test_what_the_index_says_is_part_of_the_digest(
     names[Q_PROJ] = other
     index_path.write_text(json.dumps(content))
     two = make_runner(model_dir)
-    assert not torch.equal(logits(one), logits(two)) and one.model_digest != two.model_digest
+    assert (
+        not torch.equal(logits(one), logits(two))
+        and one.model_identity.digest != two.model_identity.digest
+    )
 
 
 def test_the_digest_covers_config_and_weights(
     make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     model_dir, _ = make_llama()
-    first = make_runner(model_dir).model_digest
-    assert first == make_runner(model_dir).model_digest
+    first = make_runner(model_dir).model_identity.digest
+    assert first == make_runner(model_dir).model_identity.digest
     change_tensors(model_dir, lambda tensors: tensors[Q_PROJ].add_(1))
-    second = make_runner(model_dir).model_digest
+    second = make_runner(model_dir).model_identity.digest
     path = model_dir / "config.json"
     path.write_text(path.read_text() + "\n")
-    assert len({first, second, make_runner(model_dir).model_digest}) == 3
+    assert len({first, second, make_runner(model_dir).model_identity.digest}) == 3
 
 
 def test_progress_is_told_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

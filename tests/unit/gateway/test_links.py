@@ -21,6 +21,7 @@ from baton.services.gateway.links import (
     follow_prefill,
 )
 from baton.services.gateway.router import WorkerSnapshot
+from baton.services.gateway.served_model import ServedModel
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import DigestMismatch, Draining, WorkerLost
@@ -125,7 +126,13 @@ async def channel(worker: Worker) -> AsyncIterator[grpc.aio.Channel]:
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
-    cluster = Cluster("redis://unused", "test", incarnation="g", model=cast(ModelInfo, None))
+    cluster = Cluster(
+        "redis://unused",
+        "test",
+        incarnation="g",
+        model=cast(ModelInfo, None),
+        served=ServedModel("m", 1000),
+    )
     yield cluster
     await cluster.close()
 

@@ -12,6 +12,7 @@ import pytest
 
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
+from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.turns import Turn, Turns
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.model_files.info import ModelInfo
@@ -51,6 +52,7 @@ class Pair(Cluster):
             "test",
             incarnation="g",
             model=cast(ModelInfo, None),
+            served=ServedModel("m", 1000),
             local_prefill=LocalPrefill(1000, 0.5, late_after_s),
         )
 

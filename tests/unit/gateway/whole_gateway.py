@@ -16,8 +16,15 @@ from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identify, ask_nobody
 from baton.services.gateway.links import DecodeLink, Events, Token
 from baton.services.gateway.router import WorkerSnapshot
+from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.server import InferenceServicer
-from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
+from baton.shared.directory.workers import (
+    ClusterView,
+    ModelFacts,
+    WorkerLoad,
+    WorkerRecord,
+    model_of,
+)
 from baton.shared.kv.block_hash import chain_hashes, is_boundary, root_hash
 from baton.shared.kv.capability import Capability
 from baton.shared.kv.capacity import Capacity, GroupShare
@@ -66,8 +73,8 @@ class PlayedDirectory:
     async def lookup(self, hashes: Sequence[bytes]) -> list[dict[str, str]]:
         return [self.holders.get(block_hash, {}) for block_hash in hashes]
 
-    async def list(self) -> Sequence[WorkerRecord]:
-        return self._records
+    async def view(self, gateway: str) -> ClusterView:
+        return ClusterView(model_of(self._records[0]), self._records, refusal=None)
 
     async def aclose(self) -> None:
         pass
@@ -107,7 +114,13 @@ class PlayedWorker:
 
 class WholeGateway(Cluster):
     def __init__(self, worker_ids: Sequence[str]) -> None:
-        super().__init__("unix:///nowhere", "c", incarnation="g" * 32, model=MODEL)
+        super().__init__(
+            "unix:///nowhere",
+            "c",
+            incarnation="g" * 32,
+            model=MODEL,
+            served=ServedModel("null", MODEL.vocab_size),
+        )
         self.directory = PlayedDirectory(worker_ids)
         self.started: list[tuple[str, EngineSequence]] = []
         """Worker and sequence, in order, of all that was started."""

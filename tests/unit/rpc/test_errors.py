@@ -37,8 +37,8 @@ LEAVES = [kind for kind in descendants(BatonError) if kind is not AttemptFailed]
 
 
 def make(kind: type[BatonError]) -> BatonError:
-    if kind is InvalidField:
-        return InvalidField("sampling.top_p", "is 3.0", limit="(0, 1]")
+    if issubclass(kind, InvalidField):
+        return kind("sampling.top_p", "is 3.0", limit="(0, 1]")
     return kind("what happened")
 
 
@@ -83,7 +83,8 @@ def test_each_reason_has_exactly_one_class() -> None:
 def test_the_status_code_is_the_one_that_the_contract_names() -> None:
     """error_details.proto says it in the comment of each reason, for clients in any language."""
     proto = PROTO.read_text()
-    contract = re.findall(r"// ([A-Z_]+): [^\n]*\n  FAILURE_REASON_(\w+) = ", proto)
+    line = r"[^\n]*\n  "
+    contract = re.findall(rf"// ([A-Z_]+): {line}(?:// {line})*FAILURE_REASON_(\w+) = ", proto)
     codes = {pb.FailureReason.Name(kind.reason): kind.code.name for kind in LEAVES}
     assert codes == {f"FAILURE_REASON_{reason}": code for code, reason in contract}
 

@@ -11,7 +11,8 @@ import pytest
 
 from baton.services.worker import directory_sync
 from baton.services.worker.directory_sync import DirectorySync
-from baton.shared.directory.directory import Directory, DirectoryUnavailable
+from baton.shared.directory.cluster_model import ClusterModel
+from baton.shared.directory.directory import Directory, DirectoryUnavailable, OtherModel
 from baton.shared.directory.ledger import LedgerEntry, Stage
 from baton.shared.directory.workers import WorkerRecord
 from baton.shared.kv.prefix_cache import CacheChanges
@@ -33,6 +34,9 @@ class FakeDirectory:
         self.writes: list[list[LedgerEntry]] = []
         self.held_back: asyncio.Event | None = None
         """When set, calls wait for it."""
+        self.age = 100
+        self.other_model: ClusterModel | None = None
+        """Of workers that are there."""
         self.workers = self.prefix_index = self.ledger = self
 
     async def _arrive(self) -> None:
@@ -46,9 +50,18 @@ class FakeDirectory:
         if prefixes:
             self.prefixes |= set(prefixes["added"])
             self.prefixes -= set(prefixes["removed"])
+        elif self.other_model is not None:
+            raise OtherModel("default", self.other_model, "mine")
         else:
             self.num_published += 1
             self.registered = list(record)
+
+    async def model(self) -> ClusterModel | None:
+        await self._arrive()
+        return self.other_model or None
+
+    async def age_s(self) -> int:
+        return self.age
 
     async def remove(self, worker_id: str, incarnation: str) -> None:
         await self._arrive()
@@ -98,6 +111,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     monkeypatch.setattr(directory_sync, "HEARTBEAT_S", 0.01)
     monkeypatch.setattr(directory_sync, "_LEDGER_REFRESH_S", 0.02)
     monkeypatch.setattr(directory_sync, "_PREFIX_REFRESH_S", 0.02)
+    monkeypatch.setattr(directory_sync, "_PATIENCE_S", 0.1)
     return fake
 
 
@@ -328,3 +342,71 @@ async def test_a_heartbeat_under_way_does_not_put_a_retired_worker_back(
     assert not fake.registered
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+OTHER = ClusterModel("o" * 64, "other", 512)
+
+
+async def make_record() -> WorkerRecord:
+    return RECORD
+
+
+def new_sync() -> DirectorySync:
+    return DirectorySync("redis://nowhere", "default", worker_id="me", incarnation="ab")
+
+
+async def test_workers_of_another_model_that_were_killed_are_waited_for(
+    fake: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_sync, "_PATIENCE_S", 60.0)
+    fake.other_model = OTHER
+    async with running() as sync:
+        await asyncio.sleep(0.05)
+        assert not sync.has_tried.is_set() and not fake.registered
+        fake.other_model = None
+        await until(sync.has_tried.is_set)
+        assert fake.registered == [RECORD]
+
+
+async def test_workers_of_another_model_that_live_on_refuse_a_new_one(fake: FakeDirectory) -> None:
+    fake.other_model = OTHER
+    sync = new_sync()
+    with pytest.raises(OtherModel, match="'other' .digest ooo.*mine"):
+        await sync.run(make_record)
+    assert not sync.has_tried.is_set()
+    with pytest.raises(OtherModel, match="'other' .digest ooo.*'mine' .digest mmm"):
+        await directory_sync.check_model("u", "default", name="mine", digest="m" * 64)
+
+
+async def test_a_registered_worker_ends_when_another_model_has_taken_over(
+    fake: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_sync, "_PATIENCE_S", 60.0)
+    sync = new_sync()
+    task = asyncio.create_task(sync.run(make_record))
+    await until(lambda: bool(fake.registered))
+    fake.other_model = OTHER
+    with pytest.raises(OtherModel):
+        async with asyncio.timeout(5):
+            await task
+
+
+async def test_in_an_empty_directory_that_has_just_started_others_come_first(
+    fake: FakeDirectory,
+) -> None:
+    """It may have lost what it knew. Who was registered before says so again at once."""
+    fake.age = 0
+    async with running() as new, running() as known:
+        known._has_joined = True
+        await until(known.has_tried.is_set)
+        await asyncio.sleep(0.05)
+        assert not new.has_tried.is_set()
+        fake.age = directory_sync._SETTLED_S
+        await until(new.has_tried.is_set)
+
+
+async def test_a_directory_that_is_away_keeps_no_worker_from_starting(fake: FakeDirectory) -> None:
+    fake.is_away = True
+    await directory_sync.check_model("u", "default", name="mine", digest="m" * 64)
+    async with running() as sync:
+        await until(sync.has_tried.is_set)

@@ -156,6 +156,8 @@ class Progress:
                 f"the prompt had {before.num_prompt_tokens} tokens and has "
                 f"{started.num_prompt_tokens} now: another model answers"
             )
+        if self.token_ids and _are_others(before, started):
+            raise misfit("another model answers than the one that these tokens came from")
         if before is not None and before.seed != started.seed:
             raise misfit("the rest of the answer would be drawn with another seed")
         self._started = started
@@ -166,6 +168,12 @@ class Progress:
         self.token_ids += chunk.token_ids
         self._texts.append(chunk.text)
         return Chunk(tuple(chunk.token_ids), chunk.text)
+
+
+def _are_others(before: pb.GenerateStarted | None, now: pb.GenerateStarted) -> bool:
+    """A gateway may not know its model yet."""
+    digests = {now.model_digest, before.model_digest if before is not None else ""}
+    return len(digests - {""}) > 1
 
 
 def text_of(answer: Answer) -> str:

@@ -23,6 +23,7 @@ class FailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_REASON_CANCELLED: _ClassVar[FailureReason]
     FAILURE_REASON_TOO_MANY_ATTEMPTS: _ClassVar[FailureReason]
     FAILURE_REASON_NO_CHAT_TEMPLATE: _ClassVar[FailureReason]
+    FAILURE_REASON_MODEL_REPLACED: _ClassVar[FailureReason]
 FAILURE_REASON_UNSPECIFIED: FailureReason
 FAILURE_REASON_BAD_FIELD: FailureReason
 FAILURE_REASON_NO_TOKENIZER: FailureReason
@@ -39,6 +40,7 @@ FAILURE_REASON_ENGINE: FailureReason
 FAILURE_REASON_CANCELLED: FailureReason
 FAILURE_REASON_TOO_MANY_ATTEMPTS: FailureReason
 FAILURE_REASON_NO_CHAT_TEMPLATE: FailureReason
+FAILURE_REASON_MODEL_REPLACED: FailureReason
 
 class Failure(_message.Message):
     __slots__ = ("reason", "message", "field", "limit")

@@ -41,14 +41,16 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[GenerateStarted, _Mapping]] = ..., chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerateFinished, _Mapping]] = ...) -> None: ...
 
 class GenerateStarted(_message.Message):
-    __slots__ = ("request_id", "seed", "num_prompt_tokens")
+    __slots__ = ("request_id", "seed", "num_prompt_tokens", "model_digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     seed: int
     num_prompt_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+    model_digest: str
+    def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., model_digest: _Optional[str] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
     __slots__ = ("first_index", "token_ids", "text")
@@ -157,7 +159,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "gateway_incarnation", "directory_reachable", "workers", "ledger", "num_prefix_entries", "counters", "default_sampling")
+    __slots__ = ("version", "gateway_incarnation", "directory_reachable", "workers", "ledger", "num_prefix_entries", "counters", "default_sampling", "model_digest", "directory_problem")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_REACHABLE_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +168,8 @@ class GetServerInfoResponse(_message.Message):
     NUM_PREFIX_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     version: str
     gateway_incarnation: str
     directory_reachable: bool
@@ -174,7 +178,9 @@ class GetServerInfoResponse(_message.Message):
     num_prefix_entries: int
     counters: ServerCounters
     default_sampling: _types_pb2.SamplingParams
-    def __init__(self, version: _Optional[str] = ..., gateway_incarnation: _Optional[str] = ..., directory_reachable: bool = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., ledger: _Optional[_Iterable[_Union[LedgerStageCount, _Mapping]]] = ..., num_prefix_entries: _Optional[int] = ..., counters: _Optional[_Union[ServerCounters, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+    model_digest: str
+    directory_problem: str
+    def __init__(self, version: _Optional[str] = ..., gateway_incarnation: _Optional[str] = ..., directory_reachable: bool = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., ledger: _Optional[_Iterable[_Union[LedgerStageCount, _Mapping]]] = ..., num_prefix_entries: _Optional[int] = ..., counters: _Optional[_Union[ServerCounters, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., model_digest: _Optional[str] = ..., directory_problem: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker", "role", "healthy", "num_waiting", "num_running", "num_free_blocks", "num_blocks", "capability_hash", "determinism")
