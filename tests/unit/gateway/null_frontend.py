@@ -15,6 +15,7 @@ from baton.services.gateway.identity import Identity, ask_nobody
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.openai.app import build_app
 from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.model_files.info import ModelInfo
 from baton.v1 import inference_service_pb2 as pb
@@ -56,6 +57,7 @@ class NullFrontend(Frontend):
 class _NullCluster:
     def __init__(self) -> None:
         self.has_workers = True
+        self.served = ServedModel("null", 1000)
 
     def limits(self) -> Limits:
         return Limits(vocab_size=1000, max_model_len=512, max_pool_tokens=None)
