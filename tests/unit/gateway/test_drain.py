@@ -17,6 +17,7 @@ from baton.services.gateway.drain import drain
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.openai.endpoint import HttpEndpoint
+from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.server import InferenceServicer
 from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.errors import failure_of
@@ -30,6 +31,8 @@ BODY = {"prompt": [1, 2, 3], "max_tokens": 400}
 
 
 class NoWorkers:
+    served = ServedModel("null", 1000)
+
     def limits(self) -> Limits:
         return Limits(vocab_size=1000, max_model_len=512, max_pool_tokens=None)
 
