@@ -125,19 +125,33 @@ class Stack:
 
     # Processes
 
-    def _worker_command(self, name: str) -> list[str]:
+    def spawn_worker(self, name: str, role: str, model: Path, *, is_ready: bool = True) -> Process:
+        """One more, of whatever model. `is_ready`: waits for it."""
+        self._roles[name] = role
+        return self._spawn_more(name, self._worker_command(name, model), is_ready=is_ready)
+
+    def spawn_gateway(self, name: str, model: Path, *, is_ready: bool = True) -> Process:
+        return self._spawn_more(name, self._gateway_command(model), is_ready=is_ready)
+
+    def _spawn_more(self, name: str, command: list[str], *, is_ready: bool) -> Process:
+        process = self._spawn(name, command)
+        if is_ready:
+            self._await_ready(process)
+        return process
+
+    def _worker_command(self, name: str, model: Path | None = None) -> list[str]:
         shm_dir = Path(f"/dev/shm/baton-test-{os.getpid()}-{id(self):x}")
         shm_dir.mkdir(exist_ok=True)
         return [
             *("-m", self._worker_module, "--role", self._roles[name], "--worker-id", name),
-            *("--model", str(self.model), "--redis-url", self._valkey.url),
+            *("--model", str(model or self.model), "--redis-url", self._valkey.url),
             *("--num-blocks", "512", "--trace-dir", str(self.trace_dir)),
             *("--shm-dir", str(shm_dir), *self._flags, *self._worker_flags.get(name, ())),
         ]
 
-    def _gateway_command(self) -> list[str]:
+    def _gateway_command(self, model: Path | None = None) -> list[str]:
         return [
-            *("-m", "baton.services.gateway", "--model", str(self.model)),
+            *("-m", "baton.services.gateway", "--model", str(model or self.model)),
             *("--redis-url", self._valkey.url, "--port", "0"),
         ]
 
