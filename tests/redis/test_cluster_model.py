@@ -6,10 +6,14 @@ import asyncio
 import dataclasses
 import os
 import signal
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
 
+from baton.services.gateway import cluster as cluster_module
+from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.served_model import ServedModel
 from baton.shared.directory.cluster_model import ClusterModel
 from baton.shared.directory.directory import Directory, OtherModel, open_directory
 from baton.shared.directory.embedded import EmbeddedValkey
@@ -123,6 +127,31 @@ async def test_clusters_have_their_own(directory: Directory, server: EmbeddedVal
     await other.workers.publish(of_model("b"))
     assert await directory.workers.model() == model_of(of_model("a"))
     await other.workers.remove("p0", "p0-b")
+
+
+async def test_a_gateway_of_another_model_is_refused_when_its_workers_stay(
+    directory: Directory, server: EmbeddedValkey, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "WORKER_TTL_S", 0.3)
+    monkeypatch.setattr(cluster_module, "_POLL_S", 0.02)
+    served = ServedModel("mine", 2048)
+    served.has_weights(64 * "b")
+    gateway = Cluster(server.url, cluster, incarnation="g", model=cast(Any, None), served=served)
+    await directory.workers.publish(of_model("a"))
+    assert await gateway.registered() == [of_model("a")]
+    with pytest.raises(OtherModel, match="'model-a' .digest aaa.*'mine' .digest bbb"):
+        await gateway.connect()
+    assert not gateway.records()
+    # As of workers that were killed just before.
+    monkeypatch.setattr(cluster_module, "WORKER_TTL_S", 60.0)
+    connecting = asyncio.create_task(gateway.connect())
+    await asyncio.sleep(0.1)
+    await directory.workers.remove("p0", "p0-a")
+    await directory.workers.publish(of_model("b"))
+    async with asyncio.timeout(10):
+        await connecting
+    assert gateway.records() == [of_model("b")]
+    await gateway.close()
 
 
 async def test_a_name_that_is_no_utf8_is_no_obstacle(directory: Directory) -> None:
