@@ -287,3 +287,21 @@ def test_status_as_table(
     assert ["digest", "mismatches", "3"] in lines
     assert "ledger: DECODING 2".split() in lines
     assert "sampling defaults of the model: temperature 0.6, top_k 20".split() in lines
+
+
+def test_status_tells_the_model_and_what_the_directory_refuses(
+    gateway: Gateway, server_info: pb.GetServerInfoResponse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first_lines() -> list[str]:
+        gateway.info = server_info
+        assert main(["status", "--target", gateway.target]) == 0
+        return capsys.readouterr().out.splitlines()[:2]
+
+    answering, model = first_lines()
+    assert answering.endswith("; directory answers") and model == "model not known yet"
+    server_info.model_digest = 64 * "d"
+    server_info.directory_reachable = False
+    server_info.directory_problem = "directory refused: MISCONF"
+    refusing, model = first_lines()
+    assert refusing.endswith("; directory refused: MISCONF") and "answers" not in refusing
+    assert model == f"model {64 * 'd'}"
