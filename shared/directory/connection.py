@@ -77,6 +77,8 @@ class Connection:
         self._redis = Redis.from_pool(pool)
         self._scripts = {script.sha: script for script in scripts}
         self._paused_until = 0.0
+        self._problem = ""
+        """Why it is paused."""
 
     async def execute(self, commands: Sequence[Command]) -> list[Any]:
         """Replies in the order of `commands`, after one round trip.
@@ -97,7 +99,8 @@ class Connection:
         if not commands:
             return []
         if time.monotonic() < self._paused_until:
-            raise DirectoryUnavailable("directory could not be reached just now")
+            problem = f"directory could not be reached just now: {self._problem}"
+            raise DirectoryUnavailable(problem)
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 replies = await self._send(commands)
@@ -110,7 +113,8 @@ class Connection:
                         replies[index] = reply
         except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
             self._paused_until = time.monotonic() + PAUSE_S
-            raise DirectoryUnavailable(f"directory cannot be reached: {_line(error)}") from error
+            self._problem = _line(error)
+            raise DirectoryUnavailable(f"directory cannot be reached: {self._problem}") from error
         except RedisError as error:
             raise DirectoryUnavailable(f"directory failed: {_line(error)}") from error
         for reply in replies:
@@ -183,6 +187,8 @@ def _pool(url: str) -> BlockingConnectionPool:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {CALL_TIMEOUT_S:g} s"
     if isinstance(error, ResponseError) or str(error):
         # Servers say in which script and line it was, too.
         return re.sub(r"\.? script: [\w, ]*on @user_script:\d+\.?$", "", str(error).splitlines()[0])

@@ -43,7 +43,7 @@ def test_an_answer_is_of_one_model_whoever_comes_and_goes(
             of_first = answer(stack, own)
             assert answer(stack, adopted) == of_first
             refused = [
-                stack.spawn_worker("second", "both", negated, is_ready=False),
+                stack.spawn_worker("too early", "both", negated, is_ready=False),
                 stack.spawn_gateway("of the second", negated, is_ready=False),
             ]
             for process in refused:
