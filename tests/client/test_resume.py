@@ -148,7 +148,7 @@ def test_what_stays_wrong_is_not_tried_again(asker: Asker) -> None:
         if isinstance(outcome.error, InvalidRequest):
             assert outcome.error.reason == "BAD_FIELD"
             assert outcome.error.field == "sampling.top_p"
-            assert outcome.error.limit == "above 0, at most 1"
+            assert outcome.error.limit == "0 to 1"
             assert str(outcome.error).startswith("INVALID_ARGUMENT: sampling.top_p is 2")
 
 
