@@ -34,7 +34,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     """Runs of new tokens, from one try on one route. Raises what ended it; however it ends, it is
     cancelled on P and D."""
     token_ids = [*generation.admitted.prompt_token_ids, *generation.token_ids]
-    route = await cluster.route(
+    route = await cluster.routing.route(
         token_ids,
         generation.num_left,
         generation.capability_hash,
@@ -140,9 +140,9 @@ class _Attempt:
         """On the worker that failed, if one did."""
         prefill = self._route.prefill
         if failure.worker_incarnation is not None:
-            self._cluster.doubt(failure.worker_incarnation)
+            self._cluster.workers.doubt(failure.worker_incarnation)
         elif isinstance(failure.error, SourceLost) and prefill is not None:
-            self._cluster.doubt(prefill.incarnation)
+            self._cluster.workers.doubt(prefill.incarnation)
 
     def end(self) -> None:
         self._end_prompt()
@@ -154,7 +154,7 @@ class _Attempt:
     def _end_prompt(self) -> None:
         if self._is_prompt_open:
             self._is_prompt_open = False
-            self._cluster.prompt_ended(self._route)
+            self._cluster.routing.prompt_ended(self._route)
 
     def _note_cached(self, num_cached_tokens: int) -> None:
         """Later attempts find what earlier ones computed; that is not the client's prefix."""

@@ -197,7 +197,7 @@ class _AtScrape(Collector):
         yield gauge(
             "baton_requests_without_worker",
             "Of these, those that no worker can take now: there is none, or none has room",
-            cluster.num_waiting,
+            cluster.routing.num_waiting,
         )
         yield gauge(
             "baton_directory_reachable",
@@ -229,7 +229,7 @@ class _AtScrape(Collector):
         yield gauge(
             "vllm:num_requests_waiting",
             "Requests in queues, in the whole cluster, and without a worker here",
-            load.num_waiting + self._cluster.num_waiting,
+            load.num_waiting + self._cluster.routing.num_waiting,
             self._engine,
         )
         yield gauge(

@@ -6,16 +6,15 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
-from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.router import LocalPrefill, Role, Route, WorkerSnapshot
+from baton.services.gateway.routing import Routing
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.turns import Turn, Turns
+from baton.services.gateway.workers import Workers
 from baton.shared.kv.capacity import Capacity, GroupShare
-from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import InvalidField
 
 LATE_S = 0.5
@@ -41,20 +40,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-class Pair(Cluster):
+class Pair(Workers):
     """A prefill worker and its partner, known without a directory."""
 
     roles: tuple[Role, ...] = ("prefill", "both")
-
-    def __init__(self, late_after_s: float | None = LATE_S) -> None:
-        super().__init__(
-            "redis://unused",
-            "test",
-            incarnation="g",
-            model=cast(ModelInfo, None),
-            served=ServedModel("m", 1000),
-            local_prefill=LocalPrefill(1000, 0.5, late_after_s),
-        )
 
     def snapshots(self) -> list[WorkerSnapshot]:
         return [
@@ -68,7 +57,7 @@ class Pair(Cluster):
                 num_free_blocks=(100,),
                 num_waiting=0,
                 num_running=0,
-                num_outstanding_tokens=self._outstanding_tokens[role],
+                num_outstanding_tokens=self.outstanding_tokens[role],
             )
             for role in self.roles
         ]
@@ -77,15 +66,21 @@ class Pair(Cluster):
 class Asked:
     """Prompts by name, in the order in which they got their routes."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, late_after_s: float | None = LATE_S) -> None:
+        self.workers = Pair()
+        self.num_looks = 0
+        local_prefill = LocalPrefill(1000, 0.5, late_after_s)
+        self.routing = Routing(self.workers, ServedModel("m", 1000), self.lookup, local_prefill)
         self.routes: dict[str, Route] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def lookup(self, hashes: list[bytes]) -> None:
+        self.num_looks += 1
 
     async def ask(self, name: str, num_tokens: int = 500, goes_on: bool = False) -> None:
         async def ask() -> None:
             # As of a client that resumes: nobody knows who drew the tokens that it has.
-            self.routes[name] = await self.cluster.route(
+            self.routes[name] = await self.routing.route(
                 [7] * num_tokens, 16, None, has_begun=goes_on
             )
 
@@ -93,7 +88,7 @@ class Asked:
         await settled()
 
     async def ended(self, name: str) -> None:
-        self.cluster.prompt_ended(self.routes[name])
+        self.routing.prompt_ended(self.routes[name])
         await settled()
 
     def where(self) -> dict[str, str]:
@@ -108,7 +103,7 @@ async def settled() -> None:
 
 @pytest.fixture
 def asked(clock: Clock) -> Iterator[Asked]:
-    asked = Asked(Pair())
+    asked = Asked()
     yield asked
     for task in asked.tasks.values():
         task.cancel()
@@ -119,10 +114,10 @@ async def test_what_neither_side_may_take_is_held_until_one_has_room(asked: Aske
         await asked.ask(name)
     # 1,000 tokens on the one side, at most half of the queue, with it, on the other.
     assert asked.where() == {"a": "prefill", "b": "prefill", "c": "both"}
-    assert asked.cluster.num_waiting == 1
+    assert asked.routing.num_waiting == 1
     await asked.ended("c")
     assert asked.where()["d"] == "both"
-    assert asked.cluster.num_waiting == 0
+    assert asked.routing.num_waiting == 0
 
 
 async def test_the_oldest_goes_first_but_the_late_go_last(asked: Asked, clock: Clock) -> None:
@@ -180,19 +175,19 @@ async def test_a_doubt_about_the_prefill_worker_does_not_send_all_to_its_partner
 ) -> None:
     for number in range(20):
         await asked.ask(f"n{number}")
-    with_all = asked.cluster.snapshots
+    with_all = asked.workers.snapshots
     monkeypatch.setattr(
-        asked.cluster,
+        asked.workers,
         "snapshots",
         lambda: [replace(each, suspect=each.role == "prefill") for each in with_all()],
     )
     await asked.ended("n0")
     assert list(asked.where().values()).count("both") == 2
-    monkeypatch.setattr(asked.cluster, "snapshots", with_all)
+    monkeypatch.setattr(asked.workers, "snapshots", with_all)
     for name in ("n1", "n2"):
         await asked.ended(name)
     assert list(asked.where().values()).count("prefill") == 4
-    assert asked.cluster.num_waiting == 20 - len(asked.routes)
+    assert asked.routing.num_waiting == 20 - len(asked.routes)
 
 
 async def test_when_a_worker_is_back_the_held_look_for_room_one_after_another(
@@ -201,24 +196,17 @@ async def test_when_a_worker_is_back_the_held_look_for_room_one_after_another(
     """A look costs a millisecond of the loop: thousands at once would stop all streams."""
     for number in range(20):
         await asked.ask(f"n{number}")
-    num_looks = 0
-
-    async def locate(*_: object) -> dict[str, int]:
-        nonlocal num_looks
-        num_looks += 1
-        return {}
-
-    monkeypatch.setattr(asked.cluster, "_locate", locate)
-    with_all = asked.cluster.snapshots
+    asked.num_looks = 0
+    with_all = asked.workers.snapshots
     monkeypatch.setattr(
-        asked.cluster, "snapshots", lambda: [replace(each, suspect=True) for each in with_all()]
+        asked.workers, "snapshots", lambda: [replace(each, suspect=True) for each in with_all()]
     )
     await asked.ended("n0")
     await asked.ask("newcomer")
-    assert num_looks == 0 and asked.cluster.num_waiting == 18
-    monkeypatch.setattr(asked.cluster, "snapshots", with_all)
+    assert asked.num_looks == 0 and asked.routing.num_waiting == 18
+    monkeypatch.setattr(asked.workers, "snapshots", with_all)
     await asked.ended("n1")
-    assert list(asked.routes)[3:] == ["n3", "n4"] and num_looks <= 4
+    assert list(asked.routes)[3:] == ["n3", "n4"] and asked.num_looks <= 4
 
 
 async def test_who_waits_for_another_worker_keeps_nobody_waiting(
@@ -229,14 +217,14 @@ async def test_who_waits_for_another_worker_keeps_nobody_waiting(
         await asked.ask(name)
     await asked.ask("large", num_tokens=1000)
     await asked.ask("next")
-    with_all = asked.cluster.snapshots
+    with_all = asked.workers.snapshots
 
     def smaller() -> list[WorkerSnapshot]:
         large, small = (Capacity(16, (count,), (GroupShare(0),)) for count in (100, 40))
         away = WorkerSnapshot("away", "away", "", "both", "a", large, (9,), 0, 0, suspect=True)
         return [*(replace(each, capacity=small) for each in with_all()), away]
 
-    monkeypatch.setattr(asked.cluster, "snapshots", smaller)
+    monkeypatch.setattr(asked.workers, "snapshots", smaller)
     await asked.ended("a")
     assert asked.where()["next"] == "prefill"
     assert not asked.tasks["large"].done()
@@ -259,7 +247,7 @@ async def test_what_no_pool_holds_is_refused_though_others_wait(asked: Asked) ->
 
 
 async def test_without_a_limit_of_lateness_nothing_is_held(clock: Clock) -> None:
-    asked = Asked(Pair(late_after_s=None))
+    asked = Asked(late_after_s=None)
     for name in "abcdef":
         await asked.ask(name)
     assert len(asked.routes) == 6
@@ -276,4 +264,4 @@ async def test_however_many_wait_all_get_their_turn(asked: Asked, clock: Clock) 
         await asked.ended(name)
         ended.add(name)
     assert set(asked.routes) == set(names)
-    assert asked.cluster.num_waiting == 0
+    assert asked.routing.num_waiting == 0
