@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 
 from baton.shared.kv.sequence import AttemptKey, Sequence
-from baton.shared.rpc.convert import key_from_pb, key_to_pb, sequence_from_pb
+from baton.shared.rpc.convert import key_from_pb, sequence_from_pb
 from baton.shared.rpc.errors import CapabilityMismatch, to_failure
 from baton.shared.rpc.streams import SILENCE_S, until_silence, with_ticks
 from baton.shared.telemetry import log_event
@@ -91,16 +91,16 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
     def _start(
         self, gateway: str, events: DecodeEvents, start: decode_service_pb2.StartSequence
     ) -> None:
-        spec = start.sequence
-        if spec.capability_hash != self._host.capability_hash:
-            error = CapabilityMismatch("this worker serves another model, layout or dtype")
+        try:
+            sequence = sequence_from_pb(start.sequence, self._host.capability_hash)
+        except CapabilityMismatch as error:
             failed = decode_service_pb2.SequenceFailed(
-                slot=start.slot, key=key_to_pb(key_from_pb(spec.key)), failure=to_failure(error)
+                slot=start.slot, key=start.sequence.key, failure=to_failure(error)
             )
             events.put_nowait(decode_service_pb2.DecodeResponse(failed=failed))
             return
         source = start.source if start.HasField("source") else None
-        self._host.start_decode(sequence_from_pb(spec), gateway, start.slot, source)
+        self._host.start_decode(sequence, gateway, start.slot, source)
 
     def _tick(self) -> decode_service_pb2.DecodeResponse:
         return decode_service_pb2.DecodeResponse(tick=self._host.tick())

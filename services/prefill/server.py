@@ -10,7 +10,7 @@ import grpc
 
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.rpc.convert import sequence_from_pb
-from baton.shared.rpc.errors import BatonError, CapabilityMismatch
+from baton.shared.rpc.errors import BatonError
 from baton.shared.rpc.streams import with_ticks
 from baton.v1 import prefill_service_pb2, prefill_service_pb2_grpc, types_pb2
 
@@ -40,9 +40,7 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             prefill_service_pb2.PrefillRequest, prefill_service_pb2.PrefillResponse
         ],
     ) -> AsyncIterator[prefill_service_pb2.PrefillResponse]:
-        if request.sequence.capability_hash != self._host.capability_hash:
-            raise CapabilityMismatch("this worker serves another model, layout or dtype")
-        sequence = sequence_from_pb(request.sequence)
+        sequence = sequence_from_pb(request.sequence, self._host.capability_hash)
         events = self._host.start_prefill(sequence, unclaimed=request.unclaimed)
         has_ended = False
         try:

@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.rpc.errors import CapabilityMismatch
 from baton.shared.sampling import FIELDS, Kind, SamplingField, SamplingParams
 from baton.v1 import types_pb2 as pb
 
@@ -84,8 +85,13 @@ def _shown(value: Any) -> Any:
     return value if isinstance(value, int) else list(value)
 
 
-def sequence_from_pb(spec: pb.SequenceSpec) -> Sequence:
-    """The deadline is set on this process's monotonic clock."""
+def sequence_from_pb(spec: pb.SequenceSpec, capability_hash: str) -> Sequence:
+    """For a worker of that capability. The deadline is on this process's monotonic clock.
+
+    Raises CapabilityMismatch when the gateway takes it for another.
+    """
+    if spec.capability_hash != capability_hash:
+        raise CapabilityMismatch("this worker serves another model, layout or dtype")
     deadline = None
     if spec.HasField("time_left"):
         deadline = time.monotonic() + duration_from_pb(spec.time_left)

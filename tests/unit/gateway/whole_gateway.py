@@ -97,7 +97,10 @@ class PlayedWorker:
     def start(
         self, spec: types_pb2.SequenceSpec, source: object, events: Events, patience: float
     ) -> int:
-        sequence = sequence_from_pb(types_pb2.SequenceSpec.FromString(spec.SerializeToString()))
+        sequence = sequence_from_pb(
+            types_pb2.SequenceSpec.FromString(spec.SerializeToString()),
+            self._worker.capability_hash,
+        )
         self._gateway.started.append((self._worker.worker_id, sequence))
         root = root_hash(self._worker.capability_hash, salt=sequence.salt)
         hashes = chain_hashes(root, sequence.prompt_token_ids, BLOCK_SIZE)
