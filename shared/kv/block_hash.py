@@ -58,14 +58,6 @@ def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> li
     return hashes
 
 
-def extend_hashes(
-    hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int
-) -> None:
-    """Appends the hashes of those full blocks of `token_ids` that `hashes` does not cover yet."""
-    parent = hashes[-1] if hashes else root
-    hashes += chain_hashes(parent, token_ids[len(hashes) * block_size :], block_size)
-
-
 def stride_blocks(block_size: int) -> int:
     """Blocks from one hash that the directory lists to the next."""
     return max(1, PREFIX_STRIDE_TOKENS // block_size)

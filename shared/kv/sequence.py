@@ -68,7 +68,8 @@ class BlockTable(list[int]):
 
     Attributes:
         first_live: blocks before it are holes (NO_BLOCK): given back, or never taken.
-        num_sealed: blocks at the front that are full, final and digested, or holes.
+        num_sealed: blocks at the front that are holes, or full, final and known by their hash.
+            Those of a prompt have a digest; those that decode wrote get it when a peer claims them.
         left: (id, generation) of blocks that were used and given back.
     """
 

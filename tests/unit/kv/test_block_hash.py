@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from baton.shared.kv.block_hash import (
     PREFIX_STRIDE_TOKENS,
     block_hash,
-    extend_hashes,
+    boundary_hashes,
+    chain_hashes,
     is_boundary,
     root_hash,
 )
@@ -33,9 +34,7 @@ class Context(NamedTuple):
 
     def hashes(self) -> list[bytes]:
         root = root_hash(self.capability_hash, adapter=self.adapter, salt=self.salt)
-        hashes: list[bytes] = []
-        extend_hashes(hashes, root, self.tokens, BLOCK_SIZE)
-        return hashes
+        return chain_hashes(root, self.tokens, BLOCK_SIZE)
 
 
 # Few characters, so that fields that were merely joined would collide.
@@ -104,14 +103,22 @@ def test_it_never_changes_silently() -> None:
 
 def test_hashes_are_chained_and_extended_in_parts_alike() -> None:
     root, tokens = root_hash("x"), list(range(19))
-    whole: list[bytes] = []
-    extend_hashes(whole, root, tokens, BLOCK_SIZE)
+    whole = chain_hashes(root, tokens, BLOCK_SIZE)
     assert len(whole) == 4, "only full blocks have a hash"
     assert whole[2] == block_hash(whole[1], tokens[8:12])
-    parts: list[bytes] = []
-    for end in range(len(tokens) + 1):
-        extend_hashes(parts, root, tokens[:end], BLOCK_SIZE)
-    assert parts == whole
+    for num_blocks in range(1, 5):
+        start = num_blocks * BLOCK_SIZE
+        rest = chain_hashes(whole[num_blocks - 1], tokens[start:], BLOCK_SIZE)
+        assert rest == whole[num_blocks:]
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 256, 512])
+def test_the_listed_hashes_are_those_at_boundaries(block_size: int) -> None:
+    root, tokens = root_hash("x"), list(range(1100))
+    hashes = chain_hashes(root, tokens, block_size)
+    listed = [each for index, each in enumerate(hashes) if is_boundary(index, block_size)]
+    assert boundary_hashes(root, tokens, block_size) == listed
+    assert len(listed) == 1100 // max(PREFIX_STRIDE_TOKENS, block_size)
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**32])
