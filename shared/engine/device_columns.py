@@ -6,9 +6,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from baton.kernels.prefill_attention import block_m_for, prefill_tiles
 from baton.shared.engine.batch import BatchRow
@@ -36,6 +39,41 @@ class ChunkColumns:
     num_wanted: int
     num_tiles: int
     block_m: int
+    num_groups: int
+
+    def unpack(self, sent: Tensor) -> SentColumns:
+        """sent: `packed`, on the device."""
+        num_slots, num_tokens = self.num_groups * self.num_tokens, self.num_tokens
+        slots, rest = sent[: 2 * num_slots], sent[2 * num_slots :]
+        input_ids, positions = rest[: 2 * num_tokens].view(2, num_tokens)
+        tiles, rest = rest[2 * num_tokens :][: 4 * self.num_tiles], rest[2 * num_tokens :]
+        wanted = rest[tiles.numel() :].view(3, -1)[:, : self.num_wanted]
+        return SentColumns(
+            slots.view(torch.int64).view(self.num_groups, num_tokens),
+            input_ids,
+            positions,
+            tiles.view(-1, 4),
+            *wanted,
+        )
+
+
+class SentColumns(NamedTuple):
+    """Parts of the columns on the device."""
+
+    slots: Tensor
+    """int64 [G, T]"""
+    input_ids: Tensor
+    """int32 [T]"""
+    positions: Tensor
+    """int32 [T]"""
+    tiles: Tensor
+    """int32 [NT, 4]"""
+    wanted: Tensor
+    """int32 [R]: which tokens."""
+    rows: Tensor
+    """int32 [R]: their slots; −1 for padding."""
+    back: Tensor
+    """int32 [R]: tokens of the slot behind each."""
 
 
 def chunk_columns(
@@ -90,7 +128,9 @@ def chunk_columns(
     columns[1] = -1
     if wanted:
         columns[:, : len(wanted)] = np.array(wanted, np.int32).T
-    return ChunkColumns(packed, num_tokens, num_tokens - num_real, num_wanted, len(tiles), block_m)
+    return ChunkColumns(
+        packed, num_tokens, num_tokens - num_real, num_wanted, len(tiles), block_m, num_groups
+    )
 
 
 def _slots(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:

@@ -31,7 +31,7 @@ from baton.kernels.drafts import accept_drafts, begin_drafted_step
 from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
-from baton.shared.engine.device_columns import ChunkColumns, chunk_columns
+from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
@@ -414,66 +414,76 @@ class DeviceExecutor:
         Returns the logits [R, vocab] of what is wanted, and of padding, and what they are of;
         `layout.wanted` says which rows.
         """
+        columns, has_back = self._pack(batch, layout, num_wanted)
+        packed = self._host.send(self._state, columns.packed)
+        assert packed is not None
+        sent = columns.unpack(packed)
+        wanted = _Wanted(sent.wanted, sent.rows, sent.back if has_back else None)
+        plans = self._plan(layout, columns, sent)
+        if layout.size:
+            buffers = self._decode[layout.size, layout.width]
+            here = replace(buffers, positions=sent.positions, slots=sent.slots)
+            self._begin(sent.input_ids, here, plans)
+        if columns.num_wanted > self._drawn_sizes[-1]:
+            # More than ever draw at once: all tokens go through the last layer.
+            hidden = self._model.hidden_states(sent.input_ids, sent.positions, self._caches, plans)
+            hidden = hidden.index_select(0, wanted.tokens)
+        else:
+            hidden = self._model.hidden_states(
+                sent.input_ids,
+                sent.positions,
+                self._caches,
+                plans,
+                (wanted.tokens, self._plans_of(wanted, plans)),
+            )
+        if not columns.num_wanted:
+            return hidden.new_empty(0, self._vocab_size), wanted
+        return self._model.logits(hidden), wanted
+
+    def _pack(
+        self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]
+    ) -> tuple[ChunkColumns, bool]:
+        """The step's columns, and whether a wanted token has others of its slot behind it."""
         places = self._place_wanted(batch, layout, num_wanted)
-        # As many rows of logits as decode has in one of its graphs: those kernels are compiled.
-        num_padded = 0
-        is_many = len(places) > self._drawn_sizes[-1]
-        if places:
-            num_padded = len(places) if is_many else _padded(len(places), self._drawn_sizes)
+        num_padded = len(places)
+        if 0 < num_padded <= self._drawn_sizes[-1]:
+            # As many rows of logits as decode has in one of its graphs: those are compiled.
+            num_padded = _padded(num_padded, self._drawn_sizes)
         layout.wanted += [-1] * (num_padded - len(places))
-        num_decode, num_groups = layout.size * layout.width, len(self._caches)
         columns = chunk_columns(
-            num_decode,
+            layout.size * layout.width,
             [(layout.handles[i].slot, batch.rows[i]) for i in layout.chunks],
             places,
             num_padded,
-            num_groups=num_groups,
+            num_groups=len(self._caches),
             block_size=self._block_size,
             head_dim=max(kv.shape[5] for kv in self._caches),
             itemsize=self._caches[0].element_size(),
         )
-        sent = self._host.send(self._state, columns.packed)
-        assert sent is not None
-        num_tokens, behind = columns.num_tokens, 2 * num_groups * columns.num_tokens
-        slots = sent[:behind].view(torch.int64).view(num_groups, num_tokens)
-        input_ids, positions = sent[behind:][: 2 * num_tokens].view(2, num_tokens)
-        behind += 2 * num_tokens
-        tiles = sent[behind:][: 4 * columns.num_tiles]
-        behind += tiles.numel()
-        aligned = _aligned(num_padded)
-        tokens, rows, back = sent[behind:][: 3 * aligned].view(3, aligned)[:, :num_padded]
-        wanted = _Wanted(tokens, rows, back if any(each[2] for each in places) else None)
-        buffers = self._decode[layout.size, layout.width] if layout.size else None
-        work = self._work[layout.size, layout.width] if layout.size else [None] * num_groups
-        plans = [
+        return columns, any(behind for _, _, behind in places)
+
+    def _plan(self, layout: _Layout, columns: ChunkColumns, sent: SentColumns) -> list[DevicePlan]:
+        """By cache group: where a step's tokens are stored and what they attend to."""
+        rows: Tensor | None = None
+        work: Sequence[DecodeWork | None] = [None] * len(self._caches)
+        if layout.size:
+            rows = self._decode[layout.size, layout.width].token_rows
+            work = self._work[layout.size, layout.width]
+        return [
             DevicePlan(
-                positions=positions,
-                slots=slots[group],
+                positions=sent.positions,
+                slots=sent.slots[group],
                 context_lens=self._state.context_lens,
                 block_tables=self._state.block_tables[group],
-                rows=buffers.token_rows if buffers is not None else None,
+                rows=rows,
                 work=work[group],
-                tiles=tiles.view(-1, 4) if columns.num_tiles else None,
+                tiles=sent.tiles if columns.num_tiles else None,
                 block_m=columns.block_m,
                 window=self._windows[group],
                 attended=self._attended(columns, group) if columns.num_padding else None,
             )
-            for group in range(num_groups)
+            for group in range(len(self._caches))
         ]
-        if buffers is not None:
-            here = replace(buffers, positions=positions, slots=slots)
-            self._begin(input_ids, here, plans)
-        if is_many:
-            # More than ever draw at once: all tokens go through the last layer.
-            hidden = self._model.hidden_states(input_ids, positions, self._caches, plans)
-            hidden = hidden.index_select(0, tokens)
-        else:
-            hidden = self._model.hidden_states(
-                input_ids, positions, self._caches, plans, (tokens, self._plans_of(wanted, plans))
-            )
-        if not num_padded:
-            return hidden.new_empty(0, self._vocab_size), wanted
-        return self._model.logits(hidden), wanted
 
     def _place_wanted(
         self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
+import torch
 
 from baton.shared.engine.batch import BatchRow
 from baton.shared.engine.device_columns import chunk_columns
@@ -33,11 +33,10 @@ def test_every_token_has_its_place(seed: int) -> None:
 
     num_tokens = columns.num_tokens
     assert num_tokens % 16 == 0
-    places, packed = np.split(columns.packed, [2 * num_groups * num_tokens])
-    slots = places.view(np.int64).reshape(num_groups, num_tokens)
-    input_ids, positions = packed[: 2 * num_tokens].reshape(2, -1).tolist()
-    tiles, rest = np.split(packed[2 * num_tokens :], [4 * columns.num_tiles])
-    tokens, rows, back = rest.reshape(3, -1)[:, :num_wanted].tolist()
+    sent = columns.unpack(torch.from_numpy(columns.packed))
+    slots = sent.slots.numpy()
+    input_ids, positions = sent.input_ids.tolist(), sent.positions.tolist()
+    tokens, rows, back = sent.wanted.tolist(), sent.rows.tolist(), sent.back.tolist()
 
     assert (slots[:, :num_decode] == -1).all()
     token = num_decode
@@ -57,7 +56,7 @@ def test_every_token_has_its_place(seed: int) -> None:
     assert list(zip(tokens, rows, back, strict=True)) == wanted + padding
     in_tiles = [
         (first + offset, slot, position + offset)
-        for first, count, slot, position in tiles.reshape(-1, 4).tolist()
+        for first, count, slot, position in sent.tiles.tolist()
         for offset in range(count)
     ]
     assert sorted(in_tiles) == covered
