@@ -96,7 +96,7 @@ class DeviceBlockSums:
 
 
 def _end_of(step: Step) -> torch.cuda.Event:
-    from baton.shared.engine.device_executor import DeviceStep
+    from baton.shared.engine.device_step import DeviceStep
 
     if not isinstance(step, DeviceStep) or step.done is None:
         raise TypeError(f"{type(step).__name__} is no step of this device")

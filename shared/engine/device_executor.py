@@ -19,8 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,13 +31,13 @@ from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
+from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, Wanted
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.cache_spec import window_of
-from baton.shared.kv.drawn import Drawn, drawn_of
 from baton.shared.kv.sequence import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -49,84 +48,6 @@ def padded_sizes(max_num_seqs: int) -> list[int]:
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128]
     sizes += range(160, max(max_num_seqs, 160) + 32, 32)
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
-
-
-@dataclass(slots=True)
-class DeviceStep:
-    """A step in flight."""
-
-    wanted: list[int]
-    """Row of the batch that each drawn token is for; −1: nobody wants it."""
-    num_rows: int
-    tokens: Tensor
-    """int32 [≥ len(wanted)] on the host, once `done`; behind them, in a step with drafts, how many
-    of each decode row's tokens stand."""
-    done: torch.cuda.Event | None
-    drafted: list[tuple[int, int, RowHandle, int]] = field(default_factory=list)
-    """(row of the batch, where its count is in `tokens`, handle, number) of each row that brought
-    drafts."""
-
-    def result(self) -> list[Sequence[Drawn]]:
-        if self.done is not None:
-            self.done.synchronize()
-        drawn: list[list[Drawn]] = [[] for _ in range(self.num_rows)]
-        tokens = self.tokens.tolist()
-        for row, token in zip(self.wanted, tokens, strict=False):
-            if row >= 0:
-                drawn[row].append(drawn_of(token))
-        for row, place, handle, num_drafts in self.drafted:
-            num_standing = tokens[place]
-            del drawn[row][num_standing:]
-            handle.fell_short(1 + num_drafts - num_standing)
-        return list(drawn)
-
-
-@dataclass(slots=True)
-class _DecodeBuffers:
-    """What a decode step of one padded size and width reads and writes; a graph keeps their
-    addresses."""
-
-    size: int
-    width: int
-    input_ids: Tensor
-    """int32 [size · width]"""
-    positions: Tensor
-    slots: Tensor
-    """int64 [G, size · width]"""
-    rows: Tensor
-    """int32 [size]: the slots that decode."""
-    token_rows: Tensor
-    """int32 [size · width]: each token's slot; `rows` itself where the width is 1."""
-    back: Tensor | None
-    """int32 [size · width]; None where the width is 1."""
-    results: Tensor
-    """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
-    plans: list[DevicePlan]
-    """By cache group."""
-    graph: torch.cuda.CUDAGraph | None = None
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.results[: self.size * self.width]
-
-
-@dataclass(slots=True)
-class _Layout:
-    """Who is where in a step."""
-
-    handles: list[RowHandle] = field(default_factory=list)
-    """By row of the batch."""
-    decode: list[int] = field(default_factory=list)
-    """Rows of one token and its drafts, in the batch's order."""
-    chunks: list[int] = field(default_factory=list)
-    size: int = 0
-    """Of the decode rows, padded."""
-    width: int = 1
-    """Tokens of a decode row, padded."""
-    wanted: list[int] = field(default_factory=list)
-    """Row of the batch for each row of logits; −1 = padding."""
-    scratch: list[RowHandle] = field(default_factory=list)
-    """Handles of rows that nothing is kept of."""
 
 
 class DeviceExecutor:
@@ -205,7 +126,7 @@ class DeviceExecutor:
 
     def launch(self, batch: Batch) -> DeviceStep:
         with self._on_stream():
-            layout = _Layout()
+            layout = Layout()
             try:
                 self._lay_out(batch, layout)
                 return self._timed(self._launch, batch, layout)
@@ -217,7 +138,7 @@ class DeviceExecutor:
 
     def logits(self, batch: Batch) -> Tensor:
         with self._on_stream():
-            layout = _Layout()
+            layout = Layout()
             try:
                 self._lay_out(batch, layout)
                 logits, _ = self._compute(batch, layout, [row.num_logits for row in batch.rows])
@@ -257,7 +178,7 @@ class DeviceExecutor:
             self._stream.synchronize()
 
     def _timed(
-        self, launch: Callable[[Batch, _Layout], DeviceStep], batch: Batch, layout: _Layout
+        self, launch: Callable[[Batch, Layout], DeviceStep], batch: Batch, layout: Layout
     ) -> DeviceStep:
         if self.on_launch is None:
             return launch(batch, layout)
@@ -268,7 +189,7 @@ class DeviceExecutor:
         self.on_launch((start, end))
         return step
 
-    def _lay_out(self, batch: Batch, layout: _Layout) -> None:
+    def _lay_out(self, batch: Batch, layout: Layout) -> None:
         """Sorts rows into decode rows and chunks, and notes what the device does not know yet."""
         if not batch.rows:
             raise ValueError("a batch needs rows")
@@ -348,7 +269,7 @@ class DeviceExecutor:
         if row.token_ids is None and (handle is None or handle.drawn_at != row.position):
             raise ValueError("a row without tokens, for which none was drawn")
 
-    def _distrust_device(self, layout: _Layout) -> None:
+    def _distrust_device(self, layout: Layout) -> None:
         """What the device knows of these rows may be anything: all of it is sent again."""
         for handle in layout.handles:
             handle.is_sent = False
@@ -358,7 +279,7 @@ class DeviceExecutor:
             handle.num_drafts = -1
         self._state.forget()
 
-    def _launch(self, batch: Batch, layout: _Layout) -> DeviceStep:
+    def _launch(self, batch: Batch, layout: Layout) -> DeviceStep:
         rows = batch.rows
         # Behind a row of one token, and behind each of its drafts, or behind a chunk's last token.
         num_wanted = [
@@ -386,7 +307,7 @@ class DeviceExecutor:
             results = results[: len(wanted)]
         return self._fetch(batch, layout, results, wanted)
 
-    def _wanted_of_decode(self, layout: _Layout, num_wanted: Sequence[int]) -> list[int]:
+    def _wanted_of_decode(self, layout: Layout, num_wanted: Sequence[int]) -> list[int]:
         """Row of the batch for each token of the decode rows; −1 for padding."""
         width = layout.width
         wanted = [-1] * (layout.size * width)
@@ -395,7 +316,7 @@ class DeviceExecutor:
                 wanted[place * width + j] = row
         return wanted
 
-    def _decode_step(self, buffers: _DecodeBuffers) -> None:
+    def _decode_step(self, buffers: DecodeBuffers) -> None:
         """All of a step without prompt chunks; reads and writes fixed addresses only."""
         self._begin(buffers.input_ids, buffers, buffers.plans)
         hidden = self._model.hidden_states(
@@ -406,8 +327,8 @@ class DeviceExecutor:
             self._accept(buffers.rows, buffers.results, buffers.size * buffers.width)
 
     def _compute(
-        self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]
-    ) -> tuple[Tensor, _Wanted]:
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, Wanted]:
         """Runs a step with prompt chunks; of each row the logits at its last `num_wanted` tokens
         are wanted.
 
@@ -418,7 +339,7 @@ class DeviceExecutor:
         packed = self._host.send(self._state, columns.packed)
         assert packed is not None
         sent = columns.unpack(packed)
-        wanted = _Wanted(sent.wanted, sent.rows, sent.back if has_back else None)
+        wanted = Wanted(sent.wanted, sent.rows, sent.back if has_back else None)
         plans = self._plan(layout, columns, sent)
         if layout.size:
             buffers = self._decode[layout.size, layout.width]
@@ -441,7 +362,7 @@ class DeviceExecutor:
         return self._model.logits(hidden), wanted
 
     def _pack(
-        self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
     ) -> tuple[ChunkColumns, bool]:
         """The step's columns, and whether a wanted token has others of its slot behind it."""
         places = self._place_wanted(batch, layout, num_wanted)
@@ -462,7 +383,7 @@ class DeviceExecutor:
         )
         return columns, any(behind for _, _, behind in places)
 
-    def _plan(self, layout: _Layout, columns: ChunkColumns, sent: SentColumns) -> list[DevicePlan]:
+    def _plan(self, layout: Layout, columns: ChunkColumns, sent: SentColumns) -> list[DevicePlan]:
         """By cache group: where a step's tokens are stored and what they attend to."""
         rows: Tensor | None = None
         work: Sequence[DecodeWork | None] = [None] * len(self._caches)
@@ -486,7 +407,7 @@ class DeviceExecutor:
         ]
 
     def _place_wanted(
-        self, batch: Batch, layout: _Layout, num_wanted: Sequence[int]
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
     ) -> list[tuple[int, int, int]]:
         """(token of the step, slot, tokens of the slot behind it) of each row of logits; notes in
         `layout.wanted` which rows they are of."""
@@ -516,7 +437,7 @@ class DeviceExecutor:
                 layout.wanted.append(i)
         return places
 
-    def _plans_of(self, wanted: _Wanted, plans: Sequence[DevicePlan]) -> list[DevicePlan]:
+    def _plans_of(self, wanted: Wanted, plans: Sequence[DevicePlan]) -> list[DevicePlan]:
         """What the wanted tokens attend to: as in a decode step, the slot's keys up to them."""
         num_rows = len(wanted.rows)
         drawn: list[DevicePlan] = []
@@ -552,7 +473,7 @@ class DeviceExecutor:
         return attended
 
     def _begin(
-        self, input_ids: Tensor, buffers: _DecodeBuffers, plans: Sequence[DevicePlan]
+        self, input_ids: Tensor, buffers: DecodeBuffers, plans: Sequence[DevicePlan]
     ) -> None:
         """Fills in the decode rows' tokens and places, and moves their lengths on."""
         state = self._state
@@ -618,7 +539,7 @@ class DeviceExecutor:
         )
 
     def _fetch(
-        self, batch: Batch, layout: _Layout, results: Tensor, wanted: list[int]
+        self, batch: Batch, layout: Layout, results: Tensor, wanted: list[int]
     ) -> DeviceStep:
         host = self._host.fetch(results)
         done = None
@@ -660,7 +581,7 @@ class DeviceExecutor:
             work.append(made[key])
         return work
 
-    def _make_buffers(self, size: int, width: int) -> _DecodeBuffers:
+    def _make_buffers(self, size: int, width: int) -> DecodeBuffers:
         state, num_tokens = self._state, size * width
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -683,7 +604,7 @@ class DeviceExecutor:
             )
             for group, work in enumerate(self._work[size, width])
         ]
-        return _DecodeBuffers(
+        return DecodeBuffers(
             size,
             width,
             zeros(num_tokens),
@@ -695,17 +616,6 @@ class DeviceExecutor:
             self._make_results(num_tokens, size),
             plans,
         )
-
-
-class _Wanted(NamedTuple):
-    """Tokens whose logits are wanted, padding included."""
-
-    tokens: Tensor
-    """int32 [R]: which of the step's."""
-    rows: Tensor
-    """int32 [R]: their slots; −1 for padding."""
-    back: Tensor | None
-    """int32 [R]: tokens of the slot behind each; None where there are none."""
 
 
 def _aligned(num_words: int) -> int:

@@ -1,0 +1,103 @@
+"""What a step on the device is made of: who is where in it, its buffers, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from baton.shared.engine.batch import RowHandle
+from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.kv.drawn import Drawn, drawn_of
+
+
+@dataclass(slots=True)
+class DeviceStep:
+    """A step in flight."""
+
+    wanted: list[int]
+    """Row of the batch that each drawn token is for; −1: nobody wants it."""
+    num_rows: int
+    tokens: Tensor
+    """int32 [≥ len(wanted)] on the host, once `done`; behind them, in a step with drafts, how many
+    of each decode row's tokens stand."""
+    done: torch.cuda.Event | None
+    drafted: list[tuple[int, int, RowHandle, int]] = field(default_factory=list)
+    """(row of the batch, where its count is in `tokens`, handle, number) of each row that brought
+    drafts."""
+
+    def result(self) -> list[Sequence[Drawn]]:
+        if self.done is not None:
+            self.done.synchronize()
+        drawn: list[list[Drawn]] = [[] for _ in range(self.num_rows)]
+        tokens = self.tokens.tolist()
+        for row, token in zip(self.wanted, tokens, strict=False):
+            if row >= 0:
+                drawn[row].append(drawn_of(token))
+        for row, place, handle, num_drafts in self.drafted:
+            num_standing = tokens[place]
+            del drawn[row][num_standing:]
+            handle.fell_short(1 + num_drafts - num_standing)
+        return list(drawn)
+
+
+@dataclass(slots=True)
+class DecodeBuffers:
+    """What a decode step of one padded size and width reads and writes; a graph keeps their
+    addresses."""
+
+    size: int
+    width: int
+    input_ids: Tensor
+    """int32 [size · width]"""
+    positions: Tensor
+    slots: Tensor
+    """int64 [G, size · width]"""
+    rows: Tensor
+    """int32 [size]: the slots that decode."""
+    token_rows: Tensor
+    """int32 [size · width]: each token's slot; `rows` itself where the width is 1."""
+    back: Tensor | None
+    """int32 [size · width]; None where the width is 1."""
+    results: Tensor
+    """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
+    plans: list[DevicePlan]
+    """By cache group."""
+    graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.results[: self.size * self.width]
+
+
+@dataclass(slots=True)
+class Layout:
+    """Who is where in a step."""
+
+    handles: list[RowHandle] = field(default_factory=list)
+    """By row of the batch."""
+    decode: list[int] = field(default_factory=list)
+    """Rows of one token and its drafts, in the batch's order."""
+    chunks: list[int] = field(default_factory=list)
+    size: int = 0
+    """Of the decode rows, padded."""
+    width: int = 1
+    """Tokens of a decode row, padded."""
+    wanted: list[int] = field(default_factory=list)
+    """Row of the batch for each row of logits; −1 = padding."""
+    scratch: list[RowHandle] = field(default_factory=list)
+    """Handles of rows that nothing is kept of."""
+
+
+class Wanted(NamedTuple):
+    """Tokens whose logits are wanted, padding included."""
+
+    tokens: Tensor
+    """int32 [R]: which of the step's."""
+    rows: Tensor
+    """int32 [R]: their slots; −1 for padding."""
+    back: Tensor | None
+    """int32 [R]: tokens of the slot behind each; None where there are none."""
