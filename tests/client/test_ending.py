@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable
 
 import grpc
 import pytest
-from baton_client import AsyncAnswerStream, AsyncClient, Cancelled, Client, RetryPolicy, Unavailable
+from baton_client import (
+    AnswerStream,
+    AsyncAnswerStream,
+    AsyncClient,
+    Cancelled,
+    Client,
+    RetryPolicy,
+    Unavailable,
+)
 
 from tests.client.asking import FAST
 from tests.client.proxy import CuttingProxy
@@ -20,11 +29,17 @@ BROKEN = Try(3, aborts(grpc.StatusCode.UNAVAILABLE))
 PATIENT = RetryPolicy(first_backoff_s=3600, max_backoff_s=3600)
 
 
-def when_hanging(gateway: ScriptedGateway, act: Callable[[], None]) -> threading.Thread:
-    """Does `act` once the gateway waits for the client to end the call."""
+def when_hanging(
+    gateway: ScriptedGateway, stream: AnswerStream, act: Callable[[], None]
+) -> threading.Thread:
+    """Does `act` once the gateway waits for the client to end the call, and all that it has sent
+    has come: what is still on its way when a call is cancelled, gRPC drops."""
 
     def wait_and_act() -> None:
         assert gateway.hanging.wait(60)
+        give_up_at = time.monotonic() + 60
+        while len(stream.token_ids) < 4 and time.monotonic() < give_up_at:
+            time.sleep(0.01)
         act()
 
     thread = threading.Thread(target=wait_and_act)
@@ -36,7 +51,7 @@ def when_hanging(gateway: ScriptedGateway, act: Callable[[], None]) -> threading
 def test_cancel_from_another_thread(who: str) -> None:
     with ScriptedGateway(HANGING) as gateway, Client(gateway.address, retry=FAST) as client:
         stream = client.generate("x")
-        thread = when_hanging(gateway, stream.cancel if who == "stream" else client.close)
+        thread = when_hanging(gateway, stream, stream.cancel if who == "stream" else client.close)
         with pytest.raises(Cancelled):
             stream.result()
         thread.join()
