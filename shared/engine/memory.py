@@ -8,7 +8,8 @@ import torch
 
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.host_memory import HostMemory, host_memory, own_bytes
-from baton.shared.kv.arrangement import Arrangement, most_blocks
+from baton.shared.kv.arrangement import Arrangement
+from baton.shared.kv.capacity import GroupShare, blocks_by_pool
 from baton.shared.model_files.fields import ModelError
 
 _POOL_BYTES = 256 * 2**20
@@ -70,8 +71,8 @@ def choose_num_blocks(
             fit into memory.
     """
     block_size = config.block_size
-    most = [most_blocks(group, block_size, ahead_tokens) for group in arrangement.groups]
-    longest = arrangement.blocks_for(max_model_len, most, block_size)
+    shares = arrangement.shares(block_size, ahead_tokens)
+    longest = blocks_by_pool(shares, arrangement.num_pools, max_model_len, block_size)
     longest_bytes = _bytes_of(arrangement, longest)
     host = ""
     if device.type == "cuda":
@@ -99,7 +100,7 @@ def choose_num_blocks(
     if usable_bytes < longest_bytes:
         raise ModelError(
             f"max_model_len: a sequence of {max_model_len} tokens needs "
-            f"{_needs(arrangement, most, max_model_len, block_size)}, the pool would have "
+            f"{_needs(arrangement, shares, max_model_len, block_size)}, the pool would have "
             f"{_gib(max(0, usable_bytes))}{host}: {_gib(longest_bytes - usable_bytes)} missing; "
             "set num_blocks or a lower max_model_len"
         )
@@ -113,15 +114,14 @@ def _bytes_of(arrangement: Arrangement, num_blocks: Sequence[int]) -> int:
 
 
 def _needs(
-    arrangement: Arrangement, most: Sequence[int | None], num_tokens: int, block_size: int
+    arrangement: Arrangement, shares: Sequence[GroupShare], num_tokens: int, block_size: int
 ) -> str:
     """What each group needs for one sequence."""
-    whole = -(-num_tokens // block_size)
     needs = []
-    for group, pool, each in zip(arrangement.groups, arrangement.pools, most, strict=True):
-        count = whole if each is None else min(whole, each)
-        size = _gib(count * arrangement.block_bytes[pool])
-        of_group = f" in the group of {group.spec}" if len(most) > 1 else ""
+    for group, share in zip(arrangement.groups, shares, strict=True):
+        count = share.blocks_for(num_tokens, block_size)
+        size = _gib(count * arrangement.block_bytes[share.pool])
+        of_group = f" in the group of {group.spec}" if len(shares) > 1 else ""
         needs.append(f"{count} blocks ({size}){of_group}")
     return ", ".join(needs)
 

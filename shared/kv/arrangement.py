@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, cache_groups
+from baton.shared.kv.capacity import GroupShare
 
 _SHORTEST_TOKENS = 256
 _MOST_GROUPS = 8
@@ -38,15 +39,12 @@ class Arrangement:
     def num_pools(self) -> int:
         return len(self.block_bytes)
 
-    def blocks_for(
-        self, num_tokens: int, max_blocks: Sequence[int | None], block_size: int
-    ) -> list[int]:
-        """By pool: what a sequence of so many tokens holds; `max_blocks` by group, as
-        `GroupShare.max_blocks`."""
-        blocks, whole = [0] * self.num_pools, -(-num_tokens // block_size)
-        for pool, most in zip(self.pools, max_blocks, strict=True):
-            blocks[pool] += whole if most is None else min(whole, most)
-        return blocks
+    def shares(self, block_size: int, ahead_tokens: int) -> list[GroupShare]:
+        """By group. ahead_tokens: as for `most_blocks`."""
+        return [
+            GroupShare(pool, most_blocks(group, block_size, ahead_tokens))
+            for group, pool in zip(self.groups, self.pools, strict=True)
+        ]
 
     def describe(self) -> str:
         """One line for the log."""
@@ -77,9 +75,8 @@ def arrange(
         lengths.append(lengths[-1] // 2)
 
     def counts(groups: Sequence[CacheGroup], length: int) -> list[int]:
-        whole = -(-length // block_size)
         most = [most_blocks(group, block_size, ahead_tokens) for group in groups]
-        return [whole if each is None else min(whole, each) for each in most]
+        return [GroupShare(0, each).blocks_for(length, block_size) for each in most]
 
     own = Arrangement(plain, tuple(range(len(plain))), tuple(sizes), 0.0)
     longest = [n * size for n, size in zip(counts(plain, max_model_len), sizes, strict=True)]

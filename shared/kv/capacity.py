@@ -18,6 +18,21 @@ class GroupShare:
     """The most blocks that one sequence holds at once: its window, and what is computed ahead of
     it. None: a block for every `block_size` tokens."""
 
+    def blocks_for(self, num_tokens: int, block_size: int) -> int:
+        """The most blocks that a sequence of so many tokens holds at once."""
+        whole = -(-num_tokens // block_size)
+        return whole if self.max_blocks is None else min(whole, self.max_blocks)
+
+
+def blocks_by_pool(
+    groups: Sequence[GroupShare], num_pools: int, num_tokens: int, block_size: int
+) -> list[int]:
+    """By pool: the most blocks that a sequence of so many tokens holds at once, in all groups."""
+    blocks = [0] * num_pools
+    for group in groups:
+        blocks[group.pool] += group.blocks_for(num_tokens, block_size)
+    return blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -31,12 +46,7 @@ class Capacity:
 
     def blocks_for(self, num_tokens: int) -> list[int]:
         """By pool: the most blocks that a sequence of so many tokens holds at once."""
-        blocks = [0] * len(self.num_blocks)
-        whole = -(-num_tokens // self.block_size)
-        for group in self.groups:
-            most = group.max_blocks
-            blocks[group.pool] += whole if most is None else min(whole, most)
-        return blocks
+        return blocks_by_pool(self.groups, len(self.num_blocks), num_tokens, self.block_size)
 
     def holds(self, num_tokens: int, num_free: Sequence[int] | None = None) -> bool:
         """Whether a sequence of so many tokens fits into the pools, or what is free of them."""

@@ -17,7 +17,6 @@ from baton.shared.kv.cache_spec import (
     cache_groups,
     places_of_layers,
 )
-from baton.shared.kv.capacity import Capacity, GroupShare
 
 BLOCK_SIZE, ITEMSIZE, AHEAD = 16, 2, 512
 MOST_GROUPS, GROUP_COST = 8, 0.005
@@ -192,16 +191,6 @@ def test_a_window_needs_no_more_blocks_wherever_it_begins(
     last = (start + window - 1 + ahead - 1) // block_size
     assert last - start // block_size + 1 == most
     assert most_blocks(CacheGroup(Full(1, 8), (0,)), block_size, ahead) is None
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_it_counts_blocks_as_capacity_does(shape: str) -> None:
-    found = arranged(SHAPES[shape])
-    most = [most_blocks(each, BLOCK_SIZE, AHEAD) for each in found.groups]
-    shares = tuple(map(GroupShare, found.pools, most))
-    capacity = Capacity(BLOCK_SIZE, (10**6,) * found.num_pools, shares)
-    for num_tokens in (0, 1, 16, 17, 5000, 32_768):
-        assert found.blocks_for(num_tokens, most, BLOCK_SIZE) == capacity.blocks_for(num_tokens)
 
 
 def test_the_log_says_what_it_wastes() -> None:
