@@ -64,8 +64,7 @@ class BatchState:
         end = 0
         for name, size in sizes.items():
             self._starts[name] = end
-            # Every part begins at 16 bytes: kernels are compiled for aligned pointers.
-            end += -(-size // 4) * 4
+            end += aligned(size)
         self.arena = torch.zeros(end, dtype=torch.int32, device=device)
 
         def part(name: str) -> Tensor:
@@ -177,3 +176,8 @@ class BatchState:
 
 def _signed(word: int) -> int:
     return word - 2**32 if word >> 31 else word
+
+
+def aligned(num_words: int) -> int:
+    """So that what comes behind begins at 16 bytes: kernels are compiled for aligned pointers."""
+    return -(-num_words // 4) * 4

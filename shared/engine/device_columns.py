@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baton.kernels.prefill_attention import block_m_for, prefill_tiles
 from baton.shared.engine.batch import BatchRow
+from baton.shared.engine.batch_state import aligned
 
 Int32s = npt.NDArray[np.int32]
 
@@ -110,9 +111,9 @@ def chunk_columns(
         block_m=block_m,
     )
 
-    aligned = -(-num_wanted // 4) * 4
+    num_columns = aligned(num_wanted)
     slots_words = 2 * num_groups * num_tokens
-    packed = np.zeros(slots_words + 2 * num_tokens + tiles.size + 3 * aligned, np.int32)
+    packed = np.zeros(slots_words + 2 * num_tokens + tiles.size + 3 * num_columns, np.int32)
     slots = packed[:slots_words].view(np.int64).reshape(num_groups, num_tokens)
     slots[:, :num_decode] = slots[:, num_real:] = -1
     input_ids, positions = packed[slots_words:][: 2 * num_tokens].reshape(2, num_tokens)
@@ -124,7 +125,7 @@ def chunk_columns(
         positions[first:end] = np.arange(row.position, row.context_len, dtype=np.int32)
         for group in range(num_groups):
             slots[group, first:end] = _slots(row, group, block_size)
-    columns = behind[tiles.size :].reshape(3, aligned)
+    columns = behind[tiles.size :].reshape(3, num_columns)
     columns[1] = -1
     if wanted:
         columns[:, : len(wanted)] = np.array(wanted, np.int32).T

@@ -29,7 +29,7 @@ from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
 from baton.kernels.drafts import accept_drafts, begin_drafted_step
 from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
-from baton.shared.engine.batch_state import BatchState
+from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
 from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, Wanted
 from baton.shared.engine.executor import Model
@@ -38,7 +38,7 @@ from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.cache_spec import window_of
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -104,7 +104,7 @@ class DeviceExecutor:
         }
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-        self._host = HostBuffers(_aligned(max_wanted) + max_num_seqs, device)
+        self._host = HostBuffers(aligned(max_wanted) + max_num_seqs, device)
         # What was made here was made on another stream than that of the steps.
         self.synchronize(everything=True)
         self.on_launch: Callable[[tuple[torch.cuda.Event, torch.cuda.Event]], None] | None = None
@@ -535,7 +535,7 @@ class DeviceExecutor:
             state.num_drafts,
             state.token_ids,
             state.context_lens,
-            results[_aligned(num_tokens) :],
+            results[aligned(num_tokens) :],
         )
 
     def _fetch(
@@ -548,7 +548,7 @@ class DeviceExecutor:
             done.record(self._stream)
         drafted = []
         if layout.width > 1:
-            counts = _aligned(len(wanted))
+            counts = aligned(len(wanted))
             drafted = [
                 (row, counts + place, layout.handles[row], len(batch.rows[row].draft_ids))
                 for place, row in enumerate(layout.decode)
@@ -564,7 +564,7 @@ class DeviceExecutor:
             self.close_row(handle)
 
     def _make_results(self, num_tokens: int, num_rows: int) -> Tensor:
-        num_words = _aligned(num_tokens) + num_rows
+        num_words = aligned(num_tokens) + num_rows
         return torch.empty(num_words, dtype=torch.int32, device=self._device)
 
     def _make_work(self, num_rows: int) -> list[DecodeWork]:
@@ -616,11 +616,6 @@ class DeviceExecutor:
             self._make_results(num_tokens, size),
             plans,
         )
-
-
-def _aligned(num_words: int) -> int:
-    """So that what comes behind begins at 16 bytes: kernels are compiled for aligned pointers."""
-    return -(-num_words // 4) * 4
 
 
 def _padded(num_rows: int, sizes: Sequence[int]) -> int:

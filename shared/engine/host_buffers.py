@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.batch_state import scatter
-from baton.shared.engine.batch_state import BatchState
+from baton.shared.engine.batch_state import BatchState, aligned
 
 _STEPS_IN_FLIGHT = 4
 """More steps than that are never in flight: a buffer's copy is over when its turn comes again."""
@@ -38,7 +38,7 @@ class HostBuffers:
         if updates is None and columns is None:
             return None
         num_updates = 0 if updates is None else updates.shape[1]
-        num_columns = 0 if columns is None else -(-len(columns) // 4) * 4
+        num_columns = 0 if columns is None else aligned(len(columns))
         num_words = num_columns + 2 * num_updates
         if len(self._columns[self._turn][1]) < num_words:
             self._columns[self._turn] = self._buffer(2 * num_words)
