@@ -25,7 +25,8 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
 from baton.v1 import decode_service_pb2
 

@@ -34,7 +34,7 @@ from baton.loadtest.interrupt import exit_code
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from benchmarks.checkout import DEMO_MODEL, RESULTS
 from benchmarks.stack.other_load import OtherLoad
 from benchmarks.stack.served import generate_all, served

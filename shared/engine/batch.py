@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 
 Ints = npt.NDArray[np.int64]
 

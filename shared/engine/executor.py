@@ -15,7 +15,7 @@ from torch import Tensor
 from baton.shared.engine.batch import Batch, RowHandle
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.drawn import Drawn
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 
 
 class Model(Protocol):

@@ -18,7 +18,7 @@ from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.kv.cache_spec import window_of
 from baton.shared.kv.drawn import Drawn, drawn_of
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

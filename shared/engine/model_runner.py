@@ -37,7 +37,7 @@ from baton.shared.kv.arrangement import Arrangement, arrange, most_blocks
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.drawn import Drawn
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference_sampling
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15

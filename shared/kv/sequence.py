@@ -23,9 +23,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from baton.shared.kv.block_pool import NO_BLOCK
-
-# Also for those who look for it here.
-from baton.shared.sampling import SamplingParams as SamplingParams
+from baton.shared.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, order=True)

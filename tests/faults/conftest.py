@@ -11,7 +11,7 @@ import pytest
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from tests.device import ENGINE
 from tests.e2e.conftest import tiny_model as tiny_model
 

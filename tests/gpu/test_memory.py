@@ -17,8 +17,9 @@ from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.model_files.fields import ModelError
+from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import DEMO, MakeRunner
 from tests.unit.worker.sim_worker import SimWorker
 

@@ -12,7 +12,7 @@ import pytest
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import DEMO
 
 pytestmark = pytest.mark.gpu

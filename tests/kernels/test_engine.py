@@ -17,7 +17,7 @@ from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from tests.weights import weight_shapes
 
 # Hashes wrap around; NumPy, which the interpreter computes with, would rather not.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 pytestmark = pytest.mark.exact

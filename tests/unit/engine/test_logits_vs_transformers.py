@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from tests.device import ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 

@@ -14,8 +14,8 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, Full, Sliding, cache_groups
-from baton.shared.kv.sequence import SamplingParams
 from baton.shared.model_files.fields import ModelError
+from baton.shared.sampling import SamplingParams
 from tests.device import DEVICE, ENGINE, ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baton.kernels.reference_sampling import random_bits, sample
 from baton.shared.engine.sampler import draw_key, sample_tokens
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 
 NUM_DRAWS = 200_000
 GATE = 1e-6

@@ -20,7 +20,8 @@ from baton.shared.kv.block_pool import NO_BLOCK, Digest, PoolExhausted
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.capacity import Capacity
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, BlockTable, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, BlockTable, Sequence
+from baton.shared.sampling import SamplingParams
 from tests.unit.kv.pools_model import (
     BLOCK_SIZE,
     FULL,

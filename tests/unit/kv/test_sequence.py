@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.shared.kv.block_pool import NO_BLOCK
-from baton.shared.kv.sequence import (
-    AttemptKey,
-    BlockTable,
-    FinishReason,
-    SamplingParams,
-    Sequence,
-    num_blocks_for,
-)
+from baton.shared.kv.sequence import AttemptKey, BlockTable, FinishReason, Sequence, num_blocks_for
+from baton.shared.sampling import SamplingParams
 
 EOS = frozenset({2})
 

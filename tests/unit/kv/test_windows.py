@@ -9,7 +9,8 @@ from baton.shared.kv.block_pool import NO_BLOCK, PoolExhausted
 from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, Full, Sliding
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, BlockTable, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, BlockTable, Sequence
+from baton.shared.sampling import SamplingParams
 
 BLOCK_SIZE, WINDOW = 4, 10
 FULL, SLIDING = Full(2, 8), Sliding(2, 8, WINDOW)

@@ -15,8 +15,9 @@ from baton.services.gateway.report import RequestReport, cause
 from baton.shared.directory.workers import ModelFacts, Role, WorkerLoad, WorkerRecord
 from baton.shared.kv.capability import Capability
 from baton.shared.kv.capacity import Capacity, GroupShare
-from baton.shared.kv.sequence import FinishReason, SamplingParams
+from baton.shared.kv.sequence import FinishReason
 from baton.shared.rpc.errors import InvalidField, TooManyAttempts, WorkerLost
+from baton.shared.sampling import SamplingParams
 
 
 def worker(

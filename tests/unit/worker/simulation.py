@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
 from baton.shared.rpc.errors import (
     AttemptFailed,
@@ -26,6 +26,7 @@ from baton.shared.rpc.errors import (
     WorkerLost,
     from_failure,
 )
+from baton.shared.sampling import SamplingParams
 from baton.v1 import decode_service_pb2, types_pb2
 from baton.v1.prefill_service_pb2 import PrefillResponse
 from tests.unit.worker.network import Channel, Clock, Network

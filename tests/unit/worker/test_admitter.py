@@ -14,7 +14,8 @@ from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.engine.block_sums import HostBlockSums
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 
 NUM_BLOCKS = 8

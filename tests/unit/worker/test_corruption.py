@@ -14,8 +14,9 @@ from baton.shared.engine.block_sums import HostBlockSums
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, BlockTable, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, BlockTable, Sequence
 from baton.shared.rpc.errors import BatonError, DigestMismatch
+from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters
 from baton.v1 import kv_service_pb2 as kv
 from tests.unit.worker.conftest import BLOCK_SIZE

@@ -9,7 +9,8 @@ import pytest
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.sim_worker import SimWorker
 

@@ -15,9 +15,10 @@ from baton.shared.engine.block_sums import HostBlockSums
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.block_pool import BlockPool
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, BlockTable, Place, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, BlockTable, Place, Sequence
 from baton.shared.rpc.convert import key_to_pb
 from baton.shared.rpc.errors import Cancelled, ClaimBroken, DigestMismatch, SourceLost, to_failure
+from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
 from baton.shared.transfer.puller import PullJob, PullResult
 from baton.v1 import kv_service_pb2 as kv

@@ -9,7 +9,7 @@ import pytest
 
 from baton.services.prefill.pacing import Pacing
 from baton.services.worker.stepper import BatchLimits, Stepper
-from baton.shared.kv.sequence import SamplingParams
+from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench
 

@@ -23,8 +23,9 @@ from hypothesis.stateful import (
 
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import FinishReason, SamplingParams, Sequence
+from baton.shared.kv.sequence import FinishReason, Sequence
 from baton.shared.rpc.errors import DeadlineExceeded
+from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock, Network

@@ -6,7 +6,8 @@ import pytest
 
 from baton.services.worker import sequence_table
 from baton.services.worker.sequence_table import Recipient, SequenceTable
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence, SequenceState
+from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState
+from baton.shared.sampling import SamplingParams
 
 
 def key(attempt: int = 1, name: str = "r", sample: int = 0) -> AttemptKey:

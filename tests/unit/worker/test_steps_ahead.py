@@ -20,9 +20,10 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
 from baton.shared.rpc.errors import BatonError, EngineFailure, from_failure
+from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
 from baton.v1 import worker_service_pb2
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner

@@ -17,8 +17,9 @@ import pytest
 from baton.services.worker import messages as msg
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import AttemptKey, FinishReason, SamplingParams
+from baton.shared.kv.sequence import AttemptKey, FinishReason
 from baton.shared.rpc.errors import InvalidField, Preempted
+from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench, LoggedStep, sampling
 

@@ -9,7 +9,8 @@ from baton.services.worker.sequence_table import Recipient
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.block_pool import NO_BLOCK
-from baton.shared.kv.sequence import AttemptKey, SamplingParams, Sequence
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import BLOCK_SIZE, CONFIGS, MakeRunner
 from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock
