@@ -17,7 +17,6 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,13 +32,13 @@ from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.loadtest.samples import OK, Sample, Watch
 from baton.loadtest.target import Target
-from baton.shared.directory.embedded import EmbeddedValkey, dying_with_us
+from baton.shared.directory.embedded import EmbeddedValkey
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from benchmarks.checkout import DEMO_MODEL, RESULTS, ROOT, set_import_path
+from benchmarks.checkout import DEMO_MODEL, RESULTS, set_import_path
 from benchmarks.in_process import InProcessEngine
 from benchmarks.stack.launched import cpu_s
-from benchmarks.stack.served import served
+from benchmarks.stack.served import served, started
 
 _PROMPT_TOKENS = 100
 _NULL_PROMPT_TOKENS = 16
@@ -193,34 +192,11 @@ def null_stack(model: Path) -> Iterator[tuple[int, dict[str, str]]]:
     with ExitStack() as stack:
         valkey = stack.enter_context(EmbeddedValkey())
         common = ["--model", str(model), "--redis-url", valkey.url]
-        stack.enter_context(_role("benchmarks.stack.null_worker", *common))
+        stack.enter_context(started("benchmarks.stack.null_worker", *common))
         ports = ["--port", "0", "--http-port", "0", "--log-level", "warning"]
-        gateway, addresses = stack.enter_context(_role("baton.services.gateway", *common, *ports))
+        gateway, addresses = stack.enter_context(started("baton.services.gateway", *common, *ports))
         uvloop.run(_until_answers(Target.parse(f"http://{addresses['http']}"), model.name))
         yield gateway.pid, addresses
-
-
-@contextmanager
-def _role(module: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
-    command = [sys.executable, "-m", module, *flags]
-    with subprocess.Popen(
-        dying_with_us(command),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        # Ctrl-C is for this process, which then ends its roles.
-        start_new_session=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            ready, *fields = process.stdout.readline().split() or [""]
-            if ready != "READY":
-                raise RuntimeError(f"{module} did not start")
-            yield process, dict(field.split("=", 1) for field in fields)
-        finally:
-            process.terminate()
-            # Leaving `with` would not wait for it after a KeyboardInterrupt.
-            process.wait()
 
 
 async def _until_answers(target: Target, model: str) -> None:

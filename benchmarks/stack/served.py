@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,8 +29,7 @@ def served(
 
     `counts`: other roles, as flags of `baton up`.
     """
-    command = [sys.executable, "-m", "baton.services.launcher", "up", "--model", str(model)]
-    command += ["--port", "0", "--dtype", "float32", "--device", "cpu", *counts]
+    flags = ["up", "--model", str(model), "--port", "0", "--dtype", "float32", "--device", "cpu"]
     set_import_path()
     environment = {
         **os.environ,
@@ -38,21 +37,34 @@ def served(
         "BATON_LOG_LEVEL": "warning",
         "BATON_HTTP_PORT": "0" if http else "none",
     }
+    with started("baton.services.launcher", *flags, *counts, environment=environment) as up:
+        yield up[1]
+
+
+@contextmanager
+def started(
+    module: str, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """A process that runs `module`, and what it says beside READY; it is ended afterwards.
+
+    Raises:
+        RuntimeError: it ended before it was ready.
+    """
     with subprocess.Popen(
-        dying_with_us(command),
+        dying_with_us([sys.executable, "-m", module, *flags]),
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        # Ctrl-C is for this process, which then ends the stack.
+        # Ctrl-C is for this process, which then ends its child.
         start_new_session=True,
     ) as process:
         try:
             assert process.stdout is not None
             ready, *fields = process.stdout.readline().split() or [""]
             if ready != "READY":
-                raise RuntimeError("the stack did not start")
-            yield dict(field.split("=", 1) for field in fields)
+                raise RuntimeError(f"{module} did not start")
+            yield process, dict(field.split("=", 1) for field in fields)
         finally:
             process.terminate()
             # Leaving `with` would not wait for it after a KeyboardInterrupt.
