@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from baton.shared.engine.weight_headers import Header
+from baton.shared.kv.cache_spec import units_of_rank
 from baton.shared.model_files.fields import ModelError
 
 FLOATS = ("F32", "F16", "BF16")
@@ -59,15 +60,11 @@ class Ranks:
         Raises:
             ModelError: the units cannot be divided evenly.
         """
-        num_units = size // unit
-        if num_units % self.size == 0:
-            num_own = num_units // self.size
-            first = self.rank * num_own
-        elif self.size % num_units == 0:
-            num_own, first = 1, self.rank // (self.size // num_units)
-        else:
-            raise ModelError(f"{num_units} units cannot be shared by {self.size} ranks")
-        return slice(first * unit, (first + num_own) * unit)
+        try:
+            own = units_of_rank(size // unit, self.rank, self.size)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        return slice(own.start * unit, own.stop * unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class Full:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
 
     def heads_of_rank(self, rank: int, num_ranks: int) -> range:
-        return _heads_of_rank(self.num_kv_heads, rank, num_ranks)
+        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Sliding:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
 
     def heads_of_rank(self, rank: int, num_ranks: int) -> range:
-        return _heads_of_rank(self.num_kv_heads, rank, num_ranks)
+        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
 
 
 def window_of(spec: CacheSpec) -> int | None:
@@ -99,15 +99,20 @@ def _key_value_axes(spec: Full | Sliding, num_layers: int, block_size: int) -> d
     }
 
 
-def _heads_of_rank(num_heads: int, rank: int, num_ranks: int) -> range:
-    """Each head at one rank, or, with more ranks than heads, at several."""
-    if num_heads % num_ranks == 0:
-        each = num_heads // num_ranks
+def units_of_rank(num_units: int, rank: int, num_ranks: int, *, called: str = "units") -> range:
+    """Which of several things that stay whole a tensor-parallel rank has: each is at one rank, or,
+    with more ranks than things, at several neighbours. Caches and weights are shared out alike.
+
+    Raises:
+        ValueError: they cannot be divided evenly; `called` is what it calls them.
+    """
+    if num_units % num_ranks == 0:
+        each = num_units // num_ranks
         return range(rank * each, (rank + 1) * each)
-    if num_ranks % num_heads == 0:
-        head = rank * num_heads // num_ranks
-        return range(head, head + 1)
-    raise ValueError(f"{num_heads} KV heads cannot be shared out to {num_ranks} ranks")
+    if num_ranks % num_units == 0:
+        unit = rank * num_units // num_ranks
+        return range(unit, unit + 1)
+    raise ValueError(f"{num_units} {called} cannot be shared by {num_ranks} ranks")
 
 
 @dataclass(frozen=True, slots=True)
