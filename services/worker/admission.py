@@ -15,6 +15,7 @@ from baton.services.prefill.scheduler import Admission, admission
 from baton.services.worker.sealing import Corrupt, Sealer
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Place, Sequence
 
@@ -117,7 +118,7 @@ class Admitter:
     def _end_of_room(self, sequence: Sequence, group: int, first: int) -> int:
         """Up to which block a group has room at once: all, or as far ahead of its window as it
         goes; the rest follows when blocks were given back behind it."""
-        whole = -(-sequence.num_prompt_tokens // self._pools.block_size)
+        whole = num_blocks_for(sequence.num_prompt_tokens, self._pools.block_size)
         most = self._pools.capacity.groups[group].max_blocks
         return whole if most is None else min(whole, first + most)
 
@@ -133,7 +134,7 @@ class Admitter:
     def _held(self, sequence: Sequence) -> _Found:
         """Of all blocks that follow-up tokens read, those that are here, whichever they are."""
         block_size, usable = self._pools.block_size, self._num_usable(sequence)
-        end = -(-sequence.num_prompt_tokens // block_size)
+        end = num_blocks_for(sequence.num_prompt_tokens, block_size)
         first, blocks, depth = [], [], usable
         for group, each in enumerate(self._pools.groups):
             start = each.first_block(sequence.num_prompt_tokens, block_size)

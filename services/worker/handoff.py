@@ -26,10 +26,11 @@ from itertools import count
 from baton.services.worker.messages import Outgoing, Peer, ToReader, ToSource
 from baton.services.worker.sealing import Sealer
 from baton.shared.kv.block_pool import Digest, DigestRow
+from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import AttemptKey, Place, Sequence, num_blocks_for
+from baton.shared.kv.sequence import AttemptKey, Place, Sequence
 from baton.shared.rpc.convert import key_from_pb, key_to_pb
 from baton.shared.rpc.errors import (
     BatonError,

@@ -35,7 +35,7 @@ from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange, most_blocks
 from baton.shared.kv.cache_spec import CacheGroup
-from baton.shared.kv.capacity import Capacity, GroupShare
+from baton.shared.kv.capacity import Capacity, GroupShare, num_blocks_for
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import log_event
@@ -299,7 +299,7 @@ class ModelRunner:
         """Bytes that weights and the largest step take, with a pool just large enough for it."""
         progress("measuring memory")
         num_tokens = min(self._config.token_budget or _TOKEN_BUDGETS[-1], self.max_model_len)
-        whole = -(-num_tokens // self._config.block_size)
+        whole = num_blocks_for(num_tokens, self._config.block_size)
         num_blocks = [0] * self.arrangement.num_pools
         for pool in self.arrangement.pools:
             num_blocks[pool] += whole
@@ -383,7 +383,7 @@ class ModelRunner:
         """Of random tokens: products of equal rows would be done faster, at less power."""
         draw = random.Random(num_tokens)
         token_ids = draw.choices(range(self.model_config.vocab_size), k=num_tokens)
-        whole = -(-num_tokens // self._config.block_size)
+        whole = num_blocks_for(num_tokens, self._config.block_size)
         taken = [0] * self.arrangement.num_pools
         tables = []
         for pool in self.arrangement.pools:

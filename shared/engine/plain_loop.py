@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.drawn import Drawn
-from baton.shared.kv.sequence import num_blocks_for
 from baton.shared.sampling import SamplingParams
 
 

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks of `block_size` tokens for so many tokens; the last one may be filled in part."""
+    return -(-num_tokens // block_size)
+
+
 @dataclass(frozen=True, slots=True)
 class GroupShare:
     """What one cache group takes of the pools."""
@@ -20,7 +25,7 @@ class GroupShare:
 
     def blocks_for(self, num_tokens: int, block_size: int) -> int:
         """The most blocks that a sequence of so many tokens holds at once."""
-        whole = -(-num_tokens // block_size)
+        whole = num_blocks_for(num_tokens, block_size)
         return whole if self.max_blocks is None else min(whole, self.max_blocks)
 
 

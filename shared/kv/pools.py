@@ -12,7 +12,7 @@ from itertools import chain
 
 from baton.shared.kv.block_pool import NO_BLOCK, Block, BlockPool, PoolExhausted
 from baton.shared.kv.cache_spec import CacheGroup
-from baton.shared.kv.capacity import Capacity
+from baton.shared.kv.capacity import Capacity, num_blocks_for
 from baton.shared.kv.prefix_cache import PrefixCache
 from baton.shared.kv.sequence import BlockTable
 from baton.shared.kv.sequence import Sequence as Seq
@@ -56,7 +56,7 @@ class Pools:
     def num_lacking(self, sequence: Seq, num_tokens: int) -> list[int]:
         """By pool: blocks that the sequence lacks for its first `num_tokens` tokens."""
         wanted = [0] * len(self.by_number)
-        have = -(-num_tokens // self.block_size)
+        have = num_blocks_for(num_tokens, self.block_size)
         for table, share in zip(sequence.block_tables, self.capacity.groups, strict=True):
             wanted[share.pool] += max(0, have - len(table))
         return wanted
@@ -72,7 +72,7 @@ class Pools:
         """
         if not self.has(self.num_lacking(sequence, num_tokens)):
             raise PoolExhausted(f"no room for {num_tokens} tokens of {sequence.key}")
-        have = -(-num_tokens // self.block_size)
+        have = num_blocks_for(num_tokens, self.block_size)
         for group, table in enumerate(sequence.block_tables):
             if len(table) < have:
                 table.extend(self._of_group[group].allocate(have - len(table)))

@@ -184,7 +184,3 @@ class Sequence:
         elif self.first_index + len(self.output_token_ids) >= params.max_tokens:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason
-
-
-def num_blocks_for(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.shared.kv.block_pool import NO_BLOCK
-from baton.shared.kv.sequence import AttemptKey, BlockTable, FinishReason, Sequence, num_blocks_for
+from baton.shared.kv.capacity import num_blocks_for
+from baton.shared.kv.sequence import AttemptKey, BlockTable, FinishReason, Sequence
 from baton.shared.sampling import SamplingParams
 
 EOS = frozenset({2})

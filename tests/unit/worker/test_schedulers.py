@@ -14,7 +14,8 @@ from baton.services.decode.scheduler import (
     lacking_room,
 )
 from baton.services.prefill.scheduler import Admission, admission, choose_chunks
-from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState, num_blocks_for
+from baton.shared.kv.capacity import num_blocks_for
+from baton.shared.kv.sequence import AttemptKey, Sequence, SequenceState
 from baton.shared.sampling import SamplingParams
 
 BLOCK_SIZE = 4
