@@ -145,6 +145,7 @@ async def test_a_gateway_of_another_model_is_refused_when_its_workers_stay(
     # As of workers that were killed just before.
     monkeypatch.setattr(cluster_module, "WORKER_TTL_S", 60.0)
     connecting = asyncio.create_task(gateway.connect())
+    # Long enough for taking the model that is there, which it must not.
     await asyncio.sleep(0.1)
     await directory.workers.remove("p0", "p0-a")
     await directory.workers.publish(of_model("b"))

@@ -133,6 +133,7 @@ async def test_workers_stay_known_while_nobody_can_write(
 
     while await admin.exists(KEYS.worker(WORKER.worker_id)):
         await asyncio.sleep(0.02)
+    # A gateway that believes the empty set has dropped the worker by then.
     await asyncio.sleep(2 * TTL_S)
     assert cluster.has_route(), "an empty set was believed"
 
@@ -149,6 +150,7 @@ async def test_writes_that_hang_are_a_directory_that_is_away(admin: Any, cluster
     """As before a failover: the server answers those who only read."""
     await admin.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
     await until(lambda: not cluster.is_directory_reachable)
+    # As above.
     await asyncio.sleep(2 * TTL_S)
     assert cluster.has_route()
     await admin.execute_command("CLIENT", "UNPAUSE")

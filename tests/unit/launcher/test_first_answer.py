@@ -66,6 +66,7 @@ async def test_a_route_that_fails_is_told_once_and_tried_again(
     gateway.num_failures = 2
     told: list[str] = []
     waiting = asyncio.create_task(until_answered(endpoint.address, None, told.append))
+    # Long enough for many tries: the pause between two is nothing here.
     await asyncio.sleep(0.1)
     assert not gateway.asked, "nothing is asked of a gateway that does not serve"
     await endpoint.set_ready(is_ready=True)
