@@ -4,8 +4,8 @@ In float32 on a CPU a token's bits must not depend on what else is in the step. 
 
 - Only operations whose value at one element does not depend on the tensor's size are used. Sums,
   products, quotients and square roots are rounded exactly; `exp`, `log` and `log1p` are measured
-  to be stable; `silu` and `sigmoid` are not (their vector and scalar loops differ), so silu is
-  written with `exp`.
+  to be stable; `silu` and `sigmoid` are not (their vector and scalar loops differ), so silu,
+  gelu and tanh are written with `exp`.
 - Matrix products have enough rows: `plan_attention(min_rows=…)`, shared/engine/determinism.py.
 - Attention works on key tiles of TILE positions, aligned at absolute positions, as a batch of
   equal products. Tiles are added one after another; a masked key adds exactly zero.
@@ -13,9 +13,11 @@ In float32 on a CPU a token's bits must not depend on what else is in the step. 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,11 @@ _MAX_PRIMITIVES = 64
 """oneDNN compiles a product for each number of rows that it meets: 0.6 to 1.4 MiB each time, and
 half a millisecond, little beside the step. By itself it keeps 1024 of them, which prompts of odd
 lengths fill, in two caches: its own, and that of the layer between it and torch."""
+
+_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBE = 0.044715
+
+Activation = Literal["silu", "gelu_tanh"]
 
 _linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -53,61 +60,92 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
-    """x [T, in] times a weight from `pack_weight`, plus bias [out], plus residual [T, out] →
-    [T, out]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times a weight from `pack_weight`, plus bias [out] → a new tensor [T, out]."""
     if _linear_packed is None or not weight.is_mkldnn:
-        y = torch.nn.functional.linear(x, weight, bias)
-    else:
-        y = _linear_packed(x, weight, bias, "none", [], "")
-    return y if residual is None else y.add_(residual)
+        return torch.nn.functional.linear(x, weight, bias)
+    packed: Tensor = _linear_packed(x, weight, bias, "none", [], "")
+    return packed
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, hidden] over its root mean square, times weight [hidden] → [T, hidden]."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., size] over its root mean square, times weight [size] → the same shape.
+
+    A weight of a wider type than x is applied before the result is rounded. None: no weight.
+    """
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight)
+    wide = wide * scale
+    if weight is None:
+        return wide.to(x.dtype)
+    if weight.dtype != x.dtype:
+        return wide.mul_(weight).to(x.dtype)
+    return wide.to(x.dtype).mul_(weight)
 
 
-def norm_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """`linear` of `rms_norm`: x [T, in] → [T, out]."""
-    return linear(rms_norm(x, norm_weight, eps), weight, bias)
+def norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
+    """residual + `rms_norm` of x, [T, hidden] each; in the residual's memory."""
+    return residual.add_(rms_norm(x, weight, eps))
 
 
-def norm_gate_up(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """silu(gate) · up, where (gate, up) = `norm_linear`: x [T, in], weight [2 · size, in] →
-    [T, size]."""
-    return silu_and_mul(norm_linear(x, norm_weight, eps, weight, bias))
-
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    """silu(gate) · up of x [T, 2 · size] = (gate, up) → [T, size]."""
+def activate_and_mul(x: Tensor, activation: Activation = "silu") -> Tensor:
+    """activation(gate) · up of x [T, 2 · size] = (gate, up) → [T, size]."""
     gate, up = x.chunk(2, -1)
+    return activate(gate, activation).mul_(up)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Both are x · sigmoid(c): c is x of silu, and 2 · √(2/π) · (x + 0.044715 x³) of gelu's
+    approximation by tanh, since (1 + tanh(u)) / 2 = sigmoid(2u). → a new tensor."""
+    if activation == "silu":
+        if x.dtype != torch.float32:
+            return torch.nn.functional.silu(x)
+        return torch.neg(x).exp_().add_(1).reciprocal_().mul_(x)
     if x.dtype != torch.float32:
-        return torch.nn.functional.silu(gate).mul_(up)
-    return torch.neg(gate).exp_().add_(1).reciprocal_().mul_(gate).mul_(up)
+        return torch.nn.functional.gelu(x, approximate="tanh")
+    inner = (x * x).mul_(_GELU_CUBE).add_(1).mul_(x)
+    return inner.mul_(-_GELU_SLOPE).exp_().add_(1).reciprocal_().mul_(x)
 
 
-def pack_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Brings the angles of rotary pairs, float32 [positions, head_dim / 2] each, into the form
-    that `rotary` takes: [positions, 1, head_dim] in the engine's dtype."""
-    return (
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap) of every number, in x's memory where it is float32."""
+    wide = x.float()
+    # tanh(u) = 1 − 2 / (exp(2u) + 1)
+    wide.mul_(2 / cap).exp_().add_(1).reciprocal_().mul_(-2 * cap).add_(cap)
+    return wide.to(x.dtype)
+
+
+class Rope(NamedTuple):
+    """Angles of rotary pairs, by position or by token."""
+
+    cos: Tensor
+    """[N, 1, head_dim], a pair's at both of its places."""
+    sin: Tensor
+    """As `cos`; the first half is negated."""
+    query_scale: Tensor | None = None
+    """[N, 1, 1]: what turned queries are multiplied by."""
+
+
+def pack_rope(
+    cos: Tensor, sin: Tensor, dtype: torch.dtype, query_scale: Tensor | None = None
+) -> Rope:
+    """Brings the angles of rotary pairs, float32 [positions, head_dim / 2] each, and the scale of
+    queries, float32 [positions], into the form of `rotary`, in the engine's dtype."""
+    return Rope(
         torch.cat((cos, cos), -1)[:, None].to(dtype),
         torch.cat((-sin, sin), -1)[:, None].to(dtype),
+        None if query_scale is None else query_scale[:, None, None].to(dtype),
     )
 
 
-def take_rope(table: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+def take_rope(table: Rope, positions: Tensor) -> Rope:
     """The angles of a step's tokens, once for all layers; positions int [T]."""
-    cos, sin = table
-    return cos.index_select(0, positions), sin.index_select(0, positions)
+    scale = table.query_scale
+    return Rope(
+        table.cos.index_select(0, positions),
+        table.sin.index_select(0, positions),
+        None if scale is None else scale.index_select(0, positions),
+    )
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,20 +159,52 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return swapped.mul_(sin).add_(x * cos)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms over single heads: of queries and keys before they are turned, and of values.
+
+    q, k: [head_dim], None for no norm. Of values it has no weight.
+    """
+
+    eps: float
+    q: Tensor | None = None
+    k: Tensor | None = None
+    has_value: bool = False
+
+
 def rope_and_store(
     qkv: Tensor,
-    rope: tuple[Tensor, Tensor],
+    rope: Rope,
     kv: Tensor,
     layer: int,
     plan: AttentionPlan,
     num_heads: int,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Rotates queries and keys of qkv [≥ T, num_heads + 2 · num_kv_heads, head_dim], stores keys
     and values → query [≥ T, num_heads, head_dim]."""
     num_rotated = num_heads + kv.shape[1]
-    rotated = rotary(qkv[:, :num_rotated], *rope)
-    store_kv(rotated[:, num_heads:], qkv[:, num_rotated:], kv, layer, plan)
-    return rotated[:, :num_heads]
+    turned, value = qkv[:, :num_rotated], qkv[:, num_rotated:]
+    if norms is not None:
+        query, key = turned[:, :num_heads], turned[:, num_heads:]
+        query = query if norms.q is None else rms_norm(query, norms.q, norms.eps)
+        key = key if norms.k is None else rms_norm(key, norms.k, norms.eps)
+        turned = torch.cat((query, key), 1)
+        value = rms_norm(value, None, norms.eps) if norms.has_value else value
+    turned = rotary(turned, rope.cos, rope.sin)
+    store_kv(turned[:, num_heads:], value, kv, layer, plan)
+    return _scaled(turned[:, :num_heads], rope)
+
+
+def rope_query(query: Tensor, rope: Rope, norms: HeadNorms | None = None) -> Tensor:
+    """Of a layer that stores nothing: [T, num_heads, head_dim] → the same shape, rotated."""
+    if norms is not None and norms.q is not None:
+        query = rms_norm(query, norms.q, norms.eps)
+    return _scaled(rotary(query, rope.cos, rope.sin), rope)
+
+
+def _scaled(query: Tensor, rope: Rope) -> Tensor:
+    return query if rope.query_scale is None else query * rope.query_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,11 +430,17 @@ def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: Attention
 
 
 def paged_attention(
-    query: Tensor, kv: Tensor, layer: int, plan: AttentionPlan, scale: float
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    plan: AttentionPlan,
+    scale: float,
+    cap: float = 0.0,
 ) -> Tensor:
     """Causal attention of query [≥ T, num_heads, head_dim] over the blocks → the same shape.
 
-    The step's own keys and values are stored before. Rows of `query` behind T come back as zeros.
+    `cap`: scores go through `soft_cap` with it; 0: they do not. The step's own keys and values are
+    stored before. Rows of `query` behind T come back as zeros.
     kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; what lies in slots behind
     a row's context is never used, NaN included.
     """
@@ -376,14 +452,14 @@ def paged_attention(
         num_tokens = units.num_units * units.num_queries
         shape = (units.num_units, units.num_queries, num_kv_heads, -1, head_dim)
         by_head = scaled.index_select(0, units.tokens).view(shape).transpose(1, 2).flatten(2, 3)
-        attended = _attend(by_head, kv, layer, units)
+        attended = _attend(by_head, kv, layer, units, cap)
         by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, head_dim)
         by_token = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
         out.index_copy_(0, units.tokens, by_token)
     return out
 
 
-def _attend(query: Tensor, kv: Tensor, layer: int, units: QueryUnits) -> Tensor:
+def _attend(query: Tensor, kv: Tensor, layer: int, units: QueryUnits, cap: float) -> Tensor:
     """query [U, num_kv_heads, M, head_dim], scaled → the same shape."""
     num_units, num_kv_heads, num_rows, head_dim = query.shape
     if num_rows < units.num_rows:
@@ -394,6 +470,8 @@ def _attend(query: Tensor, kv: Tensor, layer: int, units: QueryUnits) -> Tensor:
     scores = _bmm(by_tile.flatten(0, 1), keys.transpose(1, 2)).float()
     scores = scores.view(-1, num_kv_heads, units.num_rows, TILE)
     real = scores[:, :, :num_rows]
+    if cap:
+        soft_cap(real, cap)  # In place: they are float32.
     real[units.first_masked :].masked_fill_(units.masked, float("-inf"))
     highest = _over_tiles(torch.maximum, real.amax(-1, keepdim=True), units)
     real.sub_(highest.index_select(0, units.unit_of_tile)).exp_()

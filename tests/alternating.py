@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from baton.shared.engine.models import llama, registry
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
+    ModelConfig,
     read_decoder,
     read_heads,
     read_layer_types,
@@ -29,7 +30,7 @@ from baton.shared.engine.models.model_type import ModelType
 from baton.shared.model_files.fields import Fields
 
 
-def configure(fields: Fields) -> llama.LlamaConfig:
+def configure(fields: Fields) -> ModelConfig:
     common = read_decoder(fields, max_position_embeddings=2048)
     full = AttentionConfig(
         **read_heads(fields, common["hidden_size"]),
@@ -44,7 +45,7 @@ def configure(fields: Fields) -> llama.LlamaConfig:
     types = read_layer_types(fields, fields.integer("num_hidden_layers"))
     if types is None:
         raise fields.error("layer_types", "missing")
-    return llama.LlamaConfig(
+    return ModelConfig(
         **common,
         layers=tuple(sliding if each == "sliding_attention" else full for each in types),
     )

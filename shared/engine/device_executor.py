@@ -392,7 +392,6 @@ class DeviceExecutor:
             work = self._work[layout.size, layout.width]
         return [
             DevicePlan(
-                positions=sent.positions,
                 slots=sent.slots[group],
                 context_lens=self._state.context_lens,
                 block_tables=self._state.block_tables[group],
@@ -587,12 +586,10 @@ class DeviceExecutor:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        positions = zeros(num_tokens)
         slots = zeros(len(self._caches), num_tokens, dtype=torch.int64)
         token_rows = state.rows[size] if width == 1 else zeros(num_tokens)
         plans = [
             DevicePlan(
-                positions=positions,
                 slots=slots[group],
                 context_lens=state.context_lens,
                 block_tables=state.block_tables[group],
@@ -608,7 +605,7 @@ class DeviceExecutor:
             size,
             width,
             zeros(num_tokens),
-            positions,
+            zeros(num_tokens),
             slots,
             state.rows[size],
             token_rows,

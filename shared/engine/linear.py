@@ -92,6 +92,8 @@ class LinearSpec:
     split: Split = Split.REPLICATED
     in_unit: int = 1
     """Ranks share the inputs in runs of so many."""
+    scale: float = 1.0
+    """What the results are multiplied by, bias included, before a residual is added."""
 
 
 class PartReader(Protocol):
@@ -129,6 +131,8 @@ class Linear:
     num_in: int
     all_reduce: Callable[[Tensor], object] | None = None
     """Of a layer split by rows: adds up the ranks' products, before bias and residual."""
+    scale: float = 1.0
+    """See `LinearSpec`."""
 
     @property
     def num_bytes(self) -> int:

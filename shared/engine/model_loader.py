@@ -36,7 +36,8 @@ class ModelLoader:
     """
     Attributes:
         dtype: of activations, and of weights that are not computed in a form of their own.
-        places: by layer, its cache group and its place among the layers of a block of that group.
+        places: by layer that caches, its cache group and its place among the layers of a block of
+            that group.
         taken: shape of each tensor that was read.
         linear_shapes: [out, in] of each layer as it is computed here.
         num_bytes: of all that was loaded.
@@ -71,8 +72,13 @@ class ModelLoader:
         """[num_rows, size]"""
         return self._counted(self.read_float(f"{module}.weight", (num_rows, size)))
 
-    def norm(self, module: str, size: int, eps: float) -> Norm:
-        return Norm(self._counted(self.read_float(f"{module}.weight", (size,))), eps)
+    def norm(self, module: str, size: int, eps: float, *, plus_one: bool = False) -> Norm:
+        """`plus_one`: the norm multiplies by 1 + weight, which is kept in float32."""
+        name = f"{module}.weight"
+        if not plus_one:
+            return Norm(self._counted(self.read_float(name, (size,))), eps)
+        weight = self.read_float(name, (size,), dtype=torch.float32)
+        return Norm(self._counted(weight if weight.is_meta else weight + 1), eps)
 
     def linear(self, spec: LinearSpec) -> Linear:
         layer = self.ops.load_linear(spec, self)
@@ -80,7 +86,7 @@ class ModelLoader:
         self.linear_shapes.add((layer.num_out, layer.num_in))
         return layer
 
-    def tied_head(self, module: str, embedding: Tensor) -> Linear:
+    def tied_head(self, module: str, embedding: Tensor, scale: float = 1.0) -> Linear:
         """A head of the embedding's weights. A checkpoint that says so and yet has another weight
         there is taken at its weight, as transformers does."""
         name = f"{module}.weight"
@@ -95,7 +101,7 @@ class ModelLoader:
                     tensor=name,
                 )
                 weight = own
-        head = self.ops.pack_linear(weight)
+        head = self.ops.pack_linear(weight, scale=scale)
         self.linear_shapes.add((head.num_out, head.num_in))
         return head
 
@@ -115,11 +121,19 @@ class ModelLoader:
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
         return self._read(name, shape, None, part)
 
-    def read_float(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
+    def read_float(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        part: tuple[slice, ...] = (),
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """In the activations' dtype, if no other is asked for."""
         header = self.header(name)
         if header is not None and header.dtype not in FLOATS:
             raise self.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
-        return self._read(name, shape, self.dtype, part)
+        return self._read(name, shape, dtype or self.dtype, part)
 
     def error(self, name: str, reason: str) -> ModelError:
         return ModelError(f"{self._source.where(name)}: {name}: {reason}")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from baton.kernels.reference import Activation, HeadNorms
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks
 
 
@@ -21,13 +22,13 @@ class Norm:
     """RMS norm."""
 
     weight: Tensor
-    """[hidden]"""
+    """[hidden], in the activations' dtype, or in float32: then it is applied before rounding."""
     eps: float
     """Added to the mean of squares."""
 
 
 class Operations(Protocol):
-    """Shapes and meaning of each are given in kernels/reference.py.
+    """Shapes and meaning of what is not described here are given in kernels/reference.py.
 
     A `rope` and a `plan` are made once per step for all layers, by whoever prepares the step; what
     they are is between the table and its steps (host_executor.py, device_executor.py).
@@ -44,7 +45,7 @@ class Operations(Protocol):
             ModelError: a tensor is missing, has another shape, or a form that is not served.
         """
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         """A layer of a weight [out, in] that is there already, as the table of a tied embedding.
         Its memory is used where the form allows it."""
 
@@ -52,24 +53,48 @@ class Operations(Protocol):
         """Some of the outputs, as keys and values alone for tokens whose query nobody wants.
         Shares the memory where the form allows it."""
 
-    def pack_rope(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Any: ...
+    def pack_rope(
+        self, cos: Tensor, sin: Tensor, dtype: torch.dtype, query_scale: Tensor | None = None
+    ) -> Any: ...
 
-    def take_rope(self, table: Any, positions: Tensor) -> Any: ...
+    def take_rope(self, table: Any, positions: Tensor) -> Any:
+        """The rope of a step's tokens, once for all layers; positions int [T]."""
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
-        """The residual's memory may be taken for the result. Of a layer split by rows, the ranks'
+        """(x · weightᵀ + bias) · scale + residual: x [T, in], residual [T, out] → [T, out].
+
+        The residual's memory may be taken for the result. Of a layer split by rows, the ranks'
         products are added up before bias and residual are."""
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        """Not for layers that are split by rows."""
+        """`linear` of norm(x). Not for layers that are split by rows."""
 
-    def norm_gate_up(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        """Not for layers that are split by rows."""
+    def norm_gate_up(
+        self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
+    ) -> Tensor:
+        """activation(gate) · up, where (gate, up) = `norm_linear`: x [T, in] → [T, out / 2]. Not
+        for layers that are split by rows."""
+
+    def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+        """residual + norm(x), [T, hidden] each. The residual's memory may be taken for it."""
 
     def rope_and_store(
-        self, qkv: Tensor, rope: Any, kv: Tensor, layer: int, plan: Any, num_heads: int
+        self,
+        qkv: Tensor,
+        rope: Any,
+        kv: Tensor,
+        layer: int,
+        plan: Any,
+        num_heads: int,
+        norms: HeadNorms | None = None,
+    ) -> Tensor: ...
+
+    def rope_query(
+        self, query: Tensor, rope: Any, plan: Any, norms: HeadNorms | None = None
     ) -> Tensor: ...
 
     def paged_attention(
-        self, query: Tensor, kv: Tensor, layer: int, plan: Any, scale: float
+        self, query: Tensor, kv: Tensor, layer: int, plan: Any, scale: float, cap: float = 0.0
     ) -> Tensor: ...
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor: ...

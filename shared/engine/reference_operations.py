@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from baton.kernels import reference
+from baton.kernels.reference import Activation, HeadNorms, Rope
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -19,16 +22,17 @@ class ReferenceOperations:
     take_rope = staticmethod(reference.take_rope)
     rope_and_store = staticmethod(reference.rope_and_store)
     paged_attention = staticmethod(reference.paged_attention)
+    soft_cap = staticmethod(reference.soft_cap)
 
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         weight, bias = expand(spec, reader, self.ranks)
         num_out, num_in = weight.shape
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
-        return Linear(reference.pack_weight(weight), bias, num_out, num_in, all_reduce)
+        return Linear(reference.pack_weight(weight), bias, num_out, num_in, all_reduce, spec.scale)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
-        return Linear(reference.pack_weight(weight), bias, num_out, num_in)
+        return Linear(reference.pack_weight(weight), bias, num_out, num_in, scale=scale)
 
     def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
         weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
@@ -39,19 +43,33 @@ class ReferenceOperations:
             end - first,
             layer.num_in,
             layer.all_reduce,
+            layer.scale,
         )
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         if layer.all_reduce is None:
-            return reference.linear(x, layer.weight, layer.bias, residual)
-        y = reference.linear(x, layer.weight, None)
-        layer.all_reduce(y)
-        if layer.bias is not None:
-            y.add_(layer.bias)
+            y = reference.linear(x, layer.weight, layer.bias)
+        else:
+            y = reference.linear(x, layer.weight, None)
+            layer.all_reduce(y)
+            if layer.bias is not None:
+                y.add_(layer.bias)
+        if layer.scale != 1:
+            y.mul_(layer.scale)
         return y if residual is None else y.add_(residual)
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        return reference.norm_linear(x, norm.weight, norm.eps, layer.weight, layer.bias)
+        return self.linear(reference.rms_norm(x, norm.weight, norm.eps), layer)
 
-    def norm_gate_up(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        return reference.norm_gate_up(x, norm.weight, norm.eps, layer.weight, layer.bias)
+    def norm_gate_up(
+        self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
+    ) -> Tensor:
+        return reference.activate_and_mul(self.norm_linear(x, norm, layer), activation)
+
+    def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+        return reference.norm_add(x, norm.weight, norm.eps, residual)
+
+    def rope_query(
+        self, query: Tensor, rope: Rope, plan: Any, norms: HeadNorms | None = None
+    ) -> Tensor:
+        return reference.rope_query(query, rope, norms)

@@ -14,6 +14,7 @@ from torch import Tensor
 from baton.kernels import linear_table
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.prefill_attention import paged_prefill_attention
+from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.rms_norm import rms_norm
 from baton.kernels.rope_store import rope_and_store
 from baton.kernels.silu_mul import silu_mul
@@ -29,8 +30,6 @@ class DevicePlan:
     A step's tokens are B decode rows, padding included, then prompt chunks.
     """
 
-    positions: Tensor
-    """int32 [T]"""
     slots: Tensor
     """int64 [T]: block id · block_size + offset; −1: store nothing."""
     context_lens: Tensor
@@ -50,7 +49,19 @@ class DevicePlan:
     and no tile keep what it holds. None: to new memory."""
 
 
-Rope = tuple[Tensor, Tensor]
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """A table of angles, and the positions at which a step reads it."""
+
+    cos: Tensor
+    sin: Tensor
+    """float32 [max position, head_dim / 2]"""
+    query_scale: Tensor | None
+    """float32 [max position]"""
+    positions: Tensor | None = None
+    """int32 [T]"""
+
+
 _ALONE = Ranks()
 
 
@@ -71,23 +82,25 @@ class TritonOperations:
         weight, bias = expand(spec, reader, self.ranks)
         num_out, num_in = weight.shape
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
-        return Linear(weight.contiguous(), bias, num_out, num_in, all_reduce)
+        return Linear(weight.contiguous(), bias, num_out, num_in, all_reduce, spec.scale)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
-        return Linear(weight.contiguous(), bias, num_out, num_in)
+        return Linear(weight.contiguous(), bias, num_out, num_in, scale=scale)
 
     def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
         bias = None if layer.bias is None else layer.bias[first:end]
         weight = layer.weight[first:end]
-        return Linear(weight, bias, end - first, layer.num_in, layer.all_reduce)
+        return Linear(weight, bias, end - first, layer.num_in, layer.all_reduce, layer.scale)
 
-    def pack_rope(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
-        return cos.contiguous(), sin.contiguous()
+    def pack_rope(
+        self, cos: Tensor, sin: Tensor, dtype: torch.dtype, query_scale: Tensor | None = None
+    ) -> Rope:
+        return Rope(cos.contiguous(), sin.contiguous(), query_scale)
 
     def take_rope(self, table: Rope, positions: Tensor) -> Rope:
         """The kernel reads the table by position."""
-        return table
+        return replace(table, positions=positions)
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         weight, bias = layer.weight, layer.bias
@@ -125,7 +138,9 @@ class TritonOperations:
             pdl=config.pdl,
         )
 
-    def norm_gate_up(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
+    def norm_gate_up(
+        self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
+    ) -> Tensor:
         weight, bias = layer.weight, layer.bias
         config = self._choose(x, layer, fused=True)
         if config is not None:
@@ -146,14 +161,21 @@ class TritonOperations:
         return silu_mul(torch.nn.functional.linear(x, weight, bias), pdl=self._overlaps)
 
     def rope_and_store(
-        self, qkv: Tensor, rope: Rope, kv: Tensor, layer: int, plan: DevicePlan, num_heads: int
+        self,
+        qkv: Tensor,
+        rope: Rope,
+        kv: Tensor,
+        layer: int,
+        plan: DevicePlan,
+        num_heads: int,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
-        cos, sin = rope
+        assert rope.positions is not None
         return rope_and_store(
             qkv,
-            cos,
-            sin,
-            plan.positions,
+            rope.cos,
+            rope.sin,
+            rope.positions,
             plan.slots,
             kv,
             layer,
@@ -161,8 +183,25 @@ class TritonOperations:
             pdl=self._overlaps,
         )
 
+    def rope_query(
+        self, query: Tensor, rope: Rope, plan: DevicePlan, norms: HeadNorms | None = None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        raise NotImplementedError
+
     def paged_attention(
-        self, query: Tensor, kv: Tensor, layer: int, plan: DevicePlan, scale: float
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        plan: DevicePlan,
+        scale: float,
+        cap: float = 0.0,
     ) -> Tensor:
         out = torch.empty_like(query) if plan.attended is None else plan.attended
         num_decode = 0

@@ -55,7 +55,7 @@ class Arrangement:
 
 
 def arrange(
-    specs: Sequence[CacheSpec],
+    specs: Sequence[CacheSpec | None],
     *,
     block_size: int,
     itemsize: int,

@@ -140,19 +140,20 @@ class CacheGroup:
         return self.spec.first_read(position) // block_size
 
 
-def cache_groups(specs: Sequence[CacheSpec]) -> tuple[CacheGroup, ...]:
-    """Layers (one spec each) with equal specs together, in order of first appearance."""
+def cache_groups(specs: Sequence[CacheSpec | None]) -> tuple[CacheGroup, ...]:
+    """Layers (one spec each; None: it caches nothing) with equal specs together, in order of first
+    appearance."""
     layer_ids: dict[CacheSpec, list[int]] = {}
     for layer_id, spec in enumerate(specs):
-        layer_ids.setdefault(spec, []).append(layer_id)
+        if spec is not None:
+            layer_ids.setdefault(spec, []).append(layer_id)
     return tuple(CacheGroup(spec, tuple(ids)) for spec, ids in layer_ids.items())
 
 
-def places_of_layers(groups: Sequence[CacheGroup]) -> list[tuple[int, int]]:
-    """By layer: its group, and its place among the layers of a block of that group."""
-    places = {
+def places_of_layers(groups: Sequence[CacheGroup]) -> dict[int, tuple[int, int]]:
+    """By layer that caches: its group, and its place among the layers of a block of that group."""
+    return {
         layer_id: (group, place)
         for group, each in enumerate(groups)
         for place, layer_id in enumerate(each.layer_ids)
     }
-    return [places[layer_id] for layer_id in range(len(places))]

@@ -1,7 +1,7 @@
 """What layers are made of: attention, gated MLP, and where a checkpoint keeps their weights.
 
-A block that follows a norm takes it along, and adds its result to the hidden states it was given:
-the operations do both within their products. A mixture of experts joins here as one more block with
+A block that follows a norm takes it along, and adds its result to a residual it is given: the
+operations do both within their products. A mixture of experts joins here as one more block with
 the call of `GatedMlp`.
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from baton.kernels.reference import HeadNorms
 from baton.shared.engine.linear import LinearSpec, Part, Split
 from baton.shared.engine.model_loader import ModelLoader
-from baton.shared.engine.models.model_config import AttentionConfig
+from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.operations import Norm
 
 Names = Mapping[str, str]
@@ -62,77 +63,100 @@ def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
 class Attention:
     """Rotary grouped-query attention over the paged cache, full or in a window.
 
-    Which of the two it is stands in the plan of its cache group.
+    Which of the two it is stands in the plan of its cache group. A layer that reads another's keys
+    and values makes queries only.
     """
 
     def __init__(
-        self,
-        config: AttentionConfig,
-        load: ModelLoader,
-        names: Names,
-        prefix: str,
-        place: int,
-        *,
-        hidden_size: int,
-        qkv_bias: bool = False,
-        output_bias: bool = False,
+        self, config: ModelConfig, load: ModelLoader, names: Names, prefix: str, index: int
     ) -> None:
-        """`names`: q, k, v, output. `place`: among the layers of a block of its cache group."""
+        """Of layer `index`. `names`: q, k, v, output, and with norms of heads q_norm, k_norm; v may
+        be missing: then values are what keys are before norm and rotation."""
+        own, style = config.layers[index], config.style
         self._ops = load.ops
-        self._place = place
-        self._head_dim = head_dim = config.head_dim
-        self._scale = 1 / math.sqrt(head_dim)
-        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        own = load.ops.ranks.share(q_size, head_dim)
-        self._num_heads = (own.stop - own.start) // head_dim
-        qkv = parts(
-            names,
-            prefix,
-            Piece("q", q_size, qkv_bias, head_dim),
-            Piece("k", kv_size, qkv_bias, head_dim),
-            Piece("v", kv_size, qkv_bias, head_dim),
+        self._has_cache = own.source is None
+        _, self._place = load.places[index if own.source is None else own.source]
+        self._head_dim = head_dim = own.head_dim
+        self._scale = 1 / math.sqrt(head_dim) if own.scale is None else own.scale
+        self._soft_cap = own.soft_cap
+        q_size, kv_size = own.num_heads * head_dim, own.num_kv_heads * head_dim
+        share = load.ops.ranks.share(q_size, head_dim)
+        self._num_heads = (share.stop - share.start) // head_dim
+        pieces = [Piece("q", q_size, style.qkv_bias, head_dim)]
+        if self._has_cache:
+            pieces.append(Piece("k", kv_size, style.qkv_bias, head_dim))
+        if self._has_cache and "v" in names:
+            pieces.append(Piece("v", kv_size, style.qkv_bias, head_dim))
+        qkv = parts(names, prefix, *pieces)
+        if self._has_cache and "v" not in names:
+            qkv = (*qkv, qkv[-1])
+        self._qkv = load.linear(LinearSpec(config.hidden_size, qkv, Split.COLUMNS))
+        self._norms = self._load_norms(config, load, names, prefix)
+        output = parts(names, prefix, Piece("output", config.hidden_size, style.output_bias))
+        self._output = load.linear(
+            LinearSpec(q_size, output, Split.ROWS, in_unit=head_dim, scale=style.residual_scale)
         )
-        self._qkv = load.linear(LinearSpec(hidden_size, qkv, Split.COLUMNS))
-        output = parts(names, prefix, Piece("output", hidden_size, output_bias))
-        self._output = load.linear(LinearSpec(q_size, output, Split.ROWS, in_unit=head_dim))
+
+    def _load_norms(
+        self, config: ModelConfig, load: ModelLoader, names: Names, prefix: str
+    ) -> HeadNorms | None:
+        if not config.style.has_qk_norm:
+            return None
+        plus_one = config.style.norm_plus_one
+
+        def weight(name: str) -> Tensor:
+            module = prefix + names[name]
+            return load.norm(module, self._head_dim, config.rms_norm_eps, plus_one=plus_one).weight
+
+        return HeadNorms(
+            config.rms_norm_eps,
+            q=weight("q_norm"),
+            k=weight("k_norm") if self._has_cache else None,
+        )
 
     def query(self, hidden: Tensor, norm: Norm, rope: Any, kv: Tensor, plan: Any) -> Tensor:
         """Of norm(hidden [T, hidden]) → [T, num_heads, head_dim]; stores keys and values."""
-        qkv = self._ops.norm_linear(hidden, norm, self._qkv).view(len(hidden), -1, self._head_dim)
-        return self._ops.rope_and_store(qkv, rope, kv, self._place, plan, self._num_heads)
+        heads = self._ops.norm_linear(hidden, norm, self._qkv).view(len(hidden), -1, self._head_dim)
+        if not self._has_cache:
+            return self._ops.rope_query(heads, rope, plan, self._norms)
+        return self._ops.rope_and_store(
+            heads, rope, kv, self._place, plan, self._num_heads, self._norms
+        )
 
-    def attend(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
-        """hidden + what the queries of the same tokens attend to."""
-        attended = self._ops.paged_attention(query, kv, self._place, plan, self._scale)
-        return self._ops.linear(attended.view(len(hidden), -1), self._output, hidden)
+    def attend(
+        self, query: Tensor, kv: Tensor, plan: Any, residual: Tensor | None = None
+    ) -> Tensor:
+        """What the queries attend to, projected → [T, hidden], plus the residual of that shape."""
+        attended = self._ops.paged_attention(
+            query, kv, self._place, plan, self._scale, self._soft_cap
+        )
+        return self._ops.linear(attended.view(len(query), -1), self._output, residual)
 
 
 class GatedMlp:
-    """silu(gate) · up, projected down."""
+    """activation(gate) · up, projected down."""
 
     def __init__(
         self,
+        config: ModelConfig,
         load: ModelLoader,
         names: Names,
         prefix: str,
         *,
-        hidden_size: int,
-        intermediate_size: int,
-        has_bias: bool = False,
+        intermediate_size: int | None = None,
     ) -> None:
-        """`names`: gate, up, down."""
+        """`names`: gate, up, down. `intermediate_size`: if it is not the model's."""
+        style, size = config.style, intermediate_size or config.intermediate_size
         self._ops = load.ops
+        self._activation = style.activation
         gate_up = parts(
-            names,
-            prefix,
-            Piece("gate", intermediate_size, has_bias),
-            Piece("up", intermediate_size, has_bias),
+            names, prefix, Piece("gate", size, style.mlp_bias), Piece("up", size, style.mlp_bias)
         )
-        self._gate_up = load.linear(LinearSpec(hidden_size, gate_up, Split.COLUMNS))
-        down = parts(names, prefix, Piece("down", hidden_size, has_bias))
-        self._down = load.linear(LinearSpec(intermediate_size, down, Split.ROWS))
+        self._gate_up = load.linear(LinearSpec(config.hidden_size, gate_up, Split.COLUMNS))
+        down = parts(names, prefix, Piece("down", config.hidden_size, style.mlp_bias))
+        self._down = load.linear(LinearSpec(size, down, Split.ROWS, scale=style.residual_scale))
 
-    def __call__(self, hidden: Tensor, norm: Norm) -> Tensor:
-        """hidden + mlp(norm(hidden))"""
-        x = self._ops.norm_gate_up(hidden, norm, self._gate_up)
-        return self._ops.linear(x, self._down, hidden)
+    def __call__(self, hidden: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
+        """mlp(norm(hidden)) + residual, [T, hidden] each."""
+        x = self._ops.norm_gate_up(hidden, norm, self._gate_up, self._activation)
+        return self._ops.linear(x, self._down, residual)

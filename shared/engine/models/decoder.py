@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Names
+from baton.shared.engine.models.layers import PreNormLayer, SandwichLayer, load_norm
 from baton.shared.engine.models.model_config import ModelConfig
 
 Wanted = tuple[Tensor, Sequence[Any]]
@@ -40,9 +43,16 @@ class Decoder:
         self, config: ModelConfig, load: ModelLoader, names: Names, make_layer: MakeLayer
     ) -> None:
         self._ops = load.ops
+        self._soft_cap = config.logits_soft_cap
+        self._embedding_scale = _rounded(config.embedding_scale, load.dtype)
         self.embedding, self._head = _ends(config, load, names)
-        self._norm = load.norm(names["norm"], config.hidden_size, config.rms_norm_eps)
-        self._group_of = [group for group, _ in load.places]
+        self._norm = load_norm(config, load, names["norm"])
+        sources = [
+            index if layer.source is None else layer.source
+            for index, layer in enumerate(config.layers)
+        ]
+        self._group_of = [load.places[source][0] for source in sources]
+        self._last_to_store = max(sources)
         self._layers = [make_layer(index) for index in range(config.num_layers)]
         kinds = [(layer.rope, layer.head_dim) for layer in config.layers]
         distinct = list(dict.fromkeys(kinds))
@@ -59,8 +69,8 @@ class Decoder:
     ) -> Tensor:
         """Runs all layers and stores the tokens' KV → [T, hidden], for `logits`.
 
-        With `wanted`, [R, hidden] of those tokens only: of the others the last layer computes keys
-        and values, and nothing that no layer is there to read.
+        With `wanted`, [R, hidden] of those tokens only: of the others nothing is computed behind
+        the last keys and values that are stored.
 
         Args:
             input_ids, positions: int32 or int64 [T].
@@ -69,35 +79,53 @@ class Decoder:
             plans: by cache group, where the step's tokens are stored and what they attend to.
         """
         ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
-        hidden = self.embedding.index_select(0, input_ids)
-        last = len(self._layers) - 1
+        hidden = self._embed(input_ids)
         for index, layer in enumerate(self._layers):
             group = self._group_of[index]
-            kv, plan = kv_caches[group], plans[group]
-            query = layer.query(hidden, ropes[self._rope_of[index]], kv, plan)
-            if wanted is not None and index == last:
+            kv, rope = kv_caches[group], ropes[self._rope_of[index]]
+            query = layer.query(hidden, rope, kv, plans[group])
+            if wanted is not None and index == self._last_to_store:
                 tokens, plans = wanted
                 if not len(tokens):
                     return hidden[:0]
                 query, hidden = query.index_select(0, tokens), hidden.index_select(0, tokens)
-                plan = plans[group]
-            hidden = layer.finish(hidden, query, kv, plan)
+                if index + 1 < len(self._layers):
+                    positions = positions.index_select(0, tokens)
+                    ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
+            hidden = layer.finish(hidden, query, kv, plans[group])
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] of `hidden_states` → [R, vocab]."""
-        return self._ops.norm_linear(hidden, self._norm, self._head)
+        logits = self._ops.norm_linear(hidden, self._norm, self._head)
+        return self._ops.soft_cap(logits, self._soft_cap) if self._soft_cap else logits
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embedding.index_select(0, input_ids)
+        return hidden if self._embedding_scale == 1 else hidden.mul_(self._embedding_scale)
+
+
+def build(config: ModelConfig, load: ModelLoader, names: Names) -> Decoder:
+    """A decoder all of whose layers are alike, as `config.style` says."""
+    layer = SandwichLayer if config.style.has_post_norms else PreNormLayer
+    return Decoder(config, load, names, partial(layer, config, load, names))
+
+
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """As the numbers that it multiplies: what gemma does, and of others no difference is known."""
+    return torch.tensor(scale).to(dtype).item()
 
 
 def _ends(config: ModelConfig, load: ModelLoader, names: Names) -> tuple[Tensor, Any]:
     """The embedding and the head."""
-    size = (config.vocab_size, config.hidden_size)
+    size, scale = (config.vocab_size, config.hidden_size), config.logits_scale
     if not config.tie_word_embeddings:
-        head = LinearSpec(config.hidden_size, (Part(names["head"], config.vocab_size),))
+        parts = (Part(names["head"], config.vocab_size),)
+        head = LinearSpec(config.hidden_size, parts, scale=scale)
         return load.embedding(names["embedding"], *size), load.linear(head)
     # Of two names for one tensor, files may have kept either.
     module = names["embedding"]
     if load.header(f"{module}.weight") is None and load.header(f"{names['head']}.weight"):
         module = names["head"]
     embedding = load.embedding(module, *size)
-    return embedding, load.tied_head(names["head"], embedding)
+    return embedding, load.tied_head(names["head"], embedding, scale)

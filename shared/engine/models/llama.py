@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from torch import Tensor
-
-from baton.shared.engine.model_loader import ModelLoader
-from baton.shared.engine.models.blocks import Attention, GatedMlp, Names
-from baton.shared.engine.models.decoder import Decoder
+from baton.shared.engine.models import decoder
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
+    LayerStyle,
     ModelConfig,
     read_decoder,
     read_heads,
@@ -39,48 +34,7 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaConfig(ModelConfig):
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-
-class LlamaLayer:
-    """h + attention(norm(h)), then h + mlp(norm(h))."""
-
-    def __init__(self, config: LlamaConfig, load: ModelLoader, names: Names, index: int) -> None:
-        prefix, size = names["layer"].format(index), config.hidden_size
-        _, place = load.places[index]
-        self._input_norm = load.norm(prefix + names["input_norm"], size, config.rms_norm_eps)
-        self._attention = Attention(
-            config.layers[index],
-            load,
-            names,
-            prefix,
-            place,
-            hidden_size=size,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-        )
-        self._mlp_norm = load.norm(prefix + names["mlp_norm"], size, config.rms_norm_eps)
-        self._mlp = GatedMlp(
-            load,
-            names,
-            prefix,
-            hidden_size=size,
-            intermediate_size=config.intermediate_size,
-            has_bias=config.mlp_bias,
-        )
-
-    def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
-        return self._attention.query(hidden, self._input_norm, rope, kv, plan)
-
-    def finish(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
-        hidden = self._attention.attend(hidden, query, kv, plan)
-        return self._mlp(hidden, self._mlp_norm)
-
-
-def configure(fields: Fields) -> LlamaConfig:
+def configure(fields: Fields) -> ModelConfig:
     common = read_decoder(fields, max_position_embeddings=2048)
     fields.only("hidden_act", "silu", "swish")
     num_layers = fields.integer("num_hidden_layers")
@@ -89,16 +43,14 @@ def configure(fields: Fields) -> LlamaConfig:
         **read_heads(fields, common["hidden_size"]),
         rope=read_rope(fields, common["max_position_embeddings"]),
     )
-    return LlamaConfig(
+    has_bias = fields.boolean("attention_bias")
+    return ModelConfig(
         **common,
-        attention_bias=fields.boolean("attention_bias"),
-        mlp_bias=fields.boolean("mlp_bias"),
         layers=(attention,) * num_layers,
+        style=LayerStyle(
+            qkv_bias=has_bias, output_bias=has_bias, mlp_bias=fields.boolean("mlp_bias")
+        ),
     )
-
-
-def build(config: LlamaConfig, load: ModelLoader) -> Decoder:
-    return Decoder(config, load, NAMES, partial(LlamaLayer, config, load, NAMES))
 
 
 def _refuse_windows(fields: Fields, num_layers: int, max_position_embeddings: int) -> None:
@@ -113,5 +65,7 @@ def _refuse_windows(fields: Fields, num_layers: int, max_position_embeddings: in
         if fields.get(name) is not None and fields.integer(name) < max_position_embeddings:
             raise fields.error(name, f"a llama has none, not {fields.get(name)}")
 
+
+build = partial(decoder.build, names=NAMES)
 
 LLAMA = ModelType("llama", configure, build)

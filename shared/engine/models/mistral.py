@@ -5,6 +5,7 @@ from __future__ import annotations
 from baton.shared.engine.models import llama
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
+    ModelConfig,
     read_decoder,
     read_heads,
     read_layer_types,
@@ -17,7 +18,7 @@ _WINDOW = 4096
 """Of a config.json that does not say; null says none."""
 
 
-def configure(fields: Fields) -> llama.LlamaConfig:
+def configure(fields: Fields) -> ModelConfig:
     common = read_decoder(fields, max_position_embeddings=4096 * 32)
     fields.only("hidden_act", "silu", "swish")
     num_layers = fields.integer("num_hidden_layers")
@@ -26,7 +27,7 @@ def configure(fields: Fields) -> llama.LlamaConfig:
         rope=read_rope(fields, common["max_position_embeddings"]),
         window=_window(fields, num_layers, common["max_position_embeddings"]),
     )
-    return llama.LlamaConfig(**common, layers=(attention,) * num_layers)
+    return ModelConfig(**common, layers=(attention,) * num_layers)
 
 
 def _window(fields: Fields, num_layers: int, max_position_embeddings: int) -> int | None:

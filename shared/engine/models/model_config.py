@@ -8,12 +8,15 @@ All others are left unread, and named in one log line (registry.py). Nothing her
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Of gated MLPs, as the operations call it."""
 
 _READ_BY_EVERY_TYPE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
@@ -51,12 +54,39 @@ class AttentionConfig:
     rope: RopeConfig
     window: int | None = None
     """A token sees itself and the `window` − 1 tokens before it; None: all."""
+    scale: float | None = None
+    """Of the products of queries and keys; None: 1 / √head_dim."""
+    soft_cap: float = 0.0
+    """Scores are cap · tanh(score / cap); 0: as they are."""
+    source: int | None = None
+    """The layer before this one whose keys and values this one reads; None: its own."""
 
     @property
-    def cache_spec(self) -> CacheSpec:
+    def cache_spec(self) -> CacheSpec | None:
+        """None: the layer caches nothing."""
+        if self.source is not None:
+            return None
         if self.window is None:
             return Full(self.num_kv_heads, self.head_dim)
         return Sliding(self.num_kv_heads, self.head_dim, self.window)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStyle:
+    """What the layers of a model have beside attention and a gated MLP, behind a norm each."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "silu"
+    residual_scale: float = 1.0
+    """Of what attention and MLP add."""
+    has_qk_norm: bool = False
+    """Queries and keys are normalised, head by head, before they are turned."""
+    has_post_norms: bool = False
+    """What attention and MLP add is normalised."""
+    norm_plus_one: bool = False
+    """Norms multiply by 1 + weight, in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +107,11 @@ class ModelConfig:
     is_quantized: bool
     """Linear layers may come as 8-bit numbers with scales."""
     layers: tuple[AttentionConfig, ...]
+    style: LayerStyle = LayerStyle()
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_soft_cap: float = 0.0
+    """Logits are cap · tanh(logit / cap); 0: as they are."""
 
     @property
     def num_layers(self) -> int:
@@ -94,8 +129,8 @@ class ModelConfig:
         return max(layer.head_dim for layer in self.layers)
 
     @property
-    def cache_specs(self) -> list[CacheSpec]:
-        """What each layer caches."""
+    def cache_specs(self) -> list[CacheSpec | None]:
+        """What each layer caches; None: nothing."""
         return [layer.cache_spec for layer in self.layers]
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.linear import LinearSpec, Part, Ranks, Split
 from baton.shared.engine.model_loader import ModelLoader, plan_model
-from baton.shared.engine.models import llama, registry
-from baton.shared.engine.models.decoder import Decoder
+from baton.shared.engine.models import decoder, llama, registry
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
@@ -341,9 +340,7 @@ def test_fused_projections_are_a_declaration(
         **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
         **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
     }
-
-    def build(config: llama.LlamaConfig, load: ModelLoader) -> Decoder:
-        return Decoder(config, load, names, partial(llama.LlamaLayer, config, load, names))
+    build = partial(decoder.build, names=names)
 
     monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
     registry.register(ModelType("test_fused", llama.configure, build))

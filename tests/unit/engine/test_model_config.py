@@ -17,8 +17,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.llama import LLAMA
-from baton.shared.engine.models.llama import LlamaConfig as OurLlama
-from baton.shared.engine.models.model_config import ModelConfig, RopeConfig
+from baton.shared.engine.models.model_config import LayerStyle, ModelConfig, RopeConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.model_files.fields import ModelError
 
@@ -66,8 +65,7 @@ def test_missing_fields_take_the_defaults_of_transformers(read: Read) -> None:
     [layer] = set(config.layers)
     assert (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window) == (4, 4, 16, None)
     assert layer.rope == RopeConfig(theta=10000.0, rope_type="default")
-    assert isinstance(config, OurLlama)
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False,) * 3
+    assert (config.tie_word_embeddings, config.style) == (False, LayerStyle())
     assert (config.rms_norm_eps, config.num_layers, config.dtype) == (1e-6, 2, "bfloat16")
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
     assert read("max_position_embeddings").max_position_embeddings == 2048

@@ -117,8 +117,9 @@ def ways_together(specs: Sequence[CacheSpec]) -> Iterator[list[CacheGroup]]:
 
 def check(specs: Sequence[CacheSpec], found: Arrangement) -> None:
     places = places_of_layers(found.groups)
-    assert len(places) == len(set(places)) == len(specs), "each layer has one place"
-    for layer, (group, place) in enumerate(places):
+    assert sorted(places) == list(range(len(specs))), "each layer has one place"
+    assert len(set(places.values())) == len(specs)
+    for layer, (group, place) in places.items():
         assert found.groups[group].spec == specs[layer]
         assert found.groups[group].layer_ids[place] == layer
     for each, pool in zip(found.groups, found.pools, strict=True):

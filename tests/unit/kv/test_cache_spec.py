@@ -82,8 +82,9 @@ def test_layers_with_equal_specs_are_a_group_and_each_has_one_place(
     groups = cache_groups(specs)
     assert [group.spec for group in groups] == list(dict.fromkeys(specs))
     places = places_of_layers(groups)
-    assert len(places) == len(set(places)) == len(specs)
-    for layer, (number, place) in enumerate(places):
+    assert sorted(places) == list(range(len(specs)))
+    assert len(set(places.values())) == len(specs)
+    for layer, (number, place) in places.items():
         assert groups[number].spec == specs[layer]
         assert groups[number].layer_ids[place] == layer
     assert all(list(group.layer_ids) == sorted(group.layer_ids) for group in groups)

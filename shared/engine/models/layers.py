@@ -1,0 +1,64 @@
+"""Decoder layers of attention and gated MLP, with a norm before each, or before and behind each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from baton.shared.engine.model_loader import ModelLoader
+from baton.shared.engine.models.blocks import Attention, GatedMlp, Names
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.operations import Norm
+
+
+class PreNormLayer:
+    """h + attention(norm(h)), then h + mlp(norm(h)).
+
+    Names: input_norm, mlp_norm, and those of `Attention` and `GatedMlp`.
+    """
+
+    def __init__(self, config: ModelConfig, load: ModelLoader, names: Names, index: int) -> None:
+        prefix = names["layer"].format(index)
+        self._input_norm = load_norm(config, load, prefix + names["input_norm"])
+        self._attention = Attention(config, load, names, prefix, index)
+        self._mlp_norm = load_norm(config, load, prefix + names["mlp_norm"])
+        self._mlp = GatedMlp(config, load, names, prefix)
+
+    def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
+        return self._attention.query(hidden, self._input_norm, rope, kv, plan)
+
+    def finish(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
+        hidden = self._attention.attend(query, kv, plan, hidden)
+        return self._mlp(hidden, self._mlp_norm, hidden)
+
+
+class SandwichLayer:
+    """h + norm(attention(norm(h))), then h + norm(mlp(norm(h))).
+
+    Names: as of `PreNormLayer`, and attention_post_norm, mlp_post_norm.
+    """
+
+    def __init__(self, config: ModelConfig, load: ModelLoader, names: Names, index: int) -> None:
+        prefix = names["layer"].format(index)
+        self._ops = load.ops
+        self._input_norm = load_norm(config, load, prefix + names["input_norm"])
+        self._attention = Attention(config, load, names, prefix, index)
+        self._attention_post_norm = load_norm(config, load, prefix + names["attention_post_norm"])
+        self._mlp_norm = load_norm(config, load, prefix + names["mlp_norm"])
+        self._mlp = GatedMlp(config, load, names, prefix)
+        self._mlp_post_norm = load_norm(config, load, prefix + names["mlp_post_norm"])
+
+    def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
+        return self._attention.query(hidden, self._input_norm, rope, kv, plan)
+
+    def finish(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
+        attended = self._attention.attend(query, kv, plan)
+        hidden = self._ops.norm_add(attended, self._attention_post_norm, hidden)
+        return self._ops.norm_add(self._mlp(hidden, self._mlp_norm), self._mlp_post_norm, hidden)
+
+
+def load_norm(config: ModelConfig, load: ModelLoader, module: str) -> Norm:
+    """A norm over the hidden state, as all of a model's are."""
+    plus_one = config.style.norm_plus_one
+    return load.norm(module, config.hidden_size, config.rms_norm_eps, plus_one=plus_one)
