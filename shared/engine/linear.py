@@ -31,6 +31,8 @@ FLOATS = ("F32", "F16", "BF16")
 _SCALED = ("I8", "F8_E4M3")
 _PACKED = ("qweight", "weight_packed")
 _WHOLE = slice(None)
+Order = tuple[int, ...] | None
+"""Which of a checkpoint's numbers stands at each place here; None: the same."""
 
 
 class Split(Enum):
@@ -81,6 +83,8 @@ class Part:
     """Rows of the whole module; None: there are no others."""
     unit: int = 1
     """Ranks share the outputs in runs of so many, as a head."""
+    order: Order = None
+    """Of the outputs of each run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,16 @@ class Linear:
         return num_numbers * self.weight.dtype.itemsize
 
 
+def reordered(numbers: Tensor, order: Order) -> Tensor:
+    """numbers [n · len(order), …], every run of rows in that order."""
+    # On paper only the shape counts, and to index there loads torch's compiler.
+    if order is None or numbers.is_meta:
+        return numbers
+    index = torch.tensor(order, device=numbers.device)
+    runs = numbers.view(-1, len(order), *numbers.shape[1:])
+    return runs.index_select(1, index).view(numbers.shape)
+
+
 def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
     """This rank's weight [out, in] and bias [out], in the activations' dtype.
 
@@ -154,13 +168,16 @@ def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, 
     rows = [_rows(part, spec.split, ranks) for part in spec.parts]
     weight = _joined(
         [
-            _weight(part, spec.num_in, own, columns, reader)
+            reordered(_weight(part, spec.num_in, own, columns, reader), part.order)
             for part, own in zip(spec.parts, rows, strict=True)
         ]
     )
     if not any(part.has_bias for part in spec.parts):
         return weight, None
-    biases = [_bias(part, own, reader) for part, own in zip(spec.parts, rows, strict=True)]
+    biases = [
+        reordered(_bias(part, own, reader), part.order)
+        for part, own in zip(spec.parts, rows, strict=True)
+    ]
     return weight, _joined(biases).to(weight.device)
 
 

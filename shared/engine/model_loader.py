@@ -17,9 +17,10 @@ from torch import Tensor
 
 from baton.shared.engine.executor import Model
 from baton.shared.engine.linear import FLOATS, Linear, LinearSpec
-from baton.shared.engine.models.model_config import ModelConfig, RopeConfig
+from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope import rope_tables
+from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.operations import Norm, Operations
 from baton.shared.engine.weight_headers import Header
 from baton.shared.engine.weights import WeightSource
@@ -110,8 +111,13 @@ class ModelLoader:
         if self._device == _META:
             # Nothing is computed on paper, and to try loads torch's compiler: 75 MB that stay.
             return None
-        cos, sin = rope_tables(config, head_dim, self._num_positions)
-        return self.ops.pack_rope(cos.to(self._device), sin.to(self._device), self.dtype)
+        cos, sin, scale = rope_tables(config, head_dim, self._num_positions)
+        return self.ops.pack_rope(
+            cos.to(self._device),
+            sin.to(self._device),
+            self.dtype,
+            None if scale is None else scale.to(self._device),
+        )
 
     # For whoever makes linear layers
 

@@ -30,6 +30,7 @@ from baton.shared.engine.model_digest import (
 from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.registry import load_model_config
+from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
@@ -132,7 +133,7 @@ class ModelRunner:
         weights.close()
 
         self.determinism, self._min_rows = self._measure_determinism(plan)
-        self.numerics = _numerics(self.device, self.kernels)
+        self.numerics = self._describe_numerics()
         self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
             self.num_blocks = self._choose_num_blocks(self._measure_peak(progress))
@@ -239,6 +240,11 @@ class ModelRunner:
             ):
                 return "consistent", determinism.MIN_LINEAR_ROWS
         return "exact", min_rows
+
+    def _describe_numerics(self) -> str:
+        ropes = [layer.rope for layer in self.model_config.layers]
+        choices = describe_choices(ropes, self.max_model_len)
+        return f"{_numerics(self.device, self.kernels)} {choices}".rstrip()
 
     @property
     def _ahead_tokens(self) -> int:

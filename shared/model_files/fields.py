@@ -43,6 +43,13 @@ class Fields:
         self._read.add(name)
         return self._values.get(name)
 
+    def says(self, name: str, value: Any) -> bool:
+        """Whether the field has that value; only then it counts as read."""
+        found = name in self._values and bool(self._values[name] == value)
+        if found:
+            self._read.add(name)
+        return found
+
     def integer(self, name: str, *, default: int | None = None) -> int:
         """At least 1."""
         value = self._value(name, default, "an integer", int)
@@ -57,6 +64,12 @@ class Fields:
         if not 0 < value <= sys.float_info.max:
             raise self.error(name, f"must be finite and positive, not {shown(value)}")
         return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite and positive ones."""
+        values = self._value(name, None, "a list of numbers", list)
+        # What holds for each is said of each, by the same code.
+        return tuple(Fields(self.path, {name: each}, self._prefix).number(name) for each in values)
 
     def boolean(self, name: str, *, default: bool = False) -> bool:
         value = self.get(name)

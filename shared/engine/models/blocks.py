@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from baton.kernels.reference import HeadNorms
-from baton.shared.engine.linear import LinearSpec, Part, Split
+from baton.shared.engine.linear import LinearSpec, Order, Part, Split, reordered
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.rope_config import rope_order
 from baton.shared.engine.operations import Norm
 
 Names = Mapping[str, str]
@@ -37,6 +38,8 @@ class Piece:
     has_bias: bool = False
     unit: int = 1
     """Ranks share the outputs in runs of so many."""
+    order: Order = None
+    """Of the outputs of a run; see `Part`."""
 
 
 def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
@@ -55,6 +58,7 @@ def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
             first=start,
             module_out=rows[names[piece.name]],
             unit=piece.unit,
+            order=piece.order,
         )
         for piece, start in zip(pieces, first, strict=True)
     )
@@ -82,23 +86,24 @@ class Attention:
         q_size, kv_size = own.num_heads * head_dim, own.num_kv_heads * head_dim
         share = load.ops.ranks.share(q_size, head_dim)
         self._num_heads = (share.stop - share.start) // head_dim
-        pieces = [Piece("q", q_size, style.qkv_bias, head_dim)]
+        order = rope_order(own.rope, head_dim)
+        pieces = [Piece("q", q_size, style.qkv_bias, head_dim, order)]
         if self._has_cache:
-            pieces.append(Piece("k", kv_size, style.qkv_bias, head_dim))
+            pieces.append(Piece("k", kv_size, style.qkv_bias, head_dim, order))
         if self._has_cache and "v" in names:
             pieces.append(Piece("v", kv_size, style.qkv_bias, head_dim))
         qkv = parts(names, prefix, *pieces)
         if self._has_cache and "v" not in names:
-            qkv = (*qkv, qkv[-1])
+            qkv = (*qkv, replace(qkv[-1], order=None))
         self._qkv = load.linear(LinearSpec(config.hidden_size, qkv, Split.COLUMNS))
-        self._norms = self._load_norms(config, load, names, prefix)
+        self._norms = self._load_norms(config, load, names, prefix, order)
         output = parts(names, prefix, Piece("output", config.hidden_size, style.output_bias))
         self._output = load.linear(
             LinearSpec(q_size, output, Split.ROWS, in_unit=head_dim, scale=style.residual_scale)
         )
 
     def _load_norms(
-        self, config: ModelConfig, load: ModelLoader, names: Names, prefix: str
+        self, config: ModelConfig, load: ModelLoader, names: Names, prefix: str, order: Order
     ) -> HeadNorms | None:
         if not config.style.has_qk_norm:
             return None
@@ -106,7 +111,8 @@ class Attention:
 
         def weight(name: str) -> Tensor:
             module = prefix + names[name]
-            return load.norm(module, self._head_dim, config.rms_norm_eps, plus_one=plus_one).weight
+            norm = load.norm(module, self._head_dim, config.rms_norm_eps, plus_one=plus_one)
+            return reordered(norm.weight, order)
 
         return HeadNorms(
             config.rms_norm_eps,

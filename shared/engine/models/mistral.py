@@ -9,9 +9,9 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
     read_layer_types,
-    read_rope,
 )
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope_fields import read_rope
 from baton.shared.model_files.fields import Fields
 
 _WINDOW = 4096

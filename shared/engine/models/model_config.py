@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from baton.shared.engine.models.quantization import read_quantization
+from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
@@ -30,18 +31,6 @@ _LAYER_TYPES = {
     "sliding_attention": "sliding_attention",
 }
 """How files call the kinds of layers → our word, which is transformers'."""
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding; the four llama3 fields are meaningful for that type only."""
-
-    theta: float
-    rope_type: str
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,58 +184,6 @@ def read_layer_types(fields: Fields, num_layers: int) -> list[str] | None:
             "layer_types", f"has {len(types)} entries for {num_layers} hidden layers"
         )
     return types
-
-
-def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
-    """Rotary embedding of all layers, in whichever spelling."""
-    fields.only("partial_rotary_factor", 1, 1.0)
-    given = [
-        (name, rope)
-        for name in ("rope_scaling", "rope_parameters")
-        if fields.get(name) not in (None, {}) and (rope := fields.object(name)) is not None
-    ]
-    read = [_rope(fields, rope, max_position_embeddings) for _, rope in given]
-    if not read:
-        return _rope(fields, Fields(fields.path, {}), max_position_embeddings)
-    if len(set(read)) > 1:
-        raise fields.error("rope_scaling", "contradicts rope_parameters")
-    return read[0]
-
-
-def _rope(fields: Fields, rope: Fields, max_position: int) -> RopeConfig:
-    theta = fields.number("rope_theta", default=10000.0)
-    if rope.get("rope_theta") is not None:
-        own = rope.number("rope_theta")
-        if fields.get("rope_theta") is not None and own != theta:
-            raise rope.error("rope_theta", f"{own} contradicts rope_theta {theta}")
-        theta = own
-    rope.only("partial_rotary_factor", 1, 1.0)
-    # One rope for each of these kinds of layers.
-    for kind in sorted(set(_LAYER_TYPES.values())):
-        rope.only(kind)
-    legacy_type = rope.get("type")
-    rope_type = rope.get("rope_type") or legacy_type or "default"
-    if rope_type == "llama3":
-        original = rope.integer("original_max_position_embeddings", default=max_position)
-        result = RopeConfig(
-            theta=theta,
-            rope_type=rope_type,
-            factor=rope.number("factor"),
-            low_freq_factor=rope.number("low_freq_factor"),
-            high_freq_factor=rope.number("high_freq_factor"),
-            original_max_position=fields.integer(
-                "original_max_position_embeddings", default=original
-            ),
-        )
-        if result.high_freq_factor <= result.low_freq_factor:
-            raise rope.error("high_freq_factor", "must be greater than low_freq_factor")
-        return result
-    is_neutral = rope_type in ("linear", "dynamic") and rope.number("factor") == 1
-    if rope_type != "default" and not is_neutral:
-        raise rope.error(
-            "rope_type", f"only 'default' and 'llama3' are supported, not {shown(rope_type)}"
-        )
-    return RopeConfig(theta=theta, rope_type="default")
 
 
 def _dtype(fields: Fields) -> str | None:

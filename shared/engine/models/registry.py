@@ -9,6 +9,7 @@ from baton.shared.engine.models.llama import LLAMA
 from baton.shared.engine.models.mistral import MISTRAL
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope_fields import check_ropes
 from baton.shared.model_files.fields import shown
 from baton.shared.model_files.info import open_config
 from baton.shared.telemetry import log_event
@@ -51,6 +52,7 @@ def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
         known = ", ".join(sorted(_TYPES))
         raise fields.error("model_type", f"{shown(name)} is not supported; supported are {known}")
     config = model_type.configure(fields)
+    check_ropes(fields, {(layer.rope, layer.head_dim) for layer in config.layers})
     ignored = fields.unread(_BOOKKEEPING)
     if ignored:
         log_event(

@@ -17,8 +17,9 @@ from transformers import LlamaConfig, MistralConfig
 
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.llama import LLAMA
-from baton.shared.engine.models.model_config import LayerStyle, ModelConfig, RopeConfig
+from baton.shared.engine.models.model_config import LayerStyle, ModelConfig
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.model_files.fields import ModelError
 
 BASE: dict[str, Any] = {
@@ -124,6 +125,7 @@ def test_both_spellings_of_rope(read: Read, fields: dict[str, Any]) -> None:
         {"_model_name_or_path": "someone/something"},
         {"transformers.js_config": {"dtype": "q4"}},
         {"rope_interleaved": False},
+        {"partial_rotary_factor": 0.5},
         {"final_logit_softcapping": 30.0},
         {"attention_sinks": 4},
         {"temperature": 0.7},
@@ -266,13 +268,10 @@ def test_weights_of_8_bits_with_scales_are_taken(
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_scaling": [1]}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.rope_type"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, "rope_scaling.rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_scaling.rope_type"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "rope_theta"),
         (
             {"rope_scaling": {"type": "llama3", **LLAMA3}, "rope_parameters": {"rope_theta": 1e4}},
