@@ -73,15 +73,16 @@ def read_ropes(
     nested = fields.object("rope_parameters")
     ropes = {}
     for kind, base in _BASE_OF.items():
-        given = [_given(nested, kind)] if nested else []
-        if nested and not given[0] and rules[kind].default:
-            raise nested.error(kind, "missing")
+        given = [] if nested is None else [_given(nested, kind)]
+        if given == [None] and rules[kind].default:
+            raise fields.error(f"rope_parameters.{kind}", "missing")
         if kind == "full_attention":
             scaling = _given(fields, "rope_scaling")
             if scaling and scaling.get("rope_type") is None and scaling.has("type"):
                 raise scaling.error("type", "is not read beside ropes by layer; rope_type is")
             given.append(scaling)
-        reader = _Reader(fields, max_position_embeddings, rules[kind], base, nested)
+        beside = Fields(fields.path, {}) if nested is None else nested
+        reader = _Reader(fields, max_position_embeddings, rules[kind], base, beside)
         ropes[kind] = reader.read_agreed([rope for rope in given if rope])
     return ropes
 
@@ -110,8 +111,8 @@ class _Reader:
     rules: RopeRules
     base: str = "rope_theta"
     """The name of `rope_theta` in `fields`."""
-    nested: Fields | None = None
-    """The object of ropes by kind of layer that this is in."""
+    beside: Fields | None = None
+    """Of ropes by kind of layer, what they stand beside in `rope_parameters`."""
 
     def read_agreed(self, given: list[Fields]) -> RopeConfig:
         """Of several spellings, which must say the same."""
@@ -179,22 +180,22 @@ class _Reader:
             self.fields.says(name, 1)
             rope.says(name, 1)
             return 1.0
-        value = self.fields.number(name, default=1.0 if default is None else default)
+        where, value = self.fields, self.fields.number(name, default=default or 1.0)
         if rope.get(name) is not None:
             own = rope.number(name)
-            if self.fields.get(name) is not None and own != value:
+            if where.get(name) is not None and own != value:
                 raise rope.error(name, f"{own} contradicts {name} {value}")
-            value = own
+            where, value = rope, own
         if value > 1:
-            raise rope.error(name, f"must be at most 1, not {value}")
+            raise where.error(name, f"must be at most 1, not {value}")
         if value != 1 and default is None and rope_type != "proportional":
-            raise rope.error(name, f"only 1 is supported with {rope_type}, not {value}")
+            raise where.error(name, f"only 1 is supported with {rope_type}, not {value}")
         return value
 
     def _original(self, rope: Fields) -> int:
         name = "original_max_position_embeddings"
         value = rope.integer(name, default=self.max_position)
-        if self.nested is not None:
+        if self.beside is not None:
             return value
         # The one outside counts, if there are two.
         return self.fields.integer(name, default=self.rules.original_max_position or value)
@@ -208,8 +209,8 @@ class _Reader:
             attention_factor = _mscale(factor, mscale) / _mscale(factor, all_dim)
         if config.theta <= 1:
             raise rope.error("rope_theta", f"must be more than 1 with yarn, not {config.theta}")
-        # Of ropes by layer, transformers looks for this one beside them.
-        holder = rope if self.nested is None else self.nested
+        # Of ropes by kind of layer, transformers looks for this one beside them.
+        holder = rope if self.beside is None else self.beside
         return replace(
             config,
             factor=factor,

@@ -141,6 +141,38 @@ def test_parts_may_be_rows_of_one_module(load: Callable[..., ModelLoader]) -> No
     assert torch.equal(layer.weight, weight[order])
 
 
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_outputs_of_a_run_are_put_in_order(
+    size: int, scales: str, load: Callable[..., ModelLoader]
+) -> None:
+    """With their scales and biases, in each rank's share, of modules alone and fused."""
+    fused, [scale, _, _] = rand(64, NUM_IN, seed=3), SCALES[scales]
+    order = (3, 1, 0, 2, 7, 6, 5, 4)
+    tensors = {
+        "q.weight": whole_numbers(32, 1),
+        "q.weight_scale": scale,
+        "q.bias": rand(32, seed=2),
+        "kv.weight": fused,
+        "kv.bias": rand(64, seed=4),
+    }
+
+    def spec(order: tuple[int, ...] | None) -> LinearSpec:
+        q = Part("q", 32, True, unit=8, order=order)
+        k = Part("kv", 32, True, 0, 64, unit=8, order=order)
+        return LinearSpec(NUM_IN, (q, k, Part("kv", 32, True, 32, 64, unit=8)), Split.COLUMNS)
+
+    for rank in range(size):
+        loader = load(tensors, TritonOperations(Ranks(rank, size)))
+        plain, ordered = loader.linear(spec(None)), loader.linear(spec(order))
+        num_moved = 64 // size
+        expected = [8 * (row // 8) + order[row % 8] for row in range(num_moved)]
+        expected += range(num_moved, 96 // size)
+        assert plain.bias is not None and ordered.bias is not None
+        assert torch.equal(ordered.weight, plain.weight[expected])
+        assert torch.equal(ordered.bias, plain.bias[expected])
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_some_outputs_alone(table: str, load: Callable[..., ModelLoader]) -> None:
     ops = TABLES[table]()

@@ -1,0 +1,146 @@
+"""Models of every rope type against transformers: the same logits, the same greedy tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from transformers import GlmConfig, GlmForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from baton.shared.engine.models import decoder, llama, registry
+from baton.shared.engine.models.model_config import (
+    AttentionConfig,
+    LayerStyle,
+    ModelConfig,
+    read_decoder,
+    read_heads,
+)
+from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope_fields import RopeRules, read_rope
+from baton.shared.model_files.fields import Fields, ModelError
+from tests.unit.engine import conftest
+from tests.unit.engine.conftest import MakeLlama, MakeRunner
+from tests.unit.engine.test_logits_vs_transformers import check_logits, check_tokens
+
+ORIGINAL = 280
+"""Tokens of the longest sequence; longer than any here, shorter than the model's longest."""
+FACTORS = {
+    "short_factor": [1 + place / 9 for place in range(8)],
+    "long_factor": [3.0 + place * 2 for place in range(8)],
+}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": ORIGINAL, **FACTORS}
+TYPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+    "yarn-scaled": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+        "rope_theta": 500.0,
+    },
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+    "longrope": LONGROPE,
+}
+
+
+@pytest.mark.parametrize("rope", TYPES)
+def test_a_llama(rope: str, make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    """longrope has its short factors: the worker takes no longer sequences."""
+    model_dir, model = make_llama(rope_parameters=dict(TYPES[rope]))
+    check_logits(model, make_runner(model_dir, max_model_len=ORIGINAL), min_span=10)
+
+
+def make_long(model: Any) -> None:
+    """transformers with the long factors for every sequence."""
+    rotary = model.model.rotary_emb
+    long, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, seq_len=ORIGINAL + 1)
+    assert not bool((long == rotary.original_inv_freq).any())
+    rotary.original_inv_freq.copy_(long)
+
+
+@pytest.mark.exact
+def test_a_llama_with_long_factors(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    """As soon as a sequence might be longer, for all of them."""
+    model_dir, model = make_llama(rope_parameters=dict(LONGROPE))
+    make_long(model)
+    runner = make_runner(model_dir, max_model_len=ORIGINAL + 1)
+    check_logits(model, runner, min_span=10)
+    check_tokens(model, runner)
+    short = make_runner(model_dir, max_model_len=ORIGINAL)
+    # Of these the capability is made.
+    assert runner.numerics.endswith(" longrope long")
+    assert short.numerics == runner.numerics.removesuffix("long") + "short"
+
+
+@pytest.mark.exact
+def test_greedy_tokens_with_yarn(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    model_dir, model = make_llama(rope_parameters=dict(TYPES["yarn"]))
+    check_tokens(model, make_runner(model_dir))
+
+
+def test_dynamic_is_served_within_its_length_only(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    model_dir, _ = make_llama(rope_parameters=dict(TYPES["dynamic"]))
+    reason = "max_model_len: 513 exceeds max_position_embeddings 512"
+    with pytest.raises(ModelError, match=reason):
+        make_runner(model_dir, max_model_len=513)
+
+
+# Types for tests alone, whose heads turn in part: halves, and neighbours with biases.
+
+FUSED = {**llama.NAMES, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")}
+NAMES = {"glm": FUSED, "phi3": FUSED | dict.fromkeys("qkv", "self_attn.qkv_proj")}
+RULES = {
+    "glm": RopeRules(partial_rotary_factor=0.5, is_interleaved=True),
+    "phi3": RopeRules(partial_rotary_factor=1.0, original_max_position=4096),
+}
+CLASSES = {"glm": (GlmConfig, GlmForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
+
+
+def configure(fields: Fields) -> ModelConfig:
+    common = read_decoder(fields, max_position_embeddings=4096)
+    rope = read_rope(fields, common["max_position_embeddings"], RULES[common["model_type"]])
+    attention = AttentionConfig(**read_heads(fields, common["hidden_size"]), rope=rope)
+    return ModelConfig(
+        **common,
+        layers=(attention,) * fields.integer("num_hidden_layers"),
+        style=LayerStyle(qkv_bias=fields.boolean("attention_bias")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("glm", {"head_dim": 16}),
+        ("glm", {"head_dim": 24, "partial_rotary_factor": 0.3, "attention_bias": False}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+        ("phi3", {"partial_rotary_factor": 0.75, "original_max_position_embeddings": ORIGINAL}),
+    ],
+)
+def test_heads_that_turn_in_part(
+    family: str,
+    fields: dict[str, Any],
+    make_llama: MakeLlama,
+    make_runner: MakeRunner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
+    build = partial(decoder.build, names=NAMES[family])
+    registry.register(ModelType(family, configure, build))
+    monkeypatch.setitem(conftest.FAMILIES, family, CLASSES[family])
+    is_long = "original_max_position_embeddings" in fields
+    if is_long:
+        longrope = {name: factors[:6] for name, factors in FACTORS.items()}
+        fields = {**fields, "rope_parameters": {"rope_type": "longrope", **longrope}}
+        fields["rope_parameters"]["original_max_position_embeddings"] = ORIGINAL
+    model_dir, model = make_llama(family=family, pad_token_id=0, **fields)
+    if is_long:
+        make_long(model)
+    check_logits(model, make_runner(model_dir), min_span=10)
