@@ -55,6 +55,8 @@ def write_dummy_model(directory: Path, shape: Shape) -> Path:
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
         "tie_word_embeddings": False,
+        # None ends an answer.
+        "eos_token_id": None,
         **asdict(shape),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

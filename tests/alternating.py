@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from baton.shared.engine.models import llama, registry
+from baton.shared.engine.models import decoder, registry
+from baton.shared.engine.models.llama import NAMES
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
     ModelConfig,
@@ -31,7 +32,7 @@ from baton.shared.model_files.fields import Fields
 
 
 def configure(fields: Fields) -> ModelConfig:
-    common = read_decoder(fields, max_position_embeddings=2048)
+    common = read_decoder(fields)
     full = AttentionConfig(
         **read_heads(fields, common["hidden_size"]),
         rope=read_rope(fields, common["max_position_embeddings"]),
@@ -51,7 +52,7 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-ALTERNATING = ModelType("test_alternating", configure, llama.build)
+ALTERNATING = ModelType("test_alternating", configure, decoder.build, (NAMES,))
 
 
 def register() -> None:

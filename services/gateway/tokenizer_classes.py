@@ -59,13 +59,17 @@ CLASS_OF_MODEL_TYPE: Mapping[str, str] = {
         ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), "GemmaTokenizer"
     ),
     **dict.fromkeys(
-        ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen2_vl", "qwen3_vl"),
+        (
+            *("qwen2", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_next"),
+            "qwen3_vl",
+        ),
         "Qwen2Tokenizer",
     ),
     **dict.fromkeys(
         (
             *("ernie4_5", "glm", "glm4", "glm4_moe", "gpt_bigcode", "granite", "granitemoe"),
-            *("internlm2", "internlm3", "jamba", "minicpm3", "mistral", "mixtral", "nemotron"),
+            *("internlm2", "internlm3", "jamba", "minicpm3", "ministral", "ministral3", "mistral"),
+            *("mistral3", "mixtral", "nemotron"),
             *("olmo2", "olmo3", "persimmon", "phi3", "phimoe", "stablelm"),
         ),
         _GENERIC,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from baton.shared.engine.weights import WeightSource
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
 from baton.shared.model_files.fields import ModelError
 from baton.shared.telemetry import log_event
+
+if TYPE_CHECKING:
+    from baton.shared.engine.models.blocks import Names
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,13 @@ class ModelLoader:
             None if scale is None else scale.to(self._device),
         )
 
+    def form(self, forms: Sequence[Names]) -> Names:
+        """Of the ways to call a model's modules, the checkpoint's; the first where it has none."""
+        for names in forms:
+            if any(self.header(f"{names[each]}.weight") for each in ("embedding", "norm")):
+                return names
+        return forms[0]
+
     # For whoever makes linear layers
 
     def header(self, name: str) -> Header | None:
@@ -203,7 +213,7 @@ def plan_model(
         groups=groups,
         on_read=count,
     )
-    model_type.build(config, load)
+    model_type.build(config, load, load.form(model_type.names))
     return ModelPlan(load.taken, frozenset(load.linear_shapes), load.num_bytes, num_reads)
 
 
@@ -234,4 +244,4 @@ def load_model(
         groups=groups,
         on_read=on_read,
     )
-    return model_type.build(config, load)
+    return model_type.build(config, load, load.form(model_type.names))

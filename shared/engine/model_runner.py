@@ -123,7 +123,7 @@ class ModelRunner:
         plan = plan_model(
             self._model_type, self.model_config, self.groups, weights, self._ops, self.dtype
         )
-        weights.check_all_taken(plan.shapes, self._model_type.ignored_tensors)
+        weights.check_all_taken(plan.shapes, self._model_type.ignores)
         check_weights_fit(config, plan.num_bytes, self.device)
         if self.device.type == "cpu":
             self.num_blocks = self._choose_num_blocks(plan.num_bytes)

@@ -7,7 +7,7 @@ Headers are read, and what a model takes is compared with them, before anything 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,17 +82,17 @@ class WeightFiles:
     def where(self, name: str) -> str:
         return str(self._file_of.get(name, self._listing))
 
-    def check_all_taken(self, taken: Collection[str], ignored: tuple[str, ...]) -> None:
+    def check_all_taken(self, taken: Collection[str], ignores: Callable[[str], bool]) -> None:
         """After a model has taken its tensors: what is left must be of no meaning.
 
         Args:
-            ignored: endings of names.
+            ignores: of a tensor's name.
 
         Raises:
             ModelError: a tensor was neither taken nor is it ignored.
         """
         for name in self._headers:
-            if name not in taken and not name.endswith(ignored):
+            if name not in taken and not ignores(name):
                 raise ModelError(f"{self.where(name)}: {name}: unexpected tensor")
 
     def read(
@@ -143,7 +143,7 @@ class DummyWeights:
     def where(self, name: str) -> str:
         return "dummy weights"
 
-    def check_all_taken(self, taken: Collection[str], ignored: tuple[str, ...]) -> None:
+    def check_all_taken(self, taken: Collection[str], ignores: Callable[[str], bool]) -> None:
         """There is nothing else."""
 
     def read(

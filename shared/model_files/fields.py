@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ class ModelError(Exception):
 class Fields:
     """One JSON object; remembers what was asked for, so that the rest can be named.
 
-    Every method takes null for missing, and raises ModelError, naming file and field, for a value
+    Every method takes null for missing, and a default that was assumed for what the file does not
+    hold, and raises ModelError, naming file and field, for a value
     of another type or out of range.
     """
 
@@ -24,24 +25,29 @@ class Fields:
         self.path = path
         self._values = values
         self._prefix = prefix
+        self._assumed: dict[str, Any] = {}
         self._read: set[str] = set()
-        self._inner: list[Fields] = []
+        self._inner: dict[str, Fields] = {}
 
     @classmethod
     def of_file(cls, path: Path) -> Fields:
         """Raises ModelError: no such file, or not one JSON object."""
         return cls(path, read_json_object(path))
 
+    def assume(self, defaults: Mapping[str, Any]) -> None:
+        """Fields that the file does not hold have these values from now on; null ones do not."""
+        self._assumed.update(defaults)
+
     def error(self, name: str, reason: str) -> ModelError:
         return ModelError(f"{self.path}: {self._prefix}{name}: {reason}")
 
     def has(self, name: str) -> bool:
-        """Whether the field is there, be it null."""
+        """Whether the file holds the field, be it null."""
         return name in self._values
 
     def get(self, name: str) -> Any:
         self._read.add(name)
-        return self._values.get(name)
+        return self._values.get(name, self._assumed.get(name))
 
     def says(self, name: str, value: Any) -> bool:
         """Whether the field has that value; only then it counts as read."""
@@ -50,11 +56,10 @@ class Fields:
             self._read.add(name)
         return found
 
-    def integer(self, name: str, *, default: int | None = None) -> int:
-        """At least 1."""
+    def integer(self, name: str, *, default: int | None = None, least: int = 1) -> int:
         value = self._value(name, default, "an integer", int)
-        if value < 1:
-            raise self.error(name, f"must be at least 1, not {shown(value)}")
+        if value < least:
+            raise self.error(name, f"must be at least {least}, not {shown(value)}")
         return int(value)
 
     def number(self, name: str, *, default: float | None = None) -> float:
@@ -93,14 +98,20 @@ class Fields:
 
     def token_id(self, name: str, vocab_size: int) -> int | None:
         value = self.get(name)
-        return None if value is None else self._check_token_id(name, value, vocab_size)
+        if value is None or (not self.has(name) and value >= vocab_size):
+            # The latter was assumed, for another vocabulary.
+            return None
+        return self._check_token_id(name, value, vocab_size)
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """One id or a list of them; none when the field is missing."""
+        """One id or a list of them; none when the field is missing. Of those that were assumed, no
+        others than the vocabulary's."""
         value = self.get(name)
         if value is None:
             return ()
         values = value if isinstance(value, list) else [value]
+        if not self.has(name):
+            return tuple(item for item in values if item < vocab_size)
         return tuple(self._check_token_id(name, item, vocab_size) for item in values)
 
     def object(self, name: str) -> Fields | None:
@@ -137,12 +148,12 @@ class Fields:
             for name, value in self._values.items()
             if name not in skipped and value is not None
         ]
-        return own + [name for inner in self._inner for name in inner.unread()]
+        return own + [name for inner in self._inner.values() for name in inner.unread(harmless)]
 
     def _within(self, values: dict[str, Any], name: str) -> Fields:
-        inner = Fields(self.path, values, f"{self._prefix}{name}.")
-        self._inner.append(inner)
-        return inner
+        if name not in self._inner:
+            self._inner[name] = Fields(self.path, values, f"{self._prefix}{name}.")
+        return self._inner[name]
 
     def _value(self, name: str, default: Any, what: str, types: Any) -> Any:
         value = self.get(name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.shared.model_files.fields import Fields, ModelError
+from baton.shared.model_files.type_defaults import assume_defaults, text_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class ModelInfo:
     model_type: str
     vocab_size: int
     max_position_embeddings: int | None
-    """Tokens of the longest sequence; None: the file leaves it to the model type."""
+    """Tokens of the longest sequence; None: the file does not say, and the type is not known."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
 
@@ -33,22 +34,29 @@ def load_model_info(model_dir: Path) -> ModelInfo:
 
 
 def open_config(model_dir: Path) -> Fields:
-    """Raises ModelError: no such directory, or no config.json with an object in it."""
+    """config.json, with its type's defaults.
+
+    Raises:
+        ModelError: no such directory, or no config.json with an object in it.
+    """
     if not model_dir.is_dir():
         raise ModelError(f"{model_dir}: no such model directory")
-    return Fields.of_file(model_dir / "config.json")
+    fields = Fields.of_file(model_dir / "config.json")
+    assume_defaults(fields)
+    return fields
 
 
 def read_model_info(fields: Fields) -> ModelInfo:
     """`fields` of config.json; generation_config.json is looked for beside it."""
-    vocab_size = fields.integer("vocab_size")
-    has_limit = fields.get("max_position_embeddings") is not None
+    text = text_part(fields)
+    vocab_size = text.integer("vocab_size")
+    has_limit = text.get("max_position_embeddings") is not None
     return ModelInfo(
         model_type=fields.string("model_type"),
         vocab_size=vocab_size,
-        max_position_embeddings=fields.integer("max_position_embeddings") if has_limit else None,
-        eos_token_ids=_eos_token_ids(fields, vocab_size),
-        bos_token_id=fields.token_id("bos_token_id", vocab_size),
+        max_position_embeddings=text.integer("max_position_embeddings") if has_limit else None,
+        eos_token_ids=_eos_token_ids(fields, text, vocab_size),
+        bos_token_id=_bos_token_id(fields, text, vocab_size),
     )
 
 
@@ -59,9 +67,16 @@ def served_name(model_dir: Path) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
-    own = fields.token_ids("eos_token_id", vocab_size)
+def _eos_token_ids(fields: Fields, text: Fields, vocab_size: int) -> tuple[int, ...]:
+    """Of generation_config.json, or of config.json, where the whole model's come before those of
+    its language model."""
+    own = fields.token_ids("eos_token_id", vocab_size) or text.token_ids("eos_token_id", vocab_size)
     path = fields.path.with_name("generation_config.json")
     if not path.exists():
         return own
     return Fields.of_file(path).token_ids("eos_token_id", vocab_size) or own
+
+
+def _bos_token_id(fields: Fields, text: Fields, vocab_size: int) -> int | None:
+    own = fields.token_id("bos_token_id", vocab_size)
+    return text.token_id("bos_token_id", vocab_size) if own is None else own

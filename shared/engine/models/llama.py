@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from baton.shared.engine.models import decoder
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -11,10 +9,10 @@ from baton.shared.engine.models.model_config import (
     ModelConfig,
     read_decoder,
     read_heads,
-    read_layer_types,
 )
 from baton.shared.engine.models.model_type import ModelType
-from baton.shared.engine.models.rope_fields import read_rope
+from baton.shared.engine.models.rope_fields import LLAMA_RULES, RopeRules, read_rope
+from baton.shared.engine.models.windows import refuse_windows
 from baton.shared.model_files.fields import Fields
 
 NAMES = {
@@ -34,14 +32,14 @@ NAMES = {
 }
 
 
-def configure(fields: Fields) -> ModelConfig:
-    common = read_decoder(fields, max_position_embeddings=2048)
+def configure(fields: Fields, rope_rules: RopeRules = LLAMA_RULES) -> ModelConfig:
+    common = read_decoder(fields)
     fields.only("hidden_act", "silu", "swish")
     num_layers = fields.integer("num_hidden_layers")
-    _refuse_windows(fields, num_layers, common["max_position_embeddings"])
+    refuse_windows(fields, num_layers, common["max_position_embeddings"])
     attention = AttentionConfig(
         **read_heads(fields, common["hidden_size"]),
-        rope=read_rope(fields, common["max_position_embeddings"]),
+        rope=read_rope(fields, common["max_position_embeddings"], rope_rules),
     )
     has_bias = fields.boolean("attention_bias")
     return ModelConfig(
@@ -53,19 +51,4 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-def _refuse_windows(fields: Fields, num_layers: int, max_position_embeddings: int) -> None:
-    """Llama's masks know none; but transformers' cache, if nothing tells it that all layers are
-    full, keeps only a window's positions."""
-    layer_types = read_layer_types(fields, num_layers)
-    if layer_types is not None:
-        if set(layer_types) != {"full_attention"}:
-            raise fields.error("layer_types", "a llama has no layers but full_attention")
-        return
-    for name in ("sliding_window", "attention_chunk_size"):
-        if fields.get(name) is not None and fields.integer(name) < max_position_embeddings:
-            raise fields.error(name, f"a llama has none, not {fields.get(name)}")
-
-
-build = partial(decoder.build, names=NAMES)
-
-LLAMA = ModelType("llama", configure, build)
+LLAMA = ModelType("llama", configure, decoder.build, (NAMES,))

@@ -123,41 +123,27 @@ class ModelConfig:
         return [layer.cache_spec for layer in self.layers]
 
 
-def read_decoder(
-    fields: Fields, *, max_position_embeddings: int, tie_word_embeddings: bool = False
-) -> dict[str, Any]:
-    """The fields of `ModelConfig` that all types spell alike, but for `layers`.
-
-    The arguments are the type's own defaults.
-    """
+def read_decoder(fields: Fields) -> dict[str, Any]:
+    """The fields of `ModelConfig` that all types spell alike, but for `layers`."""
     for name, neutral in _READ_BY_EVERY_TYPE.items():
         fields.only(name, *neutral)
-    values = asdict(read_model_info(fields))
-    if values["max_position_embeddings"] is None:
-        values["max_position_embeddings"] = max_position_embeddings
     return {
-        **values,
+        **asdict(read_model_info(fields)),
+        "max_position_embeddings": fields.integer("max_position_embeddings"),
         "hidden_size": fields.integer("hidden_size"),
         "intermediate_size": fields.integer("intermediate_size"),
         "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
-        "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=tie_word_embeddings),
-        "dtype": _dtype(fields),
+        "tie_word_embeddings": fields.boolean("tie_word_embeddings"),
+        "dtype": read_dtype(fields),
         "is_quantized": read_quantization(fields),
     }
 
 
-def read_heads(
-    fields: Fields, hidden_size: int, *, num_kv_heads: int | None = None
-) -> dict[str, int]:
-    """`num_heads`, `num_kv_heads` and `head_dim` of an `AttentionConfig`.
-
-    Args:
-        num_kv_heads: the type's default for a missing field; None, and null in the file, mean
-            as many as query heads.
-    """
+def read_heads(fields: Fields, hidden_size: int) -> dict[str, int]:
+    """`num_heads`, `num_kv_heads` and `head_dim` of an `AttentionConfig`; null key and value heads
+    are as many as query heads."""
     num_heads = fields.integer("num_attention_heads")
-    if num_kv_heads is None or fields.has("num_key_value_heads"):
-        num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise fields.error(
             "num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} attention heads"
@@ -186,7 +172,8 @@ def read_layer_types(fields: Fields, num_layers: int) -> list[str] | None:
     return types
 
 
-def _dtype(fields: Fields) -> str | None:
+def read_dtype(fields: Fields) -> str | None:
+    """Of the checkpoint's weights, under its new or its old name."""
     new, old = fields.get("dtype"), fields.get("torch_dtype")
     value = new if new is not None else old
     if value is not None and not isinstance(value, str):

@@ -12,6 +12,7 @@ from baton.shared.model_files.fields import Fields
 if TYPE_CHECKING:
     from baton.shared.engine.executor import Model
     from baton.shared.engine.model_loader import ModelLoader
+    from baton.shared.engine.models.blocks import Names
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,16 @@ class ModelType:
     """`model_type` of config.json."""
     configure: Callable[[Fields], ModelConfig]
     """Normalises config.json; ModelError, naming the field, for what is not computed here."""
-    build: Callable[[Any, ModelLoader], Model]
-    """The model of what `configure` returned. It asks the loader for each part once, in the order
-    of the layers, and does not look at what it gets: the loader may be one that reads nothing."""
+    build: Callable[[Any, ModelLoader, Names], Model]
+    """The model of what `configure` returned, and of the names that the checkpoint has. It asks the
+    loader for each part once, in the order of the layers, and does not look at what it gets: the
+    loader may be one that reads nothing."""
+    names: tuple[Names, ...]
+    """What checkpoints call their modules, in every form that there is."""
     ignored_tensors: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of names that a checkpoint may hold for nothing."""
+    ignored_modules: tuple[str, ...] = ()
+    """Beginnings of names of what is not computed here, as what sees images; with a dot."""
+
+    def ignores(self, tensor: str) -> bool:
+        return tensor.endswith(self.ignored_tensors) or tensor.startswith(self.ignored_modules)

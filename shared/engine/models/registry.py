@@ -5,18 +5,25 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from baton.shared.engine.models.granite import GRANITE
 from baton.shared.engine.models.llama import LLAMA
-from baton.shared.engine.models.mistral import MISTRAL
+from baton.shared.engine.models.mistral import MISTRAL, MISTRAL3
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.qwen2 import QWEN2, QWEN2_5_VL
+from baton.shared.engine.models.qwen3 import QWEN3, QWEN3_VL
 from baton.shared.engine.models.rope_fields import check_ropes
 from baton.shared.model_files.fields import shown
 from baton.shared.model_files.info import open_config
+from baton.shared.model_files.type_defaults import text_part
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
-_TYPES = {each.name: each for each in (LLAMA, MISTRAL)}
+_TYPES = {
+    each.name: each
+    for each in (GRANITE, LLAMA, MISTRAL, MISTRAL3, QWEN2, QWEN2_5_VL, QWEN3, QWEN3_VL)
+}
 _BOOKKEEPING = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bad_words_ids
@@ -52,7 +59,7 @@ def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
         known = ", ".join(sorted(_TYPES))
         raise fields.error("model_type", f"{shown(name)} is not supported; supported are {known}")
     config = model_type.configure(fields)
-    check_ropes(fields, {(layer.rope, layer.head_dim) for layer in config.layers})
+    check_ropes(text_part(fields), {(layer.rope, layer.head_dim) for layer in config.layers})
     ignored = fields.unread(_BOOKKEEPING)
     if ignored:
         log_event(

@@ -372,10 +372,8 @@ def test_fused_projections_are_a_declaration(
         **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
         **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
     }
-    build = partial(decoder.build, names=names)
-
     monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
-    registry.register(ModelType("test_fused", llama.configure, build))
+    registry.register(ModelType("test_fused", llama.configure, decoder.build, (names,)))
     model_dir, _ = make_llama(attention_bias=True)
     row = Batch([BatchRow(list(range(40)), 0, [[0, 1, 2]])])
     expected = make_runner(model_dir).logits(row)

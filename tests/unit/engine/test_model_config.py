@@ -234,7 +234,7 @@ def test_weights_of_8_bits_with_scales_are_taken(
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"model_type": "gemma2"}, 'model_type: "gemma2" is not supported; supported are llama'),
+        ({"model_type": "mamba"}, 'model_type: "mamba" is not supported; supported are '),
         ({"model_type": None}, "model_type"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
@@ -301,5 +301,5 @@ def test_a_type_may_be_registered_from_outside(read: Read, monkeypatch: pytest.M
     monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
     with pytest.raises(ModelError, match="model_type"):
         read(model_type="llama_of_ours")
-    registry.register(ModelType("llama_of_ours", LLAMA.configure, LLAMA.build))
+    registry.register(ModelType("llama_of_ours", LLAMA.configure, LLAMA.build, LLAMA.names))
     assert read(model_type="llama_of_ours").model_type == "llama_of_ours"

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from baton.shared.model_files.fields import Fields, ModelError
 from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
+from baton.shared.model_files.type_defaults import DEFAULTS
 
 BASE: dict[str, Any] = {
     "model_type": "whatever",
@@ -77,6 +79,40 @@ def test_what_is_refused(changes: dict[str, Any], field: str, tmp_path: Path) ->
         load_model_info(write(tmp_path, **changes))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'config.json'}: {field}: ") and "\n" not in message
+
+
+def test_a_multimodal_model_is_its_text_part_to_those_who_do_not_compute(tmp_path: Path) -> None:
+    def info(**fields: Any) -> ModelInfo:
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        return load_model_info(tmp_path)
+
+    text = {"model_type": "ministral3", "vocab_size": 400, "eos_token_id": 7}
+    nested = info(model_type="mistral3", text_config=text, vision_config={"vocab_size": 5})
+    assert nested == ModelInfo("mistral3", 400, 262144, (7,), 1)
+    # What is said of the whole model goes before.
+    assert info(model_type="mistral3", text_config=text, eos_token_id=[8]).eos_token_ids == (8,)
+    # The vocabulary may be left out.
+    bare = {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2"}}
+    assert info(**bare) == ModelInfo("qwen2_5_vl", 152064, 32768, (151645,), 151643)
+    flat = info(model_type="qwen2_5_vl", vocab_size=900, max_position_embeddings=64)
+    assert flat == ModelInfo("qwen2_5_vl", 900, 64, (), None)
+    unknown = info(model_type="new_vl", text_config={"vocab_size": 320, "bos_token_id": 4})
+    assert unknown == ModelInfo("new_vl", 320, None, (), 4)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert info(model_type="mistral3", text_config=text).eos_token_ids == (5, 6)
+    with pytest.raises(ModelError, match=r"config\.json: text_config\.vocab_size: "):
+        info(model_type="mistral3", text_config={"vocab_size": "many"})
+    with pytest.raises(ModelError, match=r"config\.json: text_config: must be an object"):
+        info(model_type="mistral3", text_config=[1])
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    for name, value in DEFAULTS[model_type].items():
+        if name == "sliding_window" and hasattr(config, "use_sliding_window"):
+            value = value if config.use_sliding_window else None
+        assert getattr(config, name) == value, name
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", '{"a": ' + "[" * 10**5])

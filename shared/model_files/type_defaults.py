@@ -1,0 +1,199 @@
+"""What config.json means where it says nothing: by model type, the defaults of its class in
+transformers, and which types keep their language model's fields in `text_config`.
+
+Files of multimodal models leave out whatever is as in the class, the vocabulary included, so that
+the gateway needs this as the engine does. Fields of rotary embedding stand with the types, in
+shared/engine/models/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from baton.shared.model_files.fields import Fields
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "ministral3": {
+        "vocab_size": 131072,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "phi3": {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+    },
+    "granite": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "smollm3": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "no_rope_layer_interval": 4,
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "glm4": {
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 13696,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 0.00000015625,
+        "attention_bias": True,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+    "qwen2_5_vl_text": {
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "max_window_layers": 80,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
+    "qwen3_vl_text": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+    },
+    "mistral3": {"tie_word_embeddings": True},
+}
+
+TEXT_TYPES: Mapping[str, tuple[str, ...]] = {
+    "mistral3": ("mistral", "ministral3"),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "qwen3_vl": ("qwen3_vl_text",),
+}
+"""Types that have a language model in `text_config` → what that may be. Of several it is the one
+that it says, by default the first; where there is one, it is that, whatever it says."""
+
+
+def assume_defaults(fields: Fields) -> None:
+    """What its class in transformers has is taken for what a config.json does not hold."""
+    model_type = fields.get("model_type")
+    if isinstance(model_type, str):
+        fields.assume(DEFAULTS.get(model_type, {}))
+
+
+def text_part(fields: Fields) -> Fields:
+    """The language model's fields, with the defaults of its type: those of config.json itself, or
+    of its `text_config`.
+
+    Of a type that nothing is known of, `text_config` counts if it is there.
+
+    Raises:
+        ModelError: `text_config` is no object.
+    """
+    name = fields.get("model_type")
+    possible = TEXT_TYPES.get(name) if isinstance(name, str) else None
+    if possible is None and isinstance(name, str) and name in DEFAULTS:
+        return fields
+    text = fields.object("text_config")
+    if text is None:
+        if possible is not None:
+            fields.assume(DEFAULTS[possible[0]])
+        return fields
+    own = text.get("model_type")
+    if possible is not None and (len(possible) == 1 or own is None):
+        own = possible[0]
+    if isinstance(own, str):
+        text.assume({"model_type": own, **DEFAULTS.get(own, {})})
+    return text

@@ -1,0 +1,211 @@
+"""Random tiny models of every type, made with transformers: what test_model_types.py runs over.
+
+A type adds its rows to TINY_MODELS; nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
+
+Fields = dict[str, Any]
+_CAUSAL_LM: Any = AutoModelForCausalLM
+_MULTIMODAL: Any = AutoModelForImageTextToText
+
+SIZES: Fields = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW = 21
+"""Of the windowed ones; some prompts end around it."""
+VISION = {
+    "mistral3": {"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 8},
+    "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+    "qwen3_vl": {
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+}
+"""Multimodal types, and what makes their vision small; the fields of others are the text's."""
+
+TINY_MODELS: dict[str, dict[str, Fields]] = {
+    "qwen2": {
+        "full": {"tie_word_embeddings": True},
+        "upper windows": {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "hidden_size": 96,
+        },
+        "all windows of one": {
+            "use_sliding_window": True,
+            "sliding_window": 1,
+            "max_window_layers": 0,
+        },
+        "layers named": {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "qwen3": {
+        "heads apart": {"head_dim": 24, "tie_word_embeddings": True},
+        "biases": {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 4},
+        "upper windows": {
+            "head_dim": 32,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 2,
+        },
+        "one layer, odd sizes": {
+            "head_dim": 40,
+            "vocab_size": 307,
+            "intermediate_size": 101,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-5,
+        },
+    },
+    "granite": {
+        "scaled": {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 0.25,
+            "tie_word_embeddings": True,
+        },
+        "biases": {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 1.7,
+            "logits_scaling": 0.7,
+        },
+        "neutral but attention": {"head_dim": 24, "num_key_value_heads": 1},
+        "odd": {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "hidden_size": 96,
+            "embedding_multiplier": 0.5,
+            "logits_scaling": 0.6,
+            "attention_multiplier": 0.11,
+        },
+    },
+    "mistral3": {
+        "full": {"text_config": {"model_type": "mistral", "sliding_window": None, "head_dim": 24}},
+        "windowed": {"text_config": {"model_type": "mistral", "sliding_window": WINDOW}},
+        "untied": {
+            "text_config": {"sliding_window": None, "num_key_value_heads": 1},
+            "tie_word_embeddings": False,
+        },
+        "heads": {
+            "text_config": {
+                "model_type": "mistral",
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
+                "hidden_size": 96,
+                "sliding_window": 16,
+            }
+        },
+    },
+    "qwen2_5_vl": {
+        "full": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        "tied": {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"type": "mrope", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        "upper windows": {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+        },
+        "heads": {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "hidden_size": 96,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+    },
+    "qwen3_vl": {
+        "heads apart": {
+            "head_dim": 24,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4]},
+        },
+        "tied": {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_interleaved": True,
+                "mrope_section": [4, 2, 2],
+            },
+        },
+        "biases": {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 1},
+        "odd": {"head_dim": 32, "num_attention_heads": 5, "num_key_value_heads": 5},
+    },
+}
+CASES = [(model_type, case) for model_type, cases in TINY_MODELS.items() for case in cases]
+
+
+def make_tiny(
+    model_dir: Path, model_type: str, fields: Fields, *, std: float = 0.35, seed: int = 7
+) -> Any:
+    """Saves a random model → the same in transformers, float32 and eager.
+
+    Logits are far apart, and attention looks at few tokens.
+    """
+    quiet: Any = transformers_logging
+    quiet.disable_progress_bar()
+    torch.manual_seed(seed)
+    model = _new_model(model_type, fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=std / 0.7)
+            else:
+                parameter.normal_(std=std)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(model_dir)
+    return model.eval()
+
+
+def _new_model(model_type: str, fields: Fields) -> Any:
+    if model_type not in VISION:
+        config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
+        return _CAUSAL_LM.from_config(config, attn_implementation="eager")
+    fields = dict(fields)
+    outer = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}
+    text = {**SIZES, **fields.pop("text_config", fields)}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(
+        model_type, text_config=text, vision_config={**vision, **VISION[model_type]}, **outer
+    )
+    return _MULTIMODAL.from_config(config, attn_implementation="eager")
