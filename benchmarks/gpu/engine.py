@@ -24,6 +24,7 @@ from baton.loadtest.environment import describe_environment
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.rpc.flags import length_or_auto
 from benchmarks.checkout import RESULTS
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.in_process import InProcessEngine
@@ -218,7 +219,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", type=lambda text: text.split(","), default=list(_PARTS))
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--token-budget", type=int)
-    parser.add_argument("--max-model-len", type=int, default=16_384)
+    parser.add_argument("--max-model-len", type=length_or_auto, default=16_384)
     parser.add_argument("--output", type=Path, default=RESULTS / "engine.json")
     args = parser.parse_args(argv)
     for part in args.points:

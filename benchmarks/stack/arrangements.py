@@ -15,6 +15,7 @@ from baton.loadtest.run import run_load
 from baton.loadtest.samples import summarise
 from baton.loadtest.spec import Load
 from baton.services.launcher.roles import RoleCounts, StackConfig
+from baton.shared.rpc.flags import length_or_auto
 from benchmarks.stack.launched import BenchmarkStack, StackFailed, StackOptions, cpu_s
 from models.dummy_model import SHAPES
 
@@ -38,7 +39,7 @@ def add_stack_flags(parser: argparse.ArgumentParser, *, device: str) -> None:
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--num-blocks", type=int, help="of each pool; default: the worker's")
     add("--block-size", type=int, default=16)
-    add("--max-model-len", type=int, help="default: the longest workload")
+    add("--max-model-len", type=length_or_auto, help="default: the longest workload")
     add("--worker-flags", default="", help='more flags for all workers, "--threads 2"')
     add("--prefill-flags", default="", help="more flags for prefill workers")
     add("--decode-flags", default="", help="more flags for workers that decode")

@@ -143,10 +143,14 @@ async def serve(args: argparse.Namespace) -> int:
                 model_name=args.model.resolve().name,
                 model_type=model.model_type,
                 vocab_size=model.vocab_size,
-                max_model_len=model.max_position_embeddings or _MAX_MODEL_LEN,
                 eos_token_ids=tuple(model.eos_token_ids),
             ),
-            capacity=Capacity(_BLOCK_SIZE, (_NUM_BLOCKS,), (GroupShare(0),)),
+            capacity=Capacity(
+                _BLOCK_SIZE,
+                (_NUM_BLOCKS,),
+                (GroupShare(0),),
+                max_model_len=model.max_position_embeddings or _MAX_MODEL_LEN,
+            ),
             load=WorkerLoad(0, engine.num_running, (_NUM_BLOCKS,), {}),
         )
 

@@ -10,12 +10,13 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Collection
 
 import grpc
 
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.links import DecodeLink
-from baton.services.gateway.router import LocalPrefill, WorkerSnapshot, choose
+from baton.services.gateway.router import LocalPrefill, WorkerSnapshot, choose, longest_sequence
 from baton.services.gateway.routing import Routing
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.ways import Ways
@@ -30,6 +31,7 @@ from baton.shared.directory.directory import (
 from baton.shared.directory.keys import WORKER_TTL_S
 from baton.shared.directory.ledger import Stage
 from baton.shared.directory.workers import ClusterView, WorkerRecord
+from baton.shared.kv.capacity import Capacity
 from baton.shared.model_files.info import ModelInfo
 from baton.shared.telemetry import log_event
 
@@ -173,22 +175,17 @@ class Cluster:
             return None
 
     def limits(self) -> Limits:
-        """As the workers have them; the model's own while none is known."""
-        records = self.records()
-        lengths = [record.model.max_model_len for record in records]
+        """Of what workers that go together take; the model's own while none is known.
+
+        Only some of them may take the longest: each request goes to workers that take it
+        (`choose`).
+        """
+        workers = self.snapshots()
         own_len = self._model.max_position_embeddings or _SHORT_MODEL_LEN
-        max_model_len = min(lengths, default=own_len)
-        pools = [
-            max(
-                (r.capacity.max_tokens(max_model_len) for r in records if r.role != other_side),
-                default=None,
-            )
-            for other_side in ("prefill", "decode")
-        ]
         return Limits(
             vocab_size=self._model.vocab_size,
-            max_model_len=max_model_len,
-            max_pool_tokens=min((pool for pool in pools if pool is not None), default=None),
+            max_model_len=_longest(workers, lambda capacity: capacity.max_model_len) or own_len,
+            max_pool_tokens=_longest(workers, lambda capacity: capacity.longest),
         )
 
     def has_route(self) -> bool:
@@ -206,3 +203,14 @@ class Cluster:
         await self._ways.close()
         if self._directory is not None:
             await self._directory.aclose()
+
+
+def _longest(
+    workers: Collection[WorkerSnapshot], length_of: Callable[[Capacity], int]
+) -> int | None:
+    """None while no worker is known. Until there are some that go together, the least of what the
+    first ones take: their partners are still to come."""
+    longest = longest_sequence(workers, length_of)
+    if longest is not None:
+        return longest
+    return min((length_of(worker.capacity) for worker in workers), default=None)

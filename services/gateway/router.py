@@ -238,6 +238,27 @@ class _Prompt:
         return Route(prefill, decode, self.num_new_tokens(prefill))
 
 
+def longest_sequence(
+    workers: Collection[WorkerSnapshot], length_of: Callable[[Capacity], int]
+) -> int | None:
+    """Tokens of the longest sequence that some pair of workers, or one alone, serves to its end;
+    None while there is no such pair.
+
+    Both must hold all of it: on a new attempt what was answered is part of the prompt.
+
+    length_of: what counts as a worker's longest.
+    """
+    firsts: dict[str, int] = {}
+    lasts: dict[str, int] = {}
+    for worker in workers:
+        length, key = length_of(worker.capacity), worker.capability_hash
+        if worker.role != "decode":
+            firsts[key] = max(length, firsts.get(key, 0))
+        if worker.role != "prefill":
+            lasts[key] = max(length, lasts.get(key, 0))
+    return max((min(firsts[key], lasts[key]) for key in firsts.keys() & lasts.keys()), default=None)
+
+
 def next_in_turn(
     held: Sequence[_Held], since_s: Callable[[_Held], float], now_s: float, late_after_s: float
 ) -> _Held | None:

@@ -14,7 +14,14 @@ import enum
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from baton.services.gateway.router import LocalPrefill, Route, WorkerSnapshot, choose, longest_run
+from baton.services.gateway.router import (
+    LocalPrefill,
+    Route,
+    WorkerSnapshot,
+    choose,
+    longest_run,
+    longest_sequence,
+)
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.turns import Turn, Turns
 from baton.services.gateway.workers import Workers
@@ -43,6 +50,7 @@ class _Wanted:
     capability_hash: str | None
     salt: bytes
     may_hold: bool
+    has_begun: bool
     begun_on: str | None
 
     @property
@@ -100,7 +108,9 @@ class Routing:
         serves another model.
         """
         may_hold = self._may_hold and not has_begun
-        wanted = _Wanted(token_ids, num_new_tokens, capability_hash, salt, may_hold, begun_on)
+        wanted = _Wanted(
+            token_ids, num_new_tokens, capability_hash, salt, may_hold, has_begun, begun_on
+        )
         with self._turns.turn() as turn:
             while True:
                 changed = self._changed
@@ -177,10 +187,18 @@ class Routing:
 
 
 def _check_fits(wanted: _Wanted, snapshots: list[WorkerSnapshot]) -> None:
-    """Raises InvalidField when the pools of no worker hold the sequence."""
-    if not snapshots or any(s.capacity.holds(wanted.num_tokens) for s in snapshots):
-        return
-    largest = max((s.capacity for s in snapshots), key=lambda c: c.max_tokens(wanted.num_tokens))
-    limit = f"{largest.describe()}, the largest there is"
-    problem = f"needs {largest.describe_need(wanted.num_tokens)}"
+    """Raises InvalidField when no workers hold the sequence together.
+
+    An answer that has begun was admitted when there were some: they may come back.
+    """
+    num_tokens = wanted.num_tokens
+    if not snapshots or any(s.capacity.holds(num_tokens) for s in snapshots):
+        longest = longest_sequence(snapshots, lambda capacity: capacity.longest)
+        if wanted.has_begun or longest is None or longest >= num_tokens:
+            return
+        limit = f"prompt and answer together {longest}, the longest that workers share"
+        raise InvalidField("token_ids", f"needs {num_tokens} tokens", limit=limit)
+    largest = max((s.capacity for s in snapshots), key=lambda capacity: capacity.longest)
+    limit = f"{largest.describe(num_tokens)}, the most there is"
+    problem = f"needs {largest.describe_need(num_tokens)}"
     raise InvalidField("token_ids", problem, limit=limit)

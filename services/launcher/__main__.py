@@ -11,7 +11,7 @@ from baton.services.launcher.flag_types import count, port, positive, seconds, t
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
-from baton.shared.rpc.flags import add_flag, add_switch, optional_port
+from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
 from baton.v1 import inference_service_pb2 as pb
 
 _LOAD = "load"
@@ -186,9 +186,10 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     add_flag(
         workers,
         "--max-model-len",
-        type=positive,
-        metavar="N",
-        help="prompt and answer together; default: the model's",
+        type=length_or_auto,
+        metavar="N|auto",
+        help="tokens of prompt and answer; auto: the most for which each worker's pool has room; "
+        "default: the model's",
     )
     gateway = parser.add_argument_group("gateway")
     add_flag(gateway, "--host", type=str, default=defaults.host, help="address to listen on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 GATEWAY = "gateway"
 DEFAULT_HTTP_PORT = 8000
@@ -55,7 +56,7 @@ class StackConfig:
     cluster: str = "default"
     num_blocks: int | None = None
     block_size: int = 16
-    max_model_len: int | None = None
+    max_model_len: int | Literal["auto"] | None = None
     host_memory_mib: int | None = None
     """What each worker may take of the host's memory."""
     reflection: bool = False

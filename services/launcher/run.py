@@ -16,7 +16,7 @@ from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackCo
 from baton.services.launcher.stack import Stack
 from baton.services.launcher.target import connect, report
 from baton.services.launcher.up import notice_to_stderr, run_stack, to_stderr
-from baton.shared.rpc.flags import add_flag, optional_port
+from baton.shared.rpc.flags import add_flag, length_or_auto, optional_port
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
@@ -59,6 +59,8 @@ def main() -> int:
         # Nobody else has to know the port when there is but one answer.
         port=0 if args.once else args.port,
         http_port=None if args.once else args.http_port,
+        # Whatever fits: who tries a model wants an answer of it first.
+        max_model_len=args.max_model_len,
     )
     lines = _RoleLines()
 
@@ -88,6 +90,14 @@ def _parse() -> argparse.Namespace:
         type=optional_port,
         default=DEFAULT_HTTP_PORT,
         help="port of the OpenAI endpoint; none is without",
+    )
+    add_flag(
+        parser,
+        "--max-model-len",
+        type=length_or_auto,
+        default="auto",
+        metavar="N|auto",
+        help="tokens of prompt and answer; auto: the most for which each worker's pool has room",
     )
     parser.add_argument("--once", action="store_true", help="stop after one answer")
     return parser.parse_args()

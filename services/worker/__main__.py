@@ -22,7 +22,7 @@ from baton.shared.engine.config import (
 from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import served_name
-from baton.shared.rpc.flags import add_flag, add_switch
+from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto
 from baton.shared.telemetry import add_log_flags, configure_logging
 
 logger = logging.getLogger("worker")
@@ -115,7 +115,14 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
     add_switch(parser, "--no-cuda-graphs", help="launch every kernel by itself, to debug with")
     add_flag(parser, "--num-blocks", type=int, help="size of the KV pool; default: from memory")
     add_flag(parser, "--block-size", type=int, default=16, help="tokens per block")
-    add_flag(parser, "--max-model-len", type=int, help="prompt and answer; default: the model's")
+    add_flag(
+        parser,
+        "--max-model-len",
+        type=length_or_auto,
+        metavar="N|auto",
+        help="tokens of prompt and answer; auto: the most for which the KV pool has room; default: "
+        "the model's",
+    )
     add_flag(
         parser,
         "--token-budget",

@@ -224,7 +224,7 @@ class EngineLoop:
             num_tokens += sequence.params.max_tokens - sequence.first_index
         if not capacity.holds(num_tokens):
             problem = f"needs {capacity.describe_need(num_tokens)}"
-            return InvalidField("token_ids", problem, limit=capacity.describe())
+            return InvalidField("token_ids", problem, limit=capacity.describe(num_tokens))
         return None
 
     def _cancel_up_to(self, key: AttemptKey) -> None:

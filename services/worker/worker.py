@@ -359,7 +359,6 @@ class Worker:
                 model_name=self._args.model_name,
                 model_type=model.model_type,
                 vocab_size=model.vocab_size,
-                max_model_len=self._runner.max_model_len,
                 eos_token_ids=tuple(model.eos_token_ids),
                 files_stamp=self._runner.model_identity.files_stamp,
             ),

@@ -18,7 +18,7 @@ from baton.shared.telemetry import log_event
 log = logging.getLogger(__name__)
 
 Role = Literal["prefill", "decode", "both"]
-_SCHEMA = 2
+_SCHEMA = 3
 _T = TypeVar("_T")
 
 # KEYS  1 the worker's record, 2 the sorted set of workers, 3 the cluster's model
@@ -86,7 +86,6 @@ class ModelFacts:
     model_name: str
     model_type: str
     vocab_size: int
-    max_model_len: int
     eos_token_ids: tuple[int, ...]
     files_stamp: str = ""
     """Equal stamps: the very files of this host that this worker read; empty when it is not sure
@@ -252,7 +251,6 @@ def decode_record(text: str) -> WorkerRecord:
             model_name=_text(model, "model_name"),
             model_type=_text(model, "model_type"),
             vocab_size=_count(model, "vocab_size"),
-            max_model_len=_count(model, "max_model_len"),
             eos_token_ids=tuple(_items(model, "eos_token_ids", int)),
             files_stamp=_text(model, "files_stamp"),
         ),
@@ -274,6 +272,7 @@ def _capacity(fields: dict[str, Any]) -> Capacity:
             GroupShare(_count(share, "pool"), _optional_count(share, "max_blocks"))
             for share in _items(fields, "groups", dict)
         ),
+        max_model_len=_count(fields, "max_model_len"),
     )
     num_pools = len(capacity.num_blocks)
     if not capacity.groups or any(share.pool >= num_pools for share in capacity.groups):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from baton.shared.model_files.fields import ModelError
 
@@ -17,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "triton", "torch")
 LOAD_FORMATS = ("auto", "dummy")
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class EngineConfig:
 
     `token_budget` is the most tokens of one step, `max_num_seqs` the most rows. None lets the
     engine choose: `num_blocks` from memory, `token_budget` by measurement on a GPU; for
-    `max_model_len` it means the model's own limit.
+    `max_model_len` it means the model's own limit, and auto the longest up to it for which the
+    block pools have room.
 
     `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
     `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.
@@ -44,7 +47,7 @@ class EngineConfig:
     dtype: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
-    max_model_len: int | None = None
+    max_model_len: int | Literal["auto"] | None = None
     token_budget: int | None = None
     max_num_seqs: int = 256
     kernels: str = "auto"
@@ -82,18 +85,20 @@ class EngineConfig:
             "host_memory_mib",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value != AUTO and value < 1:
                 raise ModelError(f"{name}: must be at least 1, not {value}")
 
 
-def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) -> int:
-    """The longest sequence, prompt and output together, that the engine takes.
+def most_model_len(config: EngineConfig, max_position_embeddings: int) -> int:
+    """The longest sequence, prompt and output together, that the engine is made for. With auto the
+    one that it takes may be shorter, and nothing else differs: workers that have room for more or
+    less go together.
 
     Raises:
         ModelError: the configured length is beyond what the model's positions were made for.
     """
     limit = max_position_embeddings
-    if config.max_model_len is None:
+    if config.max_model_len is None or config.max_model_len == AUTO:
         return limit
     if config.max_model_len > limit:
         raise ModelError(

@@ -1,15 +1,14 @@
-"""How much memory there is, and how many blocks the KV pool gets of it."""
+"""How much memory there is, what the KV pools get of it, and how long sequences may be then."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.config import AUTO, EngineConfig
 from baton.shared.engine.host_memory import HostMemory, host_memory, own_bytes
-from baton.shared.kv.arrangement import Arrangement
-from baton.shared.kv.capacity import GroupShare, blocks_by_pool
+from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
 from baton.shared.model_files.fields import ModelError
 
 _POOL_BYTES = 256 * 2**20
@@ -47,80 +46,140 @@ def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.dev
         )
 
 
-def choose_num_blocks(
+@dataclass(frozen=True, slots=True)
+class PoolChoice:
+    num_blocks: NumBlocks
+    max_model_len: int
+    limit: str
+    """What kept the pools from holding more, for the log."""
+
+
+def choose_pools(
     config: EngineConfig,
-    arrangement: Arrangement,
+    sizes: PoolSizes,
     *,
-    ahead_tokens: int,
-    max_model_len: int,
+    most_tokens: int,
     used_bytes: int,
     device: torch.device,
-) -> tuple[int, ...]:
-    """By pool: the configured number of blocks, else what the machine can spare.
+) -> PoolChoice:
+    """The configured number of blocks, else what the machine can spare; and how long sequences may
+    be.
 
-    Pools are cut for sequences of max_model_len; a configured number is that of the first pool, and
-    the others follow. On a CPU: four such sequences or 256 MiB, whichever is more, but at most
-    1 GiB and half of what is free. On a GPU: all that is left of the engine's share.
+    Pools are cut for the longest sequence; a configured number is that of the first pool, and the
+    others follow. On a CPU: four such sequences or 256 MiB, whichever is more, but at most 1 GiB
+    and half of what is free. On a GPU: all that is left of the engine's share.
 
     Args:
-        ahead_tokens: computed before a windowed group gives blocks back; see `most_blocks`.
+        most_tokens: of the longest sequence; with max_model_len auto, the one that fits may be
+            shorter.
         used_bytes: what weights and the largest step take beside the pools.
 
     Raises:
-        ModelError: not even one sequence of max_model_len fits, or the configured number does not
+        ModelError: not even one sequence of that length fits, or the configured number does not
             fit into memory.
     """
-    block_size = config.block_size
-    shares = arrangement.shares(block_size, ahead_tokens)
-    longest = blocks_by_pool(shares, arrangement.num_pools, max_model_len, block_size)
-    longest_bytes = _bytes_of(arrangement, longest)
-    host = ""
-    if device.type == "cuda":
-        room = _gpu_room(config, device) - used_bytes - GPU_MARGIN_BYTES
-        num_bytes = room
-    else:
-        free = free_host_memory(config)
-        host = f" ({free})"
-        room = free.free_bytes - used_bytes
-        wanted = max(4 * longest_bytes, _POOL_BYTES)
-        num_bytes = min(wanted, _MAX_POOL_BYTES, room // 2)
+    room = _room(config, used_bytes, device)
     if config.num_blocks is not None:
-        num_blocks = tuple(-(-config.num_blocks * count // longest[0]) for count in longest)
-        if _bytes_of(arrangement, num_blocks) > room:
-            sizes = " and ".join(
-                f"{count} blocks of {size} bytes"
-                for count, size in zip(num_blocks, arrangement.block_bytes, strict=True)
-            )
-            raise ModelError(
-                f"num_blocks: {sizes} do not fit into the {max(0, room)} bytes that are free{host}"
-            )
-        return num_blocks
-    # The zero block behind each pool's last one is a block too.
-    usable_bytes = num_bytes - sum(arrangement.block_bytes)
-    if usable_bytes < longest_bytes:
-        raise ModelError(
-            f"max_model_len: a sequence of {max_model_len} tokens needs "
-            f"{_needs(arrangement, shares, max_model_len, block_size)}, the pool would have "
-            f"{_gib(max(0, usable_bytes))}{host}: {_gib(longest_bytes - usable_bytes)} missing; "
-            "set num_blocks or a lower max_model_len"
+        return _of_configured_blocks(config, config.num_blocks, sizes, most_tokens, room)
+
+    def pools_for(num_tokens: int) -> NumBlocks:
+        need_bytes = sizes.bytes_of(sizes.blocks_for(num_tokens))
+        num_bytes = room.most_bytes
+        if device.type != "cuda":
+            num_bytes = min(num_bytes, max(4 * need_bytes, _POOL_BYTES))
+        return sizes.of_bytes(num_bytes, num_tokens)
+
+    longest = sizes.longest(pools_for, most_tokens)
+    if not longest or (longest < most_tokens and config.max_model_len != AUTO):
+        raise _too_long(config, sizes, most_tokens, longest, room)
+    return PoolChoice(pools_for(longest), longest, room.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    free_bytes: int
+    """Left beside weights and the largest step; may be negative."""
+    most_bytes: int
+    """What pools take of it at most, unless their size is configured."""
+    limit: str
+    """What keeps them from being larger."""
+    host: str
+    """What the host has free; empty on a GPU."""
+
+
+def _room(config: EngineConfig, used_bytes: int, device: torch.device) -> _Room:
+    if device.type == "cuda":
+        free = _gpu_room(config, device) - used_bytes - GPU_MARGIN_BYTES
+        limit = (
+            f"{_gib(max(0, free))} are left of the GPU "
+            f"(gpu_memory_utilization {config.gpu_memory_utilization:g})"
         )
-    if arrangement.num_pools == 1:
-        return (usable_bytes // arrangement.block_bytes[0],)
-    return tuple(usable_bytes * count // longest_bytes for count in longest)
+        return _Room(free, free, limit, "")
+    host = free_host_memory(config)
+    free = host.free_bytes - used_bytes
+    if free // 2 > _MAX_POOL_BYTES:
+        limit = f"on a CPU pools take {_gib(_MAX_POOL_BYTES)} at most, unless num_blocks is set"
+        return _Room(free, _MAX_POOL_BYTES, limit, f" ({host})")
+    limit = f"pools take half of what weights leave of {host}"
+    return _Room(free, free // 2, limit, f" ({host})")
 
 
-def _bytes_of(arrangement: Arrangement, num_blocks: Sequence[int]) -> int:
-    return sum(map(int.__mul__, num_blocks, arrangement.block_bytes))
+def _of_configured_blocks(
+    config: EngineConfig, num_blocks: int, sizes: PoolSizes, most_tokens: int, room: _Room
+) -> PoolChoice:
+    """Raises ModelError: they do not fit into memory."""
+
+    def pools_for(num_tokens: int) -> NumBlocks:
+        return sizes.of_first(num_blocks, num_tokens)
+
+    def pools_in_memory(num_tokens: int) -> NumBlocks | None:
+        pools = pools_for(num_tokens)
+        return pools if sizes.bytes_of(pools) <= room.free_bytes else None
+
+    longest, limit = most_tokens, f"num_blocks is {num_blocks}"
+    if config.max_model_len == AUTO:
+        longest = sizes.longest(pools_for, most_tokens)
+        if longest and pools_in_memory(longest) is None:
+            # Where the first pool's group is windowed, the others are small only for less.
+            longest, limit = sizes.longest(pools_in_memory, longest) or longest, room.limit
+        if not longest:
+            raise ModelError(f"num_blocks: {num_blocks} hold no sequence at all")
+    if pools_in_memory(longest) is None:
+        shown = " and ".join(
+            f"{count} blocks of {size} bytes"
+            for count, size in zip(pools_for(longest), sizes.arrangement.block_bytes, strict=True)
+        )
+        raise ModelError(
+            f"num_blocks: {shown} do not fit into the {max(0, room.free_bytes)} bytes that are "
+            f"free{room.host}"
+        )
+    return PoolChoice(pools_for(longest), longest, limit)
 
 
-def _needs(
-    arrangement: Arrangement, shares: Sequence[GroupShare], num_tokens: int, block_size: int
-) -> str:
+def _too_long(
+    config: EngineConfig, sizes: PoolSizes, num_tokens: int, longest: int, room: _Room
+) -> ModelError:
+    usable_bytes = max(0, room.most_bytes - sum(sizes.arrangement.block_bytes))
+    need_bytes = sizes.bytes_of(sizes.blocks_for(num_tokens))
+    way_out = f"not even {sizes.block_size} tokens fit beside the weights"
+    if longest:
+        way_out = (
+            f"set max_model_len to {AUTO}, which takes the longest that fits, {longest} now, or "
+            "to less, or set num_blocks"
+        )
+    return ModelError(
+        f"max_model_len: a sequence of {num_tokens} tokens needs {_needs(sizes, num_tokens)}, "
+        f"the pool would have {_gib(usable_bytes)}{room.host}: "
+        f"{_gib(max(0, need_bytes - usable_bytes))} missing; {way_out}"
+    )
+
+
+def _needs(sizes: PoolSizes, num_tokens: int) -> str:
     """What each group needs for one sequence."""
-    needs = []
-    for group, share in zip(arrangement.groups, shares, strict=True):
-        count = share.blocks_for(num_tokens, block_size)
-        size = _gib(count * arrangement.block_bytes[share.pool])
+    shares, needs = sizes.shares(), []
+    for group, share in zip(sizes.arrangement.groups, shares, strict=True):
+        count = share.blocks_for(num_tokens, sizes.block_size)
+        size = _gib(count * sizes.arrangement.block_bytes[share.pool])
         of_group = f" in the group of {group.spec}" if len(shares) > 1 else ""
         needs.append(f"{count} blocks ({size}){of_group}")
     return ", ".join(needs)

@@ -15,11 +15,11 @@ from torch import Tensor
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
-from baton.shared.engine.config import DeviceError, EngineConfig, resolve_max_model_len
+from baton.shared.engine.config import AUTO, DeviceError, EngineConfig, most_model_len
 from baton.shared.engine.executor import Executor, Model, Step
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.memory import check_weights_fit, choose_num_blocks
+from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
 from baton.shared.engine.model_digest import (
     ModelIdentity,
     Progress,
@@ -34,10 +34,11 @@ from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
-from baton.shared.kv.arrangement import Arrangement, arrange, most_blocks
+from baton.shared.kv.arrangement import Arrangement, arrange
 from baton.shared.kv.cache_spec import CacheGroup
-from baton.shared.kv.capacity import Capacity, GroupShare, num_blocks_for
+from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import log_event
 
@@ -53,8 +54,6 @@ _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
 _GOOD_ENOUGH = 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
-_SHARE_OF_SMALL_POOLS = 4
-"""A windowed group's share of a sequence is at most so large a part of its pool."""
 _MIN_CAPABILITY = (8, 0)
 _MOST_WITH_TRITON = {"vocab_size": 1 << 18, "hidden_size": 1 << 14, "head_dim": 256}
 
@@ -74,6 +73,7 @@ class ModelRunner:
         token_budget: the most tokens of one step.
         steps_ahead: how many steps may be launched before the result of the first is taken.
         num_drafts: the most drafts that a row of one token may have.
+        max_model_len: tokens of the longest sequence, prompt and answer together.
         capacity: what sequences take of the block pools.
     """
 
@@ -99,9 +99,9 @@ class ModelRunner:
             ModelError: the model, its weights or the configuration cannot be used.
         """
         self._model_type, self.model_config = load_model_config(config.model_dir)
-        self.max_model_len = resolve_max_model_len(
-            config, self.model_config.max_position_embeddings
-        )
+        # What cache and rope are made for, and until the pools are known the longest sequence.
+        self._most_tokens = most_model_len(config, self.model_config.max_position_embeddings)
+        self.max_model_len = self._most_tokens
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         self.cache_dtype = self.dtype
@@ -113,7 +113,7 @@ class ModelRunner:
             self.model_config.cache_specs,
             block_size=config.block_size,
             itemsize=self.cache_dtype.itemsize,
-            max_model_len=self.max_model_len,
+            max_model_len=self._most_tokens,
             ahead_tokens=self._ahead_tokens,
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
@@ -126,7 +126,7 @@ class ModelRunner:
         weights.check_all_taken(plan.shapes, self._model_type.ignores)
         check_weights_fit(config, plan.num_bytes, self.device)
         if self.device.type == "cpu":
-            self.num_blocks = self._choose_num_blocks(plan.num_bytes)
+            self._choose_pools(plan.num_bytes, progress)
         self.model_identity = self._identify(weights, progress)
         on_identity(self.model_identity)
         self._model = self._load(weights, plan, progress)
@@ -136,7 +136,7 @@ class ModelRunner:
         self.numerics = self._describe_numerics()
         self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
-            self.num_blocks = self._choose_num_blocks(self._measure_peak(progress))
+            self._choose_pools(self._measure_peak(progress), progress)
         num_bytes = KvCache.required_bytes(self.arrangement, self.num_blocks)
         self.kv_cache = KvCache(
             self.arrangement,
@@ -148,7 +148,6 @@ class ModelRunner:
         )
         self._executor: Executor = self._make_executor(self.kv_cache)
         self._warm_up(progress)
-        self.capacity = self._make_capacity()
 
     def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
         """A place for a sequence in the state that steps go on from.
@@ -223,7 +222,7 @@ class ModelRunner:
                 self._ops,
                 dtype=self.dtype,
                 device=self.device,
-                num_positions=self.max_model_len,
+                num_positions=self._most_tokens,
                 on_read=lambda: report.advance(1),
             )
 
@@ -253,28 +252,24 @@ class ModelRunner:
         budget = self._config.token_budget or largest
         return (1 + self.steps_ahead) * max(budget, 1 + self.num_drafts)
 
-    def _make_capacity(self) -> Capacity:
-        """A windowed group's share of a small pool is cut: prompts go on in smaller chunks then."""
-        block_size, shares = self._config.block_size, []
-        for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
-            most = most_blocks(group, block_size, self._ahead_tokens)
-            if most is not None:
-                # Enough to go on: a block, and the tokens in flight.
-                in_flight = (1 + self.steps_ahead) * (1 + self.num_drafts)
-                least = most_blocks(group, block_size, in_flight + block_size) or 0
-                most = max(least, min(most, self.num_blocks[pool] // _SHARE_OF_SMALL_POOLS))
-            shares.append(GroupShare(pool, most))
-        return Capacity(block_size, self.num_blocks, tuple(shares))
-
-    def _choose_num_blocks(self, used_bytes: int) -> tuple[int, ...]:
-        return choose_num_blocks(
-            self._config,
+    def _choose_pools(self, used_bytes: int, progress: Progress) -> None:
+        sizes = PoolSizes(
             self.arrangement,
+            self._config.block_size,
             ahead_tokens=self._ahead_tokens,
-            max_model_len=self.max_model_len,
+            in_flight_tokens=(1 + self.steps_ahead) * (1 + self.num_drafts),
+        )
+        choice = choose_pools(
+            self._config,
+            sizes,
+            most_tokens=self._most_tokens,
             used_bytes=used_bytes,
             device=self.device,
         )
+        self.num_blocks, self.max_model_len = choice.num_blocks, choice.max_model_len
+        self.capacity = sizes.capacity(self.num_blocks, self.max_model_len)
+        if self._config.max_model_len == AUTO:
+            progress(_describe_length(choice, self._most_tokens))
 
     def _make_executor(self, kv_cache: KvCache) -> Executor:
         if self.kernels == "torch":
@@ -472,6 +467,15 @@ def _operations(kernels: str, device: torch.device) -> Operations:
             message=problem,
         )
     return TritonOperations(overlaps=capability >= (9, 0))
+
+
+def _describe_length(choice: PoolChoice, most_tokens: int) -> str:
+    if choice.max_model_len == most_tokens:
+        return f"max_model_len auto: {most_tokens} tokens, all that the model knows"
+    return (
+        f"max_model_len auto: {choice.max_model_len} of {most_tokens} tokens, "
+        f"the longest sequence that the block pools hold: {choice.limit}"
+    )
 
 
 def _numerics(device: torch.device, kernels: str) -> str:

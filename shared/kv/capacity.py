@@ -1,4 +1,5 @@
-"""How many blocks a sequence needs, by pool: one arithmetic for gateway and worker.
+"""How long sequences may be, and how many blocks they need, by pool: one arithmetic for gateway
+and worker.
 
 What the gateway lets through the worker never refuses, for both ask the same `Capacity`.
 """
@@ -41,27 +42,36 @@ def blocks_by_pool(
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """A worker's block pools."""
+    """A worker's block pools, and how long a sequence it takes at all."""
 
     block_size: int
     """Tokens."""
     num_blocks: tuple[int, ...]
     """By pool."""
     groups: tuple[GroupShare, ...]
+    max_model_len: int
+    """Tokens of the longest sequence, prompt and answer together, whatever the pools hold."""
 
     def blocks_for(self, num_tokens: int) -> list[int]:
         """By pool: the most blocks that a sequence of so many tokens holds at once."""
         return blocks_by_pool(self.groups, len(self.num_blocks), num_tokens, self.block_size)
 
     def holds(self, num_tokens: int, num_free: Sequence[int] | None = None) -> bool:
-        """Whether a sequence of so many tokens fits into the pools, or what is free of them."""
+        """Whether a sequence of so many tokens is not too long, and fits into the pools, or what
+        is free of them."""
         room = self.num_blocks if num_free is None else num_free
-        return all(
+        fits = all(
             need <= have for need, have in zip(self.blocks_for(num_tokens), room, strict=True)
         )
+        return fits and num_tokens <= self.max_model_len
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that `holds` is true of."""
+        return self.max_tokens(self.max_model_len)
 
     def max_tokens(self, limit: int, num_free: Sequence[int] | None = None) -> int:
-        """Tokens of the longest sequence that fits, at most `limit`."""
+        """Tokens for which the pools, or what is free of them, have room; at most `limit`."""
         room = self.num_blocks if num_free is None else num_free
         whole = min(self._max_whole(pool, blocks) for pool, blocks in enumerate(room))
         return int(min(limit, whole * self.block_size))
@@ -78,8 +88,10 @@ class Capacity:
             left, num_groups = left - most, num_groups - 1
         return left // num_groups if num_groups else float("inf")
 
-    def describe(self) -> str:
-        """For a refusal: what there is."""
+    def describe(self, num_tokens: int) -> str:
+        """For the refusal of so many tokens: what there is."""
+        if num_tokens > self.max_model_len:
+            return f"{self.max_model_len} tokens in a sequence"
         if len(self.num_blocks) == 1:
             return f"{self.num_blocks[0]} blocks in the pool"
         return ", ".join(
@@ -87,7 +99,9 @@ class Capacity:
         )
 
     def describe_need(self, num_tokens: int) -> str:
-        """For a refusal: how many blocks are needed, and where."""
+        """For a refusal: what is needed, and where."""
+        if num_tokens > self.max_model_len:
+            return f"{num_tokens} tokens"
         needs = list(zip(self.blocks_for(num_tokens), self.num_blocks, strict=True))
         if len(needs) == 1:
             return f"{needs[0][0]} blocks"

@@ -97,6 +97,19 @@ def optional_port(text: str) -> Any:
     return None if value < 0 else value
 
 
+def length_or_auto(text: str) -> Any:
+    """An int of at least 1, or "auto"."""
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, nor auto") from None
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and {2**31 - 1}")
+    return value
+
+
 def _look_up(flag: str, environ: Mapping[str, str] | None) -> tuple[str, _FromEnvironment | None]:
     variable = variable_name(flag)
     text = (os.environ if environ is None else environ).get(variable, "")

@@ -25,11 +25,27 @@ DEMO = Path(__file__).parents[2] / "models" / "demo"
 
 @pytest.fixture(scope="module")
 def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A model without tokenizer; requests are limited by its length."""
-    workers = {"p0": "prefill", "d0": "decode"}
-    flags = ["--max-model-len", str(MAX_MODEL_LEN)]
-    with Stack(tiny_model, tmp_path_factory.mktemp("stack"), workers, flags=flags) as stack:
+    """A model without tokenizer; requests are limited by the length that both workers take. Each
+    takes what its own pool has room for, far less than the model knows."""
+    with Stack(
+        tiny_model,
+        tmp_path_factory.mktemp("stack"),
+        {"p0": "prefill", "d0": "decode"},
+        flags=["--max-model-len", "auto"],
+        worker_flags={
+            "p0": ["--num-blocks", str(2 * MAX_MODEL_LEN // 16)],
+            "d0": ["--num-blocks", str(MAX_MODEL_LEN // 16)],
+        },
+    ) as stack:
         yield stack
+
+
+def test_each_worker_says_how_long_a_sequence_it_takes(stack: Stack) -> None:
+    info = stack.stub.GetModelInfo(inference_service_pb2.GetModelInfoRequest())
+    assert info.max_model_len == MAX_MODEL_LEN
+    for name, length in (("p0", 2 * MAX_MODEL_LEN), ("d0", MAX_MODEL_LEN)):
+        line = f"max_model_len auto: {length} of 4096 tokens, the longest sequence that"
+        assert line in stack.processes[name].log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def record(worker_id: str = "p0", incarnation: str = "a1") -> WorkerRecord:
         role="prefill",
         address="127.0.0.1:4242",
         capability=Capability("d" * 64, "float32", "bfloat16", 16, ("full:2x32", "axes"), "exact"),
-        model=ModelFacts("demo", "llama", 2048, 4096, (1, 2)),
-        capacity=Capacity(16, (128, 40), (GroupShare(0), GroupShare(1, 9), GroupShare(1, 7))),
+        model=ModelFacts("demo", "llama", 2048, (1, 2)),
+        capacity=Capacity(16, (128, 40), (GroupShare(0), GroupShare(1, 9), GroupShare(1, 7)), 4096),
         load=WorkerLoad(1, 2, (3, 0), {"num_steps": 7}),
     )
 

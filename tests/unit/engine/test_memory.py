@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.host_memory import HostMemory
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
+from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
 
 MIB = 2**20
@@ -28,24 +31,31 @@ TWO_POOLS = Arrangement(
 )
 
 
-def num_blocks(
+def choose(
     free_mib: int,
     monkeypatch: pytest.MonkeyPatch,
     arrangement: Arrangement = ONE_GROUP,
-    **config: int,
-) -> tuple[int, ...]:
-    """Of 1 MiB each, in a group of 800 MiB, in which this process has taken 100 MiB."""
+    *,
+    most_tokens: int = 320,
+    **config: Any,
+) -> memory.PoolChoice:
+    """With blocks of 1 MiB, in a group of 800 MiB, in which this process has taken 100 MiB."""
     bound = HostMemory(free_mib * MIB, 800 * MIB, GROUP)
     monkeypatch.setattr(memory, "host_memory", lambda: bound)
     monkeypatch.setattr(memory, "own_bytes", lambda: 100 * MIB)
-    return memory.choose_num_blocks(
-        EngineConfig(Path("model"), **config),  # type: ignore[arg-type]
-        arrangement,
-        ahead_tokens=16,
-        max_model_len=320,
+    return memory.choose_pools(
+        EngineConfig(Path("model"), **config),
+        PoolSizes(arrangement, block_size=16, ahead_tokens=16, in_flight_tokens=1),
+        most_tokens=most_tokens,
         used_bytes=50 * MIB,
         device=CPU,
     )
+
+
+def num_blocks(*args: Any, **options: Any) -> tuple[int, ...]:
+    choice = choose(*args, **options)
+    assert choice.max_model_len == 320
+    return choice.num_blocks
 
 
 def test_half_of_what_the_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +93,58 @@ def test_who_does_not_fit_is_told_what_each_group_needs(monkeypatch: pytest.Monk
     assert "20 blocks (0.02 GiB) in the group of Full" in message
     assert "6 blocks (0.01 GiB) in the group of Sliding" in message
     assert "missing" in message and "\n" not in message
+
+
+def test_a_refusal_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(60 - 50) / 2 MiB, less the zero block."""
+    with pytest.raises(ModelError, match="max_model_len to auto, .* fits, 64 now, or to less"):
+        num_blocks(60, monkeypatch)
+    assert choose(60, monkeypatch, max_model_len="auto").max_model_len == 64
+    # There is none where not even a block has room.
+    for length in (None, "auto"):
+        with pytest.raises(ModelError, match="missing; not even 16 tokens fit") as caught:
+            choose(50, monkeypatch, max_model_len=length)
+        assert "auto" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arrangement", [ONE_GROUP, TWO_POOLS])
+def test_auto_takes_what_would_not_be_refused(
+    arrangement: Arrangement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = set()
+    for free_mib in (66, 70, 90, 110, 400):
+        choice = choose(free_mib, monkeypatch, arrangement, max_model_len="auto")
+        longest = choice.max_model_len
+        lengths.add(longest)
+        assert choose(free_mib, monkeypatch, arrangement, most_tokens=longest) == choice
+        if longest < 320:
+            with pytest.raises(ModelError, match=f"the longest that fits, {longest} now"):
+                choose(free_mib, monkeypatch, arrangement, most_tokens=longest + 1)
+    assert max(lengths) == 320 and len(lengths) > 2
+
+
+def test_auto_says_what_limits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto: dict[str, Any] = {"max_model_len": "auto", "most_tokens": 100_000}
+    assert "half of what weights leave of 90 MiB free" in choose(90, monkeypatch, **auto).limit
+    assert "1.00 GiB at most" in choose(9000, monkeypatch, **auto).limit
+    assert choose(9000, monkeypatch, **auto).max_model_len == 1023 * 16
+    assert choose(90, monkeypatch, num_blocks=3, **auto).limit == "num_blocks is 3"
+
+
+def test_auto_with_a_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto: dict[str, Any] = {"max_model_len": "auto", "most_tokens": 100_000}
+    assert choose(400, monkeypatch, num_blocks=40, **auto).max_model_len == 640
+    choice = choose(400, monkeypatch, TWO_POOLS, num_blocks=40, **auto)
+    # Of the second pool what a sequence takes that fills the first.
+    assert (choice.num_blocks, choice.max_model_len) == ((40, 6), 640)
+    windowed_first = replace(
+        TWO_POOLS,
+        groups=TWO_POOLS.groups[::-1],
+        block_bytes=TWO_POOLS.block_bytes[::-1],
+    )
+    # Any length would do for the first; the second has to fit into memory.
+    choice = choose(400, monkeypatch, windowed_first, num_blocks=6, **auto)
+    assert choice.num_blocks[0] == 6 and choice.num_blocks[1] <= 350 - 2 * 6
+    assert choice.max_model_len == choice.num_blocks[1] * 16 == 338 * 16
+    with pytest.raises(ModelError, match="num_blocks: 400 blocks .* do not fit"):
+        choose(400, monkeypatch, num_blocks=400, **auto)

@@ -144,7 +144,7 @@ def snapshot(address: str) -> WorkerSnapshot:
         address=address,
         role="decode",
         capability_hash="c",
-        capacity=Capacity(16, (8,), (GroupShare(0),)),
+        capacity=Capacity(16, (8,), (GroupShare(0),), 4096),
         num_free_blocks=(8,),
         num_waiting=0,
         num_running=0,

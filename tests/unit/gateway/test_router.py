@@ -16,6 +16,7 @@ from baton.services.gateway.router import (
     WorkerSnapshot,
     choose,
     longest_run,
+    longest_sequence,
     next_in_turn,
 )
 from baton.shared.kv.block_hash import PREFIX_STRIDE_TOKENS
@@ -36,7 +37,8 @@ def worker(worker_id: str, role: Role, **changes: Any) -> WorkerSnapshot:
     }
     fields |= changes
     # Of one cache group, which reads everything, unless a capacity is given.
-    only_pool = Capacity(16, (fields.pop("num_blocks"),), (GroupShare(0),))
+    length = fields.pop("max_model_len", 1 << 20)
+    only_pool = Capacity(16, (fields.pop("num_blocks"),), (GroupShare(0),), length)
     free = fields.pop("num_free_blocks")
     fields.setdefault("capacity", only_pool)
     fields["num_free_blocks"] = free if isinstance(free, tuple) else (free,)
@@ -379,15 +381,74 @@ def test_longest_run_reaches_to_the_deepest_boundary_that_is_held() -> None:
 def test_a_worker_whose_scarcest_pool_is_too_small_is_left_out() -> None:
     """By the arithmetic of the worker itself: a windowed group takes so many blocks at most."""
     shares = (GroupShare(0), GroupShare(1, 4))
-    fits = worker("d", "decode", capacity=Capacity(16, (12, 4), shares), num_free_blocks=(12, 4))
-    short = worker("s", "decode", capacity=Capacity(16, (99, 3), shares), num_free_blocks=(99, 3))
+
+    def decode(name: str, num_blocks: tuple[int, int], num_free: tuple[int, int]) -> WorkerSnapshot:
+        capacity = Capacity(16, num_blocks, shares, 4096)
+        return worker(name, "decode", capacity=capacity, num_free_blocks=num_free)
+
+    fits, short = decode("d", (12, 4), (12, 4)), decode("s", (99, 3), (99, 3))
     assert route(worker("p", "prefill"), fits, short) == ("p", "d")
     assert route(worker("p", "prefill"), short) is None
-    empty = worker("e", "decode", capacity=Capacity(16, (99, 9), shares), num_free_blocks=(99, 0))
+    empty = decode("e", (99, 9), (99, 0))
     assert route(worker("p", "prefill"), empty, fits) == ("p", "d")
 
 
 def test_longest_run_counts_in_whole_blocks() -> None:
     """The directory lists every tenth block of 24 tokens: the last within each 256 tokens."""
-    odd = worker("w", "both", capacity=Capacity(24, (100,), (GroupShare(0),)))
+    odd = worker("w", "both", capacity=Capacity(24, (100,), (GroupShare(0),), 4096))
     assert longest_run([{"w": "w-first"}], [odd]) == {"w": 240}
+
+
+def longest(*workers: WorkerSnapshot) -> int | None:
+    return longest_sequence(workers, lambda capacity: capacity.longest)
+
+
+def test_the_longest_sequence_is_one_that_both_of_some_pair_hold() -> None:
+    def prefill(name: str, length: int, **changes: Any) -> WorkerSnapshot:
+        return worker(name, "prefill", max_model_len=length, **changes)
+
+    def decode(name: str, length: int, **changes: Any) -> WorkerSnapshot:
+        return worker(name, "decode", max_model_len=length, **changes)
+
+    assert longest() is None
+    assert longest(prefill("p", 500)) is None
+    pair = prefill("p", 500), decode("d", 300)
+    assert longest(*pair) == 300
+    # A short worker more takes nothing from the others.
+    assert longest(*pair, decode("s", 100), prefill("q", 200)) == 300
+    # Those of another capability do not go with these; what fits a pool counts too.
+    assert longest(*pair, decode("x", 600, capability_hash="b")) == 300
+    assert longest(*pair, worker("b", "both", max_model_len=9000, num_blocks=20)) == 320
+
+
+@given(
+    lengths=st.lists(
+        st.tuples(
+            st.sampled_from(["prefill", "decode", "both"]),
+            st.sampled_from("ab"),
+            st.integers(1, 400),
+            st.integers(0, 30),
+        ),
+        max_size=5,
+    ),
+    num_tokens=st.integers(2, 500),
+)
+def test_what_is_not_too_long_has_a_route_to_its_end(
+    lengths: list[tuple[Role, str, int, int]], num_tokens: int
+) -> None:
+    """As a new prompt too, of all tokens but one: so attempts go on."""
+    workers = [
+        worker(f"w{number}", role, capability_hash=key, max_model_len=length, num_blocks=blocks)
+        for number, (role, key, length, blocks) in enumerate(lengths)
+    ]
+    most = longest(*workers)
+    first, last = (
+        route(*workers, num_prompt_tokens=prompt, num_tokens=num_tokens)
+        for prompt in (1, num_tokens - 1)
+    )
+    if most is not None and num_tokens <= most:
+        assert first is not None and last is not None
+    if last is None or most is None:
+        return
+    # One token more than all of them hold may find a prefill worker, which holds the prompt only.
+    assert num_tokens - 1 <= most

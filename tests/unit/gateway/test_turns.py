@@ -53,7 +53,7 @@ class Pair(Workers):
                 address="127.0.0.1:1",
                 role=role,
                 capability_hash="a",
-                capacity=Capacity(16, (100,), (GroupShare(0),)),
+                capacity=Capacity(16, (100,), (GroupShare(0),), 4096),
                 num_free_blocks=(100,),
                 num_waiting=0,
                 num_running=0,
@@ -220,7 +220,7 @@ async def test_who_waits_for_another_worker_keeps_nobody_waiting(
     with_all = asked.workers.snapshots
 
     def smaller() -> list[WorkerSnapshot]:
-        large, small = (Capacity(16, (count,), (GroupShare(0),)) for count in (100, 40))
+        large, small = (Capacity(16, (count,), (GroupShare(0),), 4096) for count in (100, 40))
         away = WorkerSnapshot("away", "away", "", "both", "a", large, (9,), 0, 0, suspect=True)
         return [*(replace(each, capacity=small) for each in with_all()), away]
 
@@ -244,6 +244,25 @@ async def test_what_no_pool_holds_is_refused_though_others_wait(asked: Asked) ->
     with pytest.raises(InvalidField):
         await asked.tasks["huge"]
     assert "d" not in asked.routes
+
+
+async def test_what_no_pair_holds_is_refused_unless_it_has_begun(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill worker takes 4,096 tokens, its partner now 1,000: one that took more was there
+    when the answer began, and may come back."""
+    with_all = asked.workers.snapshots
+
+    def shorter() -> list[WorkerSnapshot]:
+        prefill, both = with_all()
+        return [prefill, replace(both, capacity=replace(both.capacity, max_model_len=1000))]
+
+    monkeypatch.setattr(asked.workers, "snapshots", shorter)
+    for name, goes_on in (("new", False), ("again", True)):
+        await asked.ask(name, num_tokens=985, goes_on=goes_on)
+    with pytest.raises(InvalidField, match=r"1001 tokens.*together 1000"):
+        await asked.tasks["new"]
+    assert not asked.tasks["again"].done()
 
 
 async def test_without_a_limit_of_lateness_nothing_is_held(clock: Clock) -> None:

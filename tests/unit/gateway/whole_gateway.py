@@ -56,8 +56,8 @@ def worker_record(worker_id: str) -> WorkerRecord:
         role="both",
         address="127.0.0.1:1",
         capability=CAPABILITY,
-        model=ModelFacts("null", "llama", 1000, 4096, (2,)),
-        capacity=Capacity(BLOCK_SIZE, (256,), (GroupShare(0),)),
+        model=ModelFacts("null", "llama", 1000, (2,)),
+        capacity=Capacity(BLOCK_SIZE, (256,), (GroupShare(0),), 4096),
         load=WorkerLoad(0, 0, (256,), {}),
     )
 

@@ -50,7 +50,7 @@ def make_capacity(
 ) -> Capacity:
     shares = max_blocks or [None] * len(pools)
     groups = tuple(GroupShare(pool, most) for pool, most in zip(pools, shares, strict=True))
-    return Capacity(BLOCK_SIZE, tuple(num_blocks), groups)
+    return Capacity(BLOCK_SIZE, tuple(num_blocks), groups, 4096)
 
 
 class Model:

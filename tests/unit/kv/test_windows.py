@@ -31,7 +31,7 @@ def make_pools(model: str, *, ahead: int, num_blocks: int = 100) -> Pools:
         for pool, group in zip(pools, groups, strict=True)
     ]
     sizes = (num_blocks,) * (max(pools) + 1)
-    return Pools(groups, Capacity(BLOCK_SIZE, sizes, tuple(shares)))
+    return Pools(groups, Capacity(BLOCK_SIZE, sizes, tuple(shares), 4096))
 
 
 def make_sequence(pools: Pools, num_prompt: int) -> Sequence:

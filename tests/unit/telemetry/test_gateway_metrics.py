@@ -29,8 +29,8 @@ def worker(
         role=role,
         address="",
         capability=Capability("m", "float32", "float32", 16, ("layout",), "exact"),
-        model=ModelFacts("m", "llama", 512, 4096, (2,)),
-        capacity=Capacity(16, (blocks,), (GroupShare(0),)),
+        model=ModelFacts("m", "llama", 512, (2,)),
+        capacity=Capacity(16, (blocks,), (GroupShare(0),), 4096),
         load=WorkerLoad(waiting, running, (free,), {}),
     )
 

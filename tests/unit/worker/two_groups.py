@@ -29,4 +29,4 @@ def make_two_groups(num_full: int, num_windowed: int) -> tuple[Pools, KvCache]:
     shares = (GroupShare(0), GroupShare(1, MOST_WINDOWED))
     cache = KvCache(arrangement, num_blocks, BLOCK_SIZE, torch.float32)
     cache.memory.random_(0, 100)
-    return Pools(GROUPS, Capacity(BLOCK_SIZE, num_blocks, shares)), cache
+    return Pools(GROUPS, Capacity(BLOCK_SIZE, num_blocks, shares, 4096)), cache

@@ -1,0 +1,97 @@
+"""What a worker's memory becomes: blocks by pool, and the longest sequence that they hold. Pure.
+
+The answer to "does it fit" is always that of the `Capacity` that the pools make: who admits
+requests asks the same one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from baton.shared.kv.arrangement import Arrangement, most_blocks
+from baton.shared.kv.capacity import Capacity, GroupShare, blocks_by_pool, num_blocks_for
+
+NumBlocks = tuple[int, ...]
+"""By pool."""
+
+_WINDOWED_PART = 2
+_MOST_OF_ONE_GROUP = 4
+"""Of a small pool, what a sequence holds in a windowed group is at most one part in so many; and
+what it holds in all windowed groups of the pool, one in `_WINDOWED_PART`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """Sizes of the pools of one arrangement."""
+
+    arrangement: Arrangement
+    block_size: int
+    """Tokens."""
+    ahead_tokens: int
+    """Computed before a windowed group gives blocks back; see `most_blocks`."""
+    in_flight_tokens: int
+    """The fewest of these that there may be: those of steps of single tokens."""
+
+    def blocks_for(self, num_tokens: int) -> list[int]:
+        """By pool: what a sequence of so many tokens takes where nothing is scarce."""
+        return blocks_by_pool(
+            self.shares(), self.arrangement.num_pools, num_tokens, self.block_size
+        )
+
+    def shares(self) -> list[GroupShare]:
+        """By group: what a sequence takes where nothing is scarce."""
+        return self.arrangement.shares(self.block_size, self.ahead_tokens)
+
+    def bytes_of(self, num_blocks: Sequence[int]) -> int:
+        """num_blocks: by pool."""
+        return sum(map(int.__mul__, num_blocks, self.arrangement.block_bytes))
+
+    def of_bytes(self, num_bytes: int, num_tokens: int) -> NumBlocks:
+        """All that so many bytes hold, shared out as sequences of `num_tokens` tokens need it."""
+        # The zero block behind each pool's last one is a block too.
+        usable_bytes = max(0, num_bytes - sum(self.arrangement.block_bytes))
+        if self.arrangement.num_pools == 1:
+            return (usable_bytes // self.arrangement.block_bytes[0],)
+        need = self.blocks_for(num_tokens)
+        need_bytes = self.bytes_of(need)
+        return tuple(usable_bytes * count // need_bytes for count in need)
+
+    def of_first(self, num_blocks: int, num_tokens: int) -> NumBlocks:
+        """So many in the first pool; the others follow as sequences of `num_tokens` tokens need
+        it."""
+        need = self.blocks_for(num_tokens)
+        return tuple(-(-num_blocks * count // need[0]) for count in need)
+
+    def capacity(self, num_blocks: NumBlocks, max_model_len: int) -> Capacity:
+        """A windowed group's share of a small pool is cut: prompts go on in smaller chunks then."""
+        shares = []
+        windowed = Counter(share.pool for share in self.shares() if share.max_blocks is not None)
+        for group, share in zip(self.arrangement.groups, self.shares(), strict=True):
+            if share.max_blocks is not None:
+                parts = max(_MOST_OF_ONE_GROUP, _WINDOWED_PART * windowed[share.pool])
+                most = min(share.max_blocks, num_blocks[share.pool] // parts)
+                # Enough to go on: a block, and the tokens in flight.
+                least = most_blocks(group, self.block_size, self.in_flight_tokens + self.block_size)
+                share = GroupShare(share.pool, max(least or 0, most))
+            shares.append(share)
+        return Capacity(self.block_size, num_blocks, tuple(shares), max_model_len)
+
+    def longest(self, pools_for: Callable[[int], NumBlocks | None], limit: int) -> int:
+        """Tokens of the longest sequence, at most `limit`, that its own pools hold; 0: none.
+
+        pools_for: given a sequence's tokens, the pools that there would be; None: there is no
+            memory for these.
+        """
+        # Whole blocks, for a sequence may fill its last one; `low` fit, `high` do not.
+        low, high = 0, num_blocks_for(limit, self.block_size) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            num_tokens = min(middle * self.block_size, limit)
+            pools = pools_for(num_tokens)
+            if pools is not None and self.capacity(pools, limit).holds(num_tokens):
+                low = middle
+            else:
+                high = middle
+        return min(low * self.block_size, limit)
