@@ -130,7 +130,8 @@ async def _answer_once(address: str) -> int:
             answer = await stream_answer(channel, _request(info), _show, timeout_s=_ANSWER_LIMIT_S)
     except grpc.aio.AioRpcError as error:
         return report(error)
-    print(f"\n\n{_summary(answer)}", flush=True)
+    print(f"\n\n{_summary(answer)}")
+    print(f"prompt and answer together may have {info.max_model_len} tokens", flush=True)
     return 0
 
 

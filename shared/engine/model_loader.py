@@ -58,8 +58,9 @@ class ModelLoader:
         is_quantized: bool,
         groups: Sequence[CacheGroup] = (),
         on_read: Callable[[], None] = lambda: None,
+        ropes_made_for: int | None = None,
     ) -> None:
-        """`num_positions`: length of rope tables."""
+        """`num_positions`: length of rope tables; `ropes_made_for`: see `rope_tables`."""
         self.ops = ops
         self.dtype = dtype
         self.places = places_of_layers(groups)
@@ -70,6 +71,7 @@ class ModelLoader:
         self._source = source
         self._device = device
         self._num_positions = num_positions
+        self._ropes_made_for = ropes_made_for
         self._on_read = on_read
 
     def embedding(self, module: str, num_rows: int, size: int) -> Tensor:
@@ -114,7 +116,7 @@ class ModelLoader:
         if self._device == _META:
             # Nothing is computed on paper, and to try loads torch's compiler: 75 MB that stay.
             return None
-        cos, sin, scale = rope_tables(config, head_dim, self._num_positions)
+        cos, sin, scale = rope_tables(config, head_dim, self._num_positions, self._ropes_made_for)
         return self.ops.pack_rope(
             cos.to(self._device),
             sin.to(self._device),
@@ -227,6 +229,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     num_positions: int,
+    ropes_made_for: int,
     on_read: Callable[[], None],
 ) -> Model:
     """Builds the model on its device; `on_read` is called `ModelPlan.num_reads` times.
@@ -243,5 +246,6 @@ def load_model(
         is_quantized=config.is_quantized,
         groups=groups,
         on_read=on_read,
+        ropes_made_for=ropes_made_for,
     )
     return model_type.build(config, load, load.form(model_type.names))

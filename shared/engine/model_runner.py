@@ -222,7 +222,8 @@ class ModelRunner:
                 self._ops,
                 dtype=self.dtype,
                 device=self.device,
-                num_positions=self._most_tokens,
+                num_positions=self.max_model_len,
+                ropes_made_for=self._most_tokens,
                 on_read=lambda: report.advance(1),
             )
 
@@ -242,7 +243,7 @@ class ModelRunner:
 
     def _describe_numerics(self) -> str:
         ropes = [layer.rope for layer in self.model_config.layers]
-        choices = describe_choices(ropes, self.max_model_len)
+        choices = describe_choices(ropes, self._most_tokens)
         return f"{_numerics(self.device, self.kernels)} {choices}".rstrip()
 
     @property

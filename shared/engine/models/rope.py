@@ -25,10 +25,15 @@ class RopeTables(NamedTuple):
     """[positions]: what queries are multiplied by; None: nothing."""
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> RopeTables:
-    """Of positions below `num_positions`, the longest sequence that the worker takes."""
+def rope_tables(
+    rope: RopeConfig, head_dim: int, num_positions: int, made_for: int | None = None
+) -> RopeTables:
+    """Of positions below `num_positions`.
+
+    made_for: tokens of the longest sequence that the choice of longrope is made for; None: as many.
+    """
     positions = torch.arange(num_positions, dtype=torch.float32)
-    frequencies = _inverse_frequencies(rope, head_dim, num_positions)
+    frequencies = _inverse_frequencies(rope, head_dim, made_for or num_positions)
     angles = positions[:, None] * frequencies
     still = (0, head_dim // 2 - len(frequencies))
     return RopeTables(
@@ -38,7 +43,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> RopeTabl
     )
 
 
-def _inverse_frequencies(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
+def _inverse_frequencies(rope: RopeConfig, head_dim: int, made_for: int) -> Tensor:
     """Radians per position of each pair that turns: float32 [pairs]."""
     if rope.rope_type == "none":
         return torch.zeros(0)
@@ -56,7 +61,7 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int, num_positions: int) ->
         case "yarn":
             return _yarn(rope, slowness, size)
         case "longrope":
-            is_long = rope.is_long(num_positions)
+            is_long = rope.is_long(made_for)
             return 1.0 / (
                 torch.tensor(rope.long_factor if is_long else rope.short_factor) * slowness
             )

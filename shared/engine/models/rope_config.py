@@ -40,7 +40,8 @@ class RopeConfig:
         """Whether longrope takes its long factors, once for all sequences of a worker.
 
         transformers decides anew for every batch, by its longest sequence. Here keys are kept and
-        handed on, so those of one sequence must not depend on the others, nor on its own length.
+        handed on, so those of one sequence must not depend on the others, nor on its own length;
+        nor on free memory: with auto, `max_model_len` is the model's own.
         """
         return max_model_len > self.original_max_position
 

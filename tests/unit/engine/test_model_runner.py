@@ -54,6 +54,35 @@ def test_the_pool_lives_in_the_memory_handed_in(
     assert torch.equal(with_memory.logits(Batch([row])), runner.logits(Batch([row])))
 
 
+def test_auto_takes_what_fits_and_changes_nothing_else(
+    make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    """Workers with more and with less memory read each other's blocks: their ropes and layouts are
+    those of the model's own length, on either side of which theirs may be."""
+    scaling = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+    }
+    model_dir, _ = make_llama(rope_scaling=scaling, max_position_embeddings=512)
+    little, much, whole = (
+        make_runner(model_dir, num_blocks=num_blocks, max_model_len=length)
+        for num_blocks, length in ((2, "auto"), (20, "auto"), (40, None))
+    )
+    lengths = [runner.max_model_len for runner in (little, much, whole)]
+    assert lengths == [32, 320, 512]
+    assert little.capacity.longest == 32
+    assert little.numerics == much.numerics == whole.numerics
+    assert little.kv_cache.layout() == much.kv_cache.layout() == whole.kv_cache.layout()
+    batch = Batch([BatchRow([5, 6, 7], 0, [[0]])])
+    assert torch.equal(little.logits(batch), whole.logits(batch))
+    with pytest.raises(ValueError, match="exceeds max_model_len"):
+        little.logits(Batch([BatchRow([1] * 33, 0, [[0, 1, 1]])]))
+    short = make_runner(model_dir, max_model_len=64)
+    assert short.numerics != whole.numerics
+
+
 def test_words_of_a_block_are_its_bytes_by_head() -> None:
     cache = KvCache(pools_of_their_own([Full(2, 4)] * 3, 2), [5], 8, torch.bfloat16)
     cache.tensors[0].copy_(torch.randn(cache.tensors[0].shape))

@@ -80,6 +80,19 @@ def test_what_was_not_given_is_left_to_the_worker() -> None:
     assert "--model-name" not in spec.argv
 
 
+def test_workers_may_choose_the_length(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [spec, _] = worker_specs(up("--max-model-len", "AUTO"), "unix:///valkey", Path("/dev/shm/x"))
+    assert "--max-model-len auto" in " ".join(spec.argv)
+    monkeypatch.setenv("BATON_MAX_MODEL_LEN", "auto")
+    assert up().max_model_len == "auto"
+    for bad in ("0", "-1", "long", "1.5", str(2**31)):
+        with pytest.raises(SystemExit):
+            up("--max-model-len", bad)
+        assert "--max-model-len: " in capsys.readouterr().err
+
+
 def test_the_gateway_listens_where_it_is_told() -> None:
     [spec] = gateway_specs(up("--host", "0.0.0.0", "--reflection"), "redis://r", 7000, None)
     argv = spec.argv
