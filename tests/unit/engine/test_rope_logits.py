@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GlmConfig, GlmForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.models import decoder, llama, registry
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -144,3 +149,62 @@ def test_heads_that_turn_in_part(
     if is_long:
         make_long(model)
     check_logits(model, make_runner(model_dir), min_span=10)
+
+
+def test_a_checkpoint_of_neighbours_is_the_same_model(
+    make_llama: MakeLlama,
+    make_runner: MakeRunner,
+    edit_config: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pairs moved in the file, with all that belongs to a row of queries or keys: biases, scales,
+    norms of heads. Loading moves them back, to the same bits."""
+    names = {**llama.NAMES, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+    def configure(fields: Fields) -> ModelConfig:
+        config = llama.configure(fields)
+        is_interleaved = fields.boolean("is_interleaved")
+        layers = [
+            replace(layer, rope=replace(layer.rope, is_interleaved=is_interleaved))
+            for layer in config.layers
+        ]
+        style = replace(config.style, has_qk_norm=True)
+        return replace(config, layers=tuple(layers), style=style)
+
+    monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
+    build = partial(decoder.build, names=names)
+    registry.register(ModelType("test_neighbours", configure, build))
+    model_dir, _ = make_llama(attention_bias=True)
+    path = model_dir / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(3)
+    for layer in ("model.layers.0.self_attn", "model.layers.1.self_attn"):
+        for name in "qk":
+            tensors[f"{layer}.{name}_norm.weight"] = torch.rand(16, generator=generator) + 0.5
+        weight = tensors[f"{layer}.q_proj.weight"]
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[f"{layer}.q_proj.weight"] = (weight / scale).round().to(torch.int8)
+        tensors[f"{layer}.q_proj.weight_scale"] = scale
+    save_file(tensors, path)
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}}
+    edit_config(
+        model_dir,
+        model_type="test_neighbours",
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": groups,
+        },
+    )
+    batch = Batch([BatchRow(list(range(40)), 0, [[0, 1, 2]])])
+    expected = make_runner(model_dir).logits(batch)
+
+    moved = [half for pair in range(8) for half in (pair, pair + 8)]
+    for name, tensor in tensors.items():
+        if ".q_" in name or ".k_" in name:
+            heads = tensor.view(-1, 16, *tensor.shape[1:])
+            tensors[name] = heads[:, moved].reshape(tensor.shape)
+    save_file(tensors, path)
+    assert not torch.equal(make_runner(model_dir).logits(batch), expected)
+    edit_config(model_dir, is_interleaved=True)
+    assert torch.equal(make_runner(model_dir).logits(batch), expected)
