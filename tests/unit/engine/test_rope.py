@@ -118,6 +118,9 @@ OF_LLAMA: list[dict[str, Any]] = [
         "truncate": False,
     },
     {"rope_type": "yarn", "factor": 3.0, "mscale": 0.7, "mscale_all_dim": 0, "beta_slow": 0},
+    # Ramps that end behind the last pair, and behind the last number.
+    {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0},
+    {"rope_type": "yarn", "factor": 2.0, "rope_theta": 50.0, "beta_fast": 1000},
     # Ramps of no width.
     {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 2},
     {"rope_type": "yarn", "factor": 3.0, "beta_fast": 4, "beta_slow": 4, "truncate": False},
