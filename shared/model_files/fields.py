@@ -96,6 +96,15 @@ class Fields:
             raise self.error(name, f"must be a list of strings, not {shown(value)}")
         return value
 
+    def integers(self, name: str) -> list[int] | None:
+        """A list of integers; None when the field is missing."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.error(name, f"must be a list of integers, not {shown(value)}")
+        return value
+
     def token_id(self, name: str, vocab_size: int) -> int | None:
         value = self.get(name)
         if value is None or (not self.has(name) and value >= vocab_size):

@@ -11,25 +11,21 @@ from baton.shared.engine.models.model_config import (
     read_heads,
 )
 from baton.shared.engine.models.model_type import ModelType
-from baton.shared.engine.models.multimodal import text_part_of
-from baton.shared.engine.models.rope_fields import read_rope
+from baton.shared.engine.models.rope_fields import LLAMA_RULES, RopeRules, read_rope
 from baton.shared.engine.models.windows import read_window
 from baton.shared.model_files.fields import Fields
 
 
-def configure(fields: Fields) -> ModelConfig:
+def configure(fields: Fields, rope_rules: RopeRules = LLAMA_RULES) -> ModelConfig:
     common = read_decoder(fields)
     fields.only("hidden_act", "silu", "swish")
     num_layers = fields.integer("num_hidden_layers")
     attention = AttentionConfig(
         **read_heads(fields, common["hidden_size"]),
-        rope=read_rope(fields, common["max_position_embeddings"]),
+        rope=read_rope(fields, common["max_position_embeddings"], rope_rules),
         window=read_window(fields, num_layers, common["max_position_embeddings"]),
     )
     return ModelConfig(**common, layers=(attention,) * num_layers)
 
 
 MISTRAL = ModelType("mistral", configure, decoder.build, (NAMES,))
-MISTRAL3 = text_part_of(
-    "mistral3", [MISTRAL], ignored_modules=["vision_tower", "multi_modal_projector"]
-)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from baton.shared.engine.models.glm4 import GLM4
 from baton.shared.engine.models.granite import GRANITE
 from baton.shared.engine.models.llama import LLAMA
-from baton.shared.engine.models.mistral import MISTRAL, MISTRAL3
+from baton.shared.engine.models.ministral3 import MINISTRAL3, MISTRAL3
+from baton.shared.engine.models.mistral import MISTRAL
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.phi3 import PHI3
 from baton.shared.engine.models.qwen2 import QWEN2, QWEN2_5_VL
 from baton.shared.engine.models.qwen3 import QWEN3, QWEN3_VL
 from baton.shared.engine.models.rope_fields import check_ropes
+from baton.shared.engine.models.smollm3 import SMOLLM3
 from baton.shared.model_files.fields import shown
 from baton.shared.model_files.info import open_config
 from baton.shared.model_files.type_defaults import text_part
@@ -22,7 +26,20 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {
     each.name: each
-    for each in (GRANITE, LLAMA, MISTRAL, MISTRAL3, QWEN2, QWEN2_5_VL, QWEN3, QWEN3_VL)
+    for each in (
+        GLM4,
+        GRANITE,
+        LLAMA,
+        MINISTRAL3,
+        MISTRAL,
+        MISTRAL3,
+        PHI3,
+        QWEN2,
+        QWEN2_5_VL,
+        QWEN3,
+        QWEN3_VL,
+        SMOLLM3,
+    )
 }
 _BOOKKEEPING = frozenset(
     """

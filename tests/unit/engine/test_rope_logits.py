@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GlmConfig, GlmForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.models import decoder, llama, registry
+from baton.shared.engine.models import decoder, llama, qwen3, registry
 from baton.shared.engine.models.model_config import (
-    AttentionConfig,
-    LayerStyle,
     ModelConfig,
-    read_decoder,
-    read_heads,
 )
 from baton.shared.engine.models.model_type import ModelType
-from baton.shared.engine.models.rope_fields import RopeRules, read_rope
 from baton.shared.model_files.fields import Fields, ModelError
-from tests.unit.engine import conftest
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 from tests.unit.engine.test_logits_vs_transformers import check_logits, check_tokens
 
@@ -98,59 +90,6 @@ def test_dynamic_is_served_within_its_length_only(
         make_runner(model_dir, max_model_len=513)
 
 
-# Types for tests alone, whose heads turn in part: halves, and neighbours with biases.
-
-FUSED = {**llama.NAMES, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")}
-NAMES = {"glm": FUSED, "phi3": FUSED | dict.fromkeys("qkv", "self_attn.qkv_proj")}
-RULES = {
-    "glm": RopeRules(partial_rotary_factor=0.5, is_interleaved=True),
-    "phi3": RopeRules(partial_rotary_factor=1.0, original_max_position=4096),
-}
-CLASSES = {"glm": (GlmConfig, GlmForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
-
-
-def configure(fields: Fields) -> ModelConfig:
-    common = read_decoder(fields, max_position_embeddings=4096)
-    rope = read_rope(fields, common["max_position_embeddings"], RULES[common["model_type"]])
-    attention = AttentionConfig(**read_heads(fields, common["hidden_size"]), rope=rope)
-    return ModelConfig(
-        **common,
-        layers=(attention,) * fields.integer("num_hidden_layers"),
-        style=LayerStyle(qkv_bias=fields.boolean("attention_bias")),
-    )
-
-
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [
-        ("glm", {"head_dim": 16}),
-        ("glm", {"head_dim": 24, "partial_rotary_factor": 0.3, "attention_bias": False}),
-        ("phi3", {"partial_rotary_factor": 0.5}),
-        ("phi3", {"partial_rotary_factor": 0.75, "original_max_position_embeddings": ORIGINAL}),
-    ],
-)
-def test_heads_that_turn_in_part(
-    family: str,
-    fields: dict[str, Any],
-    make_llama: MakeLlama,
-    make_runner: MakeRunner,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
-    build = partial(decoder.build, names=NAMES[family])
-    registry.register(ModelType(family, configure, build))
-    monkeypatch.setitem(conftest.FAMILIES, family, CLASSES[family])
-    is_long = "original_max_position_embeddings" in fields
-    if is_long:
-        longrope = {name: factors[:6] for name, factors in FACTORS.items()}
-        fields = {**fields, "rope_parameters": {"rope_type": "longrope", **longrope}}
-        fields["rope_parameters"]["original_max_position_embeddings"] = ORIGINAL
-    model_dir, model = make_llama(family=family, pad_token_id=0, **fields)
-    if is_long:
-        make_long(model)
-    check_logits(model, make_runner(model_dir), min_span=10)
-
-
 def test_a_checkpoint_of_neighbours_is_the_same_model(
     make_llama: MakeLlama,
     make_runner: MakeRunner,
@@ -159,7 +98,6 @@ def test_a_checkpoint_of_neighbours_is_the_same_model(
 ) -> None:
     """Pairs moved in the file, with all that belongs to a row of queries or keys: biases, scales,
     norms of heads. Loading moves them back, to the same bits."""
-    names = {**llama.NAMES, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
     def configure(fields: Fields) -> ModelConfig:
         config = llama.configure(fields)
@@ -172,8 +110,7 @@ def test_a_checkpoint_of_neighbours_is_the_same_model(
         return replace(config, layers=tuple(layers), style=style)
 
     monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
-    build = partial(decoder.build, names=names)
-    registry.register(ModelType("test_neighbours", configure, build))
+    registry.register(ModelType("test_neighbours", configure, decoder.build, (qwen3.NAMES,)))
     model_dir, _ = make_llama(attention_bias=True)
     path = model_dir / "model.safetensors"
     tensors = load_file(path)

@@ -1,0 +1,32 @@
+"""Phi-3 and Phi-4-mini: a mistral with fused projections, of whose heads a part may turn."""
+
+from __future__ import annotations
+
+from baton.shared.engine.models import decoder, llama, mistral
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope_fields import RopeRules
+from baton.shared.model_files.fields import Fields, shown
+
+NAMES = {
+    **llama.NAMES,
+    **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+}
+# Its first files called longrope by other names.
+_ROPE = RopeRules(
+    partial_rotary_factor=1.0,
+    original_max_position=4096,
+    renamed={"su": "longrope", "yarn": "longrope"},
+)
+
+
+def configure(fields: Fields) -> ModelConfig:
+    config = mistral.configure(fields, _ROPE)
+    [rope_type] = {layer.rope.rope_type for layer in config.layers}
+    if rope_type not in ("default", "longrope"):
+        raise fields.error("rope_scaling", f"{shown(rope_type)} is not for a phi3")
+    return config
+
+
+PHI3 = ModelType("phi3", configure, decoder.build, (NAMES,))
