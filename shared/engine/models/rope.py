@@ -33,14 +33,19 @@ def rope_tables(
     made_for: tokens of the longest sequence that the choice of longrope is made for; None: as many.
     """
     positions = torch.arange(num_positions, dtype=torch.float32)
-    frequencies = _inverse_frequencies(rope, head_dim, made_for or num_positions)
+    frequencies = _inverse_frequencies(rope, head_dim, num_positions)
     angles = positions[:, None] * frequencies
-    still = (0, head_dim // 2 - len(frequencies))
+    num_still = head_dim // 2 - len(frequencies)
     return RopeTables(
-        torch.nn.functional.pad(angles.cos() * rope.attention_factor, still, value=1.0),
-        torch.nn.functional.pad(angles.sin() * rope.attention_factor, still),
+        _with_still(angles.cos().mul_(rope.attention_factor), num_still, 1.0),
+        _with_still(angles.sin().mul_(rope.attention_factor), num_still, 0.0),
         _query_scale(rope, positions),
     )
+
+
+def _with_still(table: Tensor, num_still: int, value: float) -> Tensor:
+    # Tables of long contexts are large: no copy for nothing.
+    return torch.nn.functional.pad(table, (0, num_still), value=value) if num_still else table
 
 
 def _inverse_frequencies(rope: RopeConfig, head_dim: int, made_for: int) -> Tensor:

@@ -134,6 +134,14 @@ def test_a_directory_or_file_that_is_missing(tmp_path: Path) -> None:
 def test_a_number_is_finite_and_positive(value: Any) -> None:
     with pytest.raises(ModelError, match=r"^x\.json: y: must be "):
         Fields(Path("x.json"), {"y": value}).number("y")
+    with pytest.raises(ModelError, match=r"^x\.json: y: must be "):
+        Fields(Path("x.json"), {"y": [1, value]}).numbers("y")
+
+
+def test_a_field_that_says_something_else_counts_as_unread() -> None:
+    fields = Fields(Path("x.json"), {"a": 1.0, "b": 2})
+    assert [fields.says(name, 1) for name in "abc"] == [True, False, False]
+    assert fields.unread() == ["b"]
 
 
 def test_fields_that_nobody_asked_for_are_named_with_their_place() -> None:
