@@ -75,12 +75,6 @@ def test_a_llama_with_long_factors(make_llama: MakeLlama, make_runner: MakeRunne
     assert short.numerics == runner.numerics.removesuffix("long") + "short"
 
 
-@pytest.mark.exact
-def test_greedy_tokens_with_yarn(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
-    model_dir, model = make_llama(rope_parameters=dict(TYPES["yarn"]))
-    check_tokens(model, make_runner(model_dir))
-
-
 def test_dynamic_is_served_within_its_length_only(
     make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
