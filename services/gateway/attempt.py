@@ -74,6 +74,8 @@ class _Attempt:
         self._token_ids = token_ids
         self._key = AttemptKey(generation.request_id, 0, generation.num_attempts)
         self.events: Events = asyncio.Queue()
+        self._failures: list[Failed] = []
+        """At most one of each worker."""
         self._is_prompt_open = True
         self._prefill: asyncio.Task[None] | None = None
         self._link: DecodeLink | None = None
@@ -103,10 +105,9 @@ class _Attempt:
             self._number = self._link.start(spec, _source(route), self.events, patience)
 
     def take(self, events: list[Event]) -> tuple[list[int], Failed | None]:
-        """Keeps what they say; returns the new tokens, and the first failure."""
+        """Keeps what they say; returns the new tokens, and the failure that ends the attempt."""
         generation = self._generation
         run: list[int] = []
-        failure: Failed | None = None
         for event in events:
             match event:
                 case Token(index, token_id, finish_reason):
@@ -125,8 +126,24 @@ class _Attempt:
                     if self._route.prefill is None:
                         self._note_cached(num_cached_tokens)
                 case Failed():
-                    failure = failure or event
-        return run, failure
+                    self._failures.append(event)
+        return run, self._ending_failure(is_computed=bool(run) or not self._is_prompt_open)
+
+    def _ending_failure(self, *, is_computed: bool) -> Failed | None:
+        """The first that its worker knows of by itself.
+
+        Hearsay may overtake the word of the worker that it is about, which may even be that the
+        answer is whole: P ends a sequence with its first token, and D's claim with it. So hearsay
+        counts only when that worker has said all that it will: its failure, or, once the prompt
+        is computed, P's token.
+        """
+        for failure in self._failures:
+            if not failure.is_hearsay:
+                return failure
+        num_workers = (self._prefill is not None) + (self._link is not None)
+        if is_computed or len(self._failures) == num_workers:
+            return next(iter(self._failures), None)
+        return None
 
     def tokens_came(self) -> None:
         generation, now = self._generation, time.monotonic()

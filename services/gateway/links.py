@@ -23,7 +23,15 @@ from baton.shared.rpc.convert import (
     key_from_pb,
     key_to_pb,
 )
-from baton.shared.rpc.errors import BatonError, Draining, WorkerLost, from_failure, from_rpc_error
+from baton.shared.rpc.errors import (
+    BatonError,
+    Cancelled,
+    ClaimBroken,
+    Draining,
+    WorkerLost,
+    from_failure,
+    from_rpc_error,
+)
 from baton.shared.rpc.serve import internal_channel
 from baton.shared.rpc.streams import SILENCE_S, TICK_S, only_own_cancels, until_silence, with_ticks
 from baton.shared.telemetry import log_event
@@ -65,10 +73,15 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`worker_incarnation`: the worker that the failure casts doubt on; None: no worker."""
+    """`worker_incarnation`: the worker that the failure casts doubt on; None: no worker.
+
+    `is_hearsay`: who says it was told so by the other of P and D, which ended the sequence, or the
+    hand-off, and tells the gateway itself why.
+    """
 
     error: BatonError
     worker_incarnation: str | None
+    is_hearsay: bool = False
 
 
 Event = Token | PromptAdmitted | Joined | Failed
@@ -221,7 +234,9 @@ class DecodeLink:
                 attempt = self._attempts.pop(message.failed.slot, None)
                 if attempt is not None:
                     error = from_failure(message.failed.failure)
-                    attempt.events.put_nowait(Failed(error, self._doubted(error)))
+                    # What breaks a claim is known to the source.
+                    is_hearsay = isinstance(error, ClaimBroken)
+                    attempt.events.put_nowait(Failed(error, self._doubted(error), is_hearsay))
 
     def _doubted(self, error: BatonError) -> str | None:
         return self.incarnation if isinstance(error, Draining) else None
@@ -269,4 +284,6 @@ async def follow_prefill(
         log_event(logger, logging.ERROR, "prefill call failed", key=key, exc_info=True)
     finally:
         call.cancel()
-    events.put_nowait(Failed(error, incarnation if is_doubtful else None))
+    # Only its reader gives a claim up while the call runs; that one knows why.
+    is_hearsay = isinstance(error, Cancelled)
+    events.put_nowait(Failed(error, incarnation if is_doubtful else None, is_hearsay))

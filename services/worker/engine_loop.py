@@ -541,15 +541,18 @@ class EngineLoop:
     def _fail(self, sequence: Sequence, error: BatonError) -> None:
         """Ends a sequence and tells its host, and whoever reads its blocks."""
         self._reports.failed(sequence.key, self._table.recipient(sequence.key), error)
-        self._drop(sequence)
+        self._drop(sequence, error)
 
-    def _drop(self, sequence: Sequence) -> None:
-        """Ends a sequence whose host knows already; tells those at the other end of its blocks."""
+    def _drop(self, sequence: Sequence, error: BatonError | None = None) -> None:
+        """Ends a sequence whose host knows already; tells those at the other end of its blocks.
+
+        `error`: why; None: its host cancelled it.
+        """
         key = sequence.key
         pull = self._pulls.get(key)
         if pull is not None:
             self._pulls.cancel(pull)
-        self._claims.fail(key, Cancelled("the sequence was cancelled"))
+        self._claims.fail(key, error or Cancelled("the sequence was cancelled"))
         self._counters["aborted"] += 1
         self._end(sequence, SequenceState.ABORTED)
         self._reports.ended(key)

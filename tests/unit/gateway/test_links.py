@@ -24,7 +24,15 @@ from baton.services.gateway.router import WorkerSnapshot
 from baton.services.gateway.served_model import ServedModel
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.model_files.info import ModelInfo
-from baton.shared.rpc.errors import DigestMismatch, Draining, WorkerLost
+from baton.shared.rpc.errors import (
+    BatonError,
+    Cancelled,
+    ClaimBroken,
+    DigestMismatch,
+    Draining,
+    WorkerLost,
+    to_failure,
+)
 from baton.shared.rpc.serve import INTERNAL_MESSAGE_BYTES, Endpoint, channel_options
 from baton.v1 import (
     decode_service_pb2,
@@ -76,6 +84,8 @@ class Worker(
         self.address = ""
         self.num_before_end = 1
         """Sequences that a Decode call waits for."""
+        self.failure: BatonError | None = None
+        """Of each sequence, once it has joined."""
         self.num_calls = 0
         self.hanging, self.let_go = asyncio.Event(), asyncio.Event()
 
@@ -90,6 +100,11 @@ class Worker(
                 slot = message.start.slot
                 joined = decode_service_pb2.SequenceJoined(slot=slot, num_cached_tokens=slot)
                 yield decode_service_pb2.DecodeResponse(joined=joined)
+                if self.failure is not None:
+                    failed = decode_service_pb2.SequenceFailed(
+                        slot=slot, failure=to_failure(self.failure)
+                    )
+                    yield decode_service_pb2.DecodeResponse(failed=failed)
             if num_started == self.num_before_end:
                 break
         await self.ending(self, context)
@@ -206,6 +221,23 @@ async def test_a_decode_stream_that_grpc_cancels_by_itself_is_noticed(
     await link.close()
 
 
+@pytest.mark.parametrize(
+    ("failure", "doubted", "is_hearsay"),
+    [
+        (Draining("the worker is shutting down"), INCARNATION, False),
+        (DigestMismatch("a block differs"), None, False),
+        (ClaimBroken("ended by its owner"), None, True),
+    ],
+)
+async def test_what_a_decode_worker_says_of_one_sequence_is_told_to_its_attempt(
+    worker: Worker, cluster: Cluster, failure: BatonError, doubted: str | None, is_hearsay: bool
+) -> None:
+    worker.failure = failure
+    failed = await the_failure(start(cluster.link(snapshot(worker.address))))
+    assert type(failed.error) is type(failure) and failed.error.message == failure.message
+    assert (failed.worker_incarnation, failed.is_hearsay) == (doubted, is_hearsay)
+
+
 async def test_a_decode_link_that_is_closed_says_nothing(worker: Worker) -> None:
     lost: list[str] = []
     hello = decode_service_pb2.DecodeHello()
@@ -238,6 +270,10 @@ async def mismatches(worker: Worker, context: Context) -> None:
     raise DigestMismatch("a block differs")
 
 
+async def was_given_up(worker: Worker, context: Context) -> None:
+    raise Cancelled("the reader gave its claim up")
+
+
 @pytest.mark.parametrize(
     ("ending", "error", "doubted"),
     [
@@ -245,6 +281,7 @@ async def mismatches(worker: Worker, context: Context) -> None:
         (breaks, WorkerLost, INCARNATION),
         (drains, Draining, INCARNATION),
         (mismatches, DigestMismatch, None),
+        (was_given_up, Cancelled, None),
     ],
 )
 async def test_a_prefill_call_that_fails_is_reported(
@@ -258,6 +295,7 @@ async def test_a_prefill_call_that_fails_is_reported(
     task, events = following_prefill(channel)
     failed = await the_failure(events)
     assert type(failed.error) is error and failed.worker_incarnation == doubted
+    assert failed.is_hearsay == (error is Cancelled), "its reader gave the claim up"
     await task
 
 

@@ -24,7 +24,7 @@ A, B = (ClusterModel(letter * 64, f"model-{letter}", 1000) for letter in "ab")
 
 
 def record_of(digest: str, stamp: str = "") -> WorkerRecord:
-    record = worker_record("w0")
+    record = worker_record("both-0")
     capability = dataclasses.replace(record.capability, model_digest=digest)
     facts = dataclasses.replace(record.model, files_stamp=stamp)
     return dataclasses.replace(record, capability=capability, model=facts)

@@ -15,7 +15,7 @@ from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identify, ask_nobody
 from baton.services.gateway.links import DecodeLink, Events, Token
-from baton.services.gateway.router import WorkerSnapshot
+from baton.services.gateway.router import Role, WorkerSnapshot
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.server import InferenceServicer
 from baton.shared.directory.workers import (
@@ -50,10 +50,11 @@ CAPABILITY = Capability(
 
 
 def worker_record(worker_id: str) -> WorkerRecord:
+    """Named after its role: `both-0`, `prefill-0`, ..."""
     return WorkerRecord(
         worker_id=worker_id,
         incarnation=f"{worker_id}-once",
-        role="both",
+        role=cast(Role, worker_id.split("-")[0]),
         address="127.0.0.1:1",
         capability=CAPABILITY,
         model=ModelFacts("null", "llama", 1000, (2,)),

@@ -22,6 +22,8 @@ from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
 from baton.shared.rpc.errors import (
     AttemptFailed,
     BatonError,
+    Cancelled,
+    ClaimBroken,
     DigestMismatch,
     WorkerLost,
     from_failure,
@@ -59,6 +61,8 @@ class Attempt:
     prefill: SimWorker | None
     decode: SimWorker | None
     """None where nothing is open any more."""
+    hearsay: BatonError | None = None
+    """What one worker was told by the other, which has not said it itself yet."""
 
 
 class Cluster:
@@ -193,18 +197,23 @@ class Cluster:
             return
         if isinstance(event, BatonError):
             attempt.prefill = None
-            self._on_failed(attempt, event)
+            is_hearsay = isinstance(event, Cancelled) and attempt.decode is not None
+            self._on_failed(attempt, event, is_hearsay=is_hearsay)
         elif event.HasField("first_token"):
             attempt.prefill = None
             first = event.first_token
             self._on_token(attempt, attempt.first_index, first.token_id, first.finish_reason)
+            if attempt.hearsay is not None:
+                self._on_failed(attempt, attempt.hearsay)
 
     def on_decode_event(self, stream: str, response: decode_service_pb2.DecodeResponse) -> None:
         if response.HasField("failed"):
             attempt = self._attempts[self._recipients[Recipient(stream, response.failed.slot)]]
             if attempt.decode is not None:
                 attempt.decode = None
-                self._on_failed(attempt, from_failure(response.failed.failure))
+                error = from_failure(response.failed.failure)
+                is_hearsay = isinstance(error, ClaimBroken) and attempt.prefill is not None
+                self._on_failed(attempt, error, is_hearsay=is_hearsay)
         step = response.step
         for number, index, token_id, reason in zip(
             step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
@@ -230,8 +239,11 @@ class Cluster:
                 request.outcome = reason
                 self._end(attempt)
 
-    def _on_failed(self, attempt: Attempt, error: BatonError) -> None:
+    def _on_failed(self, attempt: Attempt, error: BatonError, *, is_hearsay: bool = False) -> None:
         request = attempt.request
+        if is_hearsay:
+            attempt.hearsay = error
+            return
         if request.outcome is not None or attempt.key.attempt != request.num_attempts:
             return
         self._end(attempt)

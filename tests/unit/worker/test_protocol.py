@@ -21,10 +21,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from baton.services.worker import messages as msg
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import FinishReason, Sequence
-from baton.shared.rpc.errors import DeadlineExceeded
+from baton.shared.rpc.errors import DeadlineExceeded, DigestMismatch
 from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.late_runner import LateRunner
@@ -34,11 +35,12 @@ from tests.unit.worker.simulation import Cluster
 NUM_BLOCKS = 12
 BASE = tuple(3 + 7 * i % 50 for i in range(16))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
+SAMPLED = SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True)
 PARAMS = [
     GREEDY,
     SamplingParams(temperature=0.0, max_tokens=1),
     SamplingParams(temperature=0.0, max_tokens=2),
-    SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True),
+    SAMPLED,
 ]
 
 Prompt = tuple[int, ...]
@@ -49,6 +51,7 @@ prompts = st.builds(
     own=st.integers(1, 9),
     which=st.integers(0, 1),
 )
+KINDS_OF_CHANNELS = ["call", "starts", "first", "tokens", "hold"]
 indices = st.integers(0, 1000)
 names = st.sampled_from(["prefill", "decode"])
 
@@ -66,6 +69,11 @@ class Oracle:
             [known] = self._loop.generate([prompt], [params])
             self._answers[prompt, params] = known
         return known
+
+    def stopping(self, prompt: Prompt, params: SamplingParams, index: int) -> SamplingParams:
+        """With the token at `index`, if the answer goes so far, as a stop token."""
+        stops = self.answer(prompt, params)[index : index + 1]
+        return replace(params, stop_token_ids=frozenset(stops))
 
 
 class DraftingRunner:
@@ -102,12 +110,20 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule(
         prompt=prompts,
         params=st.sampled_from(PARAMS),
+        stop=st.sampled_from([None, None, 0, 1]),
         is_local=st.sampled_from([False, False, False, True]),
         time_left_s=st.sampled_from([None, None, 3.0]),
     )
     def submit(
-        self, prompt: Prompt, params: SamplingParams, is_local: bool, time_left_s: float | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: int | None,
+        is_local: bool,
+        time_left_s: float | None,
     ) -> None:
+        if stop is not None:
+            params = self.oracle.stopping(prompt, params, stop)
         self.cluster.submit(
             prompt,
             params,
@@ -129,12 +145,14 @@ class ProtocolMachine(RuleBasedStateMachine):
     def step(self, name: str) -> None:
         self.cluster.network.step(name)
 
-    @rule(num_rounds=st.integers(1, 4))
-    def go_on(self, num_rounds: int) -> None:
-        """All is well for a while; pulls take longer than anything else."""
+    @rule(num_rounds=st.integers(1, 4), slow=st.sampled_from([None, *KINDS_OF_CHANNELS]))
+    def go_on(self, num_rounds: int, slow: str | None) -> None:
+        """All is well for a while, but that some messages are slow; pulls take longer than anything
+        else."""
         for _ in range(num_rounds):
             for channel in self.cluster.network.busy_channels:
-                self.cluster.network.deliver(channel)
+                if channel[0] != slow:
+                    self.cluster.network.deliver(channel)
             for name in self.cluster.network.workers:
                 self.cluster.network.step(name)
 
@@ -249,6 +267,46 @@ def _run(runners: dict[str, Any], oracle: Oracle, clock: Clock, max_examples: in
     )
 
 
+@pytest.mark.parametrize("stop", [0, 1])
+@pytest.mark.parametrize("slow", KINDS_OF_CHANNELS)
+def test_what_overtakes_what_costs_no_attempt(
+    slow: str, stop: int, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
+) -> None:
+    """A stop token that comes first ends the sequence on the prefill worker, and its claim with it.
+    Of that the gateway may hear from the decode worker before it hears of the token."""
+    cluster, prompt = Cluster(runners, clock), BASE[:9]
+    params = oracle.stopping(prompt, SAMPLED, stop)
+    request = cluster.submit(prompt, params, oracle.answer(prompt, params))
+    for _ in range(20):
+        _exchange(cluster.network, slow)
+        cluster.network.step("prefill")
+    cluster.settle()
+    assert (request.outcome, request.num_attempts) == (FinishReason.STOP, 1)
+    assert len(request.token_ids) == stop + 1
+
+
+@pytest.mark.parametrize("has_token", [False, True])
+def test_the_gateway_learns_why_the_source_ended(
+    has_token: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
+) -> None:
+    """Before the first token the source says it; afterwards nobody but its reader listens to it."""
+    cluster, prompt = Cluster(runners, clock), BASE[:9]
+    network, prefill = cluster.network, cluster.network.workers["prefill"]
+    request = cluster.submit(prompt, GREEDY, oracle.answer(prompt, GREEDY))
+    _exchange(network)
+    while has_token and not request.token_ids:
+        network.step("prefill")
+        for channel in network.busy_channels:
+            if channel[0] == "first":
+                network.deliver(channel)
+    prefill.inbox.put(msg.FailAll(DigestMismatch("a block went bad")))
+    network.step("prefill")
+    _exchange(network, "first")
+    cluster.settle()
+    assert request.num_attempts == 2 and request.distrust
+    assert request.token_ids == request.expected
+
+
 def test_what_was_computed_from_a_bad_block_is_found_nowhere(
     make_runner: MakeRunner, clock: Clock
 ) -> None:
@@ -280,11 +338,12 @@ def test_what_was_computed_from_a_bad_block_is_found_nowhere(
     assert (request.outcome, request.token_ids) == (FinishReason.LENGTH, expected)
 
 
-def _exchange(network: Network) -> None:
-    """All that is under way arrives, and the reader reads what it was told of."""
+def _exchange(network: Network, slow: str | None = None) -> None:
+    """All that is under way arrives, but for `slow` kinds of channels, and the reader reads what it
+    was told of."""
     for _ in range(6):
         for channel in network.busy_channels:
-            while network.channels.get(channel):
+            while channel[0] != slow and network.channels.get(channel):
                 network.deliver(channel)
         network.finish_pull("decode")
         network.step("decode")
