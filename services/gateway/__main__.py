@@ -28,6 +28,7 @@ from baton.shared.engine.config import LOAD_FORMATS
 from baton.shared.metrics import MetricsServer, add_metrics_flag
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.convert import sampling_to_json
 from baton.shared.rpc.flags import add_flag, add_switch, optional_port
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
@@ -42,7 +43,13 @@ _READY_POLL_S = 0.05
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m baton.services.gateway", description=__doc__)
-    add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
+    add_flag(
+        parser,
+        "--model",
+        type=model_dir,
+        required=True,
+        help="Hugging Face model directory, or the name of a model that was fetched",
+    )
     add_flag(
         parser,
         "--model-name",

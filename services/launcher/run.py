@@ -16,11 +16,13 @@ from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackCo
 from baton.services.launcher.stack import Stack
 from baton.services.launcher.target import connect, report
 from baton.services.launcher.up import notice_to_stderr, run_stack, to_stderr
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, length_or_auto, optional_port
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
 
+_DEMO = Path("models/demo")
 _PROMPT = "In the beginning"
 _NUM_TOKENS = 96
 _PROGRESS_EVERY_S = 2.0
@@ -82,7 +84,13 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make run", description=__doc__)
-    add_flag(parser, "--model", type=Path, default=Path("models/demo"), help="model directory")
+    add_flag(
+        parser,
+        "--model",
+        type=model_dir,
+        default=_DEMO,
+        help="model directory, or the name of a model that was fetched",
+    )
     add_flag(parser, "--port", type=int, default=50051, help="port to listen on")
     add_flag(
         parser,

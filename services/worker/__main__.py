@@ -22,6 +22,7 @@ from baton.shared.engine.config import (
 from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import served_name
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto
 from baton.shared.telemetry import add_log_flags, configure_logging
 
@@ -46,7 +47,13 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         )
     else:
         parser.set_defaults(role=role)
-    add_flag(parser, "--model", type=Path, required=True, help="Hugging Face model directory")
+    add_flag(
+        parser,
+        "--model",
+        type=model_dir,
+        required=True,
+        help="Hugging Face model directory, or the name of a model that was fetched",
+    )
     add_flag(
         parser,
         "--model-name",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.shared.model_files.fields import Fields, ModelError
+from baton.shared.model_files.named import missing_model
 from baton.shared.model_files.type_defaults import assume_defaults, text_part
 
 
@@ -40,7 +41,7 @@ def open_config(model_dir: Path) -> Fields:
         ModelError: no such directory, or no config.json with an object in it.
     """
     if not model_dir.is_dir():
-        raise ModelError(f"{model_dir}: no such model directory")
+        raise ModelError(missing_model(model_dir))
     fields = Fields.of_file(model_dir / "config.json")
     assume_defaults(fields)
     return fields
