@@ -7,7 +7,6 @@ import asyncio
 import logging
 import secrets
 import sys
-from pathlib import Path
 
 import uvloop
 

@@ -7,8 +7,9 @@ Nothing is allocated, counted or sent before `admit` has returned.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from baton.services.gateway.identity import ANONYMOUS, Identity
 from baton.shared.rpc.convert import given_fields, sampling_from_pb
@@ -18,6 +19,9 @@ from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
 Encode = Callable[[str], Awaitable[Sequence[int]]]
+EncodeChat = Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[int]]]
+
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +63,18 @@ async def admit(
     limits: Limits,
     *,
     encode: Encode | None,
+    encode_chat: EncodeChat | None = None,
     defaults: ModelDefaults = ModelDefaults(),
     identity: Identity = ANONYMOUS,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
 ) -> AdmittedRequest:
-    """Awaits nothing but `encode`, and that only when all else about the request holds.
+    """Awaits nothing but `encode` and `encode_chat`, and that only when all else about the request
+    holds.
 
-    `encode` turns a prompt into token ids; None when the model has no tokenizer.
+    They turn a prompt, or a chat's messages, into token ids; None when the model has no tokenizer.
 
-    Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one.
+    Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one,
+    and what `encode_chat` raises.
     """
     _check_sampling(request.sampling, limits, has_tokenizer=encode is not None)
     sampling = types_pb2.SamplingParams()
@@ -82,7 +89,7 @@ async def admit(
         raise InvalidField("sampling.seed", "is missing for resuming a sampled answer", limit=limit)
 
     prompt_field = request.WhichOneof("prompt") or "prompt"
-    prompt = await _prompt_token_ids(request, limits, encode)
+    prompt = await _prompt_token_ids(request, limits, encode, encode_chat)
     default_max_tokens = defaults.sampling.max_tokens or limits.default_max_tokens
     max_tokens = _check_lengths(prompt_field, len(prompt), request, limits, default_max_tokens)
     if len(received) > max_tokens:
@@ -120,13 +127,18 @@ def check_token_ids(field: str, token_ids: Sequence[int], limits: Limits) -> Non
 
 
 async def _prompt_token_ids(
-    request: pb.GenerateRequest, limits: Limits, encode: Encode | None
+    request: pb.GenerateRequest,
+    limits: Limits,
+    encode: Encode | None,
+    encode_chat: EncodeChat | None,
 ) -> tuple[int, ...]:
     kind = request.WhichOneof("prompt")
     if kind is None:
-        raise InvalidField("prompt", "is missing", limit="text or token_ids")
+        raise InvalidField("prompt", "is missing", limit="text, token_ids or messages")
     if kind == "text":
         return await _encoded(request.text, limits, encode)
+    if kind == "messages":
+        return await _encoded_chat(request.messages.messages, limits, encode_chat)
     token_ids = tuple(request.token_ids.token_ids)
     if not token_ids:
         raise InvalidField("token_ids", "is empty", limit="at least 1 token")
@@ -153,10 +165,69 @@ async def _encoded(text: str, limits: Limits, encode: Encode | None) -> tuple[in
         raise InvalidField("text", problem, limit="at least 1 character")
     if not token_ids:
         raise InvalidField("text", "gives no token", limit="at least 1 token")
+    _check_vocabulary("text", token_ids, limits)
+    return token_ids
+
+
+async def _encoded_chat(
+    messages: Sequence[pb.Message], limits: Limits, encode_chat: EncodeChat | None
+) -> tuple[int, ...]:
+    if encode_chat is None:
+        raise NoTokenizer("messages need a tokenizer, and the model has none: send token_ids")
+    if not messages:
+        raise InvalidField("messages", "are missing", limit="at least 1 message")
+    for index, message in enumerate(messages):
+        if message.role not in _ROLES:
+            problem = f"is {message.role[:40]!r}"
+            raise InvalidField(f"messages[{index}].role", problem, limit=", ".join(_ROLES))
+    token_ids = tuple(
+        await encode_chat([{"role": each.role, "content": each.content} for each in messages])
+    )
+    if not token_ids:
+        raise InvalidField("messages", "give no token", limit="at least 1 token")
+    _check_vocabulary("messages", token_ids, limits)
+    return token_ids
+
+
+def _check_vocabulary(field: str, token_ids: Sequence[int], limits: Limits) -> None:
     if max(token_ids) >= limits.vocab_size:
         problem = f"gives token {max(token_ids)}, which the tokenizer knows and the model does not"
-        raise InvalidField("text", problem, limit=f"below {limits.vocab_size}")
-    return token_ids
+        raise InvalidField(field, problem, limit=f"below {limits.vocab_size}")
+
+
+class ChatCodec(Protocol):
+    """The part of a TextCodec that makes a prompt of a chat."""
+
+    async def render_chat_async(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str: ...
+
+    async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+
+async def chat_token_ids(
+    messages: Sequence[Mapping[str, Any]],
+    limits: Limits,
+    codec: ChatCodec,
+    *,
+    add_generation_prompt: bool = True,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """The tokens of a chat, by the model's own template, which puts special tokens in.
+
+    Raises InvalidField and NoChatTemplate.
+    """
+    # Before anything is made of them, and after: templates may say things twice.
+    for message in messages:
+        check_text("messages", _text_of(message["content"]), limits)
+    text = await codec.render_chat_async(messages, add_generation_prompt=add_generation_prompt)
+    check_text("messages", text, limits)
+    return await codec.encode_async(text, add_special_tokens=add_special_tokens)
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    """Of a message's content, which may be a list of parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _check_lengths(

@@ -13,7 +13,12 @@ from contextlib import aclosing
 from itertools import count
 from typing import Any
 
-from baton.services.gateway.admission import ModelDefaults, check_text, check_token_ids
+from baton.services.gateway.admission import (
+    ModelDefaults,
+    chat_token_ids,
+    check_text,
+    check_token_ids,
+)
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generate import generate
 from baton.services.gateway.identity import Identify, Identity, ask_nobody
@@ -132,15 +137,15 @@ class Frontend:
     ) -> list[int]:
         """The tokens of a chat, by the model's own template.
 
-        Raises InvalidField, NoTokenizer.
+        Raises InvalidField, NoTokenizer, NoChatTemplate.
         """
-        limits, codec = self.cluster.limits(), self.text_codec()
-        # Before anything is made of them, and after: templates may say things twice.
-        for message in messages:
-            check_text("messages", _text_of(message["content"]), limits)
-        text = await codec.render_chat_async(messages, add_generation_prompt=add_generation_prompt)
-        check_text("messages", text, limits)
-        return await codec.encode_async(text, add_special_tokens=add_special_tokens)
+        return await chat_token_ids(
+            messages,
+            self.cluster.limits(),
+            self.text_codec(),
+            add_generation_prompt=add_generation_prompt,
+            add_special_tokens=add_special_tokens,
+        )
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Raises InvalidField, NoTokenizer."""
@@ -232,8 +237,3 @@ def _eos_token_ids(model: ModelInfo, codec: TextCodec | None) -> frozenset[int]:
     if of_tokenizer is not None and of_tokenizer < model.vocab_size:
         eos_token_ids.add(of_tokenizer)
     return frozenset(eos_token_ids)
-
-
-def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
-    """Of a message's content, which may be a list of parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)

