@@ -200,6 +200,7 @@ def test_no_message_holds_it() -> None:
             ({"prompt": "x", "stop_token_ids": [-1]}, "sampling.stop_token_ids"),
             ({"token_ids": [1 << 32]}, "token_ids"),
             ({"prompt": "\ud800"}, "text"),
+            ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ):
             with pytest.raises(InvalidRequest) as raised:
                 client.generate(**wrong)
@@ -207,6 +208,10 @@ def test_no_message_holds_it() -> None:
         for nonsense in (
             {},
             {"prompt": "x", "token_ids": [1]},
+            {"prompt": "x", "messages": []},
+            {"messages": [{"role": "user"}]},
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            {"messages": [{"role": "user", "content": "x", "name": "y"}]},
             {"prompt": "x", "stops": "y"},
             {"prompt": "x", "temprature": 1},
             {"prompt": "x", "max_tokens": "many"},

@@ -79,6 +79,16 @@ def test_whole_answer(asker: Asker) -> None:
     assert not sampling.HasField("seed") and not request.received_token_ids
 
 
+def test_a_chat_goes_on_as_what_it_was(asker: Asker) -> None:
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": ""}]
+    with ScriptedGateway(Try(4, PASSING["connection"]), Try()) as gateway:
+        assert_whole(asker.generate(gateway.address, messages=messages), num_resumes=1)
+        for request in gateway.requests:
+            assert request.WhichOneof("prompt") == "messages"
+            sent = request.messages.messages
+            assert [(each.role, each.content) for each in sent] == [("system", "be"), ("user", "")]
+
+
 @pytest.mark.parametrize("name", PASSING)
 def test_goes_on_after_any_token(asker: Asker, name: str) -> None:
     for upto in range(len(TOKEN_IDS) + 1):

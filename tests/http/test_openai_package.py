@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from baton_client import Client
 from openai.types.chat import ChatCompletionMessageParam
 from tokenizers import Tokenizer
 
@@ -81,6 +82,20 @@ def test_a_chat_streamed_and_whole(client: openai.OpenAI) -> None:
     assert with_choice[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert last.choices == [] and last.usage is not None and whole.usage is not None
     assert last.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_the_same_chat_over_http_and_grpc(client: openai.OpenAI, stack: Stack) -> None:
+    whole = client.chat.completions.create(
+        model="demo", messages=_MESSAGES, temperature=0.9, seed=7, max_tokens=_NUM_TOKENS
+    )
+    messages = [{"role": "user", "content": "Who made the earth?"}]
+    with Client(stack.processes["gateway"].address) as grpc_client:
+        answer = grpc_client.generate(
+            messages=messages, temperature=0.9, seed=7, max_tokens=_NUM_TOKENS
+        ).result()
+    assert answer.text == whole.choices[0].message.content != ""
+    assert whole.usage is not None
+    assert answer.usage.num_prompt_tokens == whole.usage.prompt_tokens
 
 
 def test_parts_say_the_same_as_text(client: openai.OpenAI) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from baton.services.gateway.admission import AdmittedRequest, Limits, admit
+from baton.services.gateway.admission import AdmittedRequest, Limits, admit, chat_token_ids
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.shared.sampling import SamplingParams
 from baton.v1 import inference_service_pb2 as pb
@@ -123,7 +123,7 @@ async def test_ranges(field: str, accepted: list[Any], broken: list[Any]) -> Non
 @pytest.mark.parametrize(
     ("message", "field", "limit"),
     [
-        (request(prompt=None), "prompt", "text or token_ids"),
+        (request(prompt=None), "prompt", "text, token_ids or messages"),
         (request(prompt=""), "text", "at least 1 character"),
         (request(prompt="  "), "text", "at least 1 token"),
         (request(prompt=[]), "token_ids", "at least 1 token"),
@@ -210,6 +210,59 @@ async def test_without_a_tokenizer_only_token_ids_are_served() -> None:
     for message in (request(prompt="a"), request(stops=["x"])):
         with pytest.raises(NoTokenizer):
             await admit(message, LIMITS, encode=None)
+
+
+def chat(*messages: tuple[str, str], **sampling: Any) -> pb.GenerateRequest:
+    message = pb.GenerateRequest(sampling=types_pb2.SamplingParams(**sampling))
+    message.messages.SetInParent()
+    for role, content in messages:
+        message.messages.messages.add(role=role, content=content)
+    return message
+
+
+async def test_a_chat_is_rendered_as_a_whole() -> None:
+    async def encode_chat(messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        written = "".join(f"{each['role']}:{each['content']}" for each in messages)
+        return await encode(written)
+
+    async def admitted_chat(*messages: tuple[str, str], **sampling: Any) -> AdmittedRequest:
+        message = chat(*messages, **sampling)
+        return await admit(message, LIMITS, encode=None, encode_chat=encode_chat)
+
+    assert len((await admitted_chat(("system", "a"), ("user", ""))).prompt_token_ids) == 13
+    for messages, field, limit in (
+        ([], "messages", "at least 1 message"),
+        ([("user", "a"), ("tool", "b")], "messages[1].role", "system, user, assistant"),
+        ([("user", "a~")], "messages", "below 100"),
+        ([("user", 64 * "a")], "messages", "prompt and answer together 64, the model's length"),
+    ):
+        with pytest.raises(InvalidField) as raised:
+            await admitted_chat(*messages)
+        assert (raised.value.field, raised.value.limit) == (field, limit)
+    with pytest.raises(InvalidField, match="top_k"):
+        await admit(chat(("user", "a"), top_k=101), LIMITS, encode=None, encode_chat=None)
+    with pytest.raises(NoTokenizer, match="messages need a tokenizer"):
+        await admit(chat(("user", "a")), LIMITS, encode=None)
+
+
+async def test_a_chat_is_bounded_before_and_after_it_is_rendered() -> None:
+    class Twice:
+        """Says everything twice."""
+
+        async def render_chat_async(
+            self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        ) -> str:
+            return "".join(each["content"] * 2 for each in messages)
+
+        async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            assert not add_special_tokens
+            return [7] * len(text)
+
+    limits = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=None, max_text_bytes=10)
+    assert len(await chat_token_ids([{"content": "12345"}], limits, Twice())) == 10
+    for content, num_bytes in (("123456", 12), ("12345678901", 11)):
+        with pytest.raises(InvalidField, match=f"messages has {num_bytes} bytes"):
+            await chat_token_ids([{"content": content}], limits, Twice())
 
 
 async def test_the_message_names_field_value_and_limit() -> None:

@@ -11,7 +11,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from baton.services.gateway import generate as path
+from baton.services.gateway.identity import ANONYMOUS
 from baton.services.gateway.tokenizer import TextCodec
+from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
 from tests.scripted_model import chain
 from tests.unit.gateway.null_frontend import ask, events, serving
 from tests.unit.gateway.scripted_frontend import ScriptedFrontend
@@ -153,12 +156,21 @@ async def test_prompt_and_text_together_are_what_the_model_wrote(
     assert first[0] == "hand"
 
 
-async def test_a_chat_begins_its_own_text(load: Callable[..., Model], answer: Ask) -> None:
+async def test_a_chat_begins_its_own_text(
+    load: Callable[..., Model], answer: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load("byte_fallback", AddedToken("<|im_start|>", special=True))
     word, last = model["▁hand"], model.codec.encode("<|im_start|>e", add_special_tokens=False)[-1]
     messages = [{"role": "user", "content": "e"}]
     got, _ = await answer(model, {last: word}, endpoint=CHAT, messages=messages, max_tokens=1)
     assert got[0] == "hand"
+    # Over gRPC too.
+    frontend = ScriptedFrontend(model.codec, {last: word})
+    monkeypatch.setattr(path, "attempts", frontend.attempts)
+    request = pb.GenerateRequest(sampling=types_pb2.SamplingParams(max_tokens=1))
+    request.messages.messages.add(role="user", content="e")
+    responses = frontend.generate(request, identity=ANONYMOUS, time_left_s=None)
+    assert "".join([each.chunk.text + each.finished.text async for each in responses]) == "hand"
 
 
 async def test_a_character_that_the_prompt_begins_is_the_answers(

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
@@ -18,64 +16,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from baton.services.launcher.__main__ import main
 from baton.v1 import inference_service_pb2 as pb
-from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
+from tests.unit.launcher.played_gateway import Gateway, Responses, chunk, started
 
 _ROOT = Path(__file__).parents[3]
-
-Responses = Iterator[pb.GenerateResponse]
-Behaviour = Callable[[pb.GenerateRequest, grpc.ServicerContext], Responses]
-
-
-class Gateway(pb_grpc.InferenceServiceServicer):
-    def __init__(self) -> None:
-        self.behaviour: Behaviour = answer_with_text
-        self.info = pb.GetServerInfoResponse()
-        self.target = ""
-
-    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Responses:
-        return self.behaviour(request, context)
-
-    def GetServerInfo(
-        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
-    ) -> pb.GetServerInfoResponse:
-        return self.info
-
-    def GetModelInfo(
-        self, request: pb.GetModelInfoRequest, context: grpc.ServicerContext
-    ) -> pb.GetModelInfoResponse:
-        raise NotImplementedError
-
-    def Tokenize(
-        self, request: pb.TokenizeRequest, context: grpc.ServicerContext
-    ) -> pb.TokenizeResponse:
-        raise NotImplementedError
-
-    def Detokenize(
-        self, request: pb.DetokenizeRequest, context: grpc.ServicerContext
-    ) -> pb.DetokenizeResponse:
-        raise NotImplementedError
-
-
-@pytest.fixture
-def gateway() -> Iterator[Gateway]:
-    servicer = Gateway()
-    server = grpc.server(ThreadPoolExecutor(4))
-    pb_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-    servicer.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    yield servicer
-    server.stop(None).wait()
-
-
-def chunk(first_index: int, token_ids: list[int], text: str | None) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        chunk=pb.GenerateChunk(first_index=first_index, token_ids=token_ids, text=text)
-    )
-
-
-def started() -> pb.GenerateResponse:
-    return pb.GenerateResponse(started=pb.GenerateStarted(request_id="r", seed=1))
 
 
 def answer_with_text(request: pb.GenerateRequest, context: grpc.ServicerContext) -> Responses:
@@ -115,6 +59,7 @@ def answer_without_text(request: pb.GenerateRequest, context: grpc.ServicerConte
 
 
 def test_text_is_streamed(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway.behaviour = answer_with_text
     assert main(["generate", "--target", gateway.target, "--prompt", "x"]) == 0
     assert capsys.readouterr().out == "Héllo you\n"
 
@@ -134,6 +79,7 @@ def test_ids_are_streamed_without_tokenizer(
 def test_json_is_one_object_on_one_line(
     gateway: Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    gateway.behaviour = answer_with_text
     assert main(["generate", "--target", gateway.target, "--prompt", "x", "--json"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1
@@ -174,7 +120,7 @@ def test_an_rpc_error_is_one_line_with_its_code(
 
 
 def test_a_gateway_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["generate", "--prompt", "x"], ["status"]):
+    for command in (["generate", "--prompt", "x"], ["chat"], ["status"]):
         assert main([*command, "--target", "127.0.0.1:1"]) == 1
         err = capsys.readouterr().err
         assert err.startswith("UNAVAILABLE: ") and err.count("\n") == 1
