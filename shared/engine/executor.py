@@ -17,6 +17,9 @@ from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 
+Wanted = tuple[Tensor, Sequence[object]]
+"""Which tokens of a step, int [R], and by cache group the plan of these alone."""
+
 
 class Model(Protocol):
     """The forward pass of shared/engine/models/*.py."""
@@ -27,7 +30,7 @@ class Model(Protocol):
         positions: Tensor,
         kv_caches: Sequence[Tensor],
         plans: Sequence[object],
-        wanted: tuple[Tensor, Sequence[object]] | None = None,
+        wanted: Wanted | None = None,
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference
+from baton.kernels.reference import AttentionPlan
 from baton.shared.engine import determinism
-from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, RowHandle
-from baton.shared.engine.executor import Model
+from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, Ints, RowHandle
+from baton.shared.engine.executor import Model, Wanted
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.kv.cache_spec import window_of
@@ -62,8 +63,7 @@ class HostExecutor:
 
     def launch(self, batch: Batch) -> DoneStep:
         batch = Batch([_placed(row) for row in batch.rows])
-        columns = batch.columns(self.kv_cache.block_size)
-        hidden = self._hidden_states(columns)
+        columns = self._columns(batch)
         rows = [batch.rows[i] for i in columns.order]
         # A token behind the last one that is known, and behind each draft.
         drawing = [
@@ -73,9 +73,10 @@ class HostExecutor:
             for offset in range(row.num_known - 1, row.num_tokens)
         ]
         result: list[Sequence[Drawn]] = [[] for _ in rows]
+        logits = self._logits(columns, [int(columns.query_start[i]) + at for i, at in drawing])
         if drawing:
             tokens = sample_tokens(
-                self._logits_at(hidden, [int(columns.query_start[i]) + at for i, at in drawing]),
+                logits,
                 [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None],
                 [rows[i].sample_index for i, _ in drawing],
                 [rows[i].position + offset + 1 for i, offset in drawing],
@@ -99,20 +100,39 @@ class HostExecutor:
         return drawn
 
     def logits(self, batch: Batch) -> Tensor:
-        columns = batch.columns(self.kv_cache.block_size)
-        hidden = self._hidden_states(columns)
+        columns = self._columns(batch)
         place_of = {row: place for place, row in enumerate(columns.order)}
         wanted = [
             int(columns.query_start[place_of[index] + 1]) - before
             for index, row in enumerate(batch.rows)
             for before in range(row.num_logits, 0, -1)
         ]
-        return self._logits_at(hidden, wanted)
+        return self._logits(columns, wanted)
 
-    def _hidden_states(self, columns: BatchColumns) -> Tensor:
-        """[at least T, hidden]; rows behind the step's tokens are padding."""
-        self._check(columns)
-        plans = [
+    def _logits(self, columns: BatchColumns, tokens: Sequence[int]) -> Tensor:
+        """Computes the step → float32 [len(tokens), vocab] at these of its tokens."""
+        ids = np.array(tokens, np.int64)
+        padded = self._padded(ids) if tokens else torch.from_numpy(ids)
+        wanted: Wanted | None = None
+        if len(tokens) < len(columns.input_ids):
+            wanted = padded, self._plan(_alone(columns, ids)) if tokens else ()
+        hidden = self._model.hidden_states(
+            self._padded(columns.input_ids),
+            self._padded(columns.positions),
+            self.kv_cache.padded_tensors,
+            self._plan(columns),
+            wanted,
+        )
+        if not tokens:
+            # Keys and values were all that was to be computed.
+            return hidden
+        if wanted is None:
+            hidden = hidden.index_select(0, padded)
+        return self._model.logits(hidden)[: len(tokens)].float()
+
+    def _plan(self, columns: BatchColumns) -> list[AttentionPlan]:
+        """By cache group."""
+        return [
             reference.plan_attention(
                 columns.query_start,
                 columns.context_lens,
@@ -125,17 +145,6 @@ class HostExecutor:
             )
             for group, kv in enumerate(self.kv_cache.padded_tensors)
         ]
-        return self._model.hidden_states(
-            self._padded(columns.input_ids),
-            self._padded(columns.positions),
-            self.kv_cache.padded_tensors,
-            plans,
-        )
-
-    def _logits_at(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
-        """float32 [len(tokens), vocab]."""
-        wanted = self._padded(np.array(tokens, np.int64))
-        return self._model.logits(hidden.index_select(0, wanted))[: len(tokens)].float()
 
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
         num_missing = determinism.MIN_LINEAR_ROWS - len(column)
@@ -143,7 +152,8 @@ class HostExecutor:
             column = np.concatenate((column, np.zeros(num_missing, np.int64)))
         return torch.from_numpy(column).to(self._device, non_blocking=True)
 
-    def _check(self, columns: BatchColumns) -> None:
+    def _columns(self, batch: Batch) -> BatchColumns:
+        columns = batch.columns(self.kv_cache.block_size)
         longest = int(columns.context_lens.max())
         if longest > self._max_model_len:
             raise ValueError(f"a row of {longest} tokens exceeds max_model_len")
@@ -153,6 +163,22 @@ class HostExecutor:
             num_blocks = self.kv_cache.pool_of(group).num_blocks
             if int(table.max()) >= num_blocks or int(columns.slot_mapping[group].min()) < 0:
                 raise ValueError("a block table names a block that does not exist")
+        return columns
+
+
+def _alone(columns: BatchColumns, tokens: Ints) -> BatchColumns:
+    """Some of the tokens, each as a row of its own."""
+    row = np.searchsorted(columns.query_start, tokens, side="right") - 1
+    positions = columns.positions[tokens]
+    return BatchColumns(
+        order=[],
+        input_ids=columns.input_ids[tokens],
+        positions=positions,
+        query_start=np.arange(len(tokens) + 1),
+        context_lens=positions + 1,
+        block_tables=[table[row] for table in columns.block_tables],
+        slot_mapping=[slots[tokens] for slots in columns.slot_mapping],
+    )
 
 
 def _placed(row: BatchRow) -> BatchRow:

@@ -78,13 +78,25 @@ class ModelLoader:
         """[num_rows, size]"""
         return self._counted(self.read_float(f"{module}.weight", (num_rows, size)))
 
-    def norm(self, module: str, size: int, eps: float, *, plus_one: bool = False) -> Norm:
-        """`plus_one`: the norm multiplies by 1 + weight, which is kept in float32."""
-        name = f"{module}.weight"
-        if not plus_one:
-            return Norm(self._counted(self.read_float(name, (size,))), eps)
-        weight = self.read_float(name, (size,), dtype=torch.float32)
-        return Norm(self._counted(weight if weight.is_meta else weight + 1), eps)
+    def norm(
+        self,
+        module: str,
+        size: int,
+        eps: float,
+        *,
+        is_wide: bool = False,
+        plus_one: bool = False,
+    ) -> Norm:
+        """`is_wide`: the weight is kept in float32. `plus_one`: so is 1 + weight, in its place."""
+        dtype = torch.float32 if is_wide or plus_one else self.dtype
+        weight = self.read_float(f"{module}.weight", (size,), dtype=dtype)
+        if plus_one and not weight.is_meta:
+            weight += 1
+        return Norm(self._counted(weight), eps)
+
+    def numbers(self, name: str, size: int) -> Tensor:
+        """[size], of a tensor that belongs to no module."""
+        return self._counted(self.read_float(name, (size,)))
 
     def linear(self, spec: LinearSpec) -> Linear:
         layer = self.ops.load_linear(spec, self)

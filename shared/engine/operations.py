@@ -75,6 +75,9 @@ class Operations(Protocol):
         """activation(gate) · up, where (gate, up) = `norm_linear`: x [T, in] → [T, out / 2]. Not
         for layers that are split by rows."""
 
+    def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) · up, of [T, size] each, whose rows may be strided → a new tensor."""
+
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         """residual + norm(x), [T, hidden] each. The residual's memory may be taken for it."""
 

@@ -66,6 +66,9 @@ class ReferenceOperations:
     ) -> Tensor:
         return reference.activate_and_mul(self.norm_linear(x, norm, layer), activation)
 
+    def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        return reference.activate(gate, activation).mul_(up)
+
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         return reference.norm_add(x, norm.weight, norm.eps, residual)
 

@@ -188,6 +188,9 @@ class TritonOperations:
     ) -> Tensor:
         raise NotImplementedError
 
+    def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        raise NotImplementedError
+
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -131,13 +131,13 @@ class Fields:
             raise self.error(name, f"must be an object, not {shown(value)}")
         return self._within(value, name)
 
-    def objects(self, name: str) -> list[Fields]:
+    def objects(self, name: str) -> dict[str, Fields]:
         """An object's values, themselves objects; none when the field is missing."""
         outer = self.object(name)
         if outer is None:
-            return []
-        inner = (outer.object(key) for key in outer._values)
-        return [each for each in inner if each is not None]
+            return {}
+        inner = {key: outer.object(key) for key in outer._values}
+        return {key: each for key, each in inner.items() if each is not None}
 
     def only(self, name: str, *values: Any, because: str = "") -> None:
         """Reads a field of which nothing but missing, or one of these values, is implemented."""

@@ -13,6 +13,18 @@ from typing import Any
 
 from baton.shared.model_files.fields import Fields
 
+_GEMMA = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -155,9 +167,41 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-6,
     },
     "mistral3": {"tie_word_embeddings": True},
+    "gemma2": {
+        **_GEMMA,
+        "vocab_size": 256000,
+        "num_hidden_layers": 26,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3_text": {
+        **_GEMMA,
+        "vocab_size": 262208,
+        "num_hidden_layers": 26,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
+    "gemma3": {"tie_word_embeddings": True},
+    "gemma4_text": {
+        **_GEMMA,
+        "vocab_size": 262144,
+        "num_hidden_layers": 30,
+        "max_position_embeddings": 131072,
+        "sliding_window": 512,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262144,
+        "num_kv_shared_layers": 0,
+    },
+    "gemma4": {"tie_word_embeddings": True},
 }
 
 TEXT_TYPES: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
     "mistral3": ("mistral", "ministral3"),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),

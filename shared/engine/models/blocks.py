@@ -64,6 +64,17 @@ def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
     )
 
 
+def load_norm(config: ModelConfig, load: ModelLoader, module: str, size: int | None = None) -> Norm:
+    """A norm as all of a model's are; over the hidden state, or of another size."""
+    return load.norm(
+        module,
+        config.hidden_size if size is None else size,
+        config.rms_norm_eps,
+        is_wide=config.style.has_wide_norms,
+        plus_one=config.style.norm_plus_one,
+    )
+
+
 class Attention:
     """Rotary grouped-query attention over the paged cache, full or in a window.
 
@@ -107,17 +118,16 @@ class Attention:
     ) -> HeadNorms | None:
         if not config.style.has_qk_norm:
             return None
-        plus_one = config.style.norm_plus_one
 
         def weight(name: str) -> Tensor:
-            module = prefix + names[name]
-            norm = load.norm(module, self._head_dim, config.rms_norm_eps, plus_one=plus_one)
+            norm = load_norm(config, load, prefix + names[name], self._head_dim)
             return reordered(norm.weight, order)
 
         return HeadNorms(
             config.rms_norm_eps,
             q=weight("q_norm"),
             k=weight("k_norm") if self._has_cache else None,
+            has_value=self._has_cache and config.style.has_value_norm,
         )
 
     def query(self, hidden: Tensor, norm: Norm, rope: Any, kv: Tensor, plan: Any) -> Tensor:

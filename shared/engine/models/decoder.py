@@ -9,14 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from baton.shared.engine.executor import Wanted
 from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
-from baton.shared.engine.models.blocks import Names
-from baton.shared.engine.models.layers import PreNormLayer, SandwichLayer, load_norm
+from baton.shared.engine.models.blocks import Names, load_norm
+from baton.shared.engine.models.layers import PreNormLayer, SandwichLayer
 from baton.shared.engine.models.model_config import ModelConfig
-
-Wanted = tuple[Tensor, Sequence[Any]]
-"""Which tokens of a step, int [R], and by cache group the plan of these alone."""
 
 
 class Layer(Protocol):
@@ -28,23 +26,38 @@ class Layer(Protocol):
     def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
         """hidden [T, hidden] → [T, num_heads, head_dim]; keys and values go to the cache."""
 
-    def finish(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
-        """The layer's output [R, hidden], from its input and the queries of the same tokens."""
+    def finish(
+        self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output [R, hidden], from its input and the queries of the same tokens.
+
+        `extra`: what `ExtraInputs` has for the layer, of the same tokens.
+        """
 
 
 MakeLayer = Callable[[int], Layer]
 """Given a layer's number."""
+
+ExtraInputs = Callable[[Tensor, Tensor], Tensor]
+"""Of token ids [T] and embeddings [T, hidden], scaled: what each layer gets of a token beside its
+input, [T, num_layers, any size]."""
 
 
 class Decoder:
     """The weights and the forward pass; all state is the caller's KV cache."""
 
     def __init__(
-        self, config: ModelConfig, load: ModelLoader, names: Names, make_layer: MakeLayer
+        self,
+        config: ModelConfig,
+        load: ModelLoader,
+        names: Names,
+        make_layer: MakeLayer,
+        extra_inputs: ExtraInputs | None = None,
     ) -> None:
         self._ops = load.ops
         self._soft_cap = config.logits_soft_cap
-        self._embedding_scale = _rounded(config.embedding_scale, load.dtype)
+        self._extra_inputs = extra_inputs
+        self._embedding_scale = rounded(config.embedding_scale, load.dtype)
         self.embedding, self._head = _ends(config, load, names)
         self._norm = load_norm(config, load, names["norm"])
         sources = [
@@ -80,6 +93,7 @@ class Decoder:
         """
         ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
         hidden = self._embed(input_ids)
+        extra = None if self._extra_inputs is None else self._extra_inputs(input_ids, hidden)
         for index, layer in enumerate(self._layers):
             group = self._group_of[index]
             kv, rope = kv_caches[group], ropes[self._rope_of[index]]
@@ -89,10 +103,12 @@ class Decoder:
                 if not len(tokens):
                     return hidden[:0]
                 query, hidden = query.index_select(0, tokens), hidden.index_select(0, tokens)
+                extra = None if extra is None else extra.index_select(0, tokens)
                 if index + 1 < len(self._layers):
                     positions = positions.index_select(0, tokens)
                     ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
-            hidden = layer.finish(hidden, query, kv, plans[group])
+            own = None if extra is None else extra[:, index]
+            hidden = layer.finish(hidden, query, kv, plans[group], own)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -111,7 +127,7 @@ def build(config: ModelConfig, load: ModelLoader, names: Names) -> Decoder:
     return Decoder(config, load, names, partial(layer, config, load, names))
 
 
-def _rounded(scale: float, dtype: torch.dtype) -> float:
+def rounded(scale: float, dtype: torch.dtype) -> float:
     """As the numbers that it multiplies: what gemma does, and of others no difference is known."""
     return torch.tensor(scale).to(dtype).item()
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from baton.shared.engine.model_loader import ModelLoader
-from baton.shared.engine.models.blocks import Attention, GatedMlp, Names
+from baton.shared.engine.models.blocks import Attention, GatedMlp, Names, load_norm
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.operations import Norm
 
 
 class PreNormLayer:
@@ -28,7 +27,9 @@ class PreNormLayer:
     def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
         return self._attention.query(hidden, self._input_norm, rope, kv, plan)
 
-    def finish(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
+    def finish(
+        self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
+    ) -> Tensor:
         hidden = self._attention.attend(query, kv, plan, hidden)
         return self._mlp(hidden, self._mlp_norm, hidden)
 
@@ -39,26 +40,31 @@ class SandwichLayer:
     Names: as of `PreNormLayer`, and attention_post_norm, mlp_post_norm.
     """
 
-    def __init__(self, config: ModelConfig, load: ModelLoader, names: Names, index: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: ModelLoader,
+        names: Names,
+        index: int,
+        *,
+        intermediate_size: int | None = None,
+    ) -> None:
+        """`intermediate_size`: if it is not the model's."""
         prefix = names["layer"].format(index)
         self._ops = load.ops
         self._input_norm = load_norm(config, load, prefix + names["input_norm"])
         self._attention = Attention(config, load, names, prefix, index)
         self._attention_post_norm = load_norm(config, load, prefix + names["attention_post_norm"])
         self._mlp_norm = load_norm(config, load, prefix + names["mlp_norm"])
-        self._mlp = GatedMlp(config, load, names, prefix)
+        self._mlp = GatedMlp(config, load, names, prefix, intermediate_size=intermediate_size)
         self._mlp_post_norm = load_norm(config, load, prefix + names["mlp_post_norm"])
 
     def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
         return self._attention.query(hidden, self._input_norm, rope, kv, plan)
 
-    def finish(self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any) -> Tensor:
+    def finish(
+        self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
+    ) -> Tensor:
         attended = self._attention.attend(query, kv, plan)
         hidden = self._ops.norm_add(attended, self._attention_post_norm, hidden)
         return self._ops.norm_add(self._mlp(hidden, self._mlp_norm), self._mlp_post_norm, hidden)
-
-
-def load_norm(config: ModelConfig, load: ModelLoader, module: str) -> Norm:
-    """A norm over the hidden state, as all of a model's are."""
-    plus_one = config.style.norm_plus_one
-    return load.norm(module, config.hidden_size, config.rms_norm_eps, plus_one=plus_one)

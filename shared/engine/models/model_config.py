@@ -7,6 +7,7 @@ All others are left unread, and named in one log line (registry.py). Nothing her
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,14 @@ _LAYER_TYPES = {
     "sliding_attention": "sliding_attention",
 }
 """How files call the kinds of layers → our word, which is transformers'."""
+_ACTIVATIONS: dict[str, Activation] = {
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    **dict.fromkeys(
+        ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
+        "gelu_tanh",
+    ),
+}
+"""How files call activations → the operations' word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +81,12 @@ class LayerStyle:
     """Of what attention and MLP add."""
     has_qk_norm: bool = False
     """Queries and keys are normalised, head by head, before they are turned."""
+    has_value_norm: bool = False
+    """Values are normalised too, head by head, without a weight; only with norms of the heads."""
     has_post_norms: bool = False
     """What attention and MLP add is normalised."""
+    has_wide_norms: bool = False
+    """Norms multiply by their weight in float32, before they round."""
     norm_plus_one: bool = False
     """Norms multiply by 1 + weight, in float32."""
 
@@ -123,10 +136,15 @@ class ModelConfig:
         return [layer.cache_spec for layer in self.layers]
 
 
-def read_decoder(fields: Fields) -> dict[str, Any]:
-    """The fields of `ModelConfig` that all types spell alike, but for `layers`."""
+def read_decoder(fields: Fields, *, reads_itself: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of `ModelConfig` that all types spell alike, but for `layers`.
+
+    Args:
+        reads_itself: fields that say nothing for other types.
+    """
     for name, neutral in _READ_BY_EVERY_TYPE.items():
-        fields.only(name, *neutral)
+        if name not in reads_itself:
+            fields.only(name, *neutral)
     return {
         **asdict(read_model_info(fields)),
         "max_position_embeddings": fields.integer("max_position_embeddings"),
@@ -143,17 +161,40 @@ def read_heads(fields: Fields, hidden_size: int) -> dict[str, int]:
     """`num_heads`, `num_kv_heads` and `head_dim` of an `AttentionConfig`; null key and value heads
     are as many as query heads."""
     num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise fields.error(
-            "num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} attention heads"
-        )
+    num_kv_heads = read_kv_heads(fields, num_heads)
     if fields.get("head_dim") is None and hidden_size % num_heads:
         raise fields.error("hidden_size", f"{hidden_size} is not divisible by {num_heads} heads")
-    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
-    if head_dim % 2:
-        raise fields.error("head_dim", f"rotary embedding needs an even size, not {head_dim}")
+    head_dim = read_head_dim(fields, default=hidden_size // num_heads)
     return {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+
+
+def read_kv_heads(fields: Fields, num_heads: int, name: str = "num_key_value_heads") -> int:
+    """Null are as many as there are query heads, `num_heads`."""
+    num_kv_heads = fields.integer(name, default=num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(name, f"{num_kv_heads} does not divide {num_heads} attention heads")
+    return num_kv_heads
+
+
+def read_head_dim(fields: Fields, name: str = "head_dim", *, default: int | None = None) -> int:
+    head_dim = fields.integer(name, default=default)
+    if head_dim % 2:
+        raise fields.error(name, f"rotary embedding needs an even size, not {head_dim}")
+    return head_dim
+
+
+def read_activation(fields: Fields, name: str) -> Activation:
+    """What the gate of an MLP goes through."""
+    value = fields.string(name)
+    if value not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise fields.error(name, f"must be one of {known}, not {shown(value)}")
+    return _ACTIVATIONS[value]
+
+
+def read_cap(fields: Fields, name: str) -> float:
+    """Of `AttentionConfig.soft_cap` or `ModelConfig.logits_soft_cap`; null is none, which is 0."""
+    return 0.0 if fields.get(name) is None else fields.number(name)
 
 
 def read_layer_types(fields: Fields, num_layers: int) -> list[str] | None:

@@ -69,6 +69,7 @@ def text_part_of(
         configure,
         types[0].build,
         tuple(_placed(types[0].names[0], *place) for place in _PLACES),
+        types[0].ignored_tensors,
         ignored_modules=tuple(
             f"{within}{module}." for within in ("", "model.") for module in ignored_modules
         ),

@@ -31,7 +31,7 @@ def read_quantization(fields: Fields) -> bool:
     outer.only("kv_cache_scheme")
     outer.only("sparsity_config", {})
     outer.only("transform_config", {})
-    for group in outer.objects("config_groups"):
+    for group in outer.objects("config_groups").values():
         group.only("format", *_FORMATS)
         group.only("input_activations", because="activations are not quantised here")
         group.only("output_activations", because="activations are not quantised here")

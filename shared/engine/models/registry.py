@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from baton.shared.engine.models.gemma2 import GEMMA2
+from baton.shared.engine.models.gemma3 import GEMMA3, GEMMA3_TEXT
+from baton.shared.engine.models.gemma4 import GEMMA4, GEMMA4_TEXT
 from baton.shared.engine.models.glm4 import GLM4
 from baton.shared.engine.models.granite import GRANITE
 from baton.shared.engine.models.llama import LLAMA
@@ -27,6 +30,11 @@ logger = logging.getLogger(__name__)
 _TYPES = {
     each.name: each
     for each in (
+        GEMMA2,
+        GEMMA3,
+        GEMMA3_TEXT,
+        GEMMA4,
+        GEMMA4_TEXT,
         GLM4,
         GRANITE,
         LLAMA,

@@ -67,6 +67,23 @@ def read_windows(
     return [window if each else None for each in is_sliding]
 
 
+def every_nth_full(n: int, num_layers: int) -> list[str]:
+    """The types of layers where one in `n` has no window."""
+    return [
+        "sliding_attention" if number % n else "full_attention"
+        for number in range(1, num_layers + 1)
+    ]
+
+
+def read_window_of(
+    fields: Fields, layer_types: list[str], max_position_embeddings: int
+) -> int | None:
+    """`sliding_window`, which those layers have that are of that type."""
+    if "sliding_attention" not in layer_types:
+        return None
+    return _left(fields.integer("sliding_window"), max_position_embeddings)
+
+
 def _window(fields: Fields) -> int | None:
     return None if fields.get("sliding_window") is None else fields.integer("sliding_window")
 

@@ -12,6 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
+from tests.unit.engine.tiny_gemmas import TINY_GEMMAS
+
 Fields = dict[str, Any]
 _CAUSAL_LM: Any = AutoModelForCausalLM
 _MULTIMODAL: Any = AutoModelForImageTextToText
@@ -41,7 +43,9 @@ def _factors(num_pairs: int) -> Fields:
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW = 21
 """Of the windowed ones; some prompts end around it."""
-VISION = {
+VISION: dict[str, Fields] = {
+    "gemma3": {"num_attention_heads": 2, "image_size": 64, "patch_size": 16},
+    "gemma4": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
     "mistral3": {"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 8},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
     "qwen3_vl": {
@@ -299,6 +303,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
         "biases": {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 1},
         "odd": {"head_dim": 32, "num_attention_heads": 5, "num_key_value_heads": 5},
     },
+    **TINY_GEMMAS,
 }
 CASES = [(model_type, case) for model_type, cases in TINY_MODELS.items() for case in cases]
 
@@ -314,16 +319,26 @@ def make_tiny(
     quiet.disable_progress_bar()
     torch.manual_seed(seed)
     model = _new_model(model_type, fields)
+    # Embeddings are scaled by the root of their size, and a head that they are tied to is not.
+    has_small_head = model_type.startswith("gemma") and model.config.tie_word_embeddings
+    adds_one = model_type.startswith(("gemma2", "gemma3"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+            if has_small_head and name.endswith("model.norm.weight"):
+                parameter.uniform_(6, 8)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5).sub_(1.0 if adds_one else 0.0)
+            elif has_small_head and "embed_tokens" in name:
+                parameter.normal_(std=std / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=std / 0.7)
             elif "embed_tokens" in name or "lm_head" in name:
                 parameter.normal_(std=std)
             else:
                 parameter.normal_(std=std * 0.7)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.7, 1.3)
     model.generation_config.eos_token_id = None
     model.save_pretrained(model_dir)
     return model.eval()
@@ -335,9 +350,9 @@ def _new_model(model_type: str, fields: Fields) -> Any:
         return _CAUSAL_LM.from_config(config, attn_implementation="eager")
     fields = dict(fields)
     outer = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}
-    text = {**SIZES, **fields.pop("text_config", fields)}
+    # An image is made padding before it is looked at.
+    text = {**SIZES, "pad_token_id": 0, **fields.pop("text_config", fields)}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = AutoConfig.for_model(
-        model_type, text_config=text, vision_config={**vision, **VISION[model_type]}, **outer
-    )
+    vision |= VISION[model_type]
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **outer)
     return _MULTIMODAL.from_config(config, attn_implementation="eager")
