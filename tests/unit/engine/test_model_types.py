@@ -7,7 +7,9 @@ token that we have next, its own answer is ours.
 
 from __future__ import annotations
 
-from pathlib import Path
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,49 +23,127 @@ from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.sampling import SamplingParams
 from tests.device import ENGINE, ON_GPU
 from tests.unit.engine.tiny_models import CASES, TINY_MODELS, WINDOW, make_tiny
+from tests.unit.worker.network import Clock
+from tests.unit.worker.simulation import Cluster
 
 CHUNK = 48
 # Around a block, a window, a chunk.
 LENGTHS = (1, 15, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, CHUNK - 1, CHUNK, CHUNK + 1)
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+SPLIT = (3, 9)
+"""Of the prompts, those that a prefill worker hands off."""
+_LONGEST = 8
+"""Blocks of the longest prompt with its answer; what two take is more than one above."""
+_WINDOWS = 4
+"""Blocks that two sequences have of a window, at most."""
+MakeRunner = Callable[[int], ModelRunner]
 
 
-def prompt_of(length: int, vocab_size: int) -> list[int]:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model in transformers and here, and what it answers here."""
+
+    model: Any
+    runner: ModelRunner
+    make_runner: MakeRunner
+    """Given the blocks of its pool."""
+    prompts: list[list[int]]
+    answers: list[list[int]]
 
 
-def transformers_logits(model: Any, sequences: list[list[int]]) -> Tensor:
-    """[sequences, positions, vocab]; what stands behind a sequence does not reach back."""
-    longest = max(len(each) for each in sequences)
-    padded = [each + [0] * (longest - len(each)) for each in sequences]
-    with torch.no_grad():
-        logits: Tensor = model(torch.tensor(padded)).logits
-    return logits
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    model_type, case = request.param
+    model_dir = tmp_path_factory.mktemp("tiny")
+
+    def make_runner(num_blocks: int) -> ModelRunner:
+        return ModelRunner(EngineConfig(model_dir, num_blocks=num_blocks, **ENGINE))
+
+    model = make_tiny(model_dir, model_type, TINY_MODELS[model_type][case])
+    runner = make_runner(128)
+    prompts = [random_tokens(length, length, runner) for length in LENGTHS]
+    answers = PlainLoop(runner).generate(prompts, [GREEDY] * len(prompts), chunk=CHUNK)
+    return Tiny(model, runner, make_runner, prompts, answers)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_tokens(length: int, seed: int, runner: ModelRunner) -> list[int]:
+    return random.Random(seed).choices(range(runner.model_config.vocab_size), k=length)
+
+
+def tables(runner: ModelRunner, first: int = 0, num_blocks: int = 8) -> list[list[int]]:
+    """By cache group, blocks that no other group has."""
+    starts = [first + index * num_blocks for index in range(len(runner.groups))]
+    return [list(range(start, start + num_blocks)) for start in starts]
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize(("model_type", "case"), CASES, ids=str)
-def test_a_type(
-    model_type: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_logits_and_greedy_tokens_are_those_of_transformers(tiny: Tiny) -> None:
+    whole = [prompt + answer for prompt, answer in zip(tiny.prompts, tiny.answers, strict=True)]
+    longest = max(len(each) for each in whole)
+    # What stands behind a sequence does not reach back.
+    padded = [each + [0] * (longest - len(each)) for each in whole]
+    with torch.no_grad():
+        expected: Tensor = tiny.model(torch.tensor(padded)).logits
+    for prompt, answer, logits in zip(tiny.prompts, tiny.answers, expected, strict=True):
+        behind = logits[len(prompt) - 1 :][: len(answer)]
+        assert behind.argmax(-1).tolist() == answer
+        [got] = tiny.runner.logits(Batch([BatchRow(prompt, 0, tables(tiny.runner))])).cpu()
+        assert behind[0].max() - behind[0].min() > 10
+        limit = 1e-3 * float(behind[0].abs().max()) if ON_GPU else 1e-4
+        torch.testing.assert_close(got, behind[0], atol=limit, rtol=0)
+
+
+@pytest.mark.exact
+def test_bits_depend_neither_on_chunks_nor_on_what_shares_a_step(tiny: Tiny) -> None:
+    runner = tiny.runner
+    assert runner.determinism == "exact"
+    tokens = random_tokens(100, 1, runner)
+    row = tables(runner)
+    whole = {
+        end: runner.logits(Batch([BatchRow(tokens[:end], 0, row)]))[0].clone()
+        for end in (17, 48, 63, 64, 65, 100)
+    }
+    other = random_tokens(33, 2, runner)
+    position = 0
+    for end in (17, 48, 63, 64, 65, 100):
+        beside = [
+            BatchRow(other, 0, tables(runner, 64)),
+            BatchRow(other[:1], 0, tables(runner, 96)),
+        ]
+        part = BatchRow(tokens[position:end], position, row)
+        logits = runner.logits(Batch([beside[0], part, beside[1]]))[1]
+        assert torch.equal(logits, whole[end]), f"differs at position {end}"
+        position = end
+
+
+@pytest.mark.exact
+def test_split_with_a_worker_that_dies_and_has_few_blocks(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_tiny(tmp_path, model_type, TINY_MODELS[model_type][case])
-    runner = ModelRunner(EngineConfig(tmp_path, num_blocks=128, **ENGINE))
-    vocab_size = runner.model_config.vocab_size
-    prompts = [prompt_of(length, vocab_size) for length in LENGTHS]
-    answers = PlainLoop(runner).generate(prompts, [GREEDY] * len(prompts), chunk=CHUNK)
-
-    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    expected = transformers_logits(model, whole)
-    for prompt, answer, logits in zip(prompts, answers, expected, strict=True):
-        [got] = runner.logits(Batch([BatchRow(prompt, 0, _tables(runner))])).cpu()
-        own = logits[len(prompt) - 1]
-        assert own.max() - own.min() > 10
-        limit = 1e-3 * float(own.abs().max()) if ON_GPU else 1e-4
-        torch.testing.assert_close(got, own, atol=limit, rtol=0)
-        assert logits[len(prompt) - 1 :].argmax(-1)[: len(answer)].tolist() == answer
-
-
-def _tables(runner: ModelRunner) -> list[list[int]]:
-    """By cache group, blocks for 128 tokens that no other group has."""
-    return [list(range(8 * index, 8 * index + 8)) for index in range(len(runner.groups))]
+    """The network checks every token of every attempt; the second ones find their prefixes."""
+    clock = Clock()
+    for module in ("engine_loop", "handoff"):
+        monkeypatch.setattr(f"baton.services.worker.{module}.time", clock)
+    groups = tiny.runner.groups
+    decode = tiny.make_runner(_LONGEST + 1 + _WINDOWS * (len(groups) - 1))
+    cluster = Cluster({"prefill": tiny.runner, "decode": decode}, clock)
+    requests = [
+        cluster.submit(tuple(tiny.prompts[index]), GREEDY, tiny.answers[index]) for index in SPLIT
+    ]
+    cluster.settle(until=lambda: len(requests[-1].token_ids) > 20)
+    cluster.network.kill("decode")
+    cluster.settle()
+    workers = cluster.network.workers
+    assert [each.token_ids for each in requests] == [tiny.answers[index] for index in SPLIT]
+    assert sum(each.num_attempts for each in requests) > len(requests)
+    assert workers["prefill"].counters["cached_prompt_tokens"] > 0
+    if len(groups) == 1 and groups[0].spec.reads_everything:
+        assert workers["decode"].counters["preemptions"] == 1

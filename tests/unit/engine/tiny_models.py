@@ -22,7 +22,7 @@ SIZES: Fields = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 112,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -124,6 +124,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
     "smollm3": {
         "every second": {"no_rope_layer_interval": 2},
         "windows without rope": {
+            "num_hidden_layers": 3,
             "no_rope_layers": [0, 1, 0],
             "use_sliding_window": True,
             "sliding_window": WINDOW,
@@ -135,12 +136,13 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
         "layers named, biases": {
             "attention_bias": True,
             "mlp_bias": True,
+            "num_hidden_layers": 3,
             "layer_types": [SLIDING, FULL, FULL],
             "use_sliding_window": True,
             "sliding_window": 16,
             "num_key_value_heads": 1,
         },
-        "no rope": {"no_rope_layers": [0, 0, 0], "num_key_value_heads": 4, "head_dim": 24},
+        "no rope": {"no_rope_layers": [0, 0], "num_key_value_heads": 4, "head_dim": 24},
         "yarn": {
             "rope_parameters": {
                 "rope_type": "yarn",
@@ -190,6 +192,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
         "layers named": {
             "use_sliding_window": True,
             "sliding_window": 16,
+            "num_hidden_layers": 3,
             "layer_types": [SLIDING, FULL, SLIDING],
             "num_key_value_heads": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
@@ -204,7 +207,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
             "num_key_value_heads": 1,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
-            "max_window_layers": 2,
+            "max_window_layers": 1,
         },
         "one layer, odd sizes": {
             "head_dim": 40,

@@ -12,6 +12,7 @@ nowhere else. The gateway is a small model of services/gateway/generate.py: one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.services.worker import messages as msg
@@ -96,10 +97,12 @@ class Cluster:
             request.outcome = "cancelled by the client"
             self._end(self._current(request))
 
-    def settle(self) -> None:
-        """No more faults: everything is delivered, until nothing is left to do."""
+    def settle(self, *, until: Callable[[], bool] = lambda: False) -> None:
+        """No more faults: everything is delivered, until nothing is left to do, or `until`."""
         network = self.network
         for _ in range(_MAX_ROUNDS):
+            if until():
+                return
             for channel in network.busy_channels:
                 while network.channels[channel]:
                     network.deliver(channel)
