@@ -56,10 +56,14 @@ class Fields:
             self._read.add(name)
         return found
 
-    def integer(self, name: str, *, default: int | None = None, least: int = 1) -> int:
+    def integer(
+        self, name: str, *, default: int | None = None, least: int = 1, most: int = 2**63 - 1
+    ) -> int:
         value = self._value(name, default, "an integer", int)
         if value < least:
             raise self.error(name, f"must be at least {least}, not {shown(value)}")
+        if value > most:
+            raise self.error(name, f"must be at most {most}, not {shown(value)}")
         return int(value)
 
     def number(self, name: str, *, default: float | None = None) -> float:

@@ -61,6 +61,7 @@ _BOOKKEEPING = frozenset(
     """.split()
 )
 """What every file may hold, and what is not worth a line in the log."""
+_MOST_LAYERS = 10_000
 
 
 def register(model_type: ModelType) -> None:
@@ -83,8 +84,11 @@ def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
     if model_type is None:
         known = ", ".join(sorted(_TYPES))
         raise fields.error("model_type", f"{shown(name)} is not supported; supported are {known}")
+    text = text_part(fields)
+    # A slip of the pen would take all memory before any tensor is missed.
+    text.integer("num_hidden_layers", most=_MOST_LAYERS)
     config = model_type.configure(fields)
-    check_ropes(text_part(fields), {(layer.rope, layer.head_dim) for layer in config.layers})
+    check_ropes(text, {(layer.rope, layer.head_dim) for layer in config.layers})
     ignored = fields.unread(_BOOKKEEPING)
     if ignored:
         log_event(
