@@ -77,6 +77,10 @@ proto-check: install ## Check the contract's style, and that nobody's client bre
 proto-baseline: install ## Take the contract as it is now for the baseline of proto-check
 	$(BIN)/buf build protos --exclude-source-info --output $(BASELINE)
 
+.PHONY: support-matrix
+support-matrix: install ## Write the tables of docs/models.md: what each model type can be
+	$(BIN)/python -m tests.support_matrix
+
 .PHONY: bench
 bench: install ## Streams through the whole stack against transformers, on the CPU
 	$(BIN)/python -m benchmarks.stack.streams

@@ -20,7 +20,7 @@ from baton.shared.engine.models.qwen2 import QWEN2, QWEN2_5_VL
 from baton.shared.engine.models.qwen3 import QWEN3, QWEN3_VL
 from baton.shared.engine.models.rope_fields import check_ropes
 from baton.shared.engine.models.smollm3 import SMOLLM3
-from baton.shared.model_files.fields import shown
+from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import open_config
 from baton.shared.model_files.type_defaults import text_part
 from baton.shared.telemetry import log_event
@@ -64,6 +64,11 @@ _BOOKKEEPING = frozenset(
 _MOST_LAYERS = 10_000
 
 
+def model_types() -> list[ModelType]:
+    """All of them, by name."""
+    return [_TYPES[name] for name in sorted(_TYPES)]
+
+
 def register(model_type: ModelType) -> None:
     """Adds a type, or takes the place of one of that name."""
     _TYPES[model_type.name] = model_type
@@ -79,6 +84,25 @@ def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
             computed here.
     """
     fields = open_config(model_dir)
+    model_type, config = configure(fields)
+    ignored = fields.unread(_BOOKKEEPING)
+    if ignored:
+        log_event(
+            logger,
+            logging.INFO,
+            "fields of the model's config that change nothing here are ignored",
+            file=str(fields.path),
+            fields=" ".join(sorted(ignored)),
+        )
+    return model_type, config
+
+
+def configure(fields: Fields) -> tuple[ModelType, ModelConfig]:
+    """`fields` of config.json, with its type's defaults.
+
+    Raises:
+        ModelError: as of `load_model_config`.
+    """
     name = fields.string("model_type")
     model_type = _TYPES.get(name)
     if model_type is None:
@@ -89,13 +113,4 @@ def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
     text.integer("num_hidden_layers", most=_MOST_LAYERS)
     config = model_type.configure(fields)
     check_ropes(text, {(layer.rope, layer.head_dim) for layer in config.layers})
-    ignored = fields.unread(_BOOKKEEPING)
-    if ignored:
-        log_event(
-            logger,
-            logging.INFO,
-            "fields of the model's config that change nothing here are ignored",
-            file=str(fields.path),
-            fields=" ".join(sorted(ignored)),
-        )
     return model_type, config

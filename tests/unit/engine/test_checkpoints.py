@@ -24,7 +24,9 @@ DIRECTORY = Path(__file__).parent / "checkpoints"
 
 SERVED = {
     "codellama/CodeLlama-34b-hf": "48 x (64 / 8 x 128 default)",
-    "google/gemma-2-27b-it": "23 x (32 / 16 x 128 default, 4096), 23 x (32 / 16 x 128 default), tied",
+    "google/gemma-2-27b-it": (
+        "23 x (32 / 16 x 128 default, 4096), 23 x (32 / 16 x 128 default), tied"
+    ),
     "google/gemma-2-2b-it": "13 x (8 / 4 x 256 default, 4096), 13 x (8 / 4 x 256 default), tied",
     "google/gemma-2-9b-it": "21 x (16 / 8 x 256 default, 4096), 21 x (16 / 8 x 256 default), tied",
     "google/gemma-3-12b-it": "40 x (16 / 8 x 256 default, 1024), 8 x (16 / 8 x 256 linear), tied",

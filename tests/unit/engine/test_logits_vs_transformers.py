@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"family": "mistral", "sliding_window": None},
     "mistral-window-never-left": {"family": "mistral", "sliding_window": 512},
+    "mistral-tied": {"family": "mistral", "sliding_window": None, "tie_word_embeddings": True},
     "mistral-explicit-heads": {
         "family": "mistral",
         "sliding_window": None,

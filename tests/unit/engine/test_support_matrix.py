@@ -1,0 +1,67 @@
+"""docs/models.md says what the registry serves, and what is compared with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from baton.shared.engine.models import registry
+from baton.shared.engine.models.registry import load_model_config
+from tests.support_matrix import COLUMNS, PAGE, ROPES, Row, features_of, page, rows
+from tests.unit.engine.conftest import TINY
+from tests.unit.engine.test_logits_vs_transformers import SHAPES
+from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, VISION, Fields
+
+# Each rope is compared with transformers in one type, and quantised weights in one.
+COMPARED_ELSEWHERE = {*ROPES, "part of a head", "yes"}
+TESTED = {each for names in COLUMNS.values() for each in names} - COMPARED_ELSEWHERE
+
+
+def test_the_page_is_what_is_generated() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "make support-matrix"
+
+
+def test_every_type_has_a_row() -> None:
+    assert [row.model_type for row in rows()] == [each.name for each in registry.model_types()]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.model_type)
+def test_what_a_row_says_is_compared_with_transformers(row: Row, tmp_path: Path) -> None:
+    compared: set[str] = set()
+    for number, fields in enumerate(compared_models(row.model_type)):
+        model_dir = tmp_path / str(number)
+        save_config(model_dir, row.model_type, fields)
+        features = features_of(load_model_config(model_dir)[1])
+        assert row.always & TESTED <= features <= row.features
+        compared |= features
+    assert row.features & TESTED <= compared
+
+
+def compared_models(model_type: str) -> list[Fields]:
+    """Fields of the tiny models that the tests compare."""
+    if model_type in TINY_MODELS:
+        return list(TINY_MODELS[model_type].values())
+    own = [
+        {name: value for name, value in fields.items() if name != "family"}
+        for fields in SHAPES.values()
+        if fields.get("family", "llama") == model_type
+    ]
+    windowed = [{"sliding_window": 33}] if model_type == "mistral" else []
+    return [{**TINY, **fields} for fields in own + windowed]
+
+
+def save_config(model_dir: Path, model_type: str, fields: Fields) -> None:
+    """As `make_tiny` has it, without a model."""
+    if model_type not in VISION:
+        AutoConfig.for_model(model_type, **{**SIZES, **fields}).save_pretrained(model_dir)
+        return
+    fields = dict(fields)
+    outer = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}
+    text = {**SIZES, **fields.pop("text_config", fields)}
+    config = AutoConfig.for_model(
+        model_type, text_config=text, vision_config=VISION[model_type], **outer
+    )
+    config.save_pretrained(model_dir)
