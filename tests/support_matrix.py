@@ -61,6 +61,10 @@ PROBES: tuple[dict[str, Any], ...] = (
     {"sliding_window": None},
     {"sliding_window": WINDOW},
     {"sliding_window": WINDOW, "layer_types": LAYERS},
+    *(
+        {"sliding_window": WINDOW, "layer_types": [kind] * NUM_LAYERS, "num_kv_shared_layers": 0}
+        for kind in (FULL, SLIDING)
+    ),
     {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2},
     {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 0},
     {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": LAYERS},
@@ -76,9 +80,17 @@ PROBES: tuple[dict[str, Any], ...] = (
     {"attn_logit_softcapping": 50.0},
     {"final_logit_softcapping": 30.0},
     {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-    {"num_kv_shared_layers": 3},
+    {"num_kv_shared_layers": 3, "layer_types": LAYERS},
+    {"num_kv_shared_layers": 3, "layer_types": LAYERS, "use_double_wide_mlp": True},
     {"num_kv_shared_layers": 0},
     {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    {"hidden_size_per_layer_input": 16},
+    {"hidden_size_per_layer_input": 0},
+    *(
+        {name: value}
+        for name in ("hidden_act", "hidden_activation")
+        for value in ("silu", "gelu_pytorch_tanh")
+    ),
     {"quantization_config": QUANTIZED},
 )
 OUTER = ("tie_word_embeddings", "quantization_config")
@@ -96,7 +108,7 @@ class Row:
 
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "attention": ("full", "windowed", "windowed and full layers", "shared caches", "V is K"),
+    "attention": ("full", "windowed", "both in one model"),
     "rope": (
         *ROPES,
         "part of a head",
@@ -115,6 +127,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "logits soft cap",
     ),
     "MLP": ("silu", "gelu_tanh"),
+    "beside": (
+        "layers without a cache of their own",
+        "keys that are values",
+        "inputs for each layer",
+        "wider MLPs above",
+    ),
     "head": ("tied", "own"),
     "8-bit weights": ("yes",),
 }
@@ -176,8 +194,9 @@ def configured(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": HEAD_DIM,
+        "global_head_dim": HEAD_DIM,
         "hidden_size": 4 * HEAD_DIM,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 65536,
         **changes,
     }
     values: dict[str, Any] = {"model_type": model_type, **text}
@@ -211,17 +230,18 @@ def features_of(config: ModelConfig) -> frozenset[str]:
     style, layers = config.style, config.layers
     ropes = {layer.rope for layer in layers}
     turning = {rope for rope in ropes if rope.rope_type != "none"}
-    num_windowed = sum(layer.window is not None for layer in layers)
-    attention = {0: "full", len(layers): "windowed"}
+    is_windowed = {layer.window is not None for layer in layers}
     have = {
-        attention.get(num_windowed, "windowed and full layers"): True,
-        "shared caches": any(layer.source is not None for layer in layers),
+        "full": False in is_windowed,
+        "windowed": True in is_windowed,
+        "both in one model": len(is_windowed) == 2,
         "part of a head": any(
             is_partial(layer.rope, layer.head_dim) for layer in layers if layer.rope in turning
         ),
         "one base for each kind of layer": len(turning) > 1,
         "layers without": turning != ropes,
         "of q and k": style.has_qk_norm,
+        "of v": style.has_value_norm,
         "before and after": style.has_post_norms,
         "weights plus 1": style.norm_plus_one,
         "q, k, v": style.qkv_bias,
@@ -235,6 +255,10 @@ def features_of(config: ModelConfig) -> frozenset[str]:
         "attention soft cap": any(layer.soft_cap for layer in layers),
         "logits soft cap": bool(config.logits_soft_cap),
         style.activation: True,
+        "layers without a cache of their own": any(layer.source is not None for layer in layers),
+        "keys that are values": any(getattr(config, "keys_are_values", ())),
+        "inputs for each layer": bool(getattr(config, "extra_size", 0)),
+        "wider MLPs above": len(set(getattr(config, "intermediate_sizes", ()))) > 1,
         "tied" if config.tie_word_embeddings else "own": True,
         "yes": config.is_quantized,
     }

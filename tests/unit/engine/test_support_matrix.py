@@ -9,13 +9,14 @@ from transformers import AutoConfig
 
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.registry import load_model_config
+from baton.shared.model_files.type_defaults import TEXT_TYPES
 from tests.support_matrix import COLUMNS, PAGE, ROPES, Row, features_of, page, rows
 from tests.unit.engine.conftest import TINY
 from tests.unit.engine.test_logits_vs_transformers import SHAPES
 from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, VISION, Fields
 
-# Each rope is compared with transformers in one type, and quantised weights in one.
-COMPARED_ELSEWHERE = {*ROPES, "part of a head", "yes"}
+# Each rope and activation is compared with transformers in some type, and quantised weights in one.
+COMPARED_ELSEWHERE = {*ROPES, "part of a head", "silu", "gelu_tanh", "yes"}
 TESTED = {each for names in COLUMNS.values() for each in names} - COMPARED_ELSEWHERE
 
 
@@ -31,12 +32,15 @@ def test_every_type_has_a_row() -> None:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.model_type)
 def test_what_a_row_says_is_compared_with_transformers(row: Row, tmp_path: Path) -> None:
     compared: set[str] = set()
-    for number, fields in enumerate(compared_models(row.model_type)):
-        model_dir = tmp_path / str(number)
-        save_config(model_dir, row.model_type, fields)
-        features = features_of(load_model_config(model_dir)[1])
-        assert row.always & TESTED <= features <= row.features
-        compared |= features
+    # A multimodal type's text part is a type of its own, or compared by itself.
+    for model_type in (row.model_type, *TEXT_TYPES.get(row.model_type, ())):
+        for number, fields in enumerate(compared_models(model_type)):
+            model_dir = tmp_path / f"{model_type}-{number}"
+            save_config(model_dir, model_type, fields)
+            features = features_of(load_model_config(model_dir)[1])
+            assert features <= row.features
+            assert row.always & TESTED <= features or model_type != row.model_type
+            compared |= features
     assert row.features & TESTED <= compared
 
 

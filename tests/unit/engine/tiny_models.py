@@ -209,6 +209,12 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
             "sliding_window": WINDOW,
             "max_window_layers": 1,
         },
+        "all windows of one": {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 0,
+        },
         "one layer, odd sizes": {
             "head_dim": 40,
             "vocab_size": 307,
@@ -280,6 +286,12 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
             "sliding_window": WINDOW,
             "max_window_layers": 1,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+        },
+        "all windows of one": {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 0,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
         },
         "heads": {
             "num_attention_heads": 6,
