@@ -48,6 +48,11 @@ find_model() {
         MODEL=$(sed -n 's/^MODEL=//p' .env | tail -n 1 | sed -E "s/^(['\"])(.*)\1\$/\2/")
     fi
     if [[ -z ${MODEL:-} ]]; then return; fi
+    if [[ $MODEL != */* && ! -d $MODEL ]]; then
+        # The name of one that was fetched, as in shared/model_files/named.py.
+        local fetched=${BATON_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/baton}/models/$MODEL
+        if [[ -d $fetched ]]; then MODEL=$fetched; fi
+    fi
     MODEL=$(realpath -s -m -- "$MODEL")
     [[ -d $MODEL ]] || fail "MODEL=$MODEL: no such directory" 2
     [[ -f $MODEL/config.json ]] || fail "MODEL=$MODEL: no config.json in it, or a link to nowhere" 2

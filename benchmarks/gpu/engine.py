@@ -24,6 +24,7 @@ from baton.loadtest.environment import describe_environment
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import length_or_auto
 from benchmarks.checkout import RESULTS
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
@@ -215,7 +216,9 @@ def _note(points: dict[str, dict[str, float]], name: str, point: dict[str, float
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.engine", description=__doc__)
-    parser.add_argument("--model", type=Path, help="default: Llama-3.1-8B's shape, random weights")
+    parser.add_argument(
+        "--model", type=model_dir, help="default: Llama-3.1-8B's shape, random weights"
+    )
     parser.add_argument("--points", type=lambda text: text.split(","), default=list(_PARTS))
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--token-budget", type=int)

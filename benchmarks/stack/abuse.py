@@ -20,6 +20,7 @@ from pathlib import Path
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
+from baton.shared.model_files.named import model_dir
 from benchmarks.checkout import DEMO_MODEL
 from benchmarks.stack.launched import StackFailed, StackOptions, private_mib, running
 
@@ -105,7 +106,7 @@ ABUSES: tuple[Callable[[str], Awaitable[None]], ...] = (
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stack.abuse", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--model", type=model_dir, default=DEMO_MODEL)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each abuse")
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from baton.loadtest.run import run_load
 from baton.loadtest.samples import summarise
 from baton.loadtest.spec import Load
 from baton.services.launcher.roles import RoleCounts, StackConfig
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import length_or_auto
 from benchmarks.stack.launched import BenchmarkStack, StackFailed, StackOptions, cpu_s
 from models.dummy_model import SHAPES
@@ -35,7 +36,7 @@ def add_stack_flags(parser: argparse.ArgumentParser, *, device: str) -> None:
     add("--gpus", default="0,1", help="by worker: prefill first, then decode or both")
     add("--device", choices=("cpu", "cuda"), default=device)
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--model", type=Path, help="default: a dummy of --shape")
+    add("--model", type=model_dir, help="default: a dummy of --shape")
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--num-blocks", type=int, help="of each pool; default: the worker's")
     add("--block-size", type=int, default=16)

@@ -35,6 +35,7 @@ from baton.loadtest.target import Target
 from baton.shared.directory.embedded import EmbeddedValkey
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.model_files.named import model_dir
 from benchmarks.checkout import DEMO_MODEL, RESULTS, set_import_path
 from benchmarks.in_process import InProcessEngine
 from benchmarks.stack.launched import cpu_s
@@ -215,7 +216,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--parts", nargs="+", choices=("engine", "gateway"), default=["engine", "gateway"])
-    add("--model", type=Path, default=DEMO_MODEL, help="default: the demo model")
+    add("--model", type=model_dir, default=DEMO_MODEL, help="default: the demo model")
     add("--streams", type=int, nargs="+", default=[1, 8, 32], help="of the engine part")
     add("--new-tokens", type=int, default=64)
     add("--repetitions", type=int, default=5)

@@ -33,6 +33,7 @@ import torch
 
 from baton.loadtest.environment import describe_environment
 from baton.shared.kv.digest import Uint64Array, block_sums, digests, seeds
+from baton.shared.model_files.named import model_dir
 from baton.shared.transfer import puller as puller_module
 from baton.shared.transfer.interface import BlockCopy, GroupBlocks, LocalPool, PeerConnection
 from baton.shared.transfer.nixl import NixlTransport
@@ -342,7 +343,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompts", type=int, nargs="*", default=[1024, 8192], help="prompt lengths when served"
     )
     parser.add_argument(
-        "--model", type=Path, help="served; default: a dummy, Llama-3.1-8B on a GPU"
+        "--model", type=model_dir, help="served; default: a dummy, Llama-3.1-8B on a GPU"
     )
     parser.add_argument("--owner", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -27,6 +27,7 @@ from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.model_files.info import load_model_info
+from baton.shared.model_files.named import model_dir
 from benchmarks.checkout import RESULTS
 from benchmarks.in_process import InProcessEngine, random_prompts
 from benchmarks.stack.launched import StackFailed, StackOptions, running
@@ -133,7 +134,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=256, help="decode steps to measure, at most")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--model", type=Path, help="default: a dummy of --shape")
+    add("--model", type=model_dir, help="default: a dummy of --shape")
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--output", type=Path, default=RESULTS / "served_steps.json")
     return parser.parse_args(argv)

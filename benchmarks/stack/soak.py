@@ -33,6 +33,7 @@ from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.model_files.info import load_model_info
+from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
@@ -294,7 +295,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpus", default="0,1", help="by worker: prefill, decode, both")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--model", type=Path, help="default: a dummy of --shape")
+    add("--model", type=model_dir, help="default: a dummy of --shape")
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--num-blocks", type=int, help="of each pool; default: the worker's")
     add("--worker-flags", default="", help="more flags for all workers")

@@ -34,6 +34,7 @@ from baton.loadtest.interrupt import exit_code
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.model_files.named import model_dir
 from baton.shared.sampling import SamplingParams
 from benchmarks.checkout import DEMO_MODEL, RESULTS
 from benchmarks.stack.other_load import OtherLoad
@@ -236,7 +237,9 @@ def _spread(values: list[float]) -> str:
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stack.streams", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="default: the demo model")
+    parser.add_argument(
+        "--model", type=model_dir, default=DEMO_MODEL, help="default: the demo model"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=7)

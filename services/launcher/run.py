@@ -24,8 +24,9 @@ from baton.v1 import types_pb2
 
 _DEMO = Path("models/demo")
 _PROMPT = "In the beginning"
-_QUESTION = "What is the capital of France?"
+_QUESTION = "Why is the sky blue?"
 _NUM_TOKENS = 96
+_NUM_ANSWER_TOKENS = 128
 _PROGRESS_EVERY_S = 2.0
 _START_LIMIT_S = 300.0
 _ANSWER_LIMIT_S = 120.0
@@ -65,15 +66,15 @@ def main() -> int:
         # Whatever fits: who tries a model wants an answer of it first.
         max_model_len=args.max_model_len,
     )
-    lines = _RoleLines()
+    lines, is_demo = _RoleLines(), args.model == _DEMO
 
     async def serve(stack: Stack) -> int:
         address = await _start(stack, args.model)
-        code = await _answer_once(address, is_demo=args.model == _DEMO)
+        code = await _answer_once(address, is_demo=is_demo)
         if args.once or code:
             return code
         lines.forget()
-        _print_addresses(address, stack.http_address)
+        _print_addresses(address, stack.http_address, is_demo=is_demo)
         await stack.watch()
         return 0
 
@@ -153,7 +154,7 @@ def _request(info: pb.GetModelInfoResponse, *, is_demo: bool) -> pb.GenerateRequ
         question = pb.Message(role="user", content=_QUESTION)
         return pb.GenerateRequest(
             messages=pb.Messages(messages=[question]),
-            sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=_NUM_TOKENS),
+            sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=_NUM_ANSWER_TOKENS),
             clamp_max_tokens=True,
         )
     sampling = types_pb2.SamplingParams(
@@ -178,11 +179,14 @@ def _summary(answer: Answer) -> str:
     return f"TTFT {ttft_s * 1e3:.0f} ms, then {rate} ({num_tokens} tokens, gateway -> {path})"
 
 
-def _print_addresses(address: str, http_address: str | None) -> None:
+def _print_addresses(address: str, http_address: str | None, *, is_demo: bool) -> None:
     print(f"\ngRPC      {address}  (baton.v1.InferenceService)")
     if http_address is not None:
         print(f"OpenAI    http://{http_address}/v1")
-    print(f"ask it    .venv/bin/baton generate --target {address} --prompt 'In the beginning'")
+    if is_demo:
+        print(f"ask it    .venv/bin/baton generate --target {address} --prompt '{_PROMPT}'")
+    else:
+        print(f"talk      .venv/bin/baton chat --target {address}")
     print(f"look      .venv/bin/baton status --target {address}")
     print("stop      Ctrl-C", flush=True)
 

@@ -92,6 +92,15 @@ def test_paths_are_made_absolute_and_may_have_spaces(engine: Engine, tmp_path: P
     assert build["environment"] == {"MODEL": str(model), "MODEL_LINKS": ""}
 
 
+def test_a_fetched_model_has_a_name(engine: Engine, tmp_path: Path) -> None:
+    fetched, cache = model_in(tmp_path / "baton" / "models" / "smollm2"), str(tmp_path)
+    assert engine.run("build", MODEL="smollm2", XDG_CACHE_HOME=cache).returncode == 0
+    [build] = engine.calls("build")
+    assert build["environment"]["MODEL"] == str(fetched)
+    refused = engine.run("build", MODEL="smollm2", HOME=str(tmp_path))
+    assert refused.returncode == 2 and "smollm2: no such directory" in refused.stderr
+
+
 def test_the_files_of_a_snapshot_come_along(engine: Engine, tmp_path: Path) -> None:
     cache = tmp_path / "models--a--b"
     blobs, snapshot = cache / "blobs", cache / "snapshots" / "5ca1ab1e"

