@@ -22,7 +22,7 @@ from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
 
-_DEMO = Path("models/demo")
+_DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 _PROMPT = "In the beginning"
 _QUESTION = "Why is the sky blue?"
 _NUM_TOKENS = 96
@@ -66,7 +66,7 @@ def main() -> int:
         # Whatever fits: who tries a model wants an answer of it first.
         max_model_len=args.max_model_len,
     )
-    lines, is_demo = _RoleLines(), args.model == _DEMO
+    lines, is_demo = _RoleLines(), args.model.resolve() == _DEMO
 
     async def serve(stack: Stack) -> int:
         address = await _start(stack, args.model)

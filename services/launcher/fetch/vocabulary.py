@@ -75,7 +75,10 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
 
 
 def _smollm(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    """Bytes written as letters; digits one by one, then GPT-2's words."""
+    """Bytes written as letters; digits one by one, then GPT-2's words, as llama.cpp splits them.
+
+    transformers reads such a file without the digits: of "  12" it makes other tokens.
+    """
     merges = [tuple(merge.split(" ")) for merge in file.strings(_PREFIX + "merges")]
     tokenizer = _bpe(file, tokens, merges)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,8 +200,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            # Its controlling terminal, so that Ctrl-C becomes a signal.
-            preexec_fn=_take_terminal,
+            preexec_fn=_heed_the_terminal,
         )
         os.close(theirs)
 
@@ -227,11 +229,11 @@ class Terminal:
             os.close(self._fd)
 
 
-def _take_terminal() -> None:
-    import fcntl
-    import termios
-
+def _heed_the_terminal() -> None:
+    """Makes it the controlling one, so that Ctrl-C becomes a signal, which what runs in the
+    background, as these tests may, would not heed."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(gateway: Gateway, asked: object) -> None:
