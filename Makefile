@@ -29,7 +29,7 @@ install: $(INSTALLED) $(STUBS) ## Create .venv with pinned dependencies, those o
 protos: $(STUBS) ## Generate the Python stubs of protos/ into shared/gen
 
 .PHONY: run
-run: install ## Serve MODEL (default: the demo) and stream one answer; ONCE=1 stops after it
+run: install $(filter smollm2,$(MODEL)) ## Serve MODEL (default: the demo) and stream one answer; ONCE=1 stops after it
 	@$(BIN)/python -m baton.services.launcher.run --model $(MODEL) $(if $(filter-out 0,$(ONCE)),--once)
 
 .PHONY: smollm2

@@ -26,7 +26,7 @@ _DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 _PROMPT = "In the beginning"
 _QUESTION = "Why is the sky blue?"
 _NUM_TOKENS = 96
-_NUM_ANSWER_TOKENS = 128
+_NUM_ANSWER_TOKENS = 64
 _PROGRESS_EVERY_S = 2.0
 _START_LIMIT_S = 300.0
 _ANSWER_LIMIT_S = 120.0
@@ -138,7 +138,7 @@ async def _answer_once(address: str, *, is_demo: bool) -> int:
                 pb.GetModelInfoRequest()
             )
             answer = await stream_answer(
-                channel, _request(info, is_demo=is_demo), _show, timeout_s=_ANSWER_LIMIT_S
+                channel, first_request(info, is_demo=is_demo), _show, timeout_s=_ANSWER_LIMIT_S
             )
     except grpc.aio.AioRpcError as error:
         return report(error)
@@ -147,7 +147,8 @@ async def _answer_once(address: str, *, is_demo: bool) -> int:
     return 0
 
 
-def _request(info: pb.GetModelInfoResponse, *, is_demo: bool) -> pb.GenerateRequest:
+def first_request(info: pb.GetModelInfoResponse, *, is_demo: bool) -> pb.GenerateRequest:
+    """A question to a model that can answer, the beginning of a text to others; it is shown."""
     # The demo model has a chat template, and knows no answers.
     if info.HasField("chat_template") and not is_demo:
         _show(f"{_QUESTION}\n\n")

