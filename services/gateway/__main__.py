@@ -7,6 +7,7 @@ import asyncio
 import logging
 import secrets
 import sys
+from collections.abc import Mapping
 
 import uvloop
 
@@ -26,7 +27,7 @@ from baton.shared.directory.directory import DirectoryMisconfigured
 from baton.shared.engine.config import LOAD_FORMATS
 from baton.shared.metrics import MetricsServer, add_metrics_flag
 from baton.shared.model_files.fields import ModelError
-from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
+from baton.shared.model_files.info import ModelInfo, load_media_tokens, load_model_info, served_name
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.convert import sampling_to_json
 from baton.shared.rpc.flags import add_flag, add_switch, optional_port
@@ -154,6 +155,7 @@ def main() -> int:
     )
     try:
         model = load_model_info(args.model)
+        media_tokens = load_media_tokens(args.model)
         codec = TextCodec.load(args.model)
         default_sampling = types_pb2.SamplingParams()
         if args.generation_config == "auto":
@@ -161,7 +163,7 @@ def main() -> int:
     except ModelError as error:
         sys.stderr.write(f"baton gateway: {error}\n")
         return 2
-    return uvloop.run(serve(args, model, codec, default_sampling))
+    return uvloop.run(serve(args, model, codec, default_sampling, media_tokens))
 
 
 async def serve(
@@ -169,6 +171,7 @@ async def serve(
     model: ModelInfo,
     codec: TextCodec | None,
     default_sampling: types_pb2.SamplingParams,
+    media_tokens: Mapping[int, str],
 ) -> int:
     """Until a signal; returns the exit status."""
     stop = stop_event()
@@ -188,6 +191,7 @@ async def serve(
         model=model,
         served=served,
         local_prefill=args.local_prefill,
+        media_tokens=media_tokens,
     )
     frontend = Frontend(
         cluster,

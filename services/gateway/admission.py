@@ -35,6 +35,8 @@ class Limits:
     """Tokens that the largest block pool holds; None while no worker is known."""
     default_max_tokens: int = 256
     max_text_bytes: int = 1 << 20
+    media_tokens: Mapping[int, str] = field(default_factory=dict)
+    """Tokens in whose place an image, a video or audio would be read → the model's name of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ async def admit(
 
     prompt_field = request.WhichOneof("prompt") or "prompt"
     prompt = await _prompt_token_ids(request, limits, encode, encode_chat)
+    _check_is_text(prompt_field, prompt, limits)
     default_max_tokens = defaults.sampling.max_tokens or limits.default_max_tokens
     max_tokens = _check_lengths(prompt_field, len(prompt), request, limits, default_max_tokens)
     if len(received) > max_tokens:
@@ -145,6 +148,18 @@ async def _prompt_token_ids(
     # Before its length: an id that the model lacks says more about a wrong caller.
     check_token_ids("token_ids", token_ids, limits)
     return token_ids
+
+
+def _check_is_text(field: str, prompt: Sequence[int], limits: Limits) -> None:
+    """Raises InvalidField for what only a processor of images would have written."""
+    index, found = min(
+        ((prompt.index(each), each) for each in limits.media_tokens if each in prompt),
+        default=(0, None),
+    )
+    if found is not None:
+        name = limits.media_tokens[found]
+        problem = f"has {name} {found} as token {index}: images, video and audio are not read"
+        raise InvalidField(field, problem, limit="text alone")
 
 
 def check_text(field: str, text: str, limits: Limits) -> None:

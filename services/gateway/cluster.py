@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import grpc
 
@@ -53,12 +53,15 @@ class Cluster:
         model: ModelInfo,
         served: ServedModel,
         local_prefill: LocalPrefill | None = None,
+        media_tokens: Mapping[int, str] | None = None,
     ) -> None:
+        """`media_tokens`: see `Limits`."""
         self.served = served
         self._url = url
         self._name = name
         self._incarnation = incarnation
         self._model = model
+        self._media_tokens = media_tokens or {}
         self._directory: Directory | None = None
         self.directory_problem: DirectoryUnavailable | None = _NOT_ASKED
         """None while the directory answers and takes writes."""
@@ -186,6 +189,7 @@ class Cluster:
             vocab_size=self._model.vocab_size,
             max_model_len=_longest(workers, lambda capacity: capacity.max_model_len) or own_len,
             max_pool_tokens=_longest(workers, lambda capacity: capacity.longest),
+            media_tokens=self._media_tokens,
         )
 
     def has_route(self) -> bool:

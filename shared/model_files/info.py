@@ -14,6 +14,12 @@ from baton.shared.model_files.fields import Fields, ModelError
 from baton.shared.model_files.named import missing_model
 from baton.shared.model_files.type_defaults import assume_defaults, text_part
 
+_MEDIA_TOKENS = (
+    *("image_token_id", "image_token_index", "video_token_id", "audio_token_id"),
+    # What stands in front of these; a processor makes the others of it.
+    *("vision_start_token_id", "boi_token_id", "boi_token_index", "boa_token_id"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -59,6 +65,18 @@ def read_model_info(fields: Fields) -> ModelInfo:
         eos_token_ids=_eos_token_ids(fields, text, vocab_size),
         bos_token_id=_bos_token_id(fields, text, vocab_size),
     )
+
+
+def load_media_tokens(model_dir: Path) -> dict[int, str]:
+    """Tokens that stand where a multimodal model puts what it sees or hears → the field of
+    config.json that names each.
+
+    Raises:
+        ModelError: as of `open_config`, or a field that is no token.
+    """
+    fields = open_config(model_dir)
+    given = [name for name in _MEDIA_TOKENS if fields.get(name) is not None]
+    return {fields.integer(name, least=0): name for name in given}
 
 
 def served_name(model_dir: Path) -> str:

@@ -25,6 +25,11 @@ _GEMMA = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
+_QWEN_MEDIA = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -166,7 +171,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
     },
-    "mistral3": {"tie_word_embeddings": True},
+    "qwen2_5_vl": _QWEN_MEDIA,
+    "qwen3_vl": _QWEN_MEDIA,
+    "mistral3": {
+        "tie_word_embeddings": True,
+        "image_token_index": 10,
+    },
     "gemma2": {
         **_GEMMA,
         "vocab_size": 256000,
@@ -185,7 +195,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
     },
-    "gemma3": {"tie_word_embeddings": True},
+    "gemma3": {
+        "tie_word_embeddings": True,
+        "boi_token_index": 255999,
+        "image_token_index": 262144,
+    },
     "gemma4_text": {
         **_GEMMA,
         "vocab_size": 262144,
@@ -196,7 +210,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size_per_layer_input": 262144,
         "num_kv_shared_layers": 0,
     },
-    "gemma4": {"tie_word_embeddings": True},
+    "gemma4": {
+        "tie_word_embeddings": True,
+        "boi_token_id": 255999,
+        "image_token_id": 258880,
+        "video_token_id": 258884,
+        "boa_token_id": 256000,
+        "audio_token_id": 258881,
+    },
 }
 
 TEXT_TYPES: Mapping[str, tuple[str, ...]] = {

@@ -55,7 +55,7 @@ def template_messages(messages: Sequence[Message], frontend: Frontend) -> list[d
         if message.role not in _ROLES:
             problem = f"is not supported; choose from {', '.join(_ROLES)}"
             raise InvalidParam(f"{path}.role", problem)
-        for field in ("tool_calls", "function_call", "tool_call_id"):
+        for field in ("tool_calls", "function_call", "tool_call_id", "images", "audio"):
             if getattr(message, field):
                 raise InvalidParam(
                     f"{path}.{field}", "is not supported", code="unsupported_parameter"
@@ -88,7 +88,7 @@ def _content(message: Message, path: str) -> str | list[dict[str, str]]:
 
 def _text_of(part: ContentPart, path: str) -> str:
     if part.type != "text":
-        problem = "is not supported; only text is"
+        problem = f"{part.type[:40]!r} is not supported; only 'text' is"
         raise InvalidParam(f"{path}.type", problem, code="unsupported_parameter")
     if part.text is None:
         raise InvalidParam(f"{path}.text", "is missing")

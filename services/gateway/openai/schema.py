@@ -172,13 +172,24 @@ class CompletionRequest(Sampled):
     """Text, token ids, or a list of either: see completions.py."""
 
 
+_PART_FIELDS = (
+    *("text", "image_url", "image_embeds", "image_pil", "input_image", "image"),
+    *("input_audio", "audio_url", "audio", "video_url", "video", "input_file", "file"),
+)
+
+
 class ContentPart(_Fields):
     type: str
     text: str | None = None
 
 
 def _as_part(value: Any) -> Any:
-    return {"type": "text", "text": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    if isinstance(value, dict) and value.get("type") is None:
+        # vLLM takes these by their field alone.
+        return {**value, "type": next((name for name in _PART_FIELDS if name in value), None)}
+    return value
 
 
 _Part = Annotated[ContentPart, BeforeValidator(_as_part)]
@@ -194,6 +205,8 @@ class Message(_Fields):
     tool_calls: list[Any] | None = None
     function_call: Any = None
     tool_call_id: Any = None
+    images: Any = None
+    audio: Any = None
 
 
 class ChatRequest(Sampled):

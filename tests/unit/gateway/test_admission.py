@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,6 +176,20 @@ async def test_a_request_larger_than_the_whole_pool() -> None:
 async def test_without_a_known_pool_the_models_length_counts() -> None:
     limits = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=None)
     assert (await admitted(request(), limits)).params.max_tokens == 61
+
+
+async def test_a_prompt_with_a_place_for_an_image() -> None:
+    """Of a multimodal checkpoint: what is there in the place of the image would be nonsense."""
+    limits = replace(LIMITS, media_tokens={7: "image_token_id", 9: "video_token_id"})
+    assert (await admitted(request(prompt=[1, 8, 2]), limits)).prompt_token_ids == (1, 8, 2)
+    for prompt, field in (((1, 7, 9, 7), "token_ids"), ("a picture", "text")):
+        with pytest.raises(InvalidField) as raised:
+            await admitted(request(prompt=prompt), limits)
+        assert (raised.value.field, raised.value.limit) == (field, "text alone")
+        index = 1 if field == "token_ids" else 0
+        assert f"image_token_id 7 as token {index}: images, video" in raised.value.message
+    # What the model itself has written is its own affair.
+    assert (await admitted(request(received=[7], temperature=0.0), limits)).received == (7,)
 
 
 async def test_a_huge_text_is_not_tokenised() -> None:

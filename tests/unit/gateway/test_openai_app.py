@@ -186,6 +186,12 @@ async def test_a_field_out_of_its_range_is_named(
             "messages[0].content[0].type",
         ),
         (
+            {"messages": [{"role": "user", "content": "a", "images": ["aGk="]}]},
+            "messages[0].images",
+        ),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content"),
+        (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             "messages[0].content[0].text",
         ),
@@ -204,6 +210,34 @@ async def test_a_wrong_chat_is_named(address: str, body: dict[str, Any], param: 
     reply = await ask(address, CHAT, body)
     assert reply.status == 400
     assert reply.error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}, "image_url"),
+        ({"type": "input_image", "image_url": "https://a.example/b.png"}, "input_image"),
+        ({"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}, "input_audio"),
+        ({"type": "video_url", "video_url": {"url": "https://a.example/b.mp4"}}, "video_url"),
+        ({"type": "file", "file": {"file_id": "f"}}, "file"),
+        # By their field alone.
+        ({"image_url": "https://a.example/b.png"}, "image_url"),
+        ({"type": None, "audio_url": "https://a.example/b.wav"}, "audio_url"),
+        ({"type": "z" * 100_000}, "z" * 40),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+async def test_what_is_no_text_is_refused_by_name(
+    address: str, frontend: NullFrontend, path: str, part: dict[str, Any], kind: str
+) -> None:
+    content = [{"type": "text", "text": "What is this?"}, part]
+    reply = await ask(address, path, {"messages": [{"role": "user", "content": content}]})
+    assert (reply.status, reply.error["param"]) == (400, "messages[0].content[1].type")
+    assert reply.error["code"] == "unsupported_parameter"
+    assert reply.error["message"] == (
+        f"messages[0].content[1].type '{kind}' is not supported; only 'text' is"
+    )
+    assert frontend.requests == []
 
 
 @pytest.mark.parametrize("field", sorted(UNSUPPORTED))

@@ -11,7 +11,7 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from baton.shared.model_files.fields import Fields, ModelError
-from baton.shared.model_files.info import ModelInfo, load_model_info, served_name
+from baton.shared.model_files.info import ModelInfo, load_media_tokens, load_model_info, served_name
 from baton.shared.model_files.type_defaults import DEFAULTS
 
 BASE: dict[str, Any] = {
@@ -104,6 +104,28 @@ def test_a_multimodal_model_is_its_text_part_to_those_who_do_not_compute(tmp_pat
         info(model_type="mistral3", text_config={"vocab_size": "many"})
     with pytest.raises(ModelError, match=r"config\.json: text_config: must be an object"):
         info(model_type="mistral3", text_config=[1])
+
+
+def test_where_a_multimodal_model_would_see_and_hear(tmp_path: Path) -> None:
+    def tokens(**fields: Any) -> dict[int, str]:
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        return load_media_tokens(tmp_path)
+
+    assert tokens(model_type="llama") == {}
+    assert tokens(model_type="mistral3") == {10: "image_token_index"}
+    named = {"image_token_id": 5, "video_token_id": None, "vision_start_token_id": 3}
+    assert tokens(model_type="qwen3_vl", **named) == {
+        5: "image_token_id",
+        3: "vision_start_token_id",
+    }
+    assert set(tokens(model_type="gemma4").values()) == {
+        *("image_token_id", "video_token_id", "audio_token_id"),
+        *("boi_token_id", "boa_token_id"),
+    }
+    # Of one that nothing is known of, what it says.
+    assert tokens(model_type="new_vl", image_token_index=7) == {7: "image_token_index"}
+    with pytest.raises(ModelError, match=r"config\.json: image_token_id: "):
+        tokens(model_type="qwen3_vl", image_token_id="<image>")
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
