@@ -22,6 +22,14 @@ _PLACES = (
 )
 """Where checkpoints have the language model's modules, and its head."""
 
+_OTHER_FIELDS = """
+    vision_config vision_feature_layer vision_start_token_id vision_end_token_id vision_token_id
+    image_token_id image_token_index mm_tokens_per_image boi_token_id boi_token_index eoi_token_id
+    eoi_token_index video_token_id audio_config audio_token_id boa_token_id eoa_token_id
+    eoa_token_index projector_hidden_act multimodal_projector_bias spatial_merge_size
+""".split()
+"""Of what is not read; texts have nothing of it."""
+
 
 def text_part_of(
     name: str,
@@ -53,7 +61,7 @@ def text_part_of(
                 raise text.error("model_type", f"only {known} is supported, not {shown(found)}")
             text_type = by_name[found]
         config = text_type.configure(text)
-        for other in ("vision_config", "audio_config"):
+        for other in _OTHER_FIELDS:
             fields.get(other)
         is_tied = fields.boolean("tie_word_embeddings")
         return replace(

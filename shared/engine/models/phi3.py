@@ -23,6 +23,8 @@ _ROPE = RopeRules(
 
 def configure(fields: Fields) -> ModelConfig:
     config = mistral.configure(fields, _ROPE)
+    # Of longrope alone; the file has it in any case.
+    fields.get("original_max_position_embeddings")
     [rope_type] = {layer.rope.rope_type for layer in config.layers}
     if rope_type not in ("default", "longrope"):
         raise fields.error("rope_scaling", f"{shown(rope_type)} is not for a phi3")

@@ -52,12 +52,12 @@ _TYPES = {
 _BOOKKEEPING = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bad_words_ids
-    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range label2id length_penalty max_length min_length name_or_path num_labels
-    output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type
-    return_dict sep_token_id task_specific_params tokenizer_class torchscript
-    transformers_version unsloth_fixed unsloth_version use_cache
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    embd_pdrop finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+    label2id length_penalty max_length min_length name_or_path num_labels output_attentions
+    output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
+    sep_token_id task_specific_params tokenizer_class torchscript transformers_version unsloth_fixed
+    unsloth_version use_cache
     """.split()
 )
 """What every file may hold, and what is not worth a line in the log."""

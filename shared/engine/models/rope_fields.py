@@ -144,7 +144,7 @@ class _Reader:
         # What is by kind of layer there is not for a type that knows one rope.
         for kind in _BASE_OF:
             rope.only(kind)
-        for name in ("mrope_section", "mrope_interleaved"):
+        for name in ("mrope_section", "mrope_interleaved", "max_position_embeddings"):
             rope.get(name)
         rope_type = self._type(rope)
         config = RopeConfig(
