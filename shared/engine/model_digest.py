@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.fields import ModelError, Repeated, each_once, shown
 
 Progress = Callable[[str], None]
 
@@ -34,7 +34,10 @@ def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
     if not index.exists():
         raise ModelError(f"{single}: no such file, nor {index.name}; only safetensors are read")
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        content = json.loads(index.read_bytes(), object_pairs_hook=each_once)
+        weight_map = content["weight_map"]
+    except Repeated as error:
+        raise ModelError(f"{index}: weight_map: {shown(str(error))} is repeated") from None
     except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"{index}: weight_map: cannot be read: {type(error).__name__}") from None
     if not isinstance(weight_map, dict) or not weight_map:

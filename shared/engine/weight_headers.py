@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.fields import ModelError, Repeated, each_once, shown
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -47,9 +47,11 @@ def read_header(path: Path) -> dict[str, Header]:
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
                 raise ModelError(f"{path}: header: truncated or not a safetensors file")
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(header_bytes), object_pairs_hook=each_once)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except Repeated as error:
+        raise ModelError(f"{path}: {shown(str(error))}: repeated in the header") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{path}: header: not valid JSON") from None
     if not isinstance(header, dict):

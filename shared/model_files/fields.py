@@ -207,5 +207,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+class Repeated(ValueError):
+    """A JSON object has a name twice, which it tells."""
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs, for `json.loads`, which else takes the last of a name.
+
+    Raises:
+        Repeated: a name comes twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Repeated(next(name for name in names if names.count(name) > 1))
+    return values
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())

@@ -22,6 +22,8 @@ from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
+TWICE = [(0, [0, 2]), (1, [2, 4]), (1, [4, 6])]
+"""Tensors x.0 and x.1 of a header, and where they lie."""
 
 
 def refused(make_runner: MakeRunner, model_dir: Path) -> str:
@@ -85,6 +87,22 @@ def test_a_header_that_lies(entry: Any, reason: str, tmp_path: Path) -> None:
         len(header).to_bytes(8, "little") + header + bytes(16)
     )
     with pytest.raises(ModelError, match=reason):
+        WeightFiles(tmp_path)
+
+
+def test_a_tensor_that_is_there_twice(tmp_path: Path) -> None:
+    """JSON allows it, and readers take one or the other."""
+    entries = [f'"x.{i}": {{"dtype": "U8", "shape": [2], "data_offsets": {o}}}' for i, o in TWICE]
+    header = f"{{{', '.join(entries)}}}".encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(6))
+    with pytest.raises(ModelError, match=r'model\.safetensors: "x\.1": repeated in the header'):
+        WeightFiles(tmp_path)
+    path.rename(tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "a.safetensors", "y": "a.safetensors", "x": "b.safetensors"}}'
+    )
+    with pytest.raises(ModelError, match=r'index\.json: weight_map: "x" is repeated'):
         WeightFiles(tmp_path)
 
 
