@@ -21,6 +21,7 @@ from baton.kernels.decode_plan import (
     make_work,
     plan_decode,
 )
+from baton.kernels.soft_cap import capped
 
 __all__ = [
     "DecodeConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "plan_decode",
 ]
 
+_LOG2E = 1.4426950408889634
 _COMBINED_AT_ONCE = 8
 _TILE_BYTES = 160 * 1024
 """Shared memory that a program's tiles of keys and values may take: n stages hold n − 1 of each."""
@@ -47,6 +49,7 @@ def paged_decode_attention(
     scale: float,
     *,
     window: int = 0,
+    soft_cap: float = 0.0,
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
@@ -64,6 +67,7 @@ def paged_decode_attention(
         block_tables: int32 [slots, ≥ blocks of the context]; what follows them, and what lies
             before the window, is not read.
         scale: of the products of query and key.
+        soft_cap: scores become cap · tanh(score / cap); 0: they stay.
         out: where the result goes, every element; the last dimension contiguous.
         pdl: start while the kernel before still runs. It may write `query` and `kv`, but neither
             the plan nor the block tables.
@@ -95,7 +99,7 @@ def paged_decode_attention(
         work.weight,
         work.arrived,
         layer,
-        scale * 1.4426950408889634,  # exp2 is what the hardware has
+        scale * _LOG2E,  # exp2 is what the hardware has
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -112,6 +116,7 @@ def paged_decode_attention(
         AT_ONCE=_COMBINED_AT_ONCE,
         FIELDS=ITEM_FIELDS,
         FUSED=config.fused,
+        SOFT_CAP=soft_cap * _LOG2E,
         PDL=pdl,
         num_warps=num_warps,
         num_stages=max(2, min(config.num_stages, 1 + _TILE_BYTES // stage_bytes)),
@@ -163,6 +168,7 @@ def _attend(
     AT_ONCE: tl.constexpr,
     FIELDS: tl.constexpr,
     FUSED: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One KV head of one item."""
@@ -197,6 +203,8 @@ def _attend(
     # A block's offset needs 64 bits; what follows inside the block does not.
     block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * BLOCK_SIZE * HEAD_DIM
     keys = kv + (kv_head * LAYERS + layer) * (2 * BLOCK_SIZE * HEAD_DIM)
+    # What scores must be multiplied by when they are known: capped ones are scaled before.
+    rest = 1.0 if SOFT_CAP > 0 else scale
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     # Summed over keys at the end only: between warps that costs a barrier.
     shares = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
@@ -220,10 +228,12 @@ def _attend(
             k = tl.load(source, mask=dim[None, :] < HEAD_DIM, other=0.0)
             v = tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=dim[None, :] < HEAD_DIM, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFT_CAP > 0:
+            score = capped(score * scale, SOFT_CAP)
         score = tl.where(((key >= begin) & (key < end))[None, :], score, float("-inf"))
         # Every tile has a key of the item, so `above` is finite.
-        above = tl.maximum(highest, tl.max(score, 1) * scale)
-        p = tl.exp2(score * scale - above[:, None])
+        above = tl.maximum(highest, tl.max(score, 1) * rest)
+        p = tl.exp2(score * rest - above[:, None])
         fade = tl.exp2(highest - above)[:, None]
         shares = shares * fade + p
         acc = tl.dot(p.to(v.dtype), v, acc * fade, input_precision="ieee")

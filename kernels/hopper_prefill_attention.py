@@ -1,7 +1,7 @@
 """Attention of long prompt chunks, for GPUs of compute capability 9.0 and 16-bit types.
 
-What kernels/prefill_attention.py computes with block_m 128 and no window, by warps that each have
-one job, so that the tensor cores seldom wait for copies or exponentials:
+What kernels/prefill_attention.py computes with block_m 128, no window and no soft cap, by warps
+that each have one job, so that the tensor cores seldom wait for copies or exponentials:
 
     paged cache ─► copier, one warp ─► ring of keys   ▤ ▤ ▤ ─┬─► team 0, tokens  0 to  63 ─► out
                    (bulk copies,       ring of values ▤ ▤ ▤ ─┴─► team 1, tokens 64 to 127 ─► out
@@ -342,13 +342,16 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def covers(query: Tensor, kv: Tensor, *, block_m: int, window: int) -> bool:
+def covers(
+    query: Tensor, kv: Tensor, *, block_m: int, window: int, soft_cap: float = 0.0
+) -> bool:
     """Whether the kernel is there for these; arguments as in prefill_attention.py."""
     block_size, head_dim = kv.shape[4:]
     return (
         _USABLE
         and block_m == _TOKENS.value
         and window == 0
+        and soft_cap == 0
         and head_dim in _PLACES
         and block_size in (16, 32, 64, 128)
         and kv.dtype in (torch.bfloat16, torch.float16)

@@ -25,7 +25,7 @@ class Config:
 
     variant: "fma" (at most 4 rows, no tensor cores), "dot" (tensor cores), "tma" (tensor cores,
         weight tiles fetched by the tensor copy engine).
-    block_n: rows of the weight per program (of gate and of up each with silu_mul).
+    block_n: rows of the weight per program (of gate and of up each with an activation).
     block_k: columns of the weight per step.
     block_m: rows of x per program, a power of two ≥ 16; 0 = the least that covers all rows, up to
         64. Not used by "fma".
@@ -59,7 +59,7 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool) -> Config
 
     fused: whether RMSNorm of x, or the addition to a residual, is to be part of it (whichever the
         weight has in a llama). For a norm, None means that a separate norm and then the best way
-        without one (ask again with fused=False) take less time. silu_mul is part of it either way.
+        without one (ask again with fused=False) take less time. an activation is part of it either way.
 
     Known shapes (or similar ones) get the entry of the nearest M; others a guess.
     """

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.soft_cap import capped
+
 _hopper: ModuleType | None = None
 _import_error = ""
 try:
@@ -59,6 +61,7 @@ def _walk(
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Attends to the keys from `first` on, `last` − `first` of them, but for a hole.
 
@@ -71,6 +74,8 @@ def _walk(
     key = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     block_stride: tl.constexpr = block_runs * block_size * head_dim
+    # What scores must be multiplied by when they are known: capped ones are scaled before.
+    rest = 1.0 if SOFT_CAP > 0 else scale
     low_number = low // block_size
     end_number = (end + block_size - 1) // block_size
     # Where one block holds a whole tile, a tile has one number and one offset.
@@ -121,14 +126,16 @@ def _walk(
             else:
                 keys = tl.load(source, mask=(dim < head_dim)[None, :], other=0.0)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        if SOFT_CAP > 0:
+            scores = capped(scores * scale, SOFT_CAP)
         if MASKED:
             column = (start + key)[None, :]
             visible = column <= position[:, None]
             if window > 0:
                 visible = visible & (column > position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
-        weight = tl.exp2(scores * scale - higher[:, None])
+        higher = tl.maximum(peak, tl.max(scores, 1) * rest)
+        weight = tl.exp2(scores * rest - higher[:, None])
         fade = tl.exp2(peak - higher)
         total = total * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None]
@@ -177,6 +184,7 @@ def _prefill_attention(
     STAGES: tl.constexpr,
     MASKED_STAGES: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Program (x, y): heads x · PACK and on, tile y. Row m of the products is token m // PACK."""
     tile = tiles + tl.program_id(1) * 4
@@ -226,6 +234,7 @@ def _prefill_attention(
         acc, total, peak, queries, kv, rows, table, first_run,
         clear_start, clear_end, 0, 0, low, end, position, scale,
         block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False, DESCRIPTOR,
+        SOFT_CAP,
     )  # fmt: skip
     if window == 0:
         first = clear_end
@@ -234,6 +243,7 @@ def _prefill_attention(
         acc, total, peak, queries, kv, rows, table, first_run,
         first, end - hole_size, clear_start, hole_size, low, end, position, scale,
         block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
+        SOFT_CAP,
     )  # fmt: skip
 
     target = out + (first_token + token)[:, None] * out_token_stride
@@ -341,6 +351,7 @@ def paged_prefill_attention(
     *,
     block_m: int,
     window: int = 0,
+    soft_cap: float = 0.0,
     out: Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
@@ -357,6 +368,7 @@ def paged_prefill_attention(
         scale: positive; of the scores.
         block_m: query tokens per tile, see `block_m_for`.
         window: a token at position p sees keys from p − window + 1 on; 0: all of them.
+        soft_cap: scores become cap · tanh(score / cap); 0: they stay.
         out: like `query`; only tokens in tiles are written.
         config: for measurements: how the kernel of this file runs, which then does it everywhere.
 
@@ -372,7 +384,7 @@ def paged_prefill_attention(
     if (
         config is None
         and _hopper is not None
-        and _hopper.covers(query, kv, block_m=block_m, window=window)
+        and _hopper.covers(query, kv, block_m=block_m, window=window, soft_cap=soft_cap)
     ):
         _hopper.paged_prefill_attention(query, kv, layer, tiles, block_tables, scale, out=out)
         return out
@@ -411,6 +423,7 @@ def paged_prefill_attention(
         STAGES=config.num_stages,
         MASKED_STAGES=config.masked_stages,
         DESCRIPTOR=config.descriptor,
+        SOFT_CAP=soft_cap * _LOG2E,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
     )

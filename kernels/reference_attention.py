@@ -16,6 +16,7 @@ def decode_attention_reference(
     scale: float,
     *,
     window: int = 0,
+    soft_cap: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """One query token a row, over the row's keys in the pool → [B, num_heads, head_dim].
@@ -31,6 +32,7 @@ def decode_attention_reference(
         context_lens: int32 [slots], at least 1 for a slot in `rows`: the keys that it sees.
         block_tables: int32 [slots, ≥ blocks of the context]; what follows them is not read.
         scale: of the products of query and key.
+        soft_cap: scores become cap · tanh(score / cap); 0: they stay.
         window: a row sees its last `window` keys only; 0 means all of them.
         out: where the result goes; a new tensor without it.
     """
@@ -50,6 +52,8 @@ def decode_attention_reference(
         # [2, num_kv_heads, keys, head_dim]
         pair = kv[blocks, :, layer].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, visible].to(wide)
         by_head = query[row].to(wide).view(num_kv_heads, -1, head_dim)
-        weights = torch.softmax(by_head @ pair[0].transpose(1, 2) * scale, -1)
-        out[row] = (weights @ pair[1]).view(-1, head_dim).to(out.dtype)
+        scores = by_head @ pair[0].transpose(1, 2) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        out[row] = (torch.softmax(scores, -1) @ pair[1]).view(-1, head_dim).to(out.dtype)
     return out

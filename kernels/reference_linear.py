@@ -1,7 +1,8 @@
-"""Torch references of skinny_linear, rms_norm and silu_mul: same arguments, same results."""
+"""Torch references of skinny_linear, rms_norm and gated_mul: same arguments, same results."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,25 +17,25 @@ def skinny_linear_reference(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    silu_mul: bool = False,
+    activation: str | None = None,
+    scale: float = 1.0,
     out: Tensor | None = None,
     config: Any = None,
     pdl: bool = False,
 ) -> Tensor:
-    """f(norm(x) · weightᵀ + bias) + residual, in float64, rounded once at the end.
+    """f((norm(x) · weightᵀ + bias) · scale) + residual, in float64, rounded once at the end.
 
     Shapes as in kernels.skinny_linear.skinny_linear; `config` and `pdl` have no effect.
     """
     wide = x.double()
     if norm_weight is not None:
-        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-        wide = wide * scale * norm_weight.double()
+        wide = _normalised(wide, norm_weight, eps)
     y = wide @ weight.double().T
     if bias is not None:
         y += bias.double()
-    if silu_mul:
-        gate, up = y.chunk(2, -1)
-        y = gate * torch.sigmoid(gate) * up
+    y *= scale
+    if activation is not None:
+        y = _gated(y, activation)
     if residual is not None:
         y += residual.double()
     return _deliver(y.to(x.dtype), out)
@@ -53,15 +54,42 @@ def rms_norm_reference(
     if residual is not None:
         residual.copy_(x.double() + residual.double())
         x = residual
-    wide = x.double()
+    return _deliver(_normalised(x.double(), weight, eps).to(x.dtype), out)
+
+
+def rms_norm_add_reference(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """residual + RMSNorm of x, both [T, H]; rounded once."""
+    y = residual.double() + _normalised(x.double(), weight, eps)
+    return _deliver(y.to(x.dtype), out)
+
+
+def gated_mul_reference(
+    x: Tensor, *, activation: str = "silu", out: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """activation(gate) · up of x [T, 2F] = (gate, up) → [T, F]."""
+    return _deliver(_gated(x.double(), activation).to(x.dtype), out)
+
+
+def _normalised(wide: Tensor, weight: Tensor, eps: float) -> Tensor:
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return _deliver((wide * scale * weight.double()).to(x.dtype), out)
+    return wide * scale * weight.double()
 
 
-def silu_mul_reference(x: Tensor, *, out: Tensor | None = None, pdl: bool = False) -> Tensor:
-    """silu(gate) · up of x [T, 2F] = (gate, up) → [T, F]."""
-    gate, up = x.double().chunk(2, -1)
-    return _deliver((gate * torch.sigmoid(gate) * up).to(x.dtype), out)
+def _gated(wide: Tensor, activation: str) -> Tensor:
+    gate, up = wide.chunk(2, -1)
+    if activation == "silu":
+        return gate * torch.sigmoid(gate) * up
+    assert activation == "gelu_tanh"
+    u = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + torch.tanh(u)) * up
 
 
 def _deliver(y: Tensor, out: Tensor | None) -> Tensor:

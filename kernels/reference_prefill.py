@@ -16,6 +16,7 @@ def paged_prefill_attention(
     *,
     block_m: int,
     window: int = 0,
+    soft_cap: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """As kernels.prefill_attention.paged_prefill_attention; computes in float64."""
@@ -33,6 +34,8 @@ def paged_prefill_attention(
         keys, values = both.repeat_interleave(num_heads // num_kv_heads, dim=2)
         wide = query[first : first + count].double()
         scores = torch.einsum("qhd,khd->hqk", wide, keys) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         own = torch.arange(position, position + count, device=kv.device)[:, None]
         hidden = index > own
         if window:

@@ -1,4 +1,5 @@
-"""Rotary embedding of queries and keys, fused with the store of keys and values into the pool."""
+"""Rotary embedding of queries and keys, fused with the norms of heads before it and with the store of
+keys and values into the pool."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ def _rope_and_store(
     qkv,
     cos,
     sin,
+    query_scale,
     positions,
     slots,
     q_norm,
@@ -29,11 +31,13 @@ def _rope_and_store(
     head_dim: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
+    HAS_V_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program turns HEADS of the num_heads + 2 · num_kv_heads vectors of one token."""
+    """One program turns HEADS of the num_heads + 2 · num_kv_heads vectors of one token.
+
+    What is absent is None: norms, query_scale; slots and kv where there are queries only.
+    """
     all_heads: tl.constexpr = num_heads + 2 * num_kv_heads
     groups: tl.constexpr = (all_heads + HEADS - 1) // HEADS
     half: tl.constexpr = head_dim // 2
@@ -51,45 +55,55 @@ def _rope_and_store(
     x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
     y = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
     position = tl.load(positions + token)
-    slot = tl.load(slots + token)
+    if kv is not None:
+        slot = tl.load(slots + token)
     angle = position.to(tl.int64) * half + pair
     c = tl.load(cos + angle, mask=in_head, other=0.0)[None, :]
     s = tl.load(sin + angle, mask=in_head, other=0.0)[None, :]
+    if query_scale is not None:
+        query_factor = tl.load(query_scale + position)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
-    if HAS_Q_NORM or HAS_K_NORM:
+    if (q_norm is not None) or (k_norm is not None) or HAS_V_NORM:
         mean = (tl.sum(x * x, 1) + tl.sum(y * y, 1)) / head_dim
         inverse = tl.rsqrt(mean + eps)[:, None]
         is_query_column = is_query[:, None]
         is_key_column = rotates & (head >= num_heads)[:, None]
-        if HAS_Q_NORM:
+        if q_norm is not None:
             weight_x = tl.load(q_norm + pair, mask=in_head, other=0.0).to(tl.float32)
             weight_y = tl.load(q_norm + half + pair, mask=in_head, other=0.0).to(tl.float32)
             x = tl.where(is_query_column, x * inverse * weight_x[None, :], x)
             y = tl.where(is_query_column, y * inverse * weight_y[None, :], y)
-        if HAS_K_NORM:
+        if k_norm is not None:
             weight_x = tl.load(k_norm + pair, mask=in_head, other=0.0).to(tl.float32)
             weight_y = tl.load(k_norm + half + pair, mask=in_head, other=0.0).to(tl.float32)
             x = tl.where(is_key_column, x * inverse * weight_x[None, :], x)
             y = tl.where(is_key_column, y * inverse * weight_y[None, :], y)
+        if HAS_V_NORM:
+            x = tl.where(is_value[:, None], x * inverse, x)
+            y = tl.where(is_value[:, None], y * inverse, y)
 
     turned_x = tl.where(rotates, x * c - y * s, x)
     turned_y = tl.where(rotates, y * c + x * s, y)
+    if query_scale is not None:
+        turned_x = tl.where(is_query[:, None], turned_x * query_factor, turned_x)
+        turned_y = tl.where(is_query[:, None], turned_y * query_factor, turned_y)
 
     target = query + token * query_stride + head[:, None] * head_dim + pair[None, :]
     to_query = is_query[:, None] & in_head[None, :]
     tl.store(target, turned_x.to(query.dtype.element_ty), mask=to_query)
     tl.store(target + half, turned_y.to(query.dtype.element_ty), mask=to_query)
 
-    block = slot // block_size
-    kv_head = tl.where(is_value, head - num_kv_heads, head) - num_heads
-    run = ((block * num_kv_heads + kv_head) * num_layers + layer) * 2 + is_value.to(tl.int64)
-    place = (run * block_size + slot % block_size) * head_dim
-    target = kv + place[:, None] + pair[None, :]
-    to_pool = exists & (head >= num_heads)[:, None] & (slot >= 0)
-    tl.store(target, turned_x.to(kv.dtype.element_ty), mask=to_pool)
-    tl.store(target + half, turned_y.to(kv.dtype.element_ty), mask=to_pool)
+    if kv is not None:
+        block = slot // block_size
+        kv_head = tl.where(is_value, head - num_kv_heads, head) - num_heads
+        run = ((block * num_kv_heads + kv_head) * num_layers + layer) * 2 + is_value.to(tl.int64)
+        place = (run * block_size + slot % block_size) * head_dim
+        target = kv + place[:, None] + pair[None, :]
+        to_pool = exists & (head >= num_heads)[:, None] & (slot >= 0)
+        tl.store(target, turned_x.to(kv.dtype.element_ty), mask=to_pool)
+        tl.store(target + half, turned_y.to(kv.dtype.element_ty), mask=to_pool)
 
 
 def _config(num_tokens: int, pairs: int) -> tuple[int, int]:
@@ -98,7 +112,7 @@ def _config(num_tokens: int, pairs: int) -> tuple[int, int]:
     Small programs of many threads spread a decode step over the multiprocessors. At `pairs` = 64
     neither choice needs shared memory to bring the angles to the threads.
     """
-    heads, per_warp = (8, 128) if num_tokens <= 64 else (16, 256)
+    heads, per_warp = (8, 128) if num_tokens <= 64 or pairs > 128 else (16, 256)
     return heads, max(1, min(8, heads * pairs // per_warp))
 
 
@@ -112,8 +126,10 @@ def rope_and_store(
     layer: int,
     *,
     num_heads: int,
+    query_scale: Tensor | None = None,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
+    value_norm: bool = False,
     eps: float = 0.0,
     out: Tensor | None = None,
     pdl: bool = False,
@@ -129,7 +145,11 @@ def rope_and_store(
         kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous.
         layer: which layer of `kv`.
         num_heads: query heads.
-        q_norm, k_norm: [head_dim], weights of an RMSNorm over each query and key head.
+        query_scale: float32 [max position], multiplied onto the rotated queries of a position.
+        q_norm, k_norm: [head_dim], of any float dtype: weights of an RMSNorm over each query and key
+            head.
+        value_norm: of values too, without a weight.
+        eps: of all of these norms.
         out: where the queries go, [T, num_heads, head_dim] with contiguous rows.
         pdl: launched so that it may start before the kernel in front of it has ended.
         config: vectors per program and warps, for measurements.
@@ -137,19 +157,85 @@ def rope_and_store(
     Returns:
         the queries, [T, num_heads, head_dim].
     """
-    num_tokens, _, head_dim = qkv.shape
     _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
+    return _launch(
+        qkv,
+        (cos, sin, query_scale),
+        positions,
+        slots,
+        (q_norm, k_norm, value_norm, eps),
+        kv,
+        layer,
+        (num_heads, num_kv_heads, num_layers, block_size),
+        out,
+        pdl,
+        config,
+    )
+
+
+def rope_query(
+    query: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    query_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    eps: float = 0.0,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """What `rope_and_store` does with queries, where there are no keys and values to store.
+
+    Args:
+        query: [T, num_heads, head_dim], contiguous.
+        others: as of `rope_and_store`.
+
+    Returns:
+        [T, num_heads, head_dim].
+    """
+    return _launch(
+        query,
+        (cos, sin, query_scale),
+        positions,
+        None,
+        (q_norm, None, False, eps),
+        None,
+        0,
+        (query.shape[1], 0, 1, 1),
+        out,
+        pdl,
+        None,
+    )
+
+
+def _launch(
+    vectors: Tensor,
+    rope: tuple[Tensor, Tensor, Tensor | None],
+    positions: Tensor,
+    slots: Tensor | None,
+    norms: tuple[Tensor | None, Tensor | None, bool, float],
+    kv: Tensor | None,
+    layer: int,
+    shape: tuple[int, int, int, int],
+    out: Tensor | None,
+    pdl: bool,
+    config: tuple[int, int] | None,
+) -> Tensor:
+    """norms: of queries, of keys, whether of values, eps. shape: query heads, KV heads, layers,
+    block_size."""
+    num_tokens, num_vectors, head_dim = vectors.shape
+    q_norm, k_norm, value_norm, eps = norms
     if out is None:
-        out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty(num_tokens, shape[0], head_dim, dtype=vectors.dtype, device=vectors.device)
     if num_tokens == 0:
         return out
     half = triton.next_power_of_2(head_dim // 2)
     heads, num_warps = config or _config(num_tokens, half)
-    groups = triton.cdiv(num_heads + 2 * num_kv_heads, heads)
+    groups = triton.cdiv(num_vectors, heads)
     _rope_and_store[(num_tokens * groups,)](
-        qkv,
-        cos,
-        sin,
+        vectors,
+        *rope,
         positions,
         slots,
         q_norm,
@@ -159,15 +245,11 @@ def rope_and_store(
         layer,
         eps,
         out.stride(0),
-        num_heads,
-        num_kv_heads,
-        num_layers,
-        block_size,
+        *shape,
         head_dim,
         HEADS=heads,
         HALF=half,
-        HAS_Q_NORM=q_norm is not None,
-        HAS_K_NORM=k_norm is not None,
+        HAS_V_NORM=value_norm,
         PDL=pdl,
         num_warps=num_warps,
         **({"launch_pdl": True} if pdl else {}),

@@ -25,7 +25,8 @@ from baton.kernels.block_digest import mix64
 from baton.kernels.sampling_limits import first_best, limits, scaled_logits
 
 _MAX_SPLITS = 128
-_MAX_VOCAB = 1 << 18  # of weights up to 2⁴⁴ in 63 bits
+MAX_VOCAB = 1 << 20
+_FINEST = 44  # bits of the largest weight; fewer where a whole vocabulary's sum needs more than 63
 _PROGRAMS = 8 * 132
 _LIMIT_PROGRAMS = 2 * 132  # as many as fit at once
 
@@ -117,8 +118,8 @@ def draw(
         pdl: launched to overlap the end of the kernel before.
     """
     num_rows, vocab = logits.shape
-    if vocab > _MAX_VOCAB or logits.stride(1) != 1:
-        raise ValueError(f"logits must have at most {_MAX_VOCAB} adjacent tokens")
+    if vocab > MAX_VOCAB or logits.stride(1) != 1:
+        raise ValueError(f"logits must have at most {MAX_VOCAB} adjacent tokens")
     if out is None:
         out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
@@ -167,6 +168,7 @@ def draw(
         work.candidates.stride(0),
         BLOCK=config.count_block,
         SEARCH=config.search_block,
+        ONE=2.0 ** min(_FINEST, 63 - vocab.bit_length()),
         MAX_SPLITS=_MAX_SPLITS,
         PDL=pdl,
         num_warps=8,

@@ -36,6 +36,7 @@ def limits(
     candidates_stride,
     BLOCK: tl.constexpr,
     SEARCH: tl.constexpr,
+    ONE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -76,6 +77,7 @@ def limits(
                 heat,
                 counts + row * 16,
                 weights + row * 16,
+                ONE,
                 BLOCK,
             )
             tl.debug_barrier()
@@ -98,14 +100,15 @@ def limits(
                         k.to(tl.float64),
                         False,
                         room,
+                        ONE,
                         SEARCH,
                     )
-                    last = _weight(-kept.to(tl.float32, bitcast=True))
+                    last = _weight(-kept.to(tl.float32, bitcast=True), ONE)
                     goal = (light + (k - few) * last).to(tl.float64)
                 if p < 1:
                     goal *= p.to(tl.float64)
                     other, few, light = _search(
-                        source, vocab, most, heat, count, weight, goal, True, room, SEARCH
+                        source, vocab, most, heat, count, weight, goal, True, room, ONE, SEARCH
                     )
                     kept = tl.minimum(kept, other)
                 lowest = tl.maximum(lowest, -kept.to(tl.float32, bitcast=True))
@@ -113,13 +116,15 @@ def limits(
 
 
 @triton.jit
-def _count(source, start, end, vocab, most, heat, counts, weights, BLOCK: tl.constexpr):
+def _count(
+    source, start, end, vocab, most, heat, counts, weights, ONE: tl.constexpr, BLOCK: tl.constexpr
+):
     """Adds how many of the tokens, and what weight, are no further than each fixed distance."""
     fixed = _fixed()
     count = tl.zeros((BLOCK, 16), tl.int32)
     weight = tl.zeros((BLOCK, 16), tl.int64)
     for first in range(start, end, BLOCK):
-        distance, token_weight = _tokens(source, first, vocab, most, heat, BLOCK)
+        distance, token_weight = _tokens(source, first, vocab, most, heat, ONE, BLOCK)
         within = distance[:, None] <= fixed[None, :]
         count += within.to(tl.int32)
         weight += tl.where(within, token_weight[:, None], 0)
@@ -139,6 +144,7 @@ def _search(
     goal,
     BY_WEIGHT: tl.constexpr,
     room,
+    ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The least distance up to which the count or the weight of tokens reaches the goal.
@@ -159,7 +165,7 @@ def _search(
         count = 0
         weight = tl.full((), 0, tl.int64)
         for first in range(0, vocab, BLOCK):
-            distance, token_weight = _tokens(source, first, vocab, most, heat, BLOCK)
+            distance, token_weight = _tokens(source, first, vocab, most, heat, ONE, BLOCK)
             within = (distance > lo) & (distance <= middle)
             count += tl.sum(within.to(tl.int32), 0)
             weight += tl.sum(tl.where(within, token_weight, 0), 0)
@@ -169,7 +175,7 @@ def _search(
     if hi - lo > 1:
         filled = 0
         for first in range(0, vocab, BLOCK):
-            distance, token_weight = _tokens(source, first, vocab, most, heat, BLOCK)
+            distance, token_weight = _tokens(source, first, vocab, most, heat, ONE, BLOCK)
             within = (distance > lo) & (distance <= hi)
             rank = tl.cumsum(within.to(tl.int32), 0)
             tl.store(room + filled + rank - 1, distance, mask=within)
@@ -177,7 +183,7 @@ def _search(
         tl.debug_barrier()
         index = tl.arange(0, BLOCK)
         near = tl.load(room + index, mask=index < filled, other=0x7FFFFFFF, cache_modifier=".cg")
-        near_weight = _weight(-tl.minimum(near, 0x7F800000).to(tl.float32, bitcast=True))
+        near_weight = _weight(-tl.minimum(near, 0x7F800000).to(tl.float32, bitcast=True), ONE)
         while (hi - lo > 1) & (left > 1):
             middle = lo + ((hi - lo) >> 1)
             within = (near > lo) & (near <= middle)
@@ -203,18 +209,18 @@ def _halve(lo, hi, middle, few, light, left, count, weight, goal, BY_WEIGHT: tl.
 
 
 @triton.jit
-def _tokens(source, first, vocab, most, heat, BLOCK: tl.constexpr):
+def _tokens(source, first, vocab, most, heat, ONE: tl.constexpr, BLOCK: tl.constexpr):
     """Distances of tokens from the most likely one, as bits that sort as they do; weights."""
     token = first + tl.arange(0, BLOCK)
     scaled = scaled_logits(source, token, vocab, most, heat)
     distance = tl.abs(scaled).to(tl.int32, bitcast=True)
-    return tl.where(token < vocab, distance, 0x7FFFFFFF), _weight(scaled)
+    return tl.where(token < vocab, distance, 0x7FFFFFFF), _weight(scaled, ONE)
 
 
 @triton.jit
-def _weight(scaled):
-    """exp as a multiple of 2⁻⁴⁴."""
-    return (tl.exp(scaled) * 17592186044416.0).to(tl.int64)
+def _weight(scaled, ONE: tl.constexpr):
+    """exp as a multiple of 1 / ONE."""
+    return (tl.exp(scaled) * ONE).to(tl.int64)
 
 
 @triton.jit

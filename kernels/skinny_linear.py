@@ -50,22 +50,25 @@ def skinny_linear(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    silu_mul: bool = False,
+    activation: str | None = None,
+    scale: float = 1.0,
     out: Tensor | None = None,
     config: Config | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """f(norm(x) · weightᵀ + bias) + residual, summed in float32 and rounded once.
+    """f((norm(x) · weightᵀ + bias) · scale) + residual, summed in float32 and rounded once.
 
     All launches of a device must be on one stream, or on streams that wait for each other.
 
     Args:
         x: [M, K], M from 1 to about 256; rows may be strided.
-        weight: [N, K], contiguous; [gate; up] with silu_mul.
+        weight: [N, K], contiguous; [gate; up] with an activation.
         bias: [N].
-        norm_weight: [K]; if given, norm is RMSNorm with it and `eps`.
-        residual: [M, N'] where N' = N / 2 with silu_mul, else N; rows may be strided.
-        silu_mul: f(gate, up) = silu(gate) · up, otherwise f does nothing.
+        norm_weight: [K], of any float dtype; if given, norm is RMSNorm with it and `eps`.
+        residual: [M, N'] where N' = N / 2 with an activation, else N; rows may be strided.
+        activation: f(gate, up) = activation(gate) · up, one of gated_mul.ACTIVATIONS; without it f
+            does nothing.
+        scale: of the product and the bias.
         out: [M, N'], may be `residual`, not x; rows may be strided.
         config: how; a guess if not given.
         pdl: launch while the previous kernel still runs; weights must not come from it.
@@ -74,7 +77,7 @@ def skinny_linear(
         out, or a new tensor [M, N'] of x's dtype.
     """
     rows, size_k = x.shape
-    size_n = weight.shape[0] // 2 if silu_mul else weight.shape[0]
+    size_n = weight.shape[0] // (1 if activation is None else 2)
     assert weight.shape[1] == size_k and weight.is_contiguous() and x.stride(1) == 1
     if out is None:
         out = torch.empty((rows, size_n), dtype=x.dtype, device=x.device)
@@ -98,7 +101,9 @@ def skinny_linear(
         "residual_stride": 0 if residual is None else residual.stride(0),
         "out_stride": out.stride(0),
         "eps": eps,
-        "SILU_MUL": silu_mul,
+        # Without a scale the kernel has none, and is the one of a model that never has.
+        "scale": None if scale == 1 else scale,
+        "ACTIVATION": activation,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "EVEN_N": size_n % config.block_n == 0,
@@ -144,7 +149,7 @@ def _launch_dot(
     if config.split_k > 1:
         work = linear_work(device)
         partials, arrivals = work.partials, work.arrivals
-        tile_size = block_m * (config.block_n * (2 if common["SILU_MUL"] else 1) + 1)
+        tile_size = block_m * (config.block_n * (1 if common["ACTIVATION"] is None else 2) + 1)
         assert num_tiles <= _MAX_TILES and config.split_k * num_tiles * tile_size <= _MAX_PARTIALS
     descriptor = None
     if config.variant == "tma":

@@ -1,7 +1,7 @@
 """The programs behind kernels/skinny_linear.py, which says what the arguments are.
 
-`size_n` is the number of result columns. With SILU_MUL a program has two tiles of the weight: rows
-n (gate) and size_n + n (up). Absent tensors are None.
+`size_n` is the number of result columns. With an ACTIVATION a program has two tiles of the weight:
+rows n (gate) and size_n + n (up). Absent tensors, and a scale of one, are None.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.silu_mul import silu
+from baton.kernels.gated_mul import activate
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -28,7 +28,8 @@ def fma_kernel(
     residual_stride,
     out_stride,
     eps,
-    SILU_MUL: tl.constexpr,
+    scale,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -50,7 +51,7 @@ def fma_kernel(
     if PDL:
         if PREFETCH > 0:
             _prefetch(weight_ptr, tile * BLOCK_N, size_n, size_k, 0, size_k, BLOCK_N,
-                      BLOCK_K * PREFETCH, SILU_MUL, NUM_THREADS)  # fmt: skip
+                      BLOCK_K * PREFETCH, ACTIVATION is not None, NUM_THREADS)  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
     m = tl.arange(0, BLOCK_M)[:, None, None]
@@ -69,13 +70,13 @@ def fma_kernel(
             squares += _sum_last(x * x, BLOCK_M, 1, BLOCK_K // VEC, VEC)
             x *= _load_vector(norm_ptr, k, size_k, EVEN_K)
         acc += _sum_last(weight.to(tl.float32) * x, BLOCK_M, BLOCK_N, BLOCK_K // VEC, VEC)
-        if SILU_MUL:
+        if ACTIVATION is not None:
             second = weight_ptr + size_n.to(tl.int64) * size_k
             weight = _load_weight(second, n, k, size_n, size_k, EVEN_N, EVEN_K)
             up += _sum_last(weight.to(tl.float32) * x, BLOCK_M, BLOCK_N, BLOCK_K // VEC, VEC)
     _finish(tl.sum(acc, axis=2), tl.sum(up, axis=2), tl.sum(tl.sum(squares, axis=2), axis=1),
             bias_ptr, norm_ptr, residual_ptr, out_ptr, 0, tile, rows, size_n, size_k,
-            residual_stride, out_stride, eps, SILU_MUL, BLOCK_M, BLOCK_N)  # fmt: skip
+            residual_stride, out_stride, eps, scale, ACTIVATION, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -97,7 +98,8 @@ def dot_kernel(
     residual_stride,
     out_stride,
     eps,
-    SILU_MUL: tl.constexpr,
+    scale,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -122,7 +124,7 @@ def dot_kernel(
     if PDL:
         if PREFETCH > 0:
             _prefetch(weight_ptr, tile_n * BLOCK_N, size_n, size_k, first, end, BLOCK_N,
-                      BLOCK_K * PREFETCH, SILU_MUL, NUM_THREADS)  # fmt: skip
+                      BLOCK_K * PREFETCH, ACTIVATION is not None, NUM_THREADS)  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
@@ -147,7 +149,7 @@ def dot_kernel(
         else:
             weight = _load_weight(weight_ptr, n, k, size_n, size_k, EVEN_N, EVEN_K)
         acc = tl.dot(weight, x.T, acc, input_precision="ieee")
-        if SILU_MUL:
+        if ACTIVATION is not None:
             if descriptor is not None:
                 weight = descriptor.load([size_n + tile_n * BLOCK_N, start])
             else:
@@ -157,10 +159,10 @@ def dot_kernel(
     sum_squares = tl.sum(squares, axis=1)
     if SPLIT_K == 1:
         _finish(acc.T, up.T, sum_squares, bias_ptr, norm_ptr, residual_ptr, out_ptr, tile_m, tile_n,
-                rows, size_n, size_k, residual_stride, out_stride, eps, SILU_MUL, BLOCK_M,
-                BLOCK_N)  # fmt: skip
+                rows, size_n, size_k, residual_stride, out_stride, eps, scale, ACTIVATION,
+                BLOCK_M, BLOCK_N)  # fmt: skip
     else:
-        NUM_TILES: tl.constexpr = 2 if SILU_MUL else 1
+        NUM_TILES: tl.constexpr = 2 if ACTIVATION is not None else 1
         TILE: tl.constexpr = BLOCK_N * BLOCK_M
         SIZE: tl.constexpr = NUM_TILES * TILE + BLOCK_M
         row = tl.arange(0, BLOCK_M)
@@ -169,7 +171,7 @@ def dot_kernel(
         partials = partial_ptr + pid * SIZE
         mine = partials + split * stride
         tl.store(mine + within, acc)
-        if SILU_MUL:
+        if ACTIVATION is not None:
             tl.store(mine + TILE + within, up)
         if norm_ptr is not None:
             tl.store(mine + NUM_TILES * TILE + row, sum_squares)
@@ -183,37 +185,40 @@ def dot_kernel(
             for _ in tl.static_range(SPLIT_K):
                 # Past the L1 cache, which does not see what other processors store.
                 acc += tl.load(partials + within, cache_modifier=".cg")
-                if SILU_MUL:
+                if ACTIVATION is not None:
                     up += tl.load(partials + TILE + within, cache_modifier=".cg")
                 if norm_ptr is not None:
                     squares_ptr = partials + NUM_TILES * TILE + row
                     sum_squares += tl.load(squares_ptr, cache_modifier=".cg")
                 partials += stride
             _finish(acc.T, up.T, sum_squares, bias_ptr, norm_ptr, residual_ptr, out_ptr, tile_m,
-                    tile_n, rows, size_n, size_k, residual_stride, out_stride, eps, SILU_MUL,
-                    BLOCK_M, BLOCK_N)  # fmt: skip
+                    tile_n, rows, size_n, size_k, residual_stride, out_stride, eps, scale,
+                    ACTIVATION, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc, up, sum_squares, bias_ptr, norm_ptr, residual_ptr, out_ptr, tile_m, tile_n, rows, size_n,
-    size_k, residual_stride, out_stride, eps, SILU_MUL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    size_k, residual_stride, out_stride, eps, scale, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums acc and up [BLOCK_M, BLOCK_N] → results in memory."""
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside = (m < rows) & (n < size_n)
     if norm_ptr is not None:
-        scale = tl.rsqrt(sum_squares / size_k + eps)[:, None]
-        acc *= scale
-        up *= scale
+        inverse = tl.rsqrt(sum_squares / size_k + eps)[:, None]
+        acc *= inverse
+        up *= inverse
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < size_n, other=0.0).to(tl.float32)
-        if SILU_MUL:
+        if ACTIVATION is not None:
             up += tl.load(bias_ptr + size_n + n, mask=n < size_n, other=0.0).to(tl.float32)
-    if SILU_MUL:
-        acc = silu(acc) * up
+    if scale is not None:
+        acc *= scale
+        up *= scale
+    if ACTIVATION is not None:
+        acc = activate(acc, ACTIVATION) * up
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + m * residual_stride + n, mask=inside, other=0.0)
         acc += residual.to(tl.float32)

@@ -68,8 +68,8 @@ def rms_norm() -> Iterator[Point]:
         )
 
 
-def silu_mul() -> Iterator[Point]:
-    from baton.kernels.silu_mul import silu_mul
+def gated_mul() -> Iterator[Point]:
+    from baton.kernels.gated_mul import gated_mul
 
     for rows in (1, 32, 256, 2048, 8192):
         num_sets = num_sets_for(2 * rows * FFN * 3)
@@ -77,7 +77,7 @@ def silu_mul() -> Iterator[Point]:
         out = torch.empty(rows, FFN, dtype=_BF16, device="cuda")
 
         def ours(i: int) -> None:
-            silu_mul(x[i], out=out)
+            gated_mul(x[i], out=out)
 
         def torch_ops(i: int) -> None:
             torch.mul(functional.silu(x[i][:, :FFN]), x[i][:, FFN:], out=out)
@@ -189,7 +189,7 @@ def begin_step() -> Iterator[Point]:
 POINTS: dict[str, Callable[[], Iterator[Point]]] = {
     each.__name__: each
     for each in (
-        linear, decode_attention, prefill_attention, rope_and_store, rms_norm, silu_mul,
+        linear, decode_attention, prefill_attention, rope_and_store, rms_norm, gated_mul,
         block_digest, sampling, begin_step,
     )
 }  # fmt: skip

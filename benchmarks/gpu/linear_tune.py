@@ -74,7 +74,7 @@ class Data:
             norm_weight=self.norm_weight if form.norm else None,
             eps=_EPS,
             residual=out[i] if form.residual else None,
-            silu_mul=form.silu,
+            activation="silu" if form.silu else None,
             out=out[i],
             config=config,
             pdl=config.pdl,
@@ -83,7 +83,7 @@ class Data:
     def library(self, form: Form, rows: int) -> Callable[[int], object]:
         """cuBLAS between the separate kernels for norm and activation."""
         from baton.kernels.rms_norm import rms_norm
-        from baton.kernels.silu_mul import silu_mul
+        from baton.kernels.gated_mul import gated_mul
 
         x, out = self._buffers(form, rows)
         y = torch.empty(rows, form.n, dtype=torch.bfloat16, device="cuda")
@@ -95,7 +95,7 @@ class Data:
             else:
                 torch.mm(h, self.weights[i].t(), out=y)
                 if form.silu:
-                    silu_mul(y, out=out[i])
+                    gated_mul(y, out=out[i])
 
         return call
 
@@ -121,7 +121,7 @@ class Data:
             norm_weight=self.norm_weight if form.norm else None,
             eps=_EPS,
             residual=out if form.residual else None,
-            silu_mul=form.silu,
+            activation="silu" if form.silu else None,
             out=out,
             config=config,
         )

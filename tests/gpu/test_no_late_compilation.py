@@ -94,10 +94,10 @@ def test_a_listener_hears_of_kernels(late: list[str]) -> None:
     """Else the other tests prove nothing."""
     import torch
 
-    from baton.kernels.silu_mul import silu_mul
+    from baton.kernels.gated_mul import gated_mul
 
     # An odd size of a type that the runner has no use for.
-    silu_mul(torch.zeros(3, 2 * 24, device="cuda", dtype=torch.float16))
+    gated_mul(torch.zeros(3, 2 * 24, device="cuda", dtype=torch.float16))
     assert late
     late.clear()
 

@@ -1,4 +1,4 @@
-"""silu(gate) · up, for a gate and an up projection computed as one product."""
+"""activation(gate) · up, for a gate and an up projection computed as one product."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def silu(x):
-    """x · sigmoid(x) of a float32 block."""
-    return x / (1.0 + tl.exp(-x))
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @triton.jit
-def _silu_mul_kernel(
+def activate(x, ACTIVATION: tl.constexpr):
+    """x · sigmoid(x), or x · sigmoid(2u), which is GELU by tanh(u); of a float32 block."""
+    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu_tanh")
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    else:
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@triton.jit
+def _gated_mul_kernel(
     x_ptr,
     out_ptr,
     x_stride,
     out_stride,
     size,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -34,15 +42,18 @@ def _silu_mul_kernel(
     x_row = x_ptr + row * x_stride + columns
     gate = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_row + size, mask=inside, other=0.0).to(tl.float32)
-    y = (silu(gate) * up).to(out_ptr.dtype.element_ty)
+    y = (activate(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + columns, y, mask=inside)
 
 
-def silu_mul(x: Tensor, *, out: Tensor | None = None, pdl: bool = False) -> Tensor:
-    """silu(gate) · up.
+def gated_mul(
+    x: Tensor, *, activation: str = "silu", out: Tensor | None = None, pdl: bool = False
+) -> Tensor:
+    """activation(gate) · up.
 
     Args:
         x: [T, 2F] = (gate, up), T ≤ 65,535; rows may be strided.
+        activation: one of ACTIVATIONS.
         out: [T, F].
         pdl: launch while the previous kernel still runs.
 
@@ -59,12 +70,13 @@ def silu_mul(x: Tensor, *, out: Tensor | None = None, pdl: bool = False) -> Tens
     block = 256 if num_rows <= 8 else 1024 if num_rows <= 64 else 2048
     block = min(block, triton.next_power_of_2(size))
     launch = {"launch_pdl": True} if pdl and x.is_cuda else {}
-    _silu_mul_kernel[(triton.cdiv(size, block), num_rows)](
+    _gated_mul_kernel[(triton.cdiv(size, block), num_rows)](
         x,
         out,
         x.stride(0),
         out.stride(0),
         size,
+        ACTIVATION=activation,
         BLOCK=block,
         PDL=bool(launch),
         num_warps=max(1, min(8, block // 256)),
