@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+from baton.kernels.reference import Activation
 
 
 @triton.jit
@@ -47,13 +47,12 @@ def _gated_mul_kernel(
 
 
 def gated_mul(
-    x: Tensor, *, activation: str = "silu", out: Tensor | None = None, pdl: bool = False
+    x: Tensor, *, activation: Activation = "silu", out: Tensor | None = None, pdl: bool = False
 ) -> Tensor:
     """activation(gate) · up.
 
     Args:
         x: [T, 2F] = (gate, up), T ≤ 65,535; rows may be strided.
-        activation: one of ACTIVATIONS.
         out: [T, F].
         pdl: launch while the previous kernel still runs.
 

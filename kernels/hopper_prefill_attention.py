@@ -342,9 +342,7 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def covers(
-    query: Tensor, kv: Tensor, *, block_m: int, window: int, soft_cap: float = 0.0
-) -> bool:
+def covers(query: Tensor, kv: Tensor, *, block_m: int, window: int, soft_cap: float = 0.0) -> bool:
     """Whether the kernel is there for these; arguments as in prefill_attention.py."""
     block_size, head_dim = kv.shape[4:]
     return (

@@ -59,7 +59,8 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool) -> Config
 
     fused: whether RMSNorm of x, or the addition to a residual, is to be part of it (whichever the
         weight has in a llama). For a norm, None means that a separate norm and then the best way
-        without one (ask again with fused=False) take less time. an activation is part of it either way.
+        without one (ask again with fused=False) take less time. An activation is part of it
+        either way.
 
     Known shapes (or similar ones) get the entry of the nearest M; others a guess.
     """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from baton.kernels.reference import Activation
 
 
 def skinny_linear_reference(
@@ -17,7 +18,7 @@ def skinny_linear_reference(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
     config: Any = None,
@@ -72,7 +73,7 @@ def rms_norm_add_reference(
 
 
 def gated_mul_reference(
-    x: Tensor, *, activation: str = "silu", out: Tensor | None = None, pdl: bool = False
+    x: Tensor, *, activation: Activation = "silu", out: Tensor | None = None, pdl: bool = False
 ) -> Tensor:
     """activation(gate) · up of x [T, 2F] = (gate, up) → [T, F]."""
     return _deliver(_gated(x.double(), activation).to(x.dtype), out)
@@ -83,13 +84,11 @@ def _normalised(wide: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide * scale * weight.double()
 
 
-def _gated(wide: Tensor, activation: str) -> Tensor:
+def _gated(wide: Tensor, activation: Activation) -> Tensor:
     gate, up = wide.chunk(2, -1)
     if activation == "silu":
         return gate * torch.sigmoid(gate) * up
-    assert activation == "gelu_tanh"
-    u = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    return 0.5 * gate * (1 + torch.tanh(u)) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
 def _deliver(y: Tensor, out: Tensor | None) -> Tensor:

@@ -1,9 +1,8 @@
-"""Rotary embedding of queries and keys, fused with the norms of heads before it and with the store of
-keys and values into the pool."""
+"""Rotary embedding of queries and keys, fused with the norms of heads before it and with the store
+of keys and values into the pool."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -146,8 +145,8 @@ def rope_and_store(
         layer: which layer of `kv`.
         num_heads: query heads.
         query_scale: float32 [max position], multiplied onto the rotated queries of a position.
-        q_norm, k_norm: [head_dim], of any float dtype: weights of an RMSNorm over each query and key
-            head.
+        q_norm, k_norm: [head_dim], of any float dtype: weights of an RMSNorm over each query head
+            and each key head.
         value_norm: of values too, without a weight.
         eps: of all of these norms.
         out: where the queries go, [T, num_heads, head_dim] with contiguous rows.
@@ -227,7 +226,7 @@ def _launch(
     num_tokens, num_vectors, head_dim = vectors.shape
     q_norm, k_norm, value_norm, eps = norms
     if out is None:
-        out = torch.empty(num_tokens, shape[0], head_dim, dtype=vectors.dtype, device=vectors.device)
+        out = vectors.new_empty(num_tokens, shape[0], head_dim)
     if num_tokens == 0:
         return out
     half = triton.next_power_of_2(head_dim // 2)

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.linear_table import Config, guess
+from baton.kernels.reference import Activation
 from baton.kernels.skinny_linear_jit import dot_kernel, fma_kernel
 
 _MAX_PARTIALS = 8 * 2**20
@@ -50,7 +51,7 @@ def skinny_linear(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
     config: Config | None = None,
@@ -66,8 +67,7 @@ def skinny_linear(
         bias: [N].
         norm_weight: [K], of any float dtype; if given, norm is RMSNorm with it and `eps`.
         residual: [M, N'] where N' = N / 2 with an activation, else N; rows may be strided.
-        activation: f(gate, up) = activation(gate) · up, one of gated_mul.ACTIVATIONS; without it f
-            does nothing.
+        activation: f(gate, up) = activation(gate) · up; without it f does nothing.
         scale: of the product and the bias.
         out: [M, N'], may be `residual`, not x; rows may be strided.
         config: how; a guess if not given.

@@ -22,7 +22,9 @@ def capped(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _soft_cap_kernel(x_ptr, stride, size, CAP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _soft_cap_kernel(
+    x_ptr, stride, size, CAP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     if PDL:

@@ -82,8 +82,8 @@ class Data:
 
     def library(self, form: Form, rows: int) -> Callable[[int], object]:
         """cuBLAS between the separate kernels for norm and activation."""
-        from baton.kernels.rms_norm import rms_norm
         from baton.kernels.gated_mul import gated_mul
+        from baton.kernels.rms_norm import rms_norm
 
         x, out = self._buffers(form, rows)
         y = torch.empty(rows, form.n, dtype=torch.bfloat16, device="cuda")

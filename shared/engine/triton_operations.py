@@ -13,12 +13,13 @@ from torch import Tensor
 
 from baton.kernels import linear_table
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
+from baton.kernels.gated_mul import gated_mul
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
-from baton.kernels.rms_norm import rms_norm
-from baton.kernels.rope_store import rope_and_store
-from baton.kernels.silu_mul import silu_mul
+from baton.kernels.rms_norm import rms_norm, rms_norm_add
+from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.skinny_linear import skinny_linear
+from baton.kernels.soft_cap import soft_cap
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -63,6 +64,7 @@ class Rope:
 
 
 _ALONE = Ranks()
+_NO_NORMS = HeadNorms(eps=0.0)
 
 
 class TritonOperations:
@@ -113,16 +115,17 @@ class TritonOperations:
                 weight,
                 bias,
                 residual=residual,
+                scale=layer.scale,
                 out=residual,
                 config=config,
                 pdl=config.pdl,
             )
         if residual is None:
-            return torch.nn.functional.linear(x, weight, bias)
+            return _product(x, weight, bias, layer.scale)
         if bias is not None:
-            residual.add_(bias)
+            residual.add_(bias, alpha=layer.scale)
         # In place: the product is added where the residual lies, in float32 before rounding.
-        return residual.addmm_(x, weight.t())
+        return residual.addmm_(x, weight.t(), alpha=layer.scale)
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
         config = self._choose(x, layer, fused=True)
@@ -134,6 +137,7 @@ class TritonOperations:
             layer.bias,
             norm_weight=norm.weight,
             eps=norm.eps,
+            scale=layer.scale,
             config=config,
             pdl=config.pdl,
         )
@@ -150,15 +154,31 @@ class TritonOperations:
                 bias,
                 norm_weight=norm.weight,
                 eps=norm.eps,
-                silu_mul=True,
+                activation=activation,
+                scale=layer.scale,
                 config=config,
                 pdl=config.pdl,
             )
         x = rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
         config = self._choose(x, layer, fused=False)
         if config is not None:
-            return skinny_linear(x, weight, bias, silu_mul=True, config=config, pdl=config.pdl)
-        return silu_mul(torch.nn.functional.linear(x, weight, bias), pdl=self._overlaps)
+            return skinny_linear(
+                x,
+                weight,
+                bias,
+                activation=activation,
+                scale=layer.scale,
+                config=config,
+                pdl=config.pdl,
+            )
+        gate_up = _product(x, weight, bias, layer.scale)
+        return gated_mul(gate_up, activation=activation, pdl=self._overlaps)
+
+    def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        return gated_mul(gate, up, activation=activation, pdl=self._overlaps)
+
+    def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+        return rms_norm_add(x, norm.weight, norm.eps, residual, out=residual, pdl=self._overlaps)
 
     def rope_and_store(
         self,
@@ -171,6 +191,7 @@ class TritonOperations:
         norms: HeadNorms | None = None,
     ) -> Tensor:
         assert rope.positions is not None
+        norms = norms or _NO_NORMS
         return rope_and_store(
             qkv,
             rope.cos,
@@ -180,22 +201,32 @@ class TritonOperations:
             kv,
             layer,
             num_heads=num_heads,
+            query_scale=rope.query_scale,
+            q_norm=norms.q,
+            k_norm=norms.k,
+            value_norm=norms.has_value,
+            eps=norms.eps,
             pdl=self._overlaps,
         )
 
     def rope_query(
         self, query: Tensor, rope: Rope, plan: DevicePlan, norms: HeadNorms | None = None
     ) -> Tensor:
-        raise NotImplementedError
-
-    def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        raise NotImplementedError
-
-    def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
-        raise NotImplementedError
+        assert rope.positions is not None
+        norms = norms or _NO_NORMS
+        return rope_query(
+            query,
+            rope.cos,
+            rope.sin,
+            rope.positions,
+            query_scale=rope.query_scale,
+            q_norm=norms.q,
+            eps=norms.eps,
+            pdl=self._overlaps,
+        )
 
     def soft_cap(self, x: Tensor, cap: float) -> Tensor:
-        raise NotImplementedError
+        return soft_cap(x, cap, pdl=self._overlaps)
 
     def paged_attention(
         self,
@@ -220,6 +251,7 @@ class TritonOperations:
                 plan.work,
                 scale,
                 window=plan.window,
+                soft_cap=cap,
                 out=out[:num_decode],
                 pdl=self._overlaps,
             )
@@ -233,6 +265,7 @@ class TritonOperations:
                 scale,
                 block_m=plan.block_m,
                 window=plan.window,
+                soft_cap=cap,
                 out=out,
             )
         return out
@@ -243,7 +276,7 @@ class TritonOperations:
         y = self.linear(x, replace(layer, bias=None, all_reduce=None))
         layer.all_reduce(y)
         if layer.bias is not None:
-            y.add_(layer.bias)
+            y.add_(layer.bias, alpha=layer.scale)
         return y if residual is None else residual.add_(y)
 
     def _choose(self, x: Tensor, layer: Linear, *, fused: bool) -> linear_table.Config | None:
@@ -261,3 +294,14 @@ class TritonOperations:
         if config is not None and config.pdl and not self._overlaps:
             config = replace(config, pdl=False)
         return config
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """(x · weightᵀ + bias) · scale by the library, rounded once."""
+    if scale == 1:
+        return torch.nn.functional.linear(x, weight, bias)
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t(), beta=scale, alpha=scale)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    # With a beta of zero, what `out` holds is not read.
+    return torch.addmm(out, x, weight.t(), beta=0, alpha=scale, out=out)

@@ -44,8 +44,8 @@ class Compiled:
         """Without what says where in which file it came from."""
         text = re.sub(r"//.*", "", self.kernel.asm["ptx"])
         text = re.split(r"\n\s*\.section", text)[0]
-        lines = [line for line in text.splitlines() if line.strip()]
-        return "\n".join(each for each in lines if not re.match(r"\s*\.(loc|file)\b|\$L__tmp\d+:", each))
+        debug = re.compile(r"\s*(\.loc\b|\.file\b|\$L__tmp\d+:|$)")
+        return "\n".join(line for line in text.splitlines() if not debug.match(line))
 
     @cached_property
     def spilled_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Compiled:
 class OnGpu(torch.Tensor):
     """Memory of the host that says it is a GPU's: launchers then choose as they do there."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 def on_gpu(tensor: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Problem:
         head_dim: int = 32,
         block_size: int = 16,
         window: int = 0,
+        soft_cap: float = 0.0,
     ) -> None:
         """A length of 0 makes a padding row."""
         real = [row for row, length in enumerate(lengths) if length]
@@ -73,6 +74,7 @@ class Problem:
         self.block_tables = self.block_tables.to(device)
         self.scale = head_dim**-0.5
         self.window = window
+        self.soft_cap = soft_cap
 
     def work(self, *, config: DecodeConfig | None = None, **kwargs: int) -> DecodeWork:
         num_rows, num_heads, head_dim = self.query.shape
@@ -99,6 +101,7 @@ class Problem:
             work,
             self.scale,
             window=self.window,
+            soft_cap=self.soft_cap,
             out=out,
             pdl=pdl,
         )
@@ -115,6 +118,7 @@ class Problem:
             self.block_tables,
             self.scale,
             window=self.window,
+            soft_cap=self.soft_cap,
         )
 
 
@@ -160,6 +164,24 @@ def test_window(
 ) -> None:
     problem = Problem([95, 12, 64], dtype, device, block_size=block_size, window=window)
     work = problem.work(config=SMALL)
+    problem.plan(work)
+    assert_close(problem.attend(work), problem.reference())
+
+
+@pytest.mark.parametrize("window", [0, 23])
+def test_soft_cap(
+    window: int, dtype: torch.dtype, device: torch.device, assert_close: Check
+) -> None:
+    problem = Problem([95, 0, 12], dtype, device, window=window, soft_cap=2.0)
+    problem.scale = 1.0  # scores far beyond the cap, and of both signs
+    work = problem.work(config=SMALL)
+    problem.plan(work)
+    assert_close(problem.attend(work), problem.reference())
+
+
+def test_the_widest_heads(dtype: torch.dtype, device: torch.device, assert_close: Check) -> None:
+    problem = Problem([70, 1], dtype, device, head_dim=512)
+    work = problem.work()
     problem.plan(work)
     assert_close(problem.attend(work), problem.reference())
 

@@ -1,4 +1,4 @@
-"""silu_mul against float64."""
+"""gated_mul against float64."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from baton.kernels.reference_linear import silu_mul_reference
-from baton.kernels.silu_mul import silu_mul
+from baton.kernels.gated_mul import gated_mul
+from baton.kernels.reference import Activation
+from baton.kernels.reference_linear import gated_mul_reference
 
+# Where exp(−gate) overflows, the result is zero.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 1500), (3, 70), (9, 1030), (70, 2100)])
-def test_silu_mul(
+def test_gated_mul(
     rows: int,
     size: int,
+    activation: Activation,
     device: torch.device,
     dtype: torch.dtype,
     poisoned: Poisoned,
@@ -26,13 +31,13 @@ def test_silu_mul(
 ) -> None:
     x = (torch.randn(rows, 2 * size + 4, device=device) * 3).to(dtype)[:, : 2 * size]
     out = poisoned(rows, size + 2, dtype=dtype)[:, :size]
-    assert silu_mul(x, out=out) is out
-    assert_close(out, silu_mul_reference(x.double()))
+    assert gated_mul(x, activation=activation, out=out) is out
+    assert_close(out, gated_mul_reference(x.double(), activation=activation))
 
 
-@pytest.mark.filterwarnings("ignore:overflow")
-def test_extremes(device: torch.device) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_extremes(device: torch.device, activation: Activation) -> None:
     """No overflow where exp(−gate) has one; the limits are 0 and the gate itself."""
     x = torch.tensor([[-1e4, 1e4, 2.0, 3.0]], device=device)
-    assert silu_mul(x).tolist() == [[0.0, 3e4]]
-    assert silu_mul(x[:0]).shape == (0, 2)
+    assert gated_mul(x, activation=activation).tolist() == [[0.0, 3e4]]
+    assert gated_mul(x[:0], activation=activation).shape == (0, 2)

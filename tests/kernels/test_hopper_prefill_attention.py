@@ -58,6 +58,7 @@ def test_covers(on_hopper: None, head_dim: int, block_size: int, dtype: torch.dt
     [
         {"block_m": 64},
         {"window": 4096},
+        {"soft_cap": 50.0},
         {"query": torch.zeros(130, 8, 128, dtype=_FP16)},
         {"kv": torch.zeros(2**17 * 5 * 2 * 3 + 1, dtype=_BF16)[1:].view(-1, 2, 3, 2, 16, 128)[:5]},
         # More keys and values than an int32 can count.
@@ -69,7 +70,7 @@ def test_covers(on_hopper: None, head_dim: int, block_size: int, dtype: torch.dt
         _inputs(dtype=torch.float32),
     ],
     ids=[
-        "short tiles", "window", "mixed types", "unaligned", "huge pool", "head_dim 96",
+        "short tiles", "window", "soft cap", "mixed types", "unaligned", "huge pool", "head_dim 96",
         "head_dim 256", "block_size 8", "block_size 256", "float32",
     ],
 )  # fmt: skip
@@ -107,7 +108,7 @@ def test_a_given_configuration_is_that_of_the_other_kernel(
     case = make_case([(0, 3)], 2, 1, 32, 16, device, torch.float32)
     seen: list[Any] = []
     other = SimpleNamespace(
-        covers=lambda query, kv, *, block_m, window: (block_m, window) == (16, 0),
+        covers=lambda query, kv, *, block_m, **options: block_m == 16 and not any(options.values()),
         paged_prefill_attention=lambda *args, out: seen.extend((*args, out)),
     )
     monkeypatch.setattr(prefill_attention, "_hopper", other)

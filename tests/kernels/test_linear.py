@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_products(
         norm_weight=norm,
         eps=1e-5,
         residual=residual,
-        silu_mul=silu,
+        activation="silu" if silu else None,
     )
     out = poisoned(rows, size_n + 3, dtype=dtype)[:, :size_n]
     for target in (out, residual):  # Written elsewhere, then in place.
@@ -88,13 +89,41 @@ def test_products(
                 norm_weight=norm,
                 eps=1e-5,
                 residual=residual,
-                silu_mul=silu,
+                activation="silu" if silu else None,
                 out=target,
                 config=config,
             )
             assert result is target
             assert_close(target, expected)
     assert not linear_work(device).arrivals.any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("config", [FMA, DOT, DOT_SPLIT])
+@pytest.mark.parametrize("gated", [False, True])
+def test_options_of_other_models(
+    gated: bool,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    poisoned: Poisoned,
+    assert_close: Check,
+) -> None:
+    """A scale, gelu, and weights of the norm that are float32 whatever the rest is."""
+    rows, size_n, size_k = 3, 33, 70
+    x = draw(rows, size_k, dtype=dtype, device=device)
+    weight = draw(size_n * (1 + gated), size_k, dtype=dtype, device=device) * size_k**-0.5
+    options: dict[str, Any] = {
+        "norm_weight": 1 + torch.randn(size_k, device=device) / 64,
+        "eps": 1e-5,
+        "residual": draw(rows, size_n, dtype=dtype, device=device),
+        "activation": "gelu_tanh" if gated else None,
+        "scale": 3.5,
+    }
+    bias = draw(weight.shape[0], dtype=dtype, device=device)
+    expected = skinny_linear_reference(x.double(), weight, bias, **options)
+    out = poisoned(rows, size_n, dtype=dtype)
+    assert_close(skinny_linear(x, weight, bias, **options, out=out, config=config), expected)
 
 
 def test_nothing_outside_is_written_or_read(

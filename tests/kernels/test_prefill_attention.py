@@ -62,6 +62,14 @@ def test_window(window: int, device: torch.device, dtype: torch.dtype, assert_cl
     case.check(assert_close, 16, _CONFIG, window)
 
 
+@pytest.mark.parametrize("window", [0, 33])
+def test_soft_cap(
+    window: int, device: torch.device, dtype: torch.dtype, assert_close: Check
+) -> None:
+    case = make_case([(70, 37)], 2, 1, 32, 16, device, dtype, forgotten=30 if window else 0)
+    case.check(assert_close, 16, _CONFIG, window, soft_cap=0.5)
+
+
 @pytest.mark.parametrize("longest", [5, 40, 70])
 def test_chosen_configuration(
     longest: int, device: torch.device, dtype: torch.dtype, assert_close: Check

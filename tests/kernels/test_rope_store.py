@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from baton.kernels import reference_rope
-from baton.kernels.rope_store import rope_and_store
+from baton.kernels.rope_store import rope_and_store, rope_query
 
 Check = Callable[[torch.Tensor, torch.Tensor], None]
 Make = Callable[..., torch.Tensor]
@@ -26,6 +27,10 @@ def _angles(positions: int, half: int, device: torch.device) -> tuple[torch.Tens
         (2, 4, 4, 64, 64, "q"),
         (2, 2, 1, 256, 16, "k"),
         (70, 2, 1, 16, 16, "qk"),
+        # Weights of float32, a norm of values, queries scaled by position, the widest heads.
+        (3, 5, 2, 48, 16, "qkv wide scale"),
+        (66, 3, 1, 512, 16, "qkv"),
+        (2, 2, 1, 64, 16, "v scale"),
     ],
 )
 def test_matches_the_reference(
@@ -46,28 +51,48 @@ def test_matches_the_reference(
     positions = torch.randint(0, 200, (tokens,), dtype=torch.int32, device=device)
     slots = torch.randperm(num_blocks * block_size)[:tokens].to(device)
     slots[tokens // 2] = -1
-    q_norm = torch.randn(head_dim, device=device).to(dtype) if "q" in norms else None
-    k_norm = torch.randn(head_dim, device=device).to(dtype) if "k" in norms else None
+    of_norms = torch.float32 if "wide" in norms else dtype
+    options: dict[str, Any] = {"num_heads": heads, "eps": eps, "value_norm": "v" in norms}
+    if "q" in norms:
+        options["q_norm"] = torch.randn(head_dim, device=device).to(of_norms)
+    if "k" in norms:
+        options["k_norm"] = torch.randn(head_dim, device=device).to(of_norms)
+    if "scale" in norms:
+        options["query_scale"] = torch.rand(200, device=device) + 0.5
 
     shape = (num_blocks + 1, kv_heads, num_layers, 2, block_size, head_dim)
     kv = poisoned(*shape, dtype=dtype)
     out = poisoned(tokens, heads, head_dim, dtype=dtype)
-    query = rope_and_store(
-        qkv, cos, sin, positions, slots, kv, layer,
-        num_heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps, out=out,
-    )  # fmt: skip
+    query = rope_and_store(qkv, cos, sin, positions, slots, kv, layer, **options, out=out)
     assert query is out
 
     wide_kv = torch.full(shape, float("nan"), dtype=torch.float64, device=device)
     expected = reference_rope.rope_and_store(
-        qkv.double(), cos, sin, positions, slots, wide_kv, layer,
-        num_heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps,
-    )  # fmt: skip
+        qkv.double(), cos, sin, positions, slots, wide_kv, layer, **options
+    )
     assert_close(query, expected)
     # Exactly the slots asked for are written.
     assert torch.equal(kv.isnan(), wide_kv.isnan())
     if tokens > 1:
         assert_close(kv[~kv.isnan()], wide_kv[~wide_kv.isnan()])
+
+
+@pytest.mark.parametrize("has_options", [False, True])
+def test_queries_alone(
+    has_options: bool, device: torch.device, dtype: torch.dtype, poisoned: Make, assert_close: Check
+) -> None:
+    query = torch.randn(5, 9, 48, device=device).to(dtype)
+    cos, sin = _angles(200, 24, device)
+    positions = torch.randint(0, 200, (5,), dtype=torch.int32, device=device)
+    options: dict[str, Any] = {}
+    if has_options:
+        options["q_norm"] = torch.randn(48, device=device)
+        options["query_scale"] = torch.rand(200, device=device) + 0.5
+        options["eps"] = 1e-5
+    out = poisoned(5, 9, 48, dtype=dtype)
+    assert rope_query(query, cos, sin, positions, **options, out=out) is out
+    expected = reference_rope.rope_query(query.double(), cos, sin, positions, **options)
+    assert_close(out, expected)
 
 
 def test_writes_into_wider_rows(device: torch.device, poisoned: Make) -> None:
