@@ -21,6 +21,7 @@ from baton.kernels.decode_plan import (
     make_work,
     plan_decode,
 )
+from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.soft_cap import capped
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
 _LOG2E = 1.4426950408889634
 _COMBINED_AT_ONCE = 8
 _TILE_BYTES = 160 * 1024
-"""Shared memory that a program's tiles of keys and values may take: n stages hold n − 1 of each."""
+"""Shared memory that a program's tiles of keys and values take at most, where it is there: n stages
+hold n − 1 of each."""
+_OTHER_BYTES = 4096
 
 
 def paged_decode_attention(
@@ -85,8 +88,8 @@ def paged_decode_attention(
         raise ValueError(f"planned for window {work.window}, asked for {window}")
     config, num_items = work.config, work.items.shape[0]
     group = num_heads // num_kv_heads
+    block_h = max(16, triton.next_power_of_2(group))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    stage_bytes = 2 * config.block_n * block_d * kv.element_size()
     # Float32 products do not go through tensor cores, and hold whole operands in registers.
     num_warps = max(config.num_warps, 8 if kv.element_size() == 4 else 0)
     _attend[(num_kv_heads, num_items)](
@@ -110,7 +113,7 @@ def paged_decode_attention(
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
         GROUP=group,
-        BLOCK_H=max(16, triton.next_power_of_2(group)),
+        BLOCK_H=block_h,
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
         AT_ONCE=_COMBINED_AT_ONCE,
@@ -119,7 +122,7 @@ def paged_decode_attention(
         SOFT_CAP=soft_cap * _LOG2E,
         PDL=pdl,
         num_warps=num_warps,
-        num_stages=max(2, min(config.num_stages, 1 + _TILE_BYTES // stage_bytes)),
+        num_stages=_num_stages(config, block_h, block_d, kv),
         launch_pdl=pdl,
     )
     if not config.fused:
@@ -138,6 +141,15 @@ def paged_decode_attention(
             num_warps=4,
         )
     return out
+
+
+def _num_stages(config: DecodeConfig, block_h: int, block_d: int, kv: Tensor) -> int:
+    """Two at least; more as far as there is room beside the queries, of which many lie there
+    twice."""
+    query_bytes = block_h * block_d * kv.element_size() * (2 if block_h >= 64 else 1)
+    room = min(_TILE_BYTES, shared_bytes(kv.device) - query_bytes - _OTHER_BYTES)
+    stage_bytes = 2 * config.block_n * block_d * kv.element_size()
+    return max(2, min(config.num_stages, 1 + room // stage_bytes))
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])

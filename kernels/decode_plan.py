@@ -38,7 +38,8 @@ def decode_config(num_rows: int, num_kv_heads: int, head_dim: int) -> DecodeConf
     """The configuration for a padded batch of `num_rows`."""
     # Few rows: one wave of programs ends sooner. More of them: the last ones to end are shorter.
     programs = 256 if num_rows <= 8 else 384
-    return DecodeConfig(programs=programs)
+    # Of the widest heads a tile of 16 keys has as many bytes as one of 32 of the others.
+    return DecodeConfig(block_n=32 if head_dim <= 256 else 16, programs=programs)
 
 
 @dataclass(slots=True)

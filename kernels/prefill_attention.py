@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.soft_cap import capped
 
 _hopper: ModuleType | None = None
@@ -32,6 +33,8 @@ except (ImportError, AttributeError) as error:
     _import_error = str(error)
 
 _LOG2E = 1.4426950408889634
+_ROOMY = 160 * 1024
+"""Shared memory of a program from which on tiles are wide; consumers' cards have less."""
 
 
 @triton.jit
@@ -178,6 +181,7 @@ def _prefill_attention(
     window: tl.constexpr,
     PACK: tl.constexpr,
     TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -186,12 +190,18 @@ def _prefill_attention(
     DESCRIPTOR: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """Program (x, y): heads x · PACK and on, tile y. Row m of the products is token m // PACK."""
-    tile = tiles + tl.program_id(1) * 4
+    """Program (x, y): heads x · PACK and on, part y % PARTS of tile y // PARTS, which has TOKENS
+    tokens. Row m of the products is token m // PACK."""
+    tile = tiles + tl.program_id(1) // PARTS * 4
     first_token = tl.load(tile).to(tl.int64)
     num_tokens = tl.load(tile + 1)
     slot = tl.load(tile + 2)
     first_position = tl.load(tile + 3)
+    if PARTS > 1:
+        before = tl.program_id(1) % PARTS * TOKENS
+        first_token += before
+        num_tokens -= before
+        first_position += before
     # An idle tile has no keys and stores nothing.
     num_tokens = tl.where(slot < 0, 0, tl.minimum(num_tokens, TOKENS))
     first_position = tl.where(num_tokens > 0, first_position, -1)
@@ -268,21 +278,36 @@ class PrefillConfig:
     """Pipeline depth of the stretches with a mask, which are one to three tiles long."""
     max_registers: int | None = None
     """Of a thread, so that two programs fit a multiprocessor."""
+    tokens: int | None = None
+    """Of a tile, that a program takes at most, if not all; divides a `block_m` that is larger."""
 
 
-def _config(block_m: int, group: int, head_dim: int, itemsize: int) -> PrefillConfig:
-    """`group`: query heads per KV head. Chosen so that nothing spills on compute capability 9.0."""
+def _config(block_m: int, group: int, head_dim: int, itemsize: int, shared: int) -> PrefillConfig:
+    """`group`: query heads per KV head. `shared`: bytes of shared memory that a program may have.
+
+    Chosen so that nothing spills on compute capability 9.0.
+    """
     if itemsize == 4:
         # Products of float32 run outside the tensor cores and want their operands in registers.
+        if head_dim > 256:
+            return PrefillConfig(1, 16, 8, 1, tokens=16)
         return PrefillConfig(1, 32, 8 if block_m > 16 or head_dim > 128 else 4, 1)
+    # Rows of a product that a program's registers have sums for.
+    rows = 128 if head_dim <= 128 else 64 if head_dim <= 256 else 32
     if block_m <= 16:
-        pack = max(p for p in range(1, group + 1) if group % p == 0 and p * block_m <= 128)
-        num_stages = 3 if head_dim <= 128 else 2
-        return PrefillConfig(pack, 64, 8 if pack * block_m > 64 else 4, num_stages)
+        pack = max(p for p in range(1, group + 1) if group % p == 0 and p * block_m <= rows)
+        if head_dim > 256 or (head_dim > 128 and shared < _ROOMY):
+            return PrefillConfig(pack, 32, 8, 2)
+        num_warps = 8 if pack * block_m * 2 > rows else 4
+        return PrefillConfig(pack, 64, num_warps, 3 if head_dim <= 128 else 2)
+    if head_dim > 256:
+        return PrefillConfig(1, 32, 8, 2, tokens=32)
     if head_dim > 128:
+        if shared < _ROOMY:
+            return PrefillConfig(1, 32, 8, 2, tokens=64)
         return PrefillConfig(1, 64, 8, 2)
-    if block_m <= 64:
-        return PrefillConfig(1, 64, 4, 3)
+    if block_m <= 64 or (head_dim > 64 and shared < _ROOMY):
+        return PrefillConfig(1, 64, 4, 3, tokens=64)
     # Wide tiles of keys rescale the sums half as often.
     return PrefillConfig(1, 128, 8, 3)
 
@@ -388,14 +413,18 @@ def paged_prefill_attention(
     ):
         _hopper.paged_prefill_attention(query, kv, layer, tiles, block_tables, scale, out=out)
         return out
-    config = config or _config(block_m, num_heads // num_kv_heads, head_dim, query.element_size())
+    if config is None:
+        group, itemsize = num_heads // num_kv_heads, query.element_size()
+        config = _config(block_m, group, head_dim, itemsize, shared_bytes(query.device))
     rows: Any = kv
     if config.descriptor:
         num_rows = num_blocks * num_kv_heads * num_layers * 2 * block_size
         if num_rows >= 2**31 or block_size % config.block_n:
             raise ValueError("bulk copies need a smaller pool, or block_n ≤ block_size")
         rows = TensorDescriptor(kv, [num_rows, head_dim], [head_dim, 1], [config.block_n, head_dim])
-    _prefill_attention[(num_heads // config.pack, tiles.shape[0])](
+    tokens = min(config.tokens or block_m, block_m)
+    parts = block_m // tokens
+    _prefill_attention[(num_heads // config.pack, tiles.shape[0] * parts)](
         query,
         kv,
         rows,
@@ -416,8 +445,9 @@ def paged_prefill_attention(
         head_dim,
         window,
         PACK=config.pack,
-        TOKENS=block_m,
-        BLOCK_M=max(16, triton.next_power_of_2(block_m * config.pack)),
+        TOKENS=tokens,
+        PARTS=parts,
+        BLOCK_M=max(16, triton.next_power_of_2(tokens * config.pack)),
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         STAGES=config.num_stages,

@@ -36,6 +36,9 @@ _CONFIG = PrefillConfig(1, 16, 4, 2)
         ([(20, 13)], 14, 2, 16, 32, 8, PrefillConfig(7, 32, 4, 2)),
         ([(20, 13)], 4, 1, 256, 16, 16, PrefillConfig(2, 32, 4, 1)),
         ([(20, 3)], 2, 1, 18, 16, 16, _CONFIG),
+        # Tiles of which a program takes a part; some parts are empty.
+        ([(20, 40), (0, 5)], 4, 1, 32, 16, 64, PrefillConfig(1, 16, 4, 2, tokens=16)),
+        ([(33, 21)], 4, 1, 32, 16, 32, PrefillConfig(2, 32, 4, 1, tokens=8)),
     ],
 )
 def test_matches_the_reference(
@@ -68,6 +71,21 @@ def test_soft_cap(
 ) -> None:
     case = make_case([(70, 37)], 2, 1, 32, 16, device, dtype, forgotten=30 if window else 0)
     case.check(assert_close, 16, _CONFIG, window, soft_cap=0.5)
+
+
+def test_parts_of_tiles_in_a_window(
+    device: torch.device, dtype: torch.dtype, assert_close: Check
+) -> None:
+    case = make_case([(70, 37)], 2, 1, 32, 16, device, dtype, forgotten=38)
+    case.check(assert_close, 64, PrefillConfig(1, 16, 4, 2, tokens=16), window=33)
+
+
+@pytest.mark.parametrize("longest", [5, 70])
+def test_the_widest_heads(
+    longest: int, device: torch.device, dtype: torch.dtype, assert_close: Check
+) -> None:
+    case = make_case([(30, longest)], 4, 2, 512, 16, device, dtype)
+    case.check(assert_close, block_m_for(longest, 512, dtype.itemsize))
 
 
 @pytest.mark.parametrize("longest", [5, 40, 70])
