@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -14,5 +15,5 @@ def shared_bytes(device: torch.device) -> int:
     """Of the device's multiprocessors for one program; in the interpreter, as of an H100."""
     if device.type != "cuda":
         return HOPPER
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
