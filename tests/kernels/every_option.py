@@ -1,0 +1,89 @@
+"""A model type for tests of the kernels: all options that operations have, in four layers.
+
+Windows and full attention with heads of two sizes, soft caps, norms of heads in float32, norms
+behind attention and MLP, gelu, scales, queries scaled by position, and two layers that read the
+others' keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from baton.shared.engine.models import decoder, llama, registry
+from baton.shared.engine.models.model_config import (
+    AttentionConfig,
+    LayerStyle,
+    ModelConfig,
+    read_decoder,
+)
+from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.rope_config import RopeConfig
+from baton.shared.model_files.fields import Fields
+from tests.weights import weight_shapes
+
+WINDOW = 9
+CONFIG: dict[str, Any] = {
+    "model_type": "test_every_option",
+    "vocab_size": 83,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "max_position_embeddings": 160,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+}
+NAMES = {
+    **llama.NAMES,
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "attention_post_norm": "attention_post_norm",
+    "mlp_post_norm": "mlp_post_norm",
+}
+_ROPE = RopeConfig(
+    theta=10000.0, rope_type="default", original_max_position=16, query_scale_beta=0.3
+)
+
+
+def configure(fields: Fields) -> ModelConfig:
+    def layer(head_dim: int, num_kv_heads: int, **options: Any) -> AttentionConfig:
+        return AttentionConfig(4, num_kv_heads, head_dim, _ROPE, scale=0.2, **options)
+
+    return ModelConfig(
+        **read_decoder(fields),
+        layers=(
+            layer(24, 2, window=WINDOW, soft_cap=3.0),
+            layer(40, 1),
+            layer(24, 2, window=WINDOW, soft_cap=3.0, source=0),
+            layer(40, 1, source=1),
+        ),
+        style=LayerStyle(
+            qkv_bias=True,
+            activation="gelu_tanh",
+            residual_scale=0.7,
+            has_qk_norm=True,
+            has_post_norms=True,
+            norm_plus_one=True,
+        ),
+        embedding_scale=6.9,
+        logits_scale=1.5,
+        logits_soft_cap=20.0,
+    )
+
+
+EVERY_OPTION = ModelType("test_every_option", configure, decoder.build, (NAMES,))
+
+
+def write_model(directory: Path) -> None:
+    """Random weights whose logits are far apart."""
+    registry.register(EVERY_OPTION)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape in weight_shapes(directory).items()
+    }
+    save_file(weights, directory / "model.safetensors")

@@ -1,0 +1,61 @@
+"""The engine over the Triton kernels against the torch reference, in a model of all options."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.sampling import SamplingParams
+from tests.kernels.every_option import CONFIG, write_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
+]
+Make = Callable[[str, torch.device], ModelRunner]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    directory: Path = tmp_path_factory.mktemp("options")
+    write_model(directory)
+
+    def make_runner(kernels: str, device: torch.device) -> ModelRunner:
+        config = EngineConfig(
+            directory, device.type, "float32", kernels=kernels, num_blocks=40, max_num_seqs=4
+        )
+        return ModelRunner(config)
+
+    return make_runner
+
+
+def test_chunks_and_decode_rows(make: Make, device: torch.device) -> None:
+    """Logits, and tokens of a step whose unwanted ones stop before the layers that store nothing.
+    Contexts end within the window and beyond it."""
+    runner, reference = make("triton", device), make("torch", torch.device("cpu"))
+    source = random.Random(1)
+    tokens = [source.choices(range(CONFIG["vocab_size"]), k=n) for n in (20, 5)]
+    # By cache group; the two may share a pool.
+    tables = [[[7, 3], [8, 4]], [[12], [13]]]
+    greedy = SamplingParams(temperature=0.0)
+
+    def row(which: int, start: int, end: int) -> BatchRow:
+        return BatchRow(tokens[which][start:end], start, tables[which], greedy)
+
+    for rows in (
+        [row(0, 0, 13), row(1, 0, 4)],
+        [row(1, 4, 5), row(0, 13, 19)],
+    ):
+        expected = reference.logits(Batch(rows))
+        actual = runner.logits(Batch(rows)).cpu()
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert float(error) < 1e-4
+    last = Batch([row(0, 19, 20)])
+    assert runner.forward(last) == reference.forward(last)
