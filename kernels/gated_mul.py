@@ -25,14 +25,17 @@ def activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _gated_mul_kernel(
     x_ptr,
+    up_ptr,
     out_ptr,
     x_stride,
+    up_stride,
     out_stride,
     size,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Without an up_ptr, up is behind the gate."""
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
@@ -41,26 +44,34 @@ def _gated_mul_kernel(
         gdc_launch_dependents()
     x_row = x_ptr + row * x_stride + columns
     gate = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_row + size, mask=inside, other=0.0).to(tl.float32)
+    up_row = x_row + size if up_ptr is None else up_ptr + row * up_stride + columns
+    up = tl.load(up_row, mask=inside, other=0.0).to(tl.float32)
     y = (activate(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + columns, y, mask=inside)
 
 
 def gated_mul(
-    x: Tensor, *, activation: Activation = "silu", out: Tensor | None = None, pdl: bool = False
+    x: Tensor,
+    up: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    out: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """activation(gate) · up.
 
     Args:
-        x: [T, 2F] = (gate, up), T ≤ 65,535; rows may be strided.
+        x: [T, 2F] = (gate, up), T ≤ 65,535; beside an `up` the gate alone, [T, F]. Rows may be
+            strided.
+        up: [T, F]; rows may be strided.
         out: [T, F].
         pdl: launch while the previous kernel still runs.
 
     Returns:
         out, or a new tensor [T, F] of x's dtype.
     """
-    num_rows, size = x.shape[0], x.shape[1] // 2
-    assert x.stride(1) == 1 and x.shape[1] == 2 * size
+    num_rows, size = x.shape[0], x.shape[1] // (2 if up is None else 1)
+    assert x.stride(1) == 1 and (up is None or (up.shape == x.shape and up.stride(1) == 1))
     if out is None:
         out = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
     if num_rows == 0:
@@ -71,8 +82,10 @@ def gated_mul(
     launch = {"launch_pdl": True} if pdl and x.is_cuda else {}
     _gated_mul_kernel[(triton.cdiv(size, block), num_rows)](
         x,
+        up,
         out,
         x.stride(0),
+        None if up is None else up.stride(0),
         out.stride(0),
         size,
         ACTIVATION=activation,

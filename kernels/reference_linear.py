@@ -73,10 +73,16 @@ def rms_norm_add_reference(
 
 
 def gated_mul_reference(
-    x: Tensor, *, activation: Activation = "silu", out: Tensor | None = None, pdl: bool = False
+    x: Tensor,
+    up: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    out: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
-    """activation(gate) · up of x [T, 2F] = (gate, up) → [T, F]."""
-    return _deliver(_gated(x.double(), activation).to(x.dtype), out)
+    """activation(gate) · up of x [T, 2F] = (gate, up), or of x = gate and up [T, F] → [T, F]."""
+    both = x if up is None else torch.cat((x, up), 1)
+    return _deliver(_gated(both.double(), activation).to(x.dtype), out)
 
 
 def _normalised(wide: Tensor, weight: Tensor, eps: float) -> Tensor:

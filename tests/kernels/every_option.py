@@ -66,6 +66,8 @@ def configure(fields: Fields) -> ModelConfig:
             residual_scale=0.7,
             has_qk_norm=True,
             has_post_norms=True,
+            has_value_norm=True,
+            has_wide_norms=True,
             norm_plus_one=True,
         ),
         embedding_scale=6.9,

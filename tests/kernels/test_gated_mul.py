@@ -33,6 +33,11 @@ def test_gated_mul(
     out = poisoned(rows, size + 2, dtype=dtype)[:, :size]
     assert gated_mul(x, activation=activation, out=out) is out
     assert_close(out, gated_mul_reference(x.double(), activation=activation))
+    # Halves from elsewhere, with strides of their own.
+    gate, up = x[:, :size].contiguous(), x[:, size:]
+    out.fill_(float("nan"))
+    assert gated_mul(gate, up, activation=activation, out=out) is out
+    assert_close(out, gated_mul_reference(gate.double(), up, activation=activation))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
