@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 83,
     "hidden_size": 48,
     "intermediate_size": 40,
+    "num_hidden_layers": 4,
     "max_position_embeddings": 160,
     "tie_word_embeddings": True,
     "eos_token_id": 2,
