@@ -1,5 +1,5 @@
 """Two cache groups with blocks of unequal bytes, in pools of their own, one of them with a window:
-split equals together, whatever fails."""
+split equals together, whatever fails. The upper layers read what lower ones store."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Any
 
 import pytest
 
-from tests.alternating import make_alternating, register
 from tests.e2e.harness import Stack
 from tests.e2e.oracle import Ask, Oracle
 from tests.faults.streams import Background
+from tests.unit.engine.tiny_models import make_tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.exact]
 
 WORKERS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
 WINDOW = 40
+FULL, SLIDING = "full_attention", "sliding_attention"
 FIELDS: dict[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
     "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "num_hidden_layers": 5,
+    "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
     "sliding_window": WINDOW,
-    "sliding_num_key_value_heads": 1,
-    "sliding_head_dim": 20,
+    "num_key_value_heads": 1,
+    "head_dim": 20,
+    "global_head_dim": 24,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 512,
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("alternating")
-    make_alternating(directory, FIELDS)
-    register()
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "gemma4"
+    make_tiny(directory, "gemma4_text", FIELDS)
     return directory
 
 
@@ -51,7 +51,6 @@ def stack(model: Path, tmp_path: Path) -> Iterator[Stack]:
         model,
         tmp_path,
         WORKERS,
-        worker_module="tests.alternating_worker",
         # Some sequences have to yield: in the end about three fit into a decode worker.
         flags=["--num-blocks", "64", "--token-budget", "48", "--max-model-len", "640"],
         failpoints={"p0": "corrupt_sealed_block"},

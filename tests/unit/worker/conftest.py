@@ -13,8 +13,6 @@ from safetensors.torch import save_file
 
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from tests.alternating import ALTERNATING as ALTERNATING_TYPE
-from tests.alternating import register
 from tests.weights import weight_shapes
 
 MakeRunner = Callable[..., ModelRunner]
@@ -41,18 +39,33 @@ CONFIG = {
 
 
 WINDOWED = {**CONFIG, "model_type": "mistral", "sliding_window": 6}
+LAYERS = ["sliding_attention", "full_attention"]
 ALTERNATING = {
-    **CONFIG,
-    "model_type": ALTERNATING_TYPE.name,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 6,
+    **WINDOWED,
+    "model_type": "gemma2",
+    "layer_types": LAYERS,
+    "query_pre_attn_scalar": 8,
+}
+# Blocks of unequal bytes: each group has a pool of its own.
+UNEQUAL = {
+    **WINDOWED,
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 4,
+    "layer_types": LAYERS * 2,
+    "num_kv_shared_layers": 2,
+    "head_dim": 12,
+    "num_key_value_heads": 1,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 61,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": CONFIG,
     "windowed": WINDOWED,
     "one pool": ALTERNATING,
-    # Blocks of unequal bytes: each group has a pool of its own.
-    "two pools": {**ALTERNATING, "sliding_num_key_value_heads": 1, "sliding_head_dim": 12},
+    "two pools": UNEQUAL,
 }
 
 
@@ -61,7 +74,6 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
     """Given the size of its pool in blocks, and one of CONFIGS, a runner on one CPU thread, of the
     class `exact`."""
     torch.set_num_threads(1)
-    register()
     directories: dict[str, Path] = {}
 
     def make(num_blocks: int, kind: str = "full") -> ModelRunner:
