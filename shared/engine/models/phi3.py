@@ -6,7 +6,7 @@ from baton.shared.engine.models import decoder, llama, mistral
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope_fields import RopeRules
-from baton.shared.model_files.fields import Fields, shown
+from baton.shared.model_files.fields import Fields
 
 NAMES = {
     **llama.NAMES,
@@ -17,6 +17,7 @@ NAMES = {
 _ROPE = RopeRules(
     partial_rotary_factor=1.0,
     original_max_position=4096,
+    types=("default", "longrope"),
     renamed={"su": "longrope", "yarn": "longrope"},
 )
 
@@ -25,9 +26,6 @@ def configure(fields: Fields) -> ModelConfig:
     config = mistral.configure(fields, _ROPE)
     # Of longrope alone; the file has it in any case.
     fields.get("original_max_position_embeddings")
-    [rope_type] = {layer.rope.rope_type for layer in config.layers}
-    if rope_type not in ("default", "longrope"):
-        raise fields.error("rope_scaling", f"{shown(rope_type)} is not for a phi3")
     return config
 
 

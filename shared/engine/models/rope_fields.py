@@ -35,6 +35,8 @@ class RopeRules:
     is_interleaved: bool = False
     has_query_scale: bool = False
     """`llama_4_scaling_beta` is read."""
+    types: tuple[str, ...] = _TYPES
+    """Those that the code takes."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Further names of rope types."""
     default: Mapping[str, Any] = field(default_factory=dict)
@@ -174,8 +176,8 @@ class _Reader:
         name = rope.get("rope_type") or legacy_type or "default"
         renamed = {**_RENAMED, **self.rules.renamed}
         rope_type = renamed.get(name, name) if isinstance(name, str) else name
-        if not isinstance(rope_type, str) or rope_type not in _TYPES:
-            known = ", ".join(_TYPES)
+        if not isinstance(rope_type, str) or rope_type not in self.rules.types:
+            known = ", ".join(self.rules.types)
             raise rope.error("rope_type", f"must be one of {known}, not {shown(name)}")
         return rope_type
 

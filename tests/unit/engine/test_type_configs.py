@@ -203,6 +203,11 @@ def test_a_text_part_is_read_wherever_it_stands(read: Read) -> None:
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         (
             "phi3",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type: must be one of default, longrope, not",
+        ),
+        (
+            "phi3",
             {"rope_scaling": {"type": "longrope", **FACTORS, "long_factor": [1.0] * 7}},
             "rope_scaling: long_factor has 7 entries",
         ),
