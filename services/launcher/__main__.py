@@ -5,29 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from baton.services.launcher.flag_types import count, port, positive, seconds, token_ids, utf8
-from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.services.launcher.flag_types import seconds, token_ids, utf8
 from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
-from baton.shared.model_files.named import model_dir
-from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
+from baton.services.launcher.up_flags import UP_HELP, add_up_flags, stack_config
+from baton.shared.rpc.flags import add_flag
 from baton.v1 import inference_service_pb2 as pb
 
 _LOAD = "load"
-
-_UP_HELP = """\
-Starts every role on this machine, each as its own process, and prints one line
-
-    READY grpc=HOST:PORT http=HOST:PORT
-
-when a request has been answered. SIGTERM or Ctrl-C drains; once more kills. A role that dies is
-reported and started again. Without --prefill, --decode and --both: one prefill, one decode.
-
-What a worker or the gateway takes beyond these flags is passed on through the environment
-(BATON_TOKEN_BUDGET=1024, say; see python -m baton.services.worker --help).
-"""
 
 _GENERATE_HELP = """\
 Sends one prompt and streams the answer: text, or token ids from a model without tokenizer.
@@ -106,11 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="baton", description="LLM serving with prefill and decode on separate workers."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_up(
+    add_up_flags(
         commands.add_parser(
             "up",
             help="start all roles on this machine",
-            description=_UP_HELP,
+            description=UP_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -156,171 +142,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def stack_config(args: argparse.Namespace) -> StackConfig:
-    return StackConfig(
-        model_dir=args.model,
-        model_name=args.model_name,
-        counts=RoleCounts.of_flags(args.prefill, args.decode, args.both),
-        host=args.host,
-        port=args.port,
-        http_port=args.http_port,
-        num_gateways=args.gateways,
-        cors_allow_origin=args.cors_allow_origin,
-        device=args.device,
-        dtype=args.dtype,
-        redis_url=args.redis_url,
-        cluster=args.cluster,
-        num_blocks=args.num_blocks,
-        block_size=args.block_size,
-        max_model_len=args.max_model_len,
-        reflection=args.reflection,
-        generation_config=args.generation_config,
-        drain_s=args.drain_s,
-        metrics_port=args.metrics_port,
-    )
-
-
 def generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
     sampling = sampling_of(args)
     if args.prompt is not None:
         return pb.GenerateRequest(text=args.prompt, sampling=sampling)
     return pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=args.token_ids), sampling=sampling)
-
-
-def _add_up(parser: argparse.ArgumentParser) -> None:
-    defaults = StackConfig(model_dir=Path(), counts=RoleCounts(0, 0, 0))
-    add_flag(
-        parser,
-        "--model",
-        type=model_dir,
-        required=True,
-        metavar="DIR",
-        help="model directory, or the name of a model that was fetched (baton fetch)",
-    )
-    add_flag(
-        parser,
-        "--model-name",
-        type=utf8,
-        metavar="NAME",
-        help="what requests call the model; default: the directory's name",
-    )
-    workers = parser.add_argument_group("workers")
-    for role in ("prefill", "decode", "both"):
-        add_flag(workers, f"--{role}", type=count, metavar="N", help=f"workers of role {role}")
-    add_flag(
-        workers,
-        "--device",
-        type=str,
-        default=defaults.device,
-        choices=("auto", "cpu", "cuda"),
-        help="where workers compute",
-    )
-    add_flag(
-        workers,
-        "--dtype",
-        type=str,
-        default=defaults.dtype,
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on CPU, bfloat16 on GPU",
-    )
-    add_flag(
-        workers,
-        "--num-blocks",
-        type=positive,
-        metavar="N",
-        help="blocks of each worker's pool; default: chosen by the worker",
-    )
-    add_flag(
-        workers,
-        "--block-size",
-        type=positive,
-        default=defaults.block_size,
-        metavar="N",
-        help="tokens of a block",
-    )
-    add_flag(
-        workers,
-        "--max-model-len",
-        type=length_or_auto,
-        metavar="N|auto",
-        help="tokens of prompt and answer; auto: the most for which each worker's pool has room; "
-        "default: the model's",
-    )
-    gateway = parser.add_argument_group("gateway")
-    add_flag(gateway, "--host", type=str, default=defaults.host, help="address to listen on")
-    add_flag(
-        gateway,
-        "--port",
-        type=port,
-        default=defaults.port,
-        metavar="N",
-        help="port to listen on; 0 picks a free one",
-    )
-    add_flag(
-        gateway,
-        "--http-port",
-        type=optional_port,
-        default=DEFAULT_HTTP_PORT,
-        metavar="N",
-        help="port of the OpenAI endpoint; 0 picks a free one, none is without",
-    )
-    add_flag(
-        gateway,
-        "--gateways",
-        type=positive,
-        default=defaults.num_gateways,
-        metavar="N",
-        help="processes behind these ports",
-    )
-    add_flag(
-        gateway,
-        "--drain-s",
-        type=seconds,
-        default=defaults.drain_s,
-        metavar="S",
-        help="time that running answers get at SIGTERM",
-    )
-    add_flag(
-        gateway,
-        "--cors-allow-origin",
-        type=str,
-        metavar="ORIGIN[,ORIGIN]",
-        help="web pages that may ask over HTTP, such as https://app.example; *: all; default: none",
-    )
-    add_switch(gateway, "--reflection", help="serve gRPC reflection")
-    add_flag(
-        gateway,
-        "--generation-config",
-        type=str,
-        choices=("auto", "none"),
-        help="none: the sampling defaults in the model's generation_config.json do not count; "
-        "default: auto",
-    )
-    metrics = parser.add_argument_group("metrics")
-    add_flag(
-        metrics,
-        "--metrics-port",
-        type=optional_port,
-        metavar="N",
-        help="ports of /metrics and /health: gateways from N on, then workers; 0: each picks one "
-        "and says which; default: none",
-    )
-    directory = parser.add_argument_group("directory")
-    add_flag(
-        directory,
-        "--redis-url",
-        type=str,
-        metavar="URL",
-        help="Redis or Valkey to use; default: a private Valkey, gone with this process",
-    )
-    add_flag(
-        directory,
-        "--cluster",
-        type=str,
-        default=defaults.cluster,
-        metavar="NAME",
-        help="separates clusters that share a Redis",
-    )
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.services.launcher.__main__ import build_parser, generate_request, stack_config
+from baton.services.launcher.__main__ import build_parser, generate_request
 from baton.services.launcher.roles import (
     RoleCounts,
     StackConfig,
@@ -13,6 +13,7 @@ from baton.services.launcher.roles import (
     gateway_specs,
     worker_specs,
 )
+from baton.services.launcher.up_flags import stack_config
 
 
 @pytest.fixture(autouse=True)
