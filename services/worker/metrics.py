@@ -8,7 +8,9 @@ heartbeats (`msg.Inspect`).
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import Metric
@@ -106,6 +108,15 @@ class EngineMetrics:
         self._handoff_bytes.observe(num_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """By the engine, all of one moment: what is counted may not go back from scrape to scrape."""
+
+    state: worker_service_pb2.GetWorkerStateResponse
+    num_queried_tokens: int = 0
+    num_joined: int = 0
+
+
 class WorkerCollector(Collector):
     """Asked from the threads of the metrics port."""
 
@@ -127,20 +138,21 @@ class WorkerCollector(Collector):
         self._path_rates = path_rates
         self._is_directory_reachable = is_directory_reachable
         self._is_draining = is_draining
-        self._state = worker_service_pb2.GetWorkerStateResponse()
+        self._told = _Told(worker_service_pb2.GetWorkerStateResponse())
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry asks already when this is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        state = self._ask()
+        told = self._ask()
+        state = told.state
         yield info("baton_build_info", "What this process is", self._about)
         for name, help in _GAUGES.items():
             yield gauge(f"baton_{name}", help, getattr(state, _field(name)))
         for name, help in _COUNTERS.items():
             yield counter(f"baton_{name}", help, getattr(state.counters, _field(name)))
-        yield from self._tokens(state)
+        yield from self._tokens(told)
         yield gauges(
             "baton_path_bytes_per_second",
             "Rate of the path to a peer, as measured when it was connected",
@@ -154,20 +166,23 @@ class WorkerCollector(Collector):
         )
         yield gauge("baton_draining", "1 from SIGTERM on", self._is_draining())
 
-    def _ask(self) -> worker_service_pb2.GetWorkerStateResponse:
-        reply: queue.SimpleQueue[worker_service_pb2.GetWorkerStateResponse] = queue.SimpleQueue()
-        self._inbox.put(msg.Inspect(False, reply.put))
-        try:
-            self._state = reply.get(timeout=_ANSWER_S)
-        except queue.Empty:
-            pass
-        return self._state
+    def _ask(self) -> _Told:
+        is_told = threading.Event()
 
-    def _tokens(self, state: worker_service_pb2.GetWorkerStateResponse) -> Iterator[Metric]:
+        def take(state: worker_service_pb2.GetWorkerStateResponse) -> None:
+            """On the engine thread. What comes too late is there for the next scrape."""
+            self._told = _Told(state, self._engine.num_queried_tokens, self._engine.num_joined)
+            is_told.set()
+
+        self._inbox.put(msg.Inspect(False, take))
+        is_told.wait(_ANSWER_S)
+        return self._told
+
+    def _tokens(self, told: _Told) -> Iterator[Metric]:
         """Summed over workers each token counts once: the first one of a prompt that was handed
         over is its prefill worker's."""
-        counters, num_queried = state.counters, self._engine.num_queried_tokens
-        num_generated = counters.num_generated_tokens - self._engine.num_joined
+        state, counters, num_queried = told.state, told.state.counters, told.num_queried_tokens
+        num_generated = counters.num_generated_tokens - told.num_joined
         used = state.num_blocks - state.num_free_blocks
         labels = {"model_name": self._about["model_name"], "engine": self._about["worker_id"]}
         for name, help, value in (

@@ -1,0 +1,58 @@
+"""What a worker tells a scrape that its engine has no time for."""
+
+from __future__ import annotations
+
+import queue
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from baton.services.worker import messages as msg
+from baton.services.worker import metrics
+from baton.services.worker.metrics import EngineMetrics, WorkerCollector
+from baton.v1 import worker_service_pb2
+
+
+class Engine:
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = EngineMetrics(self.registry)
+        self.inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
+        collector = WorkerCollector(
+            self.inbox,
+            self.metrics,
+            about={"model_name": "m", "worker_id": "d0"},
+            path_rates=dict,
+            is_directory_reachable=lambda: True,
+            is_draining=lambda: False,
+        )
+        self.registry.register(collector)
+
+    def answer(self, *, num_generated: int, num_joined: int) -> None:
+        """To all that have asked, of one moment between two steps."""
+        self.metrics.num_joined = num_joined
+        state = worker_service_pb2.GetWorkerStateResponse()
+        state.counters.num_generated_tokens = num_generated
+        while not self.inbox.empty():
+            command = self.inbox.get_nowait()
+            assert isinstance(command, msg.Inspect)
+            command.reply(state)
+
+    def scraped(self) -> float | None:
+        return self.registry.get_sample_value("baton_generated_tokens_total")
+
+
+def test_counters_do_not_go_back_while_the_engine_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_ANSWER_S", 0.0)
+    engine = Engine()
+    engine.scraped()
+    engine.answer(num_generated=5, num_joined=1)
+    assert engine.scraped() == 4
+    # It counts on, and has no time to say so.
+    engine.metrics.num_joined = 3
+    assert engine.scraped() == 4
+    # What it says too late is not lost.
+    engine.answer(num_generated=9, num_joined=3)
+    assert engine.scraped() == 6
