@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
+from baton.shared.directory import connection
 from baton.shared.directory.directory import Directory, open_directory
 from baton.shared.directory.embedded import EmbeddedValkey
 
@@ -31,6 +32,13 @@ def own_server() -> Iterator[EmbeddedValkey]:
     """For tests that kill it, freeze it or change its settings."""
     with _new_server() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers is not given up, however busy the machine is. Tests of one that does
+    not set a limit of their own."""
+    monkeypatch.setattr(connection, "CALL_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture

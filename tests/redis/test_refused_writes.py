@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from baton.services.gateway import cluster as cluster_module
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.served_model import ServedModel
+from baton.shared.directory import connection as connection_module
 from baton.shared.directory.directory import Directory, DirectoryRefused, open_directory
 from baton.shared.directory.embedded import EmbeddedValkey
 from baton.shared.directory.keys import Keys
@@ -78,7 +79,7 @@ async def failed_save(admin: Any) -> None:
     (Path(directory) / "dump.rdb").mkdir()
     await admin.config_set("save", "3600 1")
     await admin.bgsave()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await admin.info("persistence"))["rdb_last_bgsave_status"] == "ok":
             await asyncio.sleep(0.02)
 
@@ -102,7 +103,7 @@ ENDS = (
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -114,6 +115,9 @@ async def test_workers_stay_known_while_nobody_can_write(
     refuse, reason = REFUSALS[kind]
     if kind == "disk full":
         await failed_save(admin)
+        # That may have taken longer than the record lives.
+        await writer.workers.publish(WORKER)
+        await until(cluster.has_route)
     # It runs out long before it would by itself.
     for key in (KEYS.worker(WORKER.worker_id), KEYS.workers, KEYS.model):
         await admin.pexpire(key, 500)
@@ -146,8 +150,11 @@ async def test_workers_stay_known_while_nobody_can_write(
     await until(cluster.has_route)
 
 
-async def test_writes_that_hang_are_a_directory_that_is_away(admin: Any, cluster: Cluster) -> None:
+async def test_writes_that_hang_are_a_directory_that_is_away(
+    admin: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As before a failover: the server answers those who only read."""
+    monkeypatch.setattr(connection_module, "CALL_TIMEOUT_S", 0.5)
     await admin.execute_command("CLIENT", "PAUSE", "60000", "WRITE")
     await until(lambda: not cluster.is_directory_reachable)
     # As above.
