@@ -7,6 +7,7 @@ Where there is no GPU, kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in a script's background, and it would be in all that is started here.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if ON_GPU and not torch.cuda.is_available():
         raise pytest.UsageError("BATON_TEST_DEVICE=cuda, but torch finds no CUDA device")
 

@@ -70,7 +70,7 @@ async def test_a_route_that_fails_is_told_once_and_tried_again(
     await asyncio.sleep(0.1)
     assert not gateway.asked, "nothing is asked of a gateway that does not serve"
     await endpoint.set_ready(is_ready=True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await waiting
     assert len(gateway.asked) == 3
     # Both workers of a pair have their part in two tokens.
@@ -95,7 +95,7 @@ async def test_http_is_asked_too(endpoint: Endpoint, monkeypatch: pytest.MonkeyP
     told: list[str] = []
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await until_answered(endpoint.address, f"127.0.0.1:{port}", told.append)
     assert [body["max_tokens"] for body in bodies] == [2, 2] and bodies[0]["model"] == "m"
     assert len(told) == 1 and "HTTP 503" in told[0]

@@ -17,7 +17,7 @@ import pytest
 from tests.e2e.launched import descendants, is_alive
 
 _ROOT = Path(__file__).parents[3]
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 
 
 class Launcher:
