@@ -28,9 +28,10 @@ def test_sync_and_async_answers_go_on(stack: Launched) -> None:
     address = stack.wait_ready()
     with Client(address) as client:
         whole = client.generate(**QUESTION).result()
+    gateway = stack.pids()["gateway"]
     with Client(address, retry=PATIENT) as client, client.generate(**QUESTION) as stream:
         texts = [next(stream).text for _ in range(5)]
-        os.kill(stack.pids()["gateway"], signal.SIGKILL)
+        os.kill(gateway, signal.SIGKILL)
         texts += [chunk.text for chunk in stream]
         _assert_same(stream.result(), whole)
         assert "".join(texts) == whole.text
@@ -40,10 +41,11 @@ def test_sync_and_async_answers_go_on(stack: Launched) -> None:
 async def _ask_async(stack: Launched, address: str) -> Answer:
     async with AsyncClient(address, retry=PATIENT) as client:
         await client.wait_ready()
+        gateway = stack.pids()["gateway"]
         stream = client.generate(**QUESTION)
         for _ in range(5):
             await anext(stream)
-        os.kill(stack.pids()["gateway"], signal.SIGKILL)
+        os.kill(gateway, signal.SIGKILL)
         return await stream.result()
 
 

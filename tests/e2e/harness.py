@@ -251,14 +251,14 @@ class Stack:
         return [collect(stream) for stream in streams]
 
     def status(self) -> inference_service_pb2.GetServerInfoResponse:
-        return self.stub.GetServerInfo(inference_service_pb2.GetServerInfoRequest(), timeout=10)
+        return self.stub.GetServerInfo(inference_service_pb2.GetServerInfoRequest(), timeout=60)
 
     def state(self, name: str) -> worker_service_pb2.GetWorkerStateResponse:
         """Of a worker, its pool's integrity checked."""
         with grpc.insecure_channel(self.processes[name].address) as channel:
             stub = worker_service_pb2_grpc.WorkerServiceStub(channel)
             request = worker_service_pb2.GetWorkerStateRequest(check_integrity=True)
-            state = stub.GetWorkerState(request, timeout=10)
+            state = stub.GetWorkerState(request, timeout=60)
         assert state.integrity_error == ""
         return state
 
@@ -270,7 +270,7 @@ class Stack:
             for line in path.read_text().splitlines()
         ]
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 20.0 * PATIENCE) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0 * PATIENCE) -> None:
         """For what happens behind the answer's back; fails with the logs."""
         deadline = time.monotonic() + timeout_s
         while not condition():

@@ -52,22 +52,36 @@ class Victim:
     end: Callable[[], object]
 
 
-def cancelled(stack: Stack, request: inference_service_pb2.GenerateRequest, _: float) -> Victim:
-    call = stack.stub.Generate(request)
-    started = next(call).started
-    return Victim(started.request_id, lambda: next(call).HasField("chunk"), call.cancel)
+Request = inference_service_pb2.GenerateRequest
+Send = Callable[[Request, float], Victim]
+"""Asks, with a deadline in seconds if that is to end it. What takes long has been done before:
+phases last for a second or two."""
 
 
-def disconnected(stack: Stack, request: inference_service_pb2.GenerateRequest, _: float) -> Victim:
+def cancelled(stack: Stack) -> Send:
+    def send(request: Request, _: float) -> Victim:
+        call = stack.stub.Generate(request)
+        started = next(call).started
+        return Victim(started.request_id, lambda: next(call).HasField("chunk"), call.cancel)
+
+    return send
+
+
+def disconnected(stack: Stack) -> Send:
     # A pool of its own: otherwise gRPC has all channels share one connection.
     options = [("grpc.use_local_subchannel_pool", 1)]
     channel = grpc.insecure_channel(stack.processes["gateway"].address, options=options)
-    call = inference_service_pb2_grpc.InferenceServiceStub(channel).Generate(request)
-    started = next(call).started
-    return Victim(started.request_id, lambda: next(call).HasField("chunk"), channel.close)
+    grpc.channel_ready_future(channel).result(60)
+
+    def send(request: Request, _: float) -> Victim:
+        call = inference_service_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+        started = next(call).started
+        return Victim(started.request_id, lambda: next(call).HasField("chunk"), channel.close)
+
+    return send
 
 
-def client_killed(stack: Stack, request: inference_service_pb2.GenerateRequest, _: float) -> Victim:
+def client_killed(stack: Stack) -> Send:
     gateway = stack.processes["gateway"]
     client = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.client", gateway.address],
@@ -78,32 +92,36 @@ def client_killed(stack: Stack, request: inference_service_pb2.GenerateRequest, 
         env=gateway.environment,
     )
     assert client.stdin is not None and client.stdout is not None
-    assert client.stdout.readline() == "ready\n"
-    client.stdin.write(request.SerializeToString().hex() + "\n")
-    client.stdin.flush()
-    request_id = client.stdout.readline().strip()
-    stdout = client.stdout
+    stdin, stdout = client.stdin, client.stdout
+    assert stdout.readline() == "ready\n"
 
     def kill() -> None:
         client.kill()
         with client:
             client.wait()
 
-    return Victim(request_id, lambda: stdout.readline() != "", kill)
+    def send(request: Request, _: float) -> Victim:
+        stdin.write(request.SerializeToString().hex() + "\n")
+        stdin.flush()
+        request_id = stdout.readline().strip()
+        return Victim(request_id, lambda: stdout.readline() != "", kill)
+
+    return send
 
 
-def out_of_time(
-    stack: Stack, request: inference_service_pb2.GenerateRequest, deadline_s: float
-) -> Victim:
-    call = stack.stub.Generate(request, timeout=deadline_s)
-    started = next(call).started
+def out_of_time(stack: Stack) -> Send:
+    def send(request: Request, deadline_s: float) -> Victim:
+        call = stack.stub.Generate(request, timeout=deadline_s)
+        started = next(call).started
 
-    def wait() -> None:
-        with pytest.raises(grpc.RpcError) as failure:
-            list(call)
-        assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        def wait() -> None:
+            with pytest.raises(grpc.RpcError) as failure:
+                list(call)
+            assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
-    return Victim(started.request_id, lambda: next(call).HasField("chunk"), wait)
+        return Victim(started.request_id, lambda: next(call).HasField("chunk"), wait)
+
+    return send
 
 
 @dataclass
@@ -139,8 +157,8 @@ PHASES = {
     ),
     "prefilling": Phase(
         num_bystander_tokens=(_CHUNK_TOKENS, 24),
-        num_prompt_tokens=25 * 16,
-        deadline_s=0.4,
+        num_prompt_tokens=38 * 16,
+        deadline_s=0.7,
         before=lambda stack: stack.state(D).num_running == 1,
         is_reached=lambda stack, victim: _num_chunks(stack, victim) > 0,
         traced={(P, "chunk"): True, (D, "joined"): False},
@@ -185,9 +203,9 @@ def test_what_nobody_wants_is_given_back(
     stack: Stack,
     oracle: Oracle,
     name: str,
-    end_by: Callable[..., Victim],
+    end_by: Callable[[Stack], Send],
 ) -> None:
-    phase = PHASES[name]
+    phase, send = PHASES[name], end_by(stack)
     num_prompt, num_answer = phase.num_bystander_tokens
     # Prompts that no other test has: nothing of them is cached.
     prompt = make_prompt(("bystander", name, end_by.__name__), num_prompt)
@@ -195,7 +213,7 @@ def test_what_nobody_wants_is_given_back(
     stack.wait_until(lambda: phase.before(stack))
     num_aborted = _num_aborted(stack)
 
-    victim = end_by(stack, _request(name, end_by, phase.num_prompt_tokens), phase.deadline_s)
+    victim = send(_request(name, end_by, phase.num_prompt_tokens), phase.deadline_s)
     if end_by is not out_of_time:
         stack.wait_until(lambda: phase.is_reached(stack, victim))
     ended_at = time.monotonic()
@@ -217,11 +235,9 @@ def test_what_nobody_wants_is_given_back(
         assert not any(chunk["is_last"] for chunk in chunks)
 
 
-def _request(
-    name: str, end_by: Callable[..., Victim], num_prompt_tokens: int
-) -> inference_service_pb2.GenerateRequest:
+def _request(name: str, end_by: Callable[[Stack], Send], num_prompt_tokens: int) -> Request:
     prompt = make_prompt(("victim", name, end_by.__name__), num_prompt_tokens)
-    return inference_service_pb2.GenerateRequest(
+    return Request(
         token_ids=inference_service_pb2.TokenIds(token_ids=prompt),
         sampling=types_pb2.SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=32),
     )

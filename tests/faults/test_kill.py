@@ -49,7 +49,7 @@ def stack(
 
 def test_decode_worker_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> None:
     streams = _streams_that_share(
-        stack, "decode killed", "decode", "joined", num_prompt=40, num_answer=32
+        stack, "decode killed", "decode", "joined", num_prompt=40, num_answer=48
     )
     victim = _host(stack, "decode", "joined", streams[0])
     stack.wait_until(lambda: all(stream.num_tokens > 4 for stream in streams))
@@ -72,7 +72,7 @@ def test_decode_worker_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> Non
 
 def test_prefill_worker_killed_before_its_first_token(stack: Stack, oracle: Oracle) -> None:
     streams = _streams_that_share(
-        stack, "prefill killed", "prefill", "admitted", num_prompt=1000, num_answer=8
+        stack, "prefill killed", "prefill", "admitted", num_prompt=1500, num_answer=8
     )
     victim = _host(stack, "prefill", "admitted", streams[0])
     stack.wait_until(lambda: bool(events(stack, victim, "chunk", streams[0].request_id)))
@@ -100,7 +100,7 @@ def test_stopped_decode_worker_is_replaced_and_does_no_harm_when_it_goes_on(
     stack: Stack, oracle: Oracle
 ) -> None:
     streams = _streams_that_share(
-        stack, "decode stopped", "decode", "joined", num_prompt=40, num_answer=32
+        stack, "decode stopped", "decode", "joined", num_prompt=40, num_answer=48
     )
     victim = _host(stack, "decode", "joined", streams[0])
     stack.wait_until(lambda: all(stream.num_tokens > 4 for stream in streams))
@@ -125,12 +125,12 @@ def test_stopped_decode_worker_is_replaced_and_does_no_harm_when_it_goes_on(
 @with_one_worker
 def test_redis_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> None:
     streams = _streams_that_share(
-        stack, "redis killed", "decode", "joined", num_prompt=40, num_answer=32
+        stack, "redis killed", "decode", "joined", num_prompt=40, num_answer=48
     )
     stack.wait_until(lambda: all(stream.num_tokens > 4 for stream in streams))
 
     stack.kill_redis()
-    assert all(stream.num_tokens < 32 for stream in streams)
+    assert all(stream.num_tokens < 48 for stream in streams)
     for stream in streams:
         assert stream.result().token_ids == oracle(stream.prompt, **stream.sampling)
         assert stream.result().attempts == 1

@@ -123,7 +123,7 @@ async def test_one_connection_too_many(
     async def is_let_in() -> bool:
         return (await ask(endpoint.address, "/health")).status == 200
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await is_let_in():
             pass
 

@@ -160,7 +160,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 def test_a_piece_is_summed_while_the_next_is_read(bench: Bench) -> None:
     bench.pull([3, 1, 4, 0, 5])
-    result = bench.results.get(timeout=10)
+    result = bench.results.get(timeout=60)
     assert (result.error, result.mismatched) == (None, ())
     assert bench.log == _OVERLAPPED
     local = bench.pool.words(GROUP)[[12, 14, 11, 15, 10]]
@@ -177,7 +177,7 @@ def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 def test_sums_that_can_be_started_are_taken_when_all_has_landed(starting: Bench) -> None:
     starting.pull([3, 1, 4, 0, 5])
-    result = starting.results.get(timeout=10)
+    result = starting.results.get(timeout=60)
     assert (result.error, result.mismatched) == (None, ())
     assert starting.log == [*_OVERLAPPED, "take [12, 14]", "take [11, 15]", "take [10]"]
     local = starting.pool.words(GROUP)[[12, 14, 11, 15, 10]]
@@ -187,7 +187,7 @@ def test_sums_that_can_be_started_are_taken_when_all_has_landed(starting: Bench)
 def test_sums_that_fail_when_taken_fail_the_job(starting: Bench) -> None:
     starting.started.fail_when_taken = True
     starting.pull([3, 1])
-    result = starting.results.get(timeout=10)
+    result = starting.results.get(timeout=60)
     assert result.error == "RuntimeError: no sums today"
     assert len(result.local_sums) == 0 and starting.log[-1] == "close"
 
@@ -195,7 +195,7 @@ def test_sums_that_fail_when_taken_fail_the_job(starting: Bench) -> None:
 def test_a_piece_that_fails_leaves_no_sums(bench: Bench) -> None:
     bench.connection.fails_at = 4
     bench.pull([3, 1, 4, 0, 5])
-    result = bench.results.get(timeout=10)
+    result = bench.results.get(timeout=60)
     assert result.error == "broken"
     assert len(result.local_sums) == 0
     assert bench.log[-1] == "close"
@@ -204,7 +204,7 @@ def test_a_piece_that_fails_leaves_no_sums(bench: Bench) -> None:
 def test_sums_that_fail_end_the_read_under_way(bench: Bench) -> None:
     bench.sum_fails = True
     bench.pull([3, 1, 4, 0, 5])
-    result = bench.results.get(timeout=10)
+    result = bench.results.get(timeout=60)
     assert result.error == "RuntimeError: no sums today"
     assert bench.log == ["start [3, 1]", "landed [3, 1]", "start [4, 0]", "sum [12, 14]", "close"]
 
@@ -216,7 +216,7 @@ def test_a_drop_ends_a_read_that_hangs(bench: Bench) -> None:
     with pytest.raises(Empty):
         bench.results.get(timeout=0.1)
     bench.puller.drop_peer(PEER.incarnation)
-    assert bench.results.get(timeout=10).error is not None
+    assert bench.results.get(timeout=60).error is not None
     assert bench.log[-1] == "close"
 
 
@@ -224,4 +224,4 @@ def test_closing_ends_a_read_that_hangs(bench: Bench) -> None:
     bench.connection.hangs_at = 3
     bench.pull([3])
     bench.puller.close()
-    assert bench.results.get(timeout=1).error is not None
+    assert bench.results.get(timeout=60).error is not None

@@ -129,7 +129,7 @@ async def running() -> AsyncIterator[DirectorySync]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -387,7 +387,7 @@ async def test_a_registered_worker_ends_when_another_model_has_taken_over(
     await until(lambda: bool(fake.registered))
     fake.other_model = OTHER
     with pytest.raises(OtherModel):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await task
 
 
