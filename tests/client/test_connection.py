@@ -123,13 +123,13 @@ def test_wait_ready(asker: Asker) -> None:
             asker.call(gateway.address, "wait_ready", deadline_s=60)
         gateway.set_ready(False)
         with pytest.raises(DeadlineExceeded, match="no workers, or drains"):
-            asker.call(gateway.address, "wait_ready", deadline_s=0.5)
+            asker.call(gateway.address, "wait_ready", deadline_s=2.0)
         timer = threading.Timer(0.3, gateway.set_ready, [True])
         timer.start()
         asker.call(gateway.address, "wait_ready", deadline_s=60)
         timer.join()
     with pytest.raises(DeadlineExceeded, match="not ready in time: UNAVAILABLE"):
-        asker.call(gateway.address, "wait_ready", deadline_s=0.5)
+        asker.call(gateway.address, "wait_ready", deadline_s=1.0)
 
 
 def test_waits_for_a_gateway_that_starts_later(asker: Asker) -> None:

@@ -40,16 +40,22 @@ class NoWorkers:
         return True
 
 
-async def one_token_and_no_more(
-    generation: Generation, *rest: object
-) -> AsyncGenerator[list[int], None]:
-    generation.token_ids.append(7)
-    yield [7]
-    await asyncio.Event().wait()
+@pytest.fixture
+def begun() -> list[str]:
+    """The requests whose one token has gone out."""
+    return []
 
 
 @pytest.fixture
-def frontend(monkeypatch: pytest.MonkeyPatch) -> Frontend:
+def frontend(monkeypatch: pytest.MonkeyPatch, begun: list[str]) -> Frontend:
+    async def one_token_and_no_more(
+        generation: Generation, *rest: object
+    ) -> AsyncGenerator[list[int], None]:
+        generation.token_ids.append(7)
+        yield [7]
+        begun.append(generation.request_id)
+        await asyncio.Event().wait()
+
     monkeypatch.setattr(generate, "attempts", one_token_and_no_more)
     model = load_model_info(ROOT / "models" / "demo")
     cluster = cast(Cluster, NoWorkers())
@@ -69,7 +75,7 @@ async def doors(frontend: Frontend) -> AsyncIterator[tuple[Endpoint, HttpEndpoin
 
 
 async def test_what_is_cut_off_says_so_through_both_doors(
-    frontend: Frontend, doors: tuple[Endpoint, HttpEndpoint]
+    frontend: Frontend, doors: tuple[Endpoint, HttpEndpoint], begun: list[str]
 ) -> None:
     endpoint, http = doors
     streamed = asyncio.create_task(ask(http.address, "/v1/completions", BODY | {"stream": True}))
@@ -77,7 +83,7 @@ async def test_what_is_cut_off_says_so_through_both_doors(
     async with grpc.aio.insecure_channel(endpoint.address) as channel:
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
         call = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=[1, 2, 3])))
-        await wait_until(lambda: frontend.num_in_flight == 3)
+        await wait_until(lambda: len(begun) == 3)
 
         await drain(frontend, endpoint, http, shared_for_s=None, limit_s=0.1)
 
@@ -109,6 +115,6 @@ async def test_a_deadline_stays_a_deadline(
     late = asyncio.create_task(
         ask(http.address, "/v1/completions", body, headers="x-request-timeout: 0.2\r\n")
     )
-    await wait_until(lambda: frontend.num_in_flight == 1)
+    await wait_until(lambda: frontend.num_in_flight == 1 or late.done())
     await drain(frontend, endpoint, http, shared_for_s=None, limit_s=30)
     assert events((await late).body)[-1]["error"]["code"] == "deadline"
