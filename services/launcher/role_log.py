@@ -1,16 +1,19 @@
 """What a role writes, with its name in front.
 
 While a role starts, its lines are held back for a few seconds: when it turns out to be
-misconfigured, its last line is the launcher's message, and no worker repeats it.
+misconfigured, its last line is the launcher's message, and no worker repeats it. A line that says
+why the role gives up waits for its end, however long a busy machine takes for that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
-# Longer than a worker takes from its last line to its end.
 _HOLD_S = 3.0
+_LAST_WORD = re.compile(r"baton \w+: ")
+"""As workers and gateways begin the line in which they give up."""
 
 
 class RoleLog:
@@ -28,7 +31,7 @@ class RoleLog:
             return
         self._held.append(line)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._flush)
+            self._timer = asyncio.get_running_loop().call_later(_HOLD_S, self._flush_early)
 
     def hold(self) -> None:
         """From now on each line waits, until `release`."""
@@ -52,6 +55,14 @@ class RoleLog:
     def _drop(self) -> None:
         if self._held is not None:
             self._held.clear()
+
+    def _flush_early(self) -> None:
+        last_word = []
+        if self._held and _LAST_WORD.match(self._held[-1]):
+            last_word.append(self._held.pop())
+        self._flush()
+        if self._held is not None:
+            self._held += last_word
 
     def _flush(self) -> None:
         if self._timer is not None:
