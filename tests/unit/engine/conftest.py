@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from baton.shared.engine.config import EngineConfig
@@ -19,10 +19,6 @@ from tests.device import ENGINE
 MakeLlama = Callable[..., tuple[Path, Any]]
 MakeRunner = Callable[..., ModelRunner]
 
-FAMILIES: dict[str, Any] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-}
 TINY: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -48,20 +44,17 @@ def one_thread() -> Iterator[None]:
 def make_llama(tmp_path: Path) -> MakeLlama:
     """Saves a random llama → its directory and the transformers model, float32 and eager.
 
-    `family` is another model type; `**changes` are fields of its config; `max_shard_size` splits
-    the file; `std` is that of the weights. By default logits are far apart, and attention looks at
+    `**changes` are fields of its config; `max_shard_size` splits the file; `std` is that of the
+    weights. By default logits are far apart, and attention looks at
     few tokens.
     """
     quiet: Any = transformers_logging
     quiet.disable_progress_bar()
 
-    def make(
-        *, family: str = "llama", max_shard_size: str = "1GB", std: float = 0.35, **changes: Any
-    ) -> tuple[Path, Any]:
+    def make(*, max_shard_size: str = "1GB", std: float = 0.35, **changes: Any) -> tuple[Path, Any]:
         torch.manual_seed(7)
         fields = {**TINY, **changes, "attn_implementation": "eager"}
-        config_class, model_class = FAMILIES[family]
-        model: Any = model_class(config_class(**fields))
+        model: Any = LlamaForCausalLM(LlamaConfig(**fields))
         model.eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -1,5 +1,5 @@
 """The engine against transformers: logits within 1e-4 (1e-3 of the largest on a GPU), the same
-greedy tokens."""
+greedy tokens. Model types and their configs are in test_model_types.py."""
 
 from __future__ import annotations
 
@@ -17,37 +17,6 @@ from baton.shared.sampling import SamplingParams
 from tests.device import ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "grouped": {},
-    "tied": {"tie_word_embeddings": True},
-    "llama3-rope": {"rope_parameters": LLAMA3_ROPE},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "head-dim-24": {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4},
-    "head-dim-40-explicit": {"head_dim": 40, "tie_word_embeddings": True},
-    "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1},
-    "odd-sizes": {"vocab_size": 307, "intermediate_size": 101, "num_key_value_heads": 4},
-    "one-layer-large-theta": {
-        "num_hidden_layers": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    },
-    "mistral": {"family": "mistral", "sliding_window": None},
-    "mistral-window-never-left": {"family": "mistral", "sliding_window": 512},
-    "mistral-tied": {"family": "mistral", "sliding_window": None, "tie_word_embeddings": True},
-    "mistral-explicit-heads": {
-        "family": "mistral",
-        "sliding_window": None,
-        "head_dim": 24,
-        "num_key_value_heads": 1,
-    },
-}
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 
@@ -96,37 +65,6 @@ def check_tokens(model: Any, runner: ModelRunner) -> None:
     loop = PlainLoop(runner)
     assert loop.generate(prompts, [GREEDY] * len(prompts), chunk=48) == one_by_one
     assert [loop.generate([prompt], [GREEDY], chunk=512)[0] for prompt in prompts] == one_by_one
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_random_llama(shape: str, make_llama: MakeLlama, make_runner: MakeRunner) -> None:
-    model_dir, model = make_llama(**SHAPES[shape])
-    check_logits(model, make_runner(model_dir), min_span=10)
-
-
-@pytest.mark.parametrize("window", [1, 16, 33])
-def test_logits_of_a_mistral_with_a_window(
-    window: int, make_llama: MakeLlama, make_runner: MakeRunner
-) -> None:
-    model_dir, model = make_llama(family="mistral", sliding_window=window)
-    check_logits(model, make_runner(model_dir), min_span=10)
-
-
-@pytest.mark.exact
-def test_greedy_tokens_of_a_mistral_with_a_window(
-    make_llama: MakeLlama, make_runner: MakeRunner
-) -> None:
-    model_dir, model = make_llama(family="mistral", sliding_window=33)
-    check_tokens(model, make_runner(model_dir))
-
-
-@pytest.mark.exact
-@pytest.mark.parametrize("shape", [each for each in SHAPES if not each.startswith("mistral-")])
-def test_greedy_tokens_of_a_random_llama(
-    shape: str, make_llama: MakeLlama, make_runner: MakeRunner
-) -> None:
-    model_dir, model = make_llama(**SHAPES[shape])
-    check_tokens(model, make_runner(model_dir))
 
 
 def test_the_demo_model(make_runner: MakeRunner) -> None:

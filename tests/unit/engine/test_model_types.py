@@ -27,8 +27,10 @@ from tests.unit.worker.network import Clock
 from tests.unit.worker.simulation import Cluster
 
 CHUNK = 48
-# Around a block, a window, a chunk.
-LENGTHS = (1, 15, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, CHUNK - 1, CHUNK, CHUNK + 1)
+# Around a block, a window, a chunk; and one of several chunks.
+LENGTHS = (1, 15, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, CHUNK - 1, CHUNK, CHUNK + 1, 150)
+ENDS = (17, 48, 63, 64, 65, 128, 129, 150)
+"""Of the chunks of a prompt."""
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 SPLIT = (3, 9)
 """Of the prompts, those that a prefill worker hands off."""
@@ -60,7 +62,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return ModelRunner(EngineConfig(model_dir, num_blocks=num_blocks, **ENGINE))
 
     model = make_tiny(model_dir, model_type, TINY_MODELS[model_type][case])
-    runner = make_runner(128)
+    runner = make_runner(192)
     prompts = [random_tokens(length, length, runner) for length in LENGTHS]
     answers = PlainLoop(runner).generate(prompts, [GREEDY] * len(prompts), chunk=CHUNK)
     return Tiny(model, runner, make_runner, prompts, answers)
@@ -78,7 +80,7 @@ def random_tokens(length: int, seed: int, runner: ModelRunner) -> list[int]:
     return random.Random(seed).choices(range(runner.model_config.vocab_size), k=length)
 
 
-def tables(runner: ModelRunner, first: int = 0, num_blocks: int = 8) -> list[list[int]]:
+def tables(runner: ModelRunner, first: int = 0, num_blocks: int = 12) -> list[list[int]]:
     """By cache group, blocks that no other group has."""
     starts = [first + index * num_blocks for index in range(len(runner.groups))]
     return [list(range(start, start + num_blocks)) for start in starts]
@@ -105,15 +107,12 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tiny: Tiny) -> None:
 def test_bits_depend_neither_on_chunks_nor_on_what_shares_a_step(tiny: Tiny) -> None:
     runner = tiny.runner
     assert runner.determinism == "exact"
-    tokens = random_tokens(100, 1, runner)
+    tokens = random_tokens(150, 1, runner)
     row = tables(runner)
-    whole = {
-        end: runner.logits(Batch([BatchRow(tokens[:end], 0, row)]))[0].clone()
-        for end in (17, 48, 63, 64, 65, 100)
-    }
+    whole = {end: runner.logits(Batch([BatchRow(tokens[:end], 0, row)]))[0].clone() for end in ENDS}
     other = random_tokens(33, 2, runner)
     position = 0
-    for end in (17, 48, 63, 64, 65, 100):
+    for end in ENDS:
         beside = [
             BatchRow(other, 0, tables(runner, 64)),
             BatchRow(other[:1], 0, tables(runner, 96)),

@@ -11,8 +11,6 @@ from baton.shared.engine.models import registry
 from baton.shared.engine.models.registry import load_model_config
 from baton.shared.model_files.type_defaults import TEXT_TYPES
 from tests.support_matrix import COLUMNS, PAGE, ROPES, Row, features_of, page, rows
-from tests.unit.engine.conftest import TINY
-from tests.unit.engine.test_logits_vs_transformers import SHAPES
 from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, VISION, Fields
 
 # Each rope and activation is compared with transformers in some type, and quantised weights in one.
@@ -34,7 +32,7 @@ def test_what_a_row_says_is_compared_with_transformers(row: Row, tmp_path: Path)
     compared: set[str] = set()
     # A multimodal type's text part is a type of its own, or compared by itself.
     for model_type in (row.model_type, *TEXT_TYPES.get(row.model_type, ())):
-        for number, fields in enumerate(compared_models(model_type)):
+        for number, fields in enumerate(TINY_MODELS.get(model_type, {}).values()):
             model_dir = tmp_path / f"{model_type}-{number}"
             save_config(model_dir, model_type, fields)
             features = features_of(load_model_config(model_dir)[1])
@@ -42,19 +40,6 @@ def test_what_a_row_says_is_compared_with_transformers(row: Row, tmp_path: Path)
             assert row.always & TESTED <= features or model_type != row.model_type
             compared |= features
     assert row.features & TESTED <= compared
-
-
-def compared_models(model_type: str) -> list[Fields]:
-    """Fields of the tiny models that the tests compare."""
-    if model_type in TINY_MODELS:
-        return list(TINY_MODELS[model_type].values())
-    own = [
-        {name: value for name, value in fields.items() if name != "family"}
-        for fields in SHAPES.values()
-        if fields.get("family", "llama") == model_type
-    ]
-    windowed = [{"sliding_window": 33}] if model_type == "mistral" else []
-    return [{**TINY, **fields} for fields in own + windowed]
 
 
 def save_config(model_dir: Path, model_type: str, fields: Fields) -> None:
