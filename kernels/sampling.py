@@ -26,7 +26,7 @@ from baton.kernels.sampling_limits import first_best, limits, scaled_logits
 
 _MAX_SPLITS = 128
 MAX_VOCAB = 1 << 20
-_FINEST = 44  # bits of the largest weight; fewer where a whole vocabulary's sum needs more than 63
+_FINEST = 44  # bits of a weight
 _PROGRAMS = 8 * 132
 _LIMIT_PROGRAMS = 2 * 132  # as many as fit at once
 
@@ -168,7 +168,7 @@ def draw(
         work.candidates.stride(0),
         BLOCK=config.count_block,
         SEARCH=config.search_block,
-        ONE=2.0 ** min(_FINEST, 63 - vocab.bit_length()),
+        ONE=largest_weight(vocab),
         MAX_SPLITS=_MAX_SPLITS,
         PDL=pdl,
         num_warps=8,
@@ -199,6 +199,11 @@ def draw(
         **options,
     )
     return out
+
+
+def largest_weight(vocab: int) -> float:
+    """That of the most likely token: as fine as 63 bits allow, in which all may be as likely."""
+    return 2.0 ** min(_FINEST, 63 - vocab.bit_length())
 
 
 def _config(num_rows: int, vocab: int) -> DrawConfig:

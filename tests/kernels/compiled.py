@@ -54,7 +54,8 @@ class Compiled:
             source = Path(directory, "kernel.ptx")
             source.write_text(self.kernel.asm["ptx"])
             suffix = "a" if self.capability >= 90 else ""
-            command = [get_ptxas(self.capability).path, "-v", f"-arch=sm_{self.capability}{suffix}"]
+            command = [get_ptxas(self.capability).path, "-v", "--regAllocOptLevel=2"]
+            command.append(f"-arch=sm_{self.capability}{suffix}")
             registers = self.kernel.metadata.maxnreg
             command += [f"--maxrregcount={registers}"] if registers else []
             done = subprocess.run(

@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 40,
     "num_hidden_layers": 4,
-    "max_position_embeddings": 160,
+    "max_position_embeddings": 320,
     "tie_word_embeddings": True,
     "eos_token_id": 2,
 }
@@ -80,9 +80,13 @@ def configure(fields: Fields) -> ModelConfig:
 EVERY_OPTION = ModelType("test_every_option", configure, decoder.build, (NAMES,))
 
 
+def register() -> None:
+    registry.register(EVERY_OPTION)
+
+
 def write_model(directory: Path) -> None:
     """Random weights whose logits are far apart."""
-    registry.register(EVERY_OPTION)
+    register()
     (directory / "config.json").write_text(json.dumps(CONFIG))
     generator = torch.Generator().manual_seed(3)
     weights = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.sampling import SamplingParams
+from tests.device import ROOT, process_environment
 from tests.kernels.every_option import CONFIG, write_model
 
 pytestmark = [
@@ -23,10 +27,14 @@ Make = Callable[[str, torch.device], ModelRunner]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("options")
     write_model(directory)
+    return directory
 
+
+@pytest.fixture(scope="module")
+def make(directory: Path) -> Make:
     def make_runner(kernels: str, device: torch.device) -> ModelRunner:
         config = EngineConfig(
             directory, device.type, "float32", kernels=kernels, num_blocks=40, max_num_seqs=4
@@ -59,3 +67,16 @@ def test_chunks_and_decode_rows(make: Make, device: torch.device) -> None:
         assert float(error) < 1e-4
     last = Batch([row(0, 19, 20)])
     assert runner.forward(last) == reference.forward(last)
+
+
+def test_all_kernels_are_there_when_the_engine_is_ready(directory: Path) -> None:
+    """Not in this process, which interprets kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.late_kernels", str(directory), "bfloat16"],
+        env=process_environment(), cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ready"] > 20
+    assert report["late"] == []

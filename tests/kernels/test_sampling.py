@@ -10,7 +10,14 @@ from torch import Tensor
 
 from baton.kernels.reference_sampling import random_bits
 from baton.kernels.reference_state import draw_reference
-from baton.kernels.sampling import DrawConfig, SamplingScratch, draw, make_sampling_scratch
+from baton.kernels.sampling import (
+    MAX_VOCAB,
+    DrawConfig,
+    SamplingScratch,
+    draw,
+    largest_weight,
+    make_sampling_scratch,
+)
 from baton.shared.engine.sampler import draw_key, draw_stream
 
 # Many parts, searches over more tokens than fit, blocks that end before the row.
@@ -114,6 +121,20 @@ def test_top_p_after_top_k(device: torch.device, top_p: float, top_k: int, scale
 def test_the_largest_shapes_of_a_small_test(device: torch.device) -> None:
     batch = _batch(_logits(2, 5000, device), top_k=1000, top_p=0.95, temperature=1.1)
     batch.check()
+
+
+def test_a_vocabulary_of_more_than_2_18_tokens(device: torch.device) -> None:
+    logits = torch.zeros(1, 262_208, device=device)
+    logits[0, 262_000:] = 9.0
+    assert int(_batch(logits, min_p=0.5).check(DrawConfig(16384, 256, 16384, 256))) >= 262_000
+
+
+@pytest.mark.parametrize("vocab", [1, 2**18, 2**18 + 1, 2**19 - 1, 2**19, MAX_VOCAB])
+def test_sums_of_weights_do_not_overflow(vocab: int) -> None:
+    """Of a vocabulary all of whose tokens are as likely as can be."""
+    assert vocab * largest_weight(vocab) < 2**63
+    # What is drawn from smaller ones stays what it was.
+    assert vocab >= 2**19 or largest_weight(vocab) == 2.0**44
 
 
 @pytest.mark.parametrize("values", [1, 3])

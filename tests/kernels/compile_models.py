@@ -1,0 +1,192 @@
+"""Compiles what a layer of well-known models needs, for GPUs that need not be there.
+
+    python -m tests.kernels.compile_models [--model NAME ...] [--capability N ...] [--rows N ...]
+
+Prints, as JSON, how many kernels there are, and which do not fit the GPU's shared memory or spill
+registers. Tensors have no memory: products by the library cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baton.kernels import decode_attention, hopper_prefill_attention, prefill_attention
+from baton.kernels.decode_plan import make_work, plan_decode
+from baton.kernels.prefill_attention import block_m_for
+from baton.kernels.reference import Activation, HeadNorms
+from baton.shared.engine.linear import Linear
+from baton.shared.engine.operations import Norm
+from baton.shared.engine.triton_operations import DevicePlan, Rope, TritonOperations
+from tests.kernels.compiled import SHARED_BYTES, Compiled, on_gpu, recording
+
+_META = torch.device("meta")
+_CHUNKS = (16, 48, 512)
+"""Tokens of a prompt's chunk, one for each size of tiles."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    mlp: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    window: int = 0
+    soft_cap: float = 0.0
+    logits_cap: float = 0.0
+    activation: Activation = "silu"
+    has_head_norms: bool = False
+    has_value_norm: bool = False
+    has_post_norms: bool = False
+    norm_dtype: torch.dtype | None = None
+    """None: the activations'."""
+    scale: float = 1.0
+    has_query_scale: bool = False
+
+
+_GEMMA: dict[str, Any] = {
+    "activation": "gelu_tanh",
+    "has_post_norms": True,
+    "norm_dtype": torch.float32,
+}
+MODELS = {
+    "llama-3.1-8b": Shape(4096, 14336, 32, 8, 128, 128256),
+    "smollm2-135m": Shape(576, 1536, 9, 3, 64, 49152),
+    "mistral-7b": Shape(4096, 14336, 32, 8, 128, 32000, window=4096),
+    "ministral3-8b": Shape(4096, 14336, 32, 8, 128, 131072, has_query_scale=True),
+    "qwen3-8b": Shape(4096, 12288, 32, 8, 128, 151936, has_head_norms=True),
+    "granite-3.3-8b": Shape(4096, 12800, 32, 8, 128, 49159, scale=0.22),
+    "gemma2-9b": Shape(
+        3584, 14336, 16, 8, 256, 256000, window=4096, soft_cap=50.0, logits_cap=30.0, **_GEMMA
+    ),
+    "gemma3-12b": Shape(
+        3840, 15360, 16, 8, 256, 262208, window=1024, has_head_norms=True, **_GEMMA
+    ),
+    "gemma4-full": Shape(
+        5376, 21504, 32, 4, 512, 262144, logits_cap=30.0, has_head_norms=True,
+        has_value_norm=True, **_GEMMA,
+    ),
+}  # fmt: skip
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return on_gpu(torch.empty(shape, dtype=dtype, device=_META))
+
+
+def compile_layer(
+    shape: Shape, capability: int, rows: tuple[int, ...], dtype: torch.dtype
+) -> list[Compiled]:
+    """What a layer and the head need, for decode steps of so many rows and chunks of all sizes."""
+    limit = SHARED_BYTES[capability]
+    for module in (decode_attention, prefill_attention):
+        module.shared_bytes = lambda _: limit  # type: ignore[attr-defined]
+    hopper_prefill_attention._processors = lambda _: 132 if capability == 90 else 0  # type: ignore[assignment]
+    ops = TritonOperations(overlaps=capability >= 90)
+    with recording(capability) as kernels:
+        for num_rows in rows:
+            _step(ops, shape, num_rows, dtype, chunk=0)
+        for num_tokens in _CHUNKS:
+            _step(ops, shape, num_tokens, dtype, chunk=num_tokens)
+    return kernels
+
+
+def _step(
+    ops: TritonOperations, shape: Shape, num_tokens: int, dtype: torch.dtype, *, chunk: int
+) -> None:
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    norm = Norm(empty(shape.hidden, dtype=shape.norm_dtype or dtype), 1e-6)
+    hidden = empty(num_tokens, shape.hidden, dtype=dtype)
+    kv = empty(9, kv_heads, 4, 2, 16, head_dim, dtype=dtype)
+    plan = _plan(shape, num_tokens, chunk, dtype)
+
+    def linear(num_out: int, num_in: int) -> Linear:
+        return Linear(empty(num_out, num_in, dtype=dtype), None, num_out, num_in, scale=shape.scale)
+
+    angles = empty(64, head_dim // 2, dtype=torch.float32)
+    scales = empty(64, dtype=torch.float32) if shape.has_query_scale else None
+    rope = Rope(angles, angles, scales, empty(num_tokens, dtype=torch.int32))
+    head_norm = empty(head_dim, dtype=norm.weight.dtype) if shape.has_head_norms else None
+    norms = HeadNorms(1e-6, head_norm, head_norm, shape.has_value_norm)
+
+    qkv = ops.norm_linear(hidden, norm, linear((heads + 2 * kv_heads) * head_dim, shape.hidden))
+    qkv = on_gpu(qkv.view(num_tokens, -1, head_dim))
+    query = on_gpu(ops.rope_and_store(qkv, rope, kv, 3, plan, heads, norms))
+    if shape.has_value_norm:
+        ops.rope_query(query, rope, plan, norms)
+    attended = ops.paged_attention(query, kv, 3, plan, head_dim**-0.5, shape.soft_cap)
+    for x, layer in (
+        (attended.view(num_tokens, -1), linear(shape.hidden, heads * head_dim)),
+        (None, linear(shape.hidden, shape.mlp)),
+    ):
+        if x is None:
+            gate_up = linear(2 * shape.mlp, shape.hidden)
+            x = ops.norm_gate_up(hidden, norm, gate_up, shape.activation)
+        if shape.has_post_norms:
+            ops.norm_add(on_gpu(ops.linear(on_gpu(x), layer)), norm, hidden)
+        else:
+            ops.linear(on_gpu(x), layer, hidden)
+    if not chunk:
+        logits = ops.norm_linear(hidden, norm, linear(shape.vocab, shape.hidden))
+        if shape.logits_cap:
+            ops.soft_cap(on_gpu(logits), shape.logits_cap)
+
+
+def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> DevicePlan:
+    def ints(*sizes: int) -> Tensor:
+        return empty(*sizes, dtype=torch.int32)
+
+    block_m = block_m_for(max(chunk, 1), shape.head_dim, dtype.itemsize)
+    rows = work = None
+    if not chunk:
+        rows = ints(num_tokens)
+        work = make_work(num_tokens, shape.num_kv_heads, shape.num_heads, shape.head_dim, _META)
+        plan_decode(rows, ints(64), work, window=shape.window)
+    return DevicePlan(
+        slots=empty(num_tokens, dtype=torch.int64),
+        context_lens=ints(64),
+        block_tables=ints(64, 32),
+        rows=rows,
+        work=work,
+        tiles=ints(-(-chunk // block_m), 4) if chunk else None,
+        block_m=block_m,
+        window=shape.window,
+    )
+
+
+def problems(kernels: list[Compiled]) -> Iterator[str]:
+    for each in kernels:
+        most = SHARED_BYTES[each.capability]
+        if each.shared > most:
+            yield f"{each.name} takes {each.shared} bytes of shared memory, and there are {most}"
+        if each.spilled_bytes:
+            yield f"{each.name} spills {each.spilled_bytes} bytes of registers"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="compiles the kernels of models")
+    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--capability", nargs="+", type=int, default=[90], choices=SHARED_BYTES)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 8, 16, 32, 64, 128])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    args = parser.parse_args(argv)
+    report = {}
+    for name in args.model:
+        for capability in args.capability:
+            dtype = getattr(torch, args.dtype)
+            kernels = compile_layer(MODELS[name], capability, tuple(args.rows), dtype)
+            found = {"kernels": len(kernels), "problems": list(problems(kernels))}
+            report[f"{name} sm_{capability}"] = found
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Which kernels an engine needs only after it is ready, found out without a GPU.
+
+    python -m tests.kernels.late_kernels MODEL_DIR DTYPE
+
+Nothing is compiled and nothing runs: of each launch it is noted which kernel it needs, as Triton
+tells them apart. Prints those that the warm-up has not had, as JSON. To be run without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from baton.shared.engine import model_runner
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.sampling import SamplingParams
+from tests.kernels.compiled import recording
+from tests.kernels.every_option import register
+
+MAX_NUM_SEQS = 12
+MAX_CHUNK = 300
+BLOCK_SIZE = 16
+NUM_BLOCKS = 400
+DRAWN = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, seed=3)
+
+
+def main(model_dir: str, dtype: str) -> None:
+    register()
+    noted: list[str] = []
+
+    def note(self: Any, key: Any, signature: Any, device: Any, constants: Any, *_: Any) -> Any:
+        noted.append(f"{self.fn.__name__} {constants} {signature}")
+        kernel = SimpleNamespace(metadata=SimpleNamespace(name=self.fn.__name__))
+        self.device_caches[device][0][key] = kernel
+        return kernel
+
+    JITFunction._do_compile = note
+    model_runner._why_no_triton = lambda _: None
+    with recording(90), torch.inference_mode():
+        runner = _ready(model_dir, dtype)
+        num_known = len(noted)
+        for rows in _steps():
+            runner.launch(Batch(rows))
+    sys.stdout.write(json.dumps({"ready": num_known, "late": noted[num_known:]}) + "\n")
+
+
+def _ready(model_dir: str, dtype: str) -> ModelRunner:
+    config = EngineConfig(
+        Path(model_dir),
+        "cpu",
+        dtype,
+        kernels="triton",
+        num_blocks=NUM_BLOCKS,
+        max_num_seqs=MAX_NUM_SEQS,
+        token_budget=MAX_CHUNK,
+    )
+    runner: Any = ModelRunner(config)
+    # Warmed up as on a GPU, but for the sums of blocks, whose kernel knows nothing of models.
+    device, runner.device = runner.device, SimpleNamespace(type="cuda")
+    runner.block_sums = lambda: lambda *_: None
+    runner._warm_up(lambda _: None)
+    runner.device = device
+    ready: ModelRunner = runner
+    return ready
+
+
+def _steps() -> list[list[BatchRow]]:
+    """As tests/gpu/test_no_late_compilation.py, fewer."""
+    lengths = [*range(1, 40, 3), 63, 64, 65, 100, 131, 132, 133, 200, 255, 256, 257, MAX_CHUNK]
+    steps = [[_chunk(length, sampling=DRAWN)] for length in lengths]
+    steps += [[_chunk(length, start=70)] for length in (2, 16, 17, 64, 65, 230)]
+    for num_rows in range(1, MAX_NUM_SEQS + 1):
+        steps.append(_decode_rows(num_rows))
+        steps.append([_chunk(2 + n % 9, sampling=DRAWN) for n in range(num_rows)])
+        if num_rows < MAX_NUM_SEQS:
+            for length in (2, 65, MAX_CHUNK - num_rows):
+                steps.append([*_decode_rows(num_rows), _chunk(length, sampling=DRAWN)])
+    return steps
+
+
+def _chunk(length: int, start: int = 0, sampling: SamplingParams | None = None) -> BatchRow:
+    return BatchRow([7] * length, start, _tables(start + length), sampling)
+
+
+def _decode_rows(num_rows: int) -> list[BatchRow]:
+    source = random.Random(num_rows)
+    contexts = [source.randrange(1, MAX_CHUNK) for _ in range(num_rows)]
+    return [BatchRow([5], length - 1, _tables(length), DRAWN) for length in contexts]
+
+
+def _tables(length: int) -> list[list[int]]:
+    """Nothing is written: rows, and the model's two cache groups, may have the same blocks."""
+    return [list(range(-(-length // BLOCK_SIZE)))] * 2
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
