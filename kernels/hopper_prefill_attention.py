@@ -63,6 +63,17 @@ def problem() -> str | None:
     return None
 
 
+def not_covered(head_dim: int, window: int, soft_cap: float) -> str | None:
+    """Which trait of a layer this kernel has not; None: it has all."""
+    if head_dim not in _PLACES:
+        return f"head_dim is {head_dim}, and the faster one takes {' or '.join(map(str, _PLACES))}"
+    if window:
+        return f"sliding_window is {window}, and the faster one takes none"
+    if soft_cap:
+        return f"scores have a soft cap of {soft_cap}, and the faster one takes none"
+    return None
+
+
 _USABLE = problem() is None
 
 
@@ -348,9 +359,7 @@ def covers(query: Tensor, kv: Tensor, *, block_m: int, window: int, soft_cap: fl
     return (
         _USABLE
         and block_m == _TOKENS.value
-        and window == 0
-        and soft_cap == 0
-        and head_dim in _PLACES
+        and not_covered(head_dim, window, soft_cap) is None
         and block_size in (16, 32, 64, 128)
         and kv.dtype in (torch.bfloat16, torch.float16)
         and query.dtype == kv.dtype

@@ -360,10 +360,13 @@ def prefill_tiles(
     return tiles[np.argsort(-(tiles[:, 3] + tiles[:, 1]), kind="stable")]
 
 
-def why_not_hopper() -> str | None:
-    """Why the kernel for compute capability 9.0 is never taken, even there; None: it is."""
-    problem: str | None = _import_error if _hopper is None else _hopper.problem()
-    return problem
+def why_not_hopper(head_dim: int, window: int, soft_cap: float) -> str | None:
+    """Why layers like that do without the kernel for compute capability 9.0, even there; None:
+    they have it."""
+    if _hopper is None:
+        return _import_error
+    reason: str | None = _hopper.problem() or _hopper.not_covered(head_dim, window, soft_cap)
+    return reason
 
 
 def paged_prefill_attention(

@@ -118,7 +118,7 @@ class ModelRunner:
             ahead_tokens=self._ahead_tokens,
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
-        self._ops = _operations(self.kernels, self.device)
+        self._ops = _operations(self.kernels, self.device, self.model_config)
 
         weights = self._find_weights()
         plan = plan_model(
@@ -453,15 +453,13 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
     return None
 
 
-def _operations(kernels: str, device: torch.device) -> Operations:
+def _operations(kernels: str, device: torch.device, model: ModelConfig) -> Operations:
     if kernels == "torch":
         return ReferenceOperations()
-    from baton.kernels.prefill_attention import why_not_hopper
     from baton.shared.engine.triton_operations import TritonOperations
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    problem = why_not_hopper() if capability == (9, 0) else None
-    if problem is not None:
+    if capability == (9, 0) and (problem := _why_not_hopper(model)):
         log_event(
             logger,
             logging.WARNING,
@@ -469,6 +467,15 @@ def _operations(kernels: str, device: torch.device) -> Operations:
             message=problem,
         )
     return TritonOperations(overlaps=capability >= (9, 0))
+
+
+def _why_not_hopper(model: ModelConfig) -> str:
+    """What keeps layers from the faster kernel; empty: nothing."""
+    from baton.kernels.prefill_attention import why_not_hopper
+
+    kinds = {(layer.head_dim, layer.window or 0, layer.soft_cap) for layer in model.layers}
+    reasons = {reason for kind in kinds if (reason := why_not_hopper(*kind)) is not None}
+    return "; ".join(sorted(reasons))
 
 
 def _describe_length(choice: PoolChoice, most_tokens: int) -> str:

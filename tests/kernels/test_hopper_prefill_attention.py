@@ -91,14 +91,17 @@ def test_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_says_why_it_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert prefill_attention.why_not_hopper() is None
+    assert prefill_attention.why_not_hopper(128, 0, 0.0) is None
+    assert "head_dim is 256" in (prefill_attention.why_not_hopper(256, 0, 0.0) or "")
+    assert "sliding_window is 4096" in (prefill_attention.why_not_hopper(128, 4096, 0.0) or "")
+    assert "cap of 50.0" in (prefill_attention.why_not_hopper(64, 0, 50.0) or "")
     monkeypatch.setattr(triton, "__version__", "3.6.0+cu130.1")
-    assert prefill_attention.why_not_hopper() is None
+    assert prefill_attention.why_not_hopper(128, 0, 0.0) is None
     monkeypatch.setattr(triton, "__version__", "4.0.0")
-    assert "4.0.0" in (prefill_attention.why_not_hopper() or "")
+    assert "4.0.0" in (prefill_attention.why_not_hopper(128, 0, 0.0) or "")
     monkeypatch.setattr(prefill_attention, "_hopper", None)
     monkeypatch.setattr(prefill_attention, "_import_error", "no name tma")
-    assert prefill_attention.why_not_hopper() == "no name tma"
+    assert prefill_attention.why_not_hopper(128, 0, 0.0) == "no name tma"
 
 
 def test_a_given_configuration_is_that_of_the_other_kernel(
