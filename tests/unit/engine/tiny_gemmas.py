@@ -51,7 +51,7 @@ TINY_GEMMAS: dict[str, dict[str, Fields]] = {
         "five to one": {
             "head_dim": 24,
             "query_pre_attn_scalar": 10,
-            "num_hidden_layers": 7,
+            "num_hidden_layers": 6,
             "num_key_value_heads": 1,
             "sliding_window": WINDOW,
             "rope_theta": 5000.0,
