@@ -217,6 +217,14 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path, kept: int) -> None:
         expanded(path, tmp_path / "made")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    write_llama(tmp_path / "m.gguf", llama())
+    (tmp_path / "made" / name).mkdir(parents=True)
+    with pytest.raises((FetchError, OSError), match=f"{name}.*Is a directory|Is a.*{name}"):
+        expand(tmp_path / "m.gguf", tmp_path / "made", generation={}, on_tensor=lambda *_: None)
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_llama(path, llama())
