@@ -243,6 +243,11 @@ class SamplingParams:
         help="end with any of these tokens",
     )
     ignore_eos: bool = declared(Kind.SWITCH, False, help="go on past end-of-sequence tokens")
+    speculate: bool = declared(
+        Kind.SWITCH,
+        True,
+        help="guess tokens and verify them, where workers do; the answer is the same",
+    )
 
 
 FIELDS = tuple(

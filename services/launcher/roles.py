@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from baton.shared.speculation import Speculation
+
 GATEWAY = "gateway"
 DEFAULT_HTTP_PORT = 8000
 
@@ -59,6 +61,8 @@ class StackConfig:
     max_model_len: int | Literal["auto"] | None = None
     host_memory_mib: int | None = None
     """What each worker may take of the host's memory."""
+    speculate: Speculation | None = None
+    """Of the workers that decode."""
     reflection: bool = False
     generation_config: str | None = None
     """`auto` or `none`: whether the model's sampling defaults count."""
@@ -156,4 +160,6 @@ def _worker_argv(
         argv += ["--max-model-len", str(config.max_model_len)]
     if config.host_memory_mib is not None:
         argv += ["--host-memory-mib", str(config.host_memory_mib)]
+    if config.speculate is not None and role != "prefill":
+        argv += ["--speculate", str(config.speculate)]
     return tuple(argv)

@@ -9,6 +9,7 @@ from baton.services.launcher.flag_types import count, port, positive, seconds, u
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
+from baton.shared.speculation import HELP, METAVAR, speculation
 
 UP_HELP = """\
 Starts every role on this machine, each as its own process, and prints one line
@@ -82,6 +83,7 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of prompt and answer; auto: the most for which each worker's pool has room; "
         "default: the model's",
     )
+    add_flag(workers, "--speculate", type=speculation, metavar=METAVAR, help=HELP)
     gateway = parser.add_argument_group("gateway")
     add_flag(gateway, "--host", type=str, default=defaults.host, help="address to listen on")
     add_flag(
@@ -176,6 +178,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         num_blocks=args.num_blocks,
         block_size=args.block_size,
         max_model_len=args.max_model_len,
+        speculate=args.speculate,
         reflection=args.reflection,
         generation_config=args.generation_config,
         drain_s=args.drain_s,

@@ -24,6 +24,7 @@ from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import served_name
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto
+from baton.shared.speculation import HELP, METAVAR, speculation
 from baton.shared.telemetry import add_log_flags, configure_logging
 
 logger = logging.getLogger("worker")
@@ -139,6 +140,13 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
     add_flag(parser, "--max-num-seqs", type=int, default=256, help="sequences per engine step")
     add_flag(
         parser,
+        "--speculate",
+        type=speculation,
+        metavar=METAVAR,
+        help=f"{HELP}; workers of role prefill decode nothing, and ignore it",
+    )
+    add_flag(
+        parser,
         "--tpot-goal-ms",
         type=_positive_ms,
         help="prompts wait while streams get their tokens more slowly than that on average, but "
@@ -163,6 +171,8 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
     args = parser.parse_args(argv)
     args.model_name = args.model_name or served_name(args.model)
     args.worker_id = args.worker_id or f"{args.role}-{secrets.token_hex(4)}"
+    if args.role == "prefill":
+        args.speculate = None
     args.tpot_goal_s = None if args.tpot_goal_ms is None else args.tpot_goal_ms / 1e3
     return args
 
@@ -189,6 +199,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         gpu_memory_utilization=args.gpu_memory_utilization,
         host_memory_mib=args.host_memory_mib,
         cuda_graphs=not args.no_cuda_graphs,
+        num_drafts=args.speculate.num_drafts if args.speculate is not None else 0,
     )
 
 

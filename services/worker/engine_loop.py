@@ -28,21 +28,16 @@ from baton.services.prefill.scheduler import Admission
 from baton.services.worker import messages as msg
 from baton.services.worker.admission import Admitter
 from baton.services.worker.corruption import CorruptionGuard
+from baton.services.worker.drafting import Drafting
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.handoff import CLAIM_WAITS_S, ClaimTable, Pull, PullTable
 from baton.services.worker.inspection import snapshot
 from baton.services.worker.metrics import EngineMetrics
+from baton.services.worker.part import Part
 from baton.services.worker.reports import Reports
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.sequence_table import Recipient, SequenceTable
-from baton.services.worker.stepper import (
-    BatchLimits,
-    DraftTokens,
-    InFlight,
-    Outcome,
-    Part,
-    Stepper,
-)
+from baton.services.worker.stepper import BatchLimits, InFlight, Outcome, Stepper
 from baton.shared.directory.ledger import Stage
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
@@ -88,9 +83,8 @@ class EngineLoop:
         counters: Counters,
         trace: Trace,
         metrics: EngineMetrics | None = None,
-        draft_tokens: DraftTokens | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
-        """`draft_tokens`: guesses that decode steps check, as many as the runner takes."""
         self._pools = pools
         self._sealer = sealer
         self._counters = counters
@@ -102,7 +96,7 @@ class EngineLoop:
         self.num_steps = 0
         self.is_busy = False
         self._table = SequenceTable()
-        self._stepper = Stepper(runner, pools, self._table, limits, failpoints, draft_tokens)
+        self._stepper = Stepper(runner, pools, self._table, limits, failpoints, drafting)
         self._steps_ahead = runner.steps_ahead
         self._in_flight: deque[InFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
@@ -332,10 +326,11 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """Launches a step, retires those before it; whether there was anything to do."""
+        planned_s = time.monotonic()
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         num_kept = 0
         if parts:
-            launched = self._stepper.launch(parts)
+            launched = self._stepper.launch(parts, planned_s)
             self._in_flight.append(launched)
             self._start_sums(launched)
             # After a failure nothing is planned before everything is known again.
@@ -374,24 +369,34 @@ class EngineLoop:
         """Takes what a step drew: its tokens leave, then comes what nobody's token waits for."""
         outcomes = self._stepper.collect(step)
         # A step that was launched ahead had to wait for the one before.
-        began_s, self._collected_s = max(step.started_s, self._collected_s), time.monotonic()
+        before_s, self._collected_s = self._collected_s, time.monotonic()
         self.num_steps += 1
         self._counters["steps"] += 1
         self._trace.emit("step", started=step.started_s, num_rows=len(step.parts))
         taken = zip(step.parts, outcomes, strict=True)
         unsettled = [part for part, outcome in taken if self._took(part, outcome, step)]
         self._publish()
-        seconds, num_decoding = self._collected_s - began_s, len(step.parts) - len(step.chunks)
-        self._stepper.pacing.took_step(seconds, num_decoding=num_decoding)
-        self._metrics.took_step(
-            seconds,
-            num_decoding=num_decoding,
-            num_prompt_tokens=sum(part.num_tokens for part in step.chunks),
-        )
+        self._measure(step, outcomes, before_s)
         for part in unsettled:
             self._settle(part, step)
         for tables in step.orphans:
             self._pools.release(tables)
+
+    def _measure(self, step: InFlight, outcomes: Seq[Outcome], before_s: float) -> None:
+        """`before_s`: when the result of the step before was there."""
+        num_computed = num_drawn = 0
+        for part, outcome in zip(step.parts, outcomes, strict=True):
+            if not part.is_chunk:
+                num_computed += part.num_tokens
+                num_drawn += 0 if isinstance(outcome, EngineFailure) else len(outcome)
+        # A step that was launched ahead had to wait for the one before.
+        self._metrics.took_step(
+            self._collected_s - max(step.started_s, before_s),
+            num_decoded_tokens=num_computed,
+            num_prompt_tokens=sum(part.num_tokens for part in step.chunks),
+        )
+        seconds = self._collected_s - max(step.planned_s, before_s)
+        self._stepper.took_step(step, seconds, num_drawn)
 
     def _took(self, part: Part, outcome: Outcome, step: InFlight) -> bool:
         """Reports what a part drew; whether it filled blocks, or ended its sequence, as well."""

@@ -96,11 +96,12 @@ class EngineMetrics:
             registry=registry,
         )
 
-    def took_step(self, seconds: float, *, num_decoding: int, num_prompt_tokens: int) -> None:
-        kind = "decode" if not num_prompt_tokens else "mixed" if num_decoding else "prefill"
+    def took_step(self, seconds: float, *, num_decoded_tokens: int, num_prompt_tokens: int) -> None:
+        """`num_decoded_tokens`: computed for sequences that decode, drafts included."""
+        kind = "decode" if not num_prompt_tokens else "mixed" if num_decoded_tokens else "prefill"
         in_seconds, in_tokens = self._of_kind[kind]
         in_seconds.observe(seconds)
-        in_tokens.observe(num_decoding + num_prompt_tokens)
+        in_tokens.observe(num_decoded_tokens + num_prompt_tokens)
 
     def joined(self, transfer_s: float, num_bytes: int) -> None:
         self.num_joined += 1

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from baton.services.decode import scheduler as decode_policy
 from baton.services.prefill import scheduler as prefill_policy
 from baton.services.prefill.pacing import Pacing
+from baton.services.worker.drafting import Drafting
 from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.part import Part
 from baton.services.worker.sealing import PendingSums
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
@@ -45,40 +47,6 @@ class BatchLimits:
 
 
 @dataclass(slots=True)
-class Part:
-    """A sequence's part of a step: `num_tokens` tokens from position `start` on."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    draft_ids: tuple[int, ...] = ()
-    """The last of these tokens, which are guesses."""
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def is_chunk(self) -> bool:
-        """Of a prompt; else one token of a sequence that decodes."""
-        return self.start < self.sequence.num_prompt_tokens
-
-    def row(self, handle: RowHandle) -> BatchRow:
-        """Draws a token when the part reaches the end of what is known of the sequence."""
-        sequence, start = self.sequence, self.start
-        end, num_known = self.end - len(self.draft_ids), sequence.num_tokens
-        return BatchRow(
-            sequence.token_slice(start, end) if end <= num_known else None,
-            start,
-            sequence.block_tables,
-            sequence.params if end >= num_known else None,
-            sequence.key.sample,
-            handle,
-            self.draft_ids,
-        )
-
-
-@dataclass(slots=True)
 class InFlight:
     """A step whose result was not taken yet."""
 
@@ -86,6 +54,8 @@ class InFlight:
     step: Step | None
     """None: it could not be launched; its parts are tried one by one."""
     started_s: float
+    planned_s: float
+    """When its planning began."""
     chunks: list[Part] = field(default_factory=list)
     """Those of the parts that are chunks of prompts."""
     sums: PendingSums | None = None
@@ -96,9 +66,6 @@ class InFlight:
 
 Outcome = Seq[Drawn] | EngineFailure
 """What a part drew, or why nothing can be had of it."""
-DraftTokens = Callable[[Sequence, int], Seq[int]]
-"""A sequence whose tokens are all known, and a number → guesses of its next tokens, at most so
-many."""
 
 
 class Stepper:
@@ -109,14 +76,14 @@ class Stepper:
         table: SequenceTable,
         limits: BatchLimits,
         failpoints: Failpoints,
-        draft_tokens: DraftTokens | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         self._runner = runner
         self._pools = pools
         self._table = table
         self._limits = limits
         self._failpoints = failpoints
-        self._draft_tokens = draft_tokens
+        self._drafting = drafting
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
 
@@ -130,26 +97,20 @@ class Stepper:
         """
         decoding = self._schedule_decode(preempt, blocks_are_coming)
         parts = [Part(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
-        if self._draft_tokens is not None and self._runner.num_drafts:
-            self._add_drafts(parts, self._draft_tokens)
+        if self._drafting is not None:
+            self._drafting.add(parts, self._has_room, self._limits.token_budget - len(parts))
         prefilling = self._table.in_state(SequenceState.PREFILLING)
         if prefilling and self.pacing.may_take_chunks(time.monotonic(), num_decoding=len(decoding)):
             parts += self._schedule_chunks(prefilling, parts, preempt, blocks_are_coming)
         return parts
 
-    def _add_drafts(self, parts: list[Part], draft_tokens: DraftTokens) -> None:
-        """Guesses for those whose tokens are all known, as far as there is room for them."""
-        for part in parts:
-            sequence = part.sequence
-            most = min(self._runner.num_drafts, sequence.num_to_compute - part.end)
-            if part.end != sequence.num_tokens or most < 1:
-                continue
-            drafts = tuple(draft_tokens(sequence, most))
-            try:
-                self._pools.extend(sequence, part.end + len(drafts))
-            except PoolExhausted:
-                continue
-            part.draft_ids, part.num_tokens = drafts, part.num_tokens + len(drafts)
+    def _has_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Takes it, for the worst case; nobody yields for it."""
+        try:
+            self._pools.extend(sequence, num_tokens)
+        except PoolExhausted:
+            return False
+        return True
 
     def _schedule_chunks(
         self,
@@ -248,8 +209,8 @@ class Stepper:
     def _num_lacking(self, sequence: Sequence) -> list[int]:
         return self._pools.num_lacking(sequence, sequence.num_scheduled_tokens + 1)
 
-    def launch(self, parts: list[Part]) -> InFlight:
-        """Starts a step of all parts in one batch."""
+    def launch(self, parts: list[Part], planned_s: float) -> InFlight:
+        """Starts a step of all parts in one batch. `planned_s`: when its planning began."""
         self._failpoints.before_step()
         started_s = time.monotonic()
         step = None
@@ -268,7 +229,7 @@ class Stepper:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
         chunks = [part for part in parts if part.is_chunk]
-        return InFlight(parts, step, started_s, chunks)
+        return InFlight(parts, step, started_s, planned_s, chunks)
 
     def collect(self, in_flight: InFlight) -> Seq[Outcome]:
         """What each part drew, or why it could not.
@@ -285,11 +246,34 @@ class Stepper:
             outcomes = [_outcome(drawn) for drawn in in_flight.step.result()]
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
             if part.draft_ids and not isinstance(outcome, EngineFailure):
-                part.sequence.num_scheduled_tokens -= part.num_tokens - len(outcome)
+                self._took_drafts(part, len(outcome))
         return outcomes
+
+    def _took_drafts(self, part: Part, num_drawn: int) -> None:
+        sequence, num_fallen = part.sequence, part.num_tokens - num_drawn
+        if self._drafting is not None:
+            self._drafting.took(part, num_drawn - 1)
+        sequence.num_scheduled_tokens -= num_fallen
+        if num_fallen and sequence.is_admitted:
+            # Steps in flight are further back as well: none writes to what was taken beyond.
+            self._pools.give_back_ahead(sequence, sequence.num_scheduled_tokens)
+            handle = self._handles[sequence]
+            handle.num_blocks = min(handle.num_blocks, len(sequence.block_tables[0]))
+
+    def took_step(self, step: InFlight, seconds: float, num_drawn: int) -> None:
+        """What it took from its planning on; its decode rows drew `num_drawn` tokens."""
+        decoding = [part for part in step.parts if not part.is_chunk]
+        # A stream's tokens come as often as steps, or more of them at once.
+        per_token_s = seconds * len(decoding) / max(num_drawn, 1)
+        self.pacing.took_step(per_token_s, num_decoding=len(decoding))
+        is_plain = step.step is not None and decoding and not step.chunks
+        if is_plain and self._drafting is not None:
+            self._drafting.took_step(seconds, decoding)
 
     def forget(self, sequence: Sequence) -> None:
         """It takes part in no further step."""
+        if self._drafting is not None:
+            self._drafting.forget(sequence)
         handle = self._handles.pop(sequence, None)
         if handle is not None:
             self._runner.close_row(handle)

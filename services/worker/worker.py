@@ -26,6 +26,7 @@ from baton.services.decode.server import DecodeServicer
 from baton.services.prefill.server import PrefillServicer
 from baton.services.worker import messages as msg
 from baton.services.worker.directory_sync import DirectorySync, check_model
+from baton.services.worker.drafting import Drafting
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.hold import KvServicer
@@ -107,6 +108,8 @@ class Worker:
         self._ready = ready
         self._metrics_address = metrics_address
         self._counters = Counters()
+        speculation = args.speculate
+        self._drafting = None if speculation is None else Drafting.of(speculation)
         self._failpoints = Failpoints.from_environment()
         self._state = worker_service_pb2.GetWorkerStateResponse()
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
@@ -291,6 +294,7 @@ class Worker:
             counters=self._counters,
             trace=self._trace,
             metrics=metrics,
+            drafting=self._drafting,
         )
 
     def _export(
@@ -385,6 +389,7 @@ class Worker:
             dtype=self._capability.dtype,
             determinism=self._capability.determinism,
             capability=self._capability.hash()[:12],
+            speculate=str(self._args.speculate or "none"),
         )
         metrics = f" metrics={self._metrics_address}" if self._metrics_address else ""
         print(f"READY grpc={address}{metrics}", flush=True)  # noqa: T201

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from baton.shared.model_files.fields import ModelError
+from baton.shared.speculation import MAX_DRAFTS
 
 
 class DeviceError(ModelError):
@@ -78,8 +79,8 @@ class EngineConfig:
                 f"block_size: must be a power of two from 1 to {MAX_BLOCK_SIZE}, "
                 f"not {self.block_size}"
             )
-        if self.num_drafts < 0:
-            raise ModelError(f"num_drafts: must not be negative, not {self.num_drafts}")
+        if not 0 <= self.num_drafts <= MAX_DRAFTS:
+            raise ModelError(f"num_drafts: must be from 0 to {MAX_DRAFTS}, not {self.num_drafts}")
         for name in (
             *("num_blocks", "max_model_len", "token_budget", "max_num_seqs"),
             "host_memory_mib",

@@ -115,7 +115,8 @@ class ModelRunner:
             block_size=config.block_size,
             itemsize=self.cache_dtype.itemsize,
             max_model_len=self._most_tokens,
-            ahead_tokens=self._ahead_tokens,
+            # Whatever is guessed: blocks of workers that guess are those of workers that do not.
+            ahead_tokens=(1 + self.steps_ahead) * self._most_tokens_of_a_step,
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         self._ops = _operations(self.kernels, self.device, self.model_config)
@@ -248,11 +249,14 @@ class ModelRunner:
         return f"{_numerics(self.device, self.kernels)} {choices}".rstrip()
 
     @property
+    def _most_tokens_of_a_step(self) -> int:
+        largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else _HOST_TOKEN_BUDGET
+        return self._config.token_budget or largest
+
+    @property
     def _ahead_tokens(self) -> int:
         """Tokens that are computed, or may be, before a windowed group gives blocks back."""
-        largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else _HOST_TOKEN_BUDGET
-        budget = self._config.token_budget or largest
-        return (1 + self.steps_ahead) * max(budget, 1 + self.num_drafts)
+        return (1 + self.steps_ahead) * max(self._most_tokens_of_a_step, 1 + self.num_drafts)
 
     def _choose_pools(self, used_bytes: int, progress: Progress) -> None:
         sizes = PoolSizes(

@@ -105,6 +105,18 @@ class Pools:
                 table.leave(block_ids, pool.generations(block_ids))
                 pool.release([block_id for block_id in block_ids if block_id != NO_BLOCK])
 
+    def give_back_ahead(self, sequence: Seq, num_tokens: int) -> None:
+        """Gives back what was taken for more than the sequence's first `num_tokens` tokens.
+
+        No step that was launched writes to a later one.
+        """
+        have = num_blocks_for(num_tokens, self.block_size)
+        for pool, table in zip(self._of_group, sequence.block_tables, strict=True):
+            if len(table) > have:
+                pool.release(table[have:])
+                del table[have:]
+        sequence.num_room_tokens = min(sequence.num_room_tokens, have * self.block_size)
+
     def release(self, tables: Sequence[BlockTable]) -> None:
         """Gives back all that a sequence's tables hold; `tables` are by group."""
         for pool, table in zip(self._of_group, tables, strict=True):

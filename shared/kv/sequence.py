@@ -102,6 +102,8 @@ class Sequence:
     params: SamplingParams
     first_index: int = 0
     salt: bytes = b""
+    prediction_token_ids: tuple[int, ...] = ()
+    """What the client expects the answer to be; says nothing of what it is."""
     distrust: bool = False
     deadline: float | None = None
     """Seconds on this process's monotonic clock."""

@@ -101,6 +101,7 @@ def sequence_from_pb(spec: pb.SequenceSpec, capability_hash: str) -> Sequence:
         params=sampling_from_pb(spec.sampling),
         first_index=spec.first_index,
         salt=spec.cache_salt,
+        prediction_token_ids=tuple(spec.prediction_token_ids),
         distrust=spec.distrust,
         deadline=deadline,
     )

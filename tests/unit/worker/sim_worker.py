@@ -33,7 +33,8 @@ class SimWorker:
         post: Callable[[SimWorker, list[msg.Outgoing]], None],
         limits: BatchLimits = SMALL_STEPS,
     ) -> None:
-        """`post` takes what the engine delivers at the end of an iteration."""
+        """`post` takes what the engine delivers at the end of an iteration. A runner may have what
+        drafts for its worker, `drafting`."""
         self.peer = msg.Peer(name, incarnation, f"{name}.test")
         self.runner = runner
         self.pools = Pools(runner.groups, runner.capacity)
@@ -63,7 +64,7 @@ class SimWorker:
             failpoints=failpoints,
             counters=self.counters,
             trace=Trace(None, name),
-            draft_tokens=getattr(runner, "draft_tokens", None),
+            drafting=getattr(runner, "drafting", None),
         )
 
     @property

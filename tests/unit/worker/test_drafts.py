@@ -12,6 +12,7 @@ from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
+from tests.unit.worker.drafting import DraftingRunner, Planned
 from tests.unit.worker.sim_worker import SimWorker
 
 PROMPT = (5, 9, 13, 7, 40)
@@ -19,23 +20,15 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=13, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=3, max_tokens=13, ignore_eos=True)
 
 
-class Guessing:
-    """A runner whose worker guesses: right but for the tokens at the indices in `wrong`."""
+def guessing(runner: Any, answer: list[int], wrong: set[int]) -> DraftingRunner:
+    """Guesses are right but for the tokens at the indices in `wrong`."""
 
-    num_drafts = 3
-
-    def __init__(self, runner: Any, answer: list[int], wrong: set[int]) -> None:
-        self._runner = runner
-        self._answer = answer
-        self._wrong = wrong
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def draft_tokens(self, sequence: Sequence, most: int) -> list[int]:
+    def guess(sequence: Sequence, most: int) -> list[int]:
         first = sequence.next_index
-        coming = enumerate(self._answer[first : first + most], first)
-        return [(token + 1) % 61 if index in self._wrong else token for index, token in coming]
+        coming = enumerate(answer[first : first + most], first)
+        return [(token + 1) % 61 if index in wrong else token for index, token in coming]
+
+    return DraftingRunner(runner, Planned(guess))
 
 
 class OneWorker(SimWorker):
@@ -76,7 +69,7 @@ def test_the_answer_is_that_without_drafts(
     make_runner: MakeRunner, params: SamplingParams, wrong: set[int], num_steps: int
 ) -> None:
     [expected] = PlainLoop(make_runner(24)).generate([PROMPT], [params])
-    worker = OneWorker(Guessing(make_runner(24), expected, wrong))
+    worker = OneWorker(guessing(make_runner(24), expected, wrong))
     assert worker.answer(params) == expected
     assert worker.counters["steps"] == num_steps
     assert worker.counters["generated_tokens"] == len(expected)
@@ -90,6 +83,6 @@ def test_an_answer_that_stops_within_the_drafts(make_runner: MakeRunner) -> None
     params = SamplingParams(
         temperature=0.0, max_tokens=13, ignore_eos=True, stop_token_ids=frozenset([stop])
     )
-    worker = OneWorker(Guessing(make_runner(24), expected, set()))
+    worker = OneWorker(guessing(make_runner(24), expected, set()))
     assert worker.answer(params) == expected[:end]
     assert worker.counters["generated_tokens"] == end

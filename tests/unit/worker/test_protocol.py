@@ -28,6 +28,7 @@ from baton.shared.kv.sequence import FinishReason, Sequence
 from baton.shared.rpc.errors import DeadlineExceeded, DigestMismatch
 from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
+from tests.unit.worker.drafting import DraftingRunner, Planned
 from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock, Network
 from tests.unit.worker.simulation import Cluster
@@ -76,26 +77,19 @@ class Oracle:
         return replace(params, stop_token_ids=frozenset(stops))
 
 
-class DraftingRunner:
-    """Stands in for a runner whose decode steps check drafts: two right ones, a wrong one, ..."""
+def drafting_runner(runner: Any, oracle: Oracle) -> DraftingRunner:
+    """Its worker's drafts: two right ones, a wrong one, ..."""
 
-    num_drafts = 3
-
-    def __init__(self, runner: Any, oracle: Oracle) -> None:
-        self._runner = runner
-        self._oracle = oracle
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def draft_tokens(self, sequence: Sequence, most: int) -> list[int]:
-        prompt = sequence.prompt_token_ids[: sequence.num_prompt_tokens - sequence.first_index]
-        answer, index = self._oracle.answer(prompt, sequence.params), sequence.next_index
+    def guess(sequence: Sequence, most: int) -> list[int]:
+        answer = oracle.answer(sequence.client_prompt_token_ids, sequence.params)
+        index = sequence.next_index
         coming = answer[index : index + most]
         return [
             token_id if (index + ahead) % 3 else (token_id + 1) % 61
             for ahead, token_id in enumerate(coming)
         ]
+
+    return DraftingRunner(runner, Planned(guess))
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -244,7 +238,7 @@ def test_any_interleaving_with_drafts(
 ) -> None:
     """The answer is the one without drafts, whatever of them was wrong."""
     drafting: dict[str, Any] = {
-        name: DraftingRunner(LateRunner(runner) if runs_ahead else runner, oracle)
+        name: drafting_runner(LateRunner(runner) if runs_ahead else runner, oracle)
         for name, runner in runners.items()
     }
     _run(drafting, oracle, clock, max_examples=40)

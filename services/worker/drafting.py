@@ -1,0 +1,141 @@
+"""Guess and verify: the drafts that decode steps check, and what came of them.
+
+    schedule   how many pay (draft_lengths) ─► who guesses (drafters) ─► which are taken ─► parts
+    collect    those that were drawn stand ─► counts, chances
+
+The draw of a position is a pure function of its logits, parameters, seed and place. So a draft
+stands exactly while it is what would have been drawn without it, and the answer is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from baton.services.decode.draft_lengths import DraftLengths
+from baton.services.decode.drafters import DRAFTERS, Draft, Drafter
+from baton.services.worker.part import Part
+from baton.shared.kv.sequence import Sequence
+from baton.shared.speculation import Speculation
+
+
+class Lengths(Protocol):
+    """What `DraftLengths` does."""
+
+    def wanted(self, num_rows: int, sequences: Seq[Hashable]) -> list[int]: ...
+
+    def choose(
+        self, num_rows: int, offers: Seq[tuple[Hashable, int, int]], most: int
+    ) -> list[int]: ...
+
+    def checked(self, sequence: Hashable, num_checked: int, num_stood: int) -> None: ...
+
+    def took_step(self, seconds: float, *, num_rows: int, num_guesses: int) -> None: ...
+
+    def forget(self, sequence: Hashable) -> None: ...
+
+
+class DraftCounts:
+    """From the start of the worker."""
+
+    def __init__(self, num_drafts: int) -> None:
+        self.drafts = 0
+        """Chains that were checked."""
+        self.drafted_tokens = 0
+        self.accepted_by_position = [0] * num_drafts
+        """By place in its chain, tokens that stood."""
+
+    @property
+    def accepted_tokens(self) -> int:
+        return sum(self.accepted_by_position)
+
+    def saw(self, num_drafted: int, num_accepted: int) -> None:
+        self.drafts += 1
+        self.drafted_tokens += num_drafted
+        for place in range(num_accepted):
+            self.accepted_by_position[place] += 1
+
+
+class Drafting:
+    def __init__(self, drafter: Drafter, lengths: Lengths, num_drafts: int) -> None:
+        """`num_drafts`: the most that the engine checks of a sequence in a step."""
+        self._drafter = drafter
+        self._lengths = lengths
+        self._num_drafts = num_drafts
+        self.counts = DraftCounts(num_drafts)
+
+    @classmethod
+    def of(cls, speculation: Speculation) -> Drafting:
+        num_drafts = speculation.num_drafts
+        return cls(DRAFTERS[speculation.kind](), DraftLengths(num_drafts), num_drafts)
+
+    def add(
+        self, parts: list[Part], extend: Callable[[Sequence, int], bool], num_more: int
+    ) -> None:
+        """Gives decode parts drafts, `num_more` at most in all.
+
+        `extend` finds room for so many tokens of a sequence; without it a part gets none.
+        """
+        asking = [part for part in parts if part.sequence.params.speculate]
+        if not asking or num_more < 1:
+            return
+        limits = self._lengths.wanted(len(parts), [part.sequence for part in asking])
+        offers = self._offers(asking, limits)
+        if not offers:
+            return
+        chosen = self._lengths.choose(
+            len(parts),
+            [
+                (part.sequence, len(draft.token_ids) - _num_supposed(part), _num_supposed(part))
+                for part, draft in offers
+            ],
+            num_more,
+        )
+        for (part, draft), length in zip(offers, chosen, strict=True):
+            if length and extend(part.sequence, part.end + length):
+                first = _num_supposed(part)
+                part.supposed_ids = draft.token_ids[:first]
+                part.draft_ids = draft.token_ids[first : first + length]
+                part.num_known = part.sequence.num_tokens
+                part.is_predicted = draft.is_predicted
+                part.num_tokens += length
+
+    def _offers(self, asking: Seq[Part], limits: Seq[int]) -> list[tuple[Part, Draft]]:
+        wanted = []
+        for part, limit in zip(asking, limits, strict=True):
+            # What is drawn last is not computed.
+            length = min(limit, self._num_drafts, part.sequence.num_to_compute - part.end)
+            if length > 0:
+                wanted.append((part, _num_supposed(part) + length))
+        if not wanted:
+            return []
+        drafts = self._drafter.drafts([(part.sequence, most) for part, most in wanted])
+        return [
+            (part, draft)
+            for (part, _), draft in zip(wanted, drafts, strict=True)
+            if len(draft.token_ids) > _num_supposed(part)
+        ]
+
+    def took(self, part: Part, num_stood: int) -> None:
+        """How many of a part's drafts stood. What the steps before drew is known by now."""
+        self.counts.saw(len(part.draft_ids), num_stood)
+        sequence = part.sequence
+        drawn = sequence.token_slice(part.num_known, sequence.num_tokens)
+        # Drafts behind a wrong supposition say nothing of the drafter.
+        if sequence.is_admitted and drawn == part.supposed_ids:
+            self._lengths.checked(sequence, len(part.draft_ids), num_stood)
+
+    def took_step(self, seconds: float, parts: Seq[Part]) -> None:
+        """Of a step without chunks of prompts, planning included."""
+        num_guesses = sum(len(part.draft_ids) for part in parts)
+        self._lengths.took_step(seconds, num_rows=len(parts), num_guesses=num_guesses)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._drafter.forget(sequence)
+        self._lengths.forget(sequence)
+
+
+def _num_supposed(part: Part) -> int:
+    """Tokens before the part's drafts that steps in flight draw."""
+    return part.end - part.sequence.num_tokens

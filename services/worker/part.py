@@ -1,0 +1,48 @@
+"""Part: what a step computes of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.shared.engine.batch import BatchRow, RowHandle
+from baton.shared.kv.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Part:
+    """A sequence's part of a step: `num_tokens` tokens from position `start` on."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    draft_ids: tuple[int, ...] = ()
+    """The last of these tokens, which are guesses."""
+    supposed_ids: tuple[int, ...] = ()
+    """Guesses of what steps in flight draw, without which the drafts say nothing."""
+    num_known: int = 0
+    """Tokens of the sequence that were known when the drafts were made."""
+    is_predicted: bool = False
+    """The drafts are the client's own."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_chunk(self) -> bool:
+        """Of a prompt; else one token of a sequence that decodes, and drafts behind it."""
+        return self.start < self.sequence.num_prompt_tokens
+
+    def row(self, handle: RowHandle) -> BatchRow:
+        """Draws a token when the part reaches the end of what is known of the sequence."""
+        sequence, start = self.sequence, self.start
+        end, num_known = self.end - len(self.draft_ids), sequence.num_tokens
+        return BatchRow(
+            sequence.token_slice(start, end) if end <= num_known else None,
+            start,
+            sequence.block_tables,
+            sequence.params if end >= num_known else None,
+            sequence.key.sample,
+            handle,
+            self.draft_ids,
+        )

@@ -1,0 +1,51 @@
+"""What `--speculate` says: who guesses the next tokens, and how many of them a step checks."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("ngram",)
+MAX_DRAFTS = 15
+"""Of a sequence in a step: with the token before them, the rows that small products are padded to
+on a CPU anyway."""
+DEFAULT_DRAFTS = 7
+METAVAR = f"{'|'.join(KINDS)}[:K]"
+HELP = (
+    f"decode guesses tokens and verifies several in a step, K at most (1 to {MAX_DRAFTS}, default "
+    f"{DEFAULT_DRAFTS}), fewer where fewer pay; answers stay the same. ngram: as prompt and answer "
+    "went on before; default: none"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """`kind`: one of KINDS. `num_drafts`: the most guesses that a step checks for a sequence."""
+
+    kind: str
+    num_drafts: int = DEFAULT_DRAFTS
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.num_drafts}"
+
+
+def speculation(text: str) -> Any:
+    """`ngram` or `ngram:4` → Speculation; None for `none`.
+
+    Raises argparse.ArgumentTypeError, which names what would do.
+    """
+    # Any: with a Speculation for default, mypy would make one of `Speculation | None`.
+    if text.lower() == "none":
+        return None
+    kind, colon, number = text.partition(":")
+    if kind not in KINDS:
+        known = ", ".join((*KINDS, "none"))
+        raise argparse.ArgumentTypeError(f"{kind!r} is no kind of drafts; choose from {known}")
+    if not colon:
+        return Speculation(kind)
+    if not (number.isascii() and number.isdigit()) or not 1 <= int(number[:9]) <= MAX_DRAFTS:
+        raise argparse.ArgumentTypeError(
+            f"{number!r} drafts: must be a number from 1 to {MAX_DRAFTS}"
+        )
+    return Speculation(kind, int(number))

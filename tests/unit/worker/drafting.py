@@ -1,0 +1,65 @@
+"""What drafts in tests: guesses that are right or wrong as planned, and all of them checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
+from baton.services.worker.drafting import Drafting
+from baton.shared.kv.sequence import Sequence
+
+Guess = Callable[[Sequence, int], Seq[int]]
+
+
+class Planned:
+    """`guess`: a sequence and a number → guesses of its next tokens, at most so many."""
+
+    def __init__(self, guess: Guess) -> None:
+        self._guess = guess
+
+    def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
+        return [Draft(tuple(self._guess(sequence, most))) for sequence, most in wanted]
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+
+class AllOfThem:
+    """Stands in for DraftLengths: every guess is checked, whatever it costs."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def wanted(self, num_rows: int, sequences: Seq[Hashable]) -> list[int]:
+        return [self._most] * len(sequences)
+
+    def choose(self, num_rows: int, offers: Seq[tuple[Hashable, int, int]], most: int) -> list[int]:
+        lengths = []
+        for _, num_guesses, _ in offers:
+            lengths.append(min(num_guesses, most))
+            most -= lengths[-1]
+        return lengths
+
+    def checked(self, sequence: Hashable, num_checked: int, num_stood: int) -> None:
+        pass
+
+    def took_step(self, seconds: float, *, num_rows: int, num_guesses: int) -> None:
+        pass
+
+    def forget(self, sequence: Hashable) -> None:
+        pass
+
+
+class DraftingRunner:
+    """Stands in for a runner whose worker drafts."""
+
+    def __init__(self, runner: Any, drafter: Drafter | None = None, num_drafts: int = 3) -> None:
+        """Without `drafter` by n-grams."""
+        self._runner = runner
+        self.num_drafts = num_drafts
+        self.drafting = Drafting(drafter or NgramDrafter(), AllOfThem(num_drafts), num_drafts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
