@@ -18,6 +18,11 @@ from baton.loadtest.samples import OK, Sample, times_of
 
 ANSWERED, PROMPT_TOKENS, OUTPUT_TOKENS = "answered", "prompt tokens", "output tokens"
 """These must be equal."""
+_KEPT = ("status", "finished_reason", "position")
+"""Labels whose values are kept apart; a metric has one of them at most."""
+_DRAFTS = "vllm:spec_decode_num_drafts_total"
+_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
+_BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 _NOT_ANSWERS = {"abort", "error"}
 """vLLM counts these among its successes, by their reason."""
 
@@ -29,7 +34,7 @@ class Scrape:
     process: str
     """Equal for as long as it is the same process; empty when it does not say."""
     values: Mapping[tuple[str, str], float]
-    """Sums, by name and outcome (empty where there is none) over all other labels."""
+    """Sums, by name and outcome or position (empty where there is none) over all other labels."""
 
     def of(self, name: str) -> float | None:
         """None: it has no such metric. A metric of what has not happened yet may have no value."""
@@ -44,7 +49,7 @@ def read(text: str) -> Scrape:
         for sample in family.samples:
             if sample.name == "baton_build_info":
                 process = sample.labels.get("incarnation", "")
-            outcome = sample.labels.get("status") or sample.labels.get("finished_reason") or ""
+            outcome = next((sample.labels[each] for each in _KEPT if sample.labels.get(each)), "")
             key = sample.name, outcome
             values[key] = values.get(key, 0.0) + sample.value
     return Scrape(process, values)
@@ -74,6 +79,7 @@ class MetricsCheck:
     """Where the metrics were read."""
     counts: Sequence[Figure] = ()
     times: Sequence[Figure] = ()
+    """And means of other kinds."""
     problems: Sequence[str] = ()
     """One line each: what could not be read, and what does not agree."""
 
@@ -105,6 +111,16 @@ class Deltas:
             if own == name and keep(outcome)
         ]
         return sum(found) if found else None
+
+    def by_position(self, name: str) -> dict[int, float]:
+        """Of a metric that has a value for each position."""
+        total: dict[int, float] = {}
+        for before, after in self._pairs:
+            for (own, place), value in after.values.items():
+                if own == name and place.isdigit():
+                    gained = value - before.values.get((own, place), 0.0)
+                    total[int(place)] = total.get(int(place), 0.0) + gained
+        return total
 
     def mean_ms(self, name: str) -> float | None:
         """The mean of a histogram of seconds, in ms; None where nothing was observed."""
@@ -139,6 +155,19 @@ def _counts(deltas: Deltas, samples: Sequence[Sample]) -> Iterator[Figure]:
     told = [s.num_cached_tokens for s in good if s.num_cached_tokens is not None]
     cached = deltas.total("vllm:prefix_cache_hits_total")
     yield Figure("cached tokens", sum(told) if told else None, cached)
+    yield from _drafts(deltas)
+
+
+def _drafts(deltas: Deltas) -> Iterator[Figure]:
+    """What workers guessed and verified; nothing where none of them did."""
+    num_drafts = deltas.total(_DRAFTS)
+    if not num_drafts:
+        return
+    yield Figure("drafts", None, num_drafts)
+    yield Figure("drafted tokens", None, deltas.total("vllm:spec_decode_num_draft_tokens_total"))
+    yield Figure("accepted tokens", None, deltas.total(_ACCEPTED))
+    for place, count in sorted(deltas.by_position(_BY_POSITION).items()):
+        yield Figure(f"accepted at {place}", None, count)
 
 
 def _times(deltas: Deltas, samples: Sequence[Sample]) -> Iterator[Figure]:
@@ -152,6 +181,10 @@ def _times(deltas: Deltas, samples: Sequence[Sample]) -> Iterator[Figure]:
         times_s = times_of(samples, own)
         mean_ms = 1e3 * sum(times_s) / len(times_s) if times_s else None
         yield Figure(f"{name} mean ms", mean_ms, deltas.mean_ms(metric))
+    num_drafts = deltas.total(_DRAFTS)
+    if num_drafts:
+        length = 1 + (deltas.total(_ACCEPTED) or 0.0) / num_drafts
+        yield Figure("mean accepted length", None, length)
 
 
 def _disagreements(counts: Sequence[Figure]) -> list[str]:

@@ -67,6 +67,16 @@ def counter(name: str, help: str, value: float, labels: Mapping[str, str] | None
     return family
 
 
+def counters_of(
+    name: str, help: str, labels: Iterable[str], values: Mapping[tuple[str, ...], float]
+) -> Metric:
+    """As `counter`, one value for each combination of the labels' values."""
+    family = CounterMetricFamily(name, help, labels=list(labels))
+    for label_values, value in values.items():
+        family.add_metric(list(label_values), value)
+    return family
+
+
 def gauge(name: str, help: str, value: float, labels: Mapping[str, str] | None = None) -> Metric:
     labels = labels or {}
     family = GaugeMetricFamily(name, help, labels=list(labels))

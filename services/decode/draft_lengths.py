@@ -13,10 +13,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-_SAMPLES = 9
+_SAMPLES = 25
 """The median of so many steps says how long one takes: single ones are held up by others."""
-_MARGIN = 1.01
-"""Guesses must make the step worth so much more."""
+_MARGIN = 1.03
+"""Guesses must make the step worth so much more: what it takes is not known better."""
 _PROBE_SHARE = 0.005
 """Of the time, that guesses may cost which are not expected to pay: they may have become better."""
 _PLAIN_EVERY = 100
@@ -84,15 +84,21 @@ class _Costs:
         known = self._by_size.get(0, {}).get(_load(num_rows))
         return known.median if known else 0.0
 
+    def knows(self, num_guesses: int) -> bool:
+        """Whether about so many were ever checked."""
+        return not num_guesses or num_guesses.bit_length() in self._by_size
+
     def ratio(self, num_rows: int, num_guesses: int) -> float:
-        """By what a step takes longer with so many guesses. Where it is not known yet, as with
-        about as many rows; 1 where that is not known either, so that it is tried."""
-        load, plain = _load(num_rows), self._by_size.get(0, {})
-        by_load = self._by_size.get(num_guesses.bit_length(), {})
+        """By what a step takes longer with so many guesses, at least 1. Where it is not known yet,
+        as with about as many rows, or from fewer guesses."""
+        load, size, plain = _load(num_rows), num_guesses.bit_length(), self._by_size.get(0, {})
+        by_load = self._by_size.get(size, {})
         if load not in by_load or load not in plain:
             known = by_load.keys() & plain.keys()
             if not known:
-                return 1.0
+                # Twice as many guesses, twice the cost; one costs nothing before it was tried.
+                fewer = self.ratio(num_rows, num_guesses >> 1) if size > 1 else 1.0
+                return 1 + 2 * (fewer - 1)
             load = min(known, key=lambda each: (abs(each - load), each))
         plain_s = plain[load].median
         return max(1.0, by_load[load].median / plain_s) if plain_s > 0 else 1.0
@@ -110,7 +116,8 @@ class DraftLengths:
         self._allowance_s = 0.0
         self._num_probes = 0
         self._probe: Hashable = None
-        """Whose guesses are checked in the coming step though nothing is expected of them."""
+        """Whose guesses are checked in the coming step even if nothing is expected of them."""
+        self._probe_length = 0
 
     def wanted(self, num_rows: int, sequences: Sequence[Hashable]) -> list[int]:
         """For each of the sequences of the coming step that may have guesses, how many could pay at
@@ -120,9 +127,10 @@ class DraftLengths:
         if self._since_plain >= every:
             return [0] * len(sequences)
         price = self._lowest_price(num_rows)
-        lengths = [self._longest(self._chance(each), price) for each in sequences]
-        if not all(lengths):
-            self._plan_probe(num_rows, sequences, lengths)
+        lengths = [0] * len(sequences)
+        if price < 1:
+            lengths = [self._longest(self._chance(each), price) for each in sequences]
+        self._plan_probe(num_rows, sequences, lengths)
         return lengths
 
     def choose(
@@ -151,13 +159,18 @@ class DraftLengths:
                 rate = expected / self._costs.ratio(num_rows, number)
                 if rate > best_rate:
                     best, best_rate = number, rate
+                if not self._costs.knows(number):
+                    # Step by step: so many may cost far more than fewer did.
+                    break
         lengths = [0] * len(offers)
         for _, index in gains[:best]:
             lengths[index] += 1
         for index, (sequence, num_guesses, _) in enumerate(offers):
             if sequence is self._probe and not lengths[index]:
-                lengths[index] = min(num_guesses, max(most - best, 0))
-                self._allowance_s -= self._extra_s(num_rows, best, best + lengths[index])
+                lengths[index] = min(num_guesses, self._probe_length, max(most - best, 0))
+                least_s = (_MARGIN - 1) * self._costs.plain_s(num_rows)
+                extra_s = self._extra_s(num_rows, best, best + lengths[index])
+                self._allowance_s -= max(extra_s, least_s)
         return lengths
 
     def checked(self, sequence: Hashable, num_checked: int, num_stood: int) -> None:
@@ -199,14 +212,14 @@ class DraftLengths:
         return length
 
     def _plan_probe(self, num_rows: int, sequences: Sequence[Hashable], lengths: list[int]) -> None:
-        """Lets one sequence guess of which nothing is expected, when there is time to spare."""
+        """Lets who was checked longest ago guess anyway, when there is time to spare."""
         # Few and many in turn: what so many cost is measured again as well.
         length = min((2 << self._num_probes % self._most.bit_length()) - 1, self._most)
         if self._extra_s(num_rows, 0, length) > self._allowance_s:
             return
-        resting = [index for index, each in enumerate(lengths) if not each]
-        longest_ago = min(resting, key=lambda index: self._checked_at(sequences[index]))
-        self._probe, lengths[longest_ago] = sequences[longest_ago], length
+        index = min(range(len(sequences)), key=lambda each: self._checked_at(sequences[each]))
+        self._probe, lengths[index] = sequences[index], max(lengths[index], length)
+        self._probe_length = length
         self._num_probes += 1
 
     def _extra_s(self, num_rows: int, num_guesses: int, num_more: int) -> float:

@@ -58,6 +58,8 @@ class AdmittedRequest:
     received: tuple[int, ...]
     """Generated tokens that the client already has; at most `params.max_tokens`."""
     identity: Identity = ANONYMOUS
+    prediction_token_ids: tuple[int, ...] = ()
+    """What the client expects the answer to be."""
 
 
 async def admit(
@@ -66,14 +68,15 @@ async def admit(
     *,
     encode: Encode | None,
     encode_chat: EncodeChat | None = None,
+    encode_answer: Encode | None = None,
     defaults: ModelDefaults = ModelDefaults(),
     identity: Identity = ANONYMOUS,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
 ) -> AdmittedRequest:
-    """Awaits nothing but `encode` and `encode_chat`, and that only when all else about the request
-    holds.
+    """Awaits nothing but these, and that only when all else about the request holds.
 
-    They turn a prompt, or a chat's messages, into token ids; None when the model has no tokenizer.
+    `encode` and `encode_chat` turn a prompt, or a chat's messages, into token ids, `encode_answer`
+    the text that the client expects; None when the model has no tokenizer.
 
     Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one,
     and what `encode_chat` raises.
@@ -99,12 +102,13 @@ async def admit(
         problem = f"has {len(received)} tokens, more than the whole answer"
         raise InvalidField("received_token_ids", problem, limit=f"max_tokens, {max_tokens}")
 
+    prediction = await _prediction_token_ids(request, limits, encode_answer)
     seed = params.seed if has_seed else draw_seed()
     ends = params.stop_token_ids
     if not params.ignore_eos:
         ends |= defaults.eos_token_ids
     params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
-    return AdmittedRequest(prompt, params, received, identity)
+    return AdmittedRequest(prompt, params, received, identity, prediction)
 
 
 def _check_sampling(
@@ -160,6 +164,31 @@ def _check_is_text(field: str, prompt: Sequence[int], limits: Limits) -> None:
         name = limits.media_tokens[found]
         problem = f"has {name} {found} as token {index}: images, video and audio are not read"
         raise InvalidField(field, problem, limit="text alone")
+
+
+async def _prediction_token_ids(
+    request: pb.GenerateRequest, limits: Limits, encode_answer: Encode | None
+) -> tuple[int, ...]:
+    """Of a request that has none, none."""
+    if not request.HasField("prediction"):
+        return ()
+    prediction = request.prediction
+    match prediction.WhichOneof("content"):
+        case "text":
+            if encode_answer is None:
+                raise NoTokenizer("prediction.text needs a tokenizer, and the model has none")
+            field = "prediction.text"
+            check_text(field, prediction.text, limits)
+            token_ids = tuple(await encode_answer(prediction.text))
+        case "token_ids":
+            field, token_ids = "prediction.token_ids", tuple(prediction.token_ids.token_ids)
+        case _:
+            raise InvalidField("prediction", "is empty", limit="text or token_ids")
+    check_token_ids(field, token_ids, limits)
+    if len(token_ids) > limits.max_model_len:
+        limit = f"{limits.max_model_len}, the model's length"
+        raise InvalidField(field, f"has {len(token_ids)} tokens", limit=limit)
+    return token_ids
 
 
 def check_text(field: str, text: str, limits: Limits) -> None:

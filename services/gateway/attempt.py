@@ -17,6 +17,7 @@ from baton.services.gateway.links import (
     Events,
     Failed,
     Joined,
+    PredictionChecked,
     PromptAdmitted,
     Token,
     follow_prefill,
@@ -125,6 +126,9 @@ class _Attempt:
                     generation.transfer_s = transfer_s
                     if self._route.prefill is None:
                         self._note_cached(num_cached_tokens)
+                case PredictionChecked(num_accepted, num_rejected):
+                    generation.num_accepted_prediction_tokens += num_accepted
+                    generation.num_rejected_prediction_tokens += num_rejected
                 case Failed():
                     self._failures.append(event)
         return run, self._ending_failure(is_computed=bool(run) or not self._is_prompt_open)
@@ -188,6 +192,7 @@ class _Attempt:
             distrust=generation.distrust,
             cache_salt=generation.admitted.identity.cache_salt,
             capability_hash=self._route.decode.capability_hash,
+            prediction_token_ids=generation.admitted.prediction_token_ids,
         )
         if generation.deadline is not None:
             time_left_s = max(0.0, generation.deadline - time.monotonic())

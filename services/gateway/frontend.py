@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 from baton.services.gateway.admission import (
@@ -25,6 +25,7 @@ from baton.services.gateway.identity import Identify, Identity, ask_nobody
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.directory.directory import DirectoryUnavailable
+from baton.shared.directory.workers import accepted_at
 from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.convert import ROLE_TO_PB
 from baton.shared.rpc.errors import DeadlineExceeded, Draining, NoTokenizer
@@ -226,7 +227,17 @@ class Frontend:
             num_computed_prompt_tokens=workers["num_computed_prompt_tokens"],
             num_cached_prompt_tokens=workers["num_cached_prompt_tokens"],
             num_pulled_blocks=workers["num_pulled_blocks"],
+            num_drafts=workers["num_drafts"],
+            num_drafted_tokens=workers["num_drafted_tokens"],
+            num_accepted_tokens=workers["num_accepted_tokens"],
+            num_accepted_by_position=_by_position(workers),
         )
+
+
+def _by_position(counters: Mapping[str, int]) -> list[int]:
+    """Up to the last place that the workers count at all."""
+    counted = takewhile(lambda name: name in counters, map(accepted_at, count()))
+    return [counters[name] for name in counted]
 
 
 def _eos_token_ids(model: ModelInfo, codec: TextCodec | None) -> frozenset[int]:

@@ -79,6 +79,7 @@ async def generate(
             limits,
             encode=codec.encode_async if codec else None,
             encode_chat=partial(chat_token_ids, limits=limits, codec=codec) if codec else None,
+            encode_answer=partial(codec.encode_async, add_special_tokens=False) if codec else None,
             defaults=defaults,
             identity=identity,
         )
@@ -172,6 +173,8 @@ def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
             num_prompt_tokens=len(admitted.prompt_token_ids),
             num_completion_tokens=len(generation.token_ids),
             num_cached_tokens=generation.num_cached_tokens,
+            num_accepted_prediction_tokens=generation.num_accepted_prediction_tokens,
+            num_rejected_prediction_tokens=generation.num_rejected_prediction_tokens,
         ),
         prefill_worker_id=generation.prefill_worker_id,
         decode_worker_id=generation.decode_worker_id,

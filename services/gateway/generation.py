@@ -26,6 +26,9 @@ class Generation:
     model_digest: str | None = None
     """Both of the workers that its tokens came from."""
     num_cached_tokens: int = 0
+    num_accepted_prediction_tokens: int = 0
+    num_rejected_prediction_tokens: int = 0
+    """Of all attempts: what workers guessed by the prediction."""
     transfer_s: float | None = None
     prefill_worker_id: str = ""
     decode_worker_id: str = ""

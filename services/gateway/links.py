@@ -72,6 +72,14 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionChecked:
+    """What came of guesses by the client's prediction; comes before the tokens of the step."""
+
+    num_accepted: int
+    num_rejected: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """`worker_incarnation`: the worker that the failure casts doubt on; None: no worker.
 
@@ -84,7 +92,7 @@ class Failed:
     is_hearsay: bool = False
 
 
-Event = Token | PromptAdmitted | Joined | Failed
+Event = Token | PromptAdmitted | Joined | PredictionChecked | Failed
 Events = asyncio.Queue[Event]
 
 
@@ -215,6 +223,12 @@ class DecodeLink:
             case "step":
                 step = message.step
                 self._steps.heard(step.step)
+                for checked in step.predictions:
+                    attempt = self._attempts.get(checked.slot)
+                    if attempt is not None:
+                        attempt.events.put_nowait(
+                            PredictionChecked(checked.num_accepted, checked.num_rejected)
+                        )
                 for number, index, token_id, finish_reason in zip(
                     step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
                 ):

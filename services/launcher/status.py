@@ -16,6 +16,7 @@ from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
 
 _TIMEOUT_S = 10.0
+_BY_POSITION = "num_accepted_by_position"
 _ROLES = {
     types_pb2.WORKER_ROLE_PREFILL: "prefill",
     types_pb2.WORKER_ROLE_DECODE: "decode",
@@ -77,8 +78,8 @@ def to_text(state: dict[str, Any]) -> str:
     lines += ["", f"ledger: {stages}", f"prefix index: {state['num_prefix_entries']} entries"]
     defaults = ", ".join(f"{name} {value}" for name, value in state["default_sampling"].items())
     lines += [f"sampling defaults of the model: {defaults or 'none'}"]
-    lines += ["counters:"]
-    counters = state["counters"].items()
+    lines += [_drafts(state["counters"]), "counters:"]
+    counters = [(name, n) for name, n in state["counters"].items() if name != _BY_POSITION]
     lines += [f"  {line}" for line in _table([(_words(name), str(n)) for name, n in counters])]
     return "\n".join(lines)
 
@@ -105,8 +106,19 @@ def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
     }
 
 
-def _numbers(counters: pb.ServerCounters) -> dict[str, int]:
-    return {field.name: getattr(counters, field.name) for field in counters.DESCRIPTOR.fields}
+def _numbers(counters: pb.ServerCounters) -> dict[str, Any]:
+    numbers = {field.name: getattr(counters, field.name) for field in counters.DESCRIPTOR.fields}
+    return numbers | {_BY_POSITION: list(counters.num_accepted_by_position)}
+
+
+def _drafts(counters: dict[str, Any]) -> str:
+    """How far chains of drafts go, one line."""
+    num_drafts = counters["num_drafts"]
+    if not num_drafts:
+        return "drafts: none"
+    mean = 1 + counters["num_accepted_tokens"] / num_drafts
+    shares = [f"{count / num_drafts:.0%}" for count in counters[_BY_POSITION]]
+    return f"drafts: {mean:.2f} tokens a step on average; accepted by position {', '.join(shares)}"
 
 
 def _words(name: str) -> str:

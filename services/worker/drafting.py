@@ -36,34 +36,18 @@ class Lengths(Protocol):
     def forget(self, sequence: Hashable) -> None: ...
 
 
-class DraftCounts:
-    """From the start of the worker."""
-
-    def __init__(self, num_drafts: int) -> None:
-        self.drafts = 0
-        """Chains that were checked."""
-        self.drafted_tokens = 0
-        self.accepted_by_position = [0] * num_drafts
-        """By place in its chain, tokens that stood."""
-
-    @property
-    def accepted_tokens(self) -> int:
-        return sum(self.accepted_by_position)
-
-    def saw(self, num_drafted: int, num_accepted: int) -> None:
-        self.drafts += 1
-        self.drafted_tokens += num_drafted
-        for place in range(num_accepted):
-            self.accepted_by_position[place] += 1
-
-
 class Drafting:
+    """
+    Attributes:
+        accepted_by_position: by place in its chain, tokens that stood, from the worker's start.
+    """
+
     def __init__(self, drafter: Drafter, lengths: Lengths, num_drafts: int) -> None:
         """`num_drafts`: the most that the engine checks of a sequence in a step."""
         self._drafter = drafter
         self._lengths = lengths
         self._num_drafts = num_drafts
-        self.counts = DraftCounts(num_drafts)
+        self.accepted_by_position = [0] * num_drafts
 
     @classmethod
     def of(cls, speculation: Speculation) -> Drafting:
@@ -119,7 +103,8 @@ class Drafting:
 
     def took(self, part: Part, num_stood: int) -> None:
         """How many of a part's drafts stood. What the steps before drew is known by now."""
-        self.counts.saw(len(part.draft_ids), num_stood)
+        for place in range(num_stood):
+            self.accepted_by_position[place] += 1
         sequence = part.sequence
         drawn = sequence.token_slice(part.num_known, sequence.num_tokens)
         # Drafts behind a wrong supposition say nothing of the drafter.

@@ -187,6 +187,7 @@ class EngineLoop:
                 orphans = [tables for step in self._in_flight for tables in step.orphans]
                 state = snapshot(self._table, self._pools, self._counters, check_integrity, orphans)
                 state.num_claims = len(self._claims)
+                state.num_accepted_by_position.extend(self._stepper.accepted_by_position)
                 reply(state)
             case msg.Drain():
                 self._is_draining = True
@@ -411,6 +412,8 @@ class EngineLoop:
             return False
         if not is_decoding:
             return self._took_chunk(part, outcome, step)
+        if part.draft_ids:
+            self._count_drafts(part, len(outcome) - 1)
         num_blocks = sequence.num_computed_tokens // self._pools.block_size
         for drawn in outcome:
             if sequence.finish_reason is None:
@@ -418,6 +421,16 @@ class EngineLoop:
                 self._took_token(sequence, drawn)
         has_filled = sequence.num_computed_tokens // self._pools.block_size > num_blocks
         return has_filled or bool(outcome) and sequence.finish_reason is not None
+
+    def _count_drafts(self, part: Part, num_accepted: int) -> None:
+        num_drafted = len(part.draft_ids)
+        self._counters["drafts"] += 1
+        self._counters["drafted_tokens"] += num_drafted
+        self._counters["accepted_tokens"] += num_accepted
+        if part.is_predicted:
+            self._reports.checked_prediction(
+                self._table.recipient_of(part.sequence), num_accepted, num_drafted - num_accepted
+            )
 
     def _settle(self, part: Part, step: InFlight) -> None:
         """Seals what a part filled, gives back what fell out of the window, tells the reader, and

@@ -22,6 +22,7 @@ from baton.shared.metrics import (
     SECONDS_BUCKETS,
     TOKENS_BUCKETS,
     counter,
+    counters_of,
     gauge,
     gauges,
     info,
@@ -38,6 +39,9 @@ _COUNTERS = {
     "computed_blocks": "Full blocks that were computed for prompts",
     "pulled_blocks": "Blocks that were read from another worker and verified",
     "digest_mismatches": "Blocks whose bytes were not those that were sealed",
+    "drafts": "Chains of drafts that decode steps checked",
+    "drafted_tokens": "Tokens in them",
+    "accepted_tokens": "Of these, tokens that were what was drawn",
     "preemptions": "Sequences that gave way because no block was free",
     "aborted_sequences": "Sequences that were ended early: cancelled, preempted or failed",
 }
@@ -154,6 +158,7 @@ class WorkerCollector(Collector):
         for name, help in _COUNTERS.items():
             yield counter(f"baton_{name}", help, getattr(state.counters, _field(name)))
         yield from self._tokens(told)
+        yield from self._drafts(state)
         yield gauges(
             "baton_path_bytes_per_second",
             "Rate of the path to a peer, as measured when it was connected",
@@ -219,3 +224,34 @@ class WorkerCollector(Collector):
             ("num_preemptions", "Sequences that gave way", counters.num_preemptions),
         ):
             yield counter(f"vllm:{name}", help, value, labels)
+
+    def _drafts(self, state: worker_service_pb2.GetWorkerStateResponse) -> Iterator[Metric]:
+        counters, num_drafts = state.counters, state.counters.num_drafts
+        by_position: dict[tuple[str, ...], float] = {
+            (str(place),): float(count)
+            for place, count in enumerate(state.num_accepted_by_position)
+        }
+        help_by_position = (
+            "Drafted tokens that were what was drawn, by place in their chain, from 0"
+        )
+        yield counters_of(
+            "baton_accepted_tokens_by_position", help_by_position, ("position",), by_position
+        )
+        yield gauge(
+            "baton_mean_accepted_length",
+            "Tokens that a chain of drafts brought on average, the one drawn behind it included",
+            1 + counters.num_accepted_tokens / num_drafts if num_drafts else 0.0,
+        )
+        labels = {"model_name": self._about["model_name"], "engine": self._about["worker_id"]}
+        for name, help, value in (
+            ("num_drafts", "Chains of drafts that were checked", num_drafts),
+            ("num_draft_tokens", "Tokens in them", counters.num_drafted_tokens),
+            ("num_accepted_tokens", "Of these, accepted ones", counters.num_accepted_tokens),
+        ):
+            yield counter(f"vllm:spec_decode_{name}", help, value, labels)
+        yield counters_of(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            help_by_position,
+            (*labels, "position"),
+            {(*labels.values(), *place): count for place, count in by_position.items()},
+        )

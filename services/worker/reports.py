@@ -38,6 +38,8 @@ class Reports:
         self._tokens: defaultdict[str, list[tuple[int, int, Drawn, FinishReason | None]]]
         """By gateway: number, index, token id, and why it is the last."""
         self._tokens = defaultdict(list)
+        self._predictions: defaultdict[str, list[dec.CheckedPrediction]] = defaultdict(list)
+        """By gateway."""
 
     def emit(self, message: Outgoing) -> None:
         self._outbox.append(message)
@@ -53,8 +55,10 @@ class Reports:
             output.indices.extend(indices)
             output.token_ids.extend([each.token_id for each in drawn])
             output.finish_reasons.extend([FINISH_REASON_TO_PB[reason] for reason in reasons])
+            output.predictions.extend(self._predictions.pop(gateway, ()))
             self.emit(ToGateway(gateway, response))
         self._tokens.clear()
+        self._predictions.clear()
         if self._outbox:
             self._deliver(self._outbox[:])
             self._outbox.clear()
@@ -88,6 +92,15 @@ class Reports:
         self, recipient: Recipient, index: int, drawn: Drawn, finish_reason: FinishReason | None
     ) -> None:
         self._tokens[recipient.gateway].append((recipient.number, index, drawn, finish_reason))
+
+    def checked_prediction(
+        self, recipient: Recipient, num_accepted: int, num_rejected: int
+    ) -> None:
+        """Goes along with the tokens that were drawn in the same step."""
+        checked = dec.CheckedPrediction(
+            slot=recipient.number, num_accepted=num_accepted, num_rejected=num_rejected
+        )
+        self._predictions[recipient.gateway].append(checked)
 
     def failed(self, key: AttemptKey, recipient: Recipient | None, error: BatonError) -> None:
         """To whoever hosts the sequence."""

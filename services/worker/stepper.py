@@ -87,6 +87,11 @@ class Stepper:
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
 
+    @property
+    def accepted_by_position(self) -> Seq[int]:
+        """By place in its chain, drafted tokens that stood; empty where nobody drafts."""
+        return () if self._drafting is None else self._drafting.accepted_by_position
+
     def schedule(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
     ) -> list[Part]:

@@ -36,7 +36,7 @@ from baton.services.worker.metrics import EngineMetrics, WorkerCollector
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.directory.directory import DirectoryMisconfigured, OtherModel
-from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord
+from baton.shared.directory.workers import ModelFacts, WorkerLoad, WorkerRecord, accepted_at
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_digest import ModelIdentity
 from baton.shared.engine.model_runner import ModelRunner
@@ -373,7 +373,7 @@ class Worker:
                 # Before the engine has answered once, none.
                 num_free_blocks=tuple(state.num_free_blocks_by_pool)
                 or (0,) * len(self._runner.num_blocks),
-                counters={field.name: value for field, value in state.counters.ListFields()},
+                counters=_counters(state),
             ),
         )
 
@@ -393,6 +393,12 @@ class Worker:
         )
         metrics = f" metrics={self._metrics_address}" if self._metrics_address else ""
         print(f"READY grpc={address}{metrics}", flush=True)  # noqa: T201
+
+
+def _counters(state: worker_service_pb2.GetWorkerStateResponse) -> dict[str, int]:
+    named = {field.name: value for field, value in state.counters.ListFields()}
+    by_position = enumerate(state.num_accepted_by_position)
+    return named | {accepted_at(place): count for place, count in by_position}
 
 
 def _start_engine(engine: EngineLoop, stop: asyncio.Event) -> threading.Thread:

@@ -68,9 +68,15 @@ return 1
 WORKER_SCRIPTS = (PUBLISH, REMOVE, ATTEND)
 
 
+def accepted_at(place: int) -> str:
+    """The counter of drafted tokens at that place of their chain, from 0, that were accepted."""
+    return f"num_accepted_at_{place}"
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """What changes from heartbeat to heartbeat. `counters` are named as in `WorkerCounters`."""
+    """What changes from heartbeat to heartbeat. `counters` are named as in `WorkerCounters`, and
+    accepted drafts by their place in the chain as `accepted_at` says."""
 
     num_waiting: int
     num_running: int

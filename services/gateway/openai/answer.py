@@ -104,7 +104,9 @@ class _Run:
     request_id: str = ""
 
     def __post_init__(self) -> None:
-        self.choices = [Choice() for _ in self.ask.requests]
+        self.choices = [
+            Choice(has_prediction=request.HasField("prediction")) for request in self.ask.requests
+        ]
 
     def take(self, index: int, response: pb.GenerateResponse) -> bytes:
         """Keeps what the message says; returns the events to send for it."""
@@ -145,6 +147,8 @@ class _Run:
     def _take_finished(self, index: int, choice: Choice, finished: pb.GenerateFinished) -> bytes:
         choice.num_completion_tokens = finished.usage.num_completion_tokens
         choice.num_cached_tokens = finished.usage.num_cached_tokens
+        choice.num_accepted_prediction_tokens = finished.usage.num_accepted_prediction_tokens
+        choice.num_rejected_prediction_tokens = finished.usage.num_rejected_prediction_tokens
         choice.finish_reason = FINISH_REASONS[finished.finish_reason]
         if not self.ask.is_streamed:
             choice.texts.append(finished.text)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.content import PREDICTION, prediction_of, text_of
 from baton.services.gateway.openai.errors import InvalidParam
-from baton.services.gateway.openai.schema import ChatRequest, ContentPart, Message
+from baton.services.gateway.openai.schema import ChatRequest, Message
 from baton.v1 import inference_service_pb2 as pb
 
 _ROLES = ("system", "developer", "user", "assistant")
@@ -16,7 +17,7 @@ _REASONING = ("reasoning_content", "reasoning")
 
 def chat_fields(request: ChatRequest) -> dict[str, str]:
     """What this request calls the fields of GenerateRequest."""
-    names = {"text": "messages", "token_ids": "messages"}
+    names = {"text": "messages", "token_ids": "messages", **PREDICTION}
     if request.max_completion_tokens is not None:
         names["sampling.max_tokens"] = "max_completion_tokens"
     return names
@@ -25,6 +26,7 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
 async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateRequest:
     """Raises InvalidParam and BatonErrors."""
     sampling = request.sampling(frontend.cluster.limits().vocab_size)
+    prediction = prediction_of(request.prediction)
     token_ids = await frontend.chat_prompt(
         template_messages(request.messages, frontend),
         add_generation_prompt=request.add_generation_prompt is not False,
@@ -40,6 +42,7 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
         sampling=sampling,
         standalone_text=True,
         clamp_max_tokens=not is_length_given,
+        prediction=prediction,
     )
 
 
@@ -81,15 +84,6 @@ def _content(message: Message, path: str) -> str | list[dict[str, str]]:
     if isinstance(message.content, str):
         return message.content
     return [
-        {"type": "text", "text": _text_of(part, f"{path}[{index}]")}
+        {"type": "text", "text": text_of(part, f"{path}[{index}]")}
         for index, part in enumerate(message.content)
     ]
-
-
-def _text_of(part: ContentPart, path: str) -> str:
-    if part.type != "text":
-        problem = f"{part.type[:40]!r} is not supported; only 'text' is"
-        raise InvalidParam(f"{path}.type", problem, code="unsupported_parameter")
-    if part.text is None:
-        raise InvalidParam(f"{path}.text", "is missing")
-    return part.text

@@ -7,6 +7,7 @@ from typing import Any
 
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.content import PREDICTION, prediction_of
 from baton.services.gateway.openai.errors import InvalidParam, context_too_long
 from baton.services.gateway.openai.schema import CompletionRequest, whole
 from baton.v1 import inference_service_pb2 as pb
@@ -14,7 +15,7 @@ from baton.v1 import inference_service_pb2 as pb
 MAX_PROMPTS = 128
 _DEFAULT_MAX_TOKENS = 16
 
-FIELDS = {"text": "prompt", "token_ids": "prompt"}
+FIELDS = {"text": "prompt", "token_ids": "prompt", **PREDICTION}
 """What this endpoint calls the fields of GenerateRequest."""
 
 
@@ -30,9 +31,12 @@ async def completion_requests(
     elif not is_length_given:
         default = frontend.defaults.sampling.max_tokens or _DEFAULT_MAX_TOKENS
         sampling.max_tokens = min(default, _DEFAULT_MAX_TOKENS)
+    prediction = prediction_of(request.prediction)
     requests = []
     for prompt in split_prompts(request.prompt, limits):
-        one = pb.GenerateRequest(sampling=sampling, clamp_max_tokens=not is_length_given)
+        one = pb.GenerateRequest(
+            sampling=sampling, clamp_max_tokens=not is_length_given, prediction=prediction
+        )
         if isinstance(prompt, str) and request.add_special_tokens is not False:
             one.text = prompt
         elif isinstance(prompt, str):

@@ -75,7 +75,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
     "reasoning_effort": ("none",),
     "web_search_options": (),
     "continue_final_message": (False,),
@@ -136,6 +135,26 @@ else:
     )
 
 
+class ContentPart(_Fields):
+    type: str
+    text: str | None = None
+
+
+def _as_part(value: Any) -> Any:
+    return {"type": "text", "text": value} if isinstance(value, str) else value
+
+
+_Part = Annotated[ContentPart, BeforeValidator(_as_part)]
+"""Some clients list texts as they are."""
+
+
+class Prediction(_Fields):
+    """What the client expects the answer to be."""
+
+    type: str
+    content: str | _List[_Part]
+
+
 class Sampled(_WithSampling):
     """What completions and chats have in common, beside the sampling fields. None: not given."""
 
@@ -144,6 +163,7 @@ class Sampled(_WithSampling):
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    prediction: Prediction | None = None
 
     @property
     def asks_for_all(self) -> bool:
@@ -176,24 +196,6 @@ _PART_FIELDS = (
     *("text", "image_url", "image_embeds", "image_pil", "input_image", "image"),
     *("input_audio", "audio_url", "audio", "video_url", "video", "input_file", "file"),
 )
-
-
-class ContentPart(_Fields):
-    type: str
-    text: str | None = None
-
-
-def _as_part(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"type": "text", "text": value}
-    if isinstance(value, dict) and value.get("type") is None:
-        # vLLM takes these by their field alone.
-        return {**value, "type": next((name for name in _PART_FIELDS if name in value), None)}
-    return value
-
-
-_Part = Annotated[ContentPart, BeforeValidator(_as_part)]
-"""Some clients list texts as they are."""
 
 
 class Message(_Fields):
@@ -260,6 +262,11 @@ def _check_sizes(body: dict[str, Any]) -> None:
         entries = body.get(field)
         if isinstance(entries, list) and len(entries) > _MAX_ENTRIES:
             raise InvalidParam(field, f"has {len(entries)} entries; limit: {_MAX_ENTRIES}")
+    prediction = body.get("prediction")
+    parts = prediction.get("content") if isinstance(prediction, dict) else None
+    if isinstance(parts, list) and len(parts) > _MAX_ENTRIES:
+        problem = f"has {len(parts)} content parts; limit: {_MAX_ENTRIES}"
+        raise InvalidParam("prediction.content", problem)
     messages = body.get("messages")
     if not isinstance(messages, list):
         return
@@ -295,7 +302,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 _FIELD_NAMES = {
-    name for kind in (StreamOptions, ContentPart, Message) for name in kind.model_fields
+    name for kind in (StreamOptions, ContentPart, Prediction, Message) for name in kind.model_fields
 }
 
 

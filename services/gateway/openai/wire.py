@@ -30,18 +30,29 @@ class Choice:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     num_cached_tokens: int = 0
+    has_prediction: bool = False
+    num_accepted_prediction_tokens: int = 0
+    num_rejected_prediction_tokens: int = 0
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     num_prompt = sum(choice.num_prompt_tokens for choice in choices)
     num_completion = sum(choice.num_completion_tokens for choice in choices)
     num_cached = sum(choice.num_cached_tokens for choice in choices)
-    return {
+    told = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": num_cached},
     }
+    if any(choice.has_prediction for choice in choices):
+        accepted = sum(choice.num_accepted_prediction_tokens for choice in choices)
+        rejected = sum(choice.num_rejected_prediction_tokens for choice in choices)
+        told["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": rejected,
+        }
+    return told
 
 
 class Wire:

@@ -72,17 +72,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
     """Given the size of its pool in blocks, and one of CONFIGS, a runner on one CPU thread, of the
-    class `exact`."""
+    class `exact`; further arguments are those of EngineConfig."""
     torch.set_num_threads(1)
     directories: dict[str, Path] = {}
 
-    def make(num_blocks: int, kind: str = "full") -> ModelRunner:
+    def make(num_blocks: int, kind: str = "full", **how: Any) -> ModelRunner:
         if kind not in directories:
             directories[kind] = tmp_path_factory.mktemp("tiny")
             _write_model(directories[kind], CONFIGS[kind])
         runner = ModelRunner(
             EngineConfig(
-                directories[kind], device="cpu", block_size=BLOCK_SIZE, num_blocks=num_blocks
+                directories[kind],
+                device="cpu",
+                block_size=BLOCK_SIZE,
+                num_blocks=num_blocks,
+                **how,
             )
         )
         assert runner.determinism == "exact"

@@ -48,6 +48,7 @@ class Request:
     deadline: float | None
     is_local: bool
     """The decode worker computes the prompt itself."""
+    prediction: tuple[int, ...] = ()
     token_ids: list[int] = field(default_factory=list)
     num_attempts: int = 0
     distrust: bool = False
@@ -84,10 +85,11 @@ class Cluster:
         *,
         time_left_s: float | None = None,
         is_local: bool = False,
+        prediction: tuple[int, ...] = (),
     ) -> Request:
         deadline = None if time_left_s is None else self.clock.now + time_left_s
         name = f"r{next(self.network.numbers)}"
-        request = Request(name, prompt, params, expected, deadline, is_local)
+        request = Request(name, prompt, params, expected, deadline, is_local, prediction)
         self.requests.append(request)
         self._start(request)
         return request
@@ -154,6 +156,7 @@ class Cluster:
             request.prompt + tuple(request.token_ids),
             request.params,
             first_index=attempt.first_index,
+            prediction_token_ids=request.prediction,
             distrust=request.distrust,
             deadline=request.deadline,
         )

@@ -28,3 +28,6 @@ class Sampling(TypedDict, total=False):
     """The answer ends with the first of these tokens."""
     ignore_eos: bool | None
     """Go on past the model's end-of-sequence tokens."""
+    speculate: bool | None
+    """Whether workers that guess tokens and verify them (`--speculate`) do so here; the answer is
+    the same. Default true."""

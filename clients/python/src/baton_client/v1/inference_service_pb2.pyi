@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "messages", "sampling", "received_token_ids", "standalone_text", "clamp_max_tokens")
+    __slots__ = ("text", "token_ids", "messages", "sampling", "received_token_ids", "standalone_text", "clamp_max_tokens", "prediction")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class GenerateRequest(_message.Message):
     RECEIVED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     STANDALONE_TEXT_FIELD_NUMBER: _ClassVar[int]
     CLAMP_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     messages: Messages
@@ -24,7 +25,16 @@ class GenerateRequest(_message.Message):
     received_token_ids: _containers.RepeatedScalarFieldContainer[int]
     standalone_text: bool
     clamp_max_tokens: bool
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., received_token_ids: _Optional[_Iterable[int]] = ..., standalone_text: bool = ..., clamp_max_tokens: bool = ...) -> None: ...
+    prediction: Prediction
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., received_token_ids: _Optional[_Iterable[int]] = ..., standalone_text: bool = ..., clamp_max_tokens: bool = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("text", "token_ids")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: TokenIds
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("token_ids",)
@@ -97,14 +107,18 @@ class GenerateFinished(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[GenerateTiming, _Mapping]] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., num_attempts: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens")
+    __slots__ = ("num_prompt_tokens", "num_completion_tokens", "num_cached_tokens", "num_accepted_prediction_tokens", "num_rejected_prediction_tokens")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_PREDICTION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REJECTED_PREDICTION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
+    num_accepted_prediction_tokens: int
+    num_rejected_prediction_tokens: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_completion_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_accepted_prediction_tokens: _Optional[int] = ..., num_rejected_prediction_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateTiming(_message.Message):
     __slots__ = ("ttft_time", "tpot_time", "e2e_time", "transfer_time")
@@ -229,7 +243,7 @@ class LedgerStageCount(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., num_entries: _Optional[int] = ...) -> None: ...
 
 class ServerCounters(_message.Message):
-    __slots__ = ("num_requests", "num_extra_attempts", "num_cancelled", "num_preemptions", "num_digest_mismatches", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_pulled_blocks")
+    __slots__ = ("num_requests", "num_extra_attempts", "num_cancelled", "num_preemptions", "num_digest_mismatches", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_pulled_blocks", "num_drafts", "num_drafted_tokens", "num_accepted_tokens", "num_accepted_by_position")
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXTRA_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_CANCELLED_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +252,10 @@ class ServerCounters(_message.Message):
     NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PULLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_BY_POSITION_FIELD_NUMBER: _ClassVar[int]
     num_requests: int
     num_extra_attempts: int
     num_cancelled: int
@@ -246,4 +264,8 @@ class ServerCounters(_message.Message):
     num_computed_prompt_tokens: int
     num_cached_prompt_tokens: int
     num_pulled_blocks: int
-    def __init__(self, num_requests: _Optional[int] = ..., num_extra_attempts: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_digest_mismatches: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_pulled_blocks: _Optional[int] = ...) -> None: ...
+    num_drafts: int
+    num_drafted_tokens: int
+    num_accepted_tokens: int
+    num_accepted_by_position: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_requests: _Optional[int] = ..., num_extra_attempts: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_digest_mismatches: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_pulled_blocks: _Optional[int] = ..., num_drafts: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_by_position: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -1,0 +1,285 @@
+"""Answers with guesses are the answers without: whoever guesses, whatever happens meanwhile.
+
+In the class `exact`, with real engines. Every guess is checked (as DraftLengths would not), and the
+simulated gateway compares each token with that of an undisturbed run without guesses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from baton.services.worker import messages as msg
+from baton.services.worker.sequence_table import Recipient
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.kv.capacity import num_blocks_for
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
+from baton.shared.model_files.fields import ModelError
+from baton.shared.sampling import SamplingParams
+from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
+from tests.unit.worker.drafting import DraftingRunner, Planned
+from tests.unit.worker.late_runner import LateRunner
+from tests.unit.worker.network import Clock
+from tests.unit.worker.sim_worker import SimWorker
+from tests.unit.worker.simulation import Cluster, Request
+
+COPYING = (5, 9, 13, 7, 40, 5, 9, 13, 7, 40, 5, 9)
+PLAIN = tuple(3 + 7 * i % 50 for i in range(21))
+LENGTH = 24
+WAYS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "temperature": SamplingParams(temperature=0.7, seed=3),
+    "top-k": SamplingParams(temperature=1.0, top_k=3, seed=4),
+    "top-p": SamplingParams(temperature=1.0, top_p=0.5, seed=5),
+    "min-p": SamplingParams(temperature=0.9, min_p=0.2, seed=6),
+}
+PARAMS = [
+    dataclasses.replace(params, max_tokens=LENGTH, ignore_eos=True) for params in WAYS.values()
+]
+
+
+class Answers:
+    """Those of undisturbed runs without guesses."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._loop = PlainLoop(runner)
+        self._known: dict[tuple[tuple[int, ...], SamplingParams], list[int]] = {}
+
+    def to(self, prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
+        if (prompt, params) not in self._known:
+            [self._known[prompt, params]] = self._loop.generate([prompt], [params])
+        return self._known[prompt, params]
+
+
+@pytest.fixture(scope="module")
+def answers(make_runner: MakeRunner) -> Answers:
+    return Answers(make_runner(64))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("engine_loop", "handoff"):
+        monkeypatch.setattr(f"baton.services.worker.{module}.time", clock)
+    return clock
+
+
+def nearly(answer: list[int]) -> tuple[int, ...]:
+    """A prediction with a wrong token, a word too many, and one left out."""
+    predicted = list(answer)
+    predicted[5] = (predicted[5] + 1) % 61
+    return (*predicted[:11], 60, *predicted[11:16], *predicted[17:])
+
+
+def drafting_cluster(runners: dict[str, Any], clock: Clock) -> Cluster:
+    """Its prefill worker guesses nothing."""
+    decode = DraftingRunner(runners["decode"], num_drafts=5)
+    return Cluster({"prefill": runners["prefill"], "decode": decode}, clock)  # type: ignore[dict-item]
+
+
+def submit_all(cluster: Cluster, answers: Answers, *, predicts: bool) -> list[Request]:
+    """Of each kind one that is handed over, and one that the worker computes by itself."""
+    requests = []
+    for number, params in enumerate(PARAMS):
+        prompt = PLAIN if number % 2 else COPYING
+        expected = answers.to(prompt, params)
+        prediction = nearly(expected) if predicts else ()
+        for is_local in (False, True):
+            requests.append(
+                cluster.submit(prompt, params, expected, is_local=is_local, prediction=prediction)
+            )
+    return requests
+
+
+def counted(cluster: Cluster) -> dict[str, int]:
+    return dict(cluster.network.workers["decode"].counters)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("predicts", [False, True], ids=["ngram", "prediction"])
+def test_mixed_batches_in_every_way_of_drawing(
+    make_runner: MakeRunner, answers: Answers, clock: Clock, predicts: bool, runs_ahead: bool
+) -> None:
+    """Chunked prompts, prefix hits, answers that are handed over and that are not, together."""
+    runners: dict[str, Any] = {name: make_runner(120) for name in ("prefill", "decode")}
+    if runs_ahead:
+        runners = {name: LateRunner(runner) for name, runner in runners.items()}
+    cluster = drafting_cluster(runners, clock)
+    requests = submit_all(cluster, answers, predicts=predicts)
+    cluster.settle()
+    assert [request.token_ids for request in requests] == [each.expected for each in requests]
+    counters = counted(cluster)
+    assert counters["accepted_tokens"] > (60 if predicts else 0)
+    assert counters["drafted_tokens"] > counters["accepted_tokens"]
+    worker = cluster.network.workers["decode"]
+    by_position = worker.engine._stepper.accepted_by_position
+    assert sum(by_position) == counters["accepted_tokens"]
+    assert sorted(by_position, reverse=True) == by_position
+
+
+def test_with_too_few_blocks(make_runner: MakeRunner, answers: Answers, clock: Clock) -> None:
+    """Answers give way to each other, and go on in other attempts; guesses never make one give
+    way."""
+    cluster = drafting_cluster({name: make_runner(16) for name in ("prefill", "decode")}, clock)
+    requests = submit_all(cluster, answers, predicts=True)
+    cluster.settle()
+    assert [request.token_ids for request in requests] == [each.expected for each in requests]
+    assert counted(cluster)["preemptions"] > 0 and counted(cluster)["accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("is_local", "num_rounds"), [(False, 4), (False, 5), (False, 6), (False, 7), (True, 6)]
+)
+def test_a_decode_worker_that_dies_after_so_many_rounds(
+    make_runner: MakeRunner, answers: Answers, clock: Clock, is_local: bool, num_rounds: int
+) -> None:
+    """However long the accepted chain was: the answer goes on where it was, on a worker that
+    guesses or on one that does not."""
+    cluster = drafting_cluster({name: make_runner(64) for name in ("prefill", "decode")}, clock)
+    network, params = cluster.network, PARAMS[num_rounds % len(PARAMS)]
+    expected = answers.to(COPYING, params)
+    request = cluster.submit(
+        COPYING, params, expected, is_local=is_local, prediction=nearly(expected)
+    )
+    for _ in range(num_rounds):
+        for name in network.workers:
+            for channel in network.busy_channels:
+                while network.channels[channel]:
+                    network.deliver(channel)
+            network.finish_pull(name)
+            network.step(name)
+    if num_rounds % 2:
+        network._runners["decode"] = network._runners["decode"]._runner
+    network.kill("decode")
+    cluster.settle()
+    assert request.token_ids == expected and request.num_attempts == 2
+
+
+class OneWorker(SimWorker):
+    """Checks after every iteration that nobody holds blocks for guesses that fell."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__("w", "ab" * 16, runner, lambda _, mail: self._hear(mail))
+        self.token_ids: list[int] = []
+        self.reasons: list[int] = []
+        self.checked: list[tuple[int, int]] = []
+        self.most_held = [0] * len(runner.groups)
+
+    def answer(self, sequence: Sequence) -> list[int]:
+        recipient = Recipient(self.gateway_stream, 1)
+        self.inbox.put(msg.StartDecode(sequence, recipient, None))
+        for _ in range(150):
+            self.engine.run_once(may_wait=False)
+            self.check()
+            for table in sequence.block_tables if sequence.output_token_ids else ():
+                assert len(table) == num_blocks_for(sequence.num_scheduled_tokens, BLOCK_SIZE)
+                assert table.num_sealed <= sequence.num_computed_tokens // BLOCK_SIZE
+            held = [len(table) - table.count(NO_BLOCK) for table in sequence.block_tables]
+            self.most_held = list(map(max, self.most_held, held or self.most_held))
+        assert self.leftovers == {}
+        return self.token_ids
+
+    def _hear(self, mail: list[msg.Outgoing]) -> None:
+        for message in mail:
+            if isinstance(message, msg.ToGateway):
+                step = message.message.step
+                self.token_ids += step.token_ids
+                self.reasons += [reason for reason in step.finish_reasons if reason]
+                self.checked += [(p.num_accepted, p.num_rejected) for p in step.predictions]
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs_ahead"),
+    [("full", True), ("windowed", False), ("one pool", False), ("two pools", True)],
+)
+def test_only_what_stands_is_sealed_and_keeps_blocks(
+    make_runner: MakeRunner, kind: str, runs_ahead: bool
+) -> None:
+    """Over several windows, with guesses that fill several blocks and mostly fall."""
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    [expected] = PlainLoop(make_runner(64, kind)).generate([PLAIN], [params])
+
+    def guess(sequence: Sequence, most: int) -> list[int]:
+        index = sequence.next_index
+        coming = enumerate(expected[index : index + most], index)
+        return [token if at % 4 else (token + 1) % 61 for at, token in coming]
+
+    runner: Any = make_runner(48, kind, num_drafts=15)
+    plain = make_runner(48, kind)
+    assert plain.kv_cache.layout() == runner.kv_cache.layout()
+    worker = OneWorker(
+        DraftingRunner(LateRunner(runner) if runs_ahead else runner, Planned(guess), 15)
+    )
+    sequence = Sequence(AttemptKey("r", 0, 1), PLAIN, params)
+    assert worker.answer(sequence) == expected
+    assert worker.counters["accepted_tokens"] > (0 if runs_ahead else 10)
+    for share, most in zip(runner.capacity.groups, worker.most_held, strict=True):
+        assert share.max_blocks is None or most <= share.max_blocks
+    # What it sealed is found, and is what a worker without guesses would have computed.
+    follow_up = (*PLAIN, *expected)
+    fresh = PlainLoop(make_runner(64, kind))
+    [further] = fresh.generate([follow_up], [dataclasses.replace(params, max_tokens=4)])
+    worker.token_ids.clear()
+    second = Sequence(AttemptKey("s", 0, 1), follow_up, dataclasses.replace(params, max_tokens=4))
+    assert worker.answer(second) == further
+    assert worker.counters["cached_prompt_tokens"] >= len(PLAIN) + 40
+
+
+def test_a_stop_token_within_the_guesses(make_runner: MakeRunner, answers: Answers) -> None:
+    expected = answers.to(COPYING, PARAMS[0])
+    stop = next(token for index, token in enumerate(expected) if index > 6)
+    end = expected.index(stop) + 1
+    params = dataclasses.replace(PARAMS[0], stop_token_ids=frozenset([stop]))
+    worker = OneWorker(DraftingRunner(make_runner(24), num_drafts=15))
+    sequence = Sequence(
+        AttemptKey("r", 0, 1), COPYING, params, prediction_token_ids=tuple(expected)
+    )
+    assert worker.answer(sequence) == expected[:end]
+    assert sequence.finish_reason is FinishReason.STOP and len(worker.reasons) == 1
+    # What was guessed beyond the end stands in no count of the answer's tokens.
+    assert worker.counters["generated_tokens"] == end
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 9])
+def test_an_end_within_the_guesses(
+    make_runner: MakeRunner, answers: Answers, max_tokens: int
+) -> None:
+    """No more is guessed than the answer may have, whose last token is never computed."""
+    expected = answers.to(COPYING, PARAMS[0])
+    params = dataclasses.replace(PARAMS[0], max_tokens=max_tokens)
+    worker = OneWorker(DraftingRunner(make_runner(24), num_drafts=15))
+    prediction = (*expected, 1, 2, 3)
+    sequence = Sequence(AttemptKey("r", 0, 1), COPYING, params, prediction_token_ids=prediction)
+    assert worker.answer(sequence) == expected[:max_tokens]
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert worker.checked == ([(max_tokens - 2, 0)] if max_tokens > 2 else [])
+
+
+def test_who_does_not_want_it_gets_none(make_runner: MakeRunner, answers: Answers) -> None:
+    params = dataclasses.replace(PARAMS[0], speculate=False)
+    worker = OneWorker(DraftingRunner(make_runner(24)))
+    prediction = tuple(answers.to(COPYING, PARAMS[0]))
+    sequence = Sequence(AttemptKey("r", 0, 1), COPYING, params, prediction_token_ids=prediction)
+    assert worker.answer(sequence) == list(prediction)
+    assert worker.counters["drafts"] == 0 and worker.checked == []
+
+
+@pytest.mark.parametrize("token_budget", [None, 4])
+def test_what_is_guessed_is_no_part_of_what_workers_must_have_in_common(
+    make_runner: MakeRunner, token_budget: int | None
+) -> None:
+    layouts = {
+        make_runner(48, "two pools", num_drafts=k, token_budget=token_budget).kv_cache.layout()
+        for k in (0, 1, 15)
+    }
+    assert len(layouts) == 1
+
+
+def test_more_drafts_than_a_step_checks_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(ModelError, match="num_drafts: must be from 0 to 15, not 16"):
+        EngineConfig(tmp_path, num_drafts=16)
