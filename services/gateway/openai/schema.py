@@ -141,7 +141,12 @@ class ContentPart(_Fields):
 
 
 def _as_part(value: Any) -> Any:
-    return {"type": "text", "text": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    if isinstance(value, dict) and value.get("type") is None:
+        # vLLM takes these by their field alone.
+        return {**value, "type": next((name for name in _PART_FIELDS if name in value), None)}
+    return value
 
 
 _Part = Annotated[ContentPart, BeforeValidator(_as_part)]

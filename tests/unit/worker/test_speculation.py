@@ -154,7 +154,7 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
             network.finish_pull(name)
             network.step(name)
     if num_rounds % 2:
-        network._runners["decode"] = network._runners["decode"]._runner
+        network._runners["decode"] = make_runner(64)
     network.kill("decode")
     cluster.settle()
     assert request.token_ids == expected and request.num_attempts == 2
