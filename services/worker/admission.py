@@ -3,7 +3,8 @@
 Who computes a prompt needs a prefix that every cache group has; who reads it from another worker
 leaves out what it holds, group by group. Two prompts with a common prefix that arrive together
 compute (or pull) it once: the second one waits for the first one's blocks, then finds them in the
-cache.
+cache. A state is nobody else's: it takes a slot each time, and where some layers keep one, who
+computes begins at the beginning, and waits for no prefix.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class Admitter:
         self._sealer = sealer
         self._table = table
         self._on_dropped = on_dropped
+        grows = [group.spec.grows for group in pools.groups]
+        self._may_hit = all(grows)
+        """Else no prefix is valid in every group."""
+        self._may_hold = any(grows)
         self._depths: dict[Sequence, int] = {}
         """Of those that wait: how deep their prefix was found last."""
         self._new_places: dict[Sequence, set[Place]] = {}
@@ -56,7 +61,8 @@ class Admitter:
 
         `reads`: another worker computes the prompt.
         """
-        if self._is_coming(sequence, self._depths.get(sequence, 0)):
+        may_wait = self._may_hold if reads else self._may_hit
+        if may_wait and self._is_coming(sequence, self._depths.get(sequence, 0)):
             return Admission.WAIT_FOR_PREFIX
         found = self._held(sequence) if reads else self._hit(sequence)
         self._depths[sequence] = found.depth
@@ -64,7 +70,7 @@ class Admitter:
             num_new_blocks=self._num_new_blocks(found),
             num_free_blocks=self._num_free_beside(found),
             num_growing=self._num_growing(),
-            prefix_is_coming=self._is_coming(sequence, found.depth),
+            prefix_is_coming=may_wait and self._is_coming(sequence, found.depth),
         )
         if verdict is Admission.ADMIT:
             if sequence.distrust and self._has_corrupt(found):
@@ -111,6 +117,9 @@ class Admitter:
         first = [group.first_block(position, block_size) for group in groups]
         blocks = []
         for group, start in enumerate(first):
+            if not groups[group].spec.grows:
+                blocks.append([NO_BLOCK])
+                continue
             cached = [self._find(sequence, group, index) for index in range(start, depth)]
             blocks.append(cached + [NO_BLOCK] * (self._end_of_room(sequence, group, start) - depth))
         return _Found(depth, blocks, first)
@@ -135,9 +144,13 @@ class Admitter:
         """Of all blocks that follow-up tokens read, those that are here, whichever they are."""
         block_size, usable = self._pools.block_size, self._num_usable(sequence)
         end = num_blocks_for(sequence.num_prompt_tokens, block_size)
-        first, blocks, depth = [], [], usable
+        first, blocks, depth = [], [], usable if self._may_hold else 0
         for group, each in enumerate(self._pools.groups):
             start = each.first_block(sequence.num_prompt_tokens, block_size)
+            if not each.spec.grows:
+                first.append(start)
+                blocks.append([NO_BLOCK])
+                continue
             held = [self._find(sequence, group, index) for index in range(start, usable)]
             if sequence.distrust:
                 held = [self._if_checkable(group, block_id) for block_id in held]
@@ -193,8 +206,9 @@ class Admitter:
         """By pool: blocks that the sequences here will need when each has filled its last."""
         num_growing = len(self._table.growing())
         growing = [0] * len(self._pools.by_number)
-        for share in self._pools.capacity.groups:
-            growing[share.pool] += num_growing
+        for group, share in zip(self._pools.groups, self._pools.capacity.groups, strict=True):
+            if group.spec.grows:
+                growing[share.pool] += num_growing
         return growing
 
     def _take(self, sequence: Sequence, found: _Found) -> None:
@@ -217,7 +231,9 @@ class Admitter:
         }
         block_size = self._pools.block_size
         sequence.is_admitted = True
-        sequence.num_room_tokens = min(map(len, sequence.block_tables)) * block_size
+        sequence.num_room_tokens = self._pools.num_room_tokens(
+            sequence.block_tables, sequence.num_prompt_tokens
+        )
         sequence.num_cached_tokens = found.depth * block_size
         for index, block_hash in enumerate(sequence.block_hashes[found.depth :], found.depth):
             self._coming[block_hash] = (sequence, index)

@@ -356,6 +356,8 @@ class EngineLoop:
     def _blocks_to_sum(self, part: Part, group: int) -> list[int]:
         """Those that a chunk fills, and those that are checked when it is computed: behind the last
         one all before it, else what falls out of the window."""
+        if not self._pools.groups[group].spec.grows:
+            return []
         sequence, block_size = part.sequence, self._pools.block_size
         table, end = sequence.block_tables[group], part.end // block_size
         if part.end >= sequence.num_prompt_tokens:
@@ -405,9 +407,10 @@ class EngineLoop:
         is_decoding = sequence.state is SequenceState.DECODING
         if not is_decoding and sequence.state is not SequenceState.PREFILLING:
             return False
-        if isinstance(outcome, EngineFailure):
-            # It may be what they hold that made it fail: nobody shall find them again.
-            self._pools.drop(sequence)
+        if isinstance(outcome, AttemptFailed):
+            if isinstance(outcome, EngineFailure):
+                # It may be what they hold that made it fail: nobody shall find them again.
+                self._pools.drop(sequence)
             self._fail(sequence, outcome)
             return False
         if not is_decoding:
@@ -504,7 +507,7 @@ class EngineLoop:
             return
         self._stepper.forget(sequence)
         self._computed_at[key] = time.monotonic()
-        self._sealer.freeze_tail(sequence)
+        self._sealer.freeze(sequence)
         self._claims.announce(sequence)
 
     def _join(self, pull: Pull) -> None:

@@ -2,6 +2,7 @@
 
 corrupt_own_block       once: scrambles a block as soon as it is sealed
 corrupt_sealed_block    once: scrambles a block as it is announced, before its reader pulls it
+corrupt_state           once: scrambles a slot as it is announced, before its reader pulls it
 swap_sealed_blocks      once: exchanges the bytes of two blocks as they are announced
 slow_steps              every step takes 50 ms longer
 slow_pulls              every pull takes 500 ms longer
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _KNOWN = {
     "corrupt_own_block",
     "corrupt_sealed_block",
+    "corrupt_state",
     "swap_sealed_blocks",
     "slow_steps",
     "slow_pulls",
@@ -50,8 +52,9 @@ class Failpoints:
             self._scramble("corrupt_own_block", cache, group, block_ids[0])
 
     def before_announcing(self, cache: KvCache, group: int, block_ids: Sequence[int]) -> None:
-        if "corrupt_sealed_block" in self._armed and block_ids:
-            self._scramble("corrupt_sealed_block", cache, group, block_ids[0])
+        name = "corrupt_sealed_block" if cache.groups[group].spec.grows else "corrupt_state"
+        if name in self._armed and block_ids:
+            self._scramble(name, cache, group, block_ids[0])
         if "swap_sealed_blocks" in self._armed and len(block_ids) >= 2:
             first, second = block_ids[:2]
             self._fire("swap_sealed_blocks", [first, second])
@@ -61,7 +64,8 @@ class Failpoints:
     def _scramble(self, name: str, cache: KvCache, group: int, block_id: int) -> None:
         """Far from what it was: had it been served, other tokens would show it."""
         self._fire(name, [block_id])
-        cache.tensors[group][block_id].neg_().add_(3.0)
+        for tensor in cache.typed(group):
+            tensor[block_id].neg_().add_(3.0)
 
     def before_step(self) -> None:
         if "slow_steps" in self._armed:

@@ -6,7 +6,7 @@
     takes room for the whole prompt
                           ◄──────────────   AnnounceBlocks …    sealed, chunk by chunk
     pulls and verifies what it lacks
-                          ◄──────────────   AnnounceBlocks + PromptComputed    tail block too
+                          ◄──────────────   AnnounceBlocks + PromptComputed    tail and states too
     ReleaseClaim          ──────────────►   gives the blocks back
                           ◄──────────────   ClaimReleased(held)
     joins the running batch
@@ -105,13 +105,11 @@ class ClaimTable:
         if claim.num_announced == end and not computed:
             return
         for group, table in enumerate(sequence.block_tables):
-            # What no token behind the prompt reads stays here.
-            first = self._pools.groups[group].first_block(num_tokens, block_size)
-            first = max(first, claim.num_announced)
             is_last = computed and group == len(sequence.block_tables) - 1
-            if first >= end and not is_last:
+            new = self._new_to_reader(group, num_tokens, claim.num_announced, end, computed)
+            if not new and not is_last:
                 continue
-            message = self._announcement(sequence.key, group, table, first, max(first, end))
+            message = self._announcement(sequence.key, group, table, new)
             if is_last:
                 message.computed.first_token_id = sequence.output_token_ids[0]
             self._emit(ToReader(claim.reader, kv.HoldResponse(announce=message)))
@@ -120,15 +118,27 @@ class ClaimTable:
         )
         claim.num_announced = end
 
+    def _new_to_reader(
+        self, group: int, num_tokens: int, num_announced: int, end: int, computed: bool
+    ) -> range:
+        """Places in a table of what a reader was not told of, and reads."""
+        of_group = self._pools.groups[group]
+        if not of_group.spec.grows:
+            # A state is final when the prompt is.
+            return range(1 if computed else 0)
+        # What no token behind the prompt reads stays here.
+        first = of_group.first_block(num_tokens, self._pools.block_size)
+        return range(max(first, num_announced), end)
+
     def _announcement(
-        self, key: AttemptKey, group: int, table: list[int], first: int, end: int
+        self, key: AttemptKey, group: int, table: list[int], indices: range
     ) -> kv.AnnounceBlocks:
-        block_ids = table[first:end]
+        block_ids = [table[index] for index in indices]
         digests = self._sealer.digests_to_announce(group, block_ids)
         return kv.AnnounceBlocks(
             key=key_to_pb(key),
             group=group,
-            block_indices=range(first, end),
+            block_indices=indices,
             block_ids=block_ids,
             generations=self._pools.of(group).generations(block_ids),
             digests=[value for digest in digests for value in digest],
@@ -422,7 +432,7 @@ class PullTable:
 
     def _seal_landed(self, pull: Pull) -> None:
         """The copies become this worker's own sealed blocks, each behind all before it in every
-        group; the tail stays open for decode.
+        group; tail and states stay open for decode.
 
         Not before the prompt is computed: until then its owner has not checked the blocks that
         these were computed from, and if one is corrupt nobody may find them here.
@@ -431,14 +441,15 @@ class PullTable:
             return
         sequence = pull.sequence
         num_full = len(sequence.block_hashes)
-        first_missing = min((index for _, index in pull.missing), default=num_full)
-        end = min(first_missing, num_full)
+        grows = [group.spec.grows for group in self._pools.groups]
+        missing = [index for group, index in pull.missing if grows[group]]
+        end = min([num_full, *missing])
         for group, index in sorted(pull.landed, key=lambda place: place[1]):
-            if index < end:
+            if grows[group] and index < end:
                 digest = pull.landed.pop((group, index))
                 self._sealer.seal_block(sequence, group, index, digest)
         for table in sequence.block_tables:
-            table.num_sealed = max(table.num_sealed, min(end, len(table)))
+            table.num_sealed = max(table.num_sealed, end)
 
     def _release_when_complete(self, pull: Pull) -> None:
         if pull.missing or pull.first_token is None or pull.is_released:

@@ -17,7 +17,7 @@ from baton.shared.kv.block_hash import chain_hashes, root_hash
 from baton.shared.kv.block_pool import NO_BLOCK, DigestRow
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import Sequence
+from baton.shared.kv.sequence import BlockTable, Sequence
 
 
 class PendingSums:
@@ -121,21 +121,22 @@ class Sealer:
         if first >= end:
             return
         self.hash_blocks(sequence)
-        digests: list[Seq[DigestRow | None]] = []
-        for group, table in enumerate(sequence.block_tables):
+        digests: dict[int, Seq[DigestRow | None]] = {}
+        for group, table in self._growing(sequence):
             block_ids = table[first:end]
             if with_digests:
                 known = sums.of(group, block_ids) if sums is not None else None
-                digests.append(self._digests(group, block_ids, known))
+                digests[group] = self._digests(group, block_ids, known)
             else:
-                digests.append([None] * len(block_ids))
+                digests[group] = [None] * len(block_ids)
         # Block by block in all groups: one is found only behind the others' before it.
         for index in range(first, end):
-            for group in range(len(digests)):
-                self.seal_block(sequence, group, index, digests[group][index - first])
-        for group, table in enumerate(sequence.block_tables):
+            for group, values in digests.items():
+                self.seal_block(sequence, group, index, values[index - first])
+        for table in sequence.block_tables:
             table.num_sealed = end
-            if with_digests:
+        if with_digests:
+            for group, table in self._growing(sequence):
                 self._failpoints.after_seal(self._cache, group, table[first:end])
 
     def seal_block(
@@ -153,14 +154,24 @@ class Sealer:
             value,
         )
 
-    def freeze_tail(self, sequence: Sequence) -> None:
-        """Zeroes what is unused of a prompt's partly filled last block, and digests it whole."""
+    def freeze(self, sequence: Sequence) -> None:
+        """A computed prompt is left as it is, for its reader: digests what is never sealed, its
+        states and, with zeros in what is unused, the partly filled last blocks."""
         fill = sequence.num_prompt_tokens % self._pools.block_size
-        if not fill:
-            return
         for group, table in enumerate(sequence.block_tables):
-            self._cache.tensors[group][table[-1], :, :, :, fill:].zero_()
+            if self._pools.groups[group].spec.grows:
+                if not fill:
+                    continue
+                self._cache.tensors[group][table[-1], :, :, :, fill:].zero_()
             self._pools.of(group).set_digest(table[-1], self.digests(group, table[-1:])[0])
+
+    def _growing(self, sequence: Sequence) -> list[tuple[int, BlockTable]]:
+        """(group, table) of blocks that are sealed when they are full."""
+        return [
+            (group, table)
+            for group, table in enumerate(sequence.block_tables)
+            if self._pools.groups[group].spec.grows
+        ]
 
     def digests_to_announce(self, group: int, block_ids: Seq[int]) -> list[DigestRow]:
         """As they were made when the blocks were sealed; now for those that decode wrote."""

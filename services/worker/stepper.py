@@ -28,7 +28,7 @@ from baton.shared.kv.block_pool import PoolExhausted
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence, SequenceState
-from baton.shared.rpc.errors import EngineFailure
+from baton.shared.rpc.errors import AttemptFailed, EngineFailure, Preempted
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class InFlight:
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 
 
-Outcome = Seq[Drawn] | EngineFailure
+Outcome = Seq[Drawn] | AttemptFailed
 """What a part drew, or why nothing can be had of it."""
 
 
@@ -86,6 +86,7 @@ class Stepper:
         self._drafting = drafting
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
+        self._keeps_states = not all(group.spec.grows for group in pools.groups)
 
     @property
     def accepted_by_position(self) -> Seq[int]:
@@ -250,7 +251,7 @@ class Stepper:
         else:
             outcomes = [_outcome(drawn) for drawn in in_flight.step.result()]
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
-            if part.draft_ids and not isinstance(outcome, EngineFailure):
+            if part.draft_ids and not isinstance(outcome, AttemptFailed):
                 self._took_drafts(part, len(outcome))
         return outcomes
 
@@ -284,6 +285,12 @@ class Stepper:
             self._runner.close_row(handle)
 
     def _alone(self, part: Part) -> Outcome:
+        """Computes a part of a step that failed again, by itself.
+
+        The step may have begun, and keys and values that are written twice are the same. A state
+        is not, once a token was applied to it: only a part that begins with none can be repeated.
+        Others are computed to learn whose fault it was; who has none begins anew.
+        """
         if not part.sequence.is_admitted:
             return ()
         try:
@@ -294,6 +301,8 @@ class Stepper:
             )
             self._runner.check_device()
             return EngineFailure(f"the engine failed: {type(error).__name__}")
+        if self._keeps_states and part.start:
+            return Preempted("its state was lost with a step that failed")
         return _outcome(drawn)
 
     def _rows(self, parts: list[Part]) -> list[BatchRow]:

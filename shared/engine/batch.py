@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -60,7 +60,7 @@ class BatchRow:
     `token_ids` is None, the highest that it may be (`RowHandle.drawn_at`)."""
     block_tables: Sequence[Sequence[int]]
     """[group][logical block] → block id, at least up to the last token; NO_BLOCK where no token
-    from `position` on reads."""
+    from `position` on reads. Of a group of states: its one slot, which the row changes."""
     sampling: SamplingParams | None = None
     """How to draw the token that follows the last one; None: draw none."""
     sample_index: int = 0
@@ -97,13 +97,13 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
 
-    def columns(self, block_size: int) -> BatchColumns:
-        """The rows as arrays.
+    def columns(self, block_size: int, slot_groups: Collection[int] = ()) -> BatchColumns:
+        """The rows as arrays. `slot_groups`: those of states.
 
         Raises:
             ValueError: a row is empty or its block table too short.
         """
-        return _columns(self.rows, block_size)
+        return _columns(self.rows, block_size, slot_groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +124,16 @@ class BatchColumns:
     context_lens: Ints
     """[R]: tokens of each row whose KV is there after the step."""
     block_tables: list[Ints]
-    """By group, [R, blocks of the longest row]; NO_BLOCK in holes and beyond a row's context."""
+    """By group, [R, blocks of the longest row]; NO_BLOCK in holes and beyond a row's context. Of a
+    group of states [R, 1]."""
     slot_mapping: list[Ints]
-    """By group, [T]: block id · block_size + offset at which each token's KV is stored."""
+    """By group, [T]: block id · block_size + offset at which each token's KV is stored. Of a group
+    of states the row's slot."""
 
 
-def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
+def _columns(
+    rows: Sequence[BatchRow], block_size: int, slot_groups: Collection[int]
+) -> BatchColumns:
     order = sorted(
         range(len(rows)),
         key=lambda i: (rows[i].num_tokens > 1, -rows[i].context_len),
@@ -148,8 +152,12 @@ def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
 
     context_lens = first + lens
     num_blocks = -(-context_lens // block_size)
+    one_slot = np.ones(num_rows, np.int64)
     block_tables = [
-        _block_table([row.block_tables[group] for row in ordered], num_blocks)
+        _block_table(
+            [row.block_tables[group] for row in ordered],
+            one_slot if group in slot_groups else num_blocks,
+        )
         for group in range(len(ordered[0].block_tables))
     ]
     block_of_token, offset = np.divmod(positions, block_size)
@@ -165,7 +173,10 @@ def _columns(rows: Sequence[BatchRow], block_size: int) -> BatchColumns:
         context_lens=context_lens,
         block_tables=block_tables,
         slot_mapping=[
-            table[row_of_token, block_of_token] * block_size + offset for table in block_tables
+            table[row_of_token, 0]
+            if group in slot_groups
+            else table[row_of_token, block_of_token] * block_size + offset
+            for group, table in enumerate(block_tables)
         ],
     )
 

@@ -28,7 +28,7 @@ class Model(Protocol):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        kv_caches: Sequence[Tensor],
+        caches: Sequence[object],
         plans: Sequence[object],
         wanted: Wanted | None = None,
     ) -> Tensor: ...

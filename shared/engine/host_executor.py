@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baton.kernels import reference
 from baton.kernels.reference import AttentionPlan
+from baton.kernels.state_plan import StatePlan
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, Ints, RowHandle
 from baton.shared.engine.executor import Model, Wanted
@@ -50,6 +51,9 @@ class HostExecutor:
         self._num_heads = num_heads
         self._max_model_len = max_model_len
         self._min_rows = min_rows
+        self._slot_groups = [
+            number for number, group in enumerate(kv_cache.groups) if not group.spec.grows
+        ]
 
     def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
         return RowHandle(0, sampling, sample_index)
@@ -119,7 +123,7 @@ class HostExecutor:
         hidden = self._model.hidden_states(
             self._padded(columns.input_ids),
             self._padded(columns.positions),
-            self.kv_cache.padded_tensors,
+            self.kv_cache.caches,
             self._plan(columns),
             wanted,
         )
@@ -130,21 +134,33 @@ class HostExecutor:
             hidden = hidden.index_select(0, padded)
         return self._model.logits(hidden)[: len(tokens)].float()
 
-    def _plan(self, columns: BatchColumns) -> list[AttentionPlan]:
+    def _plan(self, columns: BatchColumns) -> list[AttentionPlan | StatePlan]:
         """By cache group."""
         return [
-            reference.plan_attention(
-                columns.query_start,
-                columns.context_lens,
-                columns.block_tables[group],
-                columns.slot_mapping[group],
-                kv,
-                num_heads=self._num_heads,
-                min_rows=self._min_rows,
-                window=window_of(self.kv_cache.groups[group].spec),
-            )
-            for group, kv in enumerate(self.kv_cache.padded_tensors)
+            self._plan_states(columns, group)
+            if group in self._slot_groups
+            else self._plan_attention(columns, group)
+            for group in range(len(self.kv_cache.groups))
         ]
+
+    def _plan_attention(self, columns: BatchColumns, group: int) -> AttentionPlan:
+        return reference.plan_attention(
+            columns.query_start,
+            columns.context_lens,
+            columns.block_tables[group],
+            columns.slot_mapping[group],
+            self.kv_cache.padded_tensors[group],
+            num_heads=self._num_heads,
+            min_rows=self._min_rows,
+            window=window_of(self.kv_cache.groups[group].spec),
+        )
+
+    def _plan_states(self, columns: BatchColumns, group: int) -> StatePlan:
+        return StatePlan(
+            columns.query_start,
+            columns.positions[columns.query_start[:-1]],
+            columns.block_tables[group][:, 0],
+        )
 
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
         num_missing = determinism.MIN_LINEAR_ROWS - len(column)
@@ -153,7 +169,7 @@ class HostExecutor:
         return torch.from_numpy(column).to(self._device, non_blocking=True)
 
     def _columns(self, batch: Batch) -> BatchColumns:
-        columns = batch.columns(self.kv_cache.block_size)
+        columns = batch.columns(self.kv_cache.block_size, self._slot_groups)
         longest = int(columns.context_lens.max())
         if longest > self._max_model_len:
             raise ValueError(f"a row of {longest} tokens exceeds max_model_len")

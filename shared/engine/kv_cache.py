@@ -3,17 +3,20 @@
 Pools lie one after another. Block ids count from 0 in each pool and are common to the groups that
 share it: a block belongs to one group at a time. Behind the last block of a pool lies one more that
 stays zero; attention reads it where a block table has a hole, or ends before its key tile does.
+
+A slot, the block of a group of states, has tensors of several dtypes: a view of all slots for each.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from baton.shared.kv.arrangement import Arrangement
+from baton.shared.kv.cache_spec import State
 
 _ALIGNMENT_BYTES = 256
 """Of a pool's first block, and of the whole."""
@@ -40,8 +43,11 @@ class KvCache:
     Attributes:
         memory: uint8 [required_bytes], contiguous.
         pools: by pool, where its blocks lie in it.
-        tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim].
+        tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; of a
+            group of states uint8 [num_slots, num_kv_heads, num_layers, bytes].
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
+        caches: by group, what a model's layers take: the padded tensor; of a group of states
+            name → [num_slots + 1, num_kv_heads, num_layers, *shape], in the tensor's own dtype.
     """
 
     def __init__(
@@ -80,11 +86,15 @@ class KvCache:
             self.memory[pool.end_bytes - pool.block_bytes : pool.end_bytes].zero_()
         self.padded_tensors = [
             self._bytes_of(group)
-            .view(dtype)
+            .view(dtype if each.spec.grows else torch.uint8)
             .view(self.pool_of(group).num_blocks + 1, *each.block_shape(block_size))
             for group, each in enumerate(self.groups)
         ]
         self.tensors = [tensor[:-1] for tensor in self.padded_tensors]
+        self.caches: list[torch.Tensor | Mapping[str, torch.Tensor]] = [
+            _state_views(each.spec, tensor) if isinstance(each.spec, State) else tensor
+            for each, tensor in zip(self.groups, self.padded_tensors, strict=True)
+        ]
 
     @staticmethod
     def required_bytes(arrangement: Arrangement, num_blocks: Sequence[int]) -> int:
@@ -94,6 +104,12 @@ class KvCache:
 
     def pool_of(self, group: int) -> PoolMemory:
         return self.pools[self.arrangement.pools[group]]
+
+    def typed(self, group: int) -> list[torch.Tensor]:
+        """What a group's blocks hold, each [num_blocks, …] in its own dtype: views."""
+        cache = self.caches[group]
+        tensors = [cache] if isinstance(cache, torch.Tensor) else list(cache.values())
+        return [tensor[:-1] for tensor in tensors]
 
     def words(self, group: int) -> torch.Tensor:
         """A group's blocks as 32-bit words: int32 [num_blocks + 1, num_kv_heads, words], a view."""
@@ -118,14 +134,30 @@ class KvCache:
                     "axes": each.axes(self.block_size),
                     "strides": self.tensors[group].stride(),
                     "pool": self.arrangement.pools[group],
+                    **self._layout_of_states(group),
                 }
             )
             for group, each in enumerate(self.groups)
         )
 
+    def _layout_of_states(self, group: int) -> dict[str, object]:
+        cache = self.caches[group]
+        if isinstance(cache, torch.Tensor):
+            return {}
+        return {"states": {name: (view.shape[1:], view.stride()) for name, view in cache.items()}}
+
     def _bytes_of(self, group: int) -> torch.Tensor:
         pool = self.pool_of(group)
         return self.memory[pool.offset_bytes : pool.end_bytes]
+
+
+def _state_views(spec: State, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    """slots: uint8 [num_slots + 1, num_kv_heads, num_layers, bytes]."""
+    views = {}
+    for tensor, start in zip(spec.tensors, spec.offsets_bytes(), strict=False):
+        part = slots[..., start : start + tensor.num_bytes].view(getattr(torch, tensor.dtype))
+        views[tensor.name] = part.view(*slots.shape[:-1], *tensor.shape)
+    return views
 
 
 def _lay_out(arrangement: Arrangement, num_blocks: Sequence[int]) -> tuple[PoolMemory, ...]:

@@ -67,7 +67,9 @@ def choose_pools(
 
     Pools are cut for the longest sequence; a configured number is that of the first pool, and the
     others follow. On a CPU: four such sequences or 256 MiB, whichever is more, but at most 1 GiB
-    and half of what is free. On a GPU: all that is left of the engine's share.
+    and half of what is free. On a GPU: all that is left of the engine's share. A pool of slots has
+    one for each row of a step, or as many as there is memory for beside configured blocks, or in
+    half of what they share with those that are not.
 
     Args:
         most_tokens: of the longest sequence; with max_model_len auto, the one that fits may be
@@ -130,7 +132,7 @@ def _of_configured_blocks(
     """Raises ModelError: they do not fit into memory."""
 
     def pools_for(num_tokens: int) -> NumBlocks:
-        return sizes.of_first(num_blocks, num_tokens)
+        return sizes.of_first(num_blocks, num_tokens, room.free_bytes)
 
     def pools_in_memory(num_tokens: int) -> NumBlocks | None:
         pools = pools_for(num_tokens)
@@ -145,9 +147,12 @@ def _of_configured_blocks(
         if not longest:
             raise ModelError(f"num_blocks: {num_blocks} hold no sequence at all")
     if pools_in_memory(longest) is None:
+        arrangement = sizes.arrangement
         shown = " and ".join(
-            f"{count} blocks of {size} bytes"
-            for count, size in zip(pools_for(longest), sizes.arrangement.block_bytes, strict=True)
+            f"{count} {'slots' if pool in arrangement.slot_pools else 'blocks'} of {size} bytes"
+            for pool, (count, size) in enumerate(
+                zip(pools_for(longest), arrangement.block_bytes, strict=True)
+            )
         )
         raise ModelError(
             f"num_blocks: {shown} do not fit into the {max(0, room.free_bytes)} bytes that are "
@@ -181,7 +186,8 @@ def _needs(sizes: PoolSizes, num_tokens: int) -> str:
         count = share.blocks_for(num_tokens, sizes.block_size)
         size = _gib(count * sizes.arrangement.block_bytes[share.pool])
         of_group = f" in the group of {group.spec}" if len(shares) > 1 else ""
-        needs.append(f"{count} blocks ({size}){of_group}")
+        what = f"{count} blocks" if group.spec.grows else "a slot"
+        needs.append(f"{what} ({size}){of_group}")
     return ", ".join(needs)
 
 

@@ -35,10 +35,10 @@ from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange
-from baton.shared.kv.cache_spec import CacheGroup
-from baton.shared.kv.capacity import num_blocks_for
+from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
+from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import log_event
 
@@ -109,6 +109,12 @@ class ModelRunner:
         self.kernels = _kernels(config.kernels, self.device, self.model_config)
         self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self.num_drafts = config.num_drafts
+        specs = [spec for spec in self.model_config.cache_specs if spec is not None]
+        if self.num_drafts and not all(spec.grows for spec in specs):
+            raise ModelError(
+                "num_drafts: --speculate is not for a model whose layers keep a state: "
+                "drafts that do not stand would change it"
+            )
         self._config = config
         self.arrangement: Arrangement = arrange(
             self.model_config.cache_specs,
@@ -264,6 +270,7 @@ class ModelRunner:
             self._config.block_size,
             ahead_tokens=self._ahead_tokens,
             in_flight_tokens=(1 + self.steps_ahead) * (1 + self.num_drafts),
+            max_num_seqs=self._config.max_num_seqs,
         )
         choice = choose_pools(
             self._config,
@@ -274,6 +281,16 @@ class ModelRunner:
         )
         self.num_blocks, self.max_model_len = choice.num_blocks, choice.max_model_len
         self.capacity = sizes.capacity(self.num_blocks, self.max_model_len)
+        num_slots = [self.num_blocks[pool] for pool in self.arrangement.slot_pools]
+        if num_slots and num_slots[0] < self._config.max_num_seqs:
+            log_event(
+                logger,
+                logging.WARNING,
+                "fewer sequences than max_num_seqs run at once: no memory for more of their states",
+                max_num_seqs=self._config.max_num_seqs,
+                num_slots=num_slots[0],
+                slot_bytes=sizes.slot_bytes,
+            )
         if self._config.max_model_len == AUTO:
             progress(_describe_length(choice, self._most_tokens))
 
@@ -306,10 +323,9 @@ class ModelRunner:
         """Bytes that weights and the largest step take, with a pool just large enough for it."""
         progress("measuring memory")
         num_tokens = min(self._config.token_budget or _TOKEN_BUDGETS[-1], self.max_model_len)
-        whole = num_blocks_for(num_tokens, self._config.block_size)
         num_blocks = [0] * self.arrangement.num_pools
-        for pool in self.arrangement.pools:
-            num_blocks[pool] += whole
+        for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
+            num_blocks[pool] += group.num_blocks_for(num_tokens, self._config.block_size)
         cache = KvCache(
             self.arrangement,
             num_blocks,
@@ -390,12 +406,12 @@ class ModelRunner:
         """Of random tokens: products of equal rows would be done faster, at less power."""
         draw = random.Random(num_tokens)
         token_ids = draw.choices(range(self.model_config.vocab_size), k=num_tokens)
-        whole = num_blocks_for(num_tokens, self._config.block_size)
         taken = [0] * self.arrangement.num_pools
         tables = []
-        for pool in self.arrangement.pools:
-            tables.append(list(range(taken[pool], taken[pool] + whole)))
-            taken[pool] += whole
+        for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
+            count = group.num_blocks_for(num_tokens, self._config.block_size)
+            tables.append(list(range(taken[pool], taken[pool] + count)))
+            taken[pool] += count
         return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
 
 
@@ -450,6 +466,9 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 
 def _why_not_with_triton(model: ModelConfig) -> str | None:
+    for spec in model.cache_specs:
+        if spec is not None and not isinstance(spec, Full | Sliding):
+            return f"its kernels know no layers that cache {type(spec).__name__}"
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)
         if value > most:

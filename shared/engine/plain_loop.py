@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 
@@ -79,14 +78,15 @@ class PlainLoop:
     ) -> list[list[list[int]]]:
         """By prompt and cache group; as if no group had a window."""
         block_size, pools = self._runner.kv_cache.block_size, self._runner.arrangement.pools
+        groups = self._runner.groups
         next_block = [0] * self._runner.arrangement.num_pools
         tables: list[list[list[int]]] = []
         for prompt, each in zip(prompts, params, strict=True):
-            whole = num_blocks_for(len(prompt) + each.max_tokens, block_size)
             tables.append([])
-            for pool in pools:
-                tables[-1].append(list(range(next_block[pool], next_block[pool] + whole)))
-                next_block[pool] += whole
+            for group, pool in zip(groups, pools, strict=True):
+                count = group.num_blocks_for(len(prompt) + each.max_tokens, block_size)
+                tables[-1].append(list(range(next_block[pool], next_block[pool] + count)))
+                next_block[pool] += count
         for need, have in zip(next_block, self._runner.num_blocks, strict=True):
             if need > have:
                 raise ValueError(f"{need} blocks needed, the pool has {have}")

@@ -5,6 +5,9 @@ make blocks equally large, layers with equal specs may be cut into several group
 by layers that nobody uses: that wastes the padding. Pools of their own waste what lies idle in one
 pool while another is full: they are cut for sequences of `max_model_len`, and shorter ones need
 other shares. Both are reckoned over sequences of 256 tokens, twice that, and so on. Pure.
+
+Groups of states have pools of slots, a slot for each sequence at once; they come last, and count
+for nothing where the others are arranged.
 """
 
 from __future__ import annotations
@@ -39,6 +42,15 @@ class Arrangement:
     def num_pools(self) -> int:
         return len(self.block_bytes)
 
+    @property
+    def slot_pools(self) -> list[int]:
+        """Those that hold states, a slot for each sequence."""
+        return [
+            pool
+            for group, pool in zip(self.groups, self.pools, strict=True)
+            if not group.spec.grows
+        ]
+
     def shares(self, block_size: int, ahead_tokens: int) -> list[GroupShare]:
         """By group. ahead_tokens: as for `most_blocks`."""
         return [
@@ -48,10 +60,16 @@ class Arrangement:
 
     def describe(self) -> str:
         """One line for the log."""
-        if len(self.groups) == 1:
-            return "one cache group"
-        how = "share one pool" if self.num_pools == 1 else "have pools of their own"
-        return f"{len(self.groups)} cache groups {how}, {self.waste:.1%} wasted"
+        num_pools = self.num_pools - len(self.slot_pools)
+        num_groups = len(self.groups) - len(self.slot_pools)
+        slots = sum(group.constant_bytes for group in self.groups)
+        states = [f"states of {slots} bytes for each sequence"] if slots else []
+        if num_groups == 0:
+            return states[0]
+        if num_groups == 1:
+            return ", ".join(["one cache group", *states])
+        how = "share one pool" if num_pools == 1 else "have pools of their own"
+        return ", ".join([f"{num_groups} cache groups {how}, {self.waste:.1%} wasted", *states])
 
 
 def arrange(
@@ -66,7 +84,36 @@ def arrange(
 
     itemsize: bytes of an element. ahead_tokens: as for `most_blocks`.
     """
-    plain = cache_groups(specs)
+    groups = cache_groups(specs)
+    growing = [group for group in groups if group.spec.grows]
+    states = [group for group in groups if not group.spec.grows]
+    found = Arrangement((), (), (), 0.0)
+    if growing:
+        found = _arrange_growing(
+            growing,
+            block_size=block_size,
+            itemsize=itemsize,
+            max_model_len=max_model_len,
+            ahead_tokens=ahead_tokens,
+        )
+    return replace(
+        found,
+        groups=(*found.groups, *states),
+        pools=(*found.pools, *range(found.num_pools, found.num_pools + len(states))),
+        block_bytes=(*found.block_bytes, *(group.constant_bytes for group in states)),
+    )
+
+
+def _arrange_growing(
+    groups: Sequence[CacheGroup],
+    *,
+    block_size: int,
+    itemsize: int,
+    max_model_len: int,
+    ahead_tokens: int,
+) -> Arrangement:
+    """Of groups whose blocks are of tokens."""
+    plain = tuple(groups)
     sizes = [group.block_bytes(block_size, itemsize) for group in plain]
     if len(set(sizes)) == 1:
         return Arrangement(plain, (0,) * len(plain), (sizes[0],), 0.0)
@@ -86,18 +133,18 @@ def arrange(
         for each in lengths
     ]
     best = replace(own, waste=sum(idle) / len(idle))
-    for groups in _equal_groups(plain, block_size, itemsize):
-        size = groups[0].block_bytes(block_size, itemsize)
+    for equal in _equal_groups(plain, block_size, itemsize):
+        size = equal[0].block_bytes(block_size, itemsize)
         padding = [
             group.num_padding_layers / (len(group.layer_ids) + group.num_padding_layers)
-            for group in groups
+            for group in equal
         ]
         wasted = []
         for each in lengths:
-            held = counts(groups, each)
+            held = counts(equal, each)
             unused = sum(n * share for n, share in zip(held, padding, strict=True))
             wasted.append(unused / sum(held))
-        shared = Arrangement(groups, (0,) * len(groups), (size,), sum(wasted) / len(wasted))
+        shared = Arrangement(equal, (0,) * len(equal), (size,), sum(wasted) / len(wasted))
         if _cost(shared) < _cost(best):
             best = shared
     return best
@@ -106,6 +153,8 @@ def arrange(
 def most_blocks(group: CacheGroup, block_size: int, ahead_tokens: int) -> int | None:
     """The most blocks that a sequence holds in a group: those that it reads, and room for
     `ahead_tokens` that are computed before any are given back. None: all."""
+    if not group.spec.grows:
+        return 1
     if group.spec.reads_everything:
         return None
     position = 1 << 40

@@ -5,6 +5,12 @@ block of it holds `block_size` tokens of all its layers, contiguous, with the ax
 `CacheSpec.axes` names. A spec says of its layers which earlier tokens a token reads: from that
 follows which blocks a sequence needs, what it may give back behind itself, which prefix hits are
 valid, and what a hand-off moves.
+
+Layers that keep a state of constant size (`State`) have a block of another kind, a slot: one holds
+all that they keep of a sequence, whatever its length, and its table is that slot from admission to
+the end. A token reads what was kept behind the token before it and writes over it: nothing earlier
+is left. So a hit would need a slot that was kept just there, and as yet none is: a model with such
+layers has no prefix hits.
 """
 
 from __future__ import annotations
@@ -13,6 +19,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, Self
+
+from baton.shared.kv.capacity import num_blocks_for
 
 
 class CacheSpec(Protocol):
@@ -26,11 +34,19 @@ class CacheSpec(Protocol):
     def reads_everything(self) -> bool:
         """Whether a token reads all tokens before it: then a hit needs every block before it."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether a sequence takes blocks as it grows; if not, one, its slot, serves it for good,
+        and a token changes what the tokens before it left there."""
+
     def first_read(self, position: int) -> int:
         """The lowest position that a token at `position` reads."""
 
     def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
-        """Names and sizes of a block's axes, outermost first."""
+        """Names and sizes of a block's axes, outermost first; `byte` where elements differ."""
+
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        """Bytes of a block. `itemsize_bytes`: of an element, where the spec has none of its own."""
 
     def of_rank(self, rank: int, num_ranks: int) -> Self:
         """What one of several tensor-parallel ranks caches. ValueError: it cannot be sliced so."""
@@ -47,12 +63,16 @@ class Full:
     head_dim: int
 
     reads_everything: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
 
     def first_read(self, position: int) -> int:
         return 0
 
     def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
         return _key_value_axes(self, num_layers, block_size)
+
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
 
     def of_rank(self, rank: int, num_ranks: int) -> Full:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
@@ -70,6 +90,7 @@ class Sliding:
     window: int
 
     reads_everything: ClassVar[bool] = False
+    grows: ClassVar[bool] = True
 
     def first_read(self, position: int) -> int:
         return max(0, position - self.window + 1)
@@ -77,11 +98,94 @@ class Sliding:
     def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
         return _key_value_axes(self, num_layers, block_size)
 
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+
     def of_rank(self, rank: int, num_ranks: int) -> Sliding:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
 
     def heads_of_rank(self, rank: int, num_ranks: int) -> range:
         return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
+
+
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element, by the dtype's name."""
+_STATE_ALIGNMENT_BYTES = 16
+"""Of what each tensor has of one head in one layer: kernels read so much at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One of the tensors that a layer keeps of a sequence. ValueError: not of this world."""
+
+    name: str
+    shape: tuple[int, ...]
+    """What a head has of it."""
+    dtype: str
+    """`float32`, `bfloat16` or `float16`, whatever the other caches are in."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _ITEMSIZES:
+            raise ValueError(
+                f"{self.name}: dtype {self.dtype} is not one of {', '.join(_ITEMSIZES)}"
+            )
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"{self.name}: shape {self.shape} holds nothing")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a head."""
+        return math.prod(self.shape) * _ITEMSIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state of constant size: tensors that every token of a sequence changes in place.
+
+    A slot has the heads one after another; of each the layers; of each the tensors, in order.
+    A sequence's first token finds zeros, whatever the slot held before.
+    """
+
+    num_kv_heads: int
+    """Heads, each with its share of every tensor."""
+    tensors: tuple[StateTensor, ...]
+
+    reads_everything: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if len({tensor.name for tensor in self.tensors}) < len(self.tensors) or not self.tensors:
+            raise ValueError("a state needs tensors, each with a name of its own")
+
+    def first_read(self, position: int) -> int:
+        return max(0, position - 1)
+
+    def offsets_bytes(self) -> tuple[int, ...]:
+        """By tensor: where it begins in what one layer has of one head; and where that ends."""
+        ends = [0]
+        for tensor in self.tensors:
+            ends.append(ends[-1] + _aligned(tensor.num_bytes))
+        return tuple(ends)
+
+    def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
+        return {
+            "kv_head": self.num_kv_heads,
+            "layer": num_layers,
+            "byte": self.offsets_bytes()[-1],
+        }
+
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        return math.prod(self.axes(num_layers, block_size).values())
+
+    def of_rank(self, rank: int, num_ranks: int) -> State:
+        return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
+
+    def heads_of_rank(self, rank: int, num_ranks: int) -> range:
+        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _STATE_ALIGNMENT_BYTES) * _STATE_ALIGNMENT_BYTES
 
 
 def window_of(spec: CacheSpec) -> int | None:
@@ -133,11 +237,21 @@ class CacheGroup:
         return tuple(self.axes(block_size).values())
 
     def block_bytes(self, block_size: int, itemsize_bytes: int) -> int:
-        return math.prod(self.block_shape(block_size)) * itemsize_bytes
+        num_layers = len(self.layer_ids) + self.num_padding_layers
+        return self.spec.block_bytes(num_layers, block_size, itemsize_bytes)
+
+    @property
+    def constant_bytes(self) -> int:
+        """What a sequence takes whatever its length."""
+        return 0 if self.spec.grows else self.block_bytes(1, 1)
+
+    def num_blocks_for(self, num_tokens: int, block_size: int) -> int:
+        """How long a table is that has room for so many tokens, the holes in it included."""
+        return num_blocks_for(num_tokens, block_size) if self.spec.grows else 1
 
     def first_block(self, position: int, block_size: int) -> int:
-        """Index of the first block that a token at `position` reads."""
-        return self.spec.first_read(position) // block_size
+        """Index in a table of the first block that a token at `position` reads."""
+        return self.spec.first_read(position) // block_size if self.spec.grows else 0
 
 
 def cache_groups(specs: Sequence[CacheSpec | None]) -> tuple[CacheGroup, ...]:

@@ -33,6 +33,8 @@ class PoolSizes:
     """Computed before a windowed group gives blocks back; see `most_blocks`."""
     in_flight_tokens: int
     """The fewest of these that there may be: those of steps of single tokens."""
+    max_num_seqs: int
+    """Rows of a step: there are as many slots at most."""
 
     def blocks_for(self, num_tokens: int) -> list[int]:
         """By pool: what a sequence of so many tokens takes where nothing is scarce."""
@@ -52,24 +54,58 @@ class PoolSizes:
         """All that so many bytes hold, shared out as sequences of `num_tokens` tokens need it."""
         # The zero block behind each pool's last one is a block too.
         usable_bytes = max(0, num_bytes - sum(self.arrangement.block_bytes))
-        if self.arrangement.num_pools == 1:
-            return (usable_bytes // self.arrangement.block_bytes[0],)
-        need = self.blocks_for(num_tokens)
+        if not self.arrangement.slot_pools:
+            return self._shared_out(usable_bytes, self.blocks_for(num_tokens))
+        need = self._with_slots(self.blocks_for(num_tokens), 0)
         need_bytes = self.bytes_of(need)
-        return tuple(usable_bytes * count // need_bytes for count in need)
+        num_slots = self._num_slots(usable_bytes - need_bytes)
+        if need_bytes:
+            # Of memory that is shared, states take half at most.
+            num_slots = min(num_slots, max(1, self._num_slots(usable_bytes // 2)))
+        blocks = self._shared_out(usable_bytes - num_slots * self.slot_bytes, need)
+        return self._with_slots(blocks, num_slots)
 
-    def of_first(self, num_blocks: int, num_tokens: int) -> NumBlocks:
+    def of_first(self, num_blocks: int, num_tokens: int, num_bytes: int = 0) -> NumBlocks:
         """So many in the first pool; the others follow as sequences of `num_tokens` tokens need
-        it."""
+        it; and so many slots, one at least, as there is memory for in `num_bytes` beside them."""
         need = self.blocks_for(num_tokens)
-        return tuple(-(-num_blocks * count // need[0]) for count in need)
+        blocks = self._with_slots([-(-num_blocks * count // need[0]) for count in need], 0)
+        return self._with_slots(blocks, max(1, self._num_slots(num_bytes - self.bytes_of(blocks))))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of all the slots that a sequence has: one of each pool of them."""
+        return sum(self.arrangement.block_bytes[pool] for pool in self.arrangement.slot_pools)
+
+    def _shared_out(self, num_bytes: int, need: Sequence[int]) -> NumBlocks:
+        """So many times `need`, by pool, as the bytes hold."""
+        need_bytes = max(1, self.bytes_of(need))
+        return tuple(num_bytes * count // need_bytes for count in need)
+
+    def _num_slots(self, num_bytes: int) -> int:
+        """Of each pool of slots, at most one for each row."""
+        if not self.slot_bytes:
+            return 0
+        return min(self.max_num_seqs, max(0, num_bytes) // self.slot_bytes)
+
+    def _with_slots(self, num_blocks: Sequence[int], num_slots: int) -> NumBlocks:
+        """num_blocks: by pool; those of slots do not count."""
+        return tuple(
+            num_slots if pool in self.arrangement.slot_pools else count
+            for pool, count in enumerate(num_blocks)
+        )
 
     def capacity(self, num_blocks: NumBlocks, max_model_len: int) -> Capacity:
         """A windowed group's share of a small pool is cut: prompts go on in smaller chunks then."""
         shares = []
-        windowed = Counter(share.pool for share in self.shares() if share.max_blocks is not None)
-        for group, share in zip(self.arrangement.groups, self.shares(), strict=True):
-            if share.max_blocks is not None:
+        of_groups = list(zip(self.arrangement.groups, self.shares(), strict=True))
+        windowed = Counter(
+            share.pool
+            for group, share in of_groups
+            if group.spec.grows and share.max_blocks is not None
+        )
+        for group, share in of_groups:
+            if group.spec.grows and share.max_blocks is not None:
                 parts = max(_MOST_OF_ONE_GROUP, _WINDOWED_PART * windowed[share.pool])
                 most = min(share.max_blocks, num_blocks[share.pool] // parts)
                 # Enough to go on: a block, and the tokens in flight.

@@ -2,7 +2,8 @@
 
 Every cache group draws on one pool; groups whose blocks are equally large may share one. Tables of
 one sequence grow together. Behind a window a table has holes: what no later token reads is given
-back.
+back. A group of states has a pool of slots: of those a sequence has one, and neither wants more as
+it grows nor gives it back before its end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from baton.shared.kv.block_pool import NO_BLOCK, Block, BlockPool, PoolExhausted
+from baton.shared.kv.block_pool import NO_BLOCK, Block, BlockPool, PoolExhausted, check
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.capacity import Capacity, num_blocks_for
 from baton.shared.kv.prefix_cache import PrefixCache
@@ -35,7 +36,9 @@ class Pools:
         self._of_group = tuple(self.by_number[share.pool] for share in capacity.groups)
         self.prefix_cache = PrefixCache(self.groups, self._of_group, self.block_size)
         self._windowed = [
-            number for number, group in enumerate(groups) if not group.spec.reads_everything
+            number
+            for number, group in enumerate(groups)
+            if group.spec.grows and not group.spec.reads_everything
         ]
 
     def of(self, group: int) -> BlockPool:
@@ -56,9 +59,9 @@ class Pools:
     def num_lacking(self, sequence: Seq, num_tokens: int) -> list[int]:
         """By pool: blocks that the sequence lacks for its first `num_tokens` tokens."""
         wanted = [0] * len(self.by_number)
-        have = num_blocks_for(num_tokens, self.block_size)
-        for table, share in zip(sequence.block_tables, self.capacity.groups, strict=True):
-            wanted[share.pool] += max(0, have - len(table))
+        for group, table in enumerate(sequence.block_tables):
+            have = self.groups[group].num_blocks_for(num_tokens, self.block_size)
+            wanted[self.capacity.groups[group].pool] += max(0, have - len(table))
         return wanted
 
     def has(self, num_blocks: Iterable[int]) -> bool:
@@ -72,19 +75,31 @@ class Pools:
         """
         if not self.has(self.num_lacking(sequence, num_tokens)):
             raise PoolExhausted(f"no room for {num_tokens} tokens of {sequence.key}")
-        have = num_blocks_for(num_tokens, self.block_size)
         for group, table in enumerate(sequence.block_tables):
+            have = self.groups[group].num_blocks_for(num_tokens, self.block_size)
             if len(table) < have:
                 table.extend(self._of_group[group].allocate(have - len(table)))
-        sequence.num_room_tokens = max(sequence.num_room_tokens, have * self.block_size)
+        num_room_tokens = num_blocks_for(num_tokens, self.block_size) * self.block_size
+        sequence.num_room_tokens = max(sequence.num_room_tokens, num_room_tokens)
+
+    def num_room_tokens(self, tables: Sequence[BlockTable], num_tokens: int) -> int:
+        """Tokens, of a sequence's first `num_tokens` or a few more, for which tables by group have
+        room."""
+        lengths = [num_blocks_for(num_tokens, self.block_size)]
+        for group, table in zip(self.groups, tables, strict=True):
+            if group.spec.grows:
+                lengths.append(len(table))
+        return min(lengths) * self.block_size
 
     def num_ahead(self, sequence: Seq) -> int:
         """Tokens from its beginning for which a sequence may have room now: of a windowed group it
         holds so many blocks at most, and gives those behind the window back first."""
         most = sequence.num_prompt_tokens
-        for table, share in zip(sequence.block_tables, self.capacity.groups, strict=True):
-            if share.max_blocks is not None:
-                most = min(most, (table.first_live + share.max_blocks) * self.block_size)
+        for group in self._windowed:
+            max_blocks = self.capacity.groups[group].max_blocks
+            if max_blocks is not None:
+                first_live = sequence.block_tables[group].first_live
+                most = min(most, (first_live + max_blocks) * self.block_size)
         return most
 
     def behind_window(self, sequence: Seq, group: int, position: int) -> list[int]:
@@ -110,12 +125,13 @@ class Pools:
 
         No step that was launched writes to a later one.
         """
-        have = num_blocks_for(num_tokens, self.block_size)
-        for pool, table in zip(self._of_group, sequence.block_tables, strict=True):
+        for group, table in enumerate(sequence.block_tables):
+            have = self.groups[group].num_blocks_for(num_tokens, self.block_size)
             if len(table) > have:
-                pool.release(table[have:])
+                self._of_group[group].release(table[have:])
                 del table[have:]
-        sequence.num_room_tokens = min(sequence.num_room_tokens, have * self.block_size)
+        num_room_tokens = num_blocks_for(num_tokens, self.block_size) * self.block_size
+        sequence.num_room_tokens = min(sequence.num_room_tokens, num_room_tokens)
 
     def release(self, tables: Sequence[BlockTable]) -> None:
         """Gives back all that a sequence's tables hold; `tables` are by group."""
@@ -135,15 +151,25 @@ class Pools:
         if held is not None:
             by_pool = [[] for _ in self.by_number]
             for tables in held:
-                for share, table in zip(self.capacity.groups, tables, strict=True):
-                    by_pool[share.pool].append(table)
+                for group, table in enumerate(tables):
+                    by_pool[self.capacity.groups[group].pool].append(table)
+                    if not self.groups[group].spec.grows:
+                        check(len(table) == 1, f"a sequence has one slot, not {table}")
         for number, pool in enumerate(self.by_number):
             pool.check_integrity(None if by_pool is None else by_pool[number])
         self.prefix_cache.check_integrity()
         for table in chain.from_iterable(by_pool or ()):
             holes = [block_id for block_id in table[: table.first_live] if block_id != NO_BLOCK]
-            if holes or NO_BLOCK in table[table.first_live :]:
-                raise AssertionError(f"holes and blocks out of place: {table}")
+            is_right = not holes and NO_BLOCK not in table[table.first_live :]
+            check(is_right, f"holes and blocks out of place: {table}")
+        for group, each in enumerate(self.groups):
+            if not each.spec.grows:
+                # A state is its sequence's own.
+                pool, number = self._of_group[group], self.capacity.groups[group].pool
+                found = [slot for slot in range(pool.num_blocks) if pool.block(slot).node]
+                check(not found, f"slots that can be found: {found}")
+                slots = sorted(chain.from_iterable(by_pool[number] if by_pool else ()))
+                check(len(slots) == len(set(slots)), f"a slot of two sequences: {slots}")
 
     def _on_evicted(self, block_id: int, block: Block) -> None:
         self.prefix_cache.evicted(block_id, block)

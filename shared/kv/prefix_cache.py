@@ -5,7 +5,9 @@ block, or that such a prefix begins with. A node's blocks, one a group, hold the
 
     hit       the deepest prefix of a prompt that is valid in every group. A group whose tokens read
               everything needs all blocks before the hit; one with a window those in the window,
-              whatever became of the ones before.
+              whatever became of the ones before; one of states needs what was kept at the hit.
+              Of those nothing is ever sealed: where there is such a group no prefix is a hit, nor
+              listed. Blocks of the other groups are found one by one all the same.
     evicted   a block that was taken for something else. Where some group reads everything, nothing
               behind it can be hit any more: all of that is lost with it. A windowed group's block
               goes alone.
@@ -130,13 +132,17 @@ class PrefixCache:
         group; None: a hit that ends here is valid, for all other groups have all before it."""
         position = (node.index + 1) * self._block_size
         for group in self._windowed:
-            first = self._groups[group].first_block(position, self._block_size)
+            first = self._first_needed(group, position)
             current: Node | None = node
             while current is not None and current.index >= first:
                 if current.blocks[group] == NO_BLOCK:
                     return current
                 current = current.parent
         return None
+
+    def _first_needed(self, group: int, position: int) -> int:
+        """Index in a prompt of the first block that a hit needs which ends at `position`."""
+        return self._groups[group].spec.first_read(position) // self._block_size
 
     # Contents
 
@@ -267,7 +273,7 @@ class PrefixCache:
         while reaching:
             current = reaching.pop()
             position = (current.index + 1) * self._block_size
-            if self._groups[group].first_block(position, self._block_size) <= node.index:
+            if self._first_needed(group, position) <= node.index:
                 yield current
                 reaching.extend(current.children)
 

@@ -62,12 +62,14 @@ Place = tuple[int, int]
 
 
 class BlockTable(list[int]):
-    """A sequence's blocks in one cache group: block ids by logical block.
+    """A sequence's blocks in one cache group: block ids by logical block. In a group of states, the
+    one slot.
 
     Attributes:
         first_live: blocks before it are holes (NO_BLOCK): given back, or never taken.
         num_sealed: blocks at the front that are holes, or full, final and known by their hash.
             Those of a prompt have a digest; those that decode wrote get it when a peer claims them.
+            A slot is never sealed: its table's count goes along with the other groups'.
         left: (id, generation) of blocks that were used and given back.
     """
 

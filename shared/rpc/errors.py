@@ -11,7 +11,7 @@
     ├── TooManyAttempts       the request keeps meeting dying workers
     └── AttemptFailed         one attempt ended; the gateway may start another
         ├── StaleAttempt      a higher attempt, or a cancel, was seen before
-        ├── Preempted         a running sequence found no free block
+        ├── Preempted         a running sequence found no free block, or lost its state
         ├── DigestMismatch    a block's bytes are not those that were sealed
         ├── ClaimBroken       the claim on the source's blocks did not hold
         ├── SourceLost        the source of the blocks is gone or silent

@@ -77,6 +77,7 @@ class Stack:
         worker_flags: dict[str, Sequence[str]] | None = None,
         failpoints: dict[str, str] | None = None,
         environments: dict[str, dict[str, str]] | None = None,
+        worker_module: str = "baton.services.worker",
     ) -> None:
         self.model = model
         self.directory = directory
@@ -86,6 +87,7 @@ class Stack:
         self._worker_flags = worker_flags or {}
         self._failpoints = failpoints or {}
         self._environments = environments or {}
+        self._worker_module = worker_module
         self._valkey = EmbeddedValkey()
         self.processes: dict[str, Process] = {}
         self._channel: grpc.Channel | None = None
@@ -141,7 +143,7 @@ class Stack:
         shm_dir = Path(f"/dev/shm/baton-test-{os.getpid()}-{id(self):x}")
         shm_dir.mkdir(exist_ok=True)
         return [
-            *("-m", "baton.services.worker", "--role", self._roles[name], "--worker-id", name),
+            *("-m", self._worker_module, "--role", self._roles[name], "--worker-id", name),
             *("--model", str(model or self.model), "--redis-url", self._valkey.url),
             *("--num-blocks", "512", "--trace-dir", str(self.trace_dir)),
             *("--shm-dir", str(shm_dir), *self._flags, *self._worker_flags.get(name, ())),

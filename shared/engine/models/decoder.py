@@ -24,7 +24,8 @@ class Layer(Protocol):
     """
 
     def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
-        """hidden [T, hidden] → [T, num_heads, head_dim]; keys and values go to the cache."""
+        """hidden [T, hidden] → [T, num_heads, head_dim]; keys and values, or states, go to the
+        cache."""
 
     def finish(
         self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
@@ -76,27 +77,27 @@ class Decoder:
         self,
         input_ids: Tensor,
         positions: Tensor,
-        kv_caches: Sequence[Tensor],
+        caches: Sequence[Any],
         plans: Sequence[Any],
         wanted: Wanted | None = None,
     ) -> Tensor:
         """Runs all layers and stores the tokens' KV → [T, hidden], for `logits`.
 
         With `wanted`, [R, hidden] of those tokens only: of the others nothing is computed behind
-        the last keys and values that are stored.
+        the last keys and values, or states, that are stored.
 
         Args:
             input_ids, positions: int32 or int64 [T].
-            kv_caches: by cache group, [blocks + 1, num_kv_heads, num_layers, 2, block_size,
-                head_dim].
-            plans: by cache group, where the step's tokens are stored and what they attend to.
+            caches: by cache group, as `KvCache.caches`.
+            plans: by cache group, where the step's tokens are stored and what they attend to, or
+                which slots their rows have.
         """
         ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
         hidden = self._embed(input_ids)
         extra = None if self._extra_inputs is None else self._extra_inputs(input_ids, hidden)
         for index, layer in enumerate(self._layers):
             group = self._group_of[index]
-            kv, rope = kv_caches[group], ropes[self._rope_of[index]]
+            kv, rope = caches[group], ropes[self._rope_of[index]]
             query = layer.query(hidden, rope, kv, plans[group])
             if wanted is not None and index == self._last_to_store:
                 tokens, plans = wanted

@@ -13,7 +13,7 @@ from baton.shared.engine import memory
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.host_memory import HostMemory
 from baton.shared.kv.arrangement import Arrangement
-from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
+from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding, State, StateTensor
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
 
@@ -29,6 +29,12 @@ TWO_POOLS = Arrangement(
     (MIB, 2 * MIB),
     0.0,
 )
+STATE = State(1, (StateTensor("sum", (MIB // 2,), "float32"),))
+"""2 MiB."""
+WITH_STATES = Arrangement(
+    (CacheGroup(Full(1, 16), (0,)), CacheGroup(STATE, (1,))), (0, 1), (MIB, 2 * MIB), 0.0
+)
+STATES_ALONE = Arrangement((CacheGroup(STATE, (0,)),), (0,), (2 * MIB,), 0.0)
 
 
 def choose(
@@ -43,9 +49,16 @@ def choose(
     bound = HostMemory(free_mib * MIB, 800 * MIB, GROUP)
     monkeypatch.setattr(memory, "host_memory", lambda: bound)
     monkeypatch.setattr(memory, "own_bytes", lambda: 100 * MIB)
+    engine = EngineConfig(Path("model"), **config)
     return memory.choose_pools(
-        EngineConfig(Path("model"), **config),
-        PoolSizes(arrangement, block_size=16, ahead_tokens=16, in_flight_tokens=1),
+        engine,
+        PoolSizes(
+            arrangement,
+            block_size=16,
+            ahead_tokens=16,
+            in_flight_tokens=1,
+            max_num_seqs=engine.max_num_seqs,
+        ),
         most_tokens=most_tokens,
         used_bytes=50 * MIB,
         device=CPU,
@@ -148,3 +161,32 @@ def test_auto_with_a_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.max_model_len == choice.num_blocks[1] * 16 == 338 * 16
     with pytest.raises(ModelError, match="num_blocks: 400 blocks .* do not fit"):
         choose(400, monkeypatch, num_blocks=400, **auto)
+
+
+def test_there_is_a_slot_for_each_row_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is configured for blocks, or before what is left for them."""
+    assert num_blocks(400, monkeypatch, WITH_STATES, num_blocks=40, max_num_seqs=7) == (40, 7)
+    # Of 175 MiB a block and a slot stay zero.
+    assert num_blocks(400, monkeypatch, WITH_STATES, max_num_seqs=7) == (175 - 3 - 2 * 7, 7)
+
+
+def test_states_take_half_of_the_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_blocks(400, monkeypatch, WITH_STATES, max_num_seqs=256) == (86, 43)
+    assert num_blocks(400, monkeypatch, STATES_ALONE, max_num_seqs=256) == (86,), "or all of it"
+    assert num_blocks(400, monkeypatch, STATES_ALONE, max_num_seqs=85) == (85,)
+
+
+def test_the_longest_sequence_has_room_beside_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 25 MiB: 20 blocks and a slot, and what stays zero.
+    assert num_blocks(100, monkeypatch, WITH_STATES) == (20, 1)
+    with pytest.raises(ModelError) as caught:
+        num_blocks(99, monkeypatch, WITH_STATES)
+    assert "20 blocks (0.02 GiB) in the group of Full" in str(caught.value)
+    assert "a slot (0.00 GiB) in the group of State" in str(caught.value)
+
+
+def test_configured_blocks_and_their_slots_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_blocks(400, monkeypatch, WITH_STATES, num_blocks=20) == (20, 165)
+    wanted = "num_blocks: 349 blocks of 1048576 bytes and 1 slots of 2097152 bytes do not fit"
+    with pytest.raises(ModelError, match=wanted):
+        num_blocks(400, monkeypatch, WITH_STATES, num_blocks=349)

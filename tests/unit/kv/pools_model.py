@@ -12,7 +12,15 @@ from functools import lru_cache
 
 from baton.shared.kv.block_hash import PREFIX_STRIDE_TOKENS, chain_hashes, root_hash
 from baton.shared.kv.block_pool import Digest
-from baton.shared.kv.cache_spec import CacheGroup, CacheSpec, Full, Sliding, window_of
+from baton.shared.kv.cache_spec import (
+    CacheGroup,
+    CacheSpec,
+    Full,
+    Sliding,
+    State,
+    StateTensor,
+    window_of,
+)
 from baton.shared.kv.capacity import Capacity, GroupShare
 
 BLOCK_SIZE = 128
@@ -39,6 +47,7 @@ def make_groups(specs: Iterable[CacheSpec]) -> tuple[CacheGroup, ...]:
 
 
 FULL, OTHER_FULL = Full(2, 8), Full(1, 16)
+STATE = State(2, (StateTensor("sum", (8, 4), "float32"),))
 
 
 def sliding(window: int) -> Sliding:
@@ -55,7 +64,11 @@ def make_capacity(
 
 class Model:
     def __init__(self, groups: Sequence[CacheGroup], capacity: Capacity) -> None:
-        self._windows = [window_of(group.spec) for group in groups]
+        self._windows = [
+            # A hit would need the state behind the last token before it.
+            window_of(group.spec) if group.spec.grows else 2
+            for group in groups
+        ]
         self._pools = [share.pool for share in capacity.groups]
         ids = [range(num_blocks) for num_blocks in capacity.num_blocks]
         self.num_references = Counter[BlockOf]()

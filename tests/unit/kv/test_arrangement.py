@@ -14,6 +14,8 @@ from baton.shared.kv.cache_spec import (
     CacheSpec,
     Full,
     Sliding,
+    State,
+    StateTensor,
     cache_groups,
     places_of_layers,
 )
@@ -197,3 +199,50 @@ def test_a_window_needs_no_more_blocks_wherever_it_begins(
 def test_the_log_says_what_it_wastes() -> None:
     assert arranged(LLAMA).describe() == "one cache group"
     assert arranged(GPT_OSS).describe() == "2 cache groups share one pool, 0.0% wasted"
+
+
+# States
+
+GDN = State(
+    16,
+    (StateTensor("recurrent", (2, 128, 128), "float32"), StateTensor("conv", (512, 3), "bfloat16")),
+)
+"""Of a layer of Qwen3.5-35B-A3B; three of them come before a full one."""
+QWEN_3_5: list[CacheSpec] = [*[GDN] * 3, Full(2, 256)] * 10
+
+
+def test_states_have_slots_of_their_own_behind_all_others() -> None:
+    found = arranged(QWEN_3_5)
+    full, states = found.groups
+    assert full.layer_ids == tuple(range(3, 40, 4)) and states.spec == GDN
+    assert (found.pools, found.slot_pools, found.waste) == ((0, 1), [1], 0.0)
+    # 30 layers of 2 MiB, and 48 KiB of the convolution's.
+    assert found.block_bytes[1] == states.constant_bytes == 30 * (2 * 2**20 + 48 * 2**10)
+    assert found.describe() == "one cache group, states of 64389120 bytes for each sequence"
+    alone = arranged([GDN] * 4)
+    assert (alone.pools, alone.slot_pools, alone.num_pools) == ((0,), [0], 1)
+    assert alone.describe() == "states of 8585216 bytes for each sequence"
+
+
+@settings(max_examples=30)
+@given(specs=specs_of_layers, states=st.lists(st.integers(0, 16), min_size=1, max_size=5))
+def test_states_change_nothing_for_the_others(specs: list[CacheSpec], states: list[int]) -> None:
+    other = State(1, GDN.tensors)
+    without, mixed = arranged(specs, 2048), list(specs)
+    for number, place in enumerate(states):
+        mixed.insert(place, GDN if number % 2 else other)
+    found = arranged(mixed, 2048)
+    growing = [each for each in found.groups if each.spec.grows]
+    assert [(g.spec, len(g.layer_ids), g.num_padding_layers) for g in growing] == [
+        (g.spec, len(g.layer_ids), g.num_padding_layers) for g in without.groups
+    ]
+    kinds = len({number % 2 for number in range(len(states))})
+    first = without.num_pools
+    assert found.pools == (*without.pools, *range(first, first + kinds))
+    assert found.slot_pools == list(range(first, first + kinds))
+    assert (found.waste, found.block_bytes[:first]) == (without.waste, without.block_bytes)
+    places = places_of_layers(found.groups)
+    of_layers = [found.groups[places[layer][0]].spec for layer in range(len(mixed))]
+    assert of_layers == mixed and len(places) == len(mixed)
+    shares = found.shares(BLOCK_SIZE, AHEAD)
+    assert [share.max_blocks for share in shares[len(growing) :]] == [1] * kinds

@@ -13,12 +13,17 @@ from baton.shared.kv.cache_spec import (
     CacheSpec,
     Full,
     Sliding,
+    State,
+    StateTensor,
     cache_groups,
     places_of_layers,
     window_of,
 )
 
 FULL, NARROW, WIDE = Full(2, 8), Sliding(2, 8, 4), Sliding(2, 8, 100)
+STATE = State(
+    4, (StateTensor("recurrent", (16, 3), "float32"), StateTensor("conv", (5,), "bfloat16"))
+)
 MOST_TOKENS = 60
 
 
@@ -95,3 +100,54 @@ def test_a_block_is_its_axes() -> None:
     assert list(group.axes(16)) == ["kv_head", "layer", "kv", "token", "dim"]
     assert group.block_shape(16) == (2, 4, 2, 16, 8)
     assert group.block_bytes(16, 2) == 2 * 4 * 2 * 16 * 8 * 2
+
+
+# States
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 32_768])
+def test_a_state_takes_one_slot_for_good(num_tokens: int) -> None:
+    group = CacheGroup(STATE, (0, 2))
+    assert group.num_blocks_for(num_tokens, 16) == 1
+    assert group.first_block(num_tokens, 16) == 0, "what a token reads is never given back"
+    assert CacheGroup(FULL, (0,)).num_blocks_for(num_tokens, 16) == -(-num_tokens // 16)
+
+
+def test_a_slot_is_as_large_whatever_the_block_size_and_the_dtype_of_caches() -> None:
+    group = CacheGroup(STATE, (0, 2))
+    # Of a head in a layer: 16 · 3 numbers of 4 bytes, and 5 of 2, which are rounded up to 16 bytes.
+    assert STATE.offsets_bytes() == (0, 192, 208)
+    assert group.block_bytes(16, 2) == group.block_bytes(1, 4) == 4 * 2 * 208
+    assert group.constant_bytes == 4 * 2 * 208 and CacheGroup(FULL, (0,)).constant_bytes == 0
+    assert group.block_shape(16) == (4, 2, 208)
+
+
+def test_nothing_before_the_last_token_is_left_of_a_state() -> None:
+    assert not STATE.grows and not STATE.reads_everything
+    assert [STATE.first_read(position) for position in (0, 1, 2, 100)] == [0, 0, 1, 99]
+
+
+def test_ranks_share_a_state_by_heads() -> None:
+    assert STATE.of_rank(1, 2) == State(2, STATE.tensors)
+    assert STATE.heads_of_rank(1, 2) == range(2, 4)
+    with pytest.raises(ValueError, match="4 KV heads .* 3 ranks"):
+        STATE.of_rank(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (("sum", (8,), "float64"), "sum: dtype float64 is not one of float32, bfloat16, float16"),
+        (("sum", (), "float32"), "holds nothing"),
+        (("sum", (8, 0), "float32"), "holds nothing"),
+    ],
+)
+def test_tensors_that_cannot_be(tensor: tuple[str, tuple[int, ...], str], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        StateTensor(*tensor)
+
+
+def test_each_tensor_has_a_name_of_its_own() -> None:
+    for tensors in ((), (STATE.tensors[0], STATE.tensors[0])):
+        with pytest.raises(ValueError, match="name of its own"):
+            State(2, tensors)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.shared.kv.arrangement import arrange, most_blocks
-from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
+from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding, State, StateTensor
 from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
 
 BLOCK_SIZE, ITEMSIZE = 16, 2
@@ -16,6 +16,8 @@ LLAMA: list[CacheSpec] = [Full(2, 16)] * 4
 GEMMA_3 = [*LOCAL * 5, Full(1, 16)] * 2
 GEMMA_4 = [*LOCAL * 5, Full(3, 40)] * 2
 MISTRAL: list[CacheSpec] = [Sliding(2, 16, 256)] * 4
+STATE = State(2, (StateTensor("sum", (500,), "float32"),))
+HYBRID: list[CacheSpec] = [STATE, STATE, Full(2, 16)] * 2
 
 
 def sizes_of(specs: list[CacheSpec], limit: int, ahead_tokens: int = 64) -> PoolSizes:
@@ -26,7 +28,7 @@ def sizes_of(specs: list[CacheSpec], limit: int, ahead_tokens: int = 64) -> Pool
         max_model_len=limit,
         ahead_tokens=ahead_tokens,
     )
-    return PoolSizes(arrangement, BLOCK_SIZE, ahead_tokens, in_flight_tokens=1)
+    return PoolSizes(arrangement, BLOCK_SIZE, ahead_tokens, in_flight_tokens=1, max_num_seqs=20)
 
 
 def longest_by_trial(sizes: PoolSizes, num_bytes: int, limit: int) -> int:
@@ -36,8 +38,9 @@ def longest_by_trial(sizes: PoolSizes, num_bytes: int, limit: int) -> int:
     return max((n for n in range(1, limit + 1) if holds(n)), default=0)
 
 
+@settings(deadline=None)
 @given(
-    specs=st.sampled_from([LLAMA, GEMMA_3, GEMMA_4, MISTRAL]),
+    specs=st.sampled_from([LLAMA, GEMMA_3, GEMMA_4, MISTRAL, HYBRID]),
     limit=st.integers(1, 1500),
     num_kib=st.integers(0, 3000),
     ahead_tokens=st.sampled_from([1, 64, 512]),
@@ -103,3 +106,31 @@ def test_none_fits() -> None:
     sizes = sizes_of(LLAMA, 100)
     assert sizes.longest(lambda _: (0,), 100) == 0
     assert sizes.longest(lambda _: None, 100) == 0
+
+
+@given(num_kib=st.integers(0, 3000), num_tokens=st.integers(1, 3000))
+def test_slots_are_one_for_each_row_or_as_many_as_fit(num_kib: int, num_tokens: int) -> None:
+    """But blocks for the sequence come first, and half of the memory is theirs."""
+    sizes, num_bytes = sizes_of(HYBRID, 4000), num_kib * 1024
+    (num_blocks, num_slots), slot = sizes.of_bytes(num_bytes, num_tokens), sizes.slot_bytes
+    usable = num_bytes - sum(sizes.arrangement.block_bytes)
+    block = sizes.arrangement.block_bytes[0]
+    need = -(-num_tokens // BLOCK_SIZE) * block
+    assert num_slots <= sizes.max_num_seqs
+    assert num_slots * slot <= max(0, usable - need, 0)
+    assert num_slots < 2 or num_slots * slot <= usable // 2
+    if num_slots < sizes.max_num_seqs:
+        more = (num_slots + 1) * slot
+        assert more > usable - need or (num_slots and more > usable // 2)
+    if usable >= 0:
+        assert usable - num_slots * slot - block < num_blocks * block <= usable - num_slots * slot
+
+
+def test_slots_beside_a_number_of_blocks() -> None:
+    sizes = sizes_of(HYBRID, 4000)
+    block, slot = sizes.arrangement.block_bytes
+    assert sizes.of_first(60, 100, 60 * block + 3 * slot) == (60, 3)
+    assert sizes.of_first(60, 100, 60 * block + 100 * slot) == (60, 20)
+    assert sizes.of_first(60, 100, 0) == (60, 1), "one at least: what does not fit is refused"
+    capacity = sizes.capacity((60, 3), 4000)
+    assert capacity.blocks_for(100) == [7, 1] and capacity.longest == 60 * BLOCK_SIZE

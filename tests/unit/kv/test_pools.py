@@ -26,6 +26,7 @@ from tests.unit.kv.pools_model import (
     BLOCK_SIZE,
     FULL,
     OTHER_FULL,
+    STATE,
     Model,
     Path,
     hashes_of,
@@ -49,6 +50,10 @@ CONFIGURATIONS = {
         make_groups([FULL, OTHER_FULL, sliding(256)]),
         make_capacity([13, 7], [0, 0, 1], [None, None, 4]),
     ),
+    "beside states": (
+        make_groups([sliding(200), FULL, STATE]),
+        make_capacity([12, 3], [0, 0, 1], [4, None, 1]),
+    ),
 }
 
 
@@ -60,7 +65,7 @@ class Holder:
     path: Path
     num_sealed: int
     next_group: int = 0
-    """Of the block at `num_sealed`, the first group that is not sealed."""
+    """Of the block at `num_sealed`, the first group that is not sealed; of those that grow."""
     has_ended: bool = False
     quarantined: list[tuple[int, list[int]]] = field(default_factory=list)
     """(group, block ids)."""
@@ -83,6 +88,8 @@ class PoolsMachine(RuleBasedStateMachine):
         self.model = Model(self.groups, self.capacity)
         self.holders: list[Holder] = []
         self.directory: set[bytes] = set()
+        self.num_growing = sum(group.spec.grows for group in self.groups)
+        """Groups of states are the last."""
 
     @property
     def running(self) -> list[Holder]:
@@ -106,6 +113,8 @@ class PoolsMachine(RuleBasedStateMachine):
         tables, wanted = [], [0] * len(self.capacity.num_blocks)
         for group, share in enumerate(self.capacity.groups):
             needed = self.model.needed(group, depth)
+            if not self.groups[group].spec.grows:
+                assert depth == 0, "no state is kept"
             cached = [self.model.findable[group, path[: index + 1]] for index in needed]
             hashes = hashes_of(path)[needed.start : needed.stop]
             assert [self.cache.find(each, group, tokens) for each in hashes] == cached
@@ -168,7 +177,7 @@ class PoolsMachine(RuleBasedStateMachine):
         self.cache.seal(group, block_id, hashes, at, token_ids, digest)
         self.model.seal(group, block_id, holder.path[: at + 1], digest)
         tables[group].num_sealed = at + 1
-        holder.next_group = (group + 1) % len(tables)
+        holder.next_group = (group + 1) % self.num_growing
         holder.num_sealed += holder.next_group == 0
 
     @precondition(lambda self: self.running)
@@ -179,7 +188,8 @@ class PoolsMachine(RuleBasedStateMachine):
         before = [list(table) for table in sequence.block_tables]
         self.pools.give_back_behind(sequence, at * BLOCK_SIZE)
         for group, table in enumerate(sequence.block_tables):
-            kept = [NO_BLOCK] * self.model.needed(group, at).start
+            grows = self.groups[group].spec.grows
+            kept = [NO_BLOCK] * (self.model.needed(group, at).start if grows else 0)
             kept += before[group][len(kept) :]
             assert table == kept[: len(before[group])]
             assert table.first_live == table.count(NO_BLOCK)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from tests import recurrent
 from tests.weights import weight_shapes
 
 MakeRunner = Callable[..., ModelRunner]
@@ -61,11 +62,19 @@ UNEQUAL = {
     "hidden_size_per_layer_input": 6,
     "vocab_size_per_layer_input": 61,
 }
+STATES = {
+    **CONFIG,
+    "model_type": recurrent.TYPE.name,
+    "state_num_heads": 3,
+    "state_head_dim": 5,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": CONFIG,
     "windowed": WINDOWED,
     "one pool": ALTERNATING,
     "two pools": UNEQUAL,
+    "states": {**STATES, "layer_types": ["recurrent", "full_attention"]},
+    "states alone": {**STATES, "layer_types": ["recurrent", "recurrent"]},
 }
 
 
@@ -76,6 +85,7 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
     torch.set_num_threads(1)
     directories: dict[str, Path] = {}
 
+    @recurrent.known()
     def make(num_blocks: int, kind: str = "full", **how: Any) -> ModelRunner:
         if kind not in directories:
             directories[kind] = tmp_path_factory.mktemp("tiny")

@@ -111,7 +111,7 @@ class Network:
             number, block_id = sealed[index % len(sealed)]
             # Of the groups that share the pool, all see the whole of a block.
             group = worker.runner.arrangement.pools.index(number)
-            worker.runner.kv_cache.tensors[group][block_id].neg_().sub_(1)
+            _scramble(worker, group, block_id)
             self.corrupted.add((worker.incarnation, number, block_id))
 
     def kill(self, name: str) -> None:
@@ -253,7 +253,7 @@ class Network:
         blocks[local] = source.runner.kv_cache.tensors[group][remote]
         if corrupt:
             self.corrupted.add((source.incarnation, number, remote[-1]))
-            blocks[local[-1]].neg_().sub_(1)
+            _scramble(worker, group, local[-1])
         sums = block_sums(worker.runner.kv_cache.block_words(local, group))
         generations = [block.generation for block in job.expected]
         landed = digests(sums, seeds(source.incarnation, remote, generations, num_heads)).tolist()
@@ -269,3 +269,8 @@ class Network:
             key = worker.engine._pulls._jobs[job.job_id].key
             assert key not in source.engine._claims, "claimed blocks were written"
         return PullResult(job.job_id, mismatched, sums, None, now, now)
+
+
+def _scramble(worker: SimWorker, group: int, block_id: int) -> None:
+    for tensor in worker.runner.kv_cache.typed(group):
+        tensor[block_id].neg_().sub_(1)

@@ -102,7 +102,7 @@ def test_each_block_is_announced_once_and_the_tail_with_the_first_token(
 
     sequence.num_computed_tokens = 10
     side.sealer.seal_computed(sequence, with_digests=True)
-    side.sealer.freeze_tail(sequence)
+    side.sealer.freeze(sequence)
     sequence.output_token_ids.append(42)
     claims.announce(sequence)
     [last] = to_reader(side)
@@ -118,7 +118,7 @@ def test_each_block_is_announced_once_and_the_tail_with_the_first_token(
 def test_a_claim_that_comes_late_is_told_everything_at_once(side: Side, claims: ClaimTable) -> None:
     sequence = side.sequence(num_cached=2)
     sequence.output_token_ids.append(42)
-    side.sealer.freeze_tail(sequence)
+    side.sealer.freeze(sequence)
     claims.announce(sequence)
     assert side.take_sent() == [], "nobody has claimed"
     claims.add(KEY, "d-1")
@@ -142,7 +142,7 @@ def test_the_tail_is_zeroed_behind_its_fill_and_frozen(side: Side) -> None:
     sequence = side.sequence(num_cached=2)
     tail = sequence.block_tables[0][2]
     before = side.cache.tensors[0][tail].clone()
-    side.sealer.freeze_tail(sequence)
+    side.sealer.freeze(sequence)
     after = side.cache.tensors[0][tail]
     assert bool((after[:, :, :, :2] == before[:, :, :, :2]).all())
     assert not after[:, :, :, 2:].any()

@@ -93,7 +93,7 @@ def test_of_a_windowed_group_only_the_last_window_is_announced(side: Side) -> No
         assert not any(message.HasField("computed") for message in take_told())
     assert told == {FULL: [0, 1, 2, 3, 4], WINDOWED: [4]}
     side.compute(sequence, 26)
-    side.sealer.freeze_tail(sequence)
+    side.sealer.freeze(sequence)
     sequence.output_token_ids.append(42)
     messages = take_told()
     assert told == {FULL: list(range(7)), WINDOWED: [4, 5, 6]}

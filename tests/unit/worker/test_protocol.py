@@ -232,6 +232,18 @@ def test_any_interleaving_of_several_cache_groups(
     _run(runners, Oracle(make_runner(64, kind)), clock, max_examples=40)
 
 
+@pytest.mark.parametrize(("kind", "runs_ahead"), [("states", True), ("states alone", False)])
+def test_any_interleaving_of_models_that_keep_states(
+    kind: str, runs_ahead: bool, make_runner: MakeRunner, clock: Clock
+) -> None:
+    """Slots that run out before blocks do, and the other way round; a state that is lost is
+    computed from the prompt's beginning, and no token is applied to it twice."""
+    made = {name: make_runner(NUM_BLOCKS, kind, max_num_seqs=3) for name in ("prefill", "decode")}
+    runners: dict[str, Any] = {name: LateRunner(runner) for name, runner in made.items()}
+    oracle = Oracle(make_runner(NUM_BLOCKS, kind))
+    _run(runners if runs_ahead else made, oracle, clock, max_examples=30)
+
+
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_any_interleaving_with_drafts(
     runs_ahead: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock

@@ -6,6 +6,7 @@ import queue
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
@@ -86,8 +87,10 @@ class FlakyRunner(LateRunner):
 class Bench:
     """One engine loop, and what its gateway heard."""
 
+    make_flaky: ClassVar[type[FlakyRunner]] = FlakyRunner
+
     def __init__(self, runner: ModelRunner) -> None:
-        self.runner = FlakyRunner(runner)
+        self.runner = self.make_flaky(runner)
         self.pools = Pools(runner.groups, runner.capacity)
         self.tokens: defaultdict[int, list[int]] = defaultdict(list)
         self.reasons: dict[int, FinishReason] = {}

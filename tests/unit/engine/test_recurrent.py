@@ -1,0 +1,120 @@
+"""Layers with a state of constant size, beside full ones and alone, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import DeviceError
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.capacity import GroupShare
+from baton.shared.model_files.fields import ModelError
+from baton.shared.sampling import SamplingParams
+from tests.recurrent import FULL, RECURRENT, known, make_recurrent
+from tests.unit.engine.conftest import TINY, MakeRunner
+from tests.unit.engine.test_logits_vs_transformers import check_logits, expected_tokens
+
+FIELDS: dict[str, Any] = {
+    **TINY,
+    "num_hidden_layers": 3,
+    "layer_types": [RECURRENT, FULL, RECURRENT],
+    "state_num_heads": 4,
+    "state_head_dim": 10,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "beside-full": FIELDS,
+    "alone": {**FIELDS, "num_hidden_layers": 2, "layer_types": [RECURRENT] * 2},
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+PROMPT = [3 + 7 * i % 300 for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def recurrent() -> Iterator[None]:
+    with known():
+        yield
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits(shape: str, tmp_path: Path, make_runner: MakeRunner) -> None:
+    model = make_recurrent(tmp_path, SHAPES[shape])
+    check_logits(model, make_runner(tmp_path), min_span=10)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens(shape: str, tmp_path: Path, make_runner: MakeRunner) -> None:
+    """In chunks and in one piece, together and alone."""
+    model = make_recurrent(tmp_path, SHAPES[shape])
+    loop = PlainLoop(make_runner(tmp_path))
+    prompts = [PROMPT[:length] for length in (1, 16, 17, 40)]
+    expected = [expected_tokens(model, prompt, GREEDY.max_tokens) for prompt in prompts]
+    assert loop.generate(prompts, [GREEDY] * len(prompts), chunk=7) == expected
+    assert loop.generate(prompts[-1:], [GREEDY]) == expected[-1:]
+
+
+@pytest.mark.exact
+def test_bits_do_not_depend_on_chunks_nor_on_what_a_slot_held(
+    tmp_path: Path, make_runner: MakeRunner
+) -> None:
+    make_recurrent(tmp_path, FIELDS)
+    runner = make_runner(tmp_path)
+    runner.kv_cache.memory.fill_(0x41)
+    whole = runner.logits(Batch([BatchRow(PROMPT, 0, [[0, 1, 2], [5]])]))
+    slot = runner.kv_cache.tensors[1][5].clone()
+    other = BatchRow(PROMPT[5:9], 0, [[9], [4]])
+    for start, end in ((0, 1), (1, 17), (17, 39), (39, 40)):
+        row = BatchRow(PROMPT[start:end], start, [[6, 7, 8], [3]])
+        logits = runner.logits(Batch([other, row] if start else [row]))[-1]
+    assert torch.equal(logits, whole[0])
+    views = runner.kv_cache.typed(1)
+    assert all(torch.equal(view[3], view[5]) for view in views)
+    padding = runner.kv_cache.tensors[1][3] != slot
+    assert bool((runner.kv_cache.tensors[1][3][padding] == 0x41).all())
+    assert bool((runner.kv_cache.tensors[1][6:] == 0x41).all()), "no other slot was touched"
+    assert bool((runner.kv_cache.padded_tensors[1][-1] == 0x41).all()), "nor the one behind them"
+
+
+def test_pools_and_layout(tmp_path: Path, make_runner: MakeRunner) -> None:
+    make_recurrent(tmp_path, FIELDS)
+    runner = make_runner(tmp_path, num_blocks=20, max_num_seqs=6)
+    full, states = runner.groups
+    assert (full.layer_ids, states.layer_ids) == ((1,), (0, 2))
+    # A head: 10 numbers of 4 bytes and 2 · 10 of 2, rounded up to 16 bytes each.
+    assert states.constant_bytes == 4 * 2 * (48 + 48)
+    assert runner.num_blocks == (20, 6)
+    assert runner.capacity.groups == (GroupShare(0), GroupShare(1, 1))
+    cache = runner.kv_cache
+    assert [tuple(view.shape) for view in cache.typed(1)] == [(6, 4, 2, 10), (6, 4, 2, 2, 10)]
+    assert [view.dtype for view in cache.typed(1)] == [torch.float32, torch.bfloat16]
+    assert cache.words(1).shape == (7, 4, 48)
+    cache.typed(1)[1][2, 3, 1, 1, 9] = 1.0
+    [(slot, head, _)] = cache.words(1).nonzero().tolist()
+    assert (slot, head) == (2, 3), "a head's words are its own, in all layers and tensors"
+
+
+def test_another_state_is_another_layout(tmp_path: Path, make_runner: MakeRunner) -> None:
+    """Also where the bytes are as many."""
+    layouts = set()
+    others: list[dict[str, Any]] = [{"state_head_dim": 9}, {"layer_types": [RECURRENT, FULL, FULL]}]
+    for number, changes in enumerate([{}, *others]):
+        directory = tmp_path / str(number)
+        make_recurrent(directory, {**FIELDS, **changes})
+        layouts.add(make_runner(directory).kv_cache.layout()[1])
+    assert len(layouts) == 3
+
+
+def test_what_cannot_serve_a_state_is_refused_by_name(
+    tmp_path: Path, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_recurrent(tmp_path, FIELDS)
+    with pytest.raises(ModelError, match="num_drafts: .* state"):
+        make_runner(tmp_path, num_drafts=2)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(DeviceError, match="triton .* layers that cache State"):
+        make_runner(tmp_path, kernels="triton")
