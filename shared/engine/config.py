@@ -26,10 +26,10 @@ AUTO: Literal["auto"] = "auto"
 class EngineConfig:
     """How to run a model.
 
-    `token_budget` is the most tokens of one step, `max_num_seqs` the most rows. None lets the
-    engine choose: `num_blocks` from memory, `token_budget` by measurement on a GPU; for
-    `max_model_len` it means the model's own limit, and auto the longest up to it for which the
-    block pools have room.
+    `token_budget` is the most tokens of one step, `max_num_seqs` the most rows, and the most slots
+    of a model that keeps states. None lets the engine choose: `num_blocks` from memory,
+    `token_budget` by measurement on a GPU; for `max_model_len` it means the model's own limit, and
+    auto the longest up to it for which the block pools have room.
 
     `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
     `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.

@@ -22,7 +22,7 @@ class GroupShare:
     pool: int
     max_blocks: int | None = None
     """The most blocks that one sequence holds at once: its window, and what is computed ahead of
-    it. None: a block for every `block_size` tokens."""
+    it; a slot where its layers keep a state. None: a block for every `block_size` tokens."""
 
     def blocks_for(self, num_tokens: int, block_size: int) -> int:
         """The most blocks that a sequence of so many tokens holds at once."""
