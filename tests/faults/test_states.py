@@ -80,13 +80,15 @@ def test_split_equals_together(stack: Stack, model: Path) -> None:
     expected = Oracle(model).answers(asks)
     streams = [Background(stack, ask.prompt, ignore_eos=True, **ask.sampling) for ask in asks]
     stack.wait_until(lambda: sum(stream.num_tokens for stream in streams) > 200)
+    killed = stack.state("d0")
     stack.kill("d0")
     stack.restart("d0")
     results = [stream.result() for stream in streams]
     assert [result.token_ids for result in results] == expected
     assert sum(result.attempts for result in results) > len(results)
     states = [stack.state(name) for name in WORKERS]
-    assert sum(state.counters.num_digest_mismatches for state in states) >= 1
-    assert sum(state.counters.num_preemptions for state in states) >= 1
+    counters = [state.counters for state in (*states, killed)]
+    assert sum(each.num_digest_mismatches for each in counters) >= 1
+    assert sum(each.num_preemptions for each in counters) >= 1
     assert [state.num_free_blocks_by_pool[1] for state in states] == [NUM_SLOTS] * 2
     stack.assert_idle()
