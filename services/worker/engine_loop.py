@@ -391,7 +391,7 @@ class EngineLoop:
         for part, outcome in zip(step.parts, outcomes, strict=True):
             if not part.is_chunk:
                 num_computed += part.num_tokens
-                num_drawn += 0 if isinstance(outcome, EngineFailure) else len(outcome)
+                num_drawn += 0 if isinstance(outcome, AttemptFailed) else len(outcome)
         # A step that was launched ahead had to wait for the one before.
         self._metrics.took_step(
             self._collected_s - max(step.started_s, before_s),
