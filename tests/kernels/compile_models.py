@@ -1,9 +1,13 @@
 """Compiles what a layer of well-known models needs, for GPUs that need not be there.
 
     python -m tests.kernels.compile_models [--model NAME ...] [--capability N ...] [--rows N ...]
+        [--ptx DIRECTORY]
 
 Prints, as JSON, how many kernels there are, and which do not fit the GPU's shared memory or spill
 registers. Tensors have no memory: products by the library cost nothing.
+
+`--ptx` keeps what they were compiled to. Of two checkouts, `diff -r` then says whether a change of
+the sources has changed any of a model's kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--capability", nargs="+", type=int, default=[90], choices=SHARED_BYTES)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 8, 16, 32, 64, 128])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--ptx", type=Path, metavar="DIRECTORY")
     args = parser.parse_args(argv)
     report = {}
     for name in args.model:
@@ -185,7 +191,15 @@ def main(argv: list[str] | None = None) -> None:
             kernels = compile_layer(MODELS[name], capability, tuple(args.rows), dtype)
             found = {"kernels": len(kernels), "problems": list(problems(kernels))}
             report[f"{name} sm_{capability}"] = found
+            if args.ptx is not None:
+                _keep(kernels, args.ptx / f"{name} sm_{capability}")
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
+
+
+def _keep(kernels: list[Compiled], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(kernels):
+        (directory / f"{number:03} {each.name}.ptx").write_text(each.ptx)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -292,6 +293,30 @@ def test_real_shapes(
     # Whichever program comes last adds up in the same order: a difference would be a race.
     for turn in range(100):
         assert torch.equal(problem.attend(work, pdl=turn % 2 == 1), first)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, {"window": 4096}),
+        ({"num_heads": 16, "num_kv_heads": 8, "head_dim": 256}, {"window": 1024}),
+        ({"num_heads": 16, "num_kv_heads": 8, "head_dim": 256}, {"soft_cap": 5.0}),
+        ({"num_heads": 32, "num_kv_heads": 4, "head_dim": 512}, {}),
+    ],
+)
+def test_shapes_of_other_models(
+    shape: dict[str, int],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+) -> None:
+    problem = Problem([9000, 0, 3, 64] + [700] * 29, dtype, device, **shape, **options)
+    work = problem.work()
+    problem.plan(work)
+    assert_close(problem.attend(work, pdl=True), problem.reference())
 
 
 @gpu

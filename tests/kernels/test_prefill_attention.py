@@ -144,7 +144,7 @@ def test_tiles() -> None:
 
 @pytest.mark.skipif(not _GPU, reason="too many steps for the interpreter")
 @pytest.mark.parametrize("block_size", [16, 32, 64])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
 def test_large(
     head_dim: int,
     block_size: int,
@@ -157,4 +157,6 @@ def test_large(
     case.check(assert_close, block_m_for(700, head_dim, dtype.itemsize))
     case.check(assert_close, block_m_for(20, head_dim, dtype.itemsize))
     case = make_case([(1500, 513)], 8, 2, head_dim, block_size, device, dtype, forgotten=1200)
-    case.check(assert_close, block_m_for(513, head_dim, dtype.itemsize), window=300)
+    block_m = block_m_for(513, head_dim, dtype.itemsize)
+    for soft_cap in (0.0, 3.0):
+        case.check(assert_close, block_m, window=300, soft_cap=soft_cap)
