@@ -80,11 +80,11 @@ def test_parts_of_tiles_in_a_window(
     case.check(assert_close, 64, PrefillConfig(1, 16, 4, 2, tokens=16), window=33)
 
 
-@pytest.mark.parametrize("longest", [5, 70])
+@pytest.mark.parametrize("longest", [5, 35])
 def test_the_widest_heads(
     longest: int, device: torch.device, dtype: torch.dtype, assert_close: Check
 ) -> None:
-    case = make_case([(30, longest)], 4, 2, 512, 16, device, dtype)
+    case = make_case([(20, longest)], 2, 1, 512, 16, device, dtype)
     case.check(assert_close, block_m_for(longest, 512, dtype.itemsize))
 
 

@@ -29,7 +29,7 @@ def _angles(positions: int, half: int, device: torch.device) -> tuple[torch.Tens
         (70, 2, 1, 16, 16, "qk"),
         # Weights of float32, a norm of values, queries scaled by position, the widest heads.
         (3, 5, 2, 48, 16, "qkv wide scale"),
-        (66, 3, 1, 512, 16, "qkv"),
+        (3, 3, 1, 512, 16, "qkv"),
         (2, 2, 1, 64, 16, "v scale"),
     ],
 )
