@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.linear_table import Config, guess
 from baton.kernels.reference import Activation
+from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.skinny_linear_jit import dot_kernel, fma_kernel
 
 _MAX_PARTIALS = 8 * 2**20
@@ -163,5 +164,16 @@ def _launch_dot(
         steps_per_split=triton.cdiv(triton.cdiv(size_k, config.block_k), config.split_k),
         BLOCK_M=block_m,
         SPLIT_K=config.split_k,
-        num_stages=config.num_stages,
+        num_stages=_num_stages(config, block_m, common, device),
     )
+
+
+def _num_stages(config: Config, block_m: int, common: dict[str, Any], device: torch.device) -> int:
+    """As configured, or what the device has room for: n stages hold n − 1 of each tile."""
+    weight, norm = common["weight_ptr"], common["norm_ptr"]
+    weight_rows = config.block_n * (1 if common["ACTIVATION"] is None else 2)
+    row_bytes = (weight_rows + block_m) * weight.element_size()
+    if norm is not None:
+        row_bytes += block_m * norm.element_size()
+    room: int = shared_bytes(device) // (row_bytes * config.block_k)
+    return max(1, min(config.num_stages, 1 + room))

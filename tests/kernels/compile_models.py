@@ -23,7 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels import decode_attention, hopper_prefill_attention, prefill_attention
+from baton.kernels import (
+    decode_attention,
+    hopper_prefill_attention,
+    prefill_attention,
+    skinny_linear,
+)
 from baton.kernels.decode_plan import make_work, plan_decode
 from baton.kernels.prefill_attention import block_m_for
 from baton.kernels.reference import Activation, HeadNorms
@@ -92,7 +97,7 @@ def compile_layer(
 ) -> list[Compiled]:
     """What a layer and the head need, for decode steps of so many rows and chunks of all sizes."""
     limit = SHARED_BYTES[capability]
-    for module in (decode_attention, prefill_attention):
+    for module in (decode_attention, prefill_attention, skinny_linear):
         module.shared_bytes = lambda _: limit  # type: ignore[attr-defined]
     hopper_prefill_attention._processors = lambda _: 132 if capability == 90 else 0  # type: ignore[assignment]
     ops = TritonOperations(overlaps=capability >= 90)
