@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,9 @@ import grpc
 import pytest
 
 from baton.services.gateway.admission import AdmittedRequest, Limits, admit
+from baton.services.gateway.frontend import _by_position
 from baton.services.gateway.links import Events, PredictionChecked, Token
+from baton.shared.directory.workers import accepted_at
 from baton.shared.kv.sequence import FinishReason, Sequence
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.v1 import inference_service_pb2 as pb
@@ -170,3 +173,10 @@ async def test_wrong_forms_are_refused_by_name(
     reply = await ask(address, path, body)
     assert (reply.status, reply.error["param"]) == (400, param)
     assert frontend.requests == []
+
+
+def test_counts_by_position_are_added_over_workers() -> None:
+    counters = Counter({accepted_at(0): 3, accepted_at(1): 0, "num_steps": 9})
+    counters.update({accepted_at(0): 4, accepted_at(1): 1, accepted_at(2): 0})
+    assert _by_position(counters) == [7, 1, 0]
+    assert _by_position(Counter()) == []

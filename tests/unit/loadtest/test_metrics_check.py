@@ -103,6 +103,38 @@ def test_gateways_are_added_and_a_stranger_is_noticed() -> None:
     assert "answered 1, the clients 2" in problem
 
 
+def test_what_workers_guessed_is_in_the_report() -> None:
+    registry = CollectorRegistry()
+    counters = {
+        name: Counter(f"vllm:spec_decode_num_{name}", "", ["engine"], registry=registry)
+        for name in ("drafts", "draft_tokens", "accepted_tokens")
+    }
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+    by_position = Counter(name, "", ["engine", "position"], registry=registry)
+
+    def scrape(**gained: int) -> Scrape:
+        for each, number in gained.items():
+            counters[each].labels("d0").inc(number)
+        return read(generate_latest(registry).decode())
+
+    old = scrape(drafts=1, draft_tokens=2, accepted_tokens=0)
+    assert not compare(["d0"], [(old, scrape(drafts=0))], [sample()]).counts
+    by_position.labels("d0", "0").inc(6)
+    by_position.labels("d1", "1").inc(3)
+    new = scrape(drafts=10, draft_tokens=24, accepted_tokens=9)
+    check = compare(["d0"], [(old, new)], [sample()])
+    told = {figure.name: figure.metrics for figure in (*check.counts, *check.times)}
+    assert told == {
+        "drafts": 10,
+        "drafted tokens": 24,
+        "accepted tokens": 9,
+        "accepted at 0": 6,
+        "accepted at 1": 3,
+        "mean accepted length": 1.9,
+    }
+    assert not check.problems
+
+
 def test_what_vllm_counts_as_aborted_was_not_answered() -> None:
     text = 'vllm:request_success_total{{model_name="m",finished_reason="{}"}} {}\n'
     now = read(text.format("stop", 4) + text.format("abort", 3) + text.format("length", 1))

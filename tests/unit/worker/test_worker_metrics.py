@@ -56,3 +56,25 @@ def test_counters_do_not_go_back_while_the_engine_is_busy(monkeypatch: pytest.Mo
     # What it says too late is not lost.
     engine.answer(num_generated=9, num_joined=3)
     assert engine.scraped() == 6
+
+
+def test_drafts_are_told_by_our_names_and_by_vllm_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_ANSWER_S", 0.0)
+    engine = Engine()
+    state = worker_service_pb2.GetWorkerStateResponse(num_accepted_by_position=[6, 3, 0])
+    state.counters.num_drafts, state.counters.num_drafted_tokens = 10, 24
+    state.counters.num_accepted_tokens = 9
+    engine.scraped()
+    while not engine.inbox.empty():
+        command = engine.inbox.get_nowait()
+        assert isinstance(command, msg.Inspect)
+        command.reply(state)
+    told = engine.registry.get_sample_value
+    labels = {"model_name": "m", "engine": "d0"}
+    assert told("vllm:spec_decode_num_drafts_total", labels) == 10
+    assert told("vllm:spec_decode_num_draft_tokens_total", labels) == 24
+    assert told("vllm:spec_decode_num_accepted_tokens_total", labels) == 9
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [told(name, {**labels, "position": str(place)}) for place in range(3)] == [6, 3, 0]
+    assert told("baton_accepted_tokens_by_position_total", {"position": "1"}) == 3
+    assert told("baton_mean_accepted_length") == 1.9

@@ -1,0 +1,21 @@
+"""`baton status`: what workers guessed, in words and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from baton.services.launcher.status import to_json, to_text
+from baton.v1 import inference_service_pb2 as pb
+
+
+def test_how_far_drafts_went() -> None:
+    info = pb.GetServerInfoResponse()
+    assert "drafts: none" in to_text(to_json(info)).splitlines()
+    counters = info.counters
+    counters.num_drafts, counters.num_drafted_tokens, counters.num_accepted_tokens = 10, 24, 9
+    counters.num_accepted_by_position.extend([6, 3, 0])
+    state = to_json(info)
+    lines = to_text(state).splitlines()
+    assert "drafts: 1.90 tokens a step on average; accepted by position 60%, 30%, 0%" in lines
+    assert [line.split() for line in lines if "drafted" in line] == [["drafted", "tokens", "24"]]
+    assert json.loads(json.dumps(state))["counters"]["num_accepted_by_position"] == [6, 3, 0]
