@@ -415,24 +415,27 @@ class EngineLoop:
             return False
         if not is_decoding:
             return self._took_chunk(part, outcome, step)
-        if part.draft_ids:
-            self._count_drafts(part, len(outcome) - 1)
+        num_before = len(sequence.output_token_ids)
         num_blocks = sequence.num_computed_tokens // self._pools.block_size
         for drawn in outcome:
             if sequence.finish_reason is None:
                 sequence.num_computed_tokens += 1
                 self._took_token(sequence, drawn)
+        if part.draft_ids:
+            self._count_drafts(part, len(outcome) - 1, len(sequence.output_token_ids) - num_before)
         has_filled = sequence.num_computed_tokens // self._pools.block_size > num_blocks
         return has_filled or bool(outcome) and sequence.finish_reason is not None
 
-    def _count_drafts(self, part: Part, num_accepted: int) -> None:
+    def _count_drafts(self, part: Part, num_accepted: int, num_taken: int) -> None:
+        """`num_taken`: tokens of the step that are part of the answer, which may have ended."""
         num_drafted = len(part.draft_ids)
         self._counters["drafts"] += 1
         self._counters["drafted_tokens"] += num_drafted
         self._counters["accepted_tokens"] += num_accepted
         if part.is_predicted:
+            num_used = min(num_accepted, num_taken)
             self._reports.checked_prediction(
-                self._table.recipient_of(part.sequence), num_accepted, num_drafted - num_accepted
+                self._table.recipient_of(part.sequence), num_used, num_drafted - num_used
             )
 
     def _settle(self, part: Part, step: InFlight) -> None:

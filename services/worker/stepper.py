@@ -102,13 +102,25 @@ class Stepper:
         may write to them any more; `blocks_are_coming` says whether such are awaited.
         """
         decoding = self._schedule_decode(preempt, blocks_are_coming)
-        parts = [Part(sequence, sequence.num_scheduled_tokens, 1) for sequence in decoding]
+        prefilling = self._table.in_state(SequenceState.PREFILLING)
+        if prefilling and not self.pacing.may_take_chunks(
+            time.monotonic(), num_decoding=len(decoding)
+        ):
+            prefilling = []
+        for sequence in prefilling:
+            # Unless it had to yield to one before it.
+            if sequence.is_admitted:
+                self._extend_ahead(sequence, preempt, blocks_are_coming)
+        parts = [
+            Part(sequence, sequence.num_scheduled_tokens, 1)
+            for sequence in decoding
+            if sequence.is_admitted
+        ]
+        # Drafts last: nobody yields for what they take.
         if self._drafting is not None:
             self._drafting.add(parts, self._has_room, self._limits.token_budget - len(parts))
-        prefilling = self._table.in_state(SequenceState.PREFILLING)
-        if prefilling and self.pacing.may_take_chunks(time.monotonic(), num_decoding=len(decoding)):
-            parts += self._schedule_chunks(prefilling, parts, preempt, blocks_are_coming)
-        return parts
+        # Without those that had to yield.
+        return parts + self._choose_chunks([each for each in prefilling if each.is_admitted], parts)
 
     def _has_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Takes it, for the worst case; nobody yields for it."""
@@ -118,23 +130,14 @@ class Stepper:
             return False
         return True
 
-    def _schedule_chunks(
-        self,
-        prefilling: list[Sequence],
-        decoding: list[Part],
-        preempt: Callable[[Sequence], None],
-        blocks_are_coming: Callable[[], bool],
-    ) -> list[Part]:
+    def _choose_chunks(self, prefilling: list[Sequence], decoding: list[Part]) -> list[Part]:
         """What the step has room for beside those that decode."""
-        for sequence in prefilling:
-            # Unless it had to yield to one before it.
-            if sequence.is_admitted:
-                self._extend_ahead(sequence, preempt, blocks_are_coming)
+        if not prefilling:
+            return []
         num_to_open = sum(part.sequence not in self._handles for part in decoding)
         num_decoding = sum(part.num_tokens for part in decoding)
         chunks = prefill_policy.choose_chunks(
-            # Without those that had to yield.
-            [sequence for sequence in prefilling if sequence.is_admitted],
+            prefilling,
             # However many decode, prompts go on by a block at least.
             token_budget=max(self._limits.token_budget - num_decoding, self._pools.block_size),
             max_rows=min(

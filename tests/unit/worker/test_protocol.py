@@ -244,15 +244,17 @@ def test_any_interleaving_of_models_that_keep_states(
     _run(runners if runs_ahead else made, oracle, clock, max_examples=30)
 
 
-@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize(("kind", "num_blocks"), [("full", NUM_BLOCKS), ("two pools", 14)])
 def test_any_interleaving_with_drafts(
-    runs_ahead: bool, runners: dict[str, ModelRunner], oracle: Oracle, clock: Clock
+    kind: str, num_blocks: int, make_runner: MakeRunner, clock: Clock
 ) -> None:
     """The answer is the one without drafts, whatever of them was wrong."""
-    drafting: dict[str, Any] = {
-        name: drafting_runner(LateRunner(runner) if runs_ahead else runner, oracle)
-        for name, runner in runners.items()
-    }
+    oracle = Oracle(make_runner(64, kind))
+    drafting: dict[str, Any] = {}
+    for name in ("prefill", "decode"):
+        runner: Any = make_runner(num_blocks, kind, num_drafts=3)
+        # Of several groups with a step ahead.
+        drafting[name] = drafting_runner(runner if kind == "full" else LateRunner(runner), oracle)
     _run(drafting, oracle, clock, max_examples=40)
 
 
