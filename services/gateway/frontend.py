@@ -212,6 +212,7 @@ class Frontend:
                 num_blocks=sum(record.capacity.num_blocks),
                 capability_hash=record.capability.hash(),
                 determinism=record.capability.determinism,
+                max_model_len=record.capacity.longest,
             )
             for record in self.cluster.records()
         ]

@@ -60,7 +60,8 @@ def to_text(state: dict[str, Any]) -> str:
         f"model {state['model_digest'] or 'not known yet'}",
         "",
     ]
-    rows = [("WORKER", "ROLE", "INCARNATION", "HEALTHY", "WAITING", "RUNNING", "FREE BLOCKS")]
+    names = ("WORKER", "ROLE", "INCARNATION", "HEALTHY", "WAITING", "RUNNING", "FREE BLOCKS")
+    rows = [(*names, "LONGEST")]
     for worker in state["workers"]:
         rows.append(
             (
@@ -71,6 +72,7 @@ def to_text(state: dict[str, Any]) -> str:
                 str(worker["num_waiting"]),
                 str(worker["num_running"]),
                 f"{worker['num_free_blocks']}/{worker['num_blocks']}",
+                str(worker["max_model_len"]),
             )
         )
     lines += _table(rows)
@@ -103,6 +105,7 @@ def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
         "num_blocks": worker.num_blocks,
         "capability_hash": worker.capability_hash,
         "determinism": worker.determinism,
+        "max_model_len": worker.max_model_len,
     }
 
 

@@ -43,6 +43,8 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_each_worker_says_how_long_a_sequence_it_takes(stack: Stack) -> None:
     info = stack.stub.GetModelInfo(inference_service_pb2.GetModelInfoRequest())
     assert info.max_model_len == MAX_MODEL_LEN
+    told = {each.worker.worker_id: each.max_model_len for each in stack.status().workers}
+    assert told == {"p0": 2 * MAX_MODEL_LEN, "d0": MAX_MODEL_LEN}
     for name, length in (("p0", 2 * MAX_MODEL_LEN), ("d0", MAX_MODEL_LEN)):
         line = f"max_model_len auto: {length} of 4096 tokens, the longest sequence that"
         assert line in stack.processes[name].log.read_text()

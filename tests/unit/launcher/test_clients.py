@@ -188,6 +188,7 @@ def server_info() -> pb.GetServerInfoResponse:
                 num_blocks=40,
                 capability_hash="c",
                 determinism="exact",
+                max_model_len=640,
             )
         ],
         ledger=[pb.LedgerStageCount(stage="DECODING", num_entries=2)],
@@ -216,6 +217,7 @@ def test_status_as_json(
             "num_blocks": 40,
             "capability_hash": "c",
             "determinism": "exact",
+            "max_model_len": 640,
         }
     ]
     assert state["ledger"] == {"DECODING": 2}
@@ -231,7 +233,7 @@ def test_status_as_table(
     gateway.info = server_info
     assert main(["status", "--target", gateway.target]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["decode-0", "decode", "d1", "NO", "1", "2", "30/40"] in lines
+    assert ["decode-0", "decode", "d1", "NO", "1", "2", "30/40", "640"] in lines
     assert ["digest", "mismatches", "3"] in lines
     assert "ledger: DECODING 2".split() in lines
     assert "sampling defaults of the model: temperature 0.6, top_k 20".split() in lines
