@@ -133,7 +133,7 @@ def test_bad_fields_name_field_and_limit(stack: Stack) -> None:
 
 
 def test_bad_prompts_name_field_and_limit(stack: Stack) -> None:
-    assert_bad_field(status_of(stack, None), "prompt", "text or token_ids")
+    assert_bad_field(status_of(stack, None), "prompt", "text, token_ids or messages")
     assert_bad_field(status_of(stack, []), "token_ids", "at least 1")
     error = status_of(stack, [5, 6, 7, VOCAB_SIZE])
     assert_bad_field(error, "token_ids[3]", str(VOCAB_SIZE))
