@@ -173,7 +173,10 @@ def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
             num_prompt_tokens=len(admitted.prompt_token_ids),
             num_completion_tokens=len(generation.token_ids),
             num_cached_tokens=generation.num_cached_tokens,
-            num_accepted_prediction_tokens=generation.num_accepted_prediction_tokens,
+            # A stop string may have cut some of them off.
+            num_accepted_prediction_tokens=min(
+                generation.num_accepted_prediction_tokens, len(generation.token_ids)
+            ),
             num_rejected_prediction_tokens=generation.num_rejected_prediction_tokens,
         ),
         prefill_worker_id=generation.prefill_worker_id,
