@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,18 @@ if not torch.cuda.is_available():
     # Read whenever a kernel is defined: by then it must be set, whichever test is first to import
     # one. A kernel is interpreted with all that it calls, or not at all.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# How long an example takes says nothing on a busy machine. What decides whether a change may land
+# tries the same examples every time; whoever works here, others.
+hypothesis.settings.register_profile(
+    "baton",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("baton")
 
 
 def pytest_configure() -> None:

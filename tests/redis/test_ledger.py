@@ -105,7 +105,7 @@ class Write(NamedTuple):
 writes = st.builds(Write, st.integers(1, 3), st.sampled_from([*Stage, None]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches=st.lists(st.lists(writes, max_size=3), min_size=1, max_size=6))
 def test_furthest_write_wins_in_any_order(
     server: EmbeddedValkey, batches: list[list[Write]]

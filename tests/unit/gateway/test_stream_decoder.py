@@ -42,7 +42,7 @@ def first_stop(text: str, stops: list[str]) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(token_ids=TOKEN_IDS, cuts=CUTS)
 def test_text_is_the_one_shot_decode_in_any_grouping(
     codecs_by_kind: dict[str, TextCodec], kind: str, token_ids: list[int], cuts: list[int]
@@ -53,7 +53,7 @@ def test_text_is_the_one_shot_decode_in_any_grouping(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), token_ids=TOKEN_IDS, cuts=CUTS)
 def test_text_ends_before_the_earliest_stop(
     codecs_by_kind: dict[str, TextCodec],
@@ -85,7 +85,7 @@ def test_text_ends_before_the_earliest_stop(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(token_ids=TOKEN_IDS, other=TOKEN_IDS, count=st.integers(0, 40))
 def test_text_out_after_k_tokens_depends_on_these_only(
     codecs_by_kind: dict[str, TextCodec],
@@ -108,7 +108,7 @@ def test_text_out_after_k_tokens_depends_on_these_only(
     assert run(StreamDecoder(codec, stops), [token_ids[:count], other])[0].startswith(dropped)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(token_ids=TOKEN_IDS)
 def test_byte_level_holds_back_nothing_but_a_cut_character(
     byte_level: TextCodec, token_ids: list[int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.shared.kv.arrangement import arrange, most_blocks
@@ -38,7 +38,6 @@ def longest_by_trial(sizes: PoolSizes, num_bytes: int, limit: int) -> int:
     return max((n for n in range(1, limit + 1) if holds(n)), default=0)
 
 
-@settings(deadline=None)
 @given(
     specs=st.sampled_from([LLAMA, GEMMA_3, GEMMA_4, MISTRAL, HYBRID]),
     limit=st.integers(1, 1500),

@@ -332,6 +332,4 @@ def test_any_order_of_events(configuration: str) -> None:
     class Machine(PoolsMachine):
         groups, capacity = CONFIGURATIONS[configuration]
 
-    run_state_machine_as_test(
-        Machine, settings=settings(max_examples=60, stateful_step_count=60, deadline=None)
-    )
+    run_state_machine_as_test(Machine, settings=settings(max_examples=60, stateful_step_count=60))

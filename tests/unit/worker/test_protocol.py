@@ -269,7 +269,6 @@ def _run(runners: dict[str, Any], oracle: Oracle, clock: Clock, max_examples: in
         settings=settings(
             max_examples=max_examples,
             stateful_step_count=60,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
