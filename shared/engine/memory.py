@@ -93,7 +93,7 @@ def choose_pools(
 
     longest = sizes.longest(pools_for, most_tokens)
     if not longest or (longest < most_tokens and config.max_model_len != AUTO):
-        raise _too_long(config, sizes, most_tokens, longest, room)
+        raise _too_long(sizes, most_tokens, longest, room)
     return PoolChoice(pools_for(longest), longest, room.limit)
 
 
@@ -161,9 +161,7 @@ def _of_configured_blocks(
     return PoolChoice(pools_for(longest), longest, limit)
 
 
-def _too_long(
-    config: EngineConfig, sizes: PoolSizes, num_tokens: int, longest: int, room: _Room
-) -> ModelError:
+def _too_long(sizes: PoolSizes, num_tokens: int, longest: int, room: _Room) -> ModelError:
     usable_bytes = max(0, room.most_bytes - sum(sizes.arrangement.block_bytes))
     need_bytes = sizes.bytes_of(sizes.blocks_for(num_tokens))
     way_out = f"not even {sizes.block_size} tokens fit beside the weights"

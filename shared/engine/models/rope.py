@@ -33,7 +33,7 @@ def rope_tables(
     made_for: tokens of the longest sequence that the choice of longrope is made for; None: as many.
     """
     positions = torch.arange(num_positions, dtype=torch.float32)
-    frequencies = _inverse_frequencies(rope, head_dim, num_positions)
+    frequencies = _inverse_frequencies(rope, head_dim, made_for or num_positions)
     angles = positions[:, None] * frequencies
     num_still = head_dim // 2 - len(frequencies)
     return RopeTables(
