@@ -11,9 +11,8 @@ config.json: llama's fields, `layer_types` of full_attention and recurrent, `sta
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from baton.kernels.state_plan import StatePlan
 from baton.shared.engine.linear import LinearSpec, Split
 from baton.shared.engine.model_loader import ModelLoader
-from baton.shared.engine.models import registry
 from baton.shared.engine.models.blocks import GatedMlp, Names, Piece, load_norm, parts
 from baton.shared.engine.models.decoder import Decoder
 from baton.shared.engine.models.layers import PreNormLayer
@@ -39,6 +37,7 @@ from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope_fields import read_rope
 from baton.shared.kv.cache_spec import CacheSpec, State, StateTensor
 from baton.shared.model_files.fields import Fields
+from tests import made_up_types
 
 FULL, RECURRENT = "full_attention", "recurrent"
 _NUM_BEFORE = 2
@@ -148,16 +147,7 @@ def build(config: Config, load: ModelLoader, names: Names) -> Decoder:
 TYPE = ModelType("test_recurrent", configure, build, (NAMES,))
 
 
-@contextmanager
-def known() -> Iterator[None]:
-    """The engine knows the type, and forgets it again: others ask for all that there are."""
-    before = dict(registry._TYPES)
-    registry.register(TYPE)
-    try:
-        yield
-    finally:
-        registry._TYPES.clear()
-        registry._TYPES.update(before)
+known = partial(made_up_types.known, TYPE)
 
 
 class _Recurrence(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from baton.shared.engine.models import decoder, llama, registry
+from baton.shared.engine.models import decoder, llama
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
     LayerStyle,
@@ -80,13 +80,8 @@ def configure(fields: Fields) -> ModelConfig:
 EVERY_OPTION = ModelType("test_every_option", configure, decoder.build, (NAMES,))
 
 
-def register() -> None:
-    registry.register(EVERY_OPTION)
-
-
 def write_model(directory: Path) -> None:
     """Random weights whose logits are far apart."""
-    register()
     (directory / "config.json").write_text(json.dumps(CONFIG))
     generator = torch.Generator().manual_seed(3)
     weights = {

@@ -23,9 +23,10 @@ from baton.shared.engine import model_runner
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.models import registry
 from baton.shared.sampling import SamplingParams
 from tests.kernels.compiled import recording
-from tests.kernels.every_option import register
+from tests.kernels.every_option import EVERY_OPTION
 
 MAX_NUM_SEQS = 12
 MAX_CHUNK = 300
@@ -35,7 +36,7 @@ DRAWN = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, seed=3)
 
 
 def main(model_dir: str, dtype: str) -> None:
-    register()
+    registry.register(EVERY_OPTION)
     noted: list[str] = []
 
     def note(self: Any, key: Any, signature: Any, device: Any, constants: Any, *_: Any) -> Any:

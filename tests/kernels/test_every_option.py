@@ -6,7 +6,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.sampling import SamplingParams
 from tests.device import ROOT, process_environment
-from tests.kernels.every_option import CONFIG, write_model
+from tests.kernels.every_option import CONFIG, EVERY_OPTION, write_model
+from tests.made_up_types import known
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
@@ -27,10 +28,11 @@ Make = Callable[[str, torch.device], ModelRunner]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory: Path = tmp_path_factory.mktemp("options")
-    write_model(directory)
-    return directory
+    with known(EVERY_OPTION):
+        write_model(directory)
+        yield directory
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.cache_spec import cache_groups
 from baton.shared.model_files.fields import ModelError
 from tests.device import ON_GPU
+from tests.made_up_types import known
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
 
 NUM_IN = 48
@@ -364,7 +365,6 @@ def test_fused_projections_are_a_declaration(
     make_llama: MakeLlama,
     make_runner: MakeRunner,
     edit_config: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A type whose files have one module for q, k and v, and one for gate and up."""
     names = {
@@ -372,8 +372,7 @@ def test_fused_projections_are_a_declaration(
         **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
         **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
     }
-    monkeypatch.setattr(registry, "_TYPES", dict(registry._TYPES))
-    registry.register(ModelType("test_fused", llama.configure, decoder.build, (names,)))
+    fused_llama = ModelType("test_fused", llama.configure, decoder.build, (names,))
     model_dir, _ = make_llama(attention_bias=True)
     row = Batch([BatchRow(list(range(40)), 0, [[0, 1, 2]])])
     expected = make_runner(model_dir).logits(row)
@@ -389,4 +388,5 @@ def test_fused_projections_are_a_declaration(
                     tensors[f"{layer}.{fused}_proj.{kind}"] = stacked
     save_file(tensors, path)
     edit_config(model_dir, model_type="test_fused")
-    assert torch.equal(make_runner(model_dir).logits(row), expected)
+    with known(fused_llama):
+        assert torch.equal(make_runner(model_dir).logits(row), expected)
