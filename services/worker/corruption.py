@@ -114,7 +114,7 @@ class CorruptionGuard:
         if not set(corrupt.block_ids).isdisjoint(table) or not set(copies).isdisjoint(table.left):
             return True
         if self._pools.groups[corrupt.group].spec.reads_everything:
-            # Who has a later block of the prefix has one of these too, this one or a copy.
+            # Who found a later block of the prefix found this one, too: see `seal_computed`.
             return False
         return any(
             (group, block_id) in corrupt.lost

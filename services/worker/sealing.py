@@ -114,6 +114,8 @@ class Sealer:
     ) -> None:
         """Seals the blocks that are full of computed tokens and were not sealed before.
 
+        Who finds a block must hold all that it was computed from, or its own checks would tell
+        nothing of it: behind a copy that others do not find, no block is found.
         Without digests (blocks written by decode) they are made when a peer claims the block.
         """
         first = sequence.num_sealed_blocks
@@ -132,7 +134,8 @@ class Sealer:
         # Block by block in all groups: one is found only behind the others' before it.
         for index in range(first, end):
             for group, values in digests.items():
-                self.seal_block(sequence, group, index, values[index - first])
+                value = values[index - first]
+                self.seal_block(sequence, group, index, value, may_be_found=not sequence.is_apart)
         for table in sequence.block_tables:
             table.num_sealed = end
         if with_digests:
@@ -140,19 +143,27 @@ class Sealer:
                 self._failpoints.after_seal(self._cache, group, table[first:end])
 
     def seal_block(
-        self, sequence: Sequence, group: int, index: int, value: DigestRow | None
+        self,
+        sequence: Sequence,
+        group: int,
+        index: int,
+        value: DigestRow | None,
+        *,
+        may_be_found: bool = True,
     ) -> None:
         """The block at `index` is full and final; its hash is known already."""
         block_size = self._pools.block_size
         start = index * block_size
-        self._pools.prefix_cache.seal(
+        is_found = self._pools.prefix_cache.seal(
             group,
             sequence.block_tables[group][index],
             sequence.block_hashes,
             index,
             sequence.token_slice(start, start + block_size),
             value,
+            may_be_found=may_be_found,
         )
+        sequence.is_apart |= not is_found
 
     def freeze(self, sequence: Sequence) -> None:
         """A computed prompt is left as it is, for its reader: digests what is never sealed, its

@@ -154,23 +154,29 @@ class PrefixCache:
         index: int,
         token_ids: tuple[int, ...],
         digest: DigestRow | None,
-    ) -> None:
+        *,
+        may_be_found: bool = True,
+    ) -> bool:
         """The block at `index` of a sequence is full and final: it is found from now on, unless
-        another one of its group is, or a group that reads everything lacks the block before it.
+        another one of its group is, a group that reads everything lacks the block before it, or
+        `may_be_found` is False. Returns whether it is.
 
         hashes: of the sequence's blocks. token_ids: of this block. No sequence is moved over to
         another's block: tables change at their ends only.
         """
         block = self._pools[group].block(block_id)
         block.block_hash, block.digest, block.group = hashes[index], digest, group
+        if not may_be_found:
+            return False
         node = self._nodes.get(hashes[index]) or self._new_node(hashes, index)
         if node is None or node.blocks[group] != NO_BLOCK:
-            return
+            return False
         node.blocks[group], node.token_ids = block_id, token_ids
         block.node = node
         self._num_blocks += 1
         for each in self._needing(node, group) if node.children else (node,):
             self._list_if_valid(each)
+        return True
 
     def _new_node(self, hashes: Sequence[bytes], index: int) -> Node | None:
         """With all before it that are not there. None where a group that reads everything lacks the

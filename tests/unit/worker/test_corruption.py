@@ -130,6 +130,23 @@ def test_everybody_ends_who_has_what_was_computed_from_it(bench: Bench) -> None:
     assert bench.pools.prefix_cache.num_cached == 4, "two blocks in both groups"
 
 
+def test_what_is_computed_behind_a_copy_is_not_found(bench: Bench) -> None:
+    """Who found it would not hold the copy, and would notice nothing when that one is corrupt."""
+    bench.compute("was first", 8)
+    apart = bench.compute("has a copy", 16)
+    found = bench.pools.prefix_cache
+    assert found.match(apart.block_hashes, PROMPT) == 2
+    bench.spoil(FULL, apart.block_tables[FULL][1])
+    assert bench.guard.has_spoiled(apart)
+    assert bench.failed == ["has a copy"]
+
+
+def test_what_is_computed_behind_what_is_found_is_found(bench: Bench) -> None:
+    bench.compute("was first", 8)
+    goes_on = bench.compute("goes on", 16, depth=2)
+    assert bench.pools.prefix_cache.match(goes_on.block_hashes, PROMPT) == 4
+
+
 def test_who_holds_the_block_of_that_id_anew_goes_on(bench: Bench) -> None:
     first = bench.compute("gave back", 20, keeps=20)
     left = first.block_tables[WINDOWED].left
