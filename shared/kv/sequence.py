@@ -116,7 +116,7 @@ class Sequence:
     block_tables: list[BlockTable] = field(default_factory=list)
     """By cache group; empty before the sequence is admitted and after it has ended."""
     is_apart: bool = False
-    """One of its blocks is not the one that others find: none that is computed behind it shall be."""
+    """One of its blocks is not the one that others find; none computed behind it may be found."""
     is_admitted: bool = False
     """It has its room: block tables, and whatever else its groups keep for it."""
     num_room_tokens: int = 0
