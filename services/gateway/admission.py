@@ -82,6 +82,8 @@ async def admit(
     and what `encode_chat` raises.
     """
     _check_sampling(request.sampling, limits, has_tokenizer=encode is not None)
+    if request.HasField("constraint"):
+        raise InvalidField("constraint", "is not supported yet", limit="none")
     sampling = types_pb2.SamplingParams()
     sampling.CopyFrom(defaults.sampling)
     sampling.MergeFrom(request.sampling)

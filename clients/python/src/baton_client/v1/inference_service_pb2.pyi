@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "messages", "sampling", "received_token_ids", "standalone_text", "clamp_max_tokens", "prediction")
+    __slots__ = ("text", "token_ids", "messages", "sampling", "received_token_ids", "standalone_text", "clamp_max_tokens", "prediction", "constraint")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class GenerateRequest(_message.Message):
     STANDALONE_TEXT_FIELD_NUMBER: _ClassVar[int]
     CLAMP_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     messages: Messages
@@ -26,7 +27,8 @@ class GenerateRequest(_message.Message):
     standalone_text: bool
     clamp_max_tokens: bool
     prediction: Prediction
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., received_token_ids: _Optional[_Iterable[int]] = ..., standalone_text: bool = ..., clamp_max_tokens: bool = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+    constraint: _types_pb2.Constraint
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., received_token_ids: _Optional[_Iterable[int]] = ..., standalone_text: bool = ..., clamp_max_tokens: bool = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., constraint: _Optional[_Union[_types_pb2.Constraint, _Mapping]] = ...) -> None: ...
 
 class Prediction(_message.Message):
     __slots__ = ("text", "token_ids")

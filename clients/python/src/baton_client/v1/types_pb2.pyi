@@ -63,7 +63,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stops: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., speculate: bool = ...) -> None: ...
 
 class SequenceSpec(_message.Message):
-    __slots__ = ("key", "token_ids", "first_index", "sampling", "time_left", "distrust", "cache_salt", "capability_hash", "prediction_token_ids")
+    __slots__ = ("key", "token_ids", "first_index", "sampling", "time_left", "distrust", "cache_salt", "capability_hash", "prediction_token_ids", "constraint")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class SequenceSpec(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     CAPABILITY_HASH_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     key: AttemptKey
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     first_index: int
@@ -82,7 +83,80 @@ class SequenceSpec(_message.Message):
     cache_salt: bytes
     capability_hash: str
     prediction_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., first_index: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., time_left: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., distrust: bool = ..., cache_salt: _Optional[bytes] = ..., capability_hash: _Optional[str] = ..., prediction_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    constraint: Constraint
+    def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., first_index: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., time_left: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., distrust: bool = ..., cache_salt: _Optional[bytes] = ..., capability_hash: _Optional[str] = ..., prediction_token_ids: _Optional[_Iterable[int]] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ...) -> None: ...
+
+class Constraint(_message.Message):
+    __slots__ = ("json_object", "json_schema", "regex", "choices", "lark", "gbnf", "structural_tags", "begin_after", "compact_json")
+    JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    GBNF_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURAL_TAGS_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_AFTER_FIELD_NUMBER: _ClassVar[int]
+    COMPACT_JSON_FIELD_NUMBER: _ClassVar[int]
+    json_object: JsonObject
+    json_schema: str
+    regex: str
+    choices: Choices
+    lark: str
+    gbnf: str
+    structural_tags: StructuralTags
+    begin_after: BeginAfter
+    compact_json: bool
+    def __init__(self, json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choices: _Optional[_Union[Choices, _Mapping]] = ..., lark: _Optional[str] = ..., gbnf: _Optional[str] = ..., structural_tags: _Optional[_Union[StructuralTags, _Mapping]] = ..., begin_after: _Optional[_Union[BeginAfter, _Mapping]] = ..., compact_json: bool = ...) -> None: ...
+
+class JsonObject(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Choices(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BeginAfter(_message.Message):
+    __slots__ = ("token_ids", "text")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_ids: TokenRun
+    text: str
+    def __init__(self, token_ids: _Optional[_Union[TokenRun, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class TokenRun(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StructuralTags(_message.Message):
+    __slots__ = ("tags", "triggers", "only_tags", "at_most_one")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    TRIGGERS_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TAGS_FIELD_NUMBER: _ClassVar[int]
+    AT_MOST_ONE_FIELD_NUMBER: _ClassVar[int]
+    tags: _containers.RepeatedCompositeFieldContainer[StructuralTag]
+    triggers: _containers.RepeatedScalarFieldContainer[str]
+    only_tags: bool
+    at_most_one: bool
+    def __init__(self, tags: _Optional[_Iterable[_Union[StructuralTag, _Mapping]]] = ..., triggers: _Optional[_Iterable[str]] = ..., only_tags: bool = ..., at_most_one: bool = ...) -> None: ...
+
+class StructuralTag(_message.Message):
+    __slots__ = ("begin", "json_schema", "regex", "lark", "end")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    begin: str
+    json_schema: str
+    regex: str
+    lark: str
+    end: str
+    def __init__(self, begin: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ..., end: _Optional[str] = ...) -> None: ...
 
 class WorkerAddress(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address")
