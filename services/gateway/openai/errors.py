@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 
 from starlette.responses import Response
 
@@ -67,6 +68,27 @@ def to_http_error(error: Exception, fields: dict[str, str] | None = None) -> Htt
         code = reason.removeprefix("FAILURE_REASON_").lower()
         return HttpError(HTTP_STATUS[error.code], error.message, code=code)
     return HttpError(500, "internal error", code="internal_error")
+
+
+def renamed(error: HttpError, places: Mapping[str, str]) -> HttpError:
+    """The error in the names of another endpoint. `places`: a path of chat completions → where
+    that endpoint's request has it; what is below a path keeps its name below it."""
+    if error.param is None:
+        return error
+    param = _at_place(error.param, places)
+    # In the message it may be with the index of an entry.
+    message = error.message.replace(error.param, param, 1)
+    return HttpError(error.status, message, param=param, code=error.code)
+
+
+def _at_place(path: str, places: Mapping[str, str]) -> str:
+    """By the longest path that begins it."""
+    end = len(path)
+    while end > 0:
+        if path[:end] in places:
+            return places[path[:end]] + path[end:]
+        end = max(path.rfind(".", 0, end), path.rfind("[", 0, end))
+    return path
 
 
 def _http_name(field: str, fields: dict[str, str]) -> str:
