@@ -8,17 +8,16 @@ requests ─► merged ─► take ─► chunks, or one body
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity
-from baton.services.gateway.openai.errors import HttpError, renamed, to_http_error
+from baton.services.gateway.openai.errors import to_http_error
 from baton.services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
 from baton.shared.rpc.errors import BatonError
 from baton.v1 import inference_service_pb2 as pb
@@ -31,29 +30,6 @@ _IS_ASKED = "baton.is_asked"
 Responses = AsyncGenerator[pb.GenerateResponse, None]
 
 
-class Telling(Protocol):
-    """How an endpoint tells an answer, in its protocol's form."""
-
-    @property
-    def request_id(self) -> str:
-        """Known from the first message on."""
-
-    def take(self, index: int, response: pb.GenerateResponse) -> bytes:
-        """Keeps what the message of request `index` says; returns the events to send for it."""
-
-    def last(self) -> bytes:
-        """What ends a stream that told all."""
-
-    def failed(self, error: HttpError) -> bytes:
-        """What ends a stream that has begun and cannot go on."""
-
-    def whole(self) -> bytes:
-        """The body of an answer that is not streamed."""
-
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Beyond those that every answer has."""
-
-
 @dataclass(frozen=True)
 class Ask:
     """What an endpoint made of its request."""
@@ -62,20 +38,12 @@ class Ask:
     identity: Identity
     fields: dict[str, str]
     """What this endpoint calls the fields of GenerateRequest, for errors."""
+    is_chat: bool
     is_streamed: bool
-    is_chat: bool = True
     time_left_s: float | None = None
     says_usage: bool = False
     says_usage_always: bool = False
     says_tokens: bool = False
-    places: Mapping[str, str] = field(default_factory=dict)
-    """Where this endpoint's request has what chat completions call so: see `renamed`."""
-    new_telling: Callable[[Ask, Frontend], Telling] | None = None
-    """None: as completions and chat completions tell it."""
-
-    def to_error(self, error: Exception) -> HttpError:
-        """In the endpoint's own names."""
-        return renamed(to_http_error(error, self.fields), self.places)
 
 
 class Answer(Response):
@@ -94,7 +62,7 @@ class Answer(Response):
             self._frontend.generate(request, identity=ask.identity, time_left_s=ask.time_left_s)
             for request in ask.requests
         ]
-        run = (ask.new_telling or _Run)(ask, self._frontend)
+        run = _Run(ask, self._frontend)
         is_gone = False
         try:
             async with asyncio.timeout(None) as until_gone, aclosing(merged(sources)) as responses:
@@ -109,7 +77,7 @@ class Answer(Response):
                 watcher = asyncio.create_task(watch())
                 try:
                     if ask.is_streamed:
-                        await _stream(ask, run, responses, send)
+                        await _stream(run, responses, send)
                     else:
                         await _send_whole(run, responses, send)
                 finally:
@@ -119,7 +87,7 @@ class Answer(Response):
             if not is_gone:
                 raise
         except BatonError as error:
-            raise ask.to_error(error) from error
+            raise to_http_error(error, ask.fields) from error
 
 
 def is_asked(scope: Scope) -> bool:
@@ -154,21 +122,6 @@ class _Run:
                 return self._take_chunk(index, choice, response.chunk)
             case _:
                 return self._take_finished(index, choice, response.finished)
-
-    def last(self) -> bytes:
-        if self.ask.says_usage and self.wire is not None:
-            return self.wire.usage_chunk(self.choices) + DONE
-        return DONE
-
-    def failed(self, error: HttpError) -> bytes:
-        return b"data: " + error.body() + b"\n\n"
-
-    def whole(self) -> bytes:
-        assert self.wire is not None
-        return self.wire.whole(self.choices)
-
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        return []
 
     def _new_wire(self) -> Wire:
         return Wire(
@@ -221,10 +174,7 @@ class _Run:
 
 
 async def _stream(
-    ask: Ask,
-    run: Telling,
-    responses: AsyncGenerator[tuple[int, pb.GenerateResponse], None],
-    send: Send,
+    run: _Run, responses: AsyncGenerator[tuple[int, pb.GenerateResponse], None], send: Send
 ) -> None:
     """Headers go out with the first token: what fails before it still gets a status of its own."""
     has_started = False
@@ -244,26 +194,31 @@ async def _stream(
     except Exception as error:
         if not has_started:
             raise
-        await _send_last(send, run.failed(ask.to_error(error)))
+        failed = to_http_error(error, run.ask.fields)
+        await _send_last(send, b"data: " + failed.body() + b"\n\n")
         if not isinstance(error, BatonError):
             raise
         return
-    await _send_last(send, run.last())
+    last = DONE
+    if run.ask.says_usage and run.wire is not None:
+        last = run.wire.usage_chunk(run.choices) + DONE
+    await _send_last(send, last)
 
 
 async def _send_whole(
-    run: Telling, responses: AsyncGenerator[tuple[int, pb.GenerateResponse], None], send: Send
+    run: _Run, responses: AsyncGenerator[tuple[int, pb.GenerateResponse], None], send: Send
 ) -> None:
     async for index, response in responses:
         run.take(index, response)
-    body = run.whole()
+    assert run.wire is not None
+    body = run.wire.whole(run.choices)
     await _send_head(run, send, b"application/json", length=len(body))
     await _send_last(send, body)
 
 
-async def _send_head(run: Telling, send: Send, kind: bytes, *, length: int | None = None) -> None:
+async def _send_head(run: _Run, send: Send, kind: bytes, *, length: int | None = None) -> None:
     headers = [(b"content-type", kind), (b"x-request-id", run.request_id.encode())]
-    headers += [(b"cache-control", b"no-store"), *run.headers()]
+    headers.append((b"cache-control", b"no-store"))
     if length is not None:
         headers.append((b"content-length", str(length).encode()))
     else:
