@@ -1,6 +1,6 @@
 """An answer over HTTP: one or several runs of Frontend.generate, streamed or whole.
 
-requests ─► merged ─► take ─► chunks, or one body
+requests ─► merged ─► take (parser ─► parts ─► wire) ─► chunks, or one body
               │
     a client that goes away ends all of it
 """
@@ -8,17 +8,18 @@ requests ─► merged ─► take ─► chunks, or one body
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from baton.services.gateway.answer_parts import AnswerParser, Content, Part, PlainParser, ToolCall
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity
 from baton.services.gateway.openai.errors import to_http_error
-from baton.services.gateway.openai.wire import DONE, FINISH_REASONS, Choice, Wire, usage
+from baton.services.gateway.openai.wire import FINISH_REASONS, Choice, Wire
 from baton.shared.rpc.errors import BatonError
 from baton.v1 import inference_service_pb2 as pb
 
@@ -38,12 +39,12 @@ class Ask:
     identity: Identity
     fields: dict[str, str]
     """What this endpoint calls the fields of GenerateRequest, for errors."""
-    is_chat: bool
+    new_wire: Callable[[str], Wire]
+    """Of a request's id."""
     is_streamed: bool
     time_left_s: float | None = None
-    says_usage: bool = False
-    says_usage_always: bool = False
-    says_tokens: bool = False
+    new_parser: Callable[[str], AnswerParser] = lambda answer_id: PlainParser()
+    """Of the answer's id, which no other answer has."""
 
 
 class Answer(Response):
@@ -62,7 +63,7 @@ class Answer(Response):
             self._frontend.generate(request, identity=ask.identity, time_left_s=ask.time_left_s)
             for request in ask.requests
         ]
-        run = _Run(ask, self._frontend)
+        run = _Run(ask)
         is_gone = False
         try:
             async with asyncio.timeout(None) as until_gone, aclosing(merged(sources)) as responses:
@@ -98,7 +99,6 @@ def is_asked(scope: Scope) -> bool:
 @dataclass
 class _Run:
     ask: Ask
-    frontend: Frontend
     choices: list[Choice] = field(default_factory=list)
     wire: Wire | None = None
     request_id: str = ""
@@ -113,64 +113,53 @@ class _Run:
         choice = self.choices[index]
         match response.WhichOneof("message"):
             case "started":
-                choice.num_prompt_tokens = response.started.num_prompt_tokens
-                if self.wire is None:
-                    self.request_id = response.started.request_id
-                    self.wire = self._new_wire()
-                return self.wire.first_chunk(index) if self.ask.is_streamed else b""
+                return self._take_started(index, choice, response.started)
             case "chunk":
                 return self._take_chunk(index, choice, response.chunk)
             case _:
                 return self._take_finished(index, choice, response.finished)
 
-    def _new_wire(self) -> Wire:
-        return Wire(
-            self.request_id,
-            self.frontend.model_name,
-            is_chat=self.ask.is_chat,
-            says_usage=self.ask.says_usage,
-            says_tokens=self.ask.says_tokens,
-        )
+    def _take_started(self, index: int, choice: Choice, started: pb.GenerateStarted) -> bytes:
+        choice.num_prompt_tokens = started.num_prompt_tokens
+        choice.parser = self.ask.new_parser(f"{started.request_id}-{index}")
+        if self.wire is None:
+            self.request_id = started.request_id
+            self.wire = self.ask.new_wire(self.request_id)
+        return self.wire.started(index) if self.ask.is_streamed else b""
 
     def _take_chunk(self, index: int, choice: Choice, chunk: pb.GenerateChunk) -> bytes:
         choice.num_completion_tokens += len(chunk.token_ids)
-        if not self.ask.is_streamed:
-            choice.texts.append(chunk.text)
-            choice.token_ids += chunk.token_ids
-            return b""
-        says_more = self.ask.says_usage_always or self.ask.says_tokens
-        if not chunk.text and chunk.HasField("text") and not says_more:
-            # The text is held back: it comes with a later token.
-            return b""
-        return self._event(index, choice, chunk.text, token_ids=chunk.token_ids)
+        parts = choice.parser.feed(chunk.token_ids, chunk.text)
+        if not chunk.HasField("text"):
+            # Without a tokenizer a chunk is all that tells of tokens.
+            parts = [Content("")]
+        return self._came(index, choice, parts, chunk.token_ids)
 
     def _take_finished(self, index: int, choice: Choice, finished: pb.GenerateFinished) -> bytes:
         choice.num_completion_tokens = finished.usage.num_completion_tokens
         choice.num_cached_tokens = finished.usage.num_cached_tokens
         choice.num_accepted_prediction_tokens = finished.usage.num_accepted_prediction_tokens
         choice.num_rejected_prediction_tokens = finished.usage.num_rejected_prediction_tokens
+        parts = choice.parser.finish(finished.text)
+        rest = self._came(index, choice, parts, ()) if parts else b""
         choice.finish_reason = FINISH_REASONS[finished.finish_reason]
+        if choice.has_calls and choice.finish_reason == "stop":
+            choice.finish_reason = "tool_calls"
         if not self.ask.is_streamed:
-            choice.texts.append(finished.text)
             return b""
-        # Some clients take no text from the event that has the reason.
-        rest = self._event(index, choice, finished.text) if finished.text else b""
-        return rest + self._event(index, choice, "", finish_reason=choice.finish_reason)
-
-    def _event(
-        self,
-        index: int,
-        choice: Choice,
-        text: str,
-        *,
-        token_ids: Sequence[int] = (),
-        finish_reason: str | None = None,
-    ) -> bytes:
         assert self.wire is not None
-        so_far = usage([choice]) if self.ask.says_usage_always else None
-        return self.wire.chunk(
-            index, text, token_ids=token_ids, finish_reason=finish_reason, usage=so_far
-        )
+        return rest + self.wire.finished(index, choice)
+
+    def _came(
+        self, index: int, choice: Choice, parts: Sequence[Part], token_ids: Sequence[int]
+    ) -> bytes:
+        choice.has_calls = choice.has_calls or any(isinstance(part, ToolCall) for part in parts)
+        if not self.ask.is_streamed:
+            choice.parts += parts
+            choice.token_ids += token_ids
+            return b""
+        assert self.wire is not None
+        return self.wire.came(index, choice, parts, token_ids)
 
 
 async def _stream(
@@ -194,15 +183,13 @@ async def _stream(
     except Exception as error:
         if not has_started:
             raise
-        failed = to_http_error(error, run.ask.fields)
-        await _send_last(send, b"data: " + failed.body() + b"\n\n")
+        assert run.wire is not None
+        await _send_last(send, run.wire.failed(to_http_error(error, run.ask.fields)))
         if not isinstance(error, BatonError):
             raise
         return
-    last = DONE
-    if run.ask.says_usage and run.wire is not None:
-        last = run.wire.usage_chunk(run.choices) + DONE
-    await _send_last(send, last)
+    assert run.wire is not None
+    await _send_last(send, run.wire.ended(run.choices))
 
 
 async def _send_whole(

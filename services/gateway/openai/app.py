@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -28,6 +29,7 @@ from baton.services.gateway.openai.schema import (
     TokenizeRequest,
     parse,
 )
+from baton.services.gateway.openai.wire import OpenAiWire
 from baton.shared.rpc.convert import sampling_to_json
 from baton.shared.rpc.errors import BatonError
 from baton.shared.telemetry import baton_version
@@ -104,7 +106,7 @@ def _inference(frontend: Frontend) -> APIRouter:
             requests = await completion_requests(fields, frontend)
         except BatonError as error:
             raise to_http_error(error, FIELDS) from error
-        return Answer(frontend, _ask(request, fields, requests, FIELDS, is_chat=False))
+        return Answer(frontend, _ask(request, fields, requests, FIELDS, frontend))
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -115,7 +117,7 @@ def _inference(frontend: Frontend) -> APIRouter:
             requests = [await chat_request(fields, frontend)]
         except BatonError as error:
             raise to_http_error(error, names) from error
-        return Answer(frontend, _ask(request, fields, requests, names, is_chat=True))
+        return Answer(frontend, _ask(request, fields, requests, names, frontend))
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -177,8 +179,7 @@ def _ask(
     fields: Sampled,
     requests: Sequence[pb.GenerateRequest],
     names: dict[str, str],
-    *,
-    is_chat: bool,
+    frontend: Frontend,
 ) -> Ask:
     is_streamed = bool(fields.stream)
     options = fields.stream_options if is_streamed else None
@@ -186,12 +187,16 @@ def _ask(
         requests=requests,
         identity=request.state.identity,
         fields=names,
-        is_chat=is_chat,
+        new_wire=partial(
+            OpenAiWire,
+            model=frontend.model_name,
+            is_chat=isinstance(fields, ChatRequest),
+            says_usage=bool(options and options.include_usage),
+            says_usage_always=bool(options and options.continuous_usage_stats),
+            says_tokens=bool(fields.return_token_ids),
+        ),
         is_streamed=is_streamed,
         time_left_s=_time_left_s(request),
-        says_usage=bool(options and options.include_usage),
-        says_usage_always=bool(options and options.continuous_usage_stats),
-        says_tokens=bool(fields.return_token_ids),
     )
 
 

@@ -1,6 +1,7 @@
 """What an answer looks like: completions and chats, whole and as chunks.
 
-A chunk is put together from text that does not change: this runs once per token.
+Every endpoint has a Wire of its own, over the same choices. Of OpenAI's, a chunk is put together
+from text that does not change: this runs once per token.
 """
 
 from __future__ import annotations
@@ -9,8 +10,18 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from baton.services.gateway.answer_parts import (
+    AnswerParser,
+    Arguments,
+    Content,
+    Part,
+    PlainParser,
+    Reasoning,
+    ToolCall,
+)
+from baton.services.gateway.openai.errors import HttpError
 from baton.v1 import types_pb2
 
 FINISH_REASONS = {
@@ -21,11 +32,23 @@ DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(slots=True)
-class Choice:
-    """One prompt's answer as far as it has come."""
+class Call:
+    """A call of a tool as far as it has come. `arguments`: JSON, or what the model wrote for it."""
 
-    texts: list[str] = field(default_factory=list)
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer as far as it has come."""
+
+    parser: AnswerParser = field(default_factory=PlainParser)
+    parts: list[Part] = field(default_factory=list)
+    """Of an answer that is not streamed."""
     token_ids: list[int] = field(default_factory=list)
+    has_calls: bool = False
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
@@ -34,34 +57,88 @@ class Choice:
     num_accepted_prediction_tokens: int = 0
     num_rejected_prediction_tokens: int = 0
 
+    @property
+    def content(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Reasoning))
+
+    @property
+    def calls(self) -> list[Call]:
+        calls: list[Call] = []
+        for part in self.parts:
+            match part:
+                case ToolCall(_, call_id, name):
+                    calls.append(Call(call_id, name))
+                case Arguments(index, text):
+                    calls[index].arguments += text
+        return calls
+
+
+class Wire(Protocol):
+    """The form of one request's answer. `index`: of the choice. Streams are server-sent events, of
+    which each method returns none, one or several."""
+
+    def started(self, index: int) -> bytes: ...
+
+    def came(
+        self, index: int, choice: Choice, parts: Sequence[Part], token_ids: Sequence[int]
+    ) -> bytes:
+        """Parts may be none: text lags behind tokens."""
+
+    def finished(self, index: int, choice: Choice) -> bytes:
+        """`choice` has its finish_reason now."""
+
+    def ended(self, choices: Sequence[Choice]) -> bytes:
+        """After all choices."""
+
+    def failed(self, error: HttpError) -> bytes:
+        """In place of all that would still come."""
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        """The body of an answer that is not streamed."""
+
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
     num_prompt = sum(choice.num_prompt_tokens for choice in choices)
     num_completion = sum(choice.num_completion_tokens for choice in choices)
     num_cached = sum(choice.num_cached_tokens for choice in choices)
+    num_reasoning = sum(choice.parser.num_reasoning_tokens for choice in choices)
     told = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": num_cached},
     }
+    details = {"reasoning_tokens": num_reasoning} if num_reasoning else {}
     if any(choice.has_prediction for choice in choices):
         accepted = sum(choice.num_accepted_prediction_tokens for choice in choices)
         rejected = sum(choice.num_rejected_prediction_tokens for choice in choices)
-        told["completion_tokens_details"] = {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": rejected,
-        }
+        details["accepted_prediction_tokens"] = accepted
+        details["rejected_prediction_tokens"] = rejected
+    if details:
+        told["completion_tokens_details"] = details
     return told
 
 
-class Wire:
-    """For one request. `is_chat`: in the form of /v1/chat/completions, else of /v1/completions."""
+class OpenAiWire:
+    """`is_chat`: in the form of /v1/chat/completions, else of /v1/completions."""
 
     def __init__(
-        self, request_id: str, model: str, *, is_chat: bool, says_usage: bool, says_tokens: bool
+        self,
+        request_id: str,
+        model: str,
+        *,
+        is_chat: bool,
+        says_usage: bool = False,
+        says_usage_always: bool = False,
+        says_tokens: bool = False,
     ) -> None:
         self._is_chat = is_chat
+        self._says_usage = says_usage
+        self._says_usage_always = says_usage_always
         self._says_tokens = says_tokens
         self._head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request_id}",
@@ -73,36 +150,11 @@ class Wire:
         head = json.dumps({**self._head, "object": kind})[:-1]
         self._chunk_head = f'data: {head}, "choices": [{{"index": '
         self._usage_head = f'data: {head}, "choices": [], "usage": '
-        self._before_text = ', "delta": {"content": ' if is_chat else ', "text": '
-        self._after_text = '}, "logprobs": null' if is_chat else ', "logprobs": null'
+        self._no_text = ', "delta": {}' if is_chat else ', "text": ""'
         # Clients that asked for usage find the field in every chunk.
         self._no_usage = ', "usage": null' if says_usage else ""
 
-    def chunk(
-        self,
-        index: int,
-        text: str,
-        *,
-        token_ids: Sequence[int] = (),
-        finish_reason: str | None = None,
-        usage: dict[str, Any] | None = None,
-    ) -> bytes:
-        """One server-sent event."""
-        # Escaped to ASCII: some clients end a line at U+2028.
-        parts = [self._chunk_head, str(index)]
-        if text or finish_reason is None or not self._is_chat:
-            parts += [self._before_text, json.dumps(text), self._after_text]
-        else:
-            parts.append(', "delta": {}, "logprobs": null')
-        if self._says_tokens:
-            parts.append(f', "token_ids": {json.dumps(list(token_ids))}')
-        reason = "null" if finish_reason is None else f'"{finish_reason}"'
-        parts.append(f', "finish_reason": {reason}}}]')
-        parts.append(self._no_usage if usage is None else f', "usage": {json.dumps(usage)}')
-        parts.append("}\n\n")
-        return "".join(parts).encode()
-
-    def first_chunk(self, index: int) -> bytes:
+    def started(self, index: int) -> bytes:
         """A chat's first chunk names the role; nothing for completions."""
         if not self._is_chat:
             return b""
@@ -110,8 +162,31 @@ class Wire:
         body = f'{index}, {delta}, "finish_reason": null}}]{self._no_usage}}}\n\n'
         return (self._chunk_head + body).encode()
 
-    def usage_chunk(self, choices: Sequence[Choice]) -> bytes:
-        return f"{self._usage_head}{json.dumps(usage(choices))}}}\n\n".encode()
+    def came(
+        self, index: int, choice: Choice, parts: Sequence[Part], token_ids: Sequence[int]
+    ) -> bytes:
+        texts = [self._text(part) for part in parts]
+        if not texts:
+            if not self._says_usage_always and not self._says_tokens:
+                # The text is held back: it comes with a later token.
+                return b""
+            texts = [self._text(Content(""))]
+        first, *rest = texts
+        events = [self._chunk(index, choice, first, token_ids=token_ids)]
+        events += [self._chunk(index, choice, text) for text in rest]
+        return b"".join(events)
+
+    def finished(self, index: int, choice: Choice) -> bytes:
+        # By itself: some clients take no text from the event that has the reason.
+        return self._chunk(index, choice, self._no_text, finish_reason=choice.finish_reason)
+
+    def ended(self, choices: Sequence[Choice]) -> bytes:
+        if not self._says_usage:
+            return DONE
+        return f"{self._usage_head}{json.dumps(usage(choices))}}}\n\n".encode() + DONE
+
+    def failed(self, error: HttpError) -> bytes:
+        return b"data: " + error.body() + b"\n\n"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         kind = "chat.completion" if self._is_chat else "text_completion"
@@ -123,14 +198,69 @@ class Wire:
         }
         return json.dumps(body).encode()
 
+    def _text(self, part: Part) -> str:
+        """The field of a choice that has it, in ASCII: some clients end a line at U+2028."""
+        match part:
+            case Content(text) if self._is_chat:
+                return f', "delta": {{"content": {json.dumps(text)}}}'
+            case Content(text):
+                return f', "text": {json.dumps(text)}'
+            case Reasoning(text):
+                return f', "delta": {{"reasoning_content": {json.dumps(text)}}}'
+            case ToolCall(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                call = {"index": index, "id": call_id, "type": "function", "function": function}
+            case Arguments(index, text):
+                call = {"index": index, "function": {"arguments": text}}
+        return f', "delta": {{"tool_calls": [{json.dumps(call)}]}}'
+
+    def _chunk(
+        self,
+        index: int,
+        choice: Choice,
+        text: str,
+        *,
+        token_ids: Sequence[int] = (),
+        finish_reason: str | None = None,
+    ) -> bytes:
+        """One server-sent event."""
+        parts = [self._chunk_head, str(index), text, ', "logprobs": null']
+        if self._says_tokens:
+            parts.append(f', "token_ids": {json.dumps(list(token_ids))}')
+        reason = "null" if finish_reason is None else f'"{finish_reason}"'
+        parts.append(f', "finish_reason": {reason}}}]')
+        if self._says_usage_always:
+            parts.append(f', "usage": {json.dumps(usage([choice]))}')
+        else:
+            parts.append(self._no_usage)
+        parts.append("}\n\n")
+        return "".join(parts).encode()
+
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        text = "".join(choice.texts)
         entry: dict[str, Any] = {"index": index}
         if self._is_chat:
-            entry["message"] = {"role": "assistant", "content": text, "refusal": None}
+            entry["message"] = _message(choice)
         else:
-            entry["text"] = text
+            entry["text"] = choice.content
         entry |= {"logprobs": None, "finish_reason": choice.finish_reason}
         if self._says_tokens:
             entry["token_ids"] = choice.token_ids
         return entry
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    calls, reasoning = choice.calls, choice.reasoning
+    message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["content"] = message["content"] or None
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in calls
+        ]
+    return message
