@@ -99,7 +99,8 @@ async def generate(
         text = _last_text(generation, decoder)
         assert generation.finish_reason is not None
         report.finished(generation.finish_reason)
-        yield pb.GenerateResponse(finished=_finished(generation, text))
+        stop = decoder.stop if decoder is not None else None
+        yield pb.GenerateResponse(finished=_finished(generation, text, stop))
 
 
 def _started(generation: Generation, cluster: Cluster) -> pb.GenerateStarted:
@@ -165,7 +166,7 @@ def _last_text(generation: Generation, decoder: StreamDecoder | None) -> str | N
     return text
 
 
-def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
+def _finished(generation: Generation, text: str | None, stop: str | None) -> pb.GenerateFinished:
     admitted, num_new = generation.admitted, generation.num_new
     finished = pb.GenerateFinished(
         finish_reason=FINISH_REASON_TO_PB[generation.finish_reason],
@@ -182,6 +183,7 @@ def _finished(generation: Generation, text: str | None) -> pb.GenerateFinished:
         prefill_worker_id=generation.prefill_worker_id,
         decode_worker_id=generation.decode_worker_id,
         num_attempts=generation.num_attempts,
+        stop=stop,
     )
     if text is not None:
         finished.text = text

@@ -244,11 +244,19 @@ class StreamDecoder:
         self._silent_ids = frozenset(end_token_ids)
         self._marks: Mapping[int, str] = {}
         self._stop_finder = None
+        self._written: Mapping[str, str] = {}
+        """What is looked for → the stop string that it stands for."""
         if stops:
-            self._marks, patterns = _mark_tokens(codec, stops, self._silent_ids)
-            self._stop_finder = StopFinder(patterns)
+            self._marks, self._written = _mark_tokens(codec, stops, self._silent_ids)
+            self._stop_finder = StopFinder(tuple(self._written))
         self._no_marks = dict.fromkeys(map(ord, self._marks.values()))
         self.stopped = False
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that the answer ended with, as the request has it."""
+        found = self._stop_finder.found if self._stop_finder is not None else None
+        return None if found is None else self._written[found]
 
     def push(self, token_ids: Sequence[int]) -> Delta:
         """Tokens pushed after a stop are not used."""
@@ -285,9 +293,10 @@ class StreamDecoder:
 
 def _mark_tokens(
     codec: TextCodec, stops: Sequence[str], end_token_ids: Collection[int]
-) -> tuple[dict[int, str], list[str]]:
-    """A character for each token without text that `stops` name, and what is to be looked for:
-    the stops as they are, and those with such tokens in them with the characters in their place.
+) -> tuple[dict[int, str], dict[str, str]]:
+    """A character for each token without text that `stops` name, and what is to be looked for, each
+    with its stop: the stops as they are, and those with such tokens in them with the characters in
+    their place.
 
     The characters are surrogates: no text has them.
     """
@@ -296,8 +305,8 @@ def _mark_tokens(
     named = sorted(filter(None, named), key=len, reverse=True)
     marks = {written: chr(0xD800 + index) for index, written in enumerate(named)}
     if not marks:
-        return {}, list(stops)
+        return {}, {stop: stop for stop in stops}
     pattern = re.compile("|".join(map(re.escape, named)))
     marked = [pattern.sub(lambda match: marks[match[0]], stop) for stop in stops]
     by_id = {silent_ids[written]: mark for written, mark in marks.items()}
-    return by_id, list(dict.fromkeys([*stops, *marked]))
+    return by_id, dict(zip([*stops, *marked], [*stops, *stops], strict=True))

@@ -75,6 +75,8 @@ def test_text_ends_before_the_earliest_stop(
     end = first_stop(text, stops)
     assert got == text[:end]
     assert decoder.stopped == (end < len(text))
+    ends = [stop for stop in stops if end < len(text) and text.startswith(stop, end)]
+    assert decoder.stop == min(ends, key=len, default=None)
     one_by_one = StreamDecoder(codec, stops)
     assert run(one_by_one, [[token_id] for token_id in token_ids]) == (got, num_used)
     # Without the last of the tokens used the stop could not be told.
@@ -232,14 +234,16 @@ def test_of_two_stops_the_earlier_start_wins(byte_level: TextCodec) -> None:
 def test_a_stop_that_waited_for_another_ends_the_text_at_finish(byte_level: TextCodec) -> None:
     decoder = StreamDecoder(byte_level, ["bc", "abcd"])
     assert decoder.push(ids_of(byte_level, "xabc")) == Delta("x", False, 4)
+    assert decoder.stop is None
     assert decoder.finish() == "a"
-    assert decoder.stopped
+    assert decoder.stopped and decoder.stop == "bc"
 
 
 def test_of_two_stops_with_one_start_the_shorter_decides(byte_level: TextCodec) -> None:
     for stops in (["ab", "abc"], ["abc", "ab"]):
         decoder = StreamDecoder(byte_level, stops)
         assert decoder.push(ids_of(byte_level, "xabc")) == Delta("x", True, 3)
+        assert decoder.stop == "ab"
 
 
 def test_tokens_after_a_stop_are_not_used(byte_level: TextCodec) -> None:
