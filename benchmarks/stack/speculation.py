@@ -1,4 +1,4 @@
-"""What guessing by n-grams and predictions brings: `python -m benchmarks.stack.speculation`.
+"""What guessing by n-grams brings: `python -m benchmarks.stack.speculation`.
 
 One `baton up` with a worker that speculates; each prompt is asked with and without it, turn about,
 so that both meet the same machine. Texts that copy: a passage to be repeated; one that does not: a
@@ -24,6 +24,7 @@ from baton.shared.rpc.serve import internal_channel
 from baton.shared.speculation import HELP, METAVAR, Speculation, speculation
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc, types_pb2
+from benchmarks.checkout import DEMO_MODEL
 from benchmarks.stack.launched import StackOptions, running
 
 _PASSAGE = (
@@ -52,7 +53,6 @@ class Case:
     text: str
     prompt: str
     sampling: types_pb2.SamplingParams
-    prediction: str = ""
 
 
 def cases(num_tokens: int) -> list[Case]:
@@ -134,6 +134,7 @@ async def _drafts(
 
 
 async def run(args: argparse.Namespace) -> int:
+    environment = describe_environment()
     config = StackConfig(
         model_dir=args.model,
         counts=RoleCounts(prefill=0, decode=0, both=1),
@@ -144,9 +145,10 @@ async def run(args: argparse.Namespace) -> int:
     async with running(StackOptions(config)) as stack:
         rows, are_equal = await measure(stack.address, args.tokens, args.rounds)
     result = {
-        "environment": describe_environment(),
+        "environment": environment,
         "model": args.model.name,
         "speculate": str(args.speculate),
+        "num_rounds": args.rounds,
         "are_equal": are_equal,
         "rows": [asdict(row) for row in rows],
     }
@@ -158,7 +160,7 @@ async def run(args: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=model_dir, default=Path("models/demo"))
+    parser.add_argument("--model", type=model_dir, default=DEMO_MODEL)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--speculate", type=speculation, default=Speculation("ngram"), metavar=METAVAR, help=HELP
