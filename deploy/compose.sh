@@ -50,7 +50,9 @@ find_model() {
     if [[ -z ${MODEL:-} ]]; then return; fi
     if [[ $MODEL != */* && ! -d $MODEL ]]; then
         # The name of one that was fetched, as in shared/model_files/named.py.
-        local fetched=${BATON_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/baton}/models/$MODEL
+        local caches=${XDG_CACHE_HOME:-}
+        [[ $caches == /* ]] || caches=${HOME:-}/.cache
+        local fetched=${BATON_CACHE_DIR:-$caches/baton}/models/$MODEL
         if [[ -d $fetched ]]; then MODEL=$fetched; fi
     fi
     MODEL=$(realpath -s -m -- "$MODEL")

@@ -28,13 +28,13 @@ from baton.services.launcher.fetch.download import (
     take_gguf,
 )
 from baton.services.launcher.fetch.progress import Progress
+from baton.services.launcher.generate import EXIT_INTERRUPTED
 from baton.shared.model_files.named import NAMED_MODELS, NamedModel, cache_dir
 
 _SOURCE = "source.json"
 """What a folder was made of, and its files: who finds it as written takes the folder for whole."""
 _FORM = 1
 """Of what is written; another one is fetched anew."""
-_EXIT_INTERRUPTED = 130
 
 
 def run_fetch(name: str | None, *, pip_args: Sequence[str]) -> int:
@@ -62,7 +62,7 @@ def run_fetch(name: str | None, *, pip_args: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\nbaton: {name} was not fetched", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(directory)

@@ -32,9 +32,6 @@ class GgufFile:
     def has(self, key: str) -> bool:
         return key in self._reader.fields
 
-    def keys(self, prefix: str) -> list[str]:
-        return [key for key in self._reader.fields if key.startswith(prefix)]
-
     def string(self, key: str, default: str | None = None) -> str:
         return str(self._value(key, str, default))
 

@@ -59,7 +59,8 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     }
     for name, token_id in token_ids.items():
         if token_id >= len(tokens):
-            raise file.error(_PREFIX + name, f"{token_id} is no token of {len(tokens)}")
+            key = f"{_PREFIX}{_NAMES[name.removesuffix('_token_id')]}_token_id"
+            raise file.error(key, f"{token_id} is no token of {len(tokens)}")
     _add_tokens(file, tokenizer, tokens)
     if file.boolean(_PREFIX + "add_bos_token", False):
         _begin_with(file, tokenizer, tokens, token_ids)
