@@ -103,12 +103,15 @@ class Drafting:
 
     def took(self, part: Part, num_stood: int) -> None:
         """How many of a part's drafts stood. What the steps before drew is known by now."""
+        sequence = part.sequence
+        if not sequence.is_admitted:
+            # It has ended: nobody gets what the step drew.
+            return
         for place in range(num_stood):
             self.accepted_by_position[place] += 1
-        sequence = part.sequence
         drawn = sequence.token_slice(part.num_known, sequence.num_tokens)
         # Drafts behind a wrong supposition say nothing of the drafter.
-        if sequence.is_admitted and drawn == part.supposed_ids:
+        if drawn == part.supposed_ids:
             self._lengths.checked(sequence, len(part.draft_ids), num_stood)
 
     def took_step(self, seconds: float, parts: Seq[Part]) -> None:

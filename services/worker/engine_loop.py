@@ -371,7 +371,6 @@ class EngineLoop:
     def _retire(self, step: InFlight) -> None:
         """Takes what a step drew: its tokens leave, then comes what nobody's token waits for."""
         outcomes = self._stepper.collect(step)
-        # A step that was launched ahead had to wait for the one before.
         before_s, self._collected_s = self._collected_s, time.monotonic()
         self.num_steps += 1
         self._counters["steps"] += 1
@@ -387,15 +386,15 @@ class EngineLoop:
 
     def _measure(self, step: InFlight, outcomes: Seq[Outcome], before_s: float) -> None:
         """`before_s`: when the result of the step before was there."""
-        num_computed = num_drawn = 0
-        for part, outcome in zip(step.parts, outcomes, strict=True):
-            if not part.is_chunk:
-                num_computed += part.num_tokens
-                num_drawn += 0 if isinstance(outcome, AttemptFailed) else len(outcome)
+        num_drawn = sum(
+            len(outcome)
+            for part, outcome in zip(step.parts, outcomes, strict=True)
+            if not part.is_chunk and not isinstance(outcome, AttemptFailed)
+        )
         # A step that was launched ahead had to wait for the one before.
         self._metrics.took_step(
             self._collected_s - max(step.started_s, before_s),
-            num_decoded_tokens=num_computed,
+            num_decoded_tokens=sum(part.num_tokens for part in step.decoding),
             num_prompt_tokens=sum(part.num_tokens for part in step.chunks),
         )
         seconds = self._collected_s - max(step.planned_s, before_s)

@@ -56,8 +56,9 @@ class InFlight:
     started_s: float
     planned_s: float
     """When its planning began."""
+    decoding: list[Part] = field(default_factory=list)
+    """Those of the parts that decode; the others are chunks of prompts."""
     chunks: list[Part] = field(default_factory=list)
-    """Those of the parts that are chunks of prompts."""
     sums: PendingSums | None = None
     """Of the blocks that the chunks fill, and of those that must be checked behind them."""
     orphans: list[list[BlockTable]] = field(default_factory=list)
@@ -237,8 +238,10 @@ class Stepper:
         for part in parts:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
-        chunks = [part for part in parts if part.is_chunk]
-        return InFlight(parts, step, started_s, planned_s, chunks)
+        by_kind: dict[bool, list[Part]] = {True: [], False: []}
+        for part in parts:
+            by_kind[part.is_chunk].append(part)
+        return InFlight(parts, step, started_s, planned_s, by_kind[False], by_kind[True])
 
     def collect(self, in_flight: InFlight) -> Seq[Outcome]:
         """What each part drew, or why it could not.
@@ -271,12 +274,12 @@ class Stepper:
 
     def took_step(self, step: InFlight, seconds: float, num_drawn: int) -> None:
         """What it took from its planning on; its decode rows drew `num_drawn` tokens."""
-        decoding = [part for part in step.parts if not part.is_chunk]
+        decoding = step.decoding
         # A stream's tokens come as often as steps, or more of them at once.
         per_token_s = seconds * len(decoding) / max(num_drawn, 1)
         self.pacing.took_step(per_token_s, num_decoding=len(decoding))
-        is_plain = step.step is not None and decoding and not step.chunks
-        if is_plain and self._drafting is not None:
+        is_decode_only = step.step is not None and bool(decoding) and not step.chunks
+        if is_decode_only and self._drafting is not None:
             self._drafting.took_step(seconds, decoding)
 
     def forget(self, sequence: Sequence) -> None:
