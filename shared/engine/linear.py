@@ -1,7 +1,7 @@
 """Linear layers: what a model asks for, what a checkpoint holds, and what is computed with.
 
     LinearSpec    a model's wish: parts side by side, how ranks share them
-        │ stored_as     by part: plain numbers, or numbers with scales of their own
+        │               by part: plain numbers, or numbers with scales of their own
         ▼
     expand        each part in the activations' dtype, this rank's share of it, one under another
         │ Operations.pack_linear

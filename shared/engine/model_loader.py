@@ -55,10 +55,10 @@ class ModelLoader:
         dtype: torch.dtype,
         device: torch.device,
         num_positions: int,
+        ropes_made_for: int,
         is_quantized: bool,
         groups: Sequence[CacheGroup] = (),
         on_read: Callable[[], None] = lambda: None,
-        ropes_made_for: int | None = None,
     ) -> None:
         """`num_positions`: length of rope tables; `ropes_made_for`: see `rope_tables`."""
         self.ops = ops
@@ -223,6 +223,7 @@ def plan_model(
         dtype=dtype,
         device=_META,
         num_positions=1,
+        ropes_made_for=1,
         is_quantized=config.is_quantized,
         groups=groups,
         on_read=count,
@@ -255,9 +256,9 @@ def load_model(
         dtype=dtype,
         device=device,
         num_positions=num_positions,
+        ropes_made_for=ropes_made_for,
         is_quantized=config.is_quantized,
         groups=groups,
         on_read=on_read,
-        ropes_made_for=ropes_made_for,
     )
     return model_type.build(config, load, load.form(model_type.names))

@@ -49,10 +49,6 @@ class Operations(Protocol):
         """A layer of a weight [out, in] that is there already, as the table of a tied embedding.
         Its memory is used where the form allows it."""
 
-    def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
-        """Some of the outputs, as keys and values alone for tokens whose query nobody wants.
-        Shares the memory where the form allows it."""
-
     def pack_rope(
         self, cos: Tensor, sin: Tensor, dtype: torch.dtype, query_scale: Tensor | None = None
     ) -> Any: ...
@@ -92,9 +88,7 @@ class Operations(Protocol):
         norms: HeadNorms | None = None,
     ) -> Tensor: ...
 
-    def rope_query(
-        self, query: Tensor, rope: Any, plan: Any, norms: HeadNorms | None = None
-    ) -> Tensor: ...
+    def rope_query(self, query: Tensor, rope: Any, norms: HeadNorms | None = None) -> Tensor: ...
 
     def paged_attention(
         self, query: Tensor, kv: Tensor, layer: int, plan: Any, scale: float, cap: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -25,26 +25,13 @@ class ReferenceOperations:
     soft_cap = staticmethod(reference.soft_cap)
 
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
-        weight, bias = expand(spec, reader, self.ranks)
-        num_out, num_in = weight.shape
+        layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
-        return Linear(reference.pack_weight(weight), bias, num_out, num_in, all_reduce, spec.scale)
+        return replace(layer, all_reduce=all_reduce)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
         return Linear(reference.pack_weight(weight), bias, num_out, num_in, scale=scale)
-
-    def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
-        weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
-        bias = None if layer.bias is None else layer.bias[first:end]
-        return Linear(
-            reference.pack_weight(weight[first:end]),
-            bias,
-            end - first,
-            layer.num_in,
-            layer.all_reduce,
-            layer.scale,
-        )
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         if layer.all_reduce is None:
@@ -72,7 +59,5 @@ class ReferenceOperations:
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         return reference.norm_add(x, norm.weight, norm.eps, residual)
 
-    def rope_query(
-        self, query: Tensor, rope: Rope, plan: Any, norms: HeadNorms | None = None
-    ) -> Tensor:
+    def rope_query(self, query: Tensor, rope: Rope, norms: HeadNorms | None = None) -> Tensor:
         return reference.rope_query(query, rope, norms)

@@ -81,19 +81,13 @@ class TritonOperations:
         self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
 
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
-        weight, bias = expand(spec, reader, self.ranks)
-        num_out, num_in = weight.shape
+        layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
-        return Linear(weight.contiguous(), bias, num_out, num_in, all_reduce, spec.scale)
+        return replace(layer, all_reduce=all_reduce)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
         return Linear(weight.contiguous(), bias, num_out, num_in, scale=scale)
-
-    def slice_linear(self, layer: Linear, first: int, end: int) -> Linear:
-        bias = None if layer.bias is None else layer.bias[first:end]
-        weight = layer.weight[first:end]
-        return Linear(weight, bias, end - first, layer.num_in, layer.all_reduce, layer.scale)
 
     def pack_rope(
         self, cos: Tensor, sin: Tensor, dtype: torch.dtype, query_scale: Tensor | None = None
@@ -209,9 +203,7 @@ class TritonOperations:
             pdl=self._overlaps,
         )
 
-    def rope_query(
-        self, query: Tensor, rope: Rope, plan: DevicePlan, norms: HeadNorms | None = None
-    ) -> Tensor:
+    def rope_query(self, query: Tensor, rope: Rope, norms: HeadNorms | None = None) -> Tensor:
         assert rope.positions is not None
         norms = norms or _NO_NORMS
         return rope_query(

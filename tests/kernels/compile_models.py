@@ -131,7 +131,7 @@ def _step(
     qkv = on_gpu(qkv.view(num_tokens, -1, head_dim))
     query = on_gpu(ops.rope_and_store(qkv, rope, kv, 3, plan, heads, norms))
     if shape.has_value_norm:
-        ops.rope_query(query, rope, plan, norms)
+        ops.rope_query(query, rope, norms)
     attended = ops.paged_attention(query, kv, 3, plan, head_dim**-0.5, shape.soft_cap)
     for x, layer in (
         (attended.view(num_tokens, -1), linear(shape.hidden, heads * head_dim)),

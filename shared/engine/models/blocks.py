@@ -134,7 +134,7 @@ class Attention:
         """Of norm(hidden [T, hidden]) → [T, num_heads, head_dim]; stores keys and values."""
         heads = self._ops.norm_linear(hidden, norm, self._qkv).view(len(hidden), -1, self._head_dim)
         if not self._has_cache:
-            return self._ops.rope_query(heads, rope, plan, self._norms)
+            return self._ops.rope_query(heads, rope, self._norms)
         return self._ops.rope_and_store(
             heads, rope, kv, self._place, plan, self._num_heads, self._norms
         )

@@ -25,15 +25,13 @@ class RopeTables(NamedTuple):
     """[positions]: what queries are multiplied by; None: nothing."""
 
 
-def rope_tables(
-    rope: RopeConfig, head_dim: int, num_positions: int, made_for: int | None = None
-) -> RopeTables:
+def rope_tables(rope: RopeConfig, head_dim: int, num_positions: int, made_for: int) -> RopeTables:
     """Of positions below `num_positions`.
 
-    made_for: tokens of the longest sequence that the choice of longrope is made for; None: as many.
+    made_for: tokens of the longest sequence that the choice of longrope is made for.
     """
     positions = torch.arange(num_positions, dtype=torch.float32)
-    frequencies = _inverse_frequencies(rope, head_dim, made_for or num_positions)
+    frequencies = _inverse_frequencies(rope, head_dim, made_for)
     angles = positions[:, None] * frequencies
     num_still = head_dim // 2 - len(frequencies)
     return RopeTables(

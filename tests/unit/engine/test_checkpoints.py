@@ -184,7 +184,7 @@ def check_ropes(ours: ModelConfig, theirs: Any, layer_types: list[str]) -> None:
     for layer, layer_type in dict(zip(ours.layers, layer_types, strict=True)).items():
         if layer.rope.rope_type == "none":
             continue
-        cos, sin, _ = rope_tables(layer.rope, layer.head_dim, len(positions))
+        cos, sin, _ = rope_tables(layer.rope, layer.head_dim, len(positions), len(positions))
         theirs_of_text = rotary(hidden, positions[None], *([layer_type] if by_kind else []))
         for table, of_text in zip((cos, sin), theirs_of_text, strict=True):
             # Pairs that turn come first here; where text has three positions, they are one.

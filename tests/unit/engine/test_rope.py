@@ -58,7 +58,7 @@ def fields_of(config: Any) -> Fields:
 
 def check(rope: RopeConfig, head_dim: int, longest: int, rotary: Any, *kind: str) -> None:
     """Frequencies within 1e-6, and so angles within 1e-6 of themselves, up to the last position."""
-    tables = rope_tables(rope, head_dim, longest)
+    tables = rope_tables(rope, head_dim, longest, longest)
     positions = torch.tensor([0, 1, 2, 3, 17, longest // 2, longest - 1])
     cos, sin = (each[0] for each in rotary(torch.zeros(1), positions[None], *kind))
     num_pairs = cos.shape[-1] // 2
@@ -256,15 +256,15 @@ def test_queries_grow_with_their_position() -> None:
     config = make(Ministral3Config, max_position_embeddings=LONGEST)
     config.rope_parameters["original_max_position_embeddings"] = 100
     rope = read_rope(fields_of(config), LONGEST, RopeRules(has_query_scale=True))
-    scale = rope_tables(rope, 128, LONGEST).query_scale
+    scale = rope_tables(rope, 128, LONGEST, LONGEST).query_scale
     expected = get_llama_4_attn_scale(torch.arange(LONGEST)[None], 0.1, 100)
     assert scale is not None and torch.equal(scale, expected.flatten())
     assert (scale[:100] == 1).all() and scale[100] > 1.06
-    assert rope_tables(read_rope(fields_of(config), LONGEST), 128, 8).query_scale is None
+    assert rope_tables(read_rope(fields_of(config), LONGEST), 128, 8, 8).query_scale is None
 
 
 def test_a_layer_without_rope_turns_nothing() -> None:
-    cos, sin, scale = rope_tables(NO_ROPE, 64, 100)
+    cos, sin, scale = rope_tables(NO_ROPE, 64, 100, 100)
     assert (cos == 1).all() and not sin.any() and scale is None
     assert cos.shape == sin.shape == (100, 32)
 
@@ -296,7 +296,7 @@ def test_products_of_moved_heads_are_what_they_were(of: str, share: float) -> No
 
     order = rope_order(rope, 24)
     assert (order is None) == (of == "phi3" and share == 1)
-    tables = rope_tables(rope, 24, 4096)
+    tables = rope_tables(rope, 24, 4096, 4096)
     packed = reference.pack_rope(tables.cos, tables.sin, torch.float32)
     taken = reference.take_rope(packed, positions)
     turned = [
