@@ -116,6 +116,7 @@ class RecurrentLayer:
     def finish(
         self, hidden: Tensor, query: Tensor, kv: Any, plan: Any, extra: Tensor | None = None
     ) -> Tensor:
+        assert extra is None
         hidden = self._ops.linear(query.reshape(len(hidden), -1), self._output, hidden)
         return self._mlp(hidden, self._mlp_norm, hidden)
 

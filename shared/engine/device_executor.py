@@ -31,7 +31,7 @@ from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
-from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, Wanted
+from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, WantedRows
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
@@ -328,7 +328,7 @@ class DeviceExecutor:
 
     def _compute(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
-    ) -> tuple[Tensor, Wanted]:
+    ) -> tuple[Tensor, WantedRows]:
         """Runs a step with prompt chunks; of each row the logits at its last `num_wanted` tokens
         are wanted.
 
@@ -339,7 +339,7 @@ class DeviceExecutor:
         packed = self._host.send(self._state, columns.packed)
         assert packed is not None
         sent = columns.unpack(packed)
-        wanted = Wanted(sent.wanted, sent.rows, sent.back if has_back else None)
+        wanted = WantedRows(sent.wanted, sent.rows, sent.back if has_back else None)
         plans = self._plan(layout, columns, sent)
         if layout.size:
             buffers = self._decode[layout.size, layout.width]
@@ -436,7 +436,7 @@ class DeviceExecutor:
                 layout.wanted.append(i)
         return places
 
-    def _plans_of(self, wanted: Wanted, plans: Sequence[DevicePlan]) -> list[DevicePlan]:
+    def _plans_of(self, wanted: WantedRows, plans: Sequence[DevicePlan]) -> list[DevicePlan]:
         """What the wanted tokens attend to: as in a decode step, the slot's keys up to them."""
         num_rows = len(wanted.rows)
         drawn: list[DevicePlan] = []

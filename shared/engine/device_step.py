@@ -92,7 +92,7 @@ class Layout:
     """Handles of rows that nothing is kept of."""
 
 
-class Wanted(NamedTuple):
+class WantedRows(NamedTuple):
     """Tokens whose logits are wanted, padding included."""
 
     tokens: Tensor

@@ -77,8 +77,10 @@ class HostExecutor:
             for offset in range(row.num_known - 1, row.num_tokens)
         ]
         result: list[Sequence[Drawn]] = [[] for _ in rows]
-        logits = self._logits(columns, [int(columns.query_start[i]) + at for i, at in drawing])
+        wanted = [int(columns.query_start[i]) + at for i, at in drawing]
+        hidden = self._hidden_states(columns, wanted)
         if drawing:
+            logits = self._logits(hidden, len(wanted))
             tokens = sample_tokens(
                 logits,
                 [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None],
@@ -111,10 +113,10 @@ class HostExecutor:
             for index, row in enumerate(batch.rows)
             for before in range(row.num_logits, 0, -1)
         ]
-        return self._logits(columns, wanted)
+        return self._logits(self._hidden_states(columns, wanted), len(wanted))
 
-    def _logits(self, columns: BatchColumns, tokens: Sequence[int]) -> Tensor:
-        """Computes the step → float32 [len(tokens), vocab] at these of its tokens."""
+    def _hidden_states(self, columns: BatchColumns, tokens: Sequence[int]) -> Tensor:
+        """Computes the step → [len(tokens) and padding, hidden] at these of its tokens."""
         ids = np.array(tokens, np.int64)
         padded = self._padded(ids) if tokens else torch.from_numpy(ids)
         wanted: Wanted | None = None
@@ -127,12 +129,11 @@ class HostExecutor:
             self._plan(columns),
             wanted,
         )
-        if not tokens:
-            # Keys and values were all that was to be computed.
-            return hidden
-        if wanted is None:
-            hidden = hidden.index_select(0, padded)
-        return self._model.logits(hidden)[: len(tokens)].float()
+        return hidden.index_select(0, padded) if wanted is None else hidden
+
+    def _logits(self, hidden: Tensor, num_tokens: int) -> Tensor:
+        """float32 [num_tokens, vocab] of `_hidden_states`."""
+        return self._model.logits(hidden)[:num_tokens].float()
 
     def _plan(self, columns: BatchColumns) -> list[AttentionPlan | StatePlan]:
         """By cache group."""

@@ -134,7 +134,7 @@ class WeightFiles:
 class DummyWeights:
     """Random weights of a model's shapes, the same for every engine with one kind of device.
 
-    Norms are one and matrices small, so that activations stay in range at any depth.
+    Weights of norms are one and matrices small, so that activations stay in range at any depth.
     """
 
     def header(self, name: str) -> None:

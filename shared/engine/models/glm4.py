@@ -3,8 +3,6 @@ neighbours."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from baton.shared.engine.models import decoder, llama
 from baton.shared.engine.models.model_config import LayerStyle, ModelConfig
 from baton.shared.engine.models.model_type import ModelType
@@ -23,7 +21,7 @@ _ROPE = RopeRules(partial_rotary_factor=0.5, is_interleaved=True)
 
 def configure(fields: Fields) -> ModelConfig:
     style = LayerStyle(qkv_bias=fields.boolean("attention_bias"), has_post_norms=True)
-    return replace(llama.configure(fields, _ROPE), style=style)
+    return llama.configure(fields, _ROPE, style)
 
 
 GLM4 = ModelType("glm4", configure, decoder.build, (NAMES,))

@@ -30,6 +30,7 @@ class PreNormLayer:
     def finish(
         self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
     ) -> Tensor:
+        assert extra is None
         hidden = self._attention.attend(query, kv, plan, hidden)
         return self._mlp(hidden, self._mlp_norm, hidden)
 
@@ -65,6 +66,7 @@ class SandwichLayer:
     def finish(
         self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
     ) -> Tensor:
+        assert extra is None
         attended = self._attention.attend(query, kv, plan)
         hidden = self._ops.norm_add(attended, self._attention_post_norm, hidden)
         return self._ops.norm_add(self._mlp(hidden, self._mlp_norm), self._mlp_post_norm, hidden)

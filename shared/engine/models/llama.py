@@ -32,7 +32,10 @@ NAMES = {
 }
 
 
-def configure(fields: Fields, rope_rules: RopeRules = LLAMA_RULES) -> ModelConfig:
+def configure(
+    fields: Fields, rope_rules: RopeRules = LLAMA_RULES, style: LayerStyle | None = None
+) -> ModelConfig:
+    """`style`: of a type that has one of its own."""
     common = read_decoder(fields)
     fields.only("hidden_act", "silu", "swish")
     num_layers = fields.integer("num_hidden_layers")
@@ -41,14 +44,14 @@ def configure(fields: Fields, rope_rules: RopeRules = LLAMA_RULES) -> ModelConfi
         **read_heads(fields, common["hidden_size"]),
         rope=read_rope(fields, common["max_position_embeddings"], rope_rules),
     )
-    has_bias = fields.boolean("attention_bias")
     return ModelConfig(
-        **common,
-        layers=(attention,) * num_layers,
-        style=LayerStyle(
-            qkv_bias=has_bias, output_bias=has_bias, mlp_bias=fields.boolean("mlp_bias")
-        ),
+        **common, layers=(attention,) * num_layers, style=style or _read_style(fields)
     )
+
+
+def _read_style(fields: Fields) -> LayerStyle:
+    has_bias = fields.boolean("attention_bias")
+    return LayerStyle(qkv_bias=has_bias, output_bias=has_bias, mlp_bias=fields.boolean("mlp_bias"))
 
 
 LLAMA = ModelType("llama", configure, decoder.build, (NAMES,))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.engine.models.rope_config import RopeConfig
@@ -17,8 +17,8 @@ from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
 
-Activation = Literal["silu", "gelu_tanh"]
-"""Of gated MLPs, as the operations call it."""
+if TYPE_CHECKING:
+    from baton.kernels.reference import Activation
 
 _READ_BY_EVERY_TYPE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),

@@ -3,8 +3,6 @@ one whose layers are all full."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from baton.shared.engine.models import decoder, llama
 from baton.shared.engine.models.model_config import LayerStyle, ModelConfig, read_decoder
 from baton.shared.engine.models.model_type import ModelType
@@ -23,7 +21,7 @@ def configure(fields: Fields) -> ModelConfig:
 
 
 def configure_vl(fields: Fields) -> ModelConfig:
-    return replace(llama.configure(fields, RopeRules(theta=5e5)), style=_style(fields))
+    return llama.configure(fields, RopeRules(theta=5e5), _style(fields))
 
 
 def _style(fields: Fields) -> LayerStyle:
