@@ -1,4 +1,4 @@
-"""activation(gate) · up, for a gate and an up projection computed as one product."""
+"""activation(gate) · up, for gate and up side by side, as one product gives them, or apart."""
 
 from __future__ import annotations
 

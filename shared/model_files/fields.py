@@ -16,9 +16,8 @@ class ModelError(Exception):
 class Fields:
     """One JSON object; remembers what was asked for, so that the rest can be named.
 
-    Every method takes null for missing, and a default that was assumed for what the file does not
-    hold, and raises ModelError, naming file and field, for a value
-    of another type or out of range.
+    Every method takes null for missing, and an assumed default for what the file does not hold. It
+    raises ModelError, naming file and field, for a value of another type or out of range.
     """
 
     def __init__(self, path: Path, values: dict[str, Any], prefix: str = "") -> None:
