@@ -17,10 +17,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from baton.services.gateway.tokenizer_files import one_line, read_json_object
 from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField, NoChatTemplate
 from baton.shared.telemetry import log_event
+from baton.shared.tokenizer.files import one_line, read_json_object
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from baton.services.gateway.tokenizer_files import read_json_object
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import FIELDS
 from baton.shared.telemetry import log_event
+from baton.shared.tokenizer.files import read_json_object
 from baton.v1 import types_pb2
 
 logger = logging.getLogger(__name__)

@@ -14,19 +14,18 @@ import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from baton.services.gateway.chat_template import ChatTemplate
-from baton.services.gateway.decoder_steps import BYTE_OF_CHARACTER, byte_tokens, is_byte_level
 from baton.services.gateway.stops import StopFinder
 from baton.services.gateway.text_stream import BytesToText, PiecesToText, TextStream
-from baton.services.gateway.tokenizer_files import load_tokenizer
 from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField
+from baton.shared.tokenizer.files import load_tokenizer
+from baton.shared.tokenizer.vocabulary import Vocabulary
 
 _NUM_ENCODING_THREADS = 2
 _MAX_CACHED_TEXTS = 1 << 18
@@ -49,13 +48,7 @@ class TextCodec:
         """The token that the tokenizer's own files name as the end."""
         self._chat_template = chat_template
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(
-            token_id
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        )
-        self._is_byte_level = is_byte_level(tokenizer)
-        self._bytes = byte_tokens(tokenizer)
+        self._vocabulary = Vocabulary(tokenizer)
         self._token_bytes: dict[int, bytes] = {}
         self._texts: dict[tuple[bool, tuple[int, ...]], str] = {}
         self._threads = ThreadPoolExecutor(_NUM_ENCODING_THREADS, "tokenise")
@@ -91,7 +84,7 @@ class TextCodec:
         """What a stream of these tokens gives. Ids that the tokenizer does not know yield no
         text."""
         [text] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special)
-        if "\ufffd" not in text or not self._bytes:
+        if "\ufffd" not in text or not self._vocabulary.has_byte_tokens:
             return text
         # The library lets one wrong byte spoil all bytes around it.
         stream = PiecesToText(self if skip_special else _WithSpecial(self))
@@ -136,22 +129,22 @@ class TextCodec:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def is_known(self, token_id: int) -> bool:
-        return self._tokenizer.id_to_token(token_id) is not None
+        return self._vocabulary.is_known(token_id)
 
     def is_text(self, token_id: int) -> bool:
         """Whether the token may yield text: known, and not special."""
-        return token_id not in self._special_ids and self.is_known(token_id)
+        return self._vocabulary.is_text(token_id)
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is one byte of a character that the vocabulary lacks (`<0xE2>`)."""
-        return token_id in self._bytes
+        return self._vocabulary.is_byte(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8, possibly cut within a character. Of byte-level tokenizers, and of tokens that
         are a byte."""
         known = self._token_bytes.get(token_id)
         if known is None:
-            known = self._token_bytes[token_id] = self._look_up_bytes(token_id)
+            known = self._token_bytes[token_id] = self._vocabulary.token_bytes(token_id)
         return known
 
     def text_of(self, token_ids: tuple[int, ...], *, is_first: bool) -> str:
@@ -162,40 +155,21 @@ class TextCodec:
         if known is None:
             if len(self._texts) >= _MAX_CACHED_TEXTS:
                 self._texts.clear()
-            known = self._texts[is_first, token_ids] = self._look_up_text(token_ids, is_first)
+            known = self._vocabulary.text_of(token_ids, is_first=is_first)
+            self._texts[is_first, token_ids] = known
         return known
 
-    @cached_property
+    @property
     def special_ids(self) -> Mapping[str, int]:
         """Of the tokens that yield no text, by what they are written as."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        return {token.content: token_id for token_id, token in added.items() if token.special}
+        return self._vocabulary.special_ids
 
     def written(self, token_id: int) -> str:
         """What a token that may yield no text is written as; empty for an id that is not known."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def new_text_stream(self) -> TextStream:
-        return BytesToText(self) if self._is_byte_level else PiecesToText(self)
-
-    def _look_up_bytes(self, token_id: int) -> bytes:
-        if token_id in self._bytes:
-            return bytes((self._bytes[token_id],))
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._special_ids:
-            return b""
-        try:
-            return bytes(BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError:  # an added token, written as itself
-            return token.encode()
-
-    def _look_up_text(self, token_ids: tuple[int, ...], is_first: bool) -> str:
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=False)
-        if is_first:
-            return text
-        # So that it is not the first, it follows itself.
-        twice = self._tokenizer.decode(token_ids * 2, skip_special_tokens=False)
-        return twice[len(text) :]
+        return BytesToText(self) if self._vocabulary.is_byte_level else PiecesToText(self)
 
 
 class _WithSpecial:

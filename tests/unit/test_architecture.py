@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
     "baton.shared.engine.config",
     "baton.shared.engine.model_digest",
     "baton.shared.model_files",
+    "baton.shared.tokenizer",
 )
 WITH_TORCH = ("baton.shared.kv.digest",)
 BANNED_NAMES = {"base", "common", "helpers", "utils"}

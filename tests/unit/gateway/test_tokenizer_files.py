@@ -16,9 +16,9 @@ from transformers.models.auto.tokenization_auto import (
     TOKENIZER_MAPPING_NAMES,
 )
 
-from baton.services.gateway.tokenizer_classes import _GENERIC, CLASS_OF_MODEL_TYPE, DEFAULTS
-from baton.services.gateway.tokenizer_files import load_tokenizer
 from baton.shared.model_files.fields import ModelError
+from baton.shared.tokenizer.classes import _GENERIC, CLASS_OF_MODEL_TYPE, DEFAULTS
+from baton.shared.tokenizer.files import load_tokenizer
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}

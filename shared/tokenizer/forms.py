@@ -21,12 +21,12 @@ from tokenizers import (
     processors,
 )
 
-from baton.services.gateway.tokenizer_classes import (
+from baton.shared.telemetry import log_event
+from baton.shared.tokenizer.classes import (
     put_together,
     space_steps,
     tokenizer_class,
 )
-from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
-from baton.services.gateway.tokenizer_classes import DEFAULTS, put_together, tokenizer_class
-from baton.services.gateway.tokenizer_forms import Converted, convert_other_form, put_around
 from baton.shared.model_files import fields
 from baton.shared.model_files.fields import ModelError
+from baton.shared.tokenizer.classes import DEFAULTS, put_together, tokenizer_class
+from baton.shared.tokenizer.forms import Converted, convert_other_form, put_around
 
 STANDARD_NAMES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from baton.services.gateway.tokenizer_files import step_of
+from baton.shared.tokenizer.files import step_of
 
 _LOCAL = {"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 
