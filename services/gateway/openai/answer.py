@@ -8,7 +8,7 @@ requests ─► merged ─► take (parser ─► parts ─► wire) ─► chun
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from baton.services.gateway.answer_parts import AnswerParser, Content, Part, PlainParser, ToolCall
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity
-from baton.services.gateway.openai.errors import to_http_error
+from baton.services.gateway.openai.errors import HttpError, renamed, to_http_error
 from baton.services.gateway.openai.wire import FINISH_REASONS, Choice, Wire
 from baton.shared.rpc.errors import BatonError
 from baton.v1 import inference_service_pb2 as pb
@@ -45,6 +45,13 @@ class Ask:
     time_left_s: float | None = None
     new_parser: Callable[[str], AnswerParser] = lambda answer_id: PlainParser()
     """Of the answer's id, which no other answer has."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Where the endpoint's request has what chat completions call so: see `renamed`."""
+    id_headers: Sequence[bytes] = (b"x-request-id",)
+
+    def to_error(self, error: Exception) -> HttpError:
+        """In the endpoint's own names."""
+        return renamed(to_http_error(error, self.fields), self.places)
 
 
 class Answer(Response):
@@ -88,7 +95,7 @@ class Answer(Response):
             if not is_gone:
                 raise
         except BatonError as error:
-            raise to_http_error(error, ask.fields) from error
+            raise ask.to_error(error) from error
 
 
 def is_asked(scope: Scope) -> bool:
@@ -125,7 +132,7 @@ class _Run:
         if self.wire is None:
             self.request_id = started.request_id
             self.wire = self.ask.new_wire(self.request_id)
-        return self.wire.started(index) if self.ask.is_streamed else b""
+        return self.wire.started(index, choice) if self.ask.is_streamed else b""
 
     def _take_chunk(self, index: int, choice: Choice, chunk: pb.GenerateChunk) -> bytes:
         choice.num_completion_tokens += len(chunk.token_ids)
@@ -143,6 +150,7 @@ class _Run:
         parts = choice.parser.finish(finished.text)
         rest = self._came(index, choice, parts, ()) if parts else b""
         choice.finish_reason = FINISH_REASONS[finished.finish_reason]
+        choice.stop = finished.stop if finished.HasField("stop") else None
         if choice.has_calls and choice.finish_reason == "stop":
             choice.finish_reason = "tool_calls"
         if not self.ask.is_streamed:
@@ -184,7 +192,7 @@ async def _stream(
         if not has_started:
             raise
         assert run.wire is not None
-        await _send_last(send, run.wire.failed(to_http_error(error, run.ask.fields)))
+        await _send_last(send, run.wire.failed(run.ask.to_error(error)))
         if not isinstance(error, BatonError):
             raise
         return
@@ -204,7 +212,8 @@ async def _send_whole(
 
 
 async def _send_head(run: _Run, send: Send, kind: bytes, *, length: int | None = None) -> None:
-    headers = [(b"content-type", kind), (b"x-request-id", run.request_id.encode())]
+    headers = [(b"content-type", kind)]
+    headers += [(name, run.request_id.encode()) for name in run.ask.id_headers]
     headers.append((b"cache-control", b"no-store"))
     if length is not None:
         headers.append((b"content-length", str(length).encode()))

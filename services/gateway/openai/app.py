@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from baton.services.gateway.openai.body import read_json
 from baton.services.gateway.openai.chat import chat_fields, chat_request, template_messages
 from baton.services.gateway.openai.completions import FIELDS, completion_requests
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
+from baton.services.gateway.openai.request import check_model, time_left_s
 from baton.services.gateway.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -36,9 +36,6 @@ from baton.shared.telemetry import baton_version
 from baton.v1 import inference_service_pb2 as pb
 
 _UINT32 = 2**32 - 1
-_TIMEOUT_HEADER = "x-request-timeout"
-"""Seconds that the whole answer may take. Ours: OpenAI has no such header."""
-_MAX_TIMEOUT_S = 1e6
 _SLASHES = re.compile("/{2,}")
 
 
@@ -95,13 +92,13 @@ def _inference(frontend: Frontend) -> APIRouter:
 
     @router.api_route("/v1/models/{model:path}", methods=["GET", "HEAD"])
     async def model(model: str) -> Response:
-        _check_model(model, frontend)
+        check_model(model, frontend)
         return JSONResponse(card())
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         fields = parse(CompletionRequest, await read_json(request))
-        _check_model(fields.model, frontend)
+        check_model(fields.model, frontend)
         try:
             requests = await completion_requests(fields, frontend)
         except BatonError as error:
@@ -111,7 +108,7 @@ def _inference(frontend: Frontend) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         fields = parse(ChatRequest, await read_json(request))
-        _check_model(fields.model, frontend)
+        check_model(fields.model, frontend)
         names = chat_fields(fields)
         try:
             requests = [await chat_request(fields, frontend)]
@@ -122,7 +119,7 @@ def _inference(frontend: Frontend) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         fields = parse(TokenizeRequest, await read_json(request))
-        _check_model(fields.model, frontend)
+        check_model(fields.model, frontend)
         try:
             token_ids = await _tokenized(fields, frontend)
             codec = frontend.text_codec()
@@ -141,7 +138,7 @@ def _inference(frontend: Frontend) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         fields = parse(DetokenizeRequest, await read_json(request))
-        _check_model(fields.model, frontend)
+        check_model(fields.model, frontend)
         if fields.tokens and not 0 <= min(fields.tokens) <= max(fields.tokens) <= _UINT32:
             raise InvalidParam("tokens", "has what is no token id")
         try:
@@ -196,22 +193,8 @@ def _ask(
             says_tokens=bool(fields.return_token_ids),
         ),
         is_streamed=is_streamed,
-        time_left_s=_time_left_s(request),
+        time_left_s=time_left_s(request),
     )
-
-
-def _time_left_s(request: Request) -> float | None:
-    text = request.headers.get(_TIMEOUT_HEADER)
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= _MAX_TIMEOUT_S:
-        problem = f"must be seconds, above 0 and at most {_MAX_TIMEOUT_S:.0f}"
-        raise InvalidParam(_TIMEOUT_HEADER, problem)
-    return seconds
 
 
 async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
@@ -238,13 +221,6 @@ class _PlainPath:
         if scope["type"] == "http":
             scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
         await self._app(scope, receive, send)
-
-
-def _check_model(name: str | None, frontend: Frontend) -> None:
-    """A request without a name, or with an empty one, means the one model there is."""
-    if name and name != frontend.model_name:
-        message = f"the model {name[:200]!r} does not exist; this is {frontend.model_name!r}"
-        raise HttpError(404, message, param="model", code="model_not_found")
 
 
 def _routing_error(request: Request, error: HTTPException) -> HttpError:

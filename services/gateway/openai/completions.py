@@ -9,7 +9,8 @@ from baton.services.gateway.admission import Limits
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.content import PREDICTION, prediction_of
 from baton.services.gateway.openai.errors import InvalidParam, context_too_long
-from baton.services.gateway.openai.schema import CompletionRequest, whole
+from baton.services.gateway.openai.fields import whole
+from baton.services.gateway.openai.schema import CompletionRequest
 from baton.v1 import inference_service_pb2 as pb
 
 MAX_PROMPTS = 128

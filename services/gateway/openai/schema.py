@@ -6,35 +6,28 @@ by admission.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     create_model,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from baton.services.gateway.openai.errors import InvalidParam
+from baton.services.gateway.openai.fields import Fields as _Fields
+from baton.services.gateway.openai.fields import Int as _Int
+from baton.services.gateway.openai.fields import List as _List
 from baton.shared.sampling import ALL_TOKENS, FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
-_Entry = TypeVar("_Entry")
-# Only the first wrong entry is reported: a million of them would take seconds.
-_List = Annotated[list[_Entry], Field(fail_fast=True)]
-
-
-def whole(value: Any) -> Any:
-    """16.0 → 16: some languages write whole numbers so."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Int = Annotated[int, BeforeValidator(whole)]
 _UINT32 = 2**32 - 1
-_MAX_ENTRIES = 4096
+MAX_ENTRIES = 4096
 """Of any list in a request but prompts, and of the content parts of all messages together."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -92,11 +85,6 @@ UNSUPPORTED = {
     if name not in {field.public_name for field in FIELDS}
 }
 """What Baton does not do yet. A name that is declared as a sampling field is supported."""
-
-
-class _Fields(BaseModel):
-    # Strict: "16" is no number. Unknown fields are meant for other servers, and ignored.
-    model_config = ConfigDict(extra="ignore", strict=True)
 
 
 class StreamOptions(_Fields):
@@ -248,12 +236,12 @@ _Request = TypeVar("_Request", bound=BaseModel)
 def parse(kind: type[_Request], body: dict[str, Any]) -> _Request:
     """Raises InvalidParam naming the field."""
     _check_sizes(body)
-    _check_neutral(body)
+    check_neutral(body, UNSUPPORTED)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise InvalidParam(_path(first["loc"]), _problem(first["type"], first["msg"])) from None
+        raise InvalidParam(_path(first["loc"]), problem_of(first)) from None
 
 
 _LISTS = ["messages"] + [
@@ -265,25 +253,27 @@ def _check_sizes(body: dict[str, Any]) -> None:
     """Before anything walks them: a body holds a million small objects."""
     for field in _LISTS:
         entries = body.get(field)
-        if isinstance(entries, list) and len(entries) > _MAX_ENTRIES:
-            raise InvalidParam(field, f"has {len(entries)} entries; limit: {_MAX_ENTRIES}")
+        if isinstance(entries, list) and len(entries) > MAX_ENTRIES:
+            raise InvalidParam(field, f"has {len(entries)} entries; limit: {MAX_ENTRIES}")
     prediction = body.get("prediction")
     parts = prediction.get("content") if isinstance(prediction, dict) else None
-    if isinstance(parts, list) and len(parts) > _MAX_ENTRIES:
-        problem = f"has {len(parts)} content parts; limit: {_MAX_ENTRIES}"
+    if isinstance(parts, list) and len(parts) > MAX_ENTRIES:
+        problem = f"has {len(parts)} content parts; limit: {MAX_ENTRIES}"
         raise InvalidParam("prediction.content", problem)
     messages = body.get("messages")
     if not isinstance(messages, list):
         return
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     num_parts = sum(len(content) for content in contents if isinstance(content, list))
-    if num_parts > _MAX_ENTRIES:
-        raise InvalidParam("messages", f"has {num_parts} content parts; limit: {_MAX_ENTRIES}")
+    if num_parts > MAX_ENTRIES:
+        raise InvalidParam("messages", f"has {num_parts} content parts; limit: {MAX_ENTRIES}")
 
 
-def _check_neutral(body: dict[str, Any]) -> None:
-    for field in body.keys() & UNSUPPORTED.keys():
-        value, neutral = body[field], UNSUPPORTED[field]
+def check_neutral(body: dict[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises InvalidParam for a field that asks for something. `unsupported`: fields → the values
+    that ask for nothing."""
+    for field in body.keys() & unsupported.keys():
+        value, neutral = body[field], unsupported[field]
         # 0 == False: they ask for different things.
         is_neutral = any(
             value == other and isinstance(value, bool) is isinstance(other, bool)
@@ -311,7 +301,8 @@ _FIELD_NAMES = {
 }
 
 
-def _problem(kind: str, message: str) -> str:
-    if kind == "missing":
+def problem_of(error: ErrorDetails) -> str:
+    """What is wrong with a value, in words that go after its name."""
+    if error["type"] == "missing":
         return "is missing"
-    return message.replace("Input should", "should").replace("List should", "should")
+    return error["msg"].replace("Input should", "should").replace("List should", "should")

@@ -50,6 +50,8 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     has_calls: bool = False
     finish_reason: str | None = None
+    stop: str | None = None
+    """The stop string that ended it."""
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     num_cached_tokens: int = 0
@@ -81,7 +83,7 @@ class Wire(Protocol):
     """The form of one request's answer. `index`: of the choice. Streams are server-sent events, of
     which each method returns none, one or several."""
 
-    def started(self, index: int) -> bytes: ...
+    def started(self, index: int, choice: Choice) -> bytes: ...
 
     def came(
         self, index: int, choice: Choice, parts: Sequence[Part], token_ids: Sequence[int]
@@ -154,7 +156,7 @@ class OpenAiWire:
         # Clients that asked for usage find the field in every chunk.
         self._no_usage = ', "usage": null' if says_usage else ""
 
-    def started(self, index: int) -> bytes:
+    def started(self, index: int, choice: Choice) -> bytes:
         """A chat's first chunk names the role; nothing for completions."""
         if not self._is_chat:
             return b""
