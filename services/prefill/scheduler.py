@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from baton.shared.kv.sequence import Sequence
+
+_SHARE_OF_THE_OLDEST = 8
+"""One part in so many of a step's tokens. With less the long prompt waits longer for its own first
+token, with more the short ones do: see tests/unit/worker/test_prompt_order.py."""
 
 
 class Admission(enum.Enum):
@@ -47,28 +50,50 @@ def admission(
 
 
 def choose_chunks(
-    prefilling: Iterable[Sequence], *, token_budget: int, max_rows: int, block_size: int
+    prefilling: Seq[Sequence], *, token_budget: int, max_rows: int, block_size: int
 ) -> list[Chunk]:
-    """First come, first served, until the step's token budget is spent.
+    """Shortest remaining first, until the step's token budget is spent; an eighth of it is the
+    oldest's.
+
+    So a short prompt's first token hardly waits for a long prompt's, whichever came first, and the
+    long one goes on however many short ones come. `prefilling` is in order of arrival, which also
+    decides between prompts that have as much left.
 
     A chunk that doesn't reach the end of its prompt ends with a block where it can, so that
     every block is sealed as early as possible.
     """
+    # One without room takes no row.
+    prefilling = [sequence for sequence in prefilling if _num_open(sequence) > 0]
+    if not prefilling or token_budget <= 0 or max_rows <= 0:
+        return []
+    oldest = prefilling[0]
+    kept = min(_num_open(oldest), max(token_budget // _SHARE_OF_THE_OLDEST, block_size))
+    # The oldest's row is kept as well.
+    rows = sorted(prefilling, key=_num_left)[:max_rows]
+    if oldest not in rows:
+        rows[-1] = oldest
     chunks: list[Chunk] = []
-    for sequence in prefilling:
-        if token_budget <= 0 or len(chunks) >= max_rows:
-            break
-        left = sequence.num_prompt_tokens - sequence.num_scheduled_tokens
-        # A windowed group has room for a stretch at a time.
-        num_tokens = min(
-            left, token_budget, sequence.num_room_tokens - sequence.num_scheduled_tokens
-        )
+    for sequence in rows:
+        others = kept if sequence is not oldest else 0
+        num_tokens = min(_num_open(sequence), token_budget - others)
         if num_tokens <= 0:
             continue
-        if num_tokens < left:
+        if num_tokens < _num_left(sequence):
             overhang = (sequence.num_scheduled_tokens + num_tokens) % block_size
             if overhang < num_tokens:
                 num_tokens -= overhang
         chunks.append(Chunk(sequence, num_tokens))
         token_budget -= num_tokens
+        if sequence is oldest:
+            kept = 0
     return chunks
+
+
+def _num_left(sequence: Sequence) -> int:
+    return sequence.num_prompt_tokens - sequence.num_scheduled_tokens
+
+
+def _num_open(sequence: Sequence) -> int:
+    """Of what is left, that for which there is room: a windowed group has it for a stretch at a
+    time."""
+    return min(_num_left(sequence), sequence.num_room_tokens - sequence.num_scheduled_tokens)

@@ -89,13 +89,26 @@ def chunks(prompts: list[Sequence], budget: int, max_rows: int = 100) -> list[tu
     return [(chunk.sequence.key.request_id, chunk.num_tokens) for chunk in planned]
 
 
-def test_chunks_first_come_first_served() -> None:
+def test_chunks_are_of_the_shortest_first() -> None:
+    """Of two that have as much left, of the one that came first."""
     prompts = [sequence(6, name="a"), sequence(9, name="b"), sequence(3, name="c")]
-    assert chunks(prompts, 100) == [("a", 6), ("b", 9), ("c", 3)]
-    assert chunks(prompts, 14) == [("a", 6), ("b", 8)]
-    assert chunks(prompts, 6) == [("a", 6)]
-    assert chunks(prompts, 100, max_rows=2) == [("a", 6), ("b", 9)]
-    assert chunks(prompts, 0) == chunks(prompts, -3) == []
+    assert chunks(prompts, 100) == [("c", 3), ("a", 6), ("b", 9)]
+    assert chunks(prompts, 14) == [("c", 3), ("a", 6), ("b", 4)], "to the end of a block"
+    assert chunks([sequence(8, name="a"), sequence(8, name="b")], 12) == [("a", 8), ("b", 4)]
+    begun = [sequence(8, name="a"), sequence(20, num_computed=16, name="b")]
+    assert chunks(begun, 100) == [("b", 4), ("a", 8)], "what is left counts"
+    assert chunks(prompts, 0) == chunks(prompts, -3) == chunks([], 9) == []
+
+
+def test_an_eighth_of_the_tokens_is_the_oldests_and_a_row() -> None:
+    long = sequence(400, name="long")
+    short = [sequence(16, name=str(number)) for number in range(4)]
+    assert chunks([long, *short], 64) == [("0", 16), ("1", 16), ("2", 16), ("3", 8), ("long", 8)]
+    assert chunks([long, *short], 16) == [("0", 12), ("long", 4)], "a block at least"
+    assert chunks([long, *short], 4) == [("long", 4)]
+    assert chunks([long, *short], 100, max_rows=2) == [("0", 16), ("long", 84)]
+    assert chunks([long, *short], 100, max_rows=1) == [("long", 100)]
+    assert chunks([*short, long], 64) == [(str(number), 16) for number in range(4)]
 
 
 def test_a_chunk_ends_with_a_block_unless_it_is_the_last_or_too_small() -> None:
@@ -110,7 +123,7 @@ def test_a_chunk_goes_no_further_than_there_is_room_for() -> None:
     """Of a windowed group a prompt has room for a stretch at a time."""
     stretch, whole = sequence(20, name="a"), sequence(6, name="b")
     stretch.num_room_tokens = 8
-    assert chunks([stretch, whole], 100) == [("a", 8), ("b", 6)]
+    assert chunks([stretch, whole], 100) == [("b", 6), ("a", 8)]
     stretch.num_computed_tokens = stretch.num_scheduled_tokens = 8
     assert chunks([stretch, whole], 100, max_rows=1) == [("b", 6)], "it takes no row in vain"
     stretch.num_room_tokens = 12
