@@ -8,7 +8,7 @@ A parser takes that apart; no wire knows a format.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,3 +74,16 @@ class PlainParser:
 
     def finish(self, text: str) -> list[Part]:
         return [Content(text)] if text else []
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the answers to a request are to be read."""
+
+    new_parser: Callable[[str], AnswerParser] = lambda answer_id: PlainParser()
+    """Of the answer's id, which no other answer has."""
+    shown_token_ids: frozenset[int] = frozenset()
+    """Special tokens that the text it is fed has to have."""
+
+
+PLAIN = Reading()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from itertools import count, takewhile
 from typing import Any
@@ -76,9 +76,15 @@ class Frontend:
         self._is_cut_off = False
 
     async def generate(
-        self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
+        self,
+        request: pb.GenerateRequest,
+        *,
+        identity: Identity,
+        time_left_s: float | None,
+        shown_token_ids: Collection[int] = (),
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer, message by message. Closing it, or cancelling who reads it, frees everything.
+        `shown_token_ids`: special tokens that its text is to have, for whoever takes it apart.
 
         Raises a BatonError. Draining and NoTokenizer come before the first message; so does
         InvalidField, unless the last worker that could hold the sequence goes away after it.
@@ -97,6 +103,7 @@ class Frontend:
             defaults=self.defaults,
             counters=self.counters,
             metrics=self.metrics,
+            shown_token_ids=shown_token_ids,
             is_cut_off=lambda: self._is_cut_off,
         )
         self.num_in_flight += 1

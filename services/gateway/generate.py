@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from functools import partial
 
@@ -65,9 +65,11 @@ async def generate(
     defaults: ModelDefaults,
     counters: Counters,
     metrics: GatewayMetrics,
+    shown_token_ids: Collection[int] = (),
     is_cut_off: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
-    """Everything that happens to a request, in order. `is_cut_off`: see RequestReport.
+    """Everything that happens to a request, in order. `shown_token_ids`: see StreamDecoder,
+    `is_cut_off`: RequestReport.
 
     Raises a BatonError. When it is an InvalidField, nothing is allocated anywhere.
     """
@@ -88,7 +90,7 @@ async def generate(
         report.admitted(generation)
         yield pb.GenerateResponse(started=_started(generation, cluster))
 
-        decoder = _new_decoder(codec, request, admitted) if codec else None
+        decoder = _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
         generation.finish_reason = _finished_before(admitted, decoder)
         async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
             async for run in runs:
@@ -114,7 +116,10 @@ def _started(generation: Generation, cluster: Cluster) -> pb.GenerateStarted:
 
 
 def _new_decoder(
-    codec: TextCodec, request: pb.GenerateRequest, admitted: AdmittedRequest
+    codec: TextCodec,
+    request: pb.GenerateRequest,
+    admitted: AdmittedRequest,
+    shown_token_ids: Collection[int],
 ) -> StreamDecoder:
     is_standalone = request.standalone_text or request.WhichOneof("prompt") == "messages"
     return StreamDecoder(
@@ -122,6 +127,7 @@ def _new_decoder(
         admitted.params.stops,
         prompt=() if is_standalone else admitted.prompt_token_ids,
         end_token_ids=admitted.params.stop_token_ids,
+        shown_token_ids=shown_token_ids,
     )
 
 

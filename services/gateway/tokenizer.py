@@ -200,7 +200,8 @@ class StreamDecoder:
     shorter decides, as the text is the same.
 
     Special tokens, and those that end the answer, yield no text, but a stop string that names them
-    finds them all the same.
+    finds them all the same. Those of `shown_token_ids` are written out; a stop string finds them
+    only as a whole.
     """
 
     def __init__(
@@ -210,20 +211,21 @@ class StreamDecoder:
         *,
         prompt: Sequence[int] = (),
         end_token_ids: Collection[int] = (),
+        shown_token_ids: Collection[int] = (),
     ) -> None:
         """`prompt`: its text and the answer's are one; none of it is given out. `end_token_ids`:
-        tokens that end the answer, of which it shows nothing."""
+        tokens that end the answer, of which it shows nothing. `shown_token_ids`: special tokens
+        that whoever takes an answer apart has to see."""
         self._text_stream = codec.new_text_stream()
         self._text_stream.follow(prompt)
         self._silent_ids = frozenset(end_token_ids)
-        self._marks: Mapping[int, str] = {}
-        self._stop_finder = None
-        self._written: Mapping[str, str] = {}
-        """What is looked for → the stop string that it stands for."""
-        if stops:
-            self._marks, self._written = _mark_tokens(codec, stops, self._silent_ids)
-            self._stop_finder = StopFinder(tuple(self._written))
-        self._no_marks = dict.fromkeys(map(ord, self._marks.values()))
+        self._marks, self._written = _mark_tokens(codec, stops, self._silent_ids, shown_token_ids)
+        """The latter: what is looked for → the stop string that it stands for."""
+        self._stop_finder = StopFinder(tuple(self._written)) if stops else None
+        self._shown_as = {
+            ord(mark): codec.written(token_id) if token_id in shown_token_ids else None
+            for token_id, mark in self._marks.items()
+        }
         self.stopped = False
 
     @property
@@ -262,20 +264,29 @@ class StreamDecoder:
         return "" if token_id in self._silent_ids else self._text_stream.feed(token_id)
 
     def _shown(self, text: str) -> str:
-        return text.translate(self._no_marks) if self._marks else text
+        return text.translate(self._shown_as) if self._marks else text
 
 
 def _mark_tokens(
-    codec: TextCodec, stops: Sequence[str], end_token_ids: Collection[int]
+    codec: TextCodec,
+    stops: Sequence[str],
+    end_token_ids: Collection[int],
+    shown_token_ids: Collection[int],
 ) -> tuple[dict[int, str], dict[str, str]]:
-    """A character for each token without text that `stops` name, and what is to be looked for, each
-    with its stop: the stops as they are, and those with such tokens in them with the characters in
-    their place.
+    """A character for each token without text that is shown or that `stops` name, and what is to be
+    looked for, each with its stop: the stops as they are, and those with such tokens in them with
+    the characters in their place.
 
     The characters are surrogates: no text has them.
     """
+    if not stops and not shown_token_ids:
+        return {}, {}
     silent_ids = {**codec.special_ids, **{codec.written(t): t for t in end_token_ids}}
-    named = [written for written in silent_ids if any(written in stop for stop in stops)]
+    named = [
+        written
+        for written, token_id in silent_ids.items()
+        if token_id in shown_token_ids or any(written in stop for stop in stops)
+    ]
     named = sorted(filter(None, named), key=len, reverse=True)
     marks = {written: chr(0xD800 + index) for index, written in enumerate(named)}
     if not marks:

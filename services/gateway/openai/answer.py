@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from baton.services.gateway.answer_parts import AnswerParser, Content, Part, PlainParser, ToolCall
+from baton.services.gateway.answer_parts import PLAIN, Content, Part, Reading, ToolCall
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity
 from baton.services.gateway.openai.errors import HttpError, renamed, to_http_error
@@ -43,8 +43,7 @@ class Ask:
     """Of a request's id."""
     is_streamed: bool
     time_left_s: float | None = None
-    new_parser: Callable[[str], AnswerParser] = lambda answer_id: PlainParser()
-    """Of the answer's id, which no other answer has."""
+    reading: Reading = PLAIN
     places: Mapping[str, str] = field(default_factory=dict)
     """Where the endpoint's request has what chat completions call so: see `renamed`."""
     id_headers: Sequence[bytes] = (b"x-request-id",)
@@ -67,7 +66,12 @@ class Answer(Response):
         ask = self._ask
         scope[_IS_ASKED] = True
         sources = [
-            self._frontend.generate(request, identity=ask.identity, time_left_s=ask.time_left_s)
+            self._frontend.generate(
+                request,
+                identity=ask.identity,
+                time_left_s=ask.time_left_s,
+                shown_token_ids=ask.reading.shown_token_ids,
+            )
             for request in ask.requests
         ]
         run = _Run(ask)
@@ -128,7 +132,7 @@ class _Run:
 
     def _take_started(self, index: int, choice: Choice, started: pb.GenerateStarted) -> bytes:
         choice.num_prompt_tokens = started.num_prompt_tokens
-        choice.parser = self.ask.new_parser(f"{started.request_id}-{index}")
+        choice.parser = self.ask.reading.new_parser(f"{started.request_id}-{index}")
         if self.wire is None:
             self.request_id = started.request_id
             self.wire = self.ask.new_wire(self.request_id)

@@ -14,10 +14,11 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from baton.services.gateway.answer_parts import PLAIN, Reading
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask, is_asked
 from baton.services.gateway.openai.body import read_json
-from baton.services.gateway.openai.chat import chat_fields, chat_request, template_messages
+from baton.services.gateway.openai.chat import chat_fields, prepared_chat, template_messages
 from baton.services.gateway.openai.completions import FIELDS, completion_requests
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
 from baton.services.gateway.openai.request import check_model, time_left_s
@@ -111,10 +112,12 @@ def _inference(frontend: Frontend) -> APIRouter:
         check_model(fields.model, frontend)
         names = chat_fields(fields)
         try:
-            requests = [await chat_request(fields, frontend)]
+            chat = await prepared_chat(fields, frontend)
         except BatonError as error:
             raise to_http_error(error, names) from error
-        return Answer(frontend, _ask(request, fields, requests, names, frontend))
+        return Answer(
+            frontend, _ask(request, fields, [chat.request], names, frontend, chat.reading)
+        )
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -177,6 +180,7 @@ def _ask(
     requests: Sequence[pb.GenerateRequest],
     names: dict[str, str],
     frontend: Frontend,
+    reading: Reading = PLAIN,
 ) -> Ask:
     is_streamed = bool(fields.stream)
     options = fields.stream_options if is_streamed else None
@@ -194,6 +198,7 @@ def _ask(
         ),
         is_streamed=is_streamed,
         time_left_s=time_left_s(request),
+        reading=reading,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from baton.services.gateway.answer_parts import PLAIN, Reading
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.content import PREDICTION, prediction_of, text_of
 from baton.services.gateway.openai.errors import InvalidParam
@@ -23,7 +25,15 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
     return names
 
 
-async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateRequest:
+@dataclass(frozen=True)
+class Chat:
+    """A chat as the gateway takes it, and how its answer is to be read."""
+
+    request: pb.GenerateRequest
+    reading: Reading = PLAIN
+
+
+async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
     """Raises InvalidParam and BatonErrors."""
     sampling = request.sampling(frontend.cluster.limits().vocab_size)
     prediction = prediction_of(request.prediction)
@@ -37,12 +47,14 @@ async def chat_request(request: ChatRequest, frontend: Frontend) -> pb.GenerateR
     if not is_length_given:
         default = 0 if request.asks_for_all else frontend.defaults.sampling.max_tokens
         sampling.max_tokens = default or frontend.cluster.limits().max_model_len
-    return pb.GenerateRequest(
-        token_ids=pb.TokenIds(token_ids=token_ids),
-        sampling=sampling,
-        standalone_text=True,
-        clamp_max_tokens=not is_length_given,
-        prediction=prediction,
+    return Chat(
+        pb.GenerateRequest(
+            token_ids=pb.TokenIds(token_ids=token_ids),
+            sampling=sampling,
+            standalone_text=True,
+            clamp_max_tokens=not is_length_given,
+            prediction=prediction,
+        )
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -42,7 +42,12 @@ class NullFrontend(Frontend):
         self.num_closed = 0
 
     async def generate(
-        self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
+        self,
+        request: pb.GenerateRequest,
+        *,
+        identity: Identity,
+        time_left_s: float | None,
+        shown_token_ids: Collection[int] = (),
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         self.requests.append(request)
         self.num_in_flight += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 
 from baton.services.gateway import generate as path
 from baton.services.gateway.admission import Limits, ModelDefaults
@@ -37,7 +37,12 @@ class ScriptedFrontend(NullFrontend):
         self.cluster.limits = lambda: self._limits  # type: ignore[method-assign]
 
     async def generate(
-        self, request: pb.GenerateRequest, *, identity: Identity, time_left_s: float | None
+        self,
+        request: pb.GenerateRequest,
+        *,
+        identity: Identity,
+        time_left_s: float | None,
+        shown_token_ids: Collection[int] = (),
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         self.requests.append(request)
         async for response in path.generate(
@@ -50,6 +55,7 @@ class ScriptedFrontend(NullFrontend):
             defaults=self.defaults,
             counters=self.counters,
             metrics=self.metrics,
+            shown_token_ids=shown_token_ids,
         ):
             yield response
 
