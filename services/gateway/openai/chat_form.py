@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from baton.services.gateway.frontend import Frontend
-from baton.services.gateway.openai.chat import chat_fields, chat_request, template_messages
+from baton.services.gateway.openai.chat import Chat, chat_fields, prepared_chat, template_messages
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, renamed, to_http_error
 from baton.services.gateway.openai.schema import MAX_ENTRIES, ChatRequest, parse, problem_of
 from baton.shared.rpc.errors import BatonError
 from baton.shared.sampling import FIELDS
-from baton.v1 import inference_service_pb2 as pb
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -68,7 +67,7 @@ class Prepared:
     """What is asked of the frontend, and how its errors are told."""
 
     fields: ChatRequest
-    request: pb.GenerateRequest
+    chat: Chat
     names: dict[str, str]
 
 
@@ -78,7 +77,7 @@ async def prepared(form: ChatForm, frontend: Frontend) -> Prepared:
     try:
         fields = parse(ChatRequest, form.body)
         names = chat_fields(fields)
-        return Prepared(fields, await chat_request(fields, frontend), names)
+        return Prepared(fields, await prepared_chat(fields, frontend), names)
     except (HttpError, BatonError) as error:
         raise renamed(to_http_error(error, names), form.places) from error
 
