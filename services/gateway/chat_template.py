@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -121,6 +121,15 @@ class ChatTemplate:
         except Exception:  # templates compute what they like
             return False
         return _SAMPLE in prompt and not _SAMPLE_IN_NOTATION.search(prompt)
+
+
+@functools.lru_cache(maxsize=8)
+def template_variables(source: str) -> frozenset[str]:
+    """What a template reads and does not set by itself; nothing of one that does not compile."""
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+    except Exception:  # what is no Jinja may fail in Jinja's lexer or in Python's
+        return frozenset()
 
 
 class _Takes(NamedTuple):

@@ -54,6 +54,12 @@ class GatewayMetrics:
             ["status"],
             registry=self.registry,
         )
+        self._http_asked = Counter(
+            "baton_http_requests",
+            "HTTP requests that became some of baton_requests, by endpoint",
+            ["endpoint"],
+            registry=self.registry,
+        )
         self.ttft = self._seconds("time_to_first_token", "Arrival to first token")
         self.itl = self._seconds("inter_token_latency", "Gap between messages with tokens")
         self.e2e = self._seconds("e2e_request_latency", "Arrival to last token")
@@ -102,6 +108,9 @@ class GatewayMetrics:
 
     def http_refused(self, status: int) -> None:
         self._http_refused.labels(str(status)).inc()
+
+    def http_asked(self, endpoint: str) -> None:
+        self._http_asked.labels(endpoint).inc()
 
     @property
     def _labels(self) -> tuple[str, str]:

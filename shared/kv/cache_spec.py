@@ -55,38 +55,8 @@ class CacheSpec(Protocol):
         """Which of this spec's KV heads a rank has. ValueError as `of_rank`."""
 
 
-class _Heads:
-    """What is shared out over ranks by KV heads."""
-
-    __slots__ = ()
-    num_kv_heads: int
-
-    def of_rank(self, rank: int, num_ranks: int) -> Self:
-        return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))  # type: ignore[type-var]
-
-    def heads_of_rank(self, rank: int, num_ranks: int) -> range:
-        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
-
-
-class _KeysAndValues(_Heads):
-    __slots__ = ()
-    head_dim: int
-
-    def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
-        return {
-            "kv_head": self.num_kv_heads,
-            "layer": num_layers,
-            "kv": 2,
-            "token": block_size,
-            "dim": self.head_dim,
-        }
-
-    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
-        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
-
-
 @dataclass(frozen=True, slots=True)
-class Full(_KeysAndValues):
+class Full:
     """Key and value of every position."""
 
     num_kv_heads: int
@@ -98,9 +68,21 @@ class Full(_KeysAndValues):
     def first_read(self, position: int) -> int:
         return 0
 
+    def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
+        return _key_value_axes(self, num_layers, block_size)
+
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+
+    def of_rank(self, rank: int, num_ranks: int) -> Full:
+        return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
+
+    def heads_of_rank(self, rank: int, num_ranks: int) -> range:
+        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
+
 
 @dataclass(frozen=True, slots=True)
-class Sliding(_KeysAndValues):
+class Sliding:
     """Key and value of the last `window` positions, a token's own among them."""
 
     num_kv_heads: int
@@ -112,6 +94,18 @@ class Sliding(_KeysAndValues):
 
     def first_read(self, position: int) -> int:
         return max(0, position - self.window + 1)
+
+    def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
+        return _key_value_axes(self, num_layers, block_size)
+
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+
+    def of_rank(self, rank: int, num_ranks: int) -> Sliding:
+        return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
+
+    def heads_of_rank(self, rank: int, num_ranks: int) -> range:
+        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
 
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -145,7 +139,7 @@ class StateTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class State(_Heads):
+class State:
     """A state of constant size: tensors that every token of a sequence changes in place.
 
     A slot has the heads one after another; of each the layers; of each the tensors, in order.
@@ -183,6 +177,12 @@ class State(_Heads):
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
         return math.prod(self.axes(num_layers, block_size).values())
 
+    def of_rank(self, rank: int, num_ranks: int) -> State:
+        return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
+
+    def heads_of_rank(self, rank: int, num_ranks: int) -> range:
+        return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
+
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _STATE_ALIGNMENT_BYTES) * _STATE_ALIGNMENT_BYTES
@@ -191,6 +191,16 @@ def _aligned(num_bytes: int) -> int:
 def window_of(spec: CacheSpec) -> int | None:
     """Positions that a token reads, its own among them; None: all before it."""
     return spec.window if isinstance(spec, Sliding) else None
+
+
+def _key_value_axes(spec: Full | Sliding, num_layers: int, block_size: int) -> dict[str, int]:
+    return {
+        "kv_head": spec.num_kv_heads,
+        "layer": num_layers,
+        "kv": 2,
+        "token": block_size,
+        "dim": spec.head_dim,
+    }
 
 
 def units_of_rank(num_units: int, rank: int, num_ranks: int, *, called: str = "units") -> range:

@@ -193,7 +193,6 @@ async def test_cancel_that_the_client_swallows_is_not_lost(monkeypatch: pytest.M
 
     monkeypatch.setattr(connection, "_send", swallow)
     call = asyncio.create_task(connection.execute([("PING",)]))
-    # Until the call is inside `swallow`.
     await asyncio.sleep(0.01)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -128,7 +128,6 @@ def test_outlives_the_thread_that_started_it() -> None:
         starter = threading.Thread(target=server.start)
         starter.start()
         starter.join()
-        # A server that goes with its starting thread would be gone by then.
         time.sleep(0.1)
         assert server.is_running()
 

@@ -65,6 +65,7 @@ class Answer(Response):
         """Raises HttpError as long as nothing has been sent."""
         ask = self._ask
         scope[_IS_ASKED] = True
+        self._frontend.metrics.http_asked(scope["path"])
         sources = [
             self._frontend.generate(
                 request,

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints, vLLM's small ones, health and metrics."""
+"""The HTTP application: OpenAI's and Anthropic's endpoints, vLLM's small ones, health, metrics."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.services.gateway.answer_parts import PLAIN, Reading
+from baton.services.gateway.anthropic.errors import error_response
+from baton.services.gateway.anthropic.routes import is_messages_path, messages_router
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask, is_asked
 from baton.services.gateway.openai.body import read_json
@@ -22,6 +24,7 @@ from baton.services.gateway.openai.chat import chat_fields, prepared_chat, templ
 from baton.services.gateway.openai.completions import FIELDS, completion_requests
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
 from baton.services.gateway.openai.request import check_model, time_left_s
+from baton.services.gateway.openai.responses.routes import responses_router
 from baton.services.gateway.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -56,13 +59,15 @@ def build_app(frontend: Frontend) -> FastAPI:
         # The frontend counts what reached it.
         if not is_asked(request.scope):
             frontend.metrics.http_refused(error.status)
-        return error.response()
+        is_anthropic = is_messages_path(request.scope["path"])
+        return error_response(error) if is_anthropic else error.response()
 
     app.add_middleware(_PlainPath)
     for kind in (HttpError, BatonError, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_routing_error)
     app.include_router(_inference(frontend))
+    app.include_router(messages_router(frontend))
     app.include_router(_operations(frontend))
     return app
 
@@ -118,6 +123,8 @@ def _inference(frontend: Frontend) -> APIRouter:
         return Answer(
             frontend, _ask(request, fields, [chat.request], names, frontend, chat.reading)
         )
+
+    router.include_router(responses_router(frontend))
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -33,14 +33,14 @@ class _AllowedOrigins(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=("GET", "HEAD", "POST", "OPTIONS"),
+            allow_methods=("GET", "HEAD", "POST", "DELETE", "OPTIONS"),
             # Clients send headers of their own; what is named here is what the browser may send,
             # not what it sends by itself.
             allow_headers=(_ANY,),
             allow_credentials=False,
             # From the web to this machine: a browser may ask for leave once more.
             allow_private_network=True,
-            expose_headers=("X-Request-Id", "Retry-After"),
+            expose_headers=("X-Request-Id", "Request-Id", "Retry-After"),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -179,15 +179,31 @@ async def connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWri
 
 def events(body: bytes) -> list[Any]:
     """Of a stream: parsed, `[DONE]` as text. Takes a chunked body apart first."""
+    lines = _unchunked(body).decode().split("\n\n")
+    assert lines.pop() == "" and all(line.startswith("data: ") for line in lines)
+    data = [line.removeprefix("data: ") for line in lines]
+    return [text if text == "[DONE]" else json.loads(text) for text in data]
+
+
+def typed_events(stream: bytes, *, is_chunked: bool = True) -> list[dict[str, Any]]:
+    """Of a stream whose events have names, each the type of its data as well."""
+    texts = (_unchunked(stream) if is_chunked else stream).decode().split("\n\n")
+    assert texts.pop() == ""
+    parsed = []
+    for text in texts:
+        name, data = text.split("\n")
+        parsed.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {parsed[-1]['type']}"
+    return parsed
+
+
+def _unchunked(body: bytes) -> bytes:
     content = b""
     while body:
         size, _, rest = body.partition(b"\r\n")
         content += rest[: int(size, 16)]
         body = rest[int(size, 16) + 2 :]
-    lines = content.decode().split("\n\n")
-    assert lines.pop() == "" and all(line.startswith("data: ") for line in lines)
-    data = [line.removeprefix("data: ") for line in lines]
-    return [text if text == "[DONE]" else json.loads(text) for text in data]
+    return content
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:

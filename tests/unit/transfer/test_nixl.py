@@ -420,10 +420,8 @@ def test_a_reader_killed_in_the_middle_leaves_the_owner_alone(
         text=True,
     ) as reader:
         assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
-        # Somewhere in its reads.
         time.sleep(0.1)
         reader.kill()
-    # What was under way then would have landed by now.
     time.sleep(0.2)
     assert peer.ask("hash") == before
 
@@ -459,7 +457,6 @@ def test_a_read_of_a_stopped_peer_can_be_given_up(
     connection.close()
     pool.memory.fill_(0xA5)
     peer.process.send_signal(signal.SIGCONT)
-    # What the stopped peer had begun would come now.
     time.sleep(0.5)
     check_landed(pool, peer, [])
     other = start_peer()
@@ -532,7 +529,6 @@ def test_the_puller_reads_verifies_and_outlives_peers(
         assert results.get(timeout=30).error is None
         stopped.stop()
         puller.submit(stopped.job([(0, 0)]))
-        # Until the puller waits for the read; it tells nobody when.
         time.sleep(0.1)
         puller.drop_peer(stopped.incarnation)
         assert "dropped" in (results.get(timeout=30).error or "")

@@ -128,12 +128,6 @@ async def running() -> AsyncIterator[DirectorySync]:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def some_rounds() -> None:
-    """Long enough for several; `rounds` counts them, but those of a directory that is away or holds
-    its answer back end in nothing that could be counted."""
-    await asyncio.sleep(0.05)
-
-
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():
@@ -211,11 +205,11 @@ async def test_what_was_said_while_it_was_away_is_said_when_it_is_back(
         sync.cache_changed(changes([A, B], []))
         await until(lambda: len(fake.entries) == 2 and fake.prefixes == {A, B})
         fake.is_away = True
-        await some_rounds()
+        await asyncio.sleep(0.03)
         sync.end(key(name="ends"))
         sync.write(entry(name="new"))
         sync.cache_changed(changes([C], [A]))
-        await some_rounds()
+        await asyncio.sleep(0.03)
         fake.is_away = False
         await until(lambda: {name for name, _ in fake.entries} == {"goes on", "new"})
         await until(lambda: fake.prefixes == {B, C})
@@ -229,7 +223,7 @@ async def test_a_directory_that_lost_everything_is_told_everything(
         sync.cache_changed(changes([A, B], []))
         await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
         fake.is_away = True
-        await some_rounds()
+        await asyncio.sleep(0.03)
         fake.forget_everything()
         fake.is_away = False
         await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
@@ -241,7 +235,7 @@ async def test_it_may_be_away_from_the_start(fake: FakeDirectory) -> None:
     async with running() as sync:
         sync.write(entry())
         sync.cache_changed(changes([A], []))
-        await some_rounds()
+        await asyncio.sleep(0.03)
         fake.is_away = False
         await until(lambda: bool(fake.entries) and fake.prefixes == {A})
 
@@ -254,7 +248,7 @@ async def test_what_changes_during_a_write_is_not_taken_for_written(
         await rounds(fake, 1)
         fake.held_back = asyncio.Event()
         sync.write(entry())
-        await some_rounds()
+        await asyncio.sleep(0.02)
         sync.write(entry(stage=Stage.DECODING))
         sync.write(entry(name="other"))
         fake.held_back.set()
@@ -267,7 +261,7 @@ async def test_an_end_during_a_write_is_kept(fake: FakeDirectory) -> None:
         await rounds(fake, 1)
         fake.held_back = asyncio.Event()
         sync.write(entry())
-        await some_rounds()
+        await asyncio.sleep(0.02)
         sync.end(key())
         fake.held_back.set()
         await rounds(fake)
@@ -282,7 +276,7 @@ async def test_a_prefix_that_goes_and_comes_during_a_failed_publish_is_listed(
         await until(lambda: fake.prefixes == {A})
         fake.is_away = True
         sync.cache_changed(changes([], [A]))
-        await some_rounds()
+        await asyncio.sleep(0.03)
         sync.cache_changed(changes([A], []))
         fake.is_away = False
         await rounds(fake)
@@ -297,7 +291,7 @@ async def test_a_removed_prefix_whose_publish_failed_is_removed_later(
         await until(lambda: fake.prefixes == {A, B})
         fake.is_away = True
         sync.cache_changed(changes([], [A]))
-        await some_rounds()
+        await asyncio.sleep(0.03)
         fake.is_away = False
         await until(lambda: fake.prefixes == {B})
 
@@ -310,7 +304,7 @@ async def test_a_retired_worker_is_not_registered_again_but_its_ledger_goes_on(
         await sync.retire()
         sync.write(entry())
         await until(lambda: bool(fake.entries))
-        await some_rounds()
+        await asyncio.sleep(0.05)
         assert not fake.registered
         sync.end(key())
         await until(lambda: not fake.entries)
@@ -367,7 +361,7 @@ async def test_workers_of_another_model_that_were_killed_are_waited_for(
     monkeypatch.setattr(directory_sync, "_PATIENCE_S", 60.0)
     fake.other_model = OTHER
     async with running() as sync:
-        await some_rounds()
+        await asyncio.sleep(0.05)
         assert not sync.has_tried.is_set() and not fake.registered
         fake.other_model = None
         await until(sync.has_tried.is_set)
@@ -405,7 +399,7 @@ async def test_in_an_empty_directory_that_has_just_started_others_come_first(
     async with running() as new, running() as known:
         known._has_joined = True
         await until(known.has_tried.is_set)
-        await some_rounds()
+        await asyncio.sleep(0.05)
         assert not new.has_tried.is_set()
         fake.age = directory_sync._SETTLED_S
         await until(new.has_tried.is_set)
