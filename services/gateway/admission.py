@@ -21,6 +21,8 @@ from baton.v1 import types_pb2
 Encode = Callable[[str], Awaitable[Sequence[int]]]
 EncodeChat = Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[int]]]
 
+MAX_SAMPLES = 128
+"""Of one request. Each costs the gateway a task and its tokens, before workers have any of it."""
 _ROLES = ("system", "user", "assistant")
 
 
@@ -33,6 +35,8 @@ class Limits:
     """Tokens, prompt and answer together."""
     max_pool_tokens: int | None
     """Tokens that the largest block pool holds; None while no worker is known."""
+    max_cluster_tokens: int | None = None
+    """Tokens that the pools of all workers that decode hold; None as above."""
     default_max_tokens: int = 256
     max_text_bytes: int = 1 << 20
     media_tokens: Mapping[int, str] = field(default_factory=dict)
@@ -55,11 +59,15 @@ class AdmittedRequest:
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    received: tuple[int, ...]
-    """Generated tokens that the client already has; at most `params.max_tokens`."""
+    received: tuple[tuple[int, ...], ...]
+    """By sample: generated tokens that the client already has; at most `params.max_tokens`."""
     identity: Identity = ANONYMOUS
     prediction_token_ids: tuple[int, ...] = ()
     """What the client expects the answer to be."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.received)
 
 
 async def admit(
@@ -88,10 +96,9 @@ async def admit(
     sampling.CopyFrom(defaults.sampling)
     sampling.MergeFrom(request.sampling)
     params = sampling_from_pb(sampling)
-    received = tuple(request.received_token_ids)
-    check_token_ids("received_token_ids", received, limits)
+    received = _received(request, limits)
     has_seed = request.sampling.HasField("seed")
-    if received and params.temperature > 0 and not has_seed:
+    if any(received.values()) and params.temperature > 0 and not has_seed:
         limit = "the seed that the first message told"
         raise InvalidField("sampling.seed", "is missing for resuming a sampled answer", limit=limit)
 
@@ -99,10 +106,13 @@ async def admit(
     prompt = await _prompt_token_ids(request, limits, encode, encode_chat)
     _check_is_text(prompt_field, prompt, limits)
     default_max_tokens = defaults.sampling.max_tokens or limits.default_max_tokens
-    max_tokens = _check_lengths(prompt_field, len(prompt), request, limits, default_max_tokens)
-    if len(received) > max_tokens:
-        problem = f"has {len(received)} tokens, more than the whole answer"
-        raise InvalidField("received_token_ids", problem, limit=f"max_tokens, {max_tokens}")
+    max_tokens = _check_lengths(
+        prompt_field, len(prompt), len(received), request, limits, default_max_tokens
+    )
+    for name, token_ids in received.items():
+        if len(token_ids) > max_tokens:
+            problem = f"has {len(token_ids)} tokens, more than the whole answer"
+            raise InvalidField(name, problem, limit=f"max_tokens, {max_tokens}")
 
     prediction = await _prediction_token_ids(request, limits, encode_answer)
     seed = params.seed if has_seed else draw_seed()
@@ -110,7 +120,34 @@ async def admit(
     if not params.ignore_eos:
         ends |= defaults.eos_token_ids
     params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
-    return AdmittedRequest(prompt, params, received, identity, prediction)
+    return AdmittedRequest(prompt, params, tuple(received.values()), identity, prediction)
+
+
+def _received(request: pb.GenerateRequest, limits: Limits) -> dict[str, tuple[int, ...]]:
+    """Of each sample, under the name of its field."""
+    num_samples = request.n if request.HasField("n") else 1
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise InvalidField("n", f"is {num_samples}", limit=f"1 to {MAX_SAMPLES}")
+    single, each = request.received_token_ids, request.received_samples
+    if single and (num_samples > 1 or each):
+        problem = f"is of one sample, and n is {num_samples}"
+        if num_samples == 1:
+            problem = "is given twice, by received_samples as well"
+        raise InvalidField("received_token_ids", problem, limit="received_samples alone")
+    if not each:
+        first = {"received_token_ids": tuple(single)}
+        others = {f"received_samples[{number}]": () for number in range(1, num_samples)}
+        received = first | others
+    elif len(each) != num_samples:
+        raise InvalidField("received_samples", f"has {len(each)}", limit=f"n, {num_samples}")
+    else:
+        received = {
+            f"received_samples[{number}]": tuple(sample.token_ids)
+            for number, sample in enumerate(each)
+        }
+    for name, token_ids in received.items():
+        check_token_ids(name, token_ids, limits)
+    return received
 
 
 def _check_sampling(
@@ -279,23 +316,38 @@ def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
 def _check_lengths(
     prompt_field: str,
     num_prompt: int,
+    num_samples: int,
     request: pb.GenerateRequest,
     limits: Limits,
     default_max_tokens: int,
 ) -> int:
-    """The answer's number of tokens: the client's, or the default as far as it fits."""
+    """An answer's number of tokens: the client's, or the default as far as it fits."""
     length, what = limits.max_model_len, "the model's length"
     if limits.max_pool_tokens is not None and limits.max_pool_tokens < length:
         length, what = limits.max_pool_tokens, "the largest block pool"
     limit = f"prompt and answer together {length}, {what}"
     room = length - num_prompt
+    context_length: int | None = length
     if room < 1:
         problem = f"has {num_prompt} tokens, which leaves no room for an answer"
         raise InvalidField(prompt_field, problem, limit=limit, context_length=length)
+    after = f"after a prompt of {num_prompt}"
+    # Samples share the prompt's blocks.
+    if num_samples > 1 and limits.max_cluster_tokens is not None:
+        share = (limits.max_cluster_tokens - num_prompt) // num_samples
+        if share < room:
+            room, context_length = share, None
+            limit = f"prompt and all answers together {limits.max_cluster_tokens}, all block pools"
+            after = f"in each of {num_samples} samples, {after}"
+        if room < 1:
+            problem = f"is {num_samples}, after a prompt of {num_prompt}"
+            raise InvalidField("n", problem, limit=limit)
     sampling = request.sampling
     if not sampling.HasField("max_tokens"):
         return min(default_max_tokens, room)
     if sampling.max_tokens > room and not request.clamp_max_tokens:
-        problem = f"is {sampling.max_tokens}, after a prompt of {num_prompt}"
-        raise InvalidField("sampling.max_tokens", problem, limit=limit, context_length=length)
+        problem = f"is {sampling.max_tokens}, {after}"
+        raise InvalidField(
+            "sampling.max_tokens", problem, limit=limit, context_length=context_length
+        )
     return min(sampling.max_tokens, room)

@@ -40,8 +40,9 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
         generation.num_left,
         generation.capability_hash,
         salt=generation.admitted.identity.cache_salt,
-        has_begun=bool(generation.token_ids),
+        has_begun=generation.has_begun,
         begun_on=generation.model_digest,
+        beside=generation.beside,
     )
     attempt = _Attempt(generation, cluster, route, token_ids)
     try:
@@ -73,7 +74,7 @@ class _Attempt:
         """`token_ids`: the prompt and what has been emitted."""
         self._generation, self._cluster, self._route = generation, cluster, route
         self._token_ids = token_ids
-        self._key = AttemptKey(generation.request_id, 0, generation.num_attempts)
+        self._key = AttemptKey(generation.request_id, generation.sample, generation.num_attempts)
         self.events: Events = asyncio.Queue()
         self._failures: list[Failed] = []
         """At most one of each worker."""
@@ -156,6 +157,8 @@ class _Attempt:
         generation.model_digest = self._route.decode.model_digest
         generation.first_token_at = generation.first_token_at or now
         generation.last_token_at = now
+        if generation.prompt is not None:
+            generation.prompt.note_computed(self._route, generation.num_cached_tokens)
 
     def cast_doubt(self, failure: Failed) -> None:
         """On the worker that failed, if one did."""
@@ -178,8 +181,9 @@ class _Attempt:
             self._cluster.routing.prompt_ended(self._route)
 
     def _note_cached(self, num_cached_tokens: int) -> None:
-        """Later attempts find what earlier ones computed; that is not the client's prefix."""
-        if self._generation.num_attempts == 1:
+        """Later attempts, and samples, find what earlier ones computed; that is not the client's
+        prefix."""
+        if self._generation.num_attempts == 1 and self._generation.computes_prompt:
             self._generation.num_cached_tokens = num_cached_tokens
 
     def _sequence_spec(self) -> types_pb2.SequenceSpec:

@@ -189,6 +189,7 @@ class Cluster:
             vocab_size=self._model.vocab_size,
             max_model_len=_longest(workers, lambda capacity: capacity.max_model_len) or own_len,
             max_pool_tokens=_longest(workers, lambda capacity: capacity.longest),
+            max_cluster_tokens=sum(w.num_tokens for w in workers if w.role != "prefill") or None,
             media_tokens=self._media_tokens,
         )
 

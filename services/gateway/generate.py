@@ -1,7 +1,8 @@
 """The path of a request.
 
-    generate      admit ─► attempts ─► text and stop strings ─► answer
-    attempts      one attempt after the other, until the answer is complete
+    generate      admit ─► one sample, or several side by side ─► answer
+    _sample       attempts ─► text and stop strings
+    attempts      one attempt after the other, until the sample is complete
     run_attempt   locate ─► choose ─► start on P and D ─► tokens              (attempt.py)
 
 There is one recovery path: whatever goes wrong, the attempt is cancelled wherever it runs, and
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -27,8 +28,10 @@ from baton.services.gateway.attempt import run_attempt
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.identity import Identity
+from baton.services.gateway.merged import merged
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.report import RequestReport, cause
+from baton.services.gateway.shared_prompt import SharedPrompt
 from baton.services.gateway.tokenizer import StreamDecoder, TextCodec
 from baton.shared.kv.sequence import FinishReason
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb
@@ -86,23 +89,66 @@ async def generate(
             identity=identity,
         )
         counters["requests"] += 1
-        generation = Generation(request_id, admitted, deadline, arrived_at, list(admitted.received))
-        report.admitted(generation)
-        yield pb.GenerateResponse(started=_started(generation, cluster))
+        samples = _samples(request_id, admitted, deadline, arrived_at)
+        report.admitted(samples)
+        yield pb.GenerateResponse(started=_started(samples[0], cluster))
 
-        decoder = _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
-        generation.finish_reason = _finished_before(admitted, decoder)
-        async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
-            async for run in runs:
-                report.tokens_came(generation.last_token_at)
-                yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
-                if decoder is not None and decoder.stopped:
-                    break
-        text = _last_text(generation, decoder)
-        assert generation.finish_reason is not None
-        report.finished(generation.finish_reason)
-        stop = decoder.stop if decoder is not None else None
-        yield pb.GenerateResponse(finished=_finished(generation, text, stop))
+        decoders = [
+            _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
+            for _ in samples
+        ]
+        _share_prompt(samples, decoders)
+        answers = [
+            _sample(generation, decoder, cluster, counters, metrics, report)
+            for generation, decoder in zip(samples, decoders, strict=True)
+        ]
+        async with aclosing(merged(answers)) as responses:
+            async for _, response in responses:
+                yield response
+
+
+def _samples(
+    request_id: str, admitted: AdmittedRequest, deadline: float | None, arrived_at: float
+) -> list[Generation]:
+    return [
+        Generation(request_id, admitted, deadline, arrived_at, sample)
+        for sample in range(admitted.num_samples)
+    ]
+
+
+def _share_prompt(samples: Sequence[Generation], decoders: Sequence[StreamDecoder | None]) -> None:
+    """Ends those of which the client has all tokens; of the others the first computes the prompt
+    of all."""
+    for generation, decoder in zip(samples, decoders, strict=True):
+        generation.finish_reason = _finished_before(generation, decoder)
+    unfinished = [each for each in samples if each.finish_reason is None]
+    if len(unfinished) > 1:
+        prompt = SharedPrompt(len(unfinished[0].admitted.prompt_token_ids))
+        for generation in unfinished:
+            generation.prompt = prompt
+            generation.computes_prompt = generation is unfinished[0]
+
+
+async def _sample(
+    generation: Generation,
+    decoder: StreamDecoder | None,
+    cluster: Cluster,
+    counters: Counters,
+    metrics: GatewayMetrics,
+    report: RequestReport,
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """One of a request's answers: chunks, and its end."""
+    await generation.wait_for_prompt()
+    async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
+        async for run in runs:
+            report.tokens_came(generation)
+            yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
+            if decoder is not None and decoder.stopped:
+                break
+    text = _last_text(generation, decoder)
+    report.finished()
+    stop = decoder.stop if decoder is not None else None
+    yield pb.GenerateResponse(finished=_finished(generation, text, stop))
 
 
 def _started(generation: Generation, cluster: Cluster) -> pb.GenerateStarted:
@@ -131,19 +177,18 @@ def _new_decoder(
     )
 
 
-def _finished_before(
-    admitted: AdmittedRequest, decoder: StreamDecoder | None
-) -> FinishReason | None:
+def _finished_before(generation: Generation, decoder: StreamDecoder | None) -> FinishReason | None:
     """Whether the tokens that a resuming client has are the whole answer already."""
-    if not admitted.received:
+    received, params = generation.received, generation.admitted.params
+    if not received:
         return None
     if decoder is not None:
-        decoder.push(admitted.received)
+        decoder.push(received)
         if decoder.stopped:
             return FinishReason.STOP
-    if admitted.received[-1] in admitted.params.stop_token_ids:
+    if received[-1] in params.stop_token_ids:
         return FinishReason.STOP
-    is_full = len(admitted.received) >= admitted.params.max_tokens
+    is_full = len(received) >= params.max_tokens
     return FinishReason.LENGTH if is_full else None
 
 
@@ -151,7 +196,8 @@ def _chunk(
     generation: Generation, decoder: StreamDecoder | None, run: list[int]
 ) -> pb.GenerateChunk:
     """New tokens and the text that they make certain; what follows a stop string is cut off."""
-    chunk = pb.GenerateChunk(first_index=len(generation.token_ids) - len(run))
+    first_index = len(generation.token_ids) - len(run)
+    chunk = pb.GenerateChunk(first_index=first_index, sample=generation.sample)
     if decoder is not None:
         delta = decoder.push(run)
         chunk.text = delta.text
@@ -189,6 +235,7 @@ def _finished(generation: Generation, text: str | None, stop: str | None) -> pb.
         prefill_worker_id=generation.prefill_worker_id,
         decode_worker_id=generation.decode_worker_id,
         num_attempts=generation.num_attempts,
+        sample=generation.sample,
         stop=stop,
     )
     if text is not None:
@@ -236,6 +283,7 @@ def _log_failure(generation: Generation, error: BatonError) -> None:
         logging.WARNING,
         "attempt failed",
         request_id=generation.request_id,
+        sample=generation.sample or None,
         attempt=generation.num_attempts,
         cause=cause(error),
         num_tokens=generation.num_new,

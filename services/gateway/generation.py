@@ -1,10 +1,11 @@
-"""A request on its way through the gateway: what is known of its answer so far."""
+"""A sample of a request on its way through the gateway: what is known of its answer so far."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from baton.services.gateway.admission import AdmittedRequest
+from baton.services.gateway.shared_prompt import Beside, SharedPrompt
 from baton.shared.kv.sequence import FinishReason
 
 
@@ -15,7 +16,13 @@ class Generation:
     deadline: float | None
     """Seconds on the monotonic clock."""
     arrived_at: float
-    token_ids: list[int] = field(default_factory=list)
+    sample: int = 0
+    """Which of the request's samples, from 0."""
+    prompt: SharedPrompt | None = None
+    """Shared with the request's other samples; None of a request that has one."""
+    computes_prompt: bool = True
+    """False: it waits until another sample has."""
+    token_ids: list[int] = field(init=False)
     """Generated so far, those that the client brought included."""
     finish_reason: FinishReason | None = None
     num_attempts: int = 0
@@ -24,7 +31,7 @@ class Generation:
     distrust: bool = False
     capability_hash: str | None = None
     model_digest: str | None = None
-    """Both of the workers that its tokens came from."""
+    """Both of the workers that its tokens came from; the model is that of the other samples."""
     num_cached_tokens: int = 0
     num_accepted_prediction_tokens: int = 0
     num_rejected_prediction_tokens: int = 0
@@ -37,10 +44,36 @@ class Generation:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.received)
+
+    @property
+    def received(self) -> tuple[int, ...]:
+        """Tokens that the client brought."""
+        return self.admitted.received[self.sample]
+
+    async def wait_for_prompt(self) -> None:
+        """Until it may start: at once, or when another sample has computed the prompt."""
+        if self.prompt is not None and not self.computes_prompt:
+            beside = await self.prompt.computed()
+            self.model_digest = beside.route.decode.model_digest
+            self.num_cached_tokens = beside.num_cached_tokens
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its reader may have tokens of the request."""
+        return bool(self.token_ids) or self.prompt is not None and self.prompt.beside is not None
+
+    @property
+    def beside(self) -> Beside | None:
+        """Where another sample has left the prompt's blocks, for this one's first attempt: later
+        ones go their own ways."""
+        return self.prompt.beside if self.prompt is not None and self.num_attempts == 1 else None
+
     @property
     def num_new(self) -> int:
         """Tokens beyond those that the client brought."""
-        return len(self.token_ids) - len(self.admitted.received)
+        return len(self.token_ids) - len(self.received)
 
     @property
     def num_left(self) -> int:

@@ -39,6 +39,11 @@ class WorkerSnapshot:
     model_digest: str = ""
 
     @property
+    def num_tokens(self) -> int:
+        """Of the longest sequence that the pools could hold, whatever the model's length."""
+        return self.capacity.max_tokens(_ANY_LENGTH)
+
+    @property
     def num_free_tokens(self) -> int:
         """Of the longest sequence for which there are free blocks."""
         return self.capacity.max_tokens(_ANY_LENGTH, self.num_free_blocks)
@@ -55,6 +60,10 @@ class Route:
     @property
     def computes_prompt(self) -> WorkerSnapshot:
         return self.prefill or self.decode
+
+    @property
+    def workers(self) -> tuple[WorkerSnapshot, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
 
 @dataclass(frozen=True, slots=True)

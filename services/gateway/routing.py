@@ -1,6 +1,6 @@
 """The route of each attempt: found at once, or waited for.
 
-    locate ─► choose ─► a route
+    locate ─► choose ─► a route          (of a further sample: beside the first, if there is room)
                  ├────► or it waits for room: held at the gateway until its turn comes (turns.py)
                  └────► or it waits for news of the workers
 
@@ -23,6 +23,7 @@ from baton.services.gateway.router import (
     longest_sequence,
 )
 from baton.services.gateway.served_model import ServedModel
+from baton.services.gateway.shared_prompt import Beside
 from baton.services.gateway.turns import Turn, Turns
 from baton.services.gateway.workers import Workers
 from baton.shared.kv.block_hash import boundary_hashes, root_hash
@@ -52,10 +53,24 @@ class _Wanted:
     may_hold: bool
     has_begun: bool
     begun_on: str | None
+    beside: Beside | None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_new_tokens
+
+    def hits_beside(self, workers: Sequence[WorkerSnapshot]) -> dict[str, int]:
+        """Worker id → tokens of the prompt that are cached there, of those that the other sample
+        is at."""
+        if self.beside is None:
+            return {}
+        incarnations = {worker.incarnation for worker in self.beside.route.workers}
+        num_common = min(self.beside.num_prompt_tokens, len(self.token_ids) - 1)
+        return {
+            worker.worker_id: num_common - num_common % worker.capacity.block_size
+            for worker in workers
+            if worker.incarnation in incarnations
+        }
 
 
 class Routing:
@@ -94,13 +109,15 @@ class Routing:
         salt: bytes = b"",
         has_begun: bool = False,
         begun_on: str | None = None,
+        beside: Beside | None = None,
     ) -> Route:
         """Locates the prompt's prefixes and chooses; waits as long as no worker can take it.
 
         `salt` is that of the prompt's block hashes: only prefixes with the same one are found.
 
         An answer that has begun, of which its reader has tokens, is never held; `begun_on` is the
-        digest of the model that these came from.
+        digest of the model that these came from. With `beside` the
+        route is that of the other sample, if its workers take another and have room.
 
         `prompt_ended` has to be called for the route, once.
 
@@ -109,7 +126,7 @@ class Routing:
         """
         may_hold = self._may_hold and not has_begun
         wanted = _Wanted(
-            token_ids, num_new_tokens, capability_hash, salt, may_hold, has_begun, begun_on
+            token_ids, num_new_tokens, capability_hash, salt, may_hold, has_begun, begun_on, beside
         )
         with self._turns.turn() as turn:
             while True:
@@ -129,7 +146,9 @@ class Routing:
             # No worker takes prompts now. Held prompts need not all look again at each news: they
             # wait in line, and go one by one when there is a worker.
             return Wait.ROOM if wanted.may_hold else Wait.NEWS
-        hits = await self._locate(wanted, snapshots)
+        if (route := self._choose_beside(wanted, snapshots)) is not None:
+            return self._take(route, wanted)
+        hits = {**await self._locate(wanted, snapshots), **wanted.hits_beside(snapshots)}
         # Others may have been sent meanwhile; until the route is noted nothing else runs.
         snapshots = self._workers.snapshots()
         in_time = self._choose(wanted, snapshots, hits, self._local_prefill)
@@ -139,9 +158,23 @@ class Routing:
             return Wait.NEWS
         if wanted.may_hold and not (in_time and turn.has_come):
             return Wait.ROOM
+        return self._take(route, wanted)
+
+    def _take(self, route: Route, wanted: _Wanted) -> Route:
         self._spread += 1
         self._workers.started(route, len(wanted.token_ids))
         return route
+
+    def _choose_beside(self, wanted: _Wanted, snapshots: list[WorkerSnapshot]) -> Route | None:
+        """The workers that hold the prompt, if they take another sample and the one that is to
+        draw it has room for its answer, by its last word."""
+        hits = wanted.hits_beside(snapshots)
+        if not hits:
+            return None
+        near = [worker for worker in snapshots if worker.worker_id in hits]
+        route = self._choose(wanted, near, hits, None)
+        has_room = route is not None and route.decode.num_free_tokens >= wanted.num_new_tokens
+        return route if has_room else None
 
     def _choose(
         self,

@@ -56,7 +56,7 @@ async def test_unset_fields_take_their_defaults() -> None:
     assert await admitted(request()) == AdmittedRequest(
         prompt_token_ids=(1, 2, 3),
         params=SamplingParams(seed=4711, max_tokens=20),
-        received=(),
+        received=((),),
     )
     bare = pb.GenerateRequest(text="abc")
     assert (await admitted(bare)).params.temperature == 1.0
@@ -87,7 +87,7 @@ async def test_set_fields_arrive() -> None:
         stop_token_ids=frozenset([8, 9]),
         ignore_eos=True,
     )
-    assert await admitted(message) == AdmittedRequest((7, 7, 7), params, (4, 5))
+    assert await admitted(message) == AdmittedRequest((7, 7, 7), params, ((4, 5),))
 
 
 async def test_a_seed_of_zero_is_a_seed() -> None:
@@ -189,7 +189,7 @@ async def test_a_prompt_with_a_place_for_an_image() -> None:
         index = 1 if field == "token_ids" else 0
         assert f"image_token_id 7 as token {index}: images, video" in raised.value.message
     # What the model itself has written is its own affair.
-    assert (await admitted(request(received=[7], temperature=0.0), limits)).received == (7,)
+    assert (await admitted(request(received=[7], temperature=0.0), limits)).received == ((7,),)
 
 
 async def test_a_huge_text_is_not_tokenised() -> None:
@@ -205,9 +205,9 @@ async def test_a_huge_text_is_not_tokenised() -> None:
 
 async def test_resuming() -> None:
     with_seed = request(received=[4, 5], seed=1, max_tokens=2)
-    assert (await admitted(with_seed)).received == (4, 5)
+    assert (await admitted(with_seed)).received == ((4, 5),)
     # A greedy answer draws nothing, so any seed will do.
-    assert (await admitted(request(received=[4], temperature=0.0))).received == (4,)
+    assert (await admitted(request(received=[4], temperature=0.0))).received == ((4,),)
     field, limit = await refused(request(received=[4]))
     assert (field, limit) == ("sampling.seed", "the seed that the first message told")
     too_many = request(received=[4, 5, 6], seed=1, max_tokens=2)

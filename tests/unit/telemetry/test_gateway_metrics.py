@@ -101,17 +101,18 @@ def test_an_answer_that_nobody_reads_to_its_end_was_still_given(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     metrics, now = GatewayMetrics("m"), time.monotonic()
-    admitted = AdmittedRequest((5, 6, 7), SamplingParams(max_tokens=2), ())
+    admitted = AdmittedRequest((5, 6, 7), SamplingParams(max_tokens=2), ((),))
     generation = Generation("r-1", admitted, None, now)
+    generation.finish_reason = FinishReason.LENGTH
     caplog.set_level(logging.INFO)
     with pytest.raises(GeneratorExit), RequestReport("r-1", now, None, metrics) as report:
-        report.admitted(generation)
+        report.admitted([generation])
         for token in (8, 9):
             generation.token_ids.append(token)
             generation.last_token_at = time.monotonic()
             generation.first_token_at = generation.first_token_at or generation.last_token_at
-            report.tokens_came(generation.last_token_at)
-        report.finished(FinishReason.LENGTH)
+            report.tokens_came(generation)
+        report.finished()
         raise GeneratorExit
     assert statuses(metrics) == {"OK": 1}
     value = metrics.registry.get_sample_value

@@ -1,0 +1,46 @@
+"""The prompt of a request's samples: one computes it, the others find it in the workers' caches.
+
+    first     starts at once ─► its first token says that the prompt's blocks are sealed, and where
+    others    wait for that ─► start beside it, and compute what of the prompt fills no block
+
+A sample is a sequence like any other, to workers and on the recovery path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from baton.services.gateway.router import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Where another sample of the request is."""
+
+    route: Route
+    num_prompt_tokens: int
+    """Of the request: what the two have in common."""
+    num_cached_tokens: int
+    """Of these, what was in a cache before the request came."""
+
+
+class SharedPrompt:
+    def __init__(self, num_tokens: int) -> None:
+        """`num_tokens`: the prompt's."""
+        self.beside: Beside | None = None
+        """None until a sample has a token."""
+        self._num_tokens = num_tokens
+        self._is_computed = asyncio.Event()
+
+    async def computed(self) -> Beside:
+        """Waits until a sample has a token."""
+        await self._is_computed.wait()
+        assert self.beside is not None
+        return self.beside
+
+    def note_computed(self, route: Route, num_cached_tokens: int) -> None:
+        """A sample has a token, from these workers. Called again, it changes nothing."""
+        if self.beside is None:
+            self.beside = Beside(route, self._num_tokens, num_cached_tokens)
+            self._is_computed.set()
