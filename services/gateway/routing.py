@@ -162,19 +162,24 @@ class Routing:
 
     def _take(self, route: Route, wanted: _Wanted) -> Route:
         self._spread += 1
-        self._workers.started(route, len(wanted.token_ids))
+        # What another sample holds there takes no room.
+        held = wanted.hits_beside(route.workers)
+        num_held = min(held.get(worker.worker_id, 0) for worker in route.workers)
+        self._workers.started(route, len(wanted.token_ids) - num_held)
         return route
 
     def _choose_beside(self, wanted: _Wanted, snapshots: list[WorkerSnapshot]) -> Route | None:
-        """The workers that hold the prompt, if they take another sample and the one that is to
-        draw it has room for its answer, by its last word."""
+        """Where the prompt is: the workers of the other sample, or with the prefill worker of it
+        another one, if its partner has no room for an answer by its last word."""
         hits = wanted.hits_beside(snapshots)
-        if not hits:
-            return None
         near = [worker for worker in snapshots if worker.worker_id in hits]
         route = self._choose(wanted, near, hits, None)
-        has_room = route is not None and route.decode.num_free_tokens >= wanted.num_new_tokens
-        return route if has_room else None
+        if route is not None and route.decode.num_free_tokens >= wanted.num_new_tokens:
+            return route
+        if not any(worker.role == "prefill" for worker in near):
+            return None
+        near += [each for each in snapshots if each.role != "prefill" and each not in near]
+        return self._choose(wanted, near, hits, None)
 
     def _choose(
         self,

@@ -156,8 +156,11 @@ def test_errors_arrive_as_the_packages_own(client: openai.OpenAI) -> None:
         client.completions.create(model="demo", prompt="a", temperature=-1)
     assert caught.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="demo", messages=_MESSAGES, n=2)
-    assert (caught.value.param, caught.value.code) == ("n", "unsupported_parameter")
+        client.completions.create(model="demo", prompt="a", n=2, best_of=4)
+    assert (caught.value.param, caught.value.code) == ("best_of", "unsupported_parameter")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=_MESSAGES, n=129)
+    assert caught.value.param == "n"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-9", messages=_MESSAGES)
     with pytest.raises(openai.InternalServerError) as late:

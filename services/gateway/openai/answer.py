@@ -18,17 +18,13 @@ from starlette.types import Receive, Scope, Send
 from baton.services.gateway.answer_parts import PLAIN, Content, Part, Reading, ToolCall
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity
+from baton.services.gateway.merged import merged
 from baton.services.gateway.openai.errors import HttpError, renamed, to_http_error
 from baton.services.gateway.openai.wire import FINISH_REASONS, Choice, Wire
 from baton.shared.rpc.errors import BatonError
 from baton.v1 import inference_service_pb2 as pb
 
-_NUM_WAITING = 16
-"""So many messages of several prompts wait for a slow reader; further tokens wait before them."""
-
 _IS_ASKED = "baton.is_asked"
-
-Responses = AsyncGenerator[pb.GenerateResponse, None]
 
 
 @dataclass(frozen=True)
@@ -111,33 +107,49 @@ def is_asked(scope: Scope) -> bool:
 @dataclass
 class _Run:
     ask: Ask
-    choices: list[Choice] = field(default_factory=list)
+    by_index: dict[int, Choice] = field(default_factory=dict)
+    """All samples of a prompt, then those of the next one."""
     wire: Wire | None = None
     request_id: str = ""
 
-    def __post_init__(self) -> None:
-        self.choices = [
-            Choice(has_prediction=request.HasField("prediction")) for request in self.ask.requests
-        ]
+    @property
+    def choices(self) -> list[Choice]:
+        return [self.by_index[index] for index in sorted(self.by_index)]
 
-    def take(self, index: int, response: pb.GenerateResponse) -> bytes:
+    def take(self, prompt: int, response: pb.GenerateResponse) -> bytes:
         """Keeps what the message says; returns the events to send for it."""
-        choice = self.choices[index]
+        first_index = prompt * self._num_samples(prompt)
         match response.WhichOneof("message"):
             case "started":
-                return self._take_started(index, choice, response.started)
+                return self._take_started(prompt, first_index, response.started)
             case "chunk":
-                return self._take_chunk(index, choice, response.chunk)
+                index = first_index + response.chunk.sample
+                return self._take_chunk(index, self.by_index[index], response.chunk)
             case _:
-                return self._take_finished(index, choice, response.finished)
+                index = first_index + response.finished.sample
+                return self._take_finished(index, self.by_index[index], response.finished)
 
-    def _take_started(self, index: int, choice: Choice, started: pb.GenerateStarted) -> bytes:
-        choice.num_prompt_tokens = started.num_prompt_tokens
-        choice.parser = self.ask.reading.new_parser(f"{started.request_id}-{index}")
+    def _num_samples(self, prompt: int) -> int:
+        """Of each prompt as many."""
+        request = self.ask.requests[prompt]
+        return request.n if request.HasField("n") else 1
+
+    def _take_started(self, prompt: int, first_index: int, started: pb.GenerateStarted) -> bytes:
+        """Choices are made now and not before: what is refused has none."""
         if self.wire is None:
             self.request_id = started.request_id
             self.wire = self.ask.new_wire(self.request_id)
-        return self.wire.started(index, choice) if self.ask.is_streamed else b""
+        events = b""
+        for index in range(first_index, first_index + self._num_samples(prompt)):
+            self.by_index[index] = Choice(
+                prompt=prompt,
+                parser=self.ask.reading.new_parser(f"{started.request_id}-{index}"),
+                num_prompt_tokens=started.num_prompt_tokens,
+                has_prediction=self.ask.requests[prompt].HasField("prediction"),
+            )
+            if self.ask.is_streamed:
+                events += self.wire.started(index, self.by_index[index])
+        return events
 
     def _take_chunk(self, index: int, choice: Choice, chunk: pb.GenerateChunk) -> bytes:
         choice.num_completion_tokens += len(chunk.token_ids)
@@ -230,42 +242,3 @@ async def _send_head(run: _Run, send: Send, kind: bytes, *, length: int | None =
 
 async def _send_last(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def merged(
-    sources: Sequence[Responses],
-) -> AsyncGenerator[tuple[int, pb.GenerateResponse], None]:
-    """The messages of all sources, each with its source's index. An error of one ends them all."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as source:
-            async for response in source:
-                yield 0, response
-        return
-    queue: asyncio.Queue[tuple[int, pb.GenerateResponse | Exception | None]]
-    queue = asyncio.Queue(_NUM_WAITING)
-
-    async def follow(index: int, source: Responses) -> None:
-        try:
-            async with aclosing(source):
-                async for response in source:
-                    await queue.put((index, response))
-        except Exception as error:
-            await queue.put((index, error))
-        else:
-            await queue.put((index, None))
-
-    tasks = [asyncio.create_task(follow(*numbered)) for numbered in enumerate(sources)]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            index, message = await queue.get()
-            if isinstance(message, Exception):
-                raise message
-            if message is None:
-                num_open -= 1
-            else:
-                yield index, message
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -54,6 +54,7 @@ async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
             standalone_text=True,
             clamp_max_tokens=not is_length_given,
             prediction=prediction,
+            n=request.n,
         )
     )
 

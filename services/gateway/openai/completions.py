@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baton.services.gateway.admission import Limits
+from baton.services.gateway.admission import MAX_SAMPLES, Limits
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.content import PREDICTION, prediction_of
 from baton.services.gateway.openai.errors import InvalidParam, context_too_long
@@ -14,6 +14,8 @@ from baton.services.gateway.openai.schema import CompletionRequest
 from baton.v1 import inference_service_pb2 as pb
 
 MAX_PROMPTS = 128
+MAX_CHOICES = 1024
+"""Of all prompts together."""
 _DEFAULT_MAX_TOKENS = 16
 
 FIELDS = {"text": "prompt", "token_ids": "prompt", **PREDICTION}
@@ -33,10 +35,17 @@ async def completion_requests(
         default = frontend.defaults.sampling.max_tokens or _DEFAULT_MAX_TOKENS
         sampling.max_tokens = min(default, _DEFAULT_MAX_TOKENS)
     prediction = prediction_of(request.prediction)
+    prompts = split_prompts(request.prompt, limits)
+    if request.n and request.n <= MAX_SAMPLES and len(prompts) * request.n > MAX_CHOICES:
+        problem = f"is {request.n}, for each of {len(prompts)} prompts; limit: {MAX_CHOICES} in all"
+        raise InvalidParam("n", problem)
     requests = []
-    for prompt in split_prompts(request.prompt, limits):
+    for prompt in prompts:
         one = pb.GenerateRequest(
-            sampling=sampling, clamp_max_tokens=not is_length_given, prediction=prediction
+            sampling=sampling,
+            clamp_max_tokens=not is_length_given,
+            prediction=prediction,
+            n=request.n,
         )
         if isinstance(prompt, str) and request.add_special_tokens is not False:
             one.text = prompt

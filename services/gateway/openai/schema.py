@@ -32,7 +32,6 @@ MAX_ENTRIES = 4096
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
-    "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -157,6 +156,7 @@ class Sampled(_WithSampling):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     prediction: Prediction | None = None
+    n: _Int | None = Field(None, ge=0, le=_UINT32)
 
     @property
     def asks_for_all(self) -> bool:

@@ -44,6 +44,8 @@ class Call:
 class Choice:
     """One answer as far as it has come."""
 
+    prompt: int = 0
+    """Which of the request's prompts it answers."""
     parser: AnswerParser = field(default_factory=PlainParser)
     parts: list[Part] = field(default_factory=list)
     """Of an answer that is not streamed."""
@@ -104,9 +106,11 @@ class Wire(Protocol):
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
-    num_prompt = sum(choice.num_prompt_tokens for choice in choices)
+    # A prompt counts once, however many samples answer it.
+    prompts = {choice.prompt: choice for choice in choices}.values()
+    num_prompt = sum(choice.num_prompt_tokens for choice in prompts)
     num_completion = sum(choice.num_completion_tokens for choice in choices)
-    num_cached = sum(choice.num_cached_tokens for choice in choices)
+    num_cached = sum(choice.num_cached_tokens for choice in prompts)
     num_reasoning = sum(choice.parser.num_reasoning_tokens for choice in choices)
     told = {
         "prompt_tokens": num_prompt,
