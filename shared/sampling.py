@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +32,8 @@ class Kind(enum.Enum):
     SWITCH = "bool: bool"
     TOKEN_IDS = "frozenset[int]: repeated uint32"
     TEXTS = "tuple[str, ...]: repeated string"
+    BIASES = "tuple[tuple[int, float], ...]: map<uint32, float>"
+    """A number for each of some tokens, in the tokens' order."""
 
 
 class Broken(NamedTuple):
@@ -55,6 +57,8 @@ class Spelling:
     name: str | None = None
     lowest: int = 0
     """Of a whole number."""
+    fewest: int = 0
+    """Of a list: entries, where one is given."""
     read: Callable[[Any], Any] = lambda value: value
     """What they write → what the contract has; None: as if they had not given it."""
 
@@ -114,6 +118,16 @@ def within(low: float, high: float) -> Limit:
     return check
 
 
+def above_zero(value: float, vocab_size: int) -> Broken | None:
+    # As float32, which messages carry: the largest and the smallest that are not 0 or infinite.
+    if _SMALLEST <= value <= _LARGEST:
+        return None
+    return Broken(f"is {value:g}", "above 0, and finite")
+
+
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+
 def at_least(low: int) -> Limit:
     def check(value: int, vocab_size: int) -> Broken | None:
         return None if value >= low else Broken(f"is {value}", f"at least {low}")
@@ -151,6 +165,23 @@ def token_ids(max_num: int) -> Limit:
     return check
 
 
+def biases(max_num: int, most: float) -> Limit:
+    """Of a mapping of token ids; an entry is named by its token."""
+
+    def check(value: Mapping[int, float], vocab_size: int) -> Broken | None:
+        if len(value) > max_num:
+            return Broken(f"has {len(value)} tokens", f"{max_num} tokens")
+        for token_id, bias in sorted(value.items()):
+            if token_id >= vocab_size:
+                limit = f"tokens below the vocabulary's size, {vocab_size}"
+                return Broken("is for a token that the model lacks", limit, token_id)
+            if not -most <= bias <= most:
+                return Broken(f"is {bias:g}", f"{-most:g} to {most:g}", token_id)
+        return None
+
+    return check
+
+
 def unknown_token(value: Sequence[int], vocab_size: int) -> Broken | None:
     if max(value, default=0) < vocab_size:
         return None
@@ -160,13 +191,21 @@ def unknown_token(value: Sequence[int], vocab_size: int) -> Broken | None:
 
 # The fields
 
+BANNING_BIAS = -100.0
+"""A token with that bias is not drawn at all, whatever the temperature."""
+MOST_BIASES = 1024
+MOST_ALLOWED = 4096
+MOST_BAD_WORDS = 128
+MOST_BAD_WORD_LENGTH = 256
+
 ALL_TOKENS = -1
 """How HTTP clients say `max_tokens` when they want as many as there is room for."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off.
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 are off, and
+    so are penalties of 0, or of 1 for repetition.
 
     `max_tokens` counts every generated token of the request, those of earlier attempts included.
     For requests that leave it or `seed` out, admission makes one up.
@@ -241,6 +280,55 @@ class SamplingParams:
         limit=token_ids(max_num=64),
         metavar="1,2,3",
         help="end with any of these tokens",
+    )
+    presence_penalty: float = declared(
+        Kind.NUMBER,
+        0.0,
+        limit=within(-2, 2),
+        metavar="P",
+        help="taken from the logit of what the answer has already",
+    )
+    frequency_penalty: float = declared(
+        Kind.NUMBER,
+        0.0,
+        limit=within(-2, 2),
+        metavar="P",
+        help="taken from a token's logit for each time that the answer has it",
+    )
+    repetition_penalty: float = declared(
+        Kind.NUMBER,
+        1.0,
+        limit=above_zero,
+        metavar="P",
+        help="divide the logits of what prompt or answer have already; above 1 repeats less",
+    )
+    min_tokens: int = declared(
+        Kind.COUNT, 0, metavar="N", help="tokens before which the answer does not end"
+    )
+    logit_bias: tuple[tuple[int, float], ...] = declared(
+        Kind.BIASES,
+        (),
+        limit=biases(MOST_BIASES, -BANNING_BIAS),
+        metavar="ID:B,...",
+        help="add to the logits of tokens; -100 bans one",
+    )
+    bad_words: tuple[str, ...] = declared(
+        Kind.TEXTS,
+        (),
+        limit=texts(max_num=MOST_BAD_WORDS, max_length=MOST_BAD_WORD_LENGTH),
+        metavar="TEXT",
+        help="do not write this text; may be repeated",
+        spelling=Spelling(read=lambda value: [value] if isinstance(value, str) else value),
+        # Workers get what the tokenizer makes of them, with the sequence.
+        is_for_workers=False,
+    )
+    allowed_token_ids: frozenset[int] = declared(
+        Kind.TOKEN_IDS,
+        frozenset(),
+        limit=token_ids(max_num=MOST_ALLOWED),
+        metavar="1,2,3",
+        help="draw from these tokens only",
+        spelling=Spelling(fewest=1),
     )
     ignore_eos: bool = declared(Kind.SWITCH, False, help="go on past end-of-sequence tokens")
     speculate: bool = declared(

@@ -79,12 +79,18 @@ def sampling_source(types: FileDescriptorProto) -> str:
     comments = {tuple(at.path): at.leading_comments for at in types.source_code_info.location}
     index = [message.name for message in types.message_type].index("SamplingParams")
     source = [_SAMPLING_HEAD]
+    entries = {each.name: each.field for each in types.message_type[index].nested_type}
     for number, field in enumerate(types.message_type[index].field):
-        kind = _PYTHON_TYPES[field.type]
-        is_repeated = field.label == FieldDescriptorProto.LABEL_REPEATED
-        source.append(
-            f"    {field.name}: " + (f"Sequence[{kind}]" if is_repeated else kind + " | None")
-        )
+        if field.type == FieldDescriptorProto.TYPE_MESSAGE:
+            key, value = (
+                _PYTHON_TYPES[each.type] for each in entries[field.type_name.rsplit(".", 1)[1]]
+            )
+            kind = f"Mapping[{key}, {value}]"
+        elif field.label == FieldDescriptorProto.LABEL_REPEATED:
+            kind = f"Sequence[{_PYTHON_TYPES[field.type]}]"
+        else:
+            kind = f"{_PYTHON_TYPES[field.type]} | None"
+        source.append(f"    {field.name}: {kind}")
         # 4: the file's messages, 2: a message's fields.
         text = " ".join(comments[4, index, 2, number].split())
         lines = textwrap.wrap(f'"""{text}"""', width=96)
@@ -97,7 +103,7 @@ _SAMPLING_HEAD = '''\
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 

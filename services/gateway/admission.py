@@ -12,6 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from baton.services.gateway.identity import ANONYMOUS, Identity
+from baton.services.gateway.token_bans import (
+    TokenSequences,
+    banned_sequences,
+    check_a_token_is_left,
+)
 from baton.shared.rpc.convert import given_fields, sampling_from_pb
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.shared.sampling import Broken, Kind, SamplingParams, unknown_token
@@ -64,6 +69,8 @@ class AdmittedRequest:
     identity: Identity = ANONYMOUS
     prediction_token_ids: tuple[int, ...] = ()
     """What the client expects the answer to be."""
+    banned_sequences: TokenSequences = ()
+    """Of `bad_words`."""
 
     @property
     def num_samples(self) -> int:
@@ -84,7 +91,8 @@ async def admit(
     """Awaits nothing but these, and that only when all else about the request holds.
 
     `encode` and `encode_chat` turn a prompt, or a chat's messages, into token ids, `encode_answer`
-    the text that the client expects; None when the model has no tokenizer.
+    a text of an answer: what the client expects, and bad words; None when the model has no
+    tokenizer.
 
     Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one,
     and what `encode_chat` raises.
@@ -114,13 +122,22 @@ async def admit(
             problem = f"has {len(token_ids)} tokens, more than the whole answer"
             raise InvalidField(name, problem, limit=f"max_tokens, {max_tokens}")
 
+    if params.min_tokens > max_tokens:
+        problem, limit = f"is {params.min_tokens}", f"max_tokens, {max_tokens}"
+        raise InvalidField("sampling.min_tokens", problem, limit=limit)
     prediction = await _prediction_token_ids(request, limits, encode_answer)
+    banned: TokenSequences = ()
+    if params.bad_words:
+        # Texts need a tokenizer: that was checked.
+        assert encode_answer is not None
+        banned = await banned_sequences(params.bad_words, limits.vocab_size, encode_answer)
     seed = params.seed if has_seed else draw_seed()
     ends = params.stop_token_ids
     if not params.ignore_eos:
         ends |= defaults.eos_token_ids
     params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
-    return AdmittedRequest(prompt, params, tuple(received.values()), identity, prediction)
+    check_a_token_is_left(params, banned)
+    return AdmittedRequest(prompt, params, tuple(received.values()), identity, prediction, banned)
 
 
 def _received(request: pb.GenerateRequest, limits: Limits) -> dict[str, tuple[int, ...]]:

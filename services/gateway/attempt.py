@@ -197,6 +197,10 @@ class _Attempt:
             cache_salt=generation.admitted.identity.cache_salt,
             capability_hash=self._route.decode.capability_hash,
             prediction_token_ids=generation.admitted.prediction_token_ids,
+            banned_sequences=[
+                types_pb2.TokenRun(token_ids=token_ids)
+                for token_ids in generation.admitted.banned_sequences
+            ],
         )
         if generation.deadline is not None:
             time_left_s = max(0.0, generation.deadline - time.monotonic())

@@ -174,6 +174,7 @@ def _new_decoder(
         prompt=() if is_standalone else admitted.prompt_token_ids,
         end_token_ids=admitted.params.stop_token_ids,
         shown_token_ids=shown_token_ids,
+        min_tokens=admitted.params.min_tokens,
     )
 
 

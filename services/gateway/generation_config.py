@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import FIELDS
-from baton.shared.telemetry import log_event
 from baton.shared.tokenizer.files import read_json_object
 from baton.v1 import types_pb2
-
-logger = logging.getLogger(__name__)
 
 SOURCES = ("auto", "none")
 """`auto` goes by the file where there is one."""
@@ -30,8 +26,7 @@ _NEUTRAL = {"repetition_penalty": 1.0}
 
 
 def read_default_sampling(model_dir: Path, vocab_size: int) -> types_pb2.SamplingParams:
-    """Only what the file says is set; nothing without a file. What the engine does not do is said
-    in the log.
+    """Only what the file says is set; nothing without a file.
 
     Raises ModelError naming file and field.
     """
@@ -43,11 +38,7 @@ def read_default_sampling(model_dir: Path, vocab_size: int) -> types_pb2.Samplin
         value = values.get(name)
         if value is None or value == _NEUTRAL.get(name):
             continue
-        field = fields.get(public_name)
-        if field is None:
-            message = "the model's sampling default is not supported, and left out"
-            log_event(logger, logging.WARNING, message, file=str(path), field=name, value=value)
-            continue
+        field = fields[public_name]
         try:
             setattr(defaults, field.name, _number(name, value, vocab_size))
         except (TypeError, ValueError):

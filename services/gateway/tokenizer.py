@@ -212,10 +212,12 @@ class StreamDecoder:
         prompt: Sequence[int] = (),
         end_token_ids: Collection[int] = (),
         shown_token_ids: Collection[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         """`prompt`: its text and the answer's are one; none of it is given out. `end_token_ids`:
         tokens that end the answer, of which it shows nothing. `shown_token_ids`: special tokens
-        that whoever takes an answer apart has to see."""
+        that whoever takes an answer apart has to see. `min_tokens`: stop strings are looked for in
+        the text behind so many tokens."""
         self._text_stream = codec.new_text_stream()
         self._text_stream.follow(prompt)
         self._silent_ids = frozenset(end_token_ids)
@@ -227,6 +229,7 @@ class StreamDecoder:
             for token_id, mark in self._marks.items()
         }
         self.stopped = False
+        self._num_unchecked = min_tokens
 
     @property
     def stop(self) -> str | None:
@@ -241,7 +244,9 @@ class StreamDecoder:
         texts = []
         for num_used, token_id in enumerate(token_ids, start=1):
             text = self._feed(token_id)
-            if self._stop_finder is not None:
+            if self._num_unchecked > 0:
+                self._num_unchecked -= 1
+            elif self._stop_finder is not None:
                 text, self.stopped = self._stop_finder.feed(text)
             texts.append(text)
             if self.stopped:

@@ -47,6 +47,20 @@ def token_ids(text: str) -> list[int]:
         ) from None
 
 
+def biases(text: str) -> dict[int, float]:
+    """Numbers by token id."""
+    numbers: dict[int, float] = {}
+    for part in text.split(","):
+        try:
+            token_id, bias = part.split(":")
+            numbers[uint32(token_id)] = float(bias)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no token id with a number, as in 1:-100,2:5.5"
+            ) from None
+    return numbers
+
+
 def utf8(text: str) -> str:
     try:
         text.encode()

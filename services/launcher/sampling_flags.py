@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from baton.services.launcher.flag_types import token_ids, uint32, uint64, utf8
+from baton.services.launcher.flag_types import biases, token_ids, uint32, uint64, utf8
 from baton.shared.sampling import FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
@@ -45,3 +45,5 @@ def _how_to_read(field: SamplingField) -> dict[str, Any]:
             return {"type": token_ids, **metavar}
         case Kind.TEXTS:
             return {"type": utf8, "action": "append", **metavar}
+        case Kind.BIASES:
+            return {"type": biases, **metavar}

@@ -389,7 +389,7 @@ class EngineLoop:
         num_drawn = sum(
             len(outcome)
             for part, outcome in zip(step.parts, outcomes, strict=True)
-            if not part.is_chunk and not isinstance(outcome, AttemptFailed)
+            if not part.is_chunk and not isinstance(outcome, BatonError)
         )
         # A step that was launched ahead had to wait for the one before.
         self._metrics.took_step(
@@ -406,7 +406,7 @@ class EngineLoop:
         is_decoding = sequence.state is SequenceState.DECODING
         if not is_decoding and sequence.state is not SequenceState.PREFILLING:
             return False
-        if isinstance(outcome, AttemptFailed):
+        if isinstance(outcome, BatonError):
             if isinstance(outcome, EngineFailure):
                 # It may be what they hold that made it fail: nobody shall find them again.
                 self._pools.drop(sequence)

@@ -25,10 +25,10 @@ from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.executor import Step
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.block_pool import PoolExhausted
-from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.drawn import NO_TOKEN, Drawn
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence, SequenceState
-from baton.shared.rpc.errors import AttemptFailed, EngineFailure, Preempted
+from baton.shared.rpc.errors import BatonError, EngineFailure, InvalidField, Preempted
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class InFlight:
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 
 
-Outcome = Seq[Drawn] | AttemptFailed
+Outcome = Seq[Drawn] | BatonError
 """What a part drew, or why nothing can be had of it."""
 
 
@@ -255,9 +255,13 @@ class Stepper:
         if in_flight.step is None:
             outcomes = [self._alone(part) for part in in_flight.parts]
         else:
-            outcomes = [_outcome(drawn) for drawn in in_flight.step.result()]
+            drawn = in_flight.step.result()
+            outcomes = [
+                _outcome(part.sequence, each)
+                for part, each in zip(in_flight.parts, drawn, strict=True)
+            ]
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
-            if part.draft_ids and not isinstance(outcome, AttemptFailed):
+            if part.draft_ids and not isinstance(outcome, BatonError):
                 self._took_drafts(part, len(outcome))
         return outcomes
 
@@ -309,20 +313,26 @@ class Stepper:
             return EngineFailure(f"the engine failed: {type(error).__name__}")
         if self._keeps_states and part.start:
             return Preempted("its state was lost with a step that failed")
-        return _outcome(drawn)
+        return _outcome(part.sequence, drawn)
 
     def _rows(self, parts: list[Part]) -> list[BatchRow]:
         handles = self._handles
         return [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in parts]
 
     def _open(self, sequence: Sequence) -> RowHandle:
-        handle = self._runner.open_row(sequence.params, sequence.key.sample)
+        handle = self._runner.open_row(sequence.params, sequence.key.sample, sequence)
         self._handles[sequence] = handle
         return handle
 
 
-def _outcome(drawn: Seq[Drawn]) -> Outcome:
-    for each in drawn:
+def _outcome(sequence: Sequence, drawn: Seq[Drawn]) -> Outcome:
+    for index, each in enumerate(drawn):
         if each.failure is not None:
+            if each is NO_TOKEN and sequence.rules_tokens_out:
+                num_tokens = sequence.next_index + index
+                problem = f"leaves no token to draw behind {num_tokens} tokens of the answer"
+                return InvalidField(
+                    "sampling", problem, limit="tokens that are allowed and not banned"
+                )
             return EngineFailure(each.failure)
     return drawn

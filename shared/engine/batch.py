@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from baton.shared.engine.shaping import History, Shaping
 from baton.shared.sampling import SamplingParams
 
 Ints = npt.NDArray[np.int64]
@@ -25,6 +26,8 @@ class RowHandle:
     slot: int
     sampling: SamplingParams
     sample_index: int
+    shaping: Shaping | None = None
+    """What changes its logits before a token is drawn."""
     is_sent: bool = False
     """The sampling parameters are on the device."""
     context_len: int = -1
@@ -72,6 +75,8 @@ class BatchRow:
     behind each of them too; what stands is what was drawn up to the first guess that it is not."""
     num_logits: int = 1
     """How many of the row's last tokens `logits` is asked for."""
+    history: History | None = None
+    """Of a row without a handle, where `sampling` asks what was before."""
 
     @property
     def num_known(self) -> int:

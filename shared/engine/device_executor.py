@@ -35,6 +35,7 @@ from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, W
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.shaping import History, Shaping
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.cache_spec import window_of
@@ -112,7 +113,11 @@ class DeviceExecutor:
 
     # Rows
 
-    def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
+    def open_row(
+        self, sampling: SamplingParams, sample_index: int, history: History | None = None
+    ) -> RowHandle:
+        if Shaping.of(sampling, history, ()) is not None:
+            raise ValueError("penalties, biases and bans are not computed on this device yet")
         return RowHandle(self._state.open_slot(), sampling, sample_index)
 
     def close_row(self, handle: RowHandle) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from baton.shared.engine.batch import Batch, RowHandle
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.shaping import History
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 
@@ -50,8 +51,11 @@ class Executor(Protocol):
 
     kv_cache: KvCache
 
-    def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
-        """A place for a sequence. ValueError when all are taken."""
+    def open_row(
+        self, sampling: SamplingParams, sample_index: int, history: History | None = None
+    ) -> RowHandle:
+        """A place for a sequence. ValueError when all are taken, and when `sampling` asks what was
+        before and nobody says."""
 
     def close_row(self, handle: RowHandle) -> None: ...
 

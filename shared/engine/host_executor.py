@@ -18,6 +18,7 @@ from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, Ints, RowHa
 from baton.shared.engine.executor import Model, Wanted
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.sampler import sample_tokens
+from baton.shared.engine.shaping import History, Shaping, apply_shaping
 from baton.shared.kv.cache_spec import window_of
 from baton.shared.kv.drawn import Drawn, drawn_of
 from baton.shared.sampling import SamplingParams
@@ -43,6 +44,7 @@ class HostExecutor:
         num_heads: int,
         max_model_len: int,
         min_rows: int,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         """`min_rows`: attention's matrix products get at least as many rows."""
         self.kv_cache = kv_cache
@@ -51,12 +53,16 @@ class HostExecutor:
         self._num_heads = num_heads
         self._max_model_len = max_model_len
         self._min_rows = min_rows
+        self._eos_token_ids = eos_token_ids
         self._slot_groups = [
             number for number, group in enumerate(kv_cache.groups) if not group.spec.grows
         ]
 
-    def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
-        return RowHandle(0, sampling, sample_index)
+    def open_row(
+        self, sampling: SamplingParams, sample_index: int, history: History | None = None
+    ) -> RowHandle:
+        shaping = Shaping.of(sampling, history, self._eos_token_ids)
+        return RowHandle(0, sampling, sample_index, shaping)
 
     def close_row(self, handle: RowHandle) -> None:
         """Nothing is kept here but what is in the handle."""
@@ -81,6 +87,7 @@ class HostExecutor:
         hidden = self._hidden_states(columns, wanted)
         if drawing:
             logits = self._logits(hidden, len(wanted))
+            self._shape(logits, rows, drawing)
             tokens = sample_tokens(
                 logits,
                 [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None],
@@ -93,6 +100,25 @@ class HostExecutor:
             for i, drawn in by_row.items():
                 result[columns.order[i]] = self._stands(rows[i], drawn)
         return DoneStep(result)
+
+    def _shape(
+        self, logits: Tensor, rows: Sequence[BatchRow], drawing: Sequence[tuple[int, int]]
+    ) -> None:
+        """Changes the logits of rows that ask for it. `drawing`: (row, which of its tokens)."""
+        shapings = [self._shaping_of(row) for row in rows]
+        if not any(shapings):
+            return
+        for place, (i, offset) in enumerate(drawing):
+            row, shaping = rows[i], shapings[i]
+            if shaping is not None:
+                known_to = row.position + row.num_known
+                drafts = row.draft_ids[: offset + 1 - row.num_known]
+                apply_shaping(logits[place], shaping, known_to, drafts)
+
+    def _shaping_of(self, row: BatchRow) -> Shaping | None:
+        if row.handle is not None:
+            return row.handle.shaping
+        return Shaping.of(row.sampling, row.history, self._eos_token_ids)
 
     def _stands(self, row: BatchRow, token_ids: Sequence[int]) -> list[Drawn]:
         """Of what was drawn behind a row's token and its drafts, that whose draft stands."""

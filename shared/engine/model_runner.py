@@ -33,6 +33,7 @@ from baton.shared.engine.models.registry import load_model_config
 from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.shaping import History
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange
 from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
@@ -157,13 +158,16 @@ class ModelRunner:
         self._executor: Executor = self._make_executor(self.kv_cache)
         self._warm_up(progress)
 
-    def open_row(self, sampling: SamplingParams, sample_index: int) -> RowHandle:
-        """A place for a sequence in the state that steps go on from.
+    def open_row(
+        self, sampling: SamplingParams, sample_index: int, history: History | None = None
+    ) -> RowHandle:
+        """A place for a sequence in the state that steps go on from. `history`: its tokens, those
+        that are yet to come included; where `sampling` asks for none it may be left out.
 
         Raises:
-            ValueError: all places are taken (`num_free_rows`).
+            ValueError: all places are taken (`num_free_rows`), or there is no history.
         """
-        return self._executor.open_row(sampling, sample_index)
+        return self._executor.open_row(sampling, sample_index, history)
 
     def close_row(self, handle: RowHandle) -> None:
         self._executor.close_row(handle)
@@ -303,6 +307,7 @@ class ModelRunner:
                 num_heads=self.model_config.num_heads,
                 max_model_len=self.max_model_len,
                 min_rows=self._min_rows,
+                eos_token_ids=self.model_config.eos_token_ids,
             )
         from baton.shared.engine.device_executor import DeviceExecutor
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.shaping import KnownTokens, shapes_logits
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 
@@ -43,6 +44,7 @@ class PlainLoop:
                     position=len(prompts[i]) + len(outputs[i]) - 1,
                     block_tables=tables[i],
                     sampling=params[i],
+                    history=_history(prompts[i], outputs[i], params[i]),
                 )
                 for i in running
             ]
@@ -61,6 +63,7 @@ class PlainLoop:
                 position=start,
                 block_tables=tables,
                 sampling=sampling if start + chunk >= len(prompt) else None,
+                history=_history(prompt, (), sampling),
             )
             [drawn] = self._runner.forward(Batch([row]))
         return drawn[0].token_id
@@ -91,3 +94,9 @@ class PlainLoop:
             if need > have:
                 raise ValueError(f"{need} blocks needed, the pool has {have}")
         return tables
+
+
+def _history(
+    prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+) -> KnownTokens | None:
+    return KnownTokens((*prompt, *output), len(prompt)) if shapes_logits(params) else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference_sampling
+from baton.shared.kv.drawn import NOTHING_LEFT
 from baton.shared.sampling import SamplingParams
 
 _MASK = 2**64 - 1
@@ -25,7 +26,7 @@ def sample_tokens(
     sample_indices: Sequence[int],
     positions: Sequence[int],
 ) -> list[int]:
-    """Draws one token per row; −1 where the logits hold a NaN.
+    """Draws one token per row; −1 where the logits hold a NaN, NOTHING_LEFT where all are −inf.
 
     Args:
         logits: float32 [R, vocab].
@@ -41,7 +42,14 @@ def sample_tokens(
             tokens[random] = drawn
         else:
             tokens = drawn
-    return [int(token) for token in tokens.masked_fill_(highest.isnan(), -1).tolist()]
+    drawn_ids: list[int] = tokens.where(highest > float("-inf"), -1).tolist()
+    if min(drawn_ids, default=0) < 0:
+        is_nothing = (highest == float("-inf")).tolist()
+        drawn_ids = [
+            NOTHING_LEFT if nothing else token_id
+            for token_id, nothing in zip(drawn_ids, is_nothing, strict=True)
+        ]
+    return drawn_ids
 
 
 def draw_stream(seed: int, sample_index: int) -> int:

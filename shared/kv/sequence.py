@@ -106,6 +106,8 @@ class Sequence:
     salt: bytes = b""
     prediction_token_ids: tuple[int, ...] = ()
     """What the client expects the answer to be; says nothing of what it is."""
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+    """The last token of each is not drawn behind the others, where those were emitted."""
     distrust: bool = False
     deadline: float | None = None
     """Seconds on this process's monotonic clock."""
@@ -150,16 +152,31 @@ class Sequence:
         return len(self.prompt_token_ids)
 
     @property
+    def num_asked_tokens(self) -> int:
+        """Of the client's prompt; what comes behind them was generated."""
+        return len(self.prompt_token_ids) - self.first_index
+
+    @property
     def client_prompt_token_ids(self) -> tuple[int, ...]:
         """What the client asked: the prompt without what earlier attempts emitted."""
-        return self.prompt_token_ids[: len(self.prompt_token_ids) - self.first_index]
+        return self.prompt_token_ids[: self.num_asked_tokens]
 
     @property
     def emitted_token_ids(self) -> tuple[int, ...]:
         """Every token generated for the request: by earlier attempts, then by this one. With
         `client_prompt_token_ids` before them they are the same whatever was tried meanwhile."""
-        num_asked = len(self.prompt_token_ids) - self.first_index
-        return (*self.prompt_token_ids[num_asked:], *self.output_token_ids)
+        return (*self.prompt_token_ids[self.num_asked_tokens :], *self.output_token_ids)
+
+    @property
+    def rules_tokens_out(self) -> bool:
+        """Whether the request itself may leave no token to draw."""
+        params = self.params
+        return bool(
+            params.allowed_token_ids
+            or params.logit_bias
+            or params.min_tokens
+            or self.banned_sequences
+        )
 
     @property
     def draws_on(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -47,7 +47,12 @@ def duration_from_pb(duration: Duration) -> float:
 
 def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     """For a SequenceSpec: every field is set that workers apply."""
-    values = {field.name: getattr(params, field.name) for field in FIELDS if field.is_for_workers}
+    values = {
+        field.name: _TO_PB[field.kind](value) if field.kind in _TO_PB else value
+        for field in FIELDS
+        if field.is_for_workers
+        for value in [getattr(params, field.name)]
+    }
     return pb.SamplingParams(**values)
 
 
@@ -60,8 +65,13 @@ def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
     return SamplingParams(**values)
 
 
-_FROM_PB: dict[Kind, Callable[[Any], Any]] = {Kind.TOKEN_IDS: frozenset, Kind.TEXTS: tuple}
+_FROM_PB: dict[Kind, Callable[[Any], Any]] = {
+    Kind.TOKEN_IDS: frozenset,
+    Kind.TEXTS: tuple,
+    Kind.BIASES: lambda biases: tuple(sorted(biases.items())),
+}
 """For kinds whose values have another type here than in a message."""
+_TO_PB: dict[Kind, Callable[[Any], Any]] = {Kind.BIASES: dict}
 
 
 def given_fields(message: pb.SamplingParams) -> Iterator[tuple[SamplingField, Any]]:
@@ -82,6 +92,8 @@ def _shown(value: Any) -> Any:
     if isinstance(value, float):
         # 0.6 and not 0.6000000238: messages carry numbers in 32 bits.
         return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {str(key): _shown(entry) for key, entry in sorted(value.items())}
     return value if isinstance(value, int) else list(value)
 
 
@@ -102,6 +114,7 @@ def sequence_from_pb(spec: pb.SequenceSpec, capability_hash: str) -> Sequence:
         first_index=spec.first_index,
         salt=spec.cache_salt,
         prediction_token_ids=tuple(spec.prediction_token_ids),
+        banned_sequences=tuple(tuple(each.token_ids) for each in spec.banned_sequences),
         distrust=spec.distrust,
         deadline=deadline,
     )

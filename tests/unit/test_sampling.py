@@ -32,10 +32,17 @@ def test_every_field_of_the_contract_is_declared() -> None:
 def test_a_field_has_the_type_that_it_is_declared_with(field: SamplingField) -> None:
     here, there = field.kind.value.split(": ")
     in_contract = _CONTRACT[field.name]
-    assert there.removeprefix("repeated ") == _PROTO_TYPES[in_contract.type]
-    assert there.startswith("repeated") == in_contract.is_repeated
+    assert there.removeprefix("repeated ") == _proto_type(in_contract)
+    assert there.startswith(("repeated", "map")) == in_contract.is_repeated
     hint = get_type_hints(SamplingParams)[field.name]
     assert here == (hint.__name__ if isinstance(hint, type) and "[" not in str(hint) else str(hint))
+
+
+def _proto_type(field: Any) -> str:
+    entry = field.message_type
+    if entry is None:
+        return _PROTO_TYPES[field.type]
+    return f"map<{', '.join(_PROTO_TYPES[each.type] for each in entry.fields)}>"
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: str(field.name))
@@ -43,7 +50,8 @@ def test_left_out_is_the_default(field: SamplingField) -> None:
     """Else a field that is not set, and cannot say so, would arrive as something else."""
     assert getattr(sampling_from_pb(types_pb2.SamplingParams()), field.name) == field.default
     if field.limit is not None:
-        assert field.limit(field.default, 100) is None
+        as_given = dict(field.default) if field.kind is Kind.BIASES else field.default
+        assert field.limit(as_given, 100) is None
     assert field.public_name in CompletionRequest.model_fields
     assert field.public_name not in UNSUPPORTED
 
@@ -55,6 +63,9 @@ _VALUES: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.SWITCH: st.booleans(),
     Kind.TOKEN_IDS: st.frozensets(st.integers(0, 2**32 - 1), max_size=5),
     Kind.TEXTS: st.lists(st.text(), max_size=3).map(tuple),
+    Kind.BIASES: st.dictionaries(
+        st.integers(0, 2**32 - 1), st.floats(width=32, allow_nan=False), max_size=5
+    ).map(lambda biases: tuple(sorted(biases.items()))),
 }
 
 

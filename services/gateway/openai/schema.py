@@ -27,6 +27,17 @@ from baton.shared.sampling import ALL_TOKENS, FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
 _UINT32 = 2**32 - 1
+
+
+def _token_of_key(key: Any) -> int:
+    """JSON has keys of text only."""
+    is_number = isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit()
+    if is_number and str(int(key)) == key:
+        return int(key)
+    raise ValueError("should be a token id, as text")
+
+
+_TokenKey = Annotated[int, BeforeValidator(_token_of_key), Field(le=_UINT32)]
 MAX_ENTRIES = 4096
 """Of any list in a request but prompts, and of the content parts of all messages together."""
 
@@ -36,15 +47,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "typical_p": (1,),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "logits_processors": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
@@ -93,7 +97,7 @@ class StreamOptions(_Fields):
 
 def _type_of(field: SamplingField) -> Any:
     """Of a sampling field in a body."""
-    low = field.spelling.lowest
+    low, fewest = field.spelling.lowest, field.spelling.fewest
     match field.kind:
         case Kind.NUMBER:
             return float
@@ -104,9 +108,12 @@ def _type_of(field: SamplingField) -> Any:
         case Kind.SWITCH:
             return bool
         case Kind.TOKEN_IDS:
-            return _List[Annotated[_Int, Field(ge=0, le=_UINT32)]]
+            entries = Annotated[_Int, Field(ge=0, le=_UINT32)]
+            return Annotated[list[entries], Field(min_length=fewest, fail_fast=True)]
         case Kind.TEXTS:
             return str | _List[str]
+        case Kind.BIASES:
+            return dict[_TokenKey, float]
 
 
 if TYPE_CHECKING:
@@ -244,6 +251,7 @@ def parse(kind: type[_Request], body: dict[str, Any]) -> _Request:
         raise InvalidParam(_path(first["loc"]), problem_of(first)) from None
 
 
+_MAPPINGS = [field.public_name for field in FIELDS if field.kind is Kind.BIASES]
 _LISTS = ["messages"] + [
     field.public_name for field in FIELDS if field.kind in (Kind.TEXTS, Kind.TOKEN_IDS)
 ]
@@ -251,9 +259,9 @@ _LISTS = ["messages"] + [
 
 def _check_sizes(body: dict[str, Any]) -> None:
     """Before anything walks them: a body holds a million small objects."""
-    for field in _LISTS:
+    for field in (*_LISTS, *_MAPPINGS):
         entries = body.get(field)
-        if isinstance(entries, list) and len(entries) > MAX_ENTRIES:
+        if isinstance(entries, list | dict) and len(entries) > MAX_ENTRIES:
             raise InvalidParam(field, f"has {len(entries)} entries; limit: {MAX_ENTRIES}")
     prediction = body.get("prediction")
     parts = prediction.get("content") if isinstance(prediction, dict) else None
@@ -285,6 +293,8 @@ def check_neutral(body: dict[str, Any], unsupported: Mapping[str, tuple[Any, ...
 
 def _path(location: tuple[int | str, ...]) -> str:
     """`("messages", 0, "role")` → `messages[0].role`; the arms of unions are left out."""
+    if location[0] in _MAPPINGS and len(location) > 1:
+        return f"{location[0]}[{str(location[1])[:20]}]"
     path = ""
     for index, step in enumerate(location):
         if isinstance(step, int):

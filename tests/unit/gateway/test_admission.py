@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +23,11 @@ LIMITS = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=640, default_m
 async def encode(text: str) -> Sequence[int]:
     """One token a character; blanks give none, and ~ is a token that the model lacks."""
     return [100 if character == "~" else 7 for character in text if character != " "]
+
+
+async def encode_answer(text: str) -> list[int]:
+    """A space with what follows is one token, and so is each other character."""
+    return [ord(each[-1]) % 50 + 50 * (len(each) > 1) for each in re.findall(" ?.", text)]
 
 
 def request(
@@ -43,7 +50,9 @@ def request(
 async def admitted(message: pb.GenerateRequest, limits: Limits = LIMITS) -> AdmittedRequest:
     # Through the wire, as the server gets it: float fields are rounded to 32 bits.
     message = pb.GenerateRequest.FromString(message.SerializeToString())
-    return await admit(message, limits, encode=encode, draw_seed=lambda: 4711)
+    return await admit(
+        message, limits, encode=encode, encode_answer=encode_answer, draw_seed=lambda: 4711
+    )
 
 
 async def refused(message: pb.GenerateRequest, limits: Limits = LIMITS) -> tuple[str, str]:
@@ -110,6 +119,13 @@ async def test_drawn_seeds_differ() -> None:
         ("max_tokens", [1, 61], [0, 62, 2**32 - 1]),
         ("stops", [["x"] * 16, ["é" * 256]], [["x"] * 17]),
         ("stop_token_ids", [[99] * 64], [[1] * 65]),
+        ("presence_penalty", [-2.0, 2.0], [-2.01, 2.01, math.inf, math.nan]),
+        ("frequency_penalty", [-2.0, 2.0], [-2.01, 2.01, -math.inf, math.nan]),
+        ("repetition_penalty", [1e-30, 1.0, 1e30], [0.0, -0.0, -1.0, 1e-40, math.inf, math.nan]),
+        ("min_tokens", [0, 20], [21, 2**32 - 1]),
+        ("logit_bias", [{}, {99: 100.0, 0: -100.0}], [dict.fromkeys(range(1025), 1.0)]),
+        ("allowed_token_ids", [[99], [1] * 4096], [[1] * 4097]),
+        ("bad_words", [["x"] * 128, ["x" * 256]], [["x"] * 129]),
     ],
 )
 async def test_ranges(field: str, accepted: list[Any], broken: list[Any]) -> None:
@@ -147,6 +163,20 @@ async def test_ranges(field: str, accepted: list[Any], broken: list[Any]) -> Non
         ),
         (request(stops=["x", ""]), "sampling.stops[1]", "1 to 256 characters"),
         (request(stops=["x" * 257]), "sampling.stops[0]", "1 to 256 characters"),
+        (
+            request(logit_bias={5: 1, 100: 1}),
+            "sampling.logit_bias[100]",
+            "tokens below the vocabulary's size, 100",
+        ),
+        (request(logit_bias={5: 1, 7: -100.5}), "sampling.logit_bias[7]", "-100 to 100"),
+        (request(logit_bias={7: math.nan}), "sampling.logit_bias[7]", "-100 to 100"),
+        (
+            request(allowed_token_ids=[5, 100]),
+            "sampling.allowed_token_ids[1]",
+            "below the vocabulary's size, 100",
+        ),
+        (request(bad_words=["x", ""]), "sampling.bad_words[1]", "1 to 256 characters"),
+        (request(max_tokens=3, min_tokens=4), "sampling.min_tokens", "max_tokens, 3"),
     ],
 )
 async def test_elements_are_named(message: pb.GenerateRequest, field: str, limit: str) -> None:
@@ -283,3 +313,38 @@ async def test_a_chat_is_bounded_before_and_after_it_is_rendered() -> None:
 async def test_the_message_names_field_value_and_limit() -> None:
     with pytest.raises(InvalidField, match=r"^sampling\.temperature is 200; limit: 0 to 100$"):
         await admitted(request(temperature=200.0))
+
+
+async def test_bad_words_are_banned_with_and_without_a_space() -> None:
+    alone, behind_space, b = ord("a") % 50, ord("a") % 50 + 50, ord("b") % 50
+    message = request(bad_words=["ab", " ab", "b", "  b"])
+    assert (await admitted(message)).banned_sequences == (
+        (alone, b),
+        (behind_space, b),
+        (b,),
+        (b + 50,),
+    )
+    # What is nothing but spaces is banned as it is; a token that the model lacks is never drawn.
+    assert (await admitted(request(bad_words=["  "]))).banned_sequences == ((82,),)
+    few = dataclasses.replace(LIMITS, vocab_size=60)
+    assert (await admitted(request(bad_words=["b"]), few)).banned_sequences == ((b,),)
+
+
+async def test_words_without_a_token_are_refused() -> None:
+    message = request(bad_words=["b", "\n"])
+    assert await refused(message) == ("sampling.bad_words[1]", "texts that the tokenizer knows")
+
+
+@pytest.mark.parametrize(
+    "ruled_out",
+    [
+        {"logit_bias": {7: -100.0, 48: -100.0}},
+        {"logit_bias": {7: -100.0}, "bad_words": ["b"]},
+        {"min_tokens": 1, "stop_token_ids": [7, 48]},
+    ],
+)
+async def test_what_is_allowed_must_leave_something(ruled_out: dict[str, Any]) -> None:
+    message = request(allowed_token_ids=[7, ord("b") % 50], **ruled_out)
+    assert await refused(message) == ("sampling.allowed_token_ids", "at least 1 such token")
+    message.sampling.allowed_token_ids.append(8)
+    await admitted(message)

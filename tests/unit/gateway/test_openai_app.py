@@ -130,6 +130,54 @@ async def test_every_sampling_field_arrives(address: str, frontend: NullFrontend
     assert not second.HasField("temperature") and not second.HasField("seed")
 
 
+async def test_penalties_and_bans_arrive(address: str, frontend: NullFrontend) -> None:
+    numbers = {"presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.25}
+    lists = {"bad_words": ["a", "b c"], "allowed_token_ids": [3, 1], "min_tokens": 2}
+    bias = {"logit_bias": {"1": -100, "3": 2.5}}
+    assert (await ask(address, COMPLETIONS, {**HELLO, **numbers, **lists, **bias})).status == 200
+    neutral: dict[str, Any] = {
+        "bad_words": [],
+        "logit_bias": {},
+        "allowed_token_ids": None,
+        "min_tokens": 0,
+    }
+    assert (await ask(address, COMPLETIONS, {**HELLO, **neutral})).status == 200
+    assert (await ask(address, COMPLETIONS, {**HELLO, "bad_words": "word"})).status == 200
+    first, second, third = (request.sampling for request in frontend.requests)
+    penalties = (first.presence_penalty, first.frequency_penalty, first.repetition_penalty)
+    assert penalties == (1.0, -0.5, 1.25)
+    assert (list(first.bad_words), list(first.allowed_token_ids)) == (["a", "b c"], [3, 1])
+    assert first.min_tokens == 2
+    assert dict(first.logit_bias) == {1: -100.0, 3: 2.5}
+    assert not (second.bad_words or second.logit_bias or second.allowed_token_ids)
+    assert list(third.bad_words) == ["word"]
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"logit_bias": {"5": "high"}}, "logit_bias[5]"),
+        ({"logit_bias": {"5": True}}, "logit_bias[5]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias[a]"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias[-1]"),
+        ({"logit_bias": {"05": 1}}, "logit_bias[05]"),
+        ({"logit_bias": {str(2**32): 1}}, f"logit_bias[{2**32}]"),
+        ({"logit_bias": [[5, 1]]}, "logit_bias"),
+        ({"logit_bias": {str(each): 1 for each in range(5000)}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1, -1]}, "allowed_token_ids[1]"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"repetition_penalty": "1"}, "repetition_penalty"),
+        ({"bad_words": [1]}, "bad_words"),
+    ],
+)
+async def test_wrong_penalties_and_bans_are_named(
+    address: str, given: dict[str, Any], param: str
+) -> None:
+    reply = await ask(address, COMPLETIONS, {**HELLO, **given})
+    assert (reply.status, json.loads(reply.body)["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

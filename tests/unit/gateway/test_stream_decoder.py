@@ -300,3 +300,15 @@ def test_the_cost_of_a_token_does_not_grow_with_the_answer(
         decoder.push([token_id])
     assert max(num_decoded, default=0) <= 2
     assert len(num_decoded) <= 2 * len(set(token_ids)) + 1
+
+
+def test_stops_are_looked_for_behind_the_least_tokens(byte_level: TextCodec) -> None:
+    token_ids = byte_level.encode("a stop, a stop, the end", add_special_tokens=False)
+    early = StreamDecoder(byte_level, ["stop"])
+    assert "".join([early.push([each]).text for each in token_ids]) == "a "
+    num_tokens = len(byte_level.encode("a stop", add_special_tokens=False))
+    late = StreamDecoder(byte_level, ["stop"], min_tokens=num_tokens)
+    # In runs of any length: a client that resumes brings one.
+    texts = [late.push(token_ids[: num_tokens + 1]).text]
+    texts += [late.push([each]).text for each in token_ids[num_tokens + 1 :]]
+    assert "".join(texts) == "a stop, a " and late.stopped

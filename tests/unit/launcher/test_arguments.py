@@ -146,6 +146,18 @@ def test_every_sampling_flag_is_sent() -> None:
     assert (list(sampling.stops), sampling.ignore_eos) == (["a", "b c"], True)
 
 
+def test_every_flag_of_penalties_and_bans_is_sent() -> None:
+    flags = "--token-ids 5 --presence-penalty 1 --frequency-penalty -0.5 --repetition-penalty 1.25"
+    more = "--min-tokens 3 --logit-bias 7:-100,2:5.5 --allowed-token-ids 2,7 --bad-words a"
+    sampling = generate_request(
+        generate(*flags.split(), *more.split(), "--bad-words", "b c")
+    ).sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, -0.5)
+    assert (sampling.repetition_penalty, sampling.min_tokens) == (1.25, 3)
+    assert dict(sampling.logit_bias) == {7: -100, 2: 5.5}
+    assert (list(sampling.allowed_token_ids), list(sampling.bad_words)) == ([2, 7], ["a", "b c"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -156,6 +168,8 @@ def test_every_sampling_flag_is_sent() -> None:
         ("generate --token-ids 4294967296", "no comma-separated list of token ids"),
         ("generate --prompt a --seed -1", "-1 is not between 0 and 18446744073709551615"),
         ("generate --prompt a --max-tokens many", "'many' is no whole number"),
+        ("generate --prompt a --logit-bias 1:2,3", "'3' is no token id with a number"),
+        ("generate --prompt a --logit-bias 2:1,-1:2", "'-1:2' is no token id with a number"),
         ("generate --prompt a --timeout nan", "'nan' is no length of time"),
         ("generate --prompt a --timeout 1e12", "'1e12' is more than 1000000000 seconds"),
         ("up", "required: --model"),

@@ -37,6 +37,23 @@ WAYS = {
     "top-k": SamplingParams(temperature=1.0, top_k=3, seed=4),
     "top-p": SamplingParams(temperature=1.0, top_p=0.5, seed=5),
     "min-p": SamplingParams(temperature=0.9, min_p=0.2, seed=6),
+    # What was emitted counts, and a guess as if it had been.
+    "penalties": SamplingParams(
+        temperature=0.7,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        repetition_penalty=1.25,
+        seed=7,
+    ),
+    "bans": SamplingParams(
+        temperature=0.5,
+        frequency_penalty=1.5,
+        logit_bias=((5, 2.0), (9, -100.0)),
+        allowed_token_ids=frozenset(range(1, 55)),
+        stop_token_ids=frozenset(range(50, 61)),
+        min_tokens=LENGTH,
+        seed=8,
+    ),
 }
 PARAMS = [
     dataclasses.replace(params, max_tokens=LENGTH, ignore_eos=True) for params in WAYS.values()

@@ -37,8 +37,8 @@ def generate_request(
         if name not in Sampling.__annotations__:
             raise TypeError(f"generate() has no argument {name!r}")
         if value is not None:
-            if name == "stops" and isinstance(value, str):
-                raise TypeError("stops is a list of texts, not one text")
+            if name in ("stops", "bad_words") and isinstance(value, str):
+                raise TypeError(f"{name} is a list of texts, not one text")
             _set(request.sampling, name, value, field=f"sampling.{name}")
     return request
 
@@ -57,6 +57,8 @@ def _set(message: Any, name: str, value: Any, *, field: str) -> None:
     try:
         if isinstance(value, (str, int, float)):
             setattr(message, name, value)
+        elif isinstance(value, Mapping):
+            getattr(message, name).update(value)
         else:
             getattr(message, name).extend(value)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 
@@ -31,3 +31,22 @@ class Sampling(TypedDict, total=False):
     speculate: bool | None
     """Whether workers that guess tokens and verify them (`--speculate`) do so here; the answer is
     the same. Default true."""
+    presence_penalty: float | None
+    """Taken from the logit of every token that the answer has already, once; -2 to 2. Default 0."""
+    frequency_penalty: float | None
+    """Taken from the logit of every token, times how often the answer has it already; -2 to 2.
+    Default 0."""
+    repetition_penalty: float | None
+    """The logits of tokens that prompt or answer have already are divided by it, or multiplied
+    where they are below 0; above 0. Default 1 (off)."""
+    min_tokens: int | None
+    """Before so many tokens no end-of-sequence or stop token is drawn, and no stop text is looked
+    for; at most max_tokens. Default 0."""
+    logit_bias: Mapping[int, float]
+    """By token, what is added to its logit: -100 to 100, where -100 bans it. At most 1024
+    tokens."""
+    bad_words: Sequence[str]
+    """Texts that the answer shall not have, with or without a space before them: the last token of
+    what the tokenizer makes of one is not drawn behind the others. Encoded by the gateway."""
+    allowed_token_ids: Sequence[int]
+    """No other tokens are drawn; none: all may be."""
