@@ -19,7 +19,9 @@ from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.request import check_model, time_left_s
 
 _PATH = "/v1/messages"
-_VERSION_HEADER, _VERSION = "anthropic-version", "2023-06-01"
+_VERSION_HEADER = "anthropic-version"
+_OLD_VERSION = "2023-01-01"
+"""Its streams have another form. Later ones differ in what they refuse."""
 
 
 def is_messages_path(path: str) -> bool:
@@ -31,9 +33,8 @@ def messages_router(frontend: Frontend) -> APIRouter:
     async def identify(request: Request) -> None:
         """Before the body is read. Raises a BatonError for those who may not ask."""
         request.state.identity = await frontend.identify(with_bearer(request.headers))
-        version = request.headers.get(_VERSION_HEADER, _VERSION)
-        if version != _VERSION:
-            raise InvalidParam(_VERSION_HEADER, f"is {version[:40]!r}; limit: {_VERSION}")
+        if request.headers.get(_VERSION_HEADER) == _OLD_VERSION:
+            raise InvalidParam(_VERSION_HEADER, f"is {_OLD_VERSION}; limit: 2023-06-01 or later")
 
     router = APIRouter(dependencies=[Depends(identify)])
     template = frontend.codec.chat_template if frontend.codec else None
@@ -78,8 +79,8 @@ def messages_router(frontend: Frontend) -> APIRouter:
 
 
 def with_bearer(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """A key in `x-api-key` is the bearer token, where none is given."""
+    """A key in `x-api-key` is the bearer token, whatever else is given: so it is at Anthropic's."""
     key = headers.get("x-api-key")
-    if key is None or "authorization" in headers:
+    if key is None:
         return headers
     return {**headers, "authorization": f"Bearer {key}"}
