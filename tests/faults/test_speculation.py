@@ -1,0 +1,94 @@
+"""Guessing in real processes: the answer is the one without it, wherever it ends and whoever dies.
+
+One decode worker guesses and the other does not: streams move between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from baton.v1 import inference_service_pb2
+from tests.device import ROOT
+from tests.e2e.harness import Result, Stack
+from tests.e2e.oracle import Ask, Oracle
+from tests.faults.streams import Background
+
+pytestmark = [pytest.mark.e2e, pytest.mark.exact]
+
+DEMO = ROOT / "models" / "demo"
+WORKERS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
+TALE = "Once upon a time there was a little cat. The cat was happy. The cat was happy. The cat"
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "seed": 12},
+    {"temperature": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 0.9, "seed": 13},
+]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(
+        DEMO,
+        tmp_path_factory.mktemp("speculation"),
+        WORKERS,
+        worker_flags={"d0": ["--speculate", "ngram:4"]},
+        flags=["--num-blocks", "256", "--token-budget", "64", "--max-num-seqs", "16"],
+    ) as stack:
+        yield stack
+
+
+def num_accepted(stack: Stack) -> int:
+    return sum(stack.state(name).counters.num_accepted_tokens for name in ("d0", "d1"))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["greedy", "sampled", "penalised"])
+def test_an_answer_ends_where_it_would_without(stack: Stack, way: dict[str, Any]) -> None:
+    """With a text in its middle, a token, or its length, next to answers that do not guess."""
+    whole = stack.generate(TALE, max_tokens=64, speculate=False, **way)
+    assert len(whole.token_ids) == 64
+    ends: list[dict[str, Any]] = [{"stops": [whole.text[cut : cut + 7]]} for cut in (60, 110)]
+    ends += [{"stop_token_ids": [whole.token_ids[index]]} for index in (9, 40)]
+    ends += [{"max_tokens": number} for number in (2, 31)]
+    before = num_accepted(stack)
+    for end in ends:
+        options = {"max_tokens": 64, **way, **end}
+        plain = stack.generate(TALE, speculate=False, **options)
+        guessed = [stack.generate(TALE, **options) for _ in range(2)]
+        assert [shown(each) for each in guessed] == [shown(plain)] * 2
+    assert num_accepted(stack) > before, "nobody guessed"
+    stack.assert_idle()
+
+
+def shown(result: Result) -> tuple[list[int], str, int]:
+    return result.token_ids, result.text, result.finish_reason
+
+
+def test_streams_survive_who_guesses(stack: Stack) -> None:
+    oracle = Oracle(DEMO)
+    tale = tokenized(stack, TALE)
+    asks = [
+        Ask(tale[: len(tale) - number], {"max_tokens": 120, **WAYS[number % len(WAYS)]})
+        for number in range(5)
+    ]
+    streams = [Background(stack, ask.prompt, ignore_eos=True, **ask.sampling) for ask in asks]
+    for num_tokens in (100, 300):
+        stack.wait_until(partial(have_got, streams, num_tokens))
+        stack.kill("d0")
+        stack.restart("d0")
+    results = [stream.result() for stream in streams]
+    assert [result.token_ids for result in results] == oracle.answers(asks)
+    assert sum(result.attempts for result in results) > len(results)
+    stack.assert_idle()
+
+
+def tokenized(stack: Stack, text: str) -> list[int]:
+    request = inference_service_pb2.TokenizeRequest(text=text, add_special_tokens=True)
+    return list(stack.stub.Tokenize(request).token_ids)
+
+
+def have_got(streams: Sequence[Background], num_tokens: int) -> bool:
+    return sum(stream.num_tokens for stream in streams) > num_tokens
