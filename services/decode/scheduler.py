@@ -32,6 +32,8 @@ def running(hosted: Iterable[Sequence]) -> list[Sequence]:
             or sequence.state is prefilling
             and sequence.num_scheduled_tokens >= len(sequence.prompt_token_ids)
         )
+        # What may follow depends on the token that is being drawn.
+        and (sequence.matcher is None or not sequence.num_steps_in_flight)
     ]
 
 

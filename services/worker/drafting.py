@@ -61,7 +61,7 @@ class Drafting:
 
         `extend` finds room for so many tokens of a sequence; without it a part gets none.
         """
-        asking = [part for part in parts if part.sequence.params.speculate]
+        asking = [part for part in parts if part.sequence.params.speculate and not part.draft_ids]
         if not asking or num_more < 1:
             return
         limits = self._lengths.wanted(len(parts), [part.sequence for part in asking])
@@ -95,10 +95,12 @@ class Drafting:
         if not wanted:
             return []
         drafts = self._drafter.drafts([(part.sequence, most) for part, most in wanted])
-        return [
-            (part, draft)
+        offers = [
+            (part, _allowed(part.sequence, draft))
             for (part, _), draft in zip(wanted, drafts, strict=True)
-            if len(draft.token_ids) > _num_supposed(part)
+        ]
+        return [
+            (part, draft) for part, draft in offers if len(draft.token_ids) > _num_supposed(part)
         ]
 
     def took(self, part: Part, num_stood: int) -> None:
@@ -122,6 +124,15 @@ class Drafting:
     def forget(self, sequence: Sequence) -> None:
         self._drafter.forget(sequence)
         self._lengths.forget(sequence)
+
+
+def _allowed(sequence: Sequence, draft: Draft) -> Draft:
+    """Without what its constraint rules out."""
+    if sequence.matcher is None:
+        return draft
+    return draft._replace(
+        token_ids=draft.token_ids[: sequence.matcher.num_allowed(draft.token_ids)]
+    )
 
 
 def _num_supposed(part: Part) -> int:

@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 from baton.services.prefill.scheduler import Admission
 from baton.services.worker import messages as msg
 from baton.services.worker.admission import Admitter
+from baton.services.worker.constraining import Constraining
 from baton.services.worker.corruption import CorruptionGuard
 from baton.services.worker.drafting import Drafting
 from baton.services.worker.failpoints import Failpoints
@@ -84,7 +85,9 @@ class EngineLoop:
         trace: Trace,
         metrics: EngineMetrics | None = None,
         drafting: Drafting | None = None,
+        most_forced: int = 0,
     ) -> None:
+        """`most_forced`: tokens that must follow, by a constraint, and are computed in one step."""
         self._pools = pools
         self._sealer = sealer
         self._counters = counters
@@ -96,7 +99,10 @@ class EngineLoop:
         self.num_steps = 0
         self.is_busy = False
         self._table = SequenceTable()
-        self._stepper = Stepper(runner, pools, self._table, limits, failpoints, drafting)
+        constraining = Constraining(most_forced, self._metrics.made_masks)
+        self._stepper = Stepper(
+            runner, pools, self._table, limits, failpoints, drafting, constraining
+        )
         self._steps_ahead = runner.steps_ahead
         self._in_flight: deque[InFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
@@ -420,7 +426,7 @@ class EngineLoop:
             if sequence.finish_reason is None:
                 sequence.num_computed_tokens += 1
                 self._took_token(sequence, drawn)
-        if part.draft_ids:
+        if part.draft_ids and not part.is_forced:
             self._count_drafts(part, len(outcome) - 1, len(sequence.output_token_ids) - num_before)
         has_filled = sequence.num_computed_tokens // self._pools.block_size > num_blocks
         return has_filled or bool(outcome) and sequence.finish_reason is not None

@@ -7,6 +7,7 @@ goes to the stream that it is for. Streams that are gone lose their mail.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 from collections.abc import Callable
 from itertools import count
@@ -16,12 +17,22 @@ from baton.services.decode.server import DecodeEvents
 from baton.services.prefill.server import PrefillEvents
 from baton.services.worker import messages as msg
 from baton.services.worker.directory_sync import DirectorySync
+from baton.services.worker.grammars import Grammars
 from baton.services.worker.hold import HoldClient
 from baton.services.worker.sequence_table import Recipient
 from baton.shared.kv.sequence import AttemptKey, Sequence
-from baton.shared.rpc.convert import key_from_pb
-from baton.shared.rpc.errors import BatonError, StaleAttempt
-from baton.v1 import kv_service_pb2, types_pb2, worker_service_pb2
+from baton.shared.rpc.convert import key_from_pb, key_to_pb
+from baton.shared.rpc.errors import (
+    BatonError,
+    EngineFailure,
+    NoTokenizer,
+    StaleAttempt,
+    to_failure,
+)
+from baton.shared.telemetry import log_event
+from baton.v1 import decode_service_pb2, kv_service_pb2, types_pb2, worker_service_pb2
+
+logger = logging.getLogger(__name__)
 
 
 class EngineView(Protocol):
@@ -46,13 +57,18 @@ class Mailroom:
         describe_pool: Callable[[], kv_service_pb2.PoolDescription],
         drop_peer: Callable[[str], None],
         directory: DirectorySync,
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars`: None where no sequence is constrained."""
         self.identity = identity
         self.capability_hash = capability_hash
         self.describe_pool = describe_pool
         self._drop_peer = drop_peer
         self._inbox = inbox
         self._directory = directory
+        self._grammars = grammars
+        self._starting: set[asyncio.Task[None]] = set()
+        """Sequences whose constraints are being compiled."""
         self._loop = asyncio.get_running_loop()
         self._names = count(1)
         self._prefills: dict[AttemptKey, PrefillEvents] = {}
@@ -102,7 +118,7 @@ class Mailroom:
             raise StaleAttempt("this attempt is being computed already")
         events: PrefillEvents = asyncio.Queue()
         self._prefills[sequence.key] = events
-        self._inbox.put(msg.StartPrefill(sequence, unclaimed))
+        self._start(sequence, msg.StartPrefill(sequence, unclaimed), events.put_nowait)
         return events
 
     def end_prefill(self, key: AttemptKey, *, cancel: bool) -> None:
@@ -131,10 +147,55 @@ class Mailroom:
         peer = None
         if source is not None:
             peer = msg.Peer(source.worker_id, source.incarnation, source.address)
-        self._inbox.put(msg.StartDecode(sequence, Recipient(gateway, number), peer))
+
+        def fail(error: BatonError) -> None:
+            failed = decode_service_pb2.SequenceFailed(
+                slot=number, key=key_to_pb(sequence.key), failure=to_failure(error)
+            )
+            if gateway in self._gateways:
+                self._gateways[gateway].put_nowait(decode_service_pb2.DecodeResponse(failed=failed))
+
+        start = msg.StartDecode(sequence, Recipient(gateway, number), peer)
+        self._start(sequence, start, fail, lambda: gateway in self._gateways)
 
     def cancel(self, key: AttemptKey) -> None:
         self._inbox.put(msg.CancelAttempts(key))
+
+    def _start(
+        self,
+        sequence: Sequence,
+        start: msg.StartPrefill | msg.StartDecode,
+        fail: Callable[[BatonError], None],
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """At once, or when its constraint is compiled; cancels that come first are remembered."""
+        if not sequence.constraint:
+            self._inbox.put(start)
+            return
+        task = self._loop.create_task(self._start_constrained(sequence, start, fail, is_wanted))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def _start_constrained(
+        self,
+        sequence: Sequence,
+        start: msg.StartPrefill | msg.StartDecode,
+        fail: Callable[[BatonError], None],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        try:
+            if self._grammars is None:
+                raise NoTokenizer("constraints are not served here")
+            sequence.matcher = await self._grammars.matcher_for(sequence)
+        except BatonError as error:
+            fail(error)
+            return
+        except Exception:
+            log_event(logger, logging.ERROR, "constraint failed", key=sequence.key, exc_info=True)
+            fail(EngineFailure("the constraint could not be compiled"))
+            return
+        if is_wanted():
+            self._inbox.put(start)
 
     # OwnerHost
 
@@ -206,5 +267,7 @@ class Mailroom:
         return await reply
 
     async def close(self) -> None:
+        if self._grammars is not None:
+            self._grammars.close()
         for client in list(self._sources.values()):
             await client.close()

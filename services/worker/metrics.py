@@ -32,6 +32,11 @@ from baton.v1 import worker_service_pb2
 _ANSWER_S = 0.2
 """A scrape does not wait longer for a step to end: it is told the last state then."""
 
+_MASK_SECONDS_BUCKETS = (
+    *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005),
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+)
+
 _COUNTERS = {
     "steps": "Engine steps",
     "computed_prompt_tokens": "Prompt tokens that were computed here",
@@ -87,6 +92,12 @@ class EngineMetrics:
             kind: (step_seconds.labels(kind), step_tokens.labels(kind))
             for kind in ("prefill", "decode", "mixed")
         }
+        self._mask_seconds = Histogram(
+            "baton_mask_seconds",
+            "Time of the masks of a constrained sequence's part of a step",
+            buckets=_MASK_SECONDS_BUCKETS,
+            registry=registry,
+        )
         self._handoff_seconds = Histogram(
             "baton_handoff_seconds",
             "Prompt computed at its prefill worker to all blocks here and verified",
@@ -106,6 +117,9 @@ class EngineMetrics:
         in_seconds, in_tokens = self._of_kind[kind]
         in_seconds.observe(seconds)
         in_tokens.observe(num_decoded_tokens + num_prompt_tokens)
+
+    def made_masks(self, seconds: float) -> None:
+        self._mask_seconds.observe(seconds)
 
     def joined(self, transfer_s: float, num_bytes: int) -> None:
         self.num_joined += 1

@@ -21,6 +21,8 @@ class Part:
     """Guesses of what steps in flight draw, without which the drafts say nothing."""
     num_known: int = 0
     """Tokens of the sequence that were known when the drafts were made."""
+    is_forced: bool = False
+    """The drafts are tokens that must follow: a constraint allows no others."""
     is_predicted: bool = False
     """The drafts are the client's own."""
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from baton.services.decode import scheduler as decode_policy
 from baton.services.prefill import scheduler as prefill_policy
 from baton.services.prefill.pacing import Pacing
+from baton.services.worker.constraining import Constraining
 from baton.services.worker.drafting import Drafting
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.part import Part
@@ -78,6 +79,7 @@ class Stepper:
         limits: BatchLimits,
         failpoints: Failpoints,
         drafting: Drafting | None = None,
+        constraining: Constraining | None = None,
     ) -> None:
         self._runner = runner
         self._pools = pools
@@ -85,6 +87,7 @@ class Stepper:
         self._limits = limits
         self._failpoints = failpoints
         self._drafting = drafting
+        self._constraining = constraining or Constraining(0)
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
         self._keeps_states = not all(group.spec.grows for group in pools.groups)
@@ -118,8 +121,11 @@ class Stepper:
             if sequence.is_admitted
         ]
         # Drafts last: nobody yields for what they take.
+        num_more = self._limits.token_budget - len(parts)
+        self._constraining.add_forced(parts, self._has_room, num_more)
         if self._drafting is not None:
-            self._drafting.add(parts, self._has_room, self._limits.token_budget - len(parts))
+            num_more -= sum(len(part.draft_ids) for part in parts)
+            self._drafting.add(parts, self._has_room, num_more)
         # Without those that had to yield.
         return parts + self._choose_chunks([each for each in prefilling if each.is_admitted], parts)
 
@@ -257,7 +263,7 @@ class Stepper:
         else:
             drawn = in_flight.step.result()
             outcomes = [
-                _outcome(part.sequence, each)
+                self._constraining.failure(part.sequence) or _outcome(part.sequence, each)
                 for part, each in zip(in_flight.parts, drawn, strict=True)
             ]
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
@@ -267,7 +273,7 @@ class Stepper:
 
     def _took_drafts(self, part: Part, num_drawn: int) -> None:
         sequence, num_fallen = part.sequence, part.num_tokens - num_drawn
-        if self._drafting is not None:
+        if self._drafting is not None and not part.is_forced:
             self._drafting.took(part, num_drawn - 1)
         sequence.num_scheduled_tokens -= num_fallen
         if num_fallen and sequence.is_admitted:
@@ -290,6 +296,7 @@ class Stepper:
         """It takes part in no further step."""
         if self._drafting is not None:
             self._drafting.forget(sequence)
+        self._constraining.forget(sequence)
         handle = self._handles.pop(sequence, None)
         if handle is not None:
             self._runner.close_row(handle)
@@ -303,6 +310,9 @@ class Stepper:
         """
         if not part.sequence.is_admitted:
             return ()
+        failure = self._constraining.failure(part.sequence)
+        if failure is not None:
+            return failure
         try:
             [drawn] = self._runner.forward(Batch(self._rows([part])))
         except Exception as error:
@@ -317,7 +327,9 @@ class Stepper:
 
     def _rows(self, parts: list[Part]) -> list[BatchRow]:
         handles = self._handles
-        return [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in parts]
+        rows = [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in parts]
+        self._constraining.add_masks(parts, rows)
+        return rows
 
     def _open(self, sequence: Sequence) -> RowHandle:
         handle = self._runner.open_row(sequence.params, sequence.key.sample, sequence)

@@ -29,6 +29,7 @@ from baton.services.worker.directory_sync import DirectorySync, check_model
 from baton.services.worker.drafting import Drafting
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
+from baton.services.worker.grammars import Grammars
 from baton.services.worker.hold import KvServicer
 from baton.services.worker.inspection import WorkerServicer
 from baton.services.worker.mailroom import Mailroom
@@ -192,6 +193,7 @@ class Worker:
             describe_pool=self._transport.describe,
             drop_peer=puller.drop_peer,
             directory=directory,
+            grammars=Grammars(self._config.model_dir, self._runner.model_config.vocab_size),
         )
         metrics = EngineMetrics(self._registry)
         engine = self._build_engine(identity, inbox, mailroom, puller, metrics)
@@ -295,6 +297,7 @@ class Worker:
             trace=self._trace,
             metrics=metrics,
             drafting=self._drafting,
+            most_forced=self._runner.most_forced,
         )
 
     def _export(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.shared.engine.shaping import History, Shaping
+from baton.shared.engine.token_masks import TokenMasks
 from baton.shared.sampling import SamplingParams
 
 Ints = npt.NDArray[np.int64]
@@ -73,6 +74,9 @@ class BatchRow:
     draft_ids: Sequence[int] = ()
     """Guesses of what is drawn behind a row of one token, computed along with it. A token is drawn
     behind each of them too; what stands is what was drawn up to the first guess that it is not."""
+    masks: TokenMasks | None = None
+    """Which tokens may be drawn behind the last one that is known, and behind each draft; None:
+    any."""
     num_logits: int = 1
     """How many of the row's last tokens `logits` is asked for."""
     history: History | None = None

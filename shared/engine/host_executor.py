@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from baton.shared.engine.executor import Model, Wanted
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.engine.shaping import History, Shaping, apply_shaping
+from baton.shared.engine.token_masks import apply_masks
 from baton.shared.kv.cache_spec import window_of
 from baton.shared.kv.drawn import Drawn, drawn_of
 from baton.shared.sampling import SamplingParams
@@ -88,6 +90,7 @@ class HostExecutor:
         if drawing:
             logits = self._logits(hidden, len(wanted))
             self._shape(logits, rows, drawing)
+            _apply_masks(logits, [rows[i] for i, _ in drawing])
             tokens = sample_tokens(
                 logits,
                 [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None],
@@ -207,6 +210,14 @@ class HostExecutor:
             if int(table.max()) >= num_blocks or int(columns.slot_mapping[group].min()) < 0:
                 raise ValueError("a block table names a block that does not exist")
         return columns
+
+
+def _apply_masks(logits: Tensor, drawing: Sequence[BatchRow]) -> None:
+    """`drawing`: the row of each of the logits; those of a row stand together."""
+    masked = [place for place, row in enumerate(drawing) if row.masks is not None]
+    if masked:
+        masks = [row.masks for row, _ in groupby(drawing) if row.masks is not None]
+        apply_masks(logits, masked, np.concatenate(masks))
 
 
 def _alone(columns: BatchColumns, tokens: Ints) -> BatchColumns:

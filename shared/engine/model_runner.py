@@ -51,6 +51,7 @@ _DTYPES = {
     "float16": torch.float16,
 }
 _HOST_TOKEN_BUDGET = 512
+_MOST_FORCED_ON_HOST = 16
 _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
 _GOOD_ENOUGH = 0.99
@@ -75,6 +76,7 @@ class ModelRunner:
         token_budget: the most tokens of one step.
         steps_ahead: how many steps may be launched before the result of the first is taken.
         num_drafts: the most drafts that a row of one token may have.
+        most_forced: as `num_drafts`, of tokens that a constraint allows no others for.
         max_model_len: tokens of the longest sequence, prompt and answer together.
         capacity: what sequences take of the block pools.
     """
@@ -116,6 +118,9 @@ class ModelRunner:
                 "num_drafts: --speculate is not for a model whose layers keep a state: "
                 "drafts that do not stand would change it"
             )
+        # The host computes rows of any length; a state never takes a token back.
+        takes_many = self.kernels == "torch" and all(spec.grows for spec in specs)
+        self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
         self._config = config
         self.arrangement: Arrangement = arrange(
             self.model_config.cache_specs,

@@ -21,9 +21,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from baton.shared.constraints.matcher import AnswerMatcher
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,6 +112,10 @@ class Sequence:
     """What the client expects the answer to be; says nothing of what it is."""
     banned_sequences: tuple[tuple[int, ...], ...] = ()
     """The last token of each is not drawn behind the others, where those were emitted."""
+    constraint: bytes = b""
+    """Which texts the answer may be: a `Constraint` message, serialised; empty: any."""
+    matcher: AnswerMatcher | None = None
+    """Of the constraint, once that is compiled."""
     distrust: bool = False
     deadline: float | None = None
     """Seconds on this process's monotonic clock."""

@@ -115,6 +115,7 @@ def sequence_from_pb(spec: pb.SequenceSpec, capability_hash: str) -> Sequence:
         salt=spec.cache_salt,
         prediction_token_ids=tuple(spec.prediction_token_ids),
         banned_sequences=tuple(tuple(each.token_ids) for each in spec.banned_sequences),
+        constraint=spec.constraint.SerializeToString() if spec.HasField("constraint") else b"",
         distrust=spec.distrust,
         deadline=deadline,
     )

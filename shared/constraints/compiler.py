@@ -1,0 +1,174 @@
+"""Constraints, compiled: each by the gateway, which refuses what cannot be, and by its workers."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from baton.shared.constraints.grammar import grammar_of, json_options
+from baton.shared.constraints.schema import place_of_error, place_of_keyword
+from baton.shared.constraints.tokens import TokenTable
+from baton.shared.rpc.errors import InvalidField
+from baton.v1 import types_pb2
+
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    # They would tell the whole grammar.
+    verbose_errors=False,
+)
+"""Fuel is work, not time: every machine refuses the same. A step's is some 15 ms at most, and a
+state of the lexer takes about 2 kB."""
+_MAX_COMPILED = 64
+_MAX_BEGIN_BYTES = 256
+_SCHEMA = "what llguidance supports of JSON Schema"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledConstraint:
+    """What the matchers of all answers under one constraint start from."""
+
+    grammar: LLMatcher
+    """At its beginning; to be copied."""
+    tokens: TokenTable
+    accepts_empty: bool
+    begin_after: tuple[int, ...] | bytes | None
+    """The tokens, or the text, behind which the constrained text begins; None: it does at once."""
+
+
+class Compiler:
+    """Keeps what was compiled last. From any thread."""
+
+    def __init__(self, tokens: TokenTable) -> None:
+        self._tokens = tokens
+        self._compiled: OrderedDict[bytes, CompiledConstraint] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, constraint: bytes) -> CompiledConstraint:
+        """`constraint`: the message, serialised. Raises InvalidField."""
+        with self._lock:
+            known = self._compiled.get(constraint)
+            if known is not None:
+                self._compiled.move_to_end(constraint)
+                return known
+        made = compile_constraint(types_pb2.Constraint.FromString(constraint), self._tokens)
+        with self._lock:
+            self._compiled[constraint] = made
+            while len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return made
+
+
+def compile_constraint(constraint: types_pb2.Constraint, tokens: TokenTable) -> CompiledConstraint:
+    """Raises InvalidField, naming the place where llguidance's word allows it."""
+    begin_after = _begin_after(constraint, tokens)
+    grammar = LLMatcher(
+        tokens.for_grammars, grammar_of(constraint, tokens.split), log_level=0, limits=_LIMITS
+    )
+    warnings = grammar.get_grammar_warnings()
+    if grammar.is_error() or warnings:
+        raise _refusal(constraint, tokens, grammar.get_error() or "; ".join(warnings))
+    return CompiledConstraint(grammar, tokens, grammar.is_accepting(), begin_after)
+
+
+def _begin_after(
+    constraint: types_pb2.Constraint, tokens: TokenTable
+) -> tuple[int, ...] | bytes | None:
+    if not constraint.HasField("begin_after"):
+        return None
+    field = "constraint.begin_after"
+    match constraint.begin_after.WhichOneof("end"):
+        case "token_ids":
+            run = tuple(constraint.begin_after.token_ids.token_ids)
+            if not 1 <= len(run) <= _MAX_BEGIN_BYTES:
+                limit = f"1 to {_MAX_BEGIN_BYTES} tokens"
+                raise InvalidField(f"{field}.token_ids", f"has {len(run)} tokens", limit=limit)
+            if max(run) >= tokens.vocab_size:
+                limit = f"below the vocabulary's size, {tokens.vocab_size}"
+                raise InvalidField(f"{field}.token_ids", f"has token {max(run)}", limit=limit)
+            return run
+        case "text":
+            text = constraint.begin_after.text.encode()
+            if not 1 <= len(text) <= _MAX_BEGIN_BYTES:
+                limit = f"1 to {_MAX_BEGIN_BYTES} bytes"
+                raise InvalidField(f"{field}.text", f"has {len(text)} bytes", limit=limit)
+            return text
+    raise InvalidField(field, "is empty", limit="token_ids or text")
+
+
+def _refusal(constraint: types_pb2.Constraint, tokens: TokenTable, error: str) -> InvalidField:
+    kind = constraint.WhichOneof("kind")
+    if kind == "json_schema":
+        return _schema_refusal("constraint.json_schema", constraint.json_schema, error)
+    if kind == "structural_tags":
+        # One of them by itself says where.
+        options = json_options(constraint)
+        for index, tag in enumerate(constraint.structural_tags.tags):
+            content = tag.WhichOneof("content")
+            if content is None:
+                continue
+            field = f"constraint.structural_tags.tags[{index}].{content}"
+            text: str = getattr(tag, content)
+            if content == "json_schema":
+                problem = _error_of_schema(json.loads(text), options)
+                if problem is not None:
+                    return _schema_refusal(field, text, problem)
+                continue
+            alone = types_pb2.Constraint()
+            setattr(alone, content, text)
+            problem = _error_of(grammar_of(alone, tokens.split))
+            if problem is not None:
+                return InvalidField(field, f"cannot be used: {_one_line(problem)}", limit=content)
+    return InvalidField(
+        f"constraint.{kind}",
+        f"cannot be used: {_one_line(error)}",
+        limit=_LIMIT_OF.get(kind or "", "less"),
+    )
+
+
+_LIMIT_OF = {
+    "regex": "a regular expression without look-around",
+    "lark": "a grammar that llguidance reads",
+    "gbnf": "a GBNF grammar",
+    "choices": "fewer or shorter texts",
+    "structural_tags": "tags that llguidance can follow",
+}
+
+
+def _schema_refusal(field: str, text: str, error: str) -> InvalidField:
+    schema = json.loads(text)
+    unknown = re.search(r'Unimplemented keys: \["([^"]+)"', error)
+    if unknown is not None:
+        keyword = unknown[1]
+        place = place_of_keyword(schema, keyword)
+        where = f" at {place}" if place else ""
+        problem = f"has the keyword {keyword!r}{where}, which is not supported"
+        return InvalidField(field, problem, limit=_SCHEMA)
+    place = place_of_error(schema, error, lambda part: _error_of_schema(part, {}))
+    where = f" at {place}" if place else ""
+    return InvalidField(field, f"cannot be used{where}: {_one_line(error)}", limit=_SCHEMA)
+
+
+def _error_of_schema(schema: Any, options: Any) -> str | None:
+    text = schema if isinstance(schema, dict) else json.dumps(schema)
+    return _error_of(LLMatcher.grammar_from_json_schema(text, overrides=options))
+
+
+def _error_of(grammar: str) -> str | None:
+    """What is wrong with it, whatever the tokens are."""
+    is_error, found = LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS)
+    return found[0] if is_error else None
+
+
+def _one_line(error: str) -> str:
+    line = " ".join(error.replace("<non-verbose/>", "").split())
+    return line if len(line) <= 300 else line[:300] + "…"
