@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import uvloop
 
 from baton.services.gateway.cluster import Cluster
+from baton.services.gateway.constraints import ConstraintChecker
 from baton.services.gateway.drain import drain
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.generation_config import SOURCES, read_default_sampling
@@ -193,9 +194,11 @@ async def serve(
         local_prefill=args.local_prefill,
         media_tokens=media_tokens,
     )
+    constraints = ConstraintChecker(args.model, model.vocab_size)
     frontend = Frontend(
         cluster,
         codec,
+        check_constraint=constraints.check,
         model=model,
         model_name=args.model_name,
         incarnation=incarnation,
@@ -260,6 +263,7 @@ async def serve(
     await drain(frontend, endpoint, http, shared_for_s=connection_age_s, limit_s=args.drain_s)
     following.cancel()
     await asyncio.gather(following, readiness, return_exceptions=True)
+    await constraints.close()
     await cluster.close()
     if metrics is not None:
         metrics.close()

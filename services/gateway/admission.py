@@ -24,6 +24,7 @@ from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
 Encode = Callable[[str], Awaitable[Sequence[int]]]
+CheckConstraint = Callable[[types_pb2.Constraint], Awaitable[None]]
 EncodeChat = Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[int]]]
 
 MAX_SAMPLES = 128
@@ -71,6 +72,8 @@ class AdmittedRequest:
     """What the client expects the answer to be."""
     banned_sequences: TokenSequences = ()
     """Of `bad_words`."""
+    constraint: types_pb2.Constraint | None = None
+    """Which texts the answer may be; None: any."""
 
     @property
     def num_samples(self) -> int:
@@ -84,6 +87,7 @@ async def admit(
     encode: Encode | None,
     encode_chat: EncodeChat | None = None,
     encode_answer: Encode | None = None,
+    check_constraint: CheckConstraint | None = None,
     defaults: ModelDefaults = ModelDefaults(),
     identity: Identity = ANONYMOUS,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
@@ -91,15 +95,15 @@ async def admit(
     """Awaits nothing but these, and that only when all else about the request holds.
 
     `encode` and `encode_chat` turn a prompt, or a chat's messages, into token ids, `encode_answer`
-    a text of an answer: what the client expects, and bad words; None when the model has no
-    tokenizer.
+    a text of an answer: what the client expects, and bad words; `check_constraint` refuses what
+    workers could not follow. None when the model has no tokenizer.
 
     Raises InvalidField naming field and limit; NoTokenizer for text or stop strings without one,
     and what `encode_chat` raises.
     """
     _check_sampling(request.sampling, limits, has_tokenizer=encode is not None)
-    if request.HasField("constraint"):
-        raise InvalidField("constraint", "is not supported yet", limit="none")
+    if request.HasField("constraint") and (encode is None or check_constraint is None):
+        raise NoTokenizer("constraint needs a tokenizer, and the model has none")
     sampling = types_pb2.SamplingParams()
     sampling.CopyFrom(defaults.sampling)
     sampling.MergeFrom(request.sampling)
@@ -125,6 +129,10 @@ async def admit(
     if params.min_tokens > max_tokens:
         problem, limit = f"is {params.min_tokens}", f"max_tokens, {max_tokens}"
         raise InvalidField("sampling.min_tokens", problem, limit=limit)
+    constraint = None
+    if request.HasField("constraint") and check_constraint is not None:
+        constraint = request.constraint
+        await check_constraint(constraint)
     prediction = await _prediction_token_ids(request, limits, encode_answer)
     banned: TokenSequences = ()
     if params.bad_words:
@@ -133,11 +141,14 @@ async def admit(
         banned = await banned_sequences(params.bad_words, limits.vocab_size, encode_answer)
     seed = params.seed if has_seed else draw_seed()
     ends = params.stop_token_ids
-    if not params.ignore_eos:
+    # What has nothing left to say ends, whatever is ignored.
+    if not params.ignore_eos or constraint is not None:
         ends |= defaults.eos_token_ids
     params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
     check_a_token_is_left(params, banned)
-    return AdmittedRequest(prompt, params, tuple(received.values()), identity, prediction, banned)
+    return AdmittedRequest(
+        prompt, params, tuple(received.values()), identity, prediction, banned, constraint
+    )
 
 
 def _received(request: pb.GenerateRequest, limits: Limits) -> dict[str, tuple[int, ...]]:

@@ -201,6 +201,7 @@ class _Attempt:
                 types_pb2.TokenRun(token_ids=token_ids)
                 for token_ids in generation.admitted.banned_sequences
             ],
+            constraint=generation.admitted.constraint,
         )
         if generation.deadline is not None:
             time_left_s = max(0.0, generation.deadline - time.monotonic())

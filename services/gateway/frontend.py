@@ -14,6 +14,7 @@ from itertools import count, takewhile
 from typing import Any
 
 from baton.services.gateway.admission import (
+    CheckConstraint,
     ModelDefaults,
     chat_token_ids,
     check_text,
@@ -45,10 +46,12 @@ class Frontend:
         incarnation: str,
         default_sampling: types_pb2.SamplingParams | None = None,
         identify: Identify = ask_nobody,
+        check_constraint: CheckConstraint | None = None,
     ) -> None:
         """`default_sampling`: its fields are for requests that do not set them. `identify`: what
         both doors ask before anything else of a request is looked at."""
         self.identify = identify
+        self._check_constraint = check_constraint
         self.cluster = cluster
         self.codec = codec
         self.model = model
@@ -100,6 +103,7 @@ class Frontend:
             deadline=deadline,
             cluster=self.cluster,
             codec=self.codec,
+            check_constraint=self._check_constraint,
             defaults=self.defaults,
             counters=self.counters,
             metrics=self.metrics,

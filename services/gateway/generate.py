@@ -20,6 +20,7 @@ from functools import partial
 
 from baton.services.gateway.admission import (
     AdmittedRequest,
+    CheckConstraint,
     ModelDefaults,
     admit,
     chat_token_ids,
@@ -69,6 +70,7 @@ async def generate(
     counters: Counters,
     metrics: GatewayMetrics,
     shown_token_ids: Collection[int] = (),
+    check_constraint: CheckConstraint | None = None,
     is_cut_off: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Everything that happens to a request, in order. `shown_token_ids`: see StreamDecoder,
@@ -85,6 +87,7 @@ async def generate(
             encode=codec.encode_async if codec else None,
             encode_chat=partial(chat_token_ids, limits=limits, codec=codec) if codec else None,
             encode_answer=partial(codec.encode_async, add_special_tokens=False) if codec else None,
+            check_constraint=check_constraint,
             defaults=defaults,
             identity=identity,
         )
@@ -168,6 +171,9 @@ def _new_decoder(
     shown_token_ids: Collection[int],
 ) -> StreamDecoder:
     is_standalone = request.standalone_text or request.WhichOneof("prompt") == "messages"
+    if admitted.constraint is not None and not admitted.constraint.HasField("begin_after"):
+        # Its text is shown as the constraint has it, with a space in front if that has one.
+        is_standalone = False
     return StreamDecoder(
         codec,
         admitted.params.stops,

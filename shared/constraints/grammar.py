@@ -16,8 +16,9 @@ from baton.v1 import types_pb2
 
 _MAX_CHOICES = 1024
 _MAX_TAGS = 128
-_JSON_SPACE = r"[ \t\n\r]{1,64}"
-"""Between the parts of JSON; models that may write it for ever do."""
+_JSON_SPACE = r"( |\n[ \t]{0,24})"
+"""Between the parts of JSON: a space, or a new line and its indent. Models that may write white
+space for ever do."""
 
 Split = Callable[[str], Sequence[str | int]]
 """A text's parts: special tokens by id, and what is between them."""
