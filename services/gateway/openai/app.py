@@ -21,7 +21,11 @@ from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask, is_asked
 from baton.services.gateway.openai.body import read_json
 from baton.services.gateway.openai.chat import chat_fields, prepared_chat, template_messages
-from baton.services.gateway.openai.completions import FIELDS, completion_requests
+from baton.services.gateway.openai.completions import (
+    FIELDS,
+    completion_fields,
+    completion_requests,
+)
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
 from baton.services.gateway.openai.request import check_model, time_left_s
 from baton.services.gateway.openai.responses.routes import responses_router
@@ -105,11 +109,12 @@ def _inference(frontend: Frontend) -> APIRouter:
     async def completions(request: Request) -> Response:
         fields = parse(CompletionRequest, await read_json(request))
         check_model(fields.model, frontend)
+        names = completion_fields(fields)
         try:
             requests = await completion_requests(fields, frontend)
         except BatonError as error:
-            raise to_http_error(error, FIELDS) from error
-        return Answer(frontend, _ask(request, fields, requests, FIELDS, frontend))
+            raise to_http_error(error, names) from error
+        return Answer(frontend, _ask(request, fields, requests, names, frontend))
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

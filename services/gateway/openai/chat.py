@@ -8,6 +8,7 @@ from typing import Any
 
 from baton.services.gateway.answer_parts import PLAIN, Reading
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.constraint import asked_constraint
 from baton.services.gateway.openai.content import PREDICTION, prediction_of, text_of
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import ChatRequest, Message
@@ -22,7 +23,7 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
     names = {"text": "messages", "token_ids": "messages", **PREDICTION}
     if request.max_completion_tokens is not None:
         names["sampling.max_tokens"] = "max_completion_tokens"
-    return names
+    return names | asked_constraint(request).names
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
     """Raises InvalidParam and BatonErrors."""
     sampling = request.sampling(frontend.cluster.limits().vocab_size)
     prediction = prediction_of(request.prediction)
+    constraint = asked_constraint(request).constraint
     token_ids = await frontend.chat_prompt(
         template_messages(request.messages, frontend),
         add_generation_prompt=request.add_generation_prompt is not False,
@@ -55,6 +57,7 @@ async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
             clamp_max_tokens=not is_length_given,
             prediction=prediction,
             n=request.n,
+            constraint=constraint,
         )
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from baton.services.gateway.admission import MAX_SAMPLES, Limits
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.constraint import asked_constraint
 from baton.services.gateway.openai.content import PREDICTION, prediction_of
 from baton.services.gateway.openai.errors import InvalidParam, context_too_long
 from baton.services.gateway.openai.fields import whole
@@ -19,7 +20,11 @@ MAX_CHOICES = 1024
 _DEFAULT_MAX_TOKENS = 16
 
 FIELDS = {"text": "prompt", "token_ids": "prompt", **PREDICTION}
-"""What this endpoint calls the fields of GenerateRequest."""
+
+
+def completion_fields(request: CompletionRequest) -> dict[str, str]:
+    """What this request calls the fields of GenerateRequest."""
+    return FIELDS | asked_constraint(request).names
 
 
 async def completion_requests(
@@ -39,6 +44,7 @@ async def completion_requests(
     if request.n and request.n <= MAX_SAMPLES and len(prompts) * request.n > MAX_CHOICES:
         problem = f"is {request.n}, for each of {len(prompts)} prompts; limit: {MAX_CHOICES} in all"
         raise InvalidParam("n", problem)
+    constraint = asked_constraint(request).constraint
     requests = []
     for prompt in prompts:
         one = pb.GenerateRequest(
@@ -46,6 +52,7 @@ async def completion_requests(
             clamp_max_tokens=not is_length_given,
             prediction=prediction,
             n=request.n,
+            constraint=constraint,
         )
         if isinstance(prompt, str) and request.add_special_tokens is not False:
             one.text = prompt

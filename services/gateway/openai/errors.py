@@ -96,4 +96,4 @@ def _http_name(field: str, fields: dict[str, str]) -> str:
     index = _INDEX.search(field)
     name = _INDEX.sub("", field)
     known = {f"sampling.{field.name}": field.public_name for field in FIELDS} | fields
-    return known.get(name, name) + (index[0] if index else "")
+    return _at_place(name, known) + (index[0] if index else "")

@@ -55,12 +55,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "structural_tag": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -164,6 +159,13 @@ class Sampled(_WithSampling):
     return_token_ids: bool | None = None
     prediction: Prediction | None = None
     n: _Int | None = Field(None, ge=0, le=_UINT32)
+    # See constraint.py.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: _List[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def asks_for_all(self) -> bool:
@@ -252,7 +254,7 @@ def parse(kind: type[_Request], body: dict[str, Any]) -> _Request:
 
 
 _MAPPINGS = [field.public_name for field in FIELDS if field.kind is Kind.BIASES]
-_LISTS = ["messages"] + [
+_LISTS = ["messages", "guided_choice"] + [
     field.public_name for field in FIELDS if field.kind in (Kind.TEXTS, Kind.TOKEN_IDS)
 ]
 

@@ -1,0 +1,185 @@
+"""Which texts an answer may be, as OpenAI's clients say it (`response_format`), and vLLM's
+(`structured_outputs`, `guided_json` and the like)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from baton.services.gateway.openai.errors import InvalidParam
+from baton.services.gateway.openai.schema import Sampled
+from baton.v1 import types_pb2
+
+
+class Asked(NamedTuple):
+    constraint: types_pb2.Constraint | None
+    names: dict[str, str]
+    """What the request calls the constraint's fields."""
+
+
+def asked_constraint(request: Sampled) -> Asked:
+    """Raises InvalidParam."""
+    asked: list[tuple[str, Asked]] = []
+    if request.response_format is not None:
+        asked.append(("response_format", _of_response_format(request.response_format)))
+    if request.structured_outputs is not None:
+        asked.append(("structured_outputs", _of_structured_outputs(request.structured_outputs)))
+    guided = {name: getattr(request, f"guided_{name}") for name in _GUIDED}
+    asked += [
+        (f"guided_{name}", _GUIDED[name](f"guided_{name}", value))
+        for name, value in guided.items()
+        if value is not None
+    ]
+    wanted = [(name, each) for name, each in asked if each.constraint is not None]
+    if len(wanted) > 1:
+        raise InvalidParam(wanted[1][0], f"is given beside {wanted[0][0]}: choose one")
+    return wanted[0][1] if wanted else Asked(None, {})
+
+
+def grammar_field(text: str) -> str:
+    """Which of the two kinds of grammar this is: rules of GBNF have `::=`."""
+    return "gbnf" if "::=" in text else "lark"
+
+
+def _of_response_format(value: Mapping[str, Any]) -> Asked:
+    path = "response_format"
+    match value.get("type"):
+        case "text":
+            return Asked(None, {})
+        case "json_object" if value.get("schema") is not None:
+            # llama.cpp's form.
+            return _json(f"{path}.schema", value["schema"])
+        case "json_object":
+            return Asked(types_pb2.Constraint(json_object=types_pb2.JsonObject()), {})
+        case "json_schema":
+            inner = value.get("json_schema")
+            if not isinstance(inner, dict):
+                raise InvalidParam(f"{path}.json_schema", "must be an object")
+            if inner.get("schema") is None:
+                raise InvalidParam(f"{path}.json_schema.schema", "is missing")
+            # Strict or not: the answer is valid.
+            return _json(f"{path}.json_schema.schema", inner["schema"])
+        case "structural_tag":
+            return _tags(path, value)
+        case None:
+            raise InvalidParam(f"{path}.type", "is missing")
+        case other:
+            problem = f"{str(other)[:40]!r} is not supported; choose from {', '.join(_TYPES)}"
+            raise InvalidParam(f"{path}.type", problem)
+
+
+_TYPES = ("text", "json_object", "json_schema", "structural_tag")
+
+
+def _of_structured_outputs(value: Mapping[str, Any]) -> Asked:
+    path = "structured_outputs"
+    given = {name: each for name, each in value.items() if each is not None}
+    for name, each in given.items():
+        if name not in _STRUCTURED and name != "disable_any_whitespace":
+            problem = "is not supported"
+            if each is False:
+                continue
+            raise InvalidParam(f"{path}.{name}", problem, code="unsupported_parameter")
+    kinds = [name for name in _STRUCTURED if name in given and given[name] is not False]
+    if not kinds:
+        return Asked(None, {})
+    if len(kinds) > 1:
+        raise InvalidParam(f"{path}.{kinds[1]}", f"is given beside {kinds[0]}: choose one")
+    asked = _STRUCTURED[kinds[0]](f"{path}.{kinds[0]}", given[kinds[0]])
+    if given.get("disable_any_whitespace") and asked.constraint is not None:
+        asked.constraint.compact_json = True
+    return asked
+
+
+def _json(path: str, value: Any) -> Asked:
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, dict | bool):
+        text = json.dumps(value)
+    else:
+        raise InvalidParam(path, "must be a JSON schema")
+    return Asked(types_pb2.Constraint(json_schema=text), {"constraint.json_schema": path})
+
+
+def _json_object(path: str, value: Any) -> Asked:
+    if value is not True:
+        raise InvalidParam(path, "must be true or false")
+    return Asked(types_pb2.Constraint(json_object=types_pb2.JsonObject()), {})
+
+
+def _regex(path: str, value: Any) -> Asked:
+    return Asked(types_pb2.Constraint(regex=_text(path, value)), {"constraint.regex": path})
+
+
+def _choice(path: str, value: Any) -> Asked:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise InvalidParam(path, "must be a list of texts")
+    constraint = types_pb2.Constraint(choices=types_pb2.Choices(texts=value))
+    return Asked(constraint, {"constraint.choices": path, "constraint.choices.texts": path})
+
+
+def _grammar(path: str, value: Any) -> Asked:
+    text = _text(path, value)
+    constraint = types_pb2.Constraint()
+    setattr(constraint, grammar_field(text), text)
+    return Asked(constraint, {"constraint.gbnf": path, "constraint.lark": path})
+
+
+def _tag_text(path: str, value: Any) -> Asked:
+    """vLLM takes the object as a text."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise InvalidParam(path, "must be an object")
+    return _tags(path, read)
+
+
+def _tags(path: str, value: Mapping[str, Any]) -> Asked:
+    structures, triggers = value.get("structures"), value.get("triggers")
+    if not isinstance(structures, list):
+        raise InvalidParam(f"{path}.structures", "must be a list of objects")
+    if not isinstance(triggers, list) or not all(isinstance(each, str) for each in triggers):
+        raise InvalidParam(f"{path}.triggers", "must be a list of texts")
+    tags = types_pb2.StructuralTags(triggers=triggers)
+    names = {
+        "constraint.structural_tags": f"{path}.structures",
+        "constraint.structural_tags.triggers": f"{path}.triggers",
+    }
+    for index, each in enumerate(structures):
+        place = f"{path}.structures[{index}]"
+        if not isinstance(each, dict):
+            raise InvalidParam(place, "must be an object")
+        tag = tags.tags.add(
+            begin=_text(f"{place}.begin", each.get("begin")),
+            end=_text(f"{place}.end", each.get("end")),
+        )
+        schema = _json(f"{place}.schema", each.get("schema", {})).constraint
+        assert schema is not None
+        tag.json_schema = schema.json_schema
+        names[f"constraint.structural_tags.tags[{index}]"] = place
+        names[f"constraint.structural_tags.tags[{index}].json_schema"] = f"{place}.schema"
+    return Asked(types_pb2.Constraint(structural_tags=tags), names)
+
+
+def _text(path: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidParam(path, "must be a text")
+    return value
+
+
+_Read = Callable[[str, Any], Asked]
+_GUIDED: dict[str, _Read] = {
+    "json": _json,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+}
+"""By what follows `guided_` in the name."""
+_STRUCTURED: dict[str, _Read] = {
+    **_GUIDED,
+    "json_object": _json_object,
+    "structural_tag": _tag_text,
+}
