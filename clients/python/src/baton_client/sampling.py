@@ -20,8 +20,9 @@ class Sampling(TypedDict, total=False):
     seed: int | None
     """Drawn by the gateway when it is not set, and told in the first message of the answer."""
     max_tokens: int | None
-    """Tokens to generate at most, those already received included; at least 1. Default: as many as
-    fit into the model's length, at most 256."""
+    """Tokens to generate at most, those already received included; at least 1, or, where
+    prompt_logprobs are all that is wanted, 0. Default: as many as fit into the model's length, at
+    most 256."""
     stops: Sequence[str]
     """The answer ends before the first of these texts. Applied by the gateway."""
     stop_token_ids: Sequence[int]
@@ -50,3 +51,9 @@ class Sampling(TypedDict, total=False):
     what the tokenizer makes of one is not drawn behind the others. Encoded by the gateway."""
     allowed_token_ids: Sequence[int]
     """No other tokens are drawn; none: all may be."""
+    logprobs: int | None
+    """Tell of every generated token how likely it was, and of this many likeliest tokens in its
+    place; 0 to 20. Default: tell nothing."""
+    prompt_logprobs: int | None
+    """The same of the prompt's tokens, from the second on; 0 to 20. None of those whose logprobs
+    are told is found in a cache. Default: tell nothing."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/types.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\"A\n\nAttemptKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06sample\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xa0\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\r\n\x05stops\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x16\n\tspeculate\x18\n \x01(\x08H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\n\x88\x01\x01\x12;\n\nlogit_bias\x18\x0f \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\x10 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x11 \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0c\n\n_speculateB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokens\"\xe8\x02\n\x0cSequenceSpec\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12,\n\ttime_left\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64istrust\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x17\n\x0f\x63\x61pability_hash\x18\x08 \x01(\t\x12\x1c\n\x14prediction_token_ids\x18\t \x03(\r\x12,\n\x10\x62\x61nned_sequences\x18\n \x03(\x0b\x32\x12.baton.v1.TokenRun\x12(\n\nconstraint\x18\x0b \x01(\x0b\x32\x14.baton.v1.Constraint\"\xa5\x02\n\nConstraint\x12+\n\x0bjson_object\x18\x01 \x01(\x0b\x32\x14.baton.v1.JsonObjectH\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12$\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x11.baton.v1.ChoicesH\x00\x12\x0e\n\x04lark\x18\x05 \x01(\tH\x00\x12\x0e\n\x04gbnf\x18\x06 \x01(\tH\x00\x12\x33\n\x0fstructural_tags\x18\x07 \x01(\x0b\x32\x18.baton.v1.StructuralTagsH\x00\x12)\n\x0b\x62\x65gin_after\x18\x08 \x01(\x0b\x32\x14.baton.v1.BeginAfter\x12\x14\n\x0c\x63ompact_json\x18\t \x01(\x08\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"L\n\nBeginAfter\x12\'\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x12.baton.v1.TokenRunH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x05\n\x03\x65nd\"\x1d\n\x08TokenRun\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"q\n\x0eStructuralTags\x12%\n\x04tags\x18\x01 \x03(\x0b\x32\x17.baton.v1.StructuralTag\x12\x10\n\x08triggers\x18\x02 \x03(\t\x12\x11\n\tonly_tags\x18\x03 \x01(\x08\x12\x13\n\x0b\x61t_most_one\x18\x04 \x01(\x08\"n\n\rStructuralTag\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\t\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x12\x0b\n\x03\x65nd\x18\x05 \x01(\tB\t\n\x07\x63ontent\"H\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\"\n\x04Tick\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x02 \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/types.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\"A\n\nAttemptKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06sample\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\xf6\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\r\n\x05stops\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x16\n\tspeculate\x18\n \x01(\x08H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\n\x88\x01\x01\x12;\n\nlogit_bias\x18\x0f \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\x10 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x11 \x03(\r\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0c\n\n_speculateB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"[\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"Q\n\x0ePromptLogprobs\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"\xe8\x02\n\x0cSequenceSpec\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12,\n\ttime_left\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64istrust\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x17\n\x0f\x63\x61pability_hash\x18\x08 \x01(\t\x12\x1c\n\x14prediction_token_ids\x18\t \x03(\r\x12,\n\x10\x62\x61nned_sequences\x18\n \x03(\x0b\x32\x12.baton.v1.TokenRun\x12(\n\nconstraint\x18\x0b \x01(\x0b\x32\x14.baton.v1.Constraint\"\xa5\x02\n\nConstraint\x12+\n\x0bjson_object\x18\x01 \x01(\x0b\x32\x14.baton.v1.JsonObjectH\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12$\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x11.baton.v1.ChoicesH\x00\x12\x0e\n\x04lark\x18\x05 \x01(\tH\x00\x12\x0e\n\x04gbnf\x18\x06 \x01(\tH\x00\x12\x33\n\x0fstructural_tags\x18\x07 \x01(\x0b\x32\x18.baton.v1.StructuralTagsH\x00\x12)\n\x0b\x62\x65gin_after\x18\x08 \x01(\x0b\x32\x14.baton.v1.BeginAfter\x12\x14\n\x0c\x63ompact_json\x18\t \x01(\x08\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"L\n\nBeginAfter\x12\'\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x12.baton.v1.TokenRunH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x05\n\x03\x65nd\"\x1d\n\x08TokenRun\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"q\n\x0eStructuralTags\x12%\n\x04tags\x18\x01 \x03(\x0b\x32\x17.baton.v1.StructuralTag\x12\x10\n\x08triggers\x18\x02 \x03(\t\x12\x11\n\tonly_tags\x18\x03 \x01(\x08\x12\x13\n\x0b\x61t_most_one\x18\x04 \x01(\x08\"n\n\rStructuralTag\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\t\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x12\x0b\n\x03\x65nd\x18\x05 \x01(\tB\t\n\x07\x63ontent\"H\n\rWorkerAddress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\"\n\x04Tick\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x02 \x01(\x08*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1953
-  _globals['_FINISHREASON']._serialized_end=2048
-  _globals['_WORKERROLE']._serialized_start=2050
-  _globals['_WORKERROLE']._serialized_end=2162
+  _globals['_FINISHREASON']._serialized_start=2215
+  _globals['_FINISHREASON']._serialized_end=2310
+  _globals['_WORKERROLE']._serialized_start=2312
+  _globals['_WORKERROLE']._serialized_end=2424
   _globals['_ATTEMPTKEY']._serialized_start=66
   _globals['_ATTEMPTKEY']._serialized_end=131
   _globals['_SAMPLINGPARAMS']._serialized_start=134
-  _globals['_SAMPLINGPARAMS']._serialized_end=806
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=593
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=641
-  _globals['_SEQUENCESPEC']._serialized_start=809
-  _globals['_SEQUENCESPEC']._serialized_end=1169
-  _globals['_CONSTRAINT']._serialized_start=1172
-  _globals['_CONSTRAINT']._serialized_end=1465
-  _globals['_JSONOBJECT']._serialized_start=1467
-  _globals['_JSONOBJECT']._serialized_end=1479
-  _globals['_CHOICES']._serialized_start=1481
-  _globals['_CHOICES']._serialized_end=1505
-  _globals['_BEGINAFTER']._serialized_start=1507
-  _globals['_BEGINAFTER']._serialized_end=1583
-  _globals['_TOKENRUN']._serialized_start=1585
-  _globals['_TOKENRUN']._serialized_end=1614
-  _globals['_STRUCTURALTAGS']._serialized_start=1616
-  _globals['_STRUCTURALTAGS']._serialized_end=1729
-  _globals['_STRUCTURALTAG']._serialized_start=1731
-  _globals['_STRUCTURALTAG']._serialized_end=1841
-  _globals['_WORKERADDRESS']._serialized_start=1843
-  _globals['_WORKERADDRESS']._serialized_end=1915
-  _globals['_TICK']._serialized_start=1917
-  _globals['_TICK']._serialized_end=1951
+  _globals['_SAMPLINGPARAMS']._serialized_end=892
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=646
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=694
+  _globals['_TOKENLOGPROBS']._serialized_start=894
+  _globals['_TOKENLOGPROBS']._serialized_end=985
+  _globals['_PROMPTLOGPROBS']._serialized_start=987
+  _globals['_PROMPTLOGPROBS']._serialized_end=1068
+  _globals['_SEQUENCESPEC']._serialized_start=1071
+  _globals['_SEQUENCESPEC']._serialized_end=1431
+  _globals['_CONSTRAINT']._serialized_start=1434
+  _globals['_CONSTRAINT']._serialized_end=1727
+  _globals['_JSONOBJECT']._serialized_start=1729
+  _globals['_JSONOBJECT']._serialized_end=1741
+  _globals['_CHOICES']._serialized_start=1743
+  _globals['_CHOICES']._serialized_end=1767
+  _globals['_BEGINAFTER']._serialized_start=1769
+  _globals['_BEGINAFTER']._serialized_end=1845
+  _globals['_TOKENRUN']._serialized_start=1847
+  _globals['_TOKENRUN']._serialized_end=1876
+  _globals['_STRUCTURALTAGS']._serialized_start=1878
+  _globals['_STRUCTURALTAGS']._serialized_end=1991
+  _globals['_STRUCTURALTAG']._serialized_start=1993
+  _globals['_STRUCTURALTAG']._serialized_end=2103
+  _globals['_WORKERADDRESS']._serialized_start=2105
+  _globals['_WORKERADDRESS']._serialized_end=2177
+  _globals['_TICK']._serialized_start=2179
+  _globals['_TICK']._serialized_end=2213
 # @@protoc_insertion_point(module_scope)
