@@ -201,6 +201,9 @@ MOST_BAD_WORD_LENGTH = 256
 ALL_TOKENS = -1
 """How HTTP clients say `max_tokens` when they want as many as there is room for."""
 
+MOST_TOP_LOGPROBS = 20
+"""Of the likeliest tokens in a token's place, so many are told of at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -335,6 +338,20 @@ class SamplingParams:
         Kind.SWITCH,
         True,
         help="guess tokens and verify them, where workers do; the answer is the same",
+    )
+    logprobs: int | None = declared(
+        Kind.COUNT,
+        None,
+        limit=within(0, MOST_TOP_LOGPROBS),
+        metavar="N",
+        help="tell of each token how likely it was, and of the N likeliest",
+    )
+    prompt_logprobs: int | None = declared(
+        Kind.COUNT,
+        None,
+        limit=within(0, MOST_TOP_LOGPROBS),
+        metavar="N",
+        help="the same of the prompt's tokens",
     )
 
 

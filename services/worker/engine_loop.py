@@ -468,14 +468,19 @@ class EngineLoop:
             if not self._guard.may_leave(sequence, part.end, step.sums):
                 return False
             sequence.num_computed_tokens += part.num_tokens
+            sequence.prompt_logprobs += part.prompt_logprobs
             return True
         # Of all blocks but those that this chunk filled: they have no digest yet.
         if self._guard.has_spoiled(sequence, step.sums):
             return False
         sequence.num_computed_tokens += part.num_tokens
+        sequence.prompt_logprobs += part.prompt_logprobs
         recipient = self._table.recipient(sequence.key)
+        if sequence.prompt_logprobs:
+            self._reports.prompt_logprobs(sequence, recipient)
         if recipient is None:
             sequence.state = SequenceState.TRANSFERRING
+            sequence.first_logprobs = drawn[0].logprobs
             finish_reason = sequence.append(drawn[0].token_id, self._eos)
             self._counters["generated_tokens"] += 1
             self._reports.first_token(sequence, drawn[0], finish_reason)

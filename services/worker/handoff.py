@@ -31,7 +31,7 @@ from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey, Place, Sequence
-from baton.shared.rpc.convert import key_from_pb, key_to_pb
+from baton.shared.rpc.convert import key_from_pb, key_to_pb, logprobs_from_pb, logprobs_to_pb
 from baton.shared.rpc.errors import (
     BatonError,
     ClaimBroken,
@@ -112,6 +112,9 @@ class ClaimTable:
             message = self._announcement(sequence.key, group, table, new)
             if is_last:
                 message.computed.first_token_id = sequence.output_token_ids[0]
+                if sequence.first_logprobs is not None:
+                    told = logprobs_to_pb(sequence.first_logprobs)
+                    message.computed.first_logprobs.CopyFrom(told)
             self._emit(ToReader(claim.reader, kv.HoldResponse(announce=message)))
         self._trace.emit(
             "announced", key=sequence.key, first=claim.num_announced, end=end, computed=computed
@@ -318,6 +321,9 @@ class PullTable:
             pull.announced[group, index] = ExpectedBlock(block_id, generation, digest)
         if message.HasField("computed"):
             pull.first_token = Drawn(message.computed.first_token_id)
+            if message.computed.HasField("first_logprobs"):
+                told = logprobs_from_pb(message.computed.first_logprobs)
+                pull.first_token = pull.first_token._replace(logprobs=told)
             pull.computed_at = time.monotonic()
         if pull.sequence.is_admitted:
             self._pull_announced(pull)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from baton.shared.engine.batch import BatchRow, RowHandle
+from baton.shared.engine.batch import BatchRow, RowHandle, WantedLogprobs
+from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.kv.sequence import Sequence
 
 
@@ -25,6 +27,8 @@ class Part:
     """The drafts are tokens that must follow: a constraint allows no others."""
     is_predicted: bool = False
     """The drafts are the client's own."""
+    prompt_logprobs: Seq[TokenLogprobs] = ()
+    """What the step told of the prompt's tokens, if they are wanted."""
 
     @property
     def end(self) -> int:
@@ -47,4 +51,14 @@ class Part:
             sequence.key.sample,
             handle,
             self.draft_ids,
+            prompt_logprobs=self.wanted_logprobs(),
         )
+
+    def wanted_logprobs(self) -> WantedLogprobs | None:
+        """Of the client's prompt, what follows the part's tokens."""
+        sequence, start = self.sequence, self.start
+        num_top = sequence.params.prompt_logprobs
+        if num_top is None or start + 1 >= sequence.num_asked_tokens:
+            return None
+        end = min(self.end + 1, sequence.num_asked_tokens)
+        return WantedLogprobs(0, sequence.prompt_token_ids[start + 1 : end], num_top)

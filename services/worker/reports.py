@@ -18,10 +18,14 @@ from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.directory.ledger import LedgerEntry, Stage
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
-from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb
+from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb, logprobs_to_pb
 from baton.shared.rpc.errors import BatonError, to_failure
 from baton.v1 import decode_service_pb2 as dec
 from baton.v1 import prefill_service_pb2 as pre
+from baton.v1 import types_pb2
+
+_MOST_IN_A_MESSAGE = 1024
+"""Tokens of a prompt whose logprobs go together: a few hundred kilobytes at most."""
 
 
 class Reports:
@@ -56,6 +60,10 @@ class Reports:
             output.token_ids.extend([each.token_id for each in drawn])
             output.finish_reasons.extend([FINISH_REASON_TO_PB[reason] for reason in reasons])
             output.predictions.extend(self._predictions.pop(gateway, ()))
+            for column, each in enumerate(drawn):
+                if each.logprobs is not None:
+                    told = logprobs_to_pb(each.logprobs)
+                    output.logprobs.add(column=column, logprobs=told)
             self.emit(ToGateway(gateway, response))
         self._tokens.clear()
         self._predictions.clear()
@@ -75,7 +83,25 @@ class Reports:
         first = pre.PrefillFirstToken(
             token_id=drawn.token_id, finish_reason=FINISH_REASON_TO_PB[finish_reason]
         )
+        if drawn.logprobs is not None:
+            first.logprobs.CopyFrom(logprobs_to_pb(drawn.logprobs))
         self.emit(ToPrefillStream(sequence.key, pre.PrefillResponse(first_token=first)))
+
+    def prompt_logprobs(self, sequence: Sequence, recipient: Recipient | None) -> None:
+        """To whoever hosts the sequence, before its first token; in messages of a size that all
+        take."""
+        told, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        for start in range(0, len(told), _MOST_IN_A_MESSAGE):
+            tokens = map(logprobs_to_pb, told[start : start + _MOST_IN_A_MESSAGE])
+            # Nothing is told of the prompt's first token.
+            message = types_pb2.PromptLogprobs(first_position=start + 1, tokens=tokens)
+            if recipient is None:
+                event = pre.PrefillResponse(prompt_logprobs=message)
+                self.emit(ToPrefillStream(sequence.key, event))
+                continue
+            of_slot = dec.SequencePromptLogprobs(slot=recipient.number, logprobs=message)
+            response = dec.DecodeResponse(prompt_logprobs=of_slot)
+            self.emit(ToGateway(recipient.gateway, response))
 
     # To a gateway's Decode stream
 

@@ -26,7 +26,7 @@ from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.executor import Step
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.block_pool import PoolExhausted
-from baton.shared.kv.drawn import NO_TOKEN, Drawn
+from baton.shared.kv.drawn import BAD_LOGITS, NO_TOKEN, Drawn
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence, SequenceState
 from baton.shared.rpc.errors import BatonError, EngineFailure, InvalidField, Preempted
@@ -261,10 +261,10 @@ class Stepper:
         if in_flight.step is None:
             outcomes = [self._alone(part) for part in in_flight.parts]
         else:
-            drawn = in_flight.step.result()
+            drew = _outcomes(in_flight.parts, in_flight.step)
             outcomes = [
-                self._constraining.failure(part.sequence) or _outcome(part.sequence, each)
-                for part, each in zip(in_flight.parts, drawn, strict=True)
+                self._constraining.failure(part.sequence) or outcome
+                for part, outcome in zip(in_flight.parts, drew, strict=True)
             ]
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
             if part.draft_ids and not isinstance(outcome, BatonError):
@@ -314,7 +314,7 @@ class Stepper:
         if failure is not None:
             return failure
         try:
-            [drawn] = self._runner.forward(Batch(self._rows([part])))
+            [outcome] = _outcomes([part], self._runner.launch(Batch(self._rows([part]))))
         except Exception as error:
             log_event(
                 logger, logging.ERROR, "row failed alone", key=part.sequence.key, exc_info=True
@@ -323,7 +323,7 @@ class Stepper:
             return EngineFailure(f"the engine failed: {type(error).__name__}")
         if self._keeps_states and part.start:
             return Preempted("its state was lost with a step that failed")
-        return _outcome(part.sequence, drawn)
+        return outcome
 
     def _rows(self, parts: list[Part]) -> list[BatchRow]:
         handles = self._handles
@@ -335,6 +335,20 @@ class Stepper:
         handle = self._runner.open_row(sequence.params, sequence.key.sample, sequence)
         self._handles[sequence] = handle
         return handle
+
+
+def _outcomes(parts: Seq[Part], step: Step) -> list[Outcome]:
+    """By part; what the step told of prompts is the part's from now on."""
+    outcomes = [
+        _outcome(part.sequence, drawn) for part, drawn in zip(parts, step.result(), strict=True)
+    ]
+    for row, part in enumerate(parts):
+        if part.wanted_logprobs() is not None:
+            told = step.prompt_logprobs(row)
+            part.prompt_logprobs = [each for each in told if each is not None]
+            if len(part.prompt_logprobs) < len(told):
+                outcomes[row] = _outcome(part.sequence, [BAD_LOGITS])
+    return outcomes
 
 
 def _outcome(sequence: Sequence, drawn: Seq[Drawn]) -> Outcome:

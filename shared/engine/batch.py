@@ -52,6 +52,17 @@ class RowHandle:
             self.context_len -= num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class WantedLogprobs:
+    """Tokens of a prompt whose logprobs are wanted of a row: they follow tokens of the row."""
+
+    first: int
+    """Which of the row's tokens the first of them follows."""
+    token_ids: Sequence[int]
+    num_top: int
+    """How many of the likeliest in its place are told of each."""
+
+
 @dataclass(slots=True)
 class BatchRow:
     """One sequence's part of a step."""
@@ -81,6 +92,8 @@ class BatchRow:
     """How many of the row's last tokens `logits` is asked for."""
     history: History | None = None
     """Of a row without a handle, where `sampling` asks what was before."""
+    prompt_logprobs: WantedLogprobs | None = None
+    """Wanted of a chunk of a prompt, whether it draws a token or not."""
 
     @property
     def num_known(self) -> int:
@@ -90,6 +103,12 @@ class BatchRow:
     @property
     def num_tokens(self) -> int:
         return self.num_known + len(self.draft_ids)
+
+    @property
+    def is_chunk(self) -> bool:
+        """Of a prompt, computed as such; one token may be decoded instead if nothing more is asked
+        of it."""
+        return self.num_known > 1 or self.prompt_logprobs is not None
 
     @property
     def context_len(self) -> int:

@@ -31,10 +31,12 @@ from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
+from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn, tell_of_prompt
 from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, WantedRows
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.logprobs import rows_at_once
 from baton.shared.engine.shaping import History, Shaping
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.block_pool import NO_BLOCK
@@ -88,6 +90,7 @@ class DeviceExecutor:
             zero_blocks=self._num_blocks,
             num_drafts=num_drafts,
         )
+        self._rows_at_once = rows_at_once(vocab_size)
         # Decode rows of the widest step, padded, and as many chunks beside them as there are rows.
         max_wanted = max_num_seqs * (1 + self._widths[-1] if num_drafts else 1)
         self._drawn_sizes = padded_sizes(max_wanted)
@@ -146,7 +149,8 @@ class DeviceExecutor:
             layout = Layout()
             try:
                 self._lay_out(batch, layout)
-                logits, _ = self._compute(batch, layout, [row.num_logits for row in batch.rows])
+                hidden, _ = self._compute(batch, layout, [row.num_logits for row in batch.rows])
+                logits = self._head(hidden)
             finally:
                 self._distrust_device(layout)
                 self._close(layout.scratch)
@@ -208,7 +212,7 @@ class DeviceExecutor:
                 handle = self.open_row(row.sampling or _GREEDY, row.sample_index)
                 layout.scratch.append(handle)
             layout.handles.append(handle)
-            if row.num_known == 1:
+            if not row.is_chunk:
                 layout.decode.append(index)
                 if row.draft_ids:
                     layout.width = self._widths[-1]
@@ -232,7 +236,7 @@ class DeviceExecutor:
                 state.send_blocks(group, slot, handle.num_blocks, table[handle.num_blocks :])
             handle.num_blocks = num_blocks
         end = row.context_len
-        if row.num_known == 1:
+        if not row.is_chunk:
             # The step moves the length on by its tokens.
             if handle.context_len != row.position:
                 state.send_context_len(slot, row.position)
@@ -292,12 +296,15 @@ class DeviceExecutor:
             for row in rows
         ]
         if layout.chunks:
-            logits, columns = self._compute(batch, layout, num_wanted)
-            results = self._make_results(len(logits), layout.size)
-            if len(logits):
-                self._draw(logits, columns.rows, columns.back, results[: len(logits)])
+            hidden, columns = self._compute(batch, layout, num_wanted)
+            results = self._make_results(len(hidden), layout.size)
+            if len(hidden):
+                logits = self._head(hidden)
+                self._draw(logits, columns.rows, columns.back, results[: len(hidden)])
+                # There may be as many again.
+                del logits
                 if layout.width > 1:
-                    self._accept(self._state.rows[layout.size], results, len(logits))
+                    self._accept(self._state.rows[layout.size], results, len(hidden))
         else:
             buffers = self._decode[layout.size, layout.width]
             self._host.send(self._state, None)
@@ -307,10 +314,24 @@ class DeviceExecutor:
                 self._decode_step(buffers)
             results = buffers.results
             layout.wanted = self._wanted_of_decode(layout, num_wanted)
+            assert buffers.hidden is not None
+            hidden = buffers.hidden
         wanted = [row if row >= 0 and num_wanted[row] else -1 for row in layout.wanted]
+        logprobs = self._tell_of_drawn(rows, wanted, hidden, results)
         if layout.width == 1:
             results = results[: len(wanted)]
-        return self._fetch(batch, layout, results, wanted)
+        return self._fetch(batch, layout, results, wanted, logprobs)
+
+    def _tell_of_drawn(
+        self, rows: Sequence[BatchRow], wanted: Sequence[int], hidden: Tensor, results: Tensor
+    ) -> Told | None:
+        """Of the tokens that rows ask for; no kernel runs where none does."""
+        if all(row.sampling is None or row.sampling.logprobs is None for row in rows):
+            return None
+        places, num_top = asking(wanted, rows)
+        if not places:
+            return None
+        return tell_of_drawn(self._head(hidden), places, num_top, results[: len(wanted)])
 
     def _wanted_of_decode(self, layout: Layout, num_wanted: Sequence[int]) -> list[int]:
         """Row of the batch for each token of the decode rows; −1 for padding."""
@@ -324,7 +345,7 @@ class DeviceExecutor:
     def _decode_step(self, buffers: DecodeBuffers) -> None:
         """All of a step without prompt chunks; reads and writes fixed addresses only."""
         self._begin(buffers.input_ids, buffers, buffers.plans)
-        hidden = self._model.hidden_states(
+        hidden = buffers.hidden = self._model.hidden_states(
             buffers.input_ids, buffers.positions, self._caches, buffers.plans
         )
         self._draw(self._model.logits(hidden), buffers.token_rows, buffers.back, buffers.tokens)
@@ -337,7 +358,7 @@ class DeviceExecutor:
         """Runs a step with prompt chunks; of each row the logits at its last `num_wanted` tokens
         are wanted.
 
-        Returns the logits [R, vocab] of what is wanted, and of padding, and what they are of;
+        Returns [R, hidden] of what is wanted, and of padding, for the head, and what they are of;
         `layout.wanted` says which rows.
         """
         columns, has_back = self._pack(batch, layout, num_wanted)
@@ -350,9 +371,12 @@ class DeviceExecutor:
             buffers = self._decode[layout.size, layout.width]
             here = replace(buffers, positions=sent.positions, slots=sent.slots)
             self._begin(sent.input_ids, here, plans)
-        if columns.num_wanted > self._drawn_sizes[-1]:
-            # More than ever draw at once: all tokens go through the last layer.
+        asks = any(batch.rows[i].prompt_logprobs is not None for i in layout.chunks)
+        if asks or columns.num_wanted > self._drawn_sizes[-1]:
+            # More are wanted than ever draw at once: all tokens go through the last layer.
             hidden = self._model.hidden_states(sent.input_ids, sent.positions, self._caches, plans)
+            if asks:
+                self._tell_of_prompts(batch, layout, hidden)
             hidden = hidden.index_select(0, wanted.tokens)
         else:
             hidden = self._model.hidden_states(
@@ -362,9 +386,36 @@ class DeviceExecutor:
                 plans,
                 (wanted.tokens, self._plans_of(wanted, plans)),
             )
-        if not columns.num_wanted:
-            return hidden.new_empty(0, self._vocab_size), wanted
-        return self._model.logits(hidden), wanted
+        return hidden, wanted
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] → logits [R, vocab]."""
+        if not len(hidden):
+            return hidden.new_empty(0, self._vocab_size)
+        return self._model.logits(hidden)
+
+    def _tell_of_prompts(self, batch: Batch, layout: Layout, hidden: Tensor) -> None:
+        """hidden: [T, hidden], of all of the step's tokens."""
+        token = layout.size * layout.width
+        for i in layout.chunks:
+            row = batch.rows[i]
+            wanted = row.prompt_logprobs
+            if wanted is not None:
+                layout.of_prompts[i] = tell_of_prompt(
+                    hidden,
+                    token + wanted.first,
+                    wanted.token_ids,
+                    wanted.num_top,
+                    self._model.logits,
+                    most=self._rows_at_once,
+                    padded=self._padded_head,
+                )
+            token += row.num_tokens
+
+    def _padded_head(self, num_rows: int) -> int:
+        return (
+            _padded(num_rows, self._drawn_sizes) if num_rows <= self._drawn_sizes[-1] else num_rows
+        )
 
     def _pack(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
@@ -543,7 +594,12 @@ class DeviceExecutor:
         )
 
     def _fetch(
-        self, batch: Batch, layout: Layout, results: Tensor, wanted: list[int]
+        self,
+        batch: Batch,
+        layout: Layout,
+        results: Tensor,
+        wanted: list[int],
+        logprobs: Told | None,
     ) -> DeviceStep:
         host = self._host.fetch(results)
         done = None
@@ -558,7 +614,7 @@ class DeviceExecutor:
                 for place, row in enumerate(layout.decode)
                 if batch.rows[row].draft_ids
             ]
-        return DeviceStep(wanted, len(batch.rows), host, done, drafted)
+        return DeviceStep(wanted, len(batch.rows), host, done, drafted, logprobs, layout.of_prompts)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

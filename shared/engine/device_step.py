@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from baton.shared.engine.batch import RowHandle
+from baton.shared.engine.device_logprobs import Told
 from baton.shared.engine.triton_operations import DevicePlan
-from baton.shared.kv.drawn import Drawn, drawn_of
+from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 
 
 @dataclass(slots=True)
@@ -28,6 +29,10 @@ class DeviceStep:
     drafted: list[tuple[int, int, RowHandle, int]] = field(default_factory=list)
     """(row of the batch, where its count is in `tokens`, handle, number) of each row that brought
     drafts."""
+    logprobs: Told | None = None
+    """Of drawn tokens, if some are wanted."""
+    of_prompts: dict[int, Told] = field(default_factory=dict)
+    """By row of the batch that asked."""
 
     def result(self) -> list[Sequence[Drawn]]:
         if self.done is not None:
@@ -37,11 +42,25 @@ class DeviceStep:
         for row, token in zip(self.wanted, tokens, strict=False):
             if row >= 0:
                 drawn[row].append(drawn_of(token))
+        if self.logprobs is not None:
+            self._add_logprobs(drawn, self.logprobs)
         for row, place, handle, num_drafts in self.drafted:
             num_standing = tokens[place]
             del drawn[row][num_standing:]
             handle.fell_short(1 + num_drafts - num_standing)
         return list(drawn)
+
+    def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
+        return self.of_prompts[row].result()
+
+    def _add_logprobs(self, drawn: list[list[Drawn]], told: Told) -> None:
+        """All that are drawn for a row that asks are told of, in order."""
+        num_told = [0] * self.num_rows
+        for place, each in zip(told.places, told.result(), strict=True):
+            row = self.wanted[place]
+            at = num_told[row]
+            drawn[row][at] = with_logprobs(drawn[row][at], each)
+            num_told[row] += 1
 
 
 @dataclass(slots=True)
@@ -67,6 +86,8 @@ class DecodeBuffers:
     plans: list[DevicePlan]
     """By cache group."""
     graph: torch.cuda.CUDAGraph | None = None
+    hidden: Tensor | None = None
+    """[size · width, hidden], as the last step left it: what the head makes logits of."""
 
     @property
     def tokens(self) -> Tensor:
@@ -90,6 +111,8 @@ class Layout:
     """Row of the batch for each row of logits; −1 = padding."""
     scratch: list[RowHandle] = field(default_factory=list)
     """Handles of rows that nothing is kept of."""
+    of_prompts: dict[int, Told] = field(default_factory=dict)
+    """As `DeviceStep.of_prompts`."""
 
 
 class WantedRows(NamedTuple):

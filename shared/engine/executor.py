@@ -15,7 +15,7 @@ from torch import Tensor
 from baton.shared.engine.batch import Batch, RowHandle
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.shaping import History
-from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.sampling import SamplingParams
 
 Wanted = tuple[Tensor, Sequence[object]]
@@ -44,6 +44,10 @@ class Step(Protocol):
         """By row, what was drawn behind its last token: nothing where nothing was asked, one for
         each draft that stands more where there were drafts. To be called once; waits for the
         device."""
+
+    def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
+        """What a row asked (`BatchRow.prompt_logprobs`); None where the logits were not numbers. To
+        be called behind `result`."""
 
 
 class Executor(Protocol):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -15,14 +15,26 @@ from baton.kernels import reference
 from baton.kernels.reference import AttentionPlan
 from baton.kernels.state_plan import StatePlan
 from baton.shared.engine import determinism
-from baton.shared.engine.batch import Batch, BatchColumns, BatchRow, Ints, RowHandle
+from baton.shared.engine.batch import (
+    Batch,
+    BatchColumns,
+    BatchRow,
+    Ints,
+    RowHandle,
+)
 from baton.shared.engine.executor import Model, Wanted
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.logprobs import (
+    log_probabilities,
+    packed_logprobs,
+    rows_at_once,
+    unpacked_logprobs,
+)
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.engine.shaping import History, Shaping, apply_shaping
 from baton.shared.engine.token_masks import apply_masks
 from baton.shared.kv.cache_spec import window_of
-from baton.shared.kv.drawn import Drawn, drawn_of
+from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 from baton.shared.sampling import SamplingParams
 
 
@@ -31,9 +43,14 @@ class DoneStep:
     """A step whose tokens are known."""
 
     drawn: list[Sequence[Drawn]]
+    of_prompts: Mapping[int, Sequence[TokenLogprobs | None]] = field(default_factory=dict)
+    """By row that asked."""
 
     def result(self) -> list[Sequence[Drawn]]:
         return self.drawn
+
+    def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
+        return self.of_prompts[row]
 
 
 class HostExecutor:
@@ -44,6 +61,7 @@ class HostExecutor:
         device: torch.device,
         *,
         num_heads: int,
+        vocab_size: int,
         max_model_len: int,
         min_rows: int,
         eos_token_ids: Sequence[int] = (),
@@ -56,6 +74,7 @@ class HostExecutor:
         self._max_model_len = max_model_len
         self._min_rows = min_rows
         self._eos_token_ids = eos_token_ids
+        self._rows_at_once = rows_at_once(vocab_size)
         self._slot_groups = [
             number for number, group in enumerate(kv_cache.groups) if not group.spec.grows
         ]
@@ -84,25 +103,48 @@ class HostExecutor:
             if row.sampling is not None
             for offset in range(row.num_known - 1, row.num_tokens)
         ]
-        result: list[Sequence[Drawn]] = [[] for _ in rows]
         wanted = [int(columns.query_start[i]) + at for i, at in drawing]
-        hidden = self._hidden_states(columns, wanted)
+        asking = [i for i, row in enumerate(rows) if row.prompt_logprobs is not None]
+        hidden = self._hidden_states(columns, None if asking else wanted)
+        of_prompts: dict[int, Sequence[TokenLogprobs | None]] = {}
+        for i in asking:
+            first = int(columns.query_start[i])
+            of_prompts[columns.order[i]] = self._prompt_logprobs(hidden, first, rows[i])
+        result: list[Sequence[Drawn]] = [[] for _ in rows]
         if drawing:
-            logits = self._logits(hidden, len(wanted))
-            self._shape(logits, rows, drawing)
-            _apply_masks(logits, [rows[i] for i, _ in drawing])
-            tokens = sample_tokens(
-                logits,
-                [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None],
-                [rows[i].sample_index for i, _ in drawing],
-                [rows[i].position + offset + 1 for i, offset in drawing],
-            )
-            by_row: dict[int, list[int]] = {}
-            for (i, _), token in zip(drawing, tokens, strict=True):
-                by_row.setdefault(i, []).append(token)
-            for i, drawn in by_row.items():
-                result[columns.order[i]] = self._stands(rows[i], drawn)
-        return DoneStep(result)
+            at_them = self._at(hidden, wanted) if asking else hidden
+            logits = self._logits(at_them, len(wanted))
+            by_row: dict[int, list[Drawn]] = {}
+            for (i, _), drawn in zip(drawing, self._draw(logits, rows, drawing), strict=True):
+                by_row.setdefault(i, []).append(drawn)
+            for i, of_row in by_row.items():
+                result[columns.order[i]] = self._stands(rows[i], of_row)
+        return DoneStep(result, of_prompts)
+
+    def _draw(
+        self, logits: Tensor, rows: Sequence[BatchRow], drawing: Sequence[tuple[int, int]]
+    ) -> list[Drawn]:
+        """`drawing`: (row, which of its tokens) of each row of logits."""
+        params = [sampling for i, _ in drawing if (sampling := rows[i].sampling) is not None]
+        asking = [place for place, each in enumerate(params) if each.logprobs is not None]
+        # Of the logits as the model left them.
+        logprobs = log_probabilities(logits[asking]) if asking else None
+        self._shape(logits, rows, drawing)
+        _apply_masks(logits, [rows[i] for i, _ in drawing])
+        token_ids = sample_tokens(
+            logits,
+            params,
+            [rows[i].sample_index for i, _ in drawing],
+            [rows[i].position + offset + 1 for i, offset in drawing],
+        )
+        drawn = [drawn_of(token_id) for token_id in token_ids]
+        if logprobs is not None:
+            of_them = torch.tensor([token_ids[place] for place in asking])
+            packed = packed_logprobs(logprobs, of_them.to(self._device)).cpu().numpy()
+            told = unpacked_logprobs(packed, [params[place].logprobs or 0 for place in asking])
+            for place, each in zip(asking, told, strict=True):
+                drawn[place] = with_logprobs(drawn[place], each)
+        return drawn
 
     def _shape(
         self, logits: Tensor, rows: Sequence[BatchRow], drawing: Sequence[tuple[int, int]]
@@ -123,16 +165,31 @@ class HostExecutor:
             return row.handle.shaping
         return Shaping.of(row.sampling, row.history, self._eos_token_ids)
 
-    def _stands(self, row: BatchRow, token_ids: Sequence[int]) -> list[Drawn]:
+    def _stands(self, row: BatchRow, drawn: Sequence[Drawn]) -> Sequence[Drawn]:
         """Of what was drawn behind a row's token and its drafts, that whose draft stands."""
         standing = 0
-        while standing < len(row.draft_ids) and token_ids[standing] == row.draft_ids[standing]:
+        while standing < len(row.draft_ids) and drawn[standing].token_id == row.draft_ids[standing]:
             standing += 1
-        drawn = [drawn_of(token_id) for token_id in token_ids[: standing + 1]]
         if row.handle is not None:
             row.handle.drawn_at = row.position + row.num_known + standing
-            row.handle.drawn_token = drawn[-1].token_id
-        return drawn
+            row.handle.drawn_token = drawn[standing].token_id
+        return drawn[: standing + 1]
+
+    def _prompt_logprobs(
+        self, hidden: Tensor, first: int, row: BatchRow
+    ) -> Sequence[TokenLogprobs | None]:
+        """`hidden`: of all of the step's tokens; `first`: the row's first among them."""
+        wanted, most = row.prompt_logprobs, self._rows_at_once
+        assert wanted is not None
+        told: list[TokenLogprobs | None] = []
+        for start in range(0, len(wanted.token_ids), most):
+            token_ids = torch.tensor(wanted.token_ids[start : start + most]).to(self._device)
+            places = range(len(token_ids))
+            at_them = self._at(hidden, [first + wanted.first + start + place for place in places])
+            logprobs = log_probabilities(self._logits(at_them, len(token_ids)))
+            packed = packed_logprobs(logprobs, token_ids).cpu().numpy()
+            told += unpacked_logprobs(packed, [wanted.num_top] * len(token_ids))
+        return told
 
     def logits(self, batch: Batch) -> Tensor:
         columns = self._columns(batch)
@@ -144,13 +201,14 @@ class HostExecutor:
         ]
         return self._logits(self._hidden_states(columns, wanted), len(wanted))
 
-    def _hidden_states(self, columns: BatchColumns, tokens: Sequence[int]) -> Tensor:
-        """Computes the step → [len(tokens) and padding, hidden] at these of its tokens."""
-        ids = np.array(tokens, np.int64)
-        padded = self._padded(ids) if tokens else torch.from_numpy(ids)
+    def _hidden_states(self, columns: BatchColumns, tokens: Sequence[int] | None) -> Tensor:
+        """Computes the step → [len(tokens) and padding, hidden] at these of its tokens; None: at
+        all of them."""
         wanted: Wanted | None = None
-        if len(tokens) < len(columns.input_ids):
-            wanted = padded, self._plan(_alone(columns, ids)) if tokens else ()
+        if tokens is not None and len(tokens) < len(columns.input_ids):
+            ids = np.array(tokens, np.int64)
+            alone = self._plan(_alone(columns, ids)) if tokens else ()
+            wanted = self._padded(ids) if tokens else torch.from_numpy(ids), alone
         hidden = self._model.hidden_states(
             self._padded(columns.input_ids),
             self._padded(columns.positions),
@@ -158,7 +216,11 @@ class HostExecutor:
             self._plan(columns),
             wanted,
         )
-        return hidden.index_select(0, padded) if wanted is None else hidden
+        return hidden if tokens is None or wanted is not None else self._at(hidden, tokens)
+
+    def _at(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Of all of a step's tokens these → [len(tokens) and padding, hidden]."""
+        return hidden.index_select(0, self._padded(np.array(tokens, np.int64)))
 
     def _logits(self, hidden: Tensor, num_tokens: int) -> Tensor:
         """float32 [num_tokens, vocab] of `_hidden_states`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baton.shared.engine import determinism
-from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
 from baton.shared.engine.config import AUTO, DeviceError, EngineConfig, most_model_len
 from baton.shared.engine.executor import Executor, Model, Step
@@ -40,7 +40,7 @@ from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
-from baton.shared.sampling import SamplingParams
+from baton.shared.sampling import MOST_TOP_LOGPROBS, SamplingParams
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -310,6 +310,7 @@ class ModelRunner:
                 kv_cache,
                 self.device,
                 num_heads=self.model_config.num_heads,
+                vocab_size=self.model_config.vocab_size,
                 max_model_len=self.max_model_len,
                 min_rows=self._min_rows,
                 eos_token_ids=self.model_config.eos_token_ids,
@@ -346,7 +347,11 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
             executor = self._make_executor(cache)
-            executor.launch(Batch([self._prompt_row(num_tokens)])).result()
+            prompt = self._prompt_row(num_tokens)
+            assert prompt.token_ids is not None
+            # Logprobs take room, too.
+            prompt.prompt_logprobs = WantedLogprobs(0, prompt.token_ids, MOST_TOP_LOGPROBS)
+            executor.launch(Batch([prompt])).result()
         pool_bytes = cache.memory.numel()
         peak = torch.cuda.max_memory_allocated(self.device) - pool_bytes
         del executor, cache

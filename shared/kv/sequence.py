@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -132,6 +133,11 @@ class Sequence:
     num_room_tokens: int = 0
     """Tokens from its beginning for which every group has a block, or had one."""
     output_token_ids: list[int] = field(default_factory=list)
+    first_logprobs: TokenLogprobs | None = None
+    """Of the first of them, if they are wanted."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the client's prompt from its second token on, if wanted, as far as it is computed;
+    kept until what it was computed from has been checked."""
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0

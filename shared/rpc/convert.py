@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
+from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.errors import CapabilityMismatch
 from baton.shared.sampling import FIELDS, Kind, SamplingField, SamplingParams
@@ -95,6 +96,21 @@ def _shown(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _shown(entry) for key, entry in sorted(value.items())}
     return value if isinstance(value, int) else list(value)
+
+
+def logprobs_to_pb(told: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        logprob=told.logprob,
+        rank=told.rank,
+        top_token_ids=told.top_token_ids,
+        top_logprobs=told.top_logprobs,
+    )
+
+
+def logprobs_from_pb(told: pb.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        told.logprob, told.rank, tuple(told.top_token_ids), tuple(told.top_logprobs)
+    )
 
 
 def sequence_from_pb(spec: pb.SequenceSpec, capability_hash: str) -> Sequence:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from baton.kernels.batch_state import scatter
-from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.sampling import SamplingParams
 from tests.weights import weight_shapes
 
@@ -325,3 +326,114 @@ def _alone(
         [[token]] = runner.forward(Batch([BatchRow([token.token_id], position, table, params)]))
         drawn.append(token)
     return drawn
+
+
+def test_logprobs_of_drawn_tokens_and_of_prompts(
+    make: Make,
+    reference: ModelRunner,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In chunks, decode rows and drafts, of the rows that ask and of no others; a prompt's own in
+    slices; steps launched ahead."""
+    runner = make("triton", device, num_drafts=3, cuda_graphs=True)
+    monkeypatch.setattr(runner._executor, "_rows_at_once", 8)
+    params = SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=12)
+    asks = replace(params, logprobs=3)
+    prompt, other = tokens(33, 5), tokens(9, 6)
+    tables = [[[5, 6, 7]], [[0, 1]]]
+    expected = _alone(reference, prompt, tables[0], asks, 7)
+    silent = _alone(reference, other, tables[1], params, 4)
+    wanted = WantedLogprobs(2, prompt[3:], 2)
+    whole = reference.launch(Batch([BatchRow(prompt, 0, tables[0], prompt_logprobs=wanted)]))
+    assert whole.result() == [[]]
+    of_prompt = whole.prompt_logprobs(0)
+    assert len(of_prompt) == 30
+
+    handles = [runner.open_row(asks, 0), runner.open_row(params, 0)]
+
+    def chunk(start: int, end: int) -> BatchRow:
+        first = max(start, 2)
+        targets = prompt[first + 1 : end + 1]
+        return BatchRow(
+            prompt[start:end],
+            start,
+            tables[0],
+            asks if end == len(prompt) else None,
+            handle=handles[0],
+            prompt_logprobs=WantedLogprobs(first - start, targets, 2) if targets else None,
+        )
+
+    def row(i: int, position: int, sampling: SamplingParams, drafts: list[int]) -> BatchRow:
+        return BatchRow(None, position, tables[i], sampling, 0, handles[i], drafts)
+
+    told: list[TokenLogprobs | None] = []
+    # A chunk of one token that asks is a chunk all the same.
+    for start, end in ((0, 16), (16, 17), (17, 32)):
+        step = runner.launch(Batch([chunk(start, end)]))
+        assert step.result() == [[]]
+        told += step.prompt_logprobs(0)
+    _check_told(told, of_prompt)
+    second = BatchRow(other, 0, tables[1], params, 0, handles[1])
+    drawn = runner.forward(Batch([chunk(32, 33), second]))
+    _check_drawn(drawn[0], expected[:1])
+    assert drawn[1] == silent[:1]
+    answer = [each.token_id for each in expected]
+    launched = [
+        # One step with drafts, of which two stand, and one of graphs.
+        runner.launch(
+            Batch([row(0, 33, asks, [*answer[1:3], (answer[3] + 1) % 83]), row(1, 9, params, [])])
+        ),
+        runner.launch(Batch([row(1, 10, params, []), row(0, 37, asks, [])])),
+    ]
+    drawn = launched.pop(0).result()
+    _check_drawn(drawn[0], expected[1:4])
+    assert drawn[1] == silent[1:2]
+    drawn = launched.pop(0).result()
+    assert drawn[0] == silent[2:3]
+    _check_drawn(drawn[1], expected[4:5])
+
+
+def test_rows_that_do_not_ask_cost_no_launch(
+    make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither do those that asked in a step before."""
+    runner = make("triton", device)
+    heads = []
+    head = runner._model.logits
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        heads.append(len(hidden))
+        return head(hidden)
+
+    monkeypatch.setattr(runner._model, "logits", counted)
+    monkeypatch.setattr("baton.shared.engine.device_executor.tell_of_prompt", _fail)
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    rows = [
+        BatchRow(tokens(9, 6), 0, [[0]], params),
+        BatchRow(tokens(1, 6), 0, [[1]], params),
+        BatchRow(tokens(1, 6), 0, [[1]], replace(params, logprobs=0)),
+    ]
+    heads_of_step = []
+    for row in (rows[2], rows[0], rows[1]):
+        heads.clear()
+        [[drawn]] = runner.forward(Batch([row]))
+        assert (drawn.logprobs is None) == (row.sampling is params)
+        heads_of_step.append(len(heads))
+    assert heads_of_step == [2, 1, 1]
+
+
+def _check_drawn(drawn: Sequence[Drawn], expected: Sequence[Drawn]) -> None:
+    assert [each.token_id for each in drawn] == [each.token_id for each in expected]
+    _check_told([each.logprobs for each in drawn], [each.logprobs for each in expected])
+
+
+def _check_told(
+    told: Sequence[TokenLogprobs | None], expected: Sequence[TokenLogprobs | None]
+) -> None:
+    assert len(told) == len(expected)
+    for got, known in zip(told, expected, strict=True):
+        assert got is not None and known is not None
+        assert got.logprob == pytest.approx(known.logprob, abs=1e-3)
+        assert (got.rank, got.top_token_ids) == (known.rank, known.top_token_ids)
+        assert got.top_logprobs == pytest.approx(known.top_logprobs, abs=1e-3)
