@@ -28,6 +28,8 @@ class Kind(enum.Enum):
 
     NUMBER = "float: float"
     COUNT = "int: uint32"
+    MAYBE_COUNT = "int | None: uint32"
+    """None: not asked for, which is not the same as 0."""
     SEED = "int: uint64"
     SWITCH = "bool: bool"
     TOKEN_IDS = "frozenset[int]: repeated uint32"
@@ -340,14 +342,14 @@ class SamplingParams:
         help="guess tokens and verify them, where workers do; the answer is the same",
     )
     logprobs: int | None = declared(
-        Kind.COUNT,
+        Kind.MAYBE_COUNT,
         None,
         limit=within(0, MOST_TOP_LOGPROBS),
         metavar="N",
         help="tell of each token how likely it was, and of the N likeliest",
     )
     prompt_logprobs: int | None = declared(
-        Kind.COUNT,
+        Kind.MAYBE_COUNT,
         None,
         limit=within(0, MOST_TOP_LOGPROBS),
         metavar="N",

@@ -29,6 +29,9 @@ EncodeChat = Callable[[Sequence[Mapping[str, Any]]], Awaitable[Sequence[int]]]
 
 MAX_SAMPLES = 128
 """Of one request. Each costs the gateway a task and its tokens, before workers have any of it."""
+MAX_PROMPT_LOGPROBS = 1 << 19
+"""Own ones and those of the likeliest: some megabytes in messages, tens of them in JSON."""
+
 _ROLES = ("system", "user", "assistant")
 
 
@@ -74,6 +77,9 @@ class AdmittedRequest:
     """Of `bad_words`."""
     constraint: types_pb2.Constraint | None = None
     """Which texts the answer may be; None: any."""
+    wants_no_token: bool = False
+    """The prompt's logprobs are the whole answer: `params.max_tokens` is 1, as workers draw one
+    behind every prompt."""
 
     @property
     def num_samples(self) -> int:
@@ -121,6 +127,7 @@ async def admit(
     max_tokens = _check_lengths(
         prompt_field, len(prompt), len(received), request, limits, default_max_tokens
     )
+    check_num_logprobs("sampling.prompt_logprobs", params.prompt_logprobs, len(prompt))
     for name, token_ids in received.items():
         if len(token_ids) > max_tokens:
             problem = f"has {len(token_ids)} tokens, more than the whole answer"
@@ -144,10 +151,24 @@ async def admit(
     # What has nothing left to say ends, whatever is ignored.
     if not params.ignore_eos or constraint is not None:
         ends |= defaults.eos_token_ids
-    params = replace(params, seed=seed, max_tokens=max_tokens, stop_token_ids=ends)
+    params = replace(
+        params,
+        seed=seed,
+        max_tokens=max(max_tokens, 1),
+        stop_token_ids=ends,
+        # They came before the tokens that a resuming client has.
+        prompt_logprobs=None if any(received.values()) else params.prompt_logprobs,
+    )
     check_a_token_is_left(params, banned)
     return AdmittedRequest(
-        prompt, params, tuple(received.values()), identity, prediction, banned, constraint
+        prompt,
+        params,
+        tuple(received.values()),
+        identity,
+        prediction,
+        banned,
+        constraint,
+        wants_no_token=max_tokens == 0,
     )
 
 
@@ -185,6 +206,9 @@ def _check_sampling(
         name = f"sampling.{given.name}"
         if given.kind is Kind.TEXTS and not has_tokenizer:
             raise NoTokenizer(f"{name} needs text, and the model has no tokenizer")
+        if given.name == "max_tokens" and value == 0 and sampling.HasField("prompt_logprobs"):
+            # Then something is asked of the prompt alone.
+            continue
         if given.limit is not None:
             _refuse(name, given.limit(value, limits.vocab_size))
 
@@ -193,6 +217,16 @@ def _refuse(field: str, broken: Broken | None) -> None:
     if broken is not None:
         entry = "" if broken.entry is None else f"[{broken.entry}]"
         raise InvalidField(field + entry, broken.problem, limit=broken.limit)
+
+
+def check_num_logprobs(field: str, num_top: int | None, num_tokens: int) -> None:
+    """Of so many tokens of prompts. Raises InvalidField for more than an answer may hold."""
+    if num_top is None:
+        return
+    num_logprobs = num_tokens * (1 + num_top)
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
+        problem = f"is {num_top}, which of {num_tokens} tokens makes {num_logprobs} logprobs"
+        raise InvalidField(field, problem, limit=f"{MAX_PROMPT_LOGPROBS} logprobs of a prompt")
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], limits: Limits) -> None:

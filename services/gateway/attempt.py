@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generation import Generation
@@ -19,6 +20,7 @@ from baton.services.gateway.links import (
     Joined,
     PredictionChecked,
     PromptAdmitted,
+    PromptTold,
     Token,
     follow_prefill,
 )
@@ -78,6 +80,8 @@ class _Attempt:
         self.events: Events = asyncio.Queue()
         self._failures: list[Failed] = []
         """At most one of each worker."""
+        self._early: list[Token] = []
+        """Came before all of the prompt's logprobs did, which come first."""
         self._is_prompt_open = True
         self._prefill: asyncio.Task[None] | None = None
         self._link: DecodeLink | None = None
@@ -110,15 +114,13 @@ class _Attempt:
         """Keeps what they say; returns the new tokens, and the failure that ends the attempt."""
         generation = self._generation
         run: list[int] = []
+        tokens, self._early = self._early, []
         for event in events:
             match event:
-                case Token(index, token_id, finish_reason):
-                    # P and D both bring the first token; what came before is not the next.
-                    is_next = index == len(generation.token_ids)
-                    if is_next and generation.finish_reason is None:
-                        generation.token_ids.append(token_id)
-                        generation.finish_reason = finish_reason
-                        run.append(token_id)
+                case Token():
+                    tokens.append(event)
+                case PromptTold(logprobs):
+                    generation.take_prompt_logprobs(logprobs)
                 case PromptAdmitted(num_cached_tokens):
                     self._note_cached(num_cached_tokens)
                     if generation.num_attempts == 1:
@@ -132,6 +134,19 @@ class _Attempt:
                     generation.num_rejected_prediction_tokens += num_rejected
                 case Failed():
                     self._failures.append(event)
+        if generation.lacks_prompt_logprobs:
+            # D was quicker with the first token than P, which has them.
+            self._early = tokens
+            return run, self._ending_failure(is_computed=not self._is_prompt_open)
+        for token in tokens:
+            # P and D both bring the first token; what came before is not the next.
+            is_next = token.index == len(generation.token_ids)
+            if is_next and generation.finish_reason is None:
+                generation.token_ids.append(token.token_id)
+                generation.finish_reason = token.finish_reason
+                run.append(token.token_id)
+                if token.logprobs is not None:
+                    generation.logprobs.append(token.logprobs)
         return run, self._ending_failure(is_computed=bool(run) or not self._is_prompt_open)
 
     def _ending_failure(self, *, is_computed: bool) -> Failed | None:
@@ -188,11 +203,14 @@ class _Attempt:
 
     def _sequence_spec(self) -> types_pb2.SequenceSpec:
         generation = self._generation
+        params = generation.admitted.params
+        if not generation.lacks_prompt_logprobs:
+            params = replace(params, prompt_logprobs=None)
         spec = types_pb2.SequenceSpec(
             key=key_to_pb(self._key),
             token_ids=self._token_ids,
             first_index=len(generation.token_ids),
-            sampling=sampling_to_pb(generation.admitted.params),
+            sampling=sampling_to_pb(params),
             distrust=generation.distrust,
             cache_salt=generation.admitted.identity.cache_salt,
             capability_hash=self._route.decode.capability_hash,

@@ -142,9 +142,18 @@ async def _sample(
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """One of a request's answers: chunks, and its end."""
     await generation.wait_for_prompt()
+    if generation.admitted.wants_no_token and not generation.computes_prompt:
+        generation.drop_tokens()
     async with aclosing(attempts(generation, cluster, counters, metrics)) as runs:
         async for run in runs:
             report.tokens_came(generation)
+            for told in generation.prompt_logprobs:
+                yield pb.GenerateResponse(prompt_logprobs=told)
+            generation.told_of_prompt()
+            if generation.admitted.wants_no_token:
+                # It was drawn for nothing, and nobody is told of it.
+                generation.drop_tokens()
+                break
             yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
             if decoder is not None and decoder.stopped:
                 break
@@ -212,6 +221,8 @@ def _chunk(
             del generation.token_ids[chunk.first_index + delta.num_tokens_used :]
             run = run[: delta.num_tokens_used]
     chunk.token_ids.extend(run)
+    chunk.logprobs.extend(generation.logprobs[: len(run)])
+    generation.logprobs.clear()
     return chunk
 
 

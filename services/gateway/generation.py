@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from baton.services.gateway.admission import AdmittedRequest
 from baton.services.gateway.shared_prompt import Beside, SharedPrompt
 from baton.shared.kv.sequence import FinishReason
+from baton.v1 import types_pb2
 
 
 @dataclass(slots=True)
@@ -24,6 +25,12 @@ class Generation:
     """False: it waits until another sample has."""
     token_ids: list[int] = field(init=False)
     """Generated so far, those that the client brought included."""
+    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
+    """Of the last of these tokens, as many as were not sent yet; of none where none are wanted."""
+    prompt_logprobs: list[types_pb2.PromptLogprobs] = field(default_factory=list)
+    """That came and were not sent yet. What was sent once is never computed again."""
+    next_prompt_position: int = 1
+    """Of the prompt's first token of which nothing came."""
     finish_reason: FinishReason | None = None
     num_attempts: int = 0
     num_fruitless: int = 0
@@ -56,6 +63,8 @@ class Generation:
         """Until it may start: at once, or when another sample has computed the prompt."""
         if self.prompt is not None and not self.computes_prompt:
             beside = await self.prompt.computed()
+            if self.admitted.params.prompt_logprobs is not None:
+                await self.prompt.is_told.wait()
             self.model_digest = beside.route.decode.model_digest
             self.num_cached_tokens = beside.num_cached_tokens
 
@@ -74,6 +83,33 @@ class Generation:
     def num_new(self) -> int:
         """Tokens beyond those that the client brought."""
         return len(self.token_ids) - len(self.received)
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        admitted = self.admitted
+        is_asked = self.computes_prompt and admitted.params.prompt_logprobs is not None
+        return is_asked and self.next_prompt_position < len(admitted.prompt_token_ids)
+
+    def take_prompt_logprobs(self, told: types_pb2.PromptLogprobs) -> None:
+        """Of those that follow what has come; what an attempt repeats is left out."""
+        num_known = self.next_prompt_position - told.first_position
+        if 0 <= num_known < len(told.tokens):
+            del told.tokens[:num_known]
+            told.first_position = self.next_prompt_position
+            self.prompt_logprobs.append(told)
+            self.next_prompt_position += len(told.tokens)
+
+    def told_of_prompt(self) -> None:
+        """All that came of its logprobs was sent."""
+        self.prompt_logprobs.clear()
+        if self.prompt is not None:
+            self.prompt.is_told.set()
+
+    def drop_tokens(self) -> None:
+        """An answer without tokens is whole."""
+        self.token_ids.clear()
+        self.logprobs.clear()
+        self.finish_reason = FinishReason.LENGTH
 
     @property
     def num_left(self) -> int:

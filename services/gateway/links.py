@@ -57,6 +57,15 @@ class Token:
     index: int
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: types_pb2.TokenLogprobs | None = None
+    """If they are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTold:
+    """Logprobs of a run of the prompt's tokens; all come before who computed it brings a token."""
+
+    logprobs: types_pb2.PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,7 @@ class Failed:
     is_hearsay: bool = False
 
 
-Event = Token | PromptAdmitted | Joined | PredictionChecked | Failed
+Event = Token | PromptTold | PromptAdmitted | Joined | PredictionChecked | Failed
 Events = asyncio.Queue[Event]
 
 
@@ -229,13 +238,20 @@ class DecodeLink:
                         attempt.events.put_nowait(
                             PredictionChecked(checked.num_accepted, checked.num_rejected)
                         )
-                for number, index, token_id, finish_reason in zip(
+                told = {each.column: each.logprobs for each in step.logprobs}
+                columns = zip(
                     step.slots, step.indices, step.token_ids, step.finish_reasons, strict=True
-                ):
+                )
+                for column, (number, index, token_id, finish_reason) in enumerate(columns):
                     attempt = self._attempts.get(number)
                     if attempt is not None:
                         reason = FINISH_REASON_FROM_PB[finish_reason]
-                        attempt.events.put_nowait(Token(index, token_id, reason))
+                        token = Token(index, token_id, reason, told.get(column))
+                        attempt.events.put_nowait(token)
+            case "prompt_logprobs":
+                attempt = self._attempts.get(message.prompt_logprobs.slot)
+                if attempt is not None:
+                    attempt.events.put_nowait(PromptTold(message.prompt_logprobs.logprobs))
             case "joined":
                 attempt = self._attempts.get(message.joined.slot)
                 if attempt is not None:
@@ -283,10 +299,13 @@ async def follow_prefill(
                         break
                 elif event.HasField("admitted"):
                     events.put_nowait(PromptAdmitted(event.admitted.num_cached_tokens))
+                elif event.HasField("prompt_logprobs"):
+                    events.put_nowait(PromptTold(event.prompt_logprobs))
                 elif event.HasField("first_token"):
                     first = event.first_token
                     reason = FINISH_REASON_FROM_PB[first.finish_reason]
-                    events.put_nowait(Token(first_index, first.token_id, reason))
+                    told = first.logprobs if first.HasField("logprobs") else None
+                    events.put_nowait(Token(first_index, first.token_id, reason, told))
                     return
     except TimeoutError:
         error = WorkerLost(f"the prefill worker was silent for {patience * SILENCE_S:.1f} s")

@@ -30,6 +30,8 @@ class SharedPrompt:
         """`num_tokens`: the prompt's."""
         self.beside: Beside | None = None
         """None until a sample has a token."""
+        self.is_told = asyncio.Event()
+        """Who computed it has sent its logprobs, which come before all tokens."""
         self._num_tokens = num_tokens
         self._is_computed = asyncio.Event()
 

@@ -159,6 +159,16 @@ class TextCodec:
             self._texts[is_first, token_ids] = known
         return known
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that has begun, or is written as if it adds none: UTF-8, cut
+        within a character perhaps. Of an id that is not known, nothing."""
+        written = self._vocabulary.special.get(token_id)
+        if written is not None:
+            return written.encode()
+        if self._vocabulary.is_byte_level or self.is_byte(token_id):
+            return self.token_bytes(token_id)
+        return self.text_of((token_id,), is_first=False).encode()
+
     @property
     def special_ids(self) -> Mapping[str, int]:
         """Of the tokens that yield no text, by what they are written as."""

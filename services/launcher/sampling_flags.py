@@ -35,7 +35,7 @@ def _how_to_read(field: SamplingField) -> dict[str, Any]:
     match field.kind:
         case Kind.NUMBER:
             return {"type": float, **metavar}
-        case Kind.COUNT:
+        case Kind.COUNT | Kind.MAYBE_COUNT:
             return {"type": uint32, **metavar}
         case Kind.SEED:
             return {"type": uint64, **metavar}

@@ -4,7 +4,8 @@ Who computes a prompt needs a prefix that every cache group has; who reads it fr
 leaves out what it holds, group by group. Two prompts with a common prefix that arrive together
 compute (or pull) it once: the second one waits for the first one's blocks, then finds them in the
 cache. A state is nobody else's: it takes a slot each time, and where some layers keep one, who
-computes begins at the beginning, and waits for no prefix.
+computes begins at the beginning, and waits for no prefix. So does who is to tell of the prompt how
+likely it was.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Admitter:
 
         `reads`: another worker computes the prompt.
         """
-        may_wait = self._may_hold if reads else self._may_hit
+        may_wait = self._may_hold if reads else self._may_hit and not sequence.wants_prompt_logprobs
         if may_wait and self._is_coming(sequence, self._depths.get(sequence, 0)):
             return Admission.WAIT_FOR_PREFIX
         found = self._held(sequence) if reads else self._hit(sequence)
@@ -106,7 +107,8 @@ class Admitter:
 
     def _hit(self, sequence: Sequence) -> _Found:
         """The deepest prefix that is valid in every group, and room for what is computed behind."""
-        hashes = sequence.block_hashes[: self._num_usable(sequence)]
+        num_usable = 0 if sequence.wants_prompt_logprobs else self._num_usable(sequence)
+        hashes = sequence.block_hashes[:num_usable]
         depth = self._pools.prefix_cache.match(hashes, sequence.prompt_token_ids)
         if sequence.distrust:
             depth = self._pools.prefix_cache.match(

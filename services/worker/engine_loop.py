@@ -468,16 +468,15 @@ class EngineLoop:
             if not self._guard.may_leave(sequence, part.end, step.sums):
                 return False
             sequence.num_computed_tokens += part.num_tokens
-            sequence.prompt_logprobs += part.prompt_logprobs
+            self._reports.keep_prompt_logprobs(sequence, part.start + 1, part.prompt_logprobs)
             return True
         # Of all blocks but those that this chunk filled: they have no digest yet.
         if self._guard.has_spoiled(sequence, step.sums):
             return False
         sequence.num_computed_tokens += part.num_tokens
-        sequence.prompt_logprobs += part.prompt_logprobs
+        self._reports.keep_prompt_logprobs(sequence, part.start + 1, part.prompt_logprobs)
         recipient = self._table.recipient(sequence.key)
-        if sequence.prompt_logprobs:
-            self._reports.prompt_logprobs(sequence, recipient)
+        self._reports.prompt_logprobs(sequence, recipient)
         if recipient is None:
             sequence.state = SequenceState.TRANSFERRING
             sequence.first_logprobs = drawn[0].logprobs
@@ -596,6 +595,7 @@ class EngineLoop:
         key = sequence.key
         self._table.remove(key)
         self._stepper.forget(sequence)
+        self._reports.forget(key)
         sequence.state = state
         if sequence.is_admitted:
             if sequence.num_steps_in_flight:

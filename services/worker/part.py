@@ -58,6 +58,7 @@ class Part:
         """Of the client's prompt, what follows the part's tokens."""
         sequence, start = self.sequence, self.start
         num_top = sequence.params.prompt_logprobs
+        # Of most rows this is all there is to do.
         if num_top is None or start + 1 >= sequence.num_asked_tokens:
             return None
         end = min(self.end + 1, sequence.num_asked_tokens)

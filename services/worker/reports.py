@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from baton.services.worker.handoff import Pull
 from baton.services.worker.messages import (
@@ -16,7 +17,7 @@ from baton.services.worker.messages import (
 )
 from baton.services.worker.sequence_table import Recipient, SequenceTable
 from baton.shared.directory.ledger import LedgerEntry, Stage
-from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_TO_PB, duration_to_pb, key_to_pb, logprobs_to_pb
 from baton.shared.rpc.errors import BatonError, to_failure
@@ -42,6 +43,8 @@ class Reports:
         self._tokens: defaultdict[str, list[tuple[int, int, Drawn, FinishReason | None]]]
         """By gateway: number, index, token id, and why it is the last."""
         self._tokens = defaultdict(list)
+        self._prompt_logprobs: defaultdict[AttemptKey, list[types_pb2.PromptLogprobs]]
+        self._prompt_logprobs = defaultdict(list)
         self._predictions: defaultdict[str, list[dec.CheckedPrediction]] = defaultdict(list)
         """By gateway."""
 
@@ -87,21 +90,32 @@ class Reports:
             first.logprobs.CopyFrom(logprobs_to_pb(drawn.logprobs))
         self.emit(ToPrefillStream(sequence.key, pre.PrefillResponse(first_token=first)))
 
-    def prompt_logprobs(self, sequence: Sequence, recipient: Recipient | None) -> None:
-        """To whoever hosts the sequence, before its first token; in messages of a size that all
-        take."""
-        told, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    # Of prompts, to whoever hosts them
+
+    def keep_prompt_logprobs(
+        self, sequence: Sequence, first_position: int, told: Seq[TokenLogprobs]
+    ) -> None:
+        """They leave with the first token: only then it is known that what they were computed from
+        is what it should be."""
         for start in range(0, len(told), _MOST_IN_A_MESSAGE):
             tokens = map(logprobs_to_pb, told[start : start + _MOST_IN_A_MESSAGE])
-            # Nothing is told of the prompt's first token.
-            message = types_pb2.PromptLogprobs(first_position=start + 1, tokens=tokens)
+            message = types_pb2.PromptLogprobs(first_position=first_position + start, tokens=tokens)
+            self._prompt_logprobs[sequence.key].append(message)
+
+    def prompt_logprobs(self, sequence: Sequence, recipient: Recipient | None) -> None:
+        """Before the first token; nothing where none are wanted."""
+        for message in self._prompt_logprobs.pop(sequence.key, ()):
             if recipient is None:
                 event = pre.PrefillResponse(prompt_logprobs=message)
                 self.emit(ToPrefillStream(sequence.key, event))
-                continue
-            of_slot = dec.SequencePromptLogprobs(slot=recipient.number, logprobs=message)
-            response = dec.DecodeResponse(prompt_logprobs=of_slot)
-            self.emit(ToGateway(recipient.gateway, response))
+            else:
+                of_slot = dec.SequencePromptLogprobs(slot=recipient.number, logprobs=message)
+                response = dec.DecodeResponse(prompt_logprobs=of_slot)
+                self.emit(ToGateway(recipient.gateway, response))
+
+    def forget(self, key: AttemptKey) -> None:
+        """The sequence has ended: what was kept of it is not told any more."""
+        self._prompt_logprobs.pop(key, None)
 
     # To a gateway's Decode stream
 

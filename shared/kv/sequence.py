@@ -135,9 +135,6 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     first_logprobs: TokenLogprobs | None = None
     """Of the first of them, if they are wanted."""
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Of the client's prompt from its second token on, if wanted, as far as it is computed;
-    kept until what it was computed from has been checked."""
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
@@ -169,6 +166,11 @@ class Sequence:
     def num_asked_tokens(self) -> int:
         """Of the client's prompt; what comes behind them was generated."""
         return len(self.prompt_token_ids) - self.first_index
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Then all of the client's prompt is computed by who computes it, and found in no cache."""
+        return self.params.prompt_logprobs is not None and self.num_asked_tokens > 1
 
     @property
     def client_prompt_token_ids(self) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def _proto_type(field: Any) -> str:
 def test_left_out_is_the_default(field: SamplingField) -> None:
     """Else a field that is not set, and cannot say so, would arrive as something else."""
     assert getattr(sampling_from_pb(types_pb2.SamplingParams()), field.name) == field.default
-    if field.limit is not None:
+    if field.limit is not None and field.kind is not Kind.MAYBE_COUNT:
         as_given = dict(field.default) if field.kind is Kind.BIASES else field.default
         assert field.limit(as_given, 100) is None
     assert field.public_name in CompletionRequest.model_fields
@@ -59,6 +59,7 @@ def test_left_out_is_the_default(field: SamplingField) -> None:
 _VALUES: dict[Kind, st.SearchStrategy[Any]] = {
     Kind.NUMBER: st.floats(width=32, allow_nan=False),
     Kind.COUNT: st.integers(0, 2**32 - 1),
+    Kind.MAYBE_COUNT: st.none() | st.integers(0, 2**32 - 1),
     Kind.SEED: st.integers(0, 2**64 - 1),
     Kind.SWITCH: st.booleans(),
     Kind.TOKEN_IDS: st.frozensets(st.integers(0, 2**32 - 1), max_size=5),

@@ -20,9 +20,11 @@ from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity
 from baton.services.gateway.merged import merged
 from baton.services.gateway.openai.errors import HttpError, renamed, to_http_error
+from baton.services.gateway.openai.logprobs import Logprobs, PromptLogprobs
 from baton.services.gateway.openai.wire import FINISH_REASONS, Choice, Wire
 from baton.shared.rpc.errors import BatonError
 from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
 
 _IS_ASKED = "baton.is_asked"
 
@@ -40,6 +42,12 @@ class Ask:
     is_streamed: bool
     time_left_s: float | None = None
     reading: Reading = PLAIN
+    new_logprobs: Callable[[], Logprobs] | None = None
+    """Of a choice; None: nobody asks for them."""
+    new_prompt_logprobs: Callable[[], PromptLogprobs] | None = None
+    """The same of its prompt's, where they are told beside the answer."""
+    echoes: Sequence[str] = ()
+    """The text of each prompt, where the answer begins with it."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Where the endpoint's request has what chat completions call so: see `renamed`."""
     id_headers: Sequence[bytes] = (b"x-request-id",)
@@ -122,6 +130,8 @@ class _Run:
         match response.WhichOneof("message"):
             case "started":
                 return self._take_started(prompt, first_index, response.started)
+            case "prompt_logprobs":
+                return self._take_prompt(prompt, first_index, response.prompt_logprobs)
             case "chunk":
                 index = first_index + response.chunk.sample
                 return self._take_chunk(index, self.by_index[index], response.chunk)
@@ -139,20 +149,46 @@ class _Run:
         if self.wire is None:
             self.request_id = started.request_id
             self.wire = self.ask.new_wire(self.request_id)
+        told = self.ask.new_prompt_logprobs() if self.ask.new_prompt_logprobs else None
         events = b""
         for index in range(first_index, first_index + self._num_samples(prompt)):
-            self.by_index[index] = Choice(
+            choice = self.by_index[index] = Choice(
                 prompt=prompt,
                 parser=self.ask.reading.new_parser(f"{started.request_id}-{index}"),
                 num_prompt_tokens=started.num_prompt_tokens,
                 has_prediction=self.ask.requests[prompt].HasField("prediction"),
+                logprobs=self.ask.new_logprobs() if self.ask.new_logprobs else None,
+                prompt_logprobs=told,
             )
             if self.ask.is_streamed:
-                events += self.wire.started(index, self.by_index[index])
+                events += self.wire.started(index, choice)
+            if self.ask.echoes:
+                events += self._echo(index, choice)
+        return events
+
+    def _echo(self, index: int, choice: Choice) -> bytes:
+        if choice.logprobs is not None:
+            choice.logprobs.begin(self.ask.requests[choice.prompt].token_ids.token_ids[0])
+        return self._came(index, choice, [Content(self.ask.echoes[choice.prompt])], ())
+
+    def _take_prompt(self, prompt: int, first_index: int, told: types_pb2.PromptLogprobs) -> bytes:
+        first = told.first_position
+        token_ids = self.ask.requests[prompt].token_ids.token_ids[first : first + len(told.tokens)]
+        of_prompt = self.by_index[first_index].prompt_logprobs
+        if of_prompt is not None:
+            of_prompt.add(token_ids, told.tokens)
+        events = b""
+        for index in range(first_index, first_index + self._num_samples(prompt)):
+            choice = self.by_index[index]
+            if choice.logprobs is not None and self.ask.echoes:
+                choice.logprobs.add(token_ids, told.tokens)
+                events += self._came(index, choice, (), ())
         return events
 
     def _take_chunk(self, index: int, choice: Choice, chunk: pb.GenerateChunk) -> bytes:
         choice.num_completion_tokens += len(chunk.token_ids)
+        if choice.logprobs is not None:
+            choice.logprobs.add(chunk.token_ids, chunk.logprobs)
         parts = choice.parser.feed(chunk.token_ids, chunk.text)
         if not chunk.HasField("text"):
             # Without a tokenizer a chunk is all that tells of tokens.

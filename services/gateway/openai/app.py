@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,12 @@ from baton.services.gateway.openai.completions import (
     completion_requests,
 )
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
+from baton.services.gateway.openai.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprobs,
+    TokenTexts,
+)
 from baton.services.gateway.openai.request import check_model, time_left_s
 from baton.services.gateway.openai.responses.routes import responses_router
 from baton.services.gateway.openai.schema import (
@@ -111,10 +118,11 @@ def _inference(frontend: Frontend) -> APIRouter:
         check_model(fields.model, frontend)
         names = completion_fields(fields)
         try:
-            requests = await completion_requests(fields, frontend)
+            asked = await completion_requests(fields, frontend)
         except BatonError as error:
             raise to_http_error(error, names) from error
-        return Answer(frontend, _ask(request, fields, requests, names, frontend))
+        ask = _ask(request, fields, asked.requests, names, frontend)
+        return Answer(frontend, replace(ask, echoes=asked.echoes))
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -196,6 +204,10 @@ def _ask(
 ) -> Ask:
     is_streamed = bool(fields.stream)
     options = fields.stream_options if is_streamed else None
+    if is_streamed and fields.prompt_logprobs is not None:
+        raise InvalidParam("prompt_logprobs", "is not for answers that are streamed")
+    texts, num_top = TokenTexts(frontend.codec), fields.num_top_logprobs
+    form = ChatLogprobs if isinstance(fields, ChatRequest) else CompletionLogprobs
     return Ask(
         requests=requests,
         identity=request.state.identity,
@@ -211,6 +223,10 @@ def _ask(
         is_streamed=is_streamed,
         time_left_s=time_left_s(request),
         reading=reading,
+        new_logprobs=None if num_top is None else partial(form, texts, num_top),
+        new_prompt_logprobs=None
+        if fields.prompt_logprobs is None
+        else partial(PromptLogprobs, texts, fields.prompt_logprobs),
     )
 
 

@@ -21,6 +21,7 @@ _REASONING = ("reasoning_content", "reasoning")
 def chat_fields(request: ChatRequest) -> dict[str, str]:
     """What this request calls the fields of GenerateRequest."""
     names = {"text": "messages", "token_ids": "messages", **PREDICTION}
+    names["sampling.logprobs"] = "top_logprobs"
     if request.max_completion_tokens is not None:
         names["sampling.max_tokens"] = "max_completion_tokens"
     return names | asked_constraint(request).names

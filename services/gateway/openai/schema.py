@@ -85,6 +85,9 @@ UNSUPPORTED = {
 """What Baton does not do yet. A name that is declared as a sampling field is supported."""
 
 
+_LOGPROBS = next(field for field in FIELDS if field.name == "logprobs")
+
+
 class StreamOptions(_Fields):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -96,7 +99,7 @@ def _type_of(field: SamplingField) -> Any:
     match field.kind:
         case Kind.NUMBER:
             return float
-        case Kind.COUNT:
+        case Kind.COUNT | Kind.MAYBE_COUNT:
             return Annotated[_Int, Field(ge=low, le=_UINT32)]
         case Kind.SEED:
             return Annotated[_Int, Field(ge=low, lt=2**64)]
@@ -115,6 +118,7 @@ if TYPE_CHECKING:
 
     class _WithSampling(_Fields):
         max_tokens: int | None
+        prompt_logprobs: int | None
 
 else:
     _WithSampling = create_model(
@@ -174,7 +178,7 @@ class Sampled(_WithSampling):
 
     def sampling(self, vocab_size: int) -> types_pb2.SamplingParams:
         """Only what was given is set: admission knows the defaults, and checks the ranges."""
-        given = {field: getattr(self, field.public_name) for field in FIELDS}
+        given = {field: self._given(field) for field in FIELDS}
         read = {
             field.name: field.spelling.read(value)
             for field, value in given.items()
@@ -188,10 +192,28 @@ class Sampled(_WithSampling):
             sampling.top_k = 0
         return sampling
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """None: logprobs are not asked for. Raises InvalidParam."""
+        num_top: int | None = self._given(_LOGPROBS)
+        return num_top
+
+    def _given(self, field: SamplingField) -> Any:
+        return getattr(self, field.public_name)
+
+
+def _none_if_false(value: Any) -> Any:
+    """Some clients have one form for all, in which chats are asked."""
+    return None if value is False else value
+
 
 class CompletionRequest(Sampled):
     prompt: Any = None
     """Text, token ids, or a list of either: see completions.py."""
+    echo: bool | None = None
+    logprobs: Annotated[_Int | None, BeforeValidator(_none_if_false)] = Field(
+        None, ge=0, le=_UINT32
+    )
 
 
 _PART_FIELDS = (
@@ -217,6 +239,15 @@ class ChatRequest(Sampled):
     messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: _Int | None = Field(None, ge=ALL_TOKENS, le=_UINT32)
     add_generation_prompt: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Int | None = Field(None, ge=0, le=_UINT32)
+
+    def _given(self, field: SamplingField) -> Any:
+        if field is not _LOGPROBS:
+            return super()._given(field)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidParam("top_logprobs", "needs logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _prefer_the_newer_name(self) -> Self:
@@ -245,7 +276,8 @@ _Request = TypeVar("_Request", bound=BaseModel)
 def parse(kind: type[_Request], body: dict[str, Any]) -> _Request:
     """Raises InvalidParam naming the field."""
     _check_sizes(body)
-    check_neutral(body, UNSUPPORTED)
+    served = kind.model_fields.keys()
+    check_neutral(body, {name: UNSUPPORTED[name] for name in UNSUPPORTED.keys() - served})
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -22,6 +22,7 @@ from baton.services.gateway.answer_parts import (
     ToolCall,
 )
 from baton.services.gateway.openai.errors import HttpError
+from baton.services.gateway.openai.logprobs import Logprobs, PromptLogprobs
 from baton.v1 import types_pb2
 
 FINISH_REASONS = {
@@ -60,6 +61,9 @@ class Choice:
     has_prediction: bool = False
     num_accepted_prediction_tokens: int = 0
     num_rejected_prediction_tokens: int = 0
+    logprobs: Logprobs | None = None
+    """Of tokens that came, as far as they were not told; None: nobody asks for them."""
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def content(self) -> str:
@@ -173,7 +177,8 @@ class OpenAiWire:
     ) -> bytes:
         texts = [self._text(part) for part in parts]
         if not texts:
-            if not self._says_usage_always and not self._says_tokens:
+            says_more = self._says_usage_always or self._says_tokens or choice.logprobs is not None
+            if not says_more:
                 # The text is held back: it comes with a later token.
                 return b""
             texts = [self._text(Content(""))]
@@ -196,13 +201,10 @@ class OpenAiWire:
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         kind = "chat.completion" if self._is_chat else "text_completion"
-        body = {
-            **self._head,
-            "object": kind,
-            "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": usage(choices),
-        }
-        return json.dumps(body).encode()
+        head = json.dumps({**self._head, "object": kind, "usage": usage(choices)})[:-1]
+        shown = ", ".join(self._whole_choice(*numbered) for numbered in enumerate(choices))
+        of_prompt = self._prompt_logprobs(choices[0]) if self._is_chat else ""
+        return f'{head}, "choices": [{shown}]{of_prompt}}}'.encode()
 
     def _text(self, part: Part) -> str:
         """The field of a choice that has it, in ASCII: some clients end a line at U+2028."""
@@ -230,7 +232,8 @@ class OpenAiWire:
         finish_reason: str | None = None,
     ) -> bytes:
         """One server-sent event."""
-        parts = [self._chunk_head, str(index), text, ', "logprobs": null']
+        logprobs = "null" if choice.logprobs is None else choice.logprobs.take()
+        parts = [self._chunk_head, str(index), text, f', "logprobs": {logprobs}']
         if self._says_tokens:
             parts.append(f', "token_ids": {json.dumps(list(token_ids))}')
         reason = "null" if finish_reason is None else f'"{finish_reason}"'
@@ -242,16 +245,25 @@ class OpenAiWire:
         parts.append("}\n\n")
         return "".join(parts).encode()
 
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _whole_choice(self, index: int, choice: Choice) -> str:
         entry: dict[str, Any] = {"index": index}
         if self._is_chat:
             entry["message"] = _message(choice)
         else:
             entry["text"] = choice.content
-        entry |= {"logprobs": None, "finish_reason": choice.finish_reason}
+        entry["finish_reason"] = choice.finish_reason
         if self._says_tokens:
             entry["token_ids"] = choice.token_ids
-        return entry
+        # These are JSON already.
+        logprobs = "null" if choice.logprobs is None else choice.logprobs.take()
+        of_prompt = "" if self._is_chat else self._prompt_logprobs(choice)
+        return f'{json.dumps(entry)[:-1]}, "logprobs": {logprobs}{of_prompt}}}'
+
+    def _prompt_logprobs(self, choice: Choice) -> str:
+        """vLLM has them in each choice of a completion, and beside the one of a chat."""
+        if choice.prompt_logprobs is None:
+            return ""
+        return f', "prompt_logprobs": {choice.prompt_logprobs.json()}'
 
 
 def _message(choice: Choice) -> dict[str, Any]:

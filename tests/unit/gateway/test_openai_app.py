@@ -288,7 +288,7 @@ async def test_what_is_no_text_is_refused_by_name(
     assert frontend.requests == []
 
 
-@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED.keys() - CompletionRequest.model_fields))
 async def test_what_the_engine_lacks_is_refused_unless_neutral(
     address: str, frontend: NullFrontend, field: str
 ) -> None:
@@ -389,7 +389,9 @@ async def test_what_a_compressed_body_must_not_be(
 
 
 async def test_no_number_passes_for_a_switch(address: str) -> None:
-    assert (await ask(address, COMPLETIONS, {**HELLO, "logprobs": 0})).status == 400
+    assert (await ask(address, COMPLETIONS, {**HELLO, "logprobs": True})).status == 400
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    assert (await ask(address, CHAT, {**chat, "logprobs": 1})).status == 400
     assert (await ask(address, COMPLETIONS, {**HELLO, "n": True})).status == 400
 
 
