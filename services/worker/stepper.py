@@ -343,7 +343,7 @@ def _outcomes(parts: Seq[Part], step: Step) -> list[Outcome]:
         _outcome(part.sequence, drawn) for part, drawn in zip(parts, step.result(), strict=True)
     ]
     for row, part in enumerate(parts):
-        if part.wanted_logprobs() is not None:
+        if part.sequence.params.prompt_logprobs is not None and part.wanted_logprobs() is not None:
             told = step.prompt_logprobs(row)
             part.prompt_logprobs = [each for each in told if each is not None]
             if len(part.prompt_logprobs) < len(told):

@@ -10,17 +10,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from baton.shared.engine.batch import Batch
+from baton.shared.engine.executor import Step
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.drawn import Drawn, TokenLogprobs
 
 
 @dataclass
 class LateStep:
     runner: ModelRunner
     batch: Batch
+    step: Step | None = None
 
     def result(self) -> list[Sequence[Drawn]]:
-        return self.runner.forward(self.batch)
+        self.step = self.runner.launch(self.batch)
+        return self.step.result()
+
+    def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
+        assert self.step is not None
+        return self.step.prompt_logprobs(row)
 
 
 class LateRunner:

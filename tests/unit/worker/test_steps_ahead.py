@@ -61,20 +61,27 @@ class FlakyRunner(LateRunner):
         self.ends: defaultdict[int, list[int]] = defaultdict(list)
         """By seed, the context lengths of the rows that were launched."""
         self.bad_from = 1 << 30
+        self._num_alone = 0
+        """Rows of a step that was refused, which are yet to come one by one."""
 
     def launch(self, batch: Batch) -> LoggedStep:  # type: ignore[override]
+        if self._num_alone:
+            self._num_alone -= 1
+            return self._launch_alone(batch)
+        self._num_alone = len(batch.rows)
         self._refuse_bad("refused", batch)
+        self._num_alone = 0
         for row in batch.rows:
             if row.sampling is not None:
                 self.ends[row.sampling.seed].append(row.context_len)
         self.log.append("launch")
         return LoggedStep(super().launch(batch), self.log)
 
-    def forward(self, batch: Batch) -> list[Seq[Drawn]]:
+    def _launch_alone(self, batch: Batch) -> LoggedStep:
         self.log.append("alone")
         assert len(batch.rows) == 1
         self._refuse_bad("refused alone", batch)
-        return self._runner.forward(batch)
+        return LoggedStep(super().launch(batch), [])
 
     def _refuse_bad(self, what: str, batch: Batch) -> None:
         for row in batch.rows:
