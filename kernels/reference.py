@@ -436,11 +436,13 @@ def paged_attention(
     plan: AttentionPlan,
     scale: float,
     cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of query [≥ T, num_heads, head_dim] over the blocks → the same shape.
 
-    `cap`: scores go through `soft_cap` with it; 0: they do not. The step's own keys and values are
-    stored before. Rows of `query` behind T come back as zeros.
+    `cap`: scores go through `soft_cap` with it; 0: they do not. `sinks` float32 [num_heads]: each
+    head's score of something that every token sees, whose value is zero. The step's own keys and
+    values are stored before. Rows of `query` behind T come back as zeros.
     kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; what lies in slots behind
     a row's context is never used, NaN included.
     """
@@ -452,14 +454,21 @@ def paged_attention(
         num_tokens = units.num_units * units.num_queries
         shape = (units.num_units, units.num_queries, num_kv_heads, -1, head_dim)
         by_head = scaled.index_select(0, units.tokens).view(shape).transpose(1, 2).flatten(2, 3)
-        attended = _attend(by_head, kv, layer, units, cap)
+        attended = _attend(by_head, kv, layer, units, cap, sinks)
         by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, head_dim)
         by_token = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
         out.index_copy_(0, units.tokens, by_token)
     return out
 
 
-def _attend(query: Tensor, kv: Tensor, layer: int, units: QueryUnits, cap: float) -> Tensor:
+def _attend(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    units: QueryUnits,
+    cap: float,
+    sinks: Tensor | None,
+) -> Tensor:
     """query [U, num_kv_heads, M, head_dim], scaled → the same shape."""
     num_units, num_kv_heads, num_rows, head_dim = query.shape
     if num_rows < units.num_rows:
@@ -474,8 +483,14 @@ def _attend(query: Tensor, kv: Tensor, layer: int, units: QueryUnits, cap: float
         soft_cap(real, cap)  # In place: they are float32.
     real[units.first_masked :].masked_fill_(units.masked, float("-inf"))
     highest = _over_tiles(torch.maximum, real.amax(-1, keepdim=True), units)
+    if sinks is not None:
+        # [num_kv_heads, M, 1]: of each query token the heads that share keys and values.
+        sinks = sinks.view(num_kv_heads, -1).repeat(1, units.num_queries)[..., None]
+        highest = torch.maximum(highest, sinks)
     real.sub_(highest.index_select(0, units.unit_of_tile)).exp_()
     total = _over_tiles(torch.add, real.sum(-1, keepdim=True), units)
+    if sinks is not None:
+        total = total + (sinks - highest).exp_()
 
     values = _gather(kv, layer, 1, units)
     # A masked key's weight is zero, but zero times NaN is not.

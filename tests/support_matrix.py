@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.kernels.routing import ClampedSwiglu
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.rope_config import RopeConfig, num_turning_pairs
@@ -86,6 +87,16 @@ PROBES: tuple[dict[str, Any], ...] = (
     {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     {"hidden_size_per_layer_input": 16},
     {"hidden_size_per_layer_input": 0},
+    {"mlp_only_layers": [0]},
+    {"first_k_dense_replace": 0},
+    {"norm_topk_prob": False},
+    {"norm_topk_prob": True},
+    {"n_group": 4, "topk_group": 2},
+    {"routed_scaling_factor": 2.5},
+    {"use_qk_norm": True},
+    {"qkv_bias": False},
+    {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
+    {"quantization_config": {"quant_method": "mxfp4"}},
     *(
         {name: value}
         for name in ("hidden_act", "hidden_activation")
@@ -127,7 +138,25 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "logits soft cap",
     ),
     "MLP": ("silu", "gelu_tanh"),
+    "experts": (
+        "in every layer",
+        "in some layers",
+        "beside the MLPs",
+        "shared expert",
+        "shared expert with a gate",
+        "biases of experts",
+        "softmax",
+        "softmax of those chosen",
+        "sigmoid",
+        "weights normalised",
+        "weights scaled",
+        "groups",
+        "bias of choice",
+        "clamped",
+        "MXFP4",
+    ),
     "beside": (
+        "sinks",
         "layers without a cache of their own",
         "keys that are values",
         "inputs for each layer",
@@ -255,6 +284,8 @@ def features_of(config: ModelConfig) -> frozenset[str]:
         "attention soft cap": any(layer.soft_cap for layer in layers),
         "logits soft cap": bool(config.logits_soft_cap),
         style.activation: True,
+        "sinks": style.has_sinks,
+        **features_of_experts(config),
         "layers without a cache of their own": any(layer.source is not None for layer in layers),
         "keys that are values": any(getattr(config, "keys_are_values", ())),
         "inputs for each layer": bool(getattr(config, "extra_size", 0)),
@@ -263,6 +294,30 @@ def features_of(config: ModelConfig) -> frozenset[str]:
         "yes": config.is_quantized,
     }
     return frozenset(name for name, has in have.items() if has)
+
+
+def features_of_experts(config: ModelConfig) -> dict[str, bool]:
+    mixture = config.mixture
+    if mixture is None:
+        return {}
+    rule = mixture.routing
+    return {
+        "in every layer": all(mixture.layers),
+        "in some layers": not all(mixture.layers),
+        "beside the MLPs": hasattr(config, "intermediate_sizes"),
+        "shared expert": bool(mixture.shared_size) and not mixture.has_shared_gate,
+        "shared expert with a gate": mixture.has_shared_gate,
+        "biases of experts": mixture.has_bias,
+        "softmax": rule.scoring == "softmax",
+        "softmax of those chosen": rule.scoring == "softmax_of_chosen",
+        "sigmoid": rule.scoring == "sigmoid",
+        "weights normalised": rule.is_normalised,
+        "weights scaled": rule.scale != 1,
+        "groups": rule.num_groups > 1,
+        "bias of choice": mixture.has_choice_bias,
+        "clamped": isinstance(mixture.activation, ClampedSwiglu),
+        "MXFP4": mixture.may_be_mxfp4,
+    }
 
 
 def is_partial(rope: RopeConfig, head_dim: int) -> bool:

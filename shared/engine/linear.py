@@ -98,6 +98,8 @@ class LinearSpec:
     """Ranks share the inputs in runs of so many."""
     scale: float = 1.0
     """What the results are multiplied by, bias included, before a residual is added."""
+    is_wide: bool = False
+    """Weights and products are float32, whatever the activations are."""
 
 
 class PartReader(Protocol):
@@ -117,8 +119,15 @@ class PartReader(Protocol):
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
         """As it is stored, on the device that computes."""
 
-    def read_float(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
-        """In the activations' dtype."""
+    def read_float(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        part: tuple[slice, ...] = (),
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """In the activations' dtype, if no other is asked for."""
 
     def error(self, name: str, reason: str) -> ModelError: ...
 
@@ -155,27 +164,27 @@ def reordered(numbers: Tensor, order: Order) -> Tensor:
 
 
 def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
-    """This rank's weight [out, in] and bias [out], in the activations' dtype.
+    """This rank's weight [out, in] and bias [out], in the activations' dtype or float32.
 
     Parts without a bias beside parts with one get zeros.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or a form that is not served.
     """
-    columns = _WHOLE
+    columns, dtype = _WHOLE, torch.float32 if spec.is_wide else reader.dtype
     if spec.split is Split.ROWS:
         columns = ranks.share(spec.num_in, spec.in_unit)
     rows = [_rows(part, spec.split, ranks) for part in spec.parts]
     weight = _joined(
         [
-            reordered(_weight(part, spec.num_in, own, columns, reader), part.order)
+            reordered(_weight(part, spec.num_in, own, columns, reader, dtype), part.order)
             for part, own in zip(spec.parts, rows, strict=True)
         ]
     )
     if not any(part.has_bias for part in spec.parts):
         return weight, None
     biases = [
-        reordered(_bias(part, own, reader), part.order)
+        reordered(_bias(part, own, reader, dtype), part.order)
         for part, own in zip(spec.parts, rows, strict=True)
     ]
     return weight, _joined(biases).to(weight.device)
@@ -205,15 +214,17 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors)
 
 
-def _bias(part: Part, rows: slice, reader: PartReader) -> Tensor:
+def _bias(part: Part, rows: slice, reader: PartReader, dtype: torch.dtype) -> Tensor:
     num_rows = len(range(_module_out(part))[rows])
     if not part.has_bias:
-        return torch.zeros(num_rows, dtype=reader.dtype)
+        return torch.zeros(num_rows, dtype=dtype)
     which = () if rows == _WHOLE else (rows,)
-    return reader.read_float(f"{part.module}.bias", (_module_out(part),), which)
+    return reader.read_float(f"{part.module}.bias", (_module_out(part),), which, dtype=dtype)
 
 
-def _weight(part: Part, num_in: int, rows: slice, columns: slice, reader: PartReader) -> Tensor:
+def _weight(
+    part: Part, num_in: int, rows: slice, columns: slice, reader: PartReader, dtype: torch.dtype
+) -> Tensor:
     """Rows and columns of a module's weight [module_out, num_in]."""
     name = f"{part.module}.weight"
     shape = (_module_out(part), num_in)
@@ -224,7 +235,7 @@ def _weight(part: Part, num_in: int, rows: slice, columns: slice, reader: PartRe
     which = () if rows == columns == _WHOLE else (rows, columns)
     header = reader.header(name)
     if header is None or header.dtype not in _SCALED:
-        return reader.read_float(name, shape, which)
+        return reader.read_float(name, shape, which, dtype=dtype)
     if not reader.is_quantized:
         reason = f"dtype {header.dtype}, but config.json has no quantization_config"
         raise reader.error(name, reason)
@@ -232,9 +243,9 @@ def _weight(part: Part, num_in: int, rows: slice, columns: slice, reader: PartRe
     numbers = reader.read(name, shape, which)
     if numbers.is_meta:
         # A product on paper would load torch's compiler, as torch.cat does.
-        return numbers.to(reader.dtype)
+        return numbers.to(dtype)
     # In the scale's dtype and rounded once, as those who made the numbers do it.
-    return (numbers.to(scale.dtype) * scale).to(reader.dtype)
+    return (numbers.to(scale.dtype) * scale).to(dtype)
 
 
 def _scale(

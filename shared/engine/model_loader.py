@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from baton.shared.engine.executor import Model
+from baton.shared.engine.experts import Experts, ExpertsSpec
 from baton.shared.engine.linear import FLOATS, Linear, LinearSpec
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
@@ -94,14 +95,23 @@ class ModelLoader:
             weight += 1
         return Norm(self._counted(weight), eps)
 
-    def numbers(self, name: str, size: int) -> Tensor:
-        """[size], of a tensor that belongs to no module."""
-        return self._counted(self.read_float(name, (size,)))
+    def numbers(self, name: str, size: int, *, is_wide: bool = False) -> Tensor:
+        """[size], of a tensor that belongs to no module; `is_wide`: in float32."""
+        dtype = torch.float32 if is_wide else self.dtype
+        return self._counted(self.read_float(name, (size,), dtype=dtype))
 
     def linear(self, spec: LinearSpec) -> Linear:
         layer = self.ops.load_linear(spec, self)
         self.num_bytes += layer.num_bytes
         self.linear_shapes.add((layer.num_out, layer.num_in))
+        return layer
+
+    def experts(self, spec: ExpertsSpec) -> Experts:
+        layer = self.ops.load_experts(spec, self)
+        self.num_bytes += layer.num_bytes
+        size = self.ops.ranks.share(spec.size, 1)
+        num_own = size.stop - size.start
+        self.linear_shapes |= {(2 * num_own, spec.num_in), (spec.num_in, num_own)}
         return layer
 
     def tied_head(self, module: str, embedding: Tensor, scale: float = 1.0) -> Linear:

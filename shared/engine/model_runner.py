@@ -217,7 +217,7 @@ class ModelRunner:
 
     def _find_weights(self) -> WeightFiles | DummyWeights:
         if self._config.load_format == "dummy":
-            return DummyWeights()
+            return DummyWeights(are_tokens_apart=self.model_config.mixture is not None)
         return WeightFiles(self._config.model_dir)
 
     def _identify(self, weights: WeightFiles | DummyWeights, progress: Progress) -> ModelIdentity:
@@ -484,6 +484,10 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
     for spec in model.cache_specs:
         if spec is not None and not isinstance(spec, Full | Sliding):
             return f"its kernels know no layers that cache {type(spec).__name__}"
+    if model.mixture is not None or model.style.has_sinks:
+        return (
+            f"its kernels know no mixtures of experts and no sinks, which a {model.model_type} has"
+        )
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)
         if value > most:

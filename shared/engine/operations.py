@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference import Activation, HeadNorms
+from baton.kernels.reference_experts import Routes
+from baton.kernels.routing import RoutingRule
+from baton.shared.engine.experts import Experts, ExpertsSpec
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks
 
 
@@ -56,6 +59,16 @@ class Operations(Protocol):
     def take_rope(self, table: Any, positions: Tensor) -> Any:
         """The rope of a step's tokens, once for all layers; positions int [T]."""
 
+    def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
+        """The experts of a layer, this rank's share of each.
+
+        Raises:
+            ModelError: as of `load_linear`.
+        """
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """norm(x), [T, hidden] each."""
+
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         """(x · weightᵀ + bias) · scale + residual: x [T, in], residual [T, out] → [T, out].
 
@@ -74,6 +87,25 @@ class Operations(Protocol):
     def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) · up, of [T, size] each, whose rows may be strided → a new tensor."""
 
+    def route(
+        self,
+        logits: Tensor,
+        rule: RoutingRule,
+        choice_bias: Tensor | None = None,
+        expert_scale: Tensor | None = None,
+    ) -> Routes:
+        """See kernels/reference_experts.py."""
+
+    def experts(
+        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
+    ) -> Tensor:
+        """Each token's experts of x [T, hidden], weighted and added up, plus the residual of that
+        shape. The residual's memory may be taken for the result."""
+
+    def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+        """sigmoid(gate) · x + residual: x and residual [T, hidden], gate float32 [T, 1]. The
+        residual's memory may be taken for it."""
+
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         """residual + norm(x), [T, hidden] each. The residual's memory may be taken for it."""
 
@@ -91,7 +123,14 @@ class Operations(Protocol):
     def rope_query(self, query: Tensor, rope: Any, norms: HeadNorms | None = None) -> Tensor: ...
 
     def paged_attention(
-        self, query: Tensor, kv: Tensor, layer: int, plan: Any, scale: float, cap: float = 0.0
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        plan: Any,
+        scale: float,
+        cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
     def soft_cap(self, x: Tensor, cap: float) -> Tensor: ...

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from baton.kernels import reference
+from baton.kernels import reference, reference_experts
 from baton.kernels.reference import Activation, HeadNorms, Rope
+from baton.kernels.reference_experts import ExpertWeights, Routes
+from baton.shared.engine.determinism import MIN_LINEAR_ROWS
+from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -23,6 +26,8 @@ class ReferenceOperations:
     rope_and_store = staticmethod(reference.rope_and_store)
     paged_attention = staticmethod(reference.paged_attention)
     soft_cap = staticmethod(reference.soft_cap)
+    route = staticmethod(reference_experts.route)
+    gated_add = staticmethod(reference_experts.gated_add)
 
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
@@ -32,6 +37,18 @@ class ReferenceOperations:
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
         return Linear(reference.pack_weight(weight), bias, num_out, num_in, scale=scale)
+
+    def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
+        packed, num_bytes = [], 0
+        for expert in expand_experts(spec, reader, self.ranks):
+            num_bytes += expert.num_bytes
+            gate_up, down = (reference.pack_weight(each) for each in (expert.gate_up, expert.down))
+            packed.append((gate_up, down, expert.gate_up_bias, expert.down_bias))
+        weights = ExpertWeights(*(list(each) for each in zip(*packed, strict=True)))
+        return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return reference.rms_norm(x, norm.weight, norm.eps)
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         if layer.all_reduce is None:
@@ -46,7 +63,7 @@ class ReferenceOperations:
         return y if residual is None else y.add_(residual)
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        return self.linear(reference.rms_norm(x, norm.weight, norm.eps), layer)
+        return self.linear(self.norm(x, norm), layer)
 
     def norm_gate_up(
         self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
@@ -55,6 +72,16 @@ class ReferenceOperations:
 
     def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         return reference.activate(gate, activation).mul_(up)
+
+    def experts(
+        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
+    ) -> Tensor:
+        y = reference_experts.experts(
+            x, routes, layer.weights, layer.activation, min_rows=MIN_LINEAR_ROWS
+        )
+        if layer.all_reduce is not None:
+            layer.all_reduce(y)
+        return y.to(x.dtype) if residual is None else residual.add_(y)
 
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         return reference.norm_add(x, norm.weight, norm.eps, residual)

@@ -16,10 +16,13 @@ from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
+from baton.kernels.reference_experts import Routes
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
+from baton.kernels.routing import RoutingRule
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
+from baton.shared.engine.experts import Experts, ExpertsSpec
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -97,6 +100,29 @@ class TritonOperations:
     def take_rope(self, table: Rope, positions: Tensor) -> Rope:
         """The kernel reads the table by position."""
         return replace(table, positions=positions)
+
+    def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
+        raise NotImplementedError
+
+    def route(
+        self,
+        logits: Tensor,
+        rule: RoutingRule,
+        choice_bias: Tensor | None = None,
+        expert_scale: Tensor | None = None,
+    ) -> Routes:
+        raise NotImplementedError
+
+    def experts(
+        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         weight, bias = layer.weight, layer.bias
@@ -228,7 +254,9 @@ class TritonOperations:
         plan: DevicePlan,
         scale: float,
         cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        assert sinks is None
         out = torch.empty_like(query) if plan.attended is None else plan.attended
         num_decode = 0
         if plan.rows is not None and plan.work is not None:

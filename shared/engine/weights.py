@@ -18,6 +18,9 @@ from baton.shared.engine.model_digest import find_weight_files
 from baton.shared.engine.weight_headers import DTYPES, Header, read_header
 from baton.shared.model_files.fields import ModelError
 
+_STD = 0.02
+"""Of dummy weights."""
+
 
 class WeightSource(Protocol):
     """Where a model's tensors come from."""
@@ -137,6 +140,11 @@ class DummyWeights:
     Weights of norms are one and matrices small, so that activations stay in range at any depth.
     """
 
+    def __init__(self, *, are_tokens_apart: bool = False) -> None:
+        """`are_tokens_apart`: embeddings are large beside what layers add, most of which tokens
+        have in common: so that routers give them to different experts."""
+        self._embedding_std = 1.0 if are_tokens_apart else _STD
+
     def header(self, name: str) -> None:
         """Nothing is stored; what is asked for is made."""
 
@@ -155,14 +163,23 @@ class DummyWeights:
         part: tuple[slice, ...] = (),
     ) -> torch.Tensor:
         """See `WeightSource`; float32 unless a dtype is given."""
+        if len(shape) == 3:
+            # Of all experts: each has random numbers of its own, so that one alone can be made.
+            first, *rest = part or (slice(None),)
+            each = [
+                self.read(f"{name}.{index}", shape[1:], device, dtype, tuple(rest))
+                for index in range(shape[0])[first]
+            ]
+            return each[0][None] if len(each) == 1 else torch.stack(each)
         weight = torch.empty(shape, dtype=dtype or torch.float32, device=device)
         if device.type == "meta":
             return weight[part]
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith("bias"):
             return weight.fill_(0.0 if name.endswith("bias") else 1.0)[part]
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
         generator = torch.Generator(device).manual_seed(seed)
-        return weight.normal_(std=0.02, generator=generator)[part]
+        std = self._embedding_std if name.endswith("embed_tokens.weight") else _STD
+        return weight.normal_(std=std, generator=generator)[part]
 
     def close(self) -> None:
         """There are no files."""

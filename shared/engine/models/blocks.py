@@ -1,8 +1,8 @@
 """What layers are made of: attention, gated MLP, and where a checkpoint keeps their weights.
 
 A block that follows a norm takes it along, and adds its result to a residual it is given: the
-operations do both within their products. A mixture of experts joins here as one more block with
-the call of `GatedMlp`.
+operations do both within their products. A mixture of experts (mixture.py) is called as `GatedMlp`
+is.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Attention:
     def __init__(
         self, config: ModelConfig, load: ModelLoader, names: Names, prefix: str, index: int
     ) -> None:
-        """Of layer `index`. `names`: q, k, v, output, and with norms of heads q_norm, k_norm; v may
-        be missing: then values are what keys are before norm and rotation."""
+        """Of layer `index`. `names`: q, k, v, output; with norms of heads q_norm and k_norm; with
+        sinks sinks. v may be missing: values are what keys are before norm and rotation, then."""
         own, style = config.layers[index], config.style
         self._ops = load.ops
         self._has_cache = own.source is None
@@ -108,6 +108,10 @@ class Attention:
             qkv = (*qkv, replace(qkv[-1], order=None))
         self._qkv = load.linear(LinearSpec(config.hidden_size, qkv, Split.COLUMNS))
         self._norms = self._load_norms(config, load, names, prefix, order)
+        self._sinks = None
+        if style.has_sinks:
+            sinks = load.numbers(prefix + names["sinks"], own.num_heads, is_wide=True)
+            self._sinks = sinks[share.start // head_dim : share.stop // head_dim]
         output = parts(names, prefix, Piece("output", config.hidden_size, style.output_bias))
         self._output = load.linear(
             LinearSpec(q_size, output, Split.ROWS, in_unit=head_dim, scale=style.residual_scale)
@@ -144,7 +148,7 @@ class Attention:
     ) -> Tensor:
         """What the queries attend to, projected → [T, hidden], plus the residual of that shape."""
         attended = self._ops.paged_attention(
-            query, kv, self._place, plan, self._scale, self._soft_cap
+            query, kv, self._place, plan, self._scale, self._soft_cap, self._sinks
         )
         return self._ops.linear(attended.view(len(query), -1), self._output, residual)
 

@@ -1,5 +1,6 @@
 """Gemma 4, the text model: full layers with heads of another size, norms of values, upper layers
-that read the keys and values of lower ones, and inputs of each token for every layer."""
+that read the keys and values of lower ones, inputs of each token for every layer, and mixtures of
+experts beside the MLPs."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from baton.kernels.routing import RoutingRule
 from baton.shared.engine.linear import LinearSpec
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models import gemma3
 from baton.shared.engine.models.blocks import Names, Piece, load_norm, parts
 from baton.shared.engine.models.decoder import Decoder, rounded
 from baton.shared.engine.models.layers import SandwichLayer
+from baton.shared.engine.models.mixture import Router, experts_spec
+from baton.shared.engine.models.mixture_config import MixtureConfig, read_top_k
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
     LayerStyle,
@@ -32,6 +36,7 @@ from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.multimodal import text_part_of
 from baton.shared.engine.models.rope_fields import RopeRules, read_ropes
 from baton.shared.engine.models.windows import every_nth_full, read_window_of
+from baton.shared.engine.operations import Norm
 from baton.shared.model_files.fields import Fields, shown
 
 NAMES = {
@@ -43,6 +48,14 @@ NAMES = {
     "extra_embedding": "model.embed_tokens_per_layer",
     "extra_projection": "model.per_layer_model_projection",
     "extra_projection_norm": "model.per_layer_projection_norm",
+    "router": "router.proj",
+    "router_norm": "router.scale",
+    "expert_scale": "router.per_expert_scale",
+    "fused_gate_up": "experts.gate_up_proj",
+    "fused_down": "experts.down_proj",
+    "mixture_norm": "pre_feedforward_layernorm_2",
+    "mixture_post_norm": "post_feedforward_layernorm_2",
+    "beside_mixture_norm": "post_feedforward_layernorm_1",
 }
 _FULL_EVERY = 6
 _ROPES = {
@@ -71,7 +84,6 @@ class Gemma4Config(ModelConfig):
 
 
 def configure(fields: Fields) -> ModelConfig:
-    fields.only("enable_moe_block", False, because="mixtures of experts are not served")
     # Of text alone, "vision" changes nothing.
     fields.only("use_bidirectional_attention", "vision")
     common = read_decoder(fields, reads_itself=("per_layer_config",))
@@ -107,6 +119,24 @@ def configure(fields: Fields) -> ModelConfig:
         ),
         extra_size=fields.integer("hidden_size_per_layer_input", least=0),
         extra_vocab_size=_extra_vocab_size(fields, common["vocab_size"]),
+        mixture=_read_mixture(fields, len(types)),
+    )
+
+
+def _read_mixture(fields: Fields, num_layers: int) -> MixtureConfig | None:
+    """In every layer, if any."""
+    if not fields.boolean("enable_moe_block"):
+        return None
+    num_experts = fields.integer("num_experts")
+    return MixtureConfig(
+        routing=RoutingRule(
+            num_experts=num_experts,
+            top_k=read_top_k(fields, num_experts, "top_k_experts"),
+            is_normalised=True,
+        ),
+        expert_size=fields.integer("moe_intermediate_size"),
+        layers=(True,) * num_layers,
+        activation=read_activation(fields, "hidden_activation"),
     )
 
 
@@ -218,8 +248,39 @@ class ExtraInputs:
         return by_layer.mul_(2**-0.5).view(len(input_ids), -1, self._size)
 
 
+class MixtureBeside:
+    """norm(mlp(h)) + norm(experts(norm(h))), where the router has a norm of its own."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mixture: MixtureConfig,
+        load: ModelLoader,
+        names: Names,
+        prefix: str,
+    ) -> None:
+        self._ops = load.ops
+        self._router = Router(config, mixture, load, names, prefix)
+        scale = load.numbers(prefix + names["router_norm"], config.hidden_size, is_wide=True)
+        # What is on paper is not multiplied.
+        scale = scale if scale.is_meta else scale * config.hidden_size**-0.5
+        self._router_norm = Norm(scale, config.rms_norm_eps)
+        self._experts = load.experts(experts_spec(config, mixture, names, prefix))
+        self._norm = load_norm(config, load, prefix + names["mixture_norm"])
+        self._post_norm = load_norm(config, load, prefix + names["mixture_post_norm"])
+        self._beside_norm = load_norm(config, load, prefix + names["beside_mixture_norm"])
+
+    def __call__(self, hidden: Tensor, of_mlp: Tensor) -> Tensor:
+        """Of hidden and what the MLP makes of it, [T, hidden] each → the same shape."""
+        routes, _ = self._router(self._ops.norm(hidden, self._router_norm))
+        of_experts = self._ops.experts(self._ops.norm(hidden, self._norm), routes, self._experts)
+        of_mlp = self._ops.norm(of_mlp, self._beside_norm)
+        return self._ops.norm_add(of_experts, self._post_norm, of_mlp)
+
+
 class Gemma4Layer(SandwichLayer):
-    """A `SandwichLayer`, then h + norm(gated extra input, projected), and all times a number.
+    """A `SandwichLayer`, with a mixture beside the MLP if there is one, then h + norm(gated extra
+    input, projected), and all times a number.
 
     Names: as of `SandwichLayer`, layer_scalar, and with extra inputs extra_gate, extra_output and
     extra_norm.
@@ -231,6 +292,8 @@ class Gemma4Layer(SandwichLayer):
         size = config.intermediate_sizes[index]
         super().__init__(config, load, names, index, intermediate_size=size)
         prefix = names["layer"].format(index)
+        if config.mixture is not None:
+            self._beside_mlp = MixtureBeside(config, config.mixture, load, names, prefix)
         self._activation = config.style.activation
         if config.extra_size:
             gate = parts(names, prefix, Piece("extra_gate", config.extra_size))

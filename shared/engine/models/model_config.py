@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from baton.shared.engine.models.mixture_config import MixtureConfig
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
@@ -89,6 +90,8 @@ class LayerStyle:
     """Norms multiply by their weight in float32, before they round."""
     norm_plus_one: bool = False
     """Norms multiply by 1 + weight, in float32."""
+    has_sinks: bool = False
+    """Each head has a score beside those of the keys, whose value is zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,8 @@ class ModelConfig:
     logits_scale: float = 1.0
     logits_soft_cap: float = 0.0
     """Logits are cap · tanh(logit / cap); 0: as they are."""
+    mixture: MixtureConfig | None = None
+    """Experts in place of the MLPs of some layers, or beside them."""
 
     @property
     def num_layers(self) -> int:
@@ -136,7 +141,9 @@ class ModelConfig:
         return [layer.cache_spec for layer in self.layers]
 
 
-def read_decoder(fields: Fields, *, reads_itself: Collection[str] = ()) -> dict[str, Any]:
+def read_decoder(
+    fields: Fields, *, reads_itself: Collection[str] = (), experts_may_be_mxfp4: bool = False
+) -> dict[str, Any]:
     """The fields of `ModelConfig` that all types spell alike, but for `layers`.
 
     Args:
@@ -153,7 +160,7 @@ def read_decoder(fields: Fields, *, reads_itself: Collection[str] = ()) -> dict[
         "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings"),
         "dtype": read_dtype(fields),
-        "is_quantized": read_quantization(fields),
+        "is_quantized": read_quantization(fields, experts_may_be_mxfp4=experts_may_be_mxfp4),
     }
 
 

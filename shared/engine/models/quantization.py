@@ -8,6 +8,7 @@ from __future__ import annotations
 from baton.shared.model_files.fields import Fields
 
 _METHOD = "compressed-tensors"
+_MXFP4 = "mxfp4"
 _FORMATS = ("naive-quantized", "int-quantized", "float-quantized")
 _STRATEGIES = ("tensor", "channel", "group")
 _TOLD_BY_THE_TENSORS = """
@@ -16,14 +17,19 @@ _TOLD_BY_THE_TENSORS = """
 """.split()
 
 
-def read_quantization(fields: Fields) -> bool:
+def read_quantization(fields: Fields, *, experts_may_be_mxfp4: bool = False) -> bool:
     """Whether linear layers may come as 8-bit numbers with scales.
+
+    Of a file that says MXFP4 they may not, and which experts do is told by the tensors.
 
     Raises:
         ModelError: weights, activations or caches are quantised in another way.
     """
     outer = fields.object("quantization_config")
     if outer is None:
+        return False
+    if experts_may_be_mxfp4 and outer.get("quant_method") == _MXFP4:
+        outer.get("modules_to_not_convert")
         return False
     outer.only("quant_method", _METHOD)
     outer.string("quant_method")

@@ -9,15 +9,20 @@ from baton.shared.engine.models.gemma2 import GEMMA2
 from baton.shared.engine.models.gemma3 import GEMMA3, GEMMA3_TEXT
 from baton.shared.engine.models.gemma4 import GEMMA4, GEMMA4_TEXT
 from baton.shared.engine.models.glm4 import GLM4
+from baton.shared.engine.models.glm4_moe import GLM4_MOE
+from baton.shared.engine.models.gpt_oss import GPT_OSS
 from baton.shared.engine.models.granite import GRANITE
 from baton.shared.engine.models.llama import LLAMA
 from baton.shared.engine.models.ministral3 import MINISTRAL3, MISTRAL3
 from baton.shared.engine.models.mistral import MISTRAL
+from baton.shared.engine.models.mixtral import MIXTRAL
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.phi3 import PHI3
 from baton.shared.engine.models.qwen2 import QWEN2, QWEN2_5_VL
+from baton.shared.engine.models.qwen2_moe import QWEN2_MOE
 from baton.shared.engine.models.qwen3 import QWEN3, QWEN3_VL
+from baton.shared.engine.models.qwen3_moe import QWEN3_MOE
 from baton.shared.engine.models.rope_fields import check_ropes
 from baton.shared.engine.models.smollm3 import SMOLLM3
 from baton.shared.model_files.fields import Fields, shown
@@ -36,15 +41,20 @@ _TYPES = {
         GEMMA4,
         GEMMA4_TEXT,
         GLM4,
+        GLM4_MOE,
+        GPT_OSS,
         GRANITE,
         LLAMA,
         MINISTRAL3,
         MISTRAL,
         MISTRAL3,
+        MIXTRAL,
         PHI3,
         QWEN2,
         QWEN2_5_VL,
+        QWEN2_MOE,
         QWEN3,
+        QWEN3_MOE,
         QWEN3_VL,
         SMOLLM3,
     )

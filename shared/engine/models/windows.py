@@ -35,6 +35,18 @@ def read_window(fields: Fields, num_layers: int, max_position_embeddings: int) -
     return _left(window, max_position_embeddings)
 
 
+def read_window_if_used(
+    fields: Fields, num_layers: int, max_position_embeddings: int
+) -> int | None:
+    """`sliding_window`, which all layers have if `use_sliding_window`, and no layer else."""
+    if fields.boolean("use_sliding_window"):
+        return read_window(fields, num_layers, max_position_embeddings)
+    fields.get("sliding_window")
+    if "sliding_attention" in (read_layer_types(fields, num_layers) or ()):
+        raise fields.error("layer_types", "sliding_attention, but use_sliding_window is false")
+    return None
+
+
 def read_upper_windows(
     fields: Fields, num_layers: int, max_position_embeddings: int
 ) -> list[int | None]:

@@ -31,6 +31,10 @@ SERVED = {
     "google/gemma-2-9b-it": "21 x (16 / 8 x 256 default, 4096), 21 x (16 / 8 x 256 default), tied",
     "google/gemma-3-12b-it": "40 x (16 / 8 x 256 default, 1024), 8 x (16 / 8 x 256 linear), tied",
     "google/gemma-3-1b-it": "22 x (4 / 1 x 256 default, 512), 4 x (4 / 1 x 256 default), tied",
+    "google/gemma-4-26B-A4B": (
+        "25 x (16 / 8 x 256 default, 1024), 5 x (16 / 2 x 512 proportional), "
+        "8 of 128 experts of 704, tied"
+    ),
     "google/gemma-4-31B-it": (
         "50 x (32 / 16 x 256 default, 1024), 10 x (32 / 4 x 512 proportional), tied"
     ),
@@ -63,6 +67,9 @@ SERVED = {
     "mistralai/Mistral-Nemo-Instruct-2407": "40 x (32 / 8 x 128 default)",
     "mistralai/Mistral-Small-24B-Instruct-2501": "40 x (32 / 8 x 128 default)",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "40 x (32 / 8 x 128 default)",
+    "mistralai/Mixtral-8x7B-v0.1": "32 x (32 / 8 x 128 default), 2 of 8 experts of 14336",
+    "Qwen/Qwen1.5-MoE-A2.7B": "24 x (16 / 16 x 128 default), 4 of 60 experts of 1408",
+    "Qwen/Qwen3-30B-A3B": "48 x (32 / 4 x 128 default), 8 of 128 experts of 768",
     "Qwen/Qwen2-0.5B-Instruct": "24 x (14 / 2 x 64 default), tied",
     "Qwen/Qwen2-7B-Instruct": "28 x (28 / 4 x 128 default)",
     "Qwen/Qwen2.5-14B": "48 x (40 / 8 x 128 default)",
@@ -81,25 +88,21 @@ SERVED = {
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "22 x (32 / 4 x 64 default)",
     "zai-org/GLM-4-9B-0414": "40 x (32 / 2 x 128 default)",
 }
-"""Layers x (query heads / key and value heads x head size, rope, window, whose cache)."""
+"""Layers x (query heads / key and value heads x head size, rope, window, whose cache), experts."""
 
-# Mixtures of experts, latent or linear attention, other norms, quantised in other ways.
+# Latent or linear attention, other norms, quantised in other ways.
 REFUSED = {
     "allenai/OLMo-2-1124-7B": 'model_type: "olmo2" is not supported',
     "bigcode/starcoder2-3b": 'model_type: "starcoder2" is not supported',
     "deepseek-ai/DeepSeek-R1": 'model_type: "deepseek_v3" is not supported',
     "deepseek-ai/DeepSeek-V2-Lite": 'model_type: "deepseek_v2" is not supported',
     "google/gemma-2b": 'model_type: "gemma" is not supported',
-    "google/gemma-4-26B-A4B": "enable_moe_block: only false is supported",
     "meta-llama/Llama-4-Scout-17B-16E-Instruct": 'model_type: "llama4" is not supported',
     "microsoft/Phi-3.5-vision-instruct": 'model_type: "phi3_v" is not supported',
     "mistralai/Devstral-2-123B-Instruct-2512": "quantization_config.quant_method: only",
     "mistralai/Devstral-Small-2-24B-Instruct-2512": "quantization_config.quant_method: only",
-    "mistralai/Mixtral-8x7B-v0.1": 'model_type: "mixtral" is not supported',
     "moonshotai/Kimi-K2-Instruct": 'model_type: "kimi_k2" is not supported',
     "nvidia/Gemma-4-31B-IT-NVFP4": "quantization_config.quant_method: only",
-    "Qwen/Qwen1.5-MoE-A2.7B": 'model_type: "qwen2_moe" is not supported',
-    "Qwen/Qwen3-30B-A3B": 'model_type: "qwen3_moe" is not supported',
     "Qwen/Qwen3-32B-FP8": "quantization_config.quant_method: only",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": 'model_type: "qwen3_vl_moe" is not supported',
     "Qwen/Qwen3.5-27B": 'model_type: "qwen3_5" is not supported',
@@ -115,6 +118,9 @@ def described(config: ModelConfig) -> str:
         return f"({heads} {layer.rope.rope_type}{window}{shared})"
 
     layers = [f"{count} x {each}" for each, count in Counter(map(kind, config.layers)).items()]
+    if config.mixture is not None:
+        rule, size = config.mixture.routing, config.mixture.expert_size
+        layers.append(f"{rule.top_k} of {rule.num_experts} experts of {size}")
     return ", ".join([*layers, *(["tied"] if config.tie_word_embeddings else [])])
 
 
@@ -166,7 +172,7 @@ def test_it_is_what_transformers_reads(name: str, model_dir: Path) -> None:
     assert ours.num_layers == theirs.num_hidden_layers
     assert ours.tie_word_embeddings == whole.tie_word_embeddings
     layer_types = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.num_layers
-    if theirs.model_type == "mistral" and theirs.sliding_window is not None:
+    if theirs.model_type in ("mistral", "mixtral") and theirs.sliding_window is not None:
         layer_types = ["sliding_attention"] * ours.num_layers
     for layer, layer_type in zip(ours.layers, layer_types, strict=True):
         window = theirs.sliding_window if layer_type == "sliding_attention" else None

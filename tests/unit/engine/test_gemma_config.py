@@ -161,7 +161,12 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
         ("gemma3_text", {"layer_types": [FULL]}, "layer_types: has 1 entries for 26"),
         ("gemma3", {"vision_config": {}}, "text_config: missing"),
         ("gemma3", {"text_config": {"head_dim": 15}}, "text_config.head_dim"),
-        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block: only false is supported"),
+        ("gemma4_text", {"enable_moe_block": True}, "num_experts: missing"),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5},
+            "top_k_experts: 5 of 4 experts",
+        ),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ("gemma4_text", {"num_kv_shared_layers": 30}, "num_kv_shared_layers: 30 of 30 layers"),
         ("gemma4_text", {"num_kv_shared_layers": -1}, "num_kv_shared_layers: must be at least 0"),
@@ -189,7 +194,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
             "per_layer_config.5.intermediate_size",
         ),
         ("gemma4_text", {"rope_parameters": {FULL: LINEAR}}, "rope_parameters.sliding_attention"),
-        ("gemma4", {"text_config": {"enable_moe_block": True}}, "text_config.enable_moe_block"),
+        ("gemma4", {"text_config": {"enable_moe_block": True}}, "text_config.num_experts: missing"),
     ],
 )
 def test_what_is_refused(

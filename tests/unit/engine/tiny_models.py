@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from tests.unit.engine.tiny_gemmas import TINY_GEMMAS
 from tests.unit.engine.tiny_llamas import TINY_LLAMAS
+from tests.unit.engine.tiny_mixtures import TINY_MIXTURES
 from tests.unit.engine.tiny_qwens import TINY_QWENS
 
 Fields = dict[str, Any]
@@ -49,7 +50,12 @@ VISION: dict[str, Fields] = {
 }
 """Multimodal types, and what makes their vision small; the fields of others are the text's."""
 
-TINY_MODELS: dict[str, dict[str, Fields]] = {**TINY_LLAMAS, **TINY_QWENS, **TINY_GEMMAS}
+TINY_MODELS: dict[str, dict[str, Fields]] = {
+    **TINY_LLAMAS,
+    **TINY_QWENS,
+    **TINY_GEMMAS,
+    **TINY_MIXTURES,
+}
 CASES = [(model_type, case) for model_type, cases in TINY_MODELS.items() for case in cases]
 
 
@@ -69,7 +75,9 @@ def make_tiny(
     adds_one = model_type.startswith(("gemma2", "gemma3"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if has_small_head and name.endswith("model.norm.weight"):
+            if name.endswith(("router.scale", "per_expert_scale")):
+                parameter.uniform_(0.5, 1.5)
+            elif has_small_head and name.endswith("model.norm.weight"):
                 parameter.uniform_(6, 8)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(1.0 if adds_one else 0.0)
@@ -84,6 +92,8 @@ def make_tiny(
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.uniform_(0.7, 1.3)
+            elif name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
     model.generation_config.eos_token_id = None
     model.save_pretrained(model_dir)
     return model.eval()
@@ -92,7 +102,9 @@ def make_tiny(
 def _new_model(model_type: str, fields: Fields) -> Any:
     if model_type not in VISION:
         config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
-        return _CAUSAL_LM.from_config(config, attn_implementation="eager")
+        return _CAUSAL_LM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager"
+        )
     fields = dict(fields)
     outer = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}
     # An image is made padding before it is looked at.

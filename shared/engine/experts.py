@@ -1,0 +1,200 @@
+"""The experts of a layer: what a model asks for, and the forms in which checkpoints hold them.
+
+    separate    a module for each expert's gate, up and down, as any linear layer (linear.py)
+    fused       one tensor for all experts' gates and ups, [experts, 2 · size, hidden], one for
+                their downs, [experts, hidden, size]; or both turned round, gate and up alternating
+    MXFP4       the latter, each row in runs of 32 numbers of four bits with one exponent
+
+All become the weights of one expert after another, gate above up, in the activations' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baton.kernels.reference_experts import ExpertActivation
+from baton.shared.engine.linear import LinearSpec, Part, PartReader, Ranks, Split, expand
+
+_BLOCK = 32
+"""Numbers of an MXFP4 block; two are in a byte, the lower half first."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_EXPONENT_BIAS = 127
+_NO_NUMBER = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """Where a checkpoint keeps the experts of a layer."""
+
+    fused_gate_up: str
+    fused_down: str
+    """Tensors; with a suffix, biases and blocks."""
+    gate: str = ""
+    up: str = ""
+    down: str = ""
+    """Modules, with {} for an expert's number; empty: there are no such checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """Gated MLPs of one shape, as a model wants them."""
+
+    names: ExpertNames
+    num_experts: int
+    num_in: int
+    size: int
+    """Of what is between an expert's products."""
+    activation: ExpertActivation = "silu"
+    has_bias: bool = False
+    alternates: bool = False
+    """Fused tensors are [experts, in, out], and gate and up alternate."""
+    may_be_mxfp4: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What `Operations.experts` computes with; models never look inside."""
+
+    weights: Any
+    """In whatever form the operations packed them."""
+    activation: ExpertActivation
+    num_bytes: int
+    all_reduce: Callable[[Tensor], object] | None = None
+    """Adds up the ranks' results."""
+
+
+class Expert(NamedTuple):
+    """One of them, this rank's share."""
+
+    gate_up: Tensor
+    """[2 · size, hidden]"""
+    down: Tensor
+    """[hidden, size]"""
+    gate_up_bias: Tensor | None
+    """[2 · size]"""
+    down_bias: Tensor | None
+    """[hidden]; of the first rank only, since results are added up."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+
+def expand_experts(spec: ExpertsSpec, reader: PartReader, ranks: Ranks) -> Iterator[Expert]:
+    """One after another, in the activations' dtype.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape, or a form that is not served.
+    """
+    names = spec.names
+    blocks = f"{names.fused_gate_up}_blocks"
+    form = _fused
+    if reader.header(blocks) is not None:
+        if not spec.may_be_mxfp4:
+            raise reader.error(blocks, "MXFP4, but config.json has no such quantization_config")
+        form = _mxfp4
+    elif names.gate and reader.header(names.fused_gate_up) is None:
+        form = _separate
+    for index in range(spec.num_experts):
+        yield form(spec, index, reader, ranks)
+
+
+def _separate(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> Expert:
+    def part(name: str, num_out: int) -> Part:
+        return Part(name.format(index), num_out, has_bias=spec.has_bias)
+
+    names = spec.names
+    gate_up = (part(names.gate, spec.size), part(names.up, spec.size))
+    down = (part(names.down, spec.num_in),)
+    up_weight, up_bias = expand(LinearSpec(spec.num_in, gate_up, Split.COLUMNS), reader, ranks)
+    down_weight, down_bias = expand(LinearSpec(spec.size, down, Split.ROWS), reader, ranks)
+    return Expert(up_weight, down_weight, up_bias, None if ranks.rank else down_bias)
+
+
+def _fused(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> Expert:
+    def read(name: str, num_out: int, num_in: int) -> Tensor:
+        shape = (num_in, num_out) if spec.alternates else (num_out, num_in)
+        own = _one(reader.read_float, name, (spec.num_experts, *shape), index)
+        return own.t() if spec.alternates and not own.is_meta else own.view(num_out, num_in)
+
+    names = spec.names
+    gate_up = read(names.fused_gate_up, 2 * spec.size, spec.num_in)
+    down = read(names.fused_down, spec.num_in, spec.size)
+    return _shared_out(spec, index, gate_up, down, reader, ranks)
+
+
+def _mxfp4(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> Expert:
+    def read(name: str, num_out: int, num_in: int) -> Tensor:
+        if num_in % _BLOCK:
+            raise reader.error(f"{name}_blocks", f"rows of {num_in} are not in runs of {_BLOCK}")
+        shape = (spec.num_experts, num_out, num_in // _BLOCK)
+        for suffix in ("blocks", "scales"):
+            header = reader.header(f"{name}_{suffix}")
+            if header is not None and header.dtype != "U8":
+                raise reader.error(f"{name}_{suffix}", f"dtype {header.dtype} is not U8")
+        blocks = _one(reader.read, f"{name}_blocks", (*shape, _BLOCK // 2), index)
+        scales = _one(reader.read, f"{name}_scales", shape, index)
+        if blocks.is_meta:
+            return blocks.new_empty((num_out, num_in), dtype=reader.dtype)
+        if bool((scales == _NO_NUMBER).any()):
+            raise reader.error(f"{name}_scales", "holds what is no number")
+        return expand_mxfp4(blocks, scales, reader.dtype)
+
+    names = spec.names
+    gate_up = read(names.fused_gate_up, 2 * spec.size, spec.num_in)
+    down = read(names.fused_down, spec.num_in, spec.size)
+    return _shared_out(spec, index, gate_up, down, reader, ranks)
+
+
+def expand_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """blocks uint8 [rows, runs, 16], scales uint8 [rows, runs], exponents plus 127 → [rows, runs ·
+    32] in that dtype: each number times two to its run's exponent, rounded once."""
+    values = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=dtype, device=blocks.device)
+    codes = torch.stack((blocks & 0xF, blocks >> 4), -1).flatten(-2)
+    exponents = scales.to(torch.int32)[..., None] - _EXPONENT_BIAS
+    numbers = values[codes.int()]
+    return torch.ldexp(numbers, exponents, out=numbers).flatten(1)
+
+
+def _one(read: Callable[..., Tensor], name: str, shape: tuple[int, ...], index: int) -> Tensor:
+    """Of a tensor that holds all experts, one's part."""
+    part = read(name, shape, (slice(index, index + 1),))
+    return part.view(shape[1:])
+
+
+def _shared_out(
+    spec: ExpertsSpec, index: int, gate_up: Tensor, down: Tensor, reader: PartReader, ranks: Ranks
+) -> Expert:
+    """This rank's share of a whole expert."""
+    bias = down_bias = None
+    if spec.has_bias:
+        names, count = spec.names, spec.num_experts
+        of_gate_up = (count, 2 * spec.size)
+        bias = _one(reader.read_float, f"{names.fused_gate_up}_bias", of_gate_up, index)
+        of_down = (count, spec.num_in)
+        down_bias = _one(reader.read_float, f"{names.fused_down}_bias", of_down, index)
+    own = ranks.share(spec.size, 1)
+    return Expert(
+        _rows(gate_up, own, spec),
+        down if ranks.size == 1 else down[:, own],
+        None if bias is None else _rows(bias, own, spec),
+        None if ranks.rank else down_bias,
+    )
+
+
+def _rows(gate_up: Tensor, own: slice, spec: ExpertsSpec) -> Tensor:
+    """The rows of gate and up that this rank has, one above the other."""
+    num_own = own.stop - own.start
+    if gate_up.is_meta:
+        # To join on paper loads torch's compiler.
+        return gate_up.new_empty((2 * num_own, *gate_up.shape[1:]))
+    if spec.alternates:
+        return torch.cat((gate_up[::2][own], gate_up[1::2][own]))
+    if num_own == spec.size:
+        return gate_up
+    return torch.cat((gate_up[: spec.size][own], gate_up[spec.size :][own]))

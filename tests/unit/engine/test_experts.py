@@ -1,0 +1,369 @@
+"""Experts: how tokens are given to them, the forms in which checkpoints hold them, what is said of
+tensors that do not fit, and that dummy routers use them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from baton.kernels import reference_experts
+from baton.kernels.reference_experts import Routes, route
+from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import DeviceError, EngineConfig
+from baton.shared.engine.experts import ExpertNames, ExpertsSpec, expand_experts, expand_mxfp4
+from baton.shared.engine.linear import Ranks
+from baton.shared.engine.model_loader import ModelLoader
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.weights import DummyWeights, WeightFiles
+from baton.shared.model_files.fields import ModelError
+from tests.device import ENGINE
+from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
+
+NUM_EXPERTS, HIDDEN, SIZE = 5, 64, 32
+NAMES = ExpertNames(
+    fused_gate_up="e.gate_up", fused_down="e.down", gate="e.{}.g", up="e.{}.u", down="e.{}.d"
+)
+SPEC = ExpertsSpec(names=NAMES, num_experts=NUM_EXPERTS, num_in=HIDDEN, size=SIZE)
+Load = Callable[..., ModelLoader]
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """A loader over the tensors given, or over random ones."""
+
+    def load(
+        tensors: dict[str, Tensor] | None, ranks: Ranks | None = None, device: str = "cpu"
+    ) -> ModelLoader:
+        if tensors is not None:
+            save_file(tensors, tmp_path / "model.safetensors")
+        return ModelLoader(
+            ReferenceOperations(ranks or Ranks()),
+            DummyWeights() if tensors is None else WeightFiles(tmp_path),
+            dtype=torch.float32,
+            device=torch.device(device),
+            num_positions=8,
+            ropes_made_for=8,
+            is_quantized=False,
+        )
+
+    return load
+
+
+def separate() -> dict[str, Tensor]:
+    return {
+        name.format(index): rand(*shape, seed=10 * index + place)
+        for index in range(NUM_EXPERTS)
+        for place, (name, shape) in enumerate(
+            [
+                ("e.{}.g.weight", (SIZE, HIDDEN)),
+                ("e.{}.u.weight", (SIZE, HIDDEN)),
+                ("e.{}.d.weight", (HIDDEN, SIZE)),
+            ]
+        )
+    }
+
+
+def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def all_of(name: str) -> Tensor:
+        return torch.stack([tensors[f"e.{index}.{name}.weight"] for index in range(NUM_EXPERTS)])
+
+    return {"e.gate_up": torch.cat((all_of("g"), all_of("u")), 1), "e.down": all_of("d")}
+
+
+def alternating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    whole = fused(tensors)
+    gate, up = whole["e.gate_up"].chunk(2, 1)
+    gate_up = torch.stack((gate, up), 2).flatten(1, 2).transpose(1, 2)
+    return {
+        "e.gate_up": gate_up.contiguous(),
+        "e.down": whole["e.down"].transpose(1, 2).contiguous(),
+    }
+
+
+ALTERNATES = ExpertsSpec(
+    names=NAMES, num_experts=NUM_EXPERTS, num_in=HIDDEN, size=SIZE, alternates=True
+)
+FORMS: dict[str, tuple[ExpertsSpec, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
+    "separate": (SPEC, dict),
+    "fused": (SPEC, fused),
+    "alternating": (ALTERNATES, alternating),
+}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_same_experts(form: str, num_ranks: int, load: Load) -> None:
+    tensors = separate()
+    spec, change = FORMS[form]
+    x = rand(7, HIDDEN, seed=99)
+    routes = Routes(torch.tensor([[0, 3], [4, 1], [3, 2]] * 2 + [[2, 0]]), rand(7, 2).abs())
+    expected = torch.zeros(7, HIDDEN, dtype=torch.float64)
+    for token, (chosen, weights) in enumerate(zip(*routes, strict=True)):
+        for expert, weight in zip(chosen.tolist(), weights.tolist(), strict=True):
+            g, u, d = (tensors[f"e.{expert}.{name}.weight"].double() for name in "gud")
+            wide = x[token].double()
+            expected[token] += weight * (d @ (torch.nn.functional.silu(g @ wide) * (u @ wide)))
+    got = torch.zeros(7, HIDDEN)
+    for rank in range(num_ranks):
+        partial = load(change(tensors), Ranks(rank, num_ranks, lambda y: None))
+        layer = partial.experts(spec)
+        assert partial.num_bytes == 4 * NUM_EXPERTS * 3 * SIZE * HIDDEN // num_ranks
+        got = partial.ops.experts(x, routes, layer, got)
+        on_paper = load(change(tensors), Ranks(rank, num_ranks), "meta")
+        on_paper.experts(spec)
+        assert (on_paper.num_bytes, on_paper.taken) == (partial.num_bytes, partial.taken)
+        assert on_paper.linear_shapes == partial.linear_shapes
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def packed(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random blocks of all codes and scales from the lowest to the highest."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(100, 140, shape, generator=generator, dtype=torch.uint8)
+    scales.view(-1)[:2] = torch.tensor([0, 254], dtype=torch.uint8)
+    return blocks, scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mxfp4_is_expanded_to_transformers_bits(dtype: torch.dtype, load: Load) -> None:
+    """gate_up of a layer, as they come alternating; rows behind each other there, columns here."""
+    blocks, scales = packed(NUM_EXPERTS, 2 * SIZE, HIDDEN // 32, seed=1)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    for expert in range(NUM_EXPERTS):
+        got = expand_mxfp4(blocks[expert], scales[expert], dtype)
+        assert got.dtype == dtype and torch.equal(got, expected[expert].t())
+
+
+def mxfp4() -> dict[str, Tensor]:
+    up_blocks, up_scales = packed(NUM_EXPERTS, 2 * SIZE, HIDDEN // 32, seed=1)
+    down_blocks, down_scales = packed(NUM_EXPERTS, HIDDEN, SIZE // 32, seed=2)
+    return {
+        "e.gate_up_blocks": up_blocks,
+        "e.gate_up_scales": up_scales,
+        "e.gate_up_bias": rand(NUM_EXPERTS, 2 * SIZE),
+        "e.down_blocks": down_blocks,
+        "e.down_scales": down_scales,
+        "e.down_bias": rand(NUM_EXPERTS, HIDDEN),
+    }
+
+
+MXFP4 = ExpertsSpec(
+    names=ExpertNames(fused_gate_up="e.gate_up", fused_down="e.down"),
+    num_experts=NUM_EXPERTS,
+    num_in=HIDDEN,
+    size=SIZE,
+    has_bias=True,
+    alternates=True,
+    may_be_mxfp4=True,
+)
+
+
+def test_mxfp4_experts_are_those_that_transformers_expands(load: Load) -> None:
+    tensors = mxfp4()
+    expanded = {
+        name: convert_moe_packed_tensors(
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"], dtype=torch.float32
+        )
+        for name in ("e.gate_up", "e.down")
+    }
+    biases = {name: tensor for name, tensor in tensors.items() if name.endswith("bias")}
+    ours = list(expand_experts(MXFP4, load(tensors), Ranks()))
+    theirs = list(expand_experts(MXFP4, load({**expanded, **biases}), Ranks()))
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
+    gate_bias = tensors["e.gate_up_bias"][0, ::2]
+    assert ours[0].gate_up_bias is not None
+    assert torch.equal(ours[0].gate_up_bias[:SIZE], gate_bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("e.down_scales"), "e.down_scales: missing tensor"),
+        (lambda t: t.pop("e.gate_up_bias"), "e.gate_up_bias: missing tensor"),
+        (
+            lambda t: t.update({"e.down_blocks": t["e.down_blocks"][:, :-1].contiguous()}),
+            r"e.down_blocks: shape \[5, 63, 1, 16\] where config.json makes it \[5, 64, 1, 16\]",
+        ),
+        (
+            lambda t: t.update({"e.gate_up_scales": t["e.gate_up_scales"].float()}),
+            "e.gate_up_scales: dtype F32 is not U8",
+        ),
+    ],
+)
+def test_mxfp4_tensors_that_do_not_fit_are_named_before_weights_are_read(
+    load: Load, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    tensors = mxfp4()
+    change(tensors)
+    with pytest.raises(ModelError, match=message):
+        load(tensors, device="meta").experts(MXFP4)
+
+
+def test_an_exponent_that_is_none_is_refused(load: Load) -> None:
+    tensors = mxfp4()
+    tensors["e.down_scales"][3, 1] = 255
+    with pytest.raises(ModelError, match="e.down_scales: holds what is no number"):
+        load(tensors).experts(MXFP4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "case", "change", "message"),
+    [
+        (
+            "qwen3_moe",
+            "as they come",
+            lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight"),
+            r"model.layers.1.mlp.experts.3.up_proj.weight: missing tensor",
+        ),
+        (
+            "qwen3_moe",
+            "as they come",
+            lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(48, 64)}),
+            "model.layers.1.mlp.experts.8.up_proj.weight: unexpected tensor",
+        ),
+        (
+            "glm4_moe",
+            "as they come",
+            lambda t: t.update({"model.layers.1.mlp.gate.e_score_correction_bias": torch.ones(4)}),
+            r"e_score_correction_bias: shape \[4\] where config.json makes it \[8\]",
+        ),
+        (
+            "gpt_oss",
+            "as they come",
+            lambda t: t.pop("model.layers.0.self_attn.sinks"),
+            "model.layers.0.self_attn.sinks: missing tensor",
+        ),
+        (
+            "gpt_oss",
+            "as they come",
+            lambda t: t.update(
+                {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.ones(1).byte()}
+            ),
+            "gate_up_proj_blocks: MXFP4, but config.json has no such quantization_config",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    model_type: str,
+    case: str,
+    change: Callable[[dict[str, Tensor]], object],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    make_tiny(tmp_path, model_type, TINY_MODELS[model_type][case])
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        ModelRunner(EngineConfig(tmp_path, num_blocks=64, **ENGINE))
+
+
+def test_layers_that_guess_ahead_are_not_read(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "glm4_moe", TINY_MODELS["glm4_moe"]["as they come"])
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), "model.layers.46.eh_proj.weight": torch.ones(4)}, path)
+    ModelRunner(EngineConfig(tmp_path, num_blocks=64, **ENGINE))
+
+
+# How tokens are given to experts
+
+
+def test_of_equal_scores_the_lower_number_is_chosen() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0], [3.0, 1.0, 3.0, 3.0]])
+    routes = route(logits, RoutingRule(num_experts=4, top_k=2))
+    assert routes.experts.tolist() == [[1, 2], [0, 1], [0, 2]]
+
+
+def test_groups_are_chosen_by_their_best_two_and_the_bias_is_for_choice_only() -> None:
+    rule = RoutingRule(num_experts=6, top_k=2, scoring="sigmoid", num_groups=3, top_groups=1)
+    logits = torch.tensor([[4.0, -9.0, 2.0, 2.0, 0.0, 0.0]])
+    routes = route(logits, rule)
+    assert routes.experts.tolist() == [[2, 3]]
+    assert torch.equal(routes.weights, logits[:, 2:4].neg().exp().add(1).reciprocal())
+    bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.5])
+    chosen = route(logits, rule, bias)
+    assert chosen.experts.tolist() == [[5, 4]] and chosen.weights.tolist() == [[0.5, 0.5]]
+    scaled = route(logits, rule, bias, torch.arange(6.0))
+    assert scaled.weights.tolist() == [[2.5, 2.0]]
+
+
+def test_a_token_s_bits_do_not_depend_on_its_company(load: Load) -> None:
+    ops = ReferenceOperations()
+    layer = load(separate()).experts(SPEC)
+    x, logits = rand(67, HIDDEN), rand(67, NUM_EXPERTS, seed=3)
+    rule = RoutingRule(num_experts=NUM_EXPERTS, top_k=3, is_normalised=True)
+    whole = ops.experts(x, ops.route(logits, rule), layer)
+    for rows in (range(16), range(50, 67), range(66, 30, -1), [40] * 16, range(17)):
+        own = torch.tensor(rows)
+        part = ops.experts(x[own], ops.route(logits[own], rule), layer)
+        assert torch.equal(part, whole[own])
+
+
+def test_the_clamped_activation_is_that_of_gpt_oss() -> None:
+    gate_up = rand(9, 64) * 6
+    gate, up = gate_up.double().chunk(2, -1)
+    gate, up = gate.clamp(max=5.0), up.clamp(-5.0, 5.0)
+    expected = (up + 1) * gate * torch.sigmoid(gate * 1.5)
+    got = reference_experts.gated(gate_up, ClampedSwiglu(1.5, 5.0))
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+# What is around them
+
+
+def test_dummy_routers_spread_tokens_over_the_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt in four layers: all experts have tokens, none has many times its share."""
+    fields: dict[str, Any] = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    counts: list[Tensor] = []
+    original = ReferenceOperations.route
+
+    def counted(*args: Any) -> Routes:
+        routes = original(*args)
+        counts.append(routes.experts.flatten().bincount(minlength=16))
+        return routes
+
+    monkeypatch.setattr(ReferenceOperations, "route", staticmethod(counted))
+    runner = ModelRunner(EngineConfig(tmp_path, load_format="dummy", num_blocks=64, **ENGINE))
+    tokens = torch.randint(0, 512, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    runner.logits(Batch([BatchRow(tokens, 0, [list(range(25))], num_logits=400)]))
+    assert len(counts) == 4
+    for count in counts:
+        assert int(count.min()) > 0 and int(count.max()) < 4 * 800 / 16
+
+
+def test_kernels_that_know_no_mixtures_say_so(tmp_path: Path) -> None:
+    make_tiny(tmp_path, "mixtral", TINY_MODELS["mixtral"]["as they come"])
+    with pytest.raises(DeviceError, match="know no mixtures of experts"):
+        ModelRunner(EngineConfig(tmp_path, num_blocks=64, device="cpu", kernels="triton"))
