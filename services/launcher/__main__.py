@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from baton.services.launcher.flag_types import seconds, token_ids, utf8
+from baton.services.launcher.flag_types import seconds, token_ids, uint32, utf8
 from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
 from baton.services.launcher.up_flags import UP_HELP, add_up_flags, stack_config
@@ -17,6 +17,7 @@ _LOAD = "load"
 
 _GENERATE_HELP = """\
 Sends one prompt and streams the answer: text, or token ids from a model without tokenizer.
+With --n several answers, one after another; with --json as well each is a line.
 Exit codes: 0 answered, 1 the RPC failed (CODE: message on standard error), 2 bad usage,
 130 interrupted.
 """
@@ -145,8 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
 def generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
     sampling = sampling_of(args)
     if args.prompt is not None:
-        return pb.GenerateRequest(text=args.prompt, sampling=sampling)
-    return pb.GenerateRequest(token_ids=pb.TokenIds(token_ids=args.token_ids), sampling=sampling)
+        return pb.GenerateRequest(text=args.prompt, sampling=sampling, n=args.n)
+    prompt = pb.TokenIds(token_ids=args.token_ids)
+    return pb.GenerateRequest(token_ids=prompt, sampling=sampling, n=args.n)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +157,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", type=utf8, metavar="TEXT", help="the prompt as text")
     prompt.add_argument(
         "--token-ids", type=token_ids, metavar="1,2,3", help="the prompt as token ids"
+    )
+    parser.add_argument(
+        "--n", type=uint32, metavar="N", help="how many answers; shown one after another"
     )
     add_sampling_flags(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`baton generate`: one prompt, its answer streamed to standard output."""
+"""`baton generate`: one prompt, its answer streamed to standard output; several one after another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FINISH_REASONS = {
 
 @dataclass
 class Answer:
-    """What has arrived; `text` stays None without a tokenizer."""
+    """What has arrived of a sample; `text` stays None without a tokenizer."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str | None = None
@@ -41,14 +41,14 @@ class Answer:
 def run_generate(
     target: str, request: pb.GenerateRequest, *, as_json: bool, timeout_s: float | None
 ) -> int:
-    """Prints the answer, or one object on one line; returns the exit code."""
+    """Prints the answer, or one object on one line, for each sample; returns the exit code."""
+    in_turn = _InTurn(_ignore if as_json else _write)
     try:
-        answer = asyncio.run(
-            _ask(target, request, _ignore if as_json else _write, timeout_s=timeout_s)
-        )
-        if as_json:
-            _write(json.dumps(to_json(answer)))
-        _write("\n")
+        answers = asyncio.run(_ask(target, request, in_turn, timeout_s=timeout_s))
+        for sample, answer in answers.items():
+            if as_json:
+                about = {"sample": sample} if request.n > 1 else {}
+                _write(json.dumps({**about, **to_json(answer)}) + "\n")
     except grpc.aio.AioRpcError as error:
         return report(error)
     except BrokenPipeError:
@@ -59,6 +59,31 @@ def run_generate(
     return 0
 
 
+class _InTurn:
+    """Shows samples one after another, each from a line of its own on: the first as it comes, what
+    has come of the next when the one before has ended."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._shown = 0
+        """The sample that is shown."""
+        self._held: dict[int, str] = {}
+        """What has come of later ones."""
+        self._ended: set[int] = set()
+
+    def __call__(self, sample: int, piece: str | None) -> None:
+        if piece is None:
+            self._ended.add(sample)
+        elif sample == self._shown:
+            self._show(piece)
+        else:
+            self._held[sample] = self._held.get(sample, "") + piece
+        while self._shown in self._ended:
+            self._show("\n")
+            self._shown += 1
+            self._show(self._held.pop(self._shown, ""))
+
+
 async def stream_answer(
     channel: grpc.aio.Channel,
     request: pb.GenerateRequest,
@@ -66,25 +91,45 @@ async def stream_answer(
     *,
     timeout_s: float | None = None,
 ) -> Answer:
-    """Sends `request`; `on_piece` gets text as it comes, or token ids where there is no text.
+    """Sends `request`, which asks for one sample; `on_piece` gets text as it comes, or token ids
+    where there is no text.
 
     Raises grpc.aio.AioRpcError.
     """
+    answers = await _stream(
+        channel, request, lambda _, piece: on_piece(piece or ""), timeout_s=timeout_s
+    )
+    return answers.get(0, Answer())
+
+
+async def _stream(
+    channel: grpc.aio.Channel,
+    request: pb.GenerateRequest,
+    on_piece: Callable[[int, str | None], None],
+    *,
+    timeout_s: float | None,
+) -> dict[int, Answer]:
+    """By sample, in order. `on_piece` gets the sample of each piece; None: that was all of it."""
     call = pb_grpc.InferenceServiceStub(channel).Generate(request, timeout=timeout_s)
-    answer = Answer()
+    answers: dict[int, Answer] = {}
     try:
         async for message in call:
             if message.HasField("chunk"):
-                on_piece(_take_chunk(answer, message.chunk))
+                sample = message.chunk.sample
+                answer = answers.setdefault(sample, Answer())
+                on_piece(sample, _take_chunk(answer, message.chunk))
             elif message.HasField("finished"):
+                sample = message.finished.sample
+                answer = answers.setdefault(sample, Answer())
                 answer.finished = message.finished
                 if message.finished.HasField("text"):
                     answer.add_text(message.finished.text)
-                    on_piece(message.finished.text)
+                    on_piece(sample, message.finished.text)
+                on_piece(sample, None)
     finally:
         # Has no effect on a call that has ended.
         call.cancel()
-    return answer
+    return dict(sorted(answers.items()))
 
 
 def to_json(answer: Answer) -> dict[str, Any]:
@@ -113,12 +158,12 @@ def to_json(answer: Answer) -> dict[str, Any]:
 async def _ask(
     target: str,
     request: pb.GenerateRequest,
-    on_piece: Callable[[str], None],
+    on_piece: Callable[[int, str | None], None],
     *,
     timeout_s: float | None,
-) -> Answer:
+) -> dict[int, Answer]:
     async with connect(target) as channel:
-        return await stream_answer(channel, request, on_piece, timeout_s=timeout_s)
+        return await _stream(channel, request, on_piece, timeout_s=timeout_s)
 
 
 def _take_chunk(answer: Answer, chunk: pb.GenerateChunk) -> str:

@@ -25,16 +25,20 @@ class PlainLoop:
         params: Sequence[SamplingParams],
         *,
         chunk: int = 512,
+        samples: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Generates for all prompts together → generated token ids, a stop token included.
+
+        samples: which sample of its prompt each is; None: the first.
 
         Raises:
             ValueError: the pool cannot hold all prompts with their max_tokens at once.
         """
         tables = self._block_tables(prompts, params)
+        samples = samples or [0] * len(prompts)
         outputs: list[list[int]] = []
-        for prompt, table, sampling in zip(prompts, tables, params, strict=True):
-            outputs.append([self._prefill(prompt, table, sampling, chunk)])
+        for prompt, table, sampling, sample in zip(prompts, tables, params, samples, strict=True):
+            outputs.append([self._prefill(prompt, table, sampling, sample, chunk)])
         while running := [
             i for i, each in enumerate(params) if not self._is_done(outputs[i], each)
         ]:
@@ -45,6 +49,7 @@ class PlainLoop:
                     block_tables=tables[i],
                     sampling=params[i],
                     history=_history(prompts[i], outputs[i], params[i]),
+                    sample_index=samples[i],
                 )
                 for i in running
             ]
@@ -53,7 +58,12 @@ class PlainLoop:
         return outputs
 
     def _prefill(
-        self, prompt: Sequence[int], tables: list[list[int]], sampling: SamplingParams, chunk: int
+        self,
+        prompt: Sequence[int],
+        tables: list[list[int]],
+        sampling: SamplingParams,
+        sample: int,
+        chunk: int,
     ) -> int:
         """Computes a prompt in chunks → its first generated token."""
         drawn: Sequence[Drawn] = ()
@@ -64,6 +74,7 @@ class PlainLoop:
                 block_tables=tables,
                 sampling=sampling if start + chunk >= len(prompt) else None,
                 history=_history(prompt, (), sampling),
+                sample_index=sample,
             )
             [drawn] = self._runner.forward(Batch([row]))
         return drawn[0].token_id

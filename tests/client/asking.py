@@ -18,6 +18,8 @@ class Outcome:
     chunks: list[Chunk] = field(default_factory=list)
     token_ids: tuple[int, ...] = ()
     answer: Answer | None = None
+    answers: tuple[Answer, ...] | None = None
+    """Of all samples."""
     error: BatonError | None = None
 
     @property
@@ -68,7 +70,7 @@ def _generate(target: str, options: dict[str, Any], arguments: dict[str, Any]) -
         try:
             for chunk in stream:
                 outcome.chunks.append(chunk)
-            outcome.answer = stream.result()
+            outcome.answer, outcome.answers = stream.result(), stream.results()
         except BatonError as error:
             outcome.error = error
         outcome.token_ids = stream.token_ids
@@ -87,7 +89,7 @@ async def _generate_async(
         try:
             async for chunk in stream:
                 outcome.chunks.append(chunk)
-            outcome.answer = await stream.result()
+            outcome.answer, outcome.answers = await stream.result(), await stream.results()
         except BatonError as error:
             outcome.error = error
         outcome.token_ids = stream.token_ids

@@ -225,6 +225,8 @@ class Stack:
         *,
         timeout: float | None = 60.0 * PATIENCE,
         received: Sequence[int] = (),
+        n: int | None = None,
+        received_samples: Sequence[Sequence[int]] = (),
         stub: inference_service_pb2_grpc.InferenceServiceStub | None = None,
         **sampling: Any,
     ) -> Iterator[inference_service_pb2.GenerateResponse]:
@@ -233,7 +235,12 @@ class Stack:
         fields: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, **sampling}
         params = types_pb2.SamplingParams(**fields)
         request = inference_service_pb2.GenerateRequest(
-            sampling=params, received_token_ids=received
+            sampling=params,
+            received_token_ids=received,
+            n=n,
+            received_samples=[
+                inference_service_pb2.TokenIds(token_ids=sample) for sample in received_samples
+            ],
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -244,6 +251,10 @@ class Stack:
     def generate(self, prompt: Sequence[int] | str, **options: Any) -> Result:
         num_received = len(options.get("received", ()))
         return collect(self.start(prompt, **options), num_received=num_received)
+
+    def samples(self, prompt: Sequence[int] | str, *, n: int, **options: Any) -> list[Result]:
+        """The `n` answers to one request."""
+        return collect_samples(self.start(prompt, n=n, **options), n)
 
     def generate_at_once(
         self, asks: Sequence[tuple[Sequence[int] | str, dict[str, Any]]]
@@ -319,3 +330,16 @@ def collect(
             result.text += response.finished.text
     assert kinds[0] == "started" and kinds[-1] == "finished" and kinds.count("finished") == 1
     return result
+
+
+def collect_samples(
+    stream: Iterator[inference_service_pb2.GenerateResponse], n: int
+) -> list[Result]:
+    """Of each sample what `collect` says; started once for all, a finished at the very end."""
+    started, *responses = stream
+    assert started.HasField("started") and responses[-1].HasField("finished")
+    by_sample: list[list[inference_service_pb2.GenerateResponse]] = [[started] for _ in range(n)]
+    for response in responses:
+        told = response.chunk if response.HasField("chunk") else response.finished
+        by_sample[told.sample].append(response)
+    return [collect(iter(each)) for each in by_sample]

@@ -22,6 +22,8 @@ class Ask:
 
     prompt: list[int]
     sampling: dict[str, Any] = field(default_factory=dict)
+    sample: int = 0
+    """Which of the prompt's samples."""
 
 
 class Oracle:
@@ -45,7 +47,11 @@ class Oracle:
 
     def answers_of_batch(self, asks: Sequence[Ask]) -> list[list[int]]:
         """All prompts in one running batch; no more than the pool holds."""
-        return self._loop.generate([ask.prompt for ask in asks], [_params(ask) for ask in asks])
+        return self._loop.generate(
+            [ask.prompt for ask in asks],
+            [_params(ask) for ask in asks],
+            samples=[ask.sample for ask in asks],
+        )
 
 
 def _params(ask: Ask) -> SamplingParams:

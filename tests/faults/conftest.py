@@ -20,13 +20,14 @@ Oracle = Callable[..., list[int]]
 
 @pytest.fixture(scope="session")
 def oracle(tiny_model: Path) -> Oracle:
-    """What `Stack.start` with the same arguments must bring: one prompt, alone, in this process."""
+    """What `Stack.start` with the same arguments must bring: one sample of one prompt, alone, in
+    this process."""
     config = EngineConfig(model_dir=tiny_model, num_blocks=256, **{"dtype": "float32", **ENGINE})
     loop = PlainLoop(ModelRunner(config))
 
-    def answer(prompt: list[int], **sampling: object) -> list[int]:
+    def answer(prompt: list[int], sample: int = 0, **sampling: object) -> list[int]:
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
-        [token_ids] = loop.generate([prompt], [params])
+        [token_ids] = loop.generate([prompt], [params], samples=[sample])
         return token_ids
 
     return answer

@@ -9,22 +9,25 @@ from typing import Any
 
 from baton.v1 import inference_service_pb2
 from tests.device import PATIENCE
-from tests.e2e.harness import Result, Stack, collect
+from tests.e2e.harness import Result, Stack, collect, collect_samples
 
 _PATIENCE_S = 60.0 * PATIENCE
 
 
 class Background:
-    """One answer of `stack`, read by a thread of its own from construction on."""
+    """One answer of `stack`, or `n` of them, read by a thread of its own from construction on."""
 
-    def __init__(self, stack: Stack, prompt: list[int], **sampling: Any) -> None:
+    def __init__(
+        self, stack: Stack, prompt: list[int], *, n: int | None = None, **sampling: Any
+    ) -> None:
+        self.n = n
         self.prompt = prompt
         self.sampling = sampling
         self.request_id = ""
         self.token_times: list[float] = []
         """When each token arrived, on the monotonic clock."""
         self._stack = stack
-        self._result: Result | None = None
+        self._results: list[Result] = []
         self._error: Exception | None = None
         self._has_started = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -36,22 +39,29 @@ class Background:
         return len(self.token_times)
 
     def result(self) -> Result:
+        return self.results()[0]
+
+    def results(self) -> list[Result]:
+        """Of each sample."""
         self._thread.join(_PATIENCE_S)
         assert not self._thread.is_alive(), "the answer did not end"
         if self._error is not None:
             raise self._error
-        assert self._result is not None
-        return self._result
+        return self._results
 
     def _read(self) -> None:
         try:
-            self._result = collect(self._watch())
+            self._results = (
+                [collect(self._watch())]
+                if self.n is None
+                else collect_samples(self._watch(), self.n)
+            )
         except Exception as error:
             self._error = error
         self._has_started.set()
 
     def _watch(self) -> Iterator[inference_service_pb2.GenerateResponse]:
-        for response in self._stack.start(self.prompt, **self.sampling):
+        for response in self._stack.start(self.prompt, n=self.n, **self.sampling):
             if response.HasField("started"):
                 self.request_id = response.started.request_id
                 self._has_started.set()

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,45 @@ def test_decode_worker_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> Non
         assert (result.attempts > 1) is was_hit
         assert not was_hit or num_before < len(result.token_ids) - 4
     _log_pause("decode worker killed", streams[0], killed_at)
+    _recover(stack, victim)
+
+
+@with_two_workers
+def test_decode_worker_of_several_samples_killed_in_mid_stream(
+    stack: Stack, oracle: Oracle
+) -> None:
+    """Each sample finds its own way on."""
+    sampling: dict[str, Any] = {**SEEDED, "seed": 9, "max_tokens": 40}
+    samples = Background(stack, make_prompt("samples", 100), n=3, **sampling)
+    victim = _host(stack, "decode", "joined", samples)
+    stack.wait_until(lambda: samples.num_tokens > 15)
+
+    stack.kill(victim)
+
+    results = samples.results()
+    expected = [oracle(samples.prompt, sample=sample, **sampling) for sample in range(3)]
+    assert [result.token_ids for result in results] == expected
+    # All were where the first was.
+    assert min(result.attempts for result in results) > 1
+    _recover(stack, victim)
+
+
+@with_two_workers
+def test_prefill_worker_killed_while_samples_start(stack: Stack, oracle: Oracle) -> None:
+    """The first has its first token: it goes on, or not; those that were to find its prompt there
+    have it computed elsewhere."""
+    sampling: dict[str, Any] = {**SEEDED, "seed": 4, "max_tokens": 12}
+    # Of each of the others 12 tokens are left to compute: in two steps of 64.
+    samples = Background(stack, make_prompt("samples start", 300), n=10, **sampling)
+    victim = _host(stack, "prefill", "admitted", samples)
+    stack.wait_until(lambda: samples.num_tokens > 0)
+
+    stack.kill(victim)
+
+    results = samples.results()
+    expected = [oracle(samples.prompt, sample=sample, **sampling) for sample in range(10)]
+    assert [result.token_ids for result in results] == expected
+    assert max(result.attempts for result in results) > 1
     _recover(stack, victim)
 
 
@@ -164,14 +204,14 @@ def _streams_that_share(
     host = _host(stack, role, event, streams[0])
     for seed in range(1, 5):
         prompt_name = (name, seed)
-        sampling: dict[str, object] = {**SEEDED, "seed": seed}
+        sampling: dict[str, Any] = {**SEEDED, "seed": seed}
         streams.append(_stream(stack, prompt_name, num_prompt, max_tokens=num_answer, **sampling))
         if _host(stack, role, event, streams[-1]) == host:
             return streams
     raise AssertionError(f"{host} got one answer of {len(streams)}")
 
 
-def _stream(stack: Stack, name: object, num_prompt: int, **sampling: object) -> Background:
+def _stream(stack: Stack, name: object, num_prompt: int, **sampling: Any) -> Background:
     return Background(stack, make_prompt(name, num_prompt), **sampling)
 
 

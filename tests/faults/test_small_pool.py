@@ -42,7 +42,7 @@ def test_answers_that_outgrow_the_pool_are_preempted_and_complete(
     streams = _start_all(stack, "growing", num_prompt=30, num_answer=90)
 
     _assert_undisturbed(streams, oracle)
-    num_preemptions = sum(stack.state(name).counters.num_preemptions for name in _workers(stack))
+    num_preemptions = _num_preemptions(stack)
     assert num_preemptions > 0
     attempts = [stream.result().attempts for stream in streams]
     assert sum(attempts) - len(attempts) >= num_preemptions
@@ -72,6 +72,27 @@ def test_a_prompt_of_the_whole_pool_waits_for_it_and_gets_it(stack: Stack, oracl
 
     _assert_undisturbed(streams, oracle)
     stack.assert_idle()
+
+
+def test_samples_of_one_prompt_that_outgrow_the_pool_are_preempted_and_complete(
+    stack: Stack, oracle: Oracle
+) -> None:
+    # A block of the prompt is shared; seven each beside it in the end: three fit.
+    sampling = {"max_tokens": 88, "temperature": 1.0, "seed": 5}
+    num_before = _num_preemptions(stack)
+    stream = Background(stack, make_prompt("samples", 30), n=4, **sampling)
+
+    results = stream.results()
+    expected = [oracle(stream.prompt, sample=sample, **sampling) for sample in range(4)]
+    assert [result.token_ids for result in results] == expected
+    assert _num_preemptions(stack) > num_before
+    attempts = [result.attempts for result in results]
+    assert 1 in attempts and max(attempts) > 1
+    stack.assert_idle()
+
+
+def _num_preemptions(stack: Stack) -> int:
+    return sum(stack.state(name).counters.num_preemptions for name in _workers(stack))
 
 
 def _start_all(stack: Stack, name: str, *, num_prompt: int, num_answer: int) -> list[Background]:

@@ -84,6 +84,48 @@ def test_a_chat_streamed_and_whole(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_several_choices_streamed_and_whole(client: openai.OpenAI, stack: Stack) -> None:
+    """Of a chat, and of prompts, whose choices come prompt by prompt."""
+    whole = client.chat.completions.create(
+        model="demo", messages=_MESSAGES, n=3, temperature=0.9, seed=7, max_tokens=_NUM_TOKENS
+    )
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=_MESSAGES,
+        n=3,
+        temperature=0.9,
+        seed=7,
+        max_tokens=_NUM_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    texts, reasons = ["", "", ""], ["", "", ""]
+    *chunks, last = stream
+    for chunk in chunks:
+        [choice] = chunk.choices
+        assert not reasons[choice.index]
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] = choice.finish_reason or ""
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert len(set(texts)) == 3
+    assert last.usage is not None and whole.usage is not None
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens < _NUM_TOKENS
+
+    sampling = {"temperature": 0.9, "seed": 7, "ignore_eos": False}
+    answer = client.completions.create(
+        model="demo", prompt=[_PROMPT, "The heaven"], n=2, max_tokens=8, temperature=0.9, seed=7
+    )
+    expected = [
+        result.text
+        for prompt in (_PROMPT, "The heaven")
+        for result in stack.samples(prompt, n=2, max_tokens=8, **sampling)
+    ]
+    assert [choice.text for choice in answer.choices] == expected
+
+
 def test_the_same_chat_over_http_and_grpc(client: openai.OpenAI, stack: Stack) -> None:
     whole = client.chat.completions.create(
         model="demo", messages=_MESSAGES, temperature=0.9, seed=7, max_tokens=_NUM_TOKENS

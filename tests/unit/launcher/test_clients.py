@@ -105,6 +105,33 @@ def test_json_has_null_for_what_there_is_not(
     assert answer["workers"] == {"prefill": None, "decode": "both-0"}
 
 
+def three_samples(request: pb.GenerateRequest, context: grpc.ServicerContext) -> Responses:
+    """The second ends first, then the first, the third without text."""
+    assert request.n == 3
+    yield started()
+    for sample, index, text in ((0, 0, "a"), (1, 0, "x"), (0, 1, "b"), (2, 0, ""), (1, 1, "y")):
+        piece = pb.GenerateChunk(sample=sample, first_index=index, token_ids=[5], text=text)
+        yield pb.GenerateResponse(chunk=piece)
+    for sample, text in ((1, "z"), (0, "c"), (2, "")):
+        usage = pb.Usage(num_prompt_tokens=4, num_completion_tokens=sample + 1)
+        finished = pb.GenerateFinished(sample=sample, text=text, usage=usage)
+        yield pb.GenerateResponse(finished=finished)
+
+
+def test_samples_are_shown_one_after_another(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.behaviour = three_samples
+    arguments = ["generate", "--target", gateway.target, "--prompt", "x", "--n", "3"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "abc\nxyz\n\n"
+    assert main([*arguments, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    shown = [(answer["sample"], answer["text"]) for answer in answers]
+    assert shown == [(0, "abc"), (1, "xyz"), (2, "")]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [1, 2, 3]
+
+
 def test_an_rpc_error_is_one_line_with_its_code(
     gateway: Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:

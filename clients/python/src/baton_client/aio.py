@@ -67,13 +67,23 @@ class AsyncClient:
         *,
         token_ids: Sequence[int] | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        n: int | None = None,
         received_token_ids: Sequence[int] = (),
+        received_samples: Sequence[Sequence[int]] = (),
         standalone_text: bool = False,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncAnswerStream:
         """As `Client.generate`; not awaited itself, but to be called where the event loop runs."""
-        request = generate_request(prompt, token_ids, messages, received_token_ids, sampling)
+        request = generate_request(
+            prompt,
+            token_ids,
+            messages,
+            received_token_ids,
+            sampling,
+            n=n,
+            received_samples=received_samples,
+        )
         request.standalone_text = standalone_text
         tries = Tries(self._retry, deadline_s)
         stream = AsyncAnswerStream(self._start_generate, Progress(request), tries)
@@ -199,7 +209,12 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """All that came, `received_token_ids` included."""
+        """All that came, `received_token_ids` included; with `n` above 1, of the first sample."""
+        return self._progress.token_ids[0]
+
+    @property
+    def token_ids_by_sample(self) -> tuple[tuple[int, ...], ...]:
+        """Of each sample all that came: what `received_samples` takes."""
         return tuple(self._progress.token_ids)
 
     @property
@@ -232,13 +247,17 @@ class AsyncAnswerStream(AsyncIterator[Chunk]):
         raise StopAsyncIteration
 
     async def result(self) -> Answer:
-        """The whole answer, once it is there."""
+        """The whole answer, once it is there; with `n` above 1, the first of them."""
+        return (await self.results())[0]
+
+    async def results(self) -> tuple[Answer, ...]:
+        """All `n` answers, in order, once they are there."""
         async for _ in self:
             pass
-        return self._progress.answer()
+        return tuple(self._progress.answers())
 
     async def text(self) -> str:
-        """The whole answer's text. Raises Unsupported when the model has no tokenizer."""
+        """The text of `result`. Raises Unsupported when the model has no tokenizer."""
         return text_of(await self.result())
 
     def cancel(self) -> None:

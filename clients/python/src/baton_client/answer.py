@@ -1,4 +1,4 @@
-"""One answer while it arrives: what came, what is asked next, what does not fit. No I/O.
+"""One request's answers while they arrive: what came, what is asked next, what does not fit. No I/O.
 
 After a stream broke, the rest is asked for with the seed of the first message and the tokens that
 came. The text goes on as well: what the gateway has given out after k tokens depends on these k
@@ -8,7 +8,7 @@ tokens alone, also where it holds back what may become a stop string or a whole 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -26,6 +26,8 @@ class Chunk:
     """Empty in the last chunk when only text that was held back is left."""
     text: str
     """May lag behind the tokens; always empty when the model has no tokenizer."""
+    sample: int = 0
+    """Whose they are, of the `n` that were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer."""
+    """A whole answer: one of the `n` that were asked for."""
 
     text: str | None
     """None when the model has no tokenizer. When `received_token_ids` were given, the rest."""
@@ -72,21 +74,42 @@ class Answer:
     decode_worker_id: str
 
 
+@dataclass(slots=True)
+class _Sample:
+    """What came of one of the answers."""
+
+    token_ids: list[int]
+    texts: list[str] = field(default_factory=list)
+    finished: pb.GenerateFinished | None = None
+
+
 class Progress:
     """Takes a stream's messages, and says how to go on when it breaks."""
 
     def __init__(self, request: pb.GenerateRequest) -> None:
         self._request = request
         self._started: pb.GenerateStarted | None = None
-        self._finished: pb.GenerateFinished | None = None
-        self._texts: list[str] = []
-        self._num_tokens_asked_with = len(request.received_token_ids)
-        self.token_ids = list(request.received_token_ids)
+        self._is_single = request.n <= 1 and not request.received_samples
+        received = [each.token_ids for each in request.received_samples]
+        self._samples = [
+            _Sample(list(token_ids)) for token_ids in received or [request.received_token_ids]
+        ]
+        """Those that the request names, until the server has taken it."""
+        self._num_tokens_asked_with = self._num_tokens
         self.num_resumes = 0
 
     @property
     def is_finished(self) -> bool:
-        return self._finished is not None
+        return all(sample.finished is not None for sample in self._samples)
+
+    @property
+    def token_ids(self) -> list[tuple[int, ...]]:
+        """By sample: all that came."""
+        return [tuple(sample.token_ids) for sample in self._samples]
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(len(sample.token_ids) for sample in self._samples)
 
     @property
     def started(self) -> pb.GenerateStarted | None:
@@ -101,10 +124,15 @@ class Progress:
         request.CopyFrom(self._request)
         request.sampling.seed = self._started.seed
         del request.received_token_ids[:]
-        request.received_token_ids.extend(self.token_ids)
-        if len(self.token_ids) > self._num_tokens_asked_with:
+        del request.received_samples[:]
+        if self._is_single:
+            request.received_token_ids.extend(self._samples[0].token_ids)
+        else:
+            for sample in self._samples:
+                request.received_samples.add(token_ids=sample.token_ids)
+        if self._num_tokens > self._num_tokens_asked_with:
             self.num_resumes += 1
-            self._num_tokens_asked_with = len(self.token_ids)
+            self._num_tokens_asked_with = self._num_tokens
         return request
 
     def take(self, message: pb.GenerateResponse) -> Chunk | None:
@@ -116,21 +144,21 @@ class Progress:
             case "chunk":
                 return self._add(message.chunk)
             case "finished":
-                self._finished = message.finished
-                if message.finished.text:
-                    self._texts.append(message.finished.text)
-                    return Chunk((), message.finished.text)
+                return self._finish(message.finished)
         return None
 
-    def answer(self) -> Answer:
-        """The whole answer, once `is_finished`."""
-        finished, started = self._finished, self._started
+    def answers(self) -> list[Answer]:
+        """By sample: the whole answers, once `is_finished`."""
+        return [self._answer(sample) for sample in self._samples]
+
+    def _answer(self, sample: _Sample) -> Answer:
+        finished, started = sample.finished, self._started
         if finished is None or started is None:
             raise misfit("the answer ended before it started")
         usage, timing = finished.usage, finished.timing
         return Answer(
-            text="".join(self._texts) if finished.HasField("text") else None,
-            token_ids=tuple(self.token_ids),
+            text="".join(sample.texts) if finished.HasField("text") else None,
+            token_ids=tuple(sample.token_ids),
             finish_reason=_finish_reason(finished.finish_reason),
             usage=Usage(
                 usage.num_prompt_tokens, usage.num_completion_tokens, usage.num_cached_tokens
@@ -156,18 +184,41 @@ class Progress:
                 f"the prompt had {before.num_prompt_tokens} tokens and has "
                 f"{started.num_prompt_tokens} now: another model answers"
             )
-        if self.token_ids and _are_others(before, started):
+        if self._num_tokens and _are_others(before, started):
             raise misfit("another model answers than the one that these tokens came from")
         if before is not None and before.seed != started.seed:
             raise misfit("the rest of the answer would be drawn with another seed")
         self._started = started
+        while len(self._samples) < self._request.n:
+            self._samples.append(_Sample([]))
 
     def _add(self, chunk: pb.GenerateChunk) -> Chunk:
-        if chunk.first_index != len(self.token_ids):
-            raise misfit(f"token {chunk.first_index} came where {len(self.token_ids)} is the next")
-        self.token_ids += chunk.token_ids
-        self._texts.append(chunk.text)
-        return Chunk(tuple(chunk.token_ids), chunk.text)
+        sample = self._sample(chunk.sample)
+        if sample.finished is not None:
+            raise misfit(f"tokens came of sample {chunk.sample}, which had ended")
+        if chunk.first_index != len(sample.token_ids):
+            raise misfit(
+                f"token {chunk.first_index} came where {len(sample.token_ids)} is the next"
+            )
+        sample.token_ids += chunk.token_ids
+        sample.texts.append(chunk.text)
+        return Chunk(tuple(chunk.token_ids), chunk.text, chunk.sample)
+
+    def _finish(self, finished: pb.GenerateFinished) -> Chunk | None:
+        sample = self._sample(finished.sample)
+        if sample.finished is not None:
+            # After a break the server ends once more what had ended before it.
+            return None
+        sample.finished = finished
+        if not finished.text:
+            return None
+        sample.texts.append(finished.text)
+        return Chunk((), finished.text, finished.sample)
+
+    def _sample(self, number: int) -> _Sample:
+        if number >= len(self._samples):
+            raise misfit(f"sample {number} came, of {len(self._samples)} that were asked for")
+        return self._samples[number]
 
 
 def _are_others(before: pb.GenerateStarted | None, now: pb.GenerateStarted) -> bool:

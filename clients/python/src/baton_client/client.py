@@ -83,7 +83,9 @@ class Client:
         *,
         token_ids: Sequence[int] | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        n: int | None = None,
         received_token_ids: Sequence[int] = (),
+        received_samples: Sequence[Sequence[int]] = (),
         standalone_text: bool = False,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
@@ -92,8 +94,9 @@ class Client:
         it, or call its `text()` or `result()`.
 
         `messages` are a chat's, each with `role` (system, user or assistant) and `content`; the
-        model's own template makes a prompt of them. The answer's text is the next message.
-        `received_token_ids` are tokens of this very answer that the caller has already; a sampled
+        model's own template makes a prompt of them. The answer's text is the next message. `n`
+        answers come side by side, each chunk with its `sample`. `received_token_ids` are tokens of
+        this very answer that the caller has already (`received_samples`: of each of `n`); a sampled
         answer needs its `seed` as well. `standalone_text`: the answer's text is a turn of its own,
         not the rest of the prompt's, with which some models' first word begins with a space.
         `deadline_s` is for the whole answer, retries included.
@@ -101,7 +104,15 @@ class Client:
         Raises TypeError and InvalidRequest for arguments that fit into no request; all that the
         server objects to comes with the first chunk.
         """
-        request = generate_request(prompt, token_ids, messages, received_token_ids, sampling)
+        request = generate_request(
+            prompt,
+            token_ids,
+            messages,
+            received_token_ids,
+            sampling,
+            n=n,
+            received_samples=received_samples,
+        )
         request.standalone_text = standalone_text
         tries = Tries(self._retry, deadline_s)
         stream = AnswerStream(self._start_generate, Progress(request), tries)
@@ -213,7 +224,12 @@ class AnswerStream(Iterator[Chunk]):
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """All that came, `received_token_ids` included."""
+        """All that came, `received_token_ids` included; with `n` above 1, of the first sample."""
+        return self._progress.token_ids[0]
+
+    @property
+    def token_ids_by_sample(self) -> tuple[tuple[int, ...], ...]:
+        """Of each sample all that came: what `received_samples` takes."""
         return tuple(self._progress.token_ids)
 
     @property
@@ -243,13 +259,17 @@ class AnswerStream(Iterator[Chunk]):
         raise StopIteration
 
     def result(self) -> Answer:
-        """The whole answer, once it is there."""
+        """The whole answer, once it is there; with `n` above 1, the first of them."""
+        return self.results()[0]
+
+    def results(self) -> tuple[Answer, ...]:
+        """All `n` answers, in order, once they are there."""
         for _ in self:
             pass
-        return self._progress.answer()
+        return tuple(self._progress.answers())
 
     def text(self) -> str:
-        """The whole answer's text. Raises Unsupported when the model has no tokenizer."""
+        """The text of `result`. Raises Unsupported when the model has no tokenizer."""
         return text_of(self.result())
 
     def cancel(self) -> None:

@@ -16,6 +16,9 @@ def generate_request(
     messages: Sequence[Mapping[str, str]] | None,
     received_token_ids: Sequence[int],
     sampling: Sampling,
+    *,
+    n: int | None = None,
+    received_samples: Sequence[Sequence[int]] = (),
 ) -> pb.GenerateRequest:
     """Raises TypeError for arguments of a wrong kind, InvalidRequest for numbers and texts that no
     message can hold."""
@@ -32,6 +35,11 @@ def generate_request(
         for index, each in enumerate(messages):
             _add_message(request.messages, each, f"messages[{index}]")
     _set(request, "received_token_ids", received_token_ids, field="received_token_ids")
+    if n is not None:
+        _set(request, "n", n, field="n")
+    for index, received in enumerate(received_samples):
+        sample = request.received_samples.add()
+        _set(sample, "token_ids", received, field=f"received_samples[{index}]")
     request.sampling.SetInParent()
     for name, value in sampling.items():
         if name not in Sampling.__annotations__:
