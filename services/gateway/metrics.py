@@ -61,7 +61,9 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.ttft = self._seconds("time_to_first_token", "Arrival to first token")
-        self.itl = self._seconds("inter_token_latency", "Gap between messages with tokens")
+        self.itl = self._seconds(
+            "inter_token_latency", "Gap between an answer's messages with tokens"
+        )
         self.e2e = self._seconds("e2e_request_latency", "Arrival to last token")
         self.tpot = self._seconds(
             "request_time_per_output_token", "Mean gap between the tokens of an answer"
@@ -76,11 +78,11 @@ class GatewayMetrics:
         )
         self.generation_tokens = self._tokens(
             "request_generation_tokens",
-            "Tokens drawn for an answered request, without those that its client had",
+            "Tokens drawn for an answer, without those that its client had",
         )
         success = Counter(
             "vllm:request_success",
-            "Answered requests, by why the answer ended",
+            "Answers of answered requests, n of each, by why they ended",
             ["model_name", "engine", "finished_reason"],
             registry=self.registry,
         )
@@ -231,7 +233,7 @@ class _AtScrape(Collector):
         load = cluster_load(self._cluster.records())
         yield gauge(
             "vllm:num_requests_running",
-            "Requests that workers compute, in the whole cluster",
+            "Requests that workers compute, in the whole cluster; with n each sample is one",
             load.num_running,
             self._engine,
         )

@@ -1,4 +1,4 @@
-"""`baton generate`: one prompt, its answer streamed to standard output; several one after another."""
+"""`baton generate`: one prompt, its answer, or several of them, streamed to standard output."""
 
 from __future__ import annotations
 

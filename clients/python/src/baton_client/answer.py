@@ -1,4 +1,4 @@
-"""One request's answers while they arrive: what came, what is asked next, what does not fit. No I/O.
+"""A request's answers while they arrive: what came, what is asked next, what does not fit. No I/O.
 
 After a stream broke, the rest is asked for with the seed of the first message and the tokens that
 came. The text goes on as well: what the gateway has given out after k tokens depends on these k
