@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.shared.engine.shaping import History, Shaping
-from baton.shared.engine.token_masks import TokenMasks
 from baton.shared.sampling import SamplingParams
 
 Ints = npt.NDArray[np.int64]
+TokenMasks = npt.NDArray[np.uint32]
+"""[draws, words]: bit t % 32 of word t // 32 says whether token t may be drawn."""
 
 
 @dataclass(eq=False, slots=True)

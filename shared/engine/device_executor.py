@@ -32,6 +32,7 @@ from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn, tell_of_prompt
+from baton.shared.engine.device_masks import DeviceMasks
 from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, WantedRows
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
@@ -94,6 +95,7 @@ class DeviceExecutor:
         # Decode rows of the widest step, padded, and as many chunks beside them as there are rows.
         max_wanted = max_num_seqs * (1 + self._widths[-1] if num_drafts else 1)
         self._drawn_sizes = padded_sizes(max_wanted)
+        self._masks = DeviceMasks(max_wanted, vocab_size, device)
         self._sampling_scratch = make_sampling_scratch(max_wanted, vocab_size, device)
         self._work = {
             (size, width): self._make_work(size * width)
@@ -300,6 +302,7 @@ class DeviceExecutor:
             results = self._make_results(len(hidden), layout.size)
             if len(hidden):
                 logits = self._head(hidden)
+                self._masks.send(rows, layout.wanted)
                 self._draw(logits, columns.rows, columns.back, results[: len(hidden)])
                 # There may be as many again.
                 del logits
@@ -307,13 +310,14 @@ class DeviceExecutor:
                     self._accept(self._state.rows[layout.size], results, len(hidden))
         else:
             buffers = self._decode[layout.size, layout.width]
+            layout.wanted = self._wanted_of_decode(layout, num_wanted)
             self._host.send(self._state, None)
+            self._masks.send(rows, layout.wanted)
             if buffers.graph is not None:
                 buffers.graph.replay()
             else:
                 self._decode_step(buffers)
             results = buffers.results
-            layout.wanted = self._wanted_of_decode(layout, num_wanted)
             assert buffers.hidden is not None
             hidden = buffers.hidden
         wanted = [row if row >= 0 and num_wanted[row] else -1 for row in layout.wanted]
@@ -565,6 +569,7 @@ class DeviceExecutor:
 
     def _draw(self, logits: Tensor, rows: Tensor, back: Tensor | None, out: Tensor) -> None:
         state = self._state
+        self._masks.apply(logits)
         draw(
             logits,
             rows,

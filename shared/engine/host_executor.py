@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baton.kernels import reference
 from baton.kernels.reference import AttentionPlan
+from baton.kernels.reference_masks import apply_token_masks
 from baton.kernels.state_plan import StatePlan
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import (
@@ -32,7 +33,6 @@ from baton.shared.engine.logprobs import (
 )
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.engine.shaping import History, Shaping, apply_shaping
-from baton.shared.engine.token_masks import apply_masks
 from baton.shared.kv.cache_spec import window_of
 from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 from baton.shared.sampling import SamplingParams
@@ -276,10 +276,16 @@ class HostExecutor:
 
 def _apply_masks(logits: Tensor, drawing: Sequence[BatchRow]) -> None:
     """`drawing`: the row of each of the logits; those of a row stand together."""
-    masked = [place for place, row in enumerate(drawing) if row.masks is not None]
-    if masked:
-        masks = [row.masks for row, _ in groupby(drawing) if row.masks is not None]
-        apply_masks(logits, masked, np.concatenate(masks))
+    if all(row.masks is None for row in drawing):
+        return
+    is_masked = np.array([row.masks is not None for row in drawing])
+    masks = np.concatenate([row.masks for row, _ in groupby(drawing) if row.masks is not None])
+    places = np.where(is_masked, np.cumsum(is_masked) - 1, -1)
+    apply_token_masks(
+        logits,
+        torch.from_numpy(places).to(logits.device),
+        torch.from_numpy(masks.view(np.int32)).to(logits.device),
+    )
 
 
 def _alone(columns: BatchColumns, tokens: Ints) -> BatchColumns:
