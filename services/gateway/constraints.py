@@ -23,7 +23,7 @@ from baton.v1 import error_details_pb2, types_pb2
 
 LENGTH = struct.Struct("<I")
 """Before each message to and from a process."""
-CPU_S = 2
+CPU_S = 1
 """Of one constraint; the kernel counts whole seconds, so it may be one more."""
 MEMORY_BYTES = 512 << 20
 """That all constraints of a process may add to it."""

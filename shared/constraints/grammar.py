@@ -33,9 +33,7 @@ def grammar_of(constraint: types_pb2.Constraint, split: Split) -> str:
             return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=options)
         case "json_schema":
             schema = parse_schema("constraint.json_schema", constraint.json_schema)
-            return LLMatcher.grammar_from_json_schema(
-                constraint.json_schema if isinstance(schema, bool) else schema, overrides=options
-            )
+            return LLMatcher.grammar_from_json_schema(schema, overrides=options)
         case "regex":
             _check_text("constraint.regex", constraint.regex)
             return LLMatcher.grammar_from_regex(constraint.regex)
@@ -166,11 +164,6 @@ class _Tags:
         match tag.WhichOneof("content"):
             case "json_schema":
                 schema = parse_schema(f"{field}.json_schema", tag.json_schema)
-                if isinstance(schema, bool):
-                    if not schema:
-                        problem = "is false: nothing is valid by it"
-                        raise InvalidField(f"{field}.json_schema", problem, limit="a JSON Schema")
-                    schema = {}
                 schema = {**schema, "x-guidance": self._json_options}
                 return [f"content{number}: %json {json.dumps(schema)} {end}"]
             case "regex":

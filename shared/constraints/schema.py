@@ -30,8 +30,11 @@ _SINGLE = (
 )
 
 
-def parse_schema(field: str, text: str) -> dict[str, Any] | bool:
-    """Raises InvalidField for what is no schema, or too large a one."""
+def parse_schema(field: str, text: str) -> dict[str, Any]:
+    """As an object, where it is `true`, too.
+
+    Raises InvalidField for what is no schema, or too large a one.
+    """
     num_bytes = len(text.encode())
     if num_bytes > MAX_BYTES:
         raise InvalidField(field, f"has {num_bytes} bytes", limit=f"{MAX_BYTES} bytes")
@@ -44,8 +47,12 @@ def parse_schema(field: str, text: str) -> dict[str, Any] | bool:
         raise InvalidField(
             field, f"is of type {type(schema).__name__}", limit="an object, or true or false"
         )
+    if isinstance(schema, bool):
+        if not schema:
+            raise InvalidField(field, "is false: nothing is valid by it", limit="a JSON Schema")
+        return {}
     _check_size(field, schema)
-    if isinstance(schema, dict) and "x-guidance" in schema:
+    if "x-guidance" in schema:
         # It would tell llguidance to leave out what it does not know.
         raise InvalidField(field, "has the keyword x-guidance", limit="a JSON Schema")
     return schema
