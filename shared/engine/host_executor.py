@@ -276,10 +276,11 @@ class HostExecutor:
 
 def _apply_masks(logits: Tensor, drawing: Sequence[BatchRow]) -> None:
     """`drawing`: the row of each of the logits; those of a row stand together."""
-    if all(row.masks is None for row in drawing):
+    masked = [row for row in drawing if row.masks is not None]
+    if not masked:
         return
     is_masked = np.array([row.masks is not None for row in drawing])
-    masks = np.concatenate([row.masks for row, _ in groupby(drawing) if row.masks is not None])
+    masks = np.concatenate([next(of_row).masks for _, of_row in groupby(masked, id)])
     places = np.where(is_masked, np.cumsum(is_masked) - 1, -1)
     apply_token_masks(
         logits,

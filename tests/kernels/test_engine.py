@@ -460,7 +460,7 @@ def test_masks_of_chunks_decode_rows_and_drafts(
 
     def both(*rows: tuple[int, list[Any]]) -> list[Any]:
         steps = [
-            each.launch(Batch([BatchRow(*row[:4], 0, handles[i], *row[4:]) for i, row in rows]))
+            each.launch(Batch([_masked(handles[i], *row) for i, row in rows]))
             for each, handles in ((runner, opened[0]), (drafting, opened[1]))
         ]
         actual, expected = (step.result() for step in steps)
@@ -487,3 +487,8 @@ def test_masks_of_chunks_decode_rows_and_drafts(
     )
     assert drawn[0][0].token_id == token and len(drawn[0]) >= 2
     both((2, [[drawn[2][0].token_id], at[2] + 1, tables[2], params, (), None]))
+
+
+def _masked(handle: Any, *row: Any) -> BatchRow:
+    token_ids, position, tables, params, draft_ids, masks = row
+    return BatchRow(token_ids, position, tables, params, 0, handle, draft_ids, masks=masks)
