@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import uvloop
 
+from baton.services.gateway.chat_format import ChatFormat
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.constraints import ConstraintChecker
 from baton.services.gateway.drain import drain
@@ -24,6 +25,7 @@ from baton.services.gateway.router import LocalPrefill
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.server import InferenceServicer
 from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.answer_formats import AUTO, REASONING_FORMATS, TOOL_FORMATS
 from baton.shared.directory.directory import DirectoryMisconfigured
 from baton.shared.engine.config import LOAD_FORMATS
 from baton.shared.metrics import MetricsServer, add_metrics_flag
@@ -106,6 +108,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=SOURCES,
         help="auto: sampling fields that a request does not set are those of the model's "
         "generation_config.json; none: that file does not count",
+    )
+    add_flag(
+        parser,
+        "--tool-format",
+        type=str,
+        default=AUTO,
+        choices=TOOL_FORMATS,
+        help="how the model writes calls of tools; auto: as its chat template has them; none: "
+        "requests with tools are refused",
+    )
+    add_flag(
+        parser,
+        "--reasoning-format",
+        type=str,
+        default=AUTO,
+        choices=REASONING_FORMATS,
+        help="how the model writes its reasoning; auto: as its chat template has it; none: it is "
+        "content",
     )
     add_flag(
         parser,
@@ -203,6 +223,7 @@ async def serve(
         model_name=args.model_name,
         incarnation=incarnation,
         default_sampling=default_sampling,
+        chat_format=_chat_format(args, codec),
     )
     connection_age_s = args.connection_age_s if args.reuse_port else None
     endpoint = Endpoint(
@@ -268,6 +289,25 @@ async def serve(
     if metrics is not None:
         metrics.close()
     return 1 if has_failed else 0
+
+
+def _chat_format(args: argparse.Namespace, codec: TextCodec | None) -> ChatFormat:
+    if codec is None:
+        return ChatFormat()
+    chosen = ChatFormat.choose(
+        codec.chat_template,
+        codec.special_ids,
+        tools=args.tool_format,
+        reasoning=args.reasoning_format,
+    )
+    log_event(
+        logger,
+        logging.INFO,
+        "formats of answers to chats",
+        tools=chosen.tools,
+        reasoning=chosen.reasoning,
+    )
+    return chosen
 
 
 async def _follow_readiness(cluster: Cluster, endpoint: Endpoint) -> None:

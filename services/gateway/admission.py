@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from baton.services.gateway.identity import ANONYMOUS, Identity
 from baton.services.gateway.token_bans import (
@@ -344,35 +344,51 @@ class ChatCodec(Protocol):
     """The part of a TextCodec that makes a prompt of a chat."""
 
     async def render_chat_async(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
     ) -> str: ...
 
     async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 
-async def chat_token_ids(
+class ChatPrompt(NamedTuple):
+    text: str
+    token_ids: list[int]
+
+
+async def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     limits: Limits,
     codec: ChatCodec,
     *,
-    add_generation_prompt: bool = True,
     add_special_tokens: bool = False,
-) -> list[int]:
-    """The tokens of a chat, by the model's own template, which puts special tokens in.
+    **options: Any,
+) -> ChatPrompt:
+    """The prompt of a chat, by the model's own template, which puts special tokens in. `options`:
+    those of TextCodec.render_chat.
 
     Raises InvalidField and NoChatTemplate.
     """
     # Before anything is made of them, and after: templates may say things twice.
     for message in messages:
         check_text("messages", _text_of(message["content"]), limits)
-    text = await codec.render_chat_async(messages, add_generation_prompt=add_generation_prompt)
+    text = await codec.render_chat_async(messages, **options)
     check_text("messages", text, limits)
-    return await codec.encode_async(text, add_special_tokens=add_special_tokens)
+    token_ids = await codec.encode_async(text, add_special_tokens=add_special_tokens)
+    return ChatPrompt(text, token_ids)
 
 
-def _text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+async def chat_token_ids(
+    messages: Sequence[Mapping[str, Any]], limits: Limits, codec: ChatCodec
+) -> list[int]:
+    """Those of `chat_prompt`."""
+    return (await chat_prompt(messages, limits, codec)).token_ids
+
+
+def _text_of(content: str | Sequence[Mapping[str, str]] | None) -> str:
     """Of a message's content, which may be a list of parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content)
 
 
 def _check_lengths(

@@ -9,16 +9,19 @@ from baton.services.gateway.answer_parts import PLAIN, AnswerParser, Reading
 from baton.services.gateway.formats import harmony, think
 from baton.services.gateway.formats.calls import Calls, Tools
 from baton.services.gateway.formats.choose import (
-    AUTO,
-    HARMONY,
-    NONE,
     REASONING_TAGS,
     TOOL_FORMATS,
     reasoning_format_of,
     tool_format_of,
 )
+from baton.services.gateway.formats.constraint import ANSWER_BEGIN, READ_AS, calls_constraint
 from baton.services.gateway.formats.parser import FormatParser
 from baton.services.gateway.formats.source import Source, Steps, texts_before
+from baton.shared.answer_formats import AUTO, HARMONY, NONE
+from baton.v1 import types_pb2
+
+_SWITCH = "enable_thinking"
+"""A template that reads it, and has not ended the reasoning, lets the model begin it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class ChatFormat:
 
     tools: str = NONE
     reasoning: str = NONE
+    template: str = ""
+    """Its Jinja source."""
     special_ids: Mapping[str, int] = field(default_factory=dict)
     """Of the tokens that yield no text, by what they are written as."""
 
@@ -44,13 +49,45 @@ class ChatFormat:
         return cls(
             tool_format_of(source) if tools == AUTO else tools,
             reasoning_format_of(source) if reasoning == AUTO else reasoning,
+            source,
             special_ids,
         )
 
-    def reading(self, prompt: str, tools: Tools | None, *, is_parallel: bool = True) -> Reading:
-        """Of the answers to `prompt`, as the template gave it. `tools`: those that may be called;
-        None when none may."""
-        called = tools if tools and self.tools != NONE else {}
+    def constraint(
+        self, tools: Tools, *, only_calls: bool, is_parallel: bool
+    ) -> types_pb2.Constraint:
+        """See `calls_constraint`. `begin_after` is for all constraints of chats."""
+        return calls_constraint(
+            self.tools, self.template, tools, only_calls=only_calls, is_parallel=is_parallel
+        )
+
+    @property
+    def answer_begin(self) -> str:
+        """What stands before the answer proper, where a constraint begins."""
+        return ANSWER_BEGIN if self.reasoning == HARMONY else ""
+
+    def begin_after(self, prompt: str) -> types_pb2.BeginAfter | None:
+        """Where what `prompt` is answered with begins, if not at once: behind the reasoning."""
+        if self.reasoning == HARMONY:
+            return types_pb2.BeginAfter(text=harmony.END)
+        tags = REASONING_TAGS.get(self.reasoning)
+        if tags is None or prompt.rstrip().endswith(tags.end):
+            return None
+        is_reasoning = tags.are_open(prompt) or _SWITCH in self.template
+        return types_pb2.BeginAfter(text=tags.end) if is_reasoning else None
+
+    def reading(
+        self,
+        prompt: str,
+        tools: Tools,
+        *,
+        is_parallel: bool = True,
+        is_constrained: bool = False,
+    ) -> Reading:
+        """Of the answers to `prompt`, as the template gave it. `tools`: those that may be called.
+        `is_constrained`: calls are written as `constraint` has them."""
+        called = tools if self.tools != NONE else {}
+        form = READ_AS.get(self.tools, self.tools) if is_constrained else self.tools
         is_harmony = HARMONY in (self.reasoning, self.tools if called else NONE)
         tags = REASONING_TAGS.get(self.reasoning)
         if not called and not is_harmony and tags is None:
@@ -61,7 +98,7 @@ class ChatFormat:
             source, calls = Source(), Calls(called, answer_id)
             return FormatParser(
                 source,
-                self._steps(source, calls, is_open=is_open),
+                self._steps(form, source, calls, is_open=is_open),
                 is_parallel=is_parallel,
                 begin_ids=self._ids(tags.begin if tags else harmony.MESSAGE),
                 end_ids=self._ids(tags.end if tags else harmony.END),
@@ -69,20 +106,23 @@ class ChatFormat:
 
         markers = [*(tags or ()), *(harmony.MARKERS if is_harmony else ())]
         if called:
-            markers += TOOL_FORMATS[self.tools].markers
+            markers += TOOL_FORMATS[form].markers
         return Reading(new_parser, self._ids(*markers))
 
-    def _steps(self, source: Source, calls: Calls, *, is_open: bool) -> Steps[None]:
+    def _steps(self, form: str, source: Source, calls: Calls, *, is_open: bool) -> Steps[None]:
         tags = REASONING_TAGS.get(self.reasoning)
         if tags is not None:
             yield from think.steps(source, tags, is_open=is_open)
         if HARMONY in (self.reasoning, self.tools if calls.tools else NONE):
             yield from harmony.steps(source, calls)
         elif calls.tools:
-            yield from TOOL_FORMATS[self.tools].steps(source, calls)
+            yield from TOOL_FORMATS[form].steps(source, calls)
         else:
             yield from texts_before(source)
 
     def _ids(self, *markers: str) -> frozenset[int]:
         known = self.special_ids
         return frozenset(known[marker] for marker in markers if marker in known)
+
+
+NO_FORMAT = ChatFormat()

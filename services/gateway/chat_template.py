@@ -6,10 +6,10 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
@@ -17,6 +17,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from baton.services.gateway.formats.calls import ID_LENGTH, short_id
+from baton.services.gateway.template_probe import CallForm, TemplateProbe
 from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.errors import InvalidField, NoChatTemplate
 from baton.shared.telemetry import log_event
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called; the first is what templates read."""
+_NO_PLACE = "the model's chat template has no place for them"
+_SHORT_IDS = re.compile(rf"length\s*(?:!=|<)\s*{ID_LENGTH}\b")
+"""In templates that refuse calls with other ids."""
 
 
 class ChatTemplate:
@@ -35,7 +40,8 @@ class ChatTemplate:
         """`special_tokens`: by the name that templates use; what the model lacks is undefined."""
         self.source = source
         self._special_tokens = special_tokens
-        self._taken: dict[str, _Takes] = {}
+        self._probe = TemplateProbe(self._render)
+        self._wants_short_ids = _SHORT_IDS.search(source) is not None
         self._compiled: jinja2.Template | None = None
         self.fault = ""
         """Why it does not compile. Prompts can be served all the same."""
@@ -64,30 +70,63 @@ class ChatTemplate:
         return template
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = {},
     ) -> str:
         """`content` is text or a list of parts, and reaches the template as it is, unless the
-        template takes only the other one.
+        template takes only the other one; so do the arguments of calls, which are an object or its
+        JSON. `tools`: as OpenAI has them. `variables`: what else the template may read.
 
-        Raises NoChatTemplate when it does not compile, InvalidField when it refuses the messages.
+        Raises NoChatTemplate when it does not compile, InvalidField when it refuses the messages,
+        or has no place for tools.
         """
         taken = [self._as_taken(message) for message in messages]
         try:
-            return self._render(taken, add_generation_prompt=add_generation_prompt)
+            prompt = self._render(
+                taken,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                variables=variables,
+            )
         except NoChatTemplate:
             raise
         except Exception as error:  # templates compute what they like
             limit = "what the model's chat template takes"
             problem = f"cannot be rendered: {one_line(error)}"
             raise InvalidField("messages", problem, limit=limit) from error
+        # What it refuses by itself it gives better reasons for.
+        self._refuse_unshown(messages, has_tools=bool(tools))
+        return prompt
 
-    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    def _refuse_unshown(self, messages: Sequence[Mapping[str, Any]], *, has_tools: bool) -> None:
+        """What the template would leave out without a word."""
+        if has_tools and not self._probe.takes_tools:
+            raise InvalidField("tools", "are not supported", limit=_NO_PLACE)
+        for index, message in enumerate(messages):
+            if message.get("tool_calls") and self._probe.call_form is None:
+                path = f"messages[{index}].tool_calls"
+                raise InvalidField(path, "are not supported", limit=_NO_PLACE)
+            if message.get("role") == "tool" and not any(self._probe.takes("tool")):
+                raise InvalidField(f"messages[{index}].role", "is 'tool'", limit=_NO_PLACE)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = {},
+    ) -> str:
         if self._compiled is None:
             raise NoChatTemplate(f"the model's chat template does not compile: {self.fault}")
         return self._compiled.render(
-            self._special_tokens,
+            {**self._special_tokens, **variables},
             messages=messages,
-            tools=None,
+            tools=tools or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )
@@ -98,29 +137,36 @@ class ChatTemplate:
         if reasoning is not None:
             present = {"thinking": reasoning, **present, "reasoning_content": reasoning}
         content = present.get("content")
-        takes = self._takes(str(present.get("role")))
+        takes = self._probe.takes(str(present.get("role")))
         if isinstance(content, str) and not takes.text and takes.parts:
             present["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list) and not takes.parts and _is_text_only(content):
             present["content"] = "\n".join(part["text"] for part in content)
+        if "tool_call_id" in present:
+            present["tool_call_id"] = self._call_id(present["tool_call_id"])
+        if present.get("tool_calls"):
+            self._fit_calls(present)
         return present
 
-    def _takes(self, role: str) -> _Takes:
-        if role not in self._taken:
-            chats = functools.partial(_sample_chats, role)
-            self._taken[role] = _Takes(
-                text=any(map(self._shows, chats(as_parts=False))),
-                parts=any(map(self._shows, chats(as_parts=True))),
-            )
-        return self._taken[role]
+    def _fit_calls(self, message: dict[str, Any]) -> None:
+        form = self._probe.call_form or CallForm(None, are_arguments_text=False)
+        message["content"] = message.get("content") or form.empty_content
+        message["tool_calls"] = [
+            {
+                **call,
+                **({"id": self._call_id(call["id"])} if "id" in call else {}),
+                "function": {
+                    **call["function"],
+                    "arguments": form.arguments(call["function"]["arguments"]),
+                },
+            }
+            for call in message["tool_calls"]
+        ]
 
-    def _shows(self, chat: list[dict[str, Any]]) -> bool:
-        """Whether the sample gets into the prompt, as a text and not in the notation of a part."""
-        try:
-            prompt = self._render(chat, add_generation_prompt=True)
-        except Exception:  # templates compute what they like
-            return False
-        return _SAMPLE in prompt and not _SAMPLE_IN_NOTATION.search(prompt)
+    def _call_id(self, call_id: str) -> str:
+        """A client may have it from elsewhere, in a form that this model's template refuses."""
+        is_fitting = len(call_id) == ID_LENGTH and call_id.isascii() and call_id.isalnum()
+        return call_id if is_fitting or not self._wants_short_ids else short_id(call_id)
 
 
 @functools.lru_cache(maxsize=8)
@@ -130,42 +176,6 @@ def template_variables(source: str) -> frozenset[str]:
         return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
     except Exception:  # what is no Jinja may fail in Jinja's lexer or in Python's
         return frozenset()
-
-
-class _Takes(NamedTuple):
-    """What a template takes for the content of a role's messages. That is found out by rendering,
-    as templates say it in many ways."""
-
-    text: bool
-    parts: bool
-
-
-_SAMPLE = "xq7samplexq7"
-_SAMPLE_IN_NOTATION = re.compile(rf"""['"]text['"]\s*:\s*['"]{_SAMPLE}""")
-
-
-def _sample_chats(role: str, *, as_parts: bool) -> Iterator[list[dict[str, Any]]]:
-    """Chats of which one message, of `role`, has the sample for its content. Most templates take
-    one of them."""
-
-    def message(role: str, text: str, *, as_parts: bool) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
-
-    sample = message(role, _SAMPLE, as_parts=as_parts)
-    for others_as_parts in (False, True):
-        system, user, assistant = (
-            message(name, "a", as_parts=others_as_parts) for name in ("system", "user", "assistant")
-        )
-        if role == "system":
-            yield [sample, user]
-        elif role == "user":
-            yield [sample]
-            yield [system, sample]
-            yield [user, assistant, sample]
-        else:
-            yield [user, sample, user]
-            yield [user, sample]
-            yield [system, user, sample, user]
 
 
 def _is_text_only(content: Sequence[Any]) -> bool:
@@ -261,3 +271,13 @@ def _strftime_now(format: str) -> str:
 
 def _raise_template_error(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+RESERVED_NAMES = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("chat_template", "tokenize", "return_dict", "loop", "self", "caller"),
+        *_environment().globals,
+    }
+)
+"""Variables of templates that are no switches."""

@@ -14,12 +14,14 @@ from itertools import count, takewhile
 from typing import Any
 
 from baton.services.gateway.admission import (
+    ChatPrompt,
     CheckConstraint,
     ModelDefaults,
-    chat_token_ids,
+    chat_prompt,
     check_text,
     check_token_ids,
 )
+from baton.services.gateway.chat_format import NO_FORMAT, ChatFormat
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generate import generate
 from baton.services.gateway.identity import Identify, Identity, ask_nobody
@@ -47,13 +49,16 @@ class Frontend:
         default_sampling: types_pb2.SamplingParams | None = None,
         identify: Identify = ask_nobody,
         check_constraint: CheckConstraint | None = None,
+        chat_format: ChatFormat = NO_FORMAT,
     ) -> None:
         """`default_sampling`: its fields are for requests that do not set them. `identify`: what
-        both doors ask before anything else of a request is looked at."""
+        both doors ask before anything else of a request is looked at. `chat_format`: how the model
+        writes calls of tools and reasoning."""
         self.identify = identify
         self._check_constraint = check_constraint
         self.cluster = cluster
         self.codec = codec
+        self.chat_format = chat_format
         self.model = model
         self.model_name = model_name
         self.incarnation = incarnation
@@ -144,19 +149,20 @@ class Frontend:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool,
-        add_special_tokens: bool,
-    ) -> list[int]:
-        """The tokens of a chat, by the model's own template.
+        add_special_tokens: bool = False,
+        **options: Any,
+    ) -> ChatPrompt:
+        """The prompt of a chat, by the model's own template. `options`: those of
+        TextCodec.render_chat.
 
         Raises InvalidField, NoTokenizer, NoChatTemplate.
         """
-        return await chat_token_ids(
+        return await chat_prompt(
             messages,
             self.cluster.limits(),
             self.text_codec(),
-            add_generation_prompt=add_generation_prompt,
             add_special_tokens=add_special_tokens,
+            **options,
         )
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:

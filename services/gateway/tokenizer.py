@@ -14,6 +14,7 @@ import asyncio
 import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,23 +107,30 @@ class TextCodec:
         return self._chat_template.source if self._chat_template else None
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = {},
     ) -> str:
         """The prompt of a chat. It brings its special tokens: encode it without adding more.
 
-        Raises InvalidField when there is no template or the template refuses the messages.
+        Raises InvalidField when there is no template or the template refuses what is given.
         """
         if self._chat_template is None:
             raise InvalidField("messages", "need a chat template", limit="the model has none")
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=variables,
+        )
 
-    async def render_chat_async(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
+    async def render_chat_async(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """`render_chat` on one of the threads of `encode_async`."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            lambda: self.render_chat(messages, add_generation_prompt=add_generation_prompt),
+            self._threads, partial(self.render_chat, messages, **options)
         )
 
     def close(self) -> None:

@@ -66,6 +66,9 @@ class StackConfig:
     reflection: bool = False
     generation_config: str | None = None
     """`auto` or `none`: whether the model's sampling defaults count."""
+    tool_format: str | None = None
+    reasoning_format: str | None = None
+    """How the model writes calls of tools, and its reasoning."""
     drain_s: float = 30.0
     model_name: str | None = None
     metrics_port: int | None = None
@@ -141,6 +144,10 @@ def _gateway_argv(
         argv.append("--reuse-port")
     if config.generation_config is not None:
         argv += ["--generation-config", config.generation_config]
+    if config.tool_format is not None:
+        argv += ["--tool-format", config.tool_format]
+    if config.reasoning_format is not None:
+        argv += ["--reasoning-format", config.reasoning_format]
     if config.reflection:
         argv.append("--reflection")
     return tuple(argv)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from baton.services.launcher.flag_types import count, port, positive, seconds, utf8
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
+from baton.shared.answer_formats import REASONING_FORMATS, TOOL_FORMATS
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
 from baton.shared.speculation import HELP, METAVAR, speculation
@@ -134,6 +135,20 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         help="none: the sampling defaults in the model's generation_config.json do not count; "
         "default: auto",
     )
+    add_flag(
+        gateway,
+        "--tool-format",
+        type=str,
+        choices=TOOL_FORMATS,
+        help="how the model writes calls of tools; default: auto, as its chat template has them",
+    )
+    add_flag(
+        gateway,
+        "--reasoning-format",
+        type=str,
+        choices=REASONING_FORMATS,
+        help="how the model writes its reasoning; default: auto, as its chat template has it",
+    )
     metrics = parser.add_argument_group("metrics")
     add_flag(
         metrics,
@@ -181,6 +196,8 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         speculate=args.speculate,
         reflection=args.reflection,
         generation_config=args.generation_config,
+        tool_format=args.tool_format,
+        reasoning_format=args.reasoning_format,
         drain_s=args.drain_s,
         metrics_port=args.metrics_port,
     )

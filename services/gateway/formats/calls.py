@@ -10,7 +10,7 @@ from typing import Any
 from baton.services.gateway.answer_parts import Arguments, ToolCall
 
 _DIGITS = string.ascii_letters + string.digits
-_ID_LENGTH = 9
+ID_LENGTH = 9
 """What the templates of mistral ask for; nobody minds."""
 
 Tools = Mapping[str, Mapping[str, Any]]
@@ -35,9 +35,14 @@ class Calls:
 
 def call_id(answer_id: str, index: int) -> str:
     """The same for the same call, whatever became of earlier attempts at the answer."""
-    number = int.from_bytes(hashlib.sha256(f"{answer_id}/{index}".encode()).digest())
+    return short_id(f"{answer_id}/{index}")
+
+
+def short_id(text: str) -> str:
+    """Nine letters and digits that stand for `text`."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest())
     digits = []
-    for _ in range(_ID_LENGTH):
+    for _ in range(ID_LENGTH):
         number, digit = divmod(number, len(_DIGITS))
         digits.append(_DIGITS[digit])
     return "".join(digits)

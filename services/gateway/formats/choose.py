@@ -19,8 +19,7 @@ from baton.services.gateway.formats import (
 from baton.services.gateway.formats.calls import Calls
 from baton.services.gateway.formats.source import Source, Steps
 from baton.services.gateway.formats.think import Tags
-
-AUTO, NONE, HARMONY = "auto", "none", "harmony"
+from baton.shared.answer_formats import HARMONY, NONE
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,6 @@ REASONING_TAGS = {
     "mistral": Tags("[THINK]", "[/THINK]"),
     "think": Tags("<think>", "</think>"),
 }
-
-TOOL_CHOICES = (AUTO, NONE, *TOOL_FORMATS)
-REASONING_CHOICES = (AUTO, NONE, HARMONY, *REASONING_TAGS)
 
 
 def tool_format_of(template: str) -> str:

@@ -51,6 +51,6 @@ def steps(source: Source, calls: Calls) -> Steps[None]:
             marker = yield from literal(source, KEY, END)
         if marker == END:
             source.begin_record()
-        if not is_cut(source, KEY, END) or marker == END:
+        if marker == END or not is_cut(source, KEY, VALUE, END):
             yield arguments.end()
         yield Content(source.recorded())

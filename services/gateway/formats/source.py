@@ -63,11 +63,16 @@ class Source:
         self.take(len(found))
         return before, found
 
+    def drop_partial(self, markers: tuple[str, ...]) -> None:
+        """Of an answer that has ended within a marker."""
+        self._text = self._text[: self._begun(markers)]
+
     def _partial(self, markers: tuple[str, ...]) -> int:
-        """Where a marker may have begun that is not whole; the end of the text if none has."""
+        """Where a marker may have begun that is not whole yet; the end of the text if none has."""
+        return len(self._text) if self.is_closed or not markers else self._begun(markers)
+
+    def _begun(self, markers: tuple[str, ...]) -> int:
         length = len(self._text)
-        if self.is_closed or not markers:
-            return length
         first = max(0, length - max(map(len, markers)) + 1)
         for start in range(first, length):
             tail = self._text[start:]
@@ -111,10 +116,16 @@ def literal(source: Source, *texts: str) -> Steps[str | None]:
 
 
 def texts_before(
-    source: Source, *markers: str, make: Callable[[str], Part] = Content
+    source: Source,
+    *markers: str,
+    make: Callable[[str], Part] = Content,
+    drops_partial: bool = False,
 ) -> Steps[str | None]:
-    """Yields what comes before the first marker, as parts; returns that marker, None at the end."""
+    """Yields what comes before the first marker, as parts; returns that marker, None at the end.
+    `drops_partial`: a marker that the end has cut is no text."""
     while True:
+        if source.is_closed and drops_partial:
+            source.drop_partial(markers)
         text, marker = source.take_before(*markers)
         if text:
             yield make(text)

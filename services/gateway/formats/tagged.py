@@ -36,12 +36,14 @@ class TaggedArguments:
         types = frozenset(_types(self._schema_of(key), _MAX_DEPTH))
         if types == {"string"}:
             yield self._calls.arguments('"')
-            end = yield from texts_before(source, *ends, make=self._as_string)
+            end = yield from texts_before(source, *ends, make=self._as_string, drops_partial=True)
             if end is not None:
                 yield self._calls.arguments('"')
             return end is not None
         written: list[str] = []
         while True:
+            if source.is_closed:
+                source.drop_partial(ends)
             text, end = source.take_before(*ends)
             written.append(text)
             if end is not None or source.is_closed:

@@ -21,7 +21,7 @@ from baton.services.gateway.anthropic.routes import is_messages_path, messages_r
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask, is_asked
 from baton.services.gateway.openai.body import read_json
-from baton.services.gateway.openai.chat import chat_fields, prepared_chat, template_messages
+from baton.services.gateway.openai.chat import chat_fields, prepared_chat, rendered_prompt, tools_of
 from baton.services.gateway.openai.completions import (
     FIELDS,
     completion_fields,
@@ -237,11 +237,8 @@ async def _tokenized(fields: TokenizeRequest, frontend: Frontend) -> list[int]:
         adds_special = fields.add_special_tokens is not False
         return await frontend.tokenize(fields.prompt, add_special_tokens=adds_special)
     assert fields.messages is not None
-    return await frontend.chat_prompt(
-        template_messages(fields.messages, frontend),
-        add_generation_prompt=fields.add_generation_prompt is not False,
-        add_special_tokens=bool(fields.add_special_tokens),
-    )
+    prompt = await rendered_prompt(fields, fields.messages, tools_of(fields), frontend)
+    return prompt.token_ids
 
 
 class _PlainPath:

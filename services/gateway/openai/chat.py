@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from baton.services.gateway.admission import ChatPrompt
 from baton.services.gateway.answer_parts import PLAIN, Reading
 from baton.services.gateway.frontend import Frontend
+from baton.services.gateway.openai.chat_constraint import chat_constraint, constraint_names
 from baton.services.gateway.openai.constraint import asked_constraint
 from baton.services.gateway.openai.content import PREDICTION, prediction_of, text_of
 from baton.services.gateway.openai.errors import InvalidParam
-from baton.services.gateway.openai.schema import ChatRequest, Message
+from baton.services.gateway.openai.schema import ChatRequest, Message, Templated
+from baton.services.gateway.openai.template_switches import switches
+from baton.services.gateway.openai.tools import OfferedTools, offered_tools, template_calls
+from baton.shared.answer_formats import NONE
 from baton.v1 import inference_service_pb2 as pb
 
-_ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning")
 
 
@@ -24,7 +29,7 @@ def chat_fields(request: ChatRequest) -> dict[str, str]:
     names["sampling.logprobs"] = "top_logprobs"
     if request.max_completion_tokens is not None:
         names["sampling.max_tokens"] = "max_completion_tokens"
-    return names | asked_constraint(request).names
+    return names | constraint_names(asked_constraint(request), tools_of(request))
 
 
 @dataclass(frozen=True)
@@ -39,44 +44,74 @@ async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
     """Raises InvalidParam and BatonErrors."""
     sampling = request.sampling(frontend.cluster.limits().vocab_size)
     prediction = prediction_of(request.prediction)
-    constraint = asked_constraint(request).constraint
-    token_ids = await frontend.chat_prompt(
-        template_messages(request.messages, frontend),
-        add_generation_prompt=request.add_generation_prompt is not False,
-        # The template puts them in.
-        add_special_tokens=bool(request.add_special_tokens),
-    )
+    asked = asked_constraint(request).constraint
+    tools = tools_of(request)
+    prompt = await rendered_prompt(request, request.messages, tools, frontend)
+    constrained = chat_constraint(asked, tools, prompt.text, frontend.chat_format)
     is_length_given = sampling.HasField("max_tokens")
     if not is_length_given:
         default = 0 if request.asks_for_all else frontend.defaults.sampling.max_tokens
         sampling.max_tokens = default or frontend.cluster.limits().max_model_len
     return Chat(
         pb.GenerateRequest(
-            token_ids=pb.TokenIds(token_ids=token_ids),
+            token_ids=pb.TokenIds(token_ids=prompt.token_ids),
             sampling=sampling,
             standalone_text=True,
             clamp_max_tokens=not is_length_given,
             prediction=prediction,
             n=request.n,
-            constraint=constraint,
-        )
+            constraint=constrained.constraint,
+        ),
+        frontend.chat_format.reading(
+            prompt.text,
+            tools.schemas,
+            is_parallel=tools.is_parallel,
+            is_constrained=constrained.has_calls,
+        ),
     )
 
 
-def template_messages(messages: Sequence[Message], frontend: Frontend) -> list[dict[str, Any]]:
+def tools_of(request: Templated) -> OfferedTools:
+    """Raises InvalidParam."""
+    is_parallel = request.parallel_tool_calls is not False
+    return offered_tools(request.tools, request.tool_choice, is_parallel=is_parallel)
+
+
+async def rendered_prompt(
+    request: Templated, messages: Sequence[Message], tools: OfferedTools, frontend: Frontend
+) -> ChatPrompt:
+    """Raises InvalidParam and BatonErrors."""
+    template = (frontend.codec.chat_template if frontend.codec else None) or ""
+    if tools.functions and frontend.chat_format.tools == NONE:
+        problem = "are not supported: how this model writes calls is not known (--tool-format)"
+        raise InvalidParam("tools", problem, code="unsupported_parameter")
+    return await frontend.chat_prompt(
+        template_messages(messages, template),
+        add_generation_prompt=request.add_generation_prompt is not False,
+        # The template puts them in.
+        add_special_tokens=bool(request.add_special_tokens),
+        tools=tools.for_template(),
+        variables=switches(request.chat_template_kwargs, request.reasoning_effort, template),
+    )
+
+
+def template_messages(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
     """As templates take them: content is text, or a list of parts that are. Raises InvalidParam
-    for what is no text."""
-    template = frontend.codec.chat_template if frontend.codec else None
+    for what is no text, and for what has no meaning in its role."""
     # It is the newer name of `system`, which few templates know.
-    knows_developer = "developer" in (template or "")
+    knows_developer = "developer" in template
     rendered = []
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
         if message.role not in _ROLES:
             problem = f"is not supported; choose from {', '.join(_ROLES)}"
             raise InvalidParam(f"{path}.role", problem)
-        for field in ("tool_calls", "function_call", "tool_call_id", "images", "audio"):
-            if getattr(message, field):
+        is_call, is_answer = message.role == "assistant", message.role == "tool"
+        for field, is_in_place in (
+            *(("tool_calls", is_call), ("tool_call_id", is_answer)),
+            *(("function_call", False), ("images", False), ("audio", False)),
+        ):
+            if getattr(message, field) and not is_in_place:
                 raise InvalidParam(
                     f"{path}.{field}", "is not supported", code="unsupported_parameter"
                 )
@@ -86,17 +121,27 @@ def template_messages(messages: Sequence[Message], frontend: Frontend) -> list[d
             "content": _content(message, f"{path}.content"),
             "name": message.name,
         }
+        if message.tool_calls:
+            entry["tool_calls"] = template_calls(message.tool_calls, f"{path}.tool_calls")
+        if message.tool_call_id:
+            entry["tool_call_id"] = message.tool_call_id
         # Clients send what they got, in whatever shape.
         reasoning = {field: getattr(message, field) for field in _REASONING}
         entry |= {field: text for field, text in reasoning.items() if isinstance(text, str)}
-        rendered.append({field: value for field, value in entry.items() if value is not None})
+        rendered.append(
+            {
+                field: value
+                for field, value in entry.items()
+                if value is not None or field == "content"
+            }
+        )
     return rendered
 
 
-def _content(message: Message, path: str) -> str | list[dict[str, str]]:
+def _content(message: Message, path: str) -> str | list[dict[str, str]] | None:
     if message.content is None:
         if message.role == "assistant":
-            return ""
+            return "" if not message.tool_calls else None
         raise InvalidParam(path, "is missing")
     if isinstance(message.content, str):
         return message.content

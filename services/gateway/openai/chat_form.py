@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from baton.services.gateway.frontend import Frontend
-from baton.services.gateway.openai.chat import Chat, chat_fields, prepared_chat, template_messages
+from baton.services.gateway.openai.chat import (
+    Chat,
+    chat_fields,
+    prepared_chat,
+    rendered_prompt,
+    tools_of,
+)
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, renamed, to_http_error
 from baton.services.gateway.openai.schema import MAX_ENTRIES, ChatRequest, parse, problem_of
 from baton.shared.rpc.errors import BatonError
@@ -88,14 +94,10 @@ async def num_prompt_tokens(form: ChatForm, frontend: Frontend) -> int:
     try:
         fields = parse(ChatRequest, form.body)
         names = chat_fields(fields)
-        token_ids = await frontend.chat_prompt(
-            template_messages(fields.messages, frontend),
-            add_generation_prompt=True,
-            add_special_tokens=False,
-        )
+        prompt = await rendered_prompt(fields, fields.messages, tools_of(fields), frontend)
     except (HttpError, BatonError) as error:
         raise renamed(to_http_error(error, names), form.places) from error
-    return len(token_ids)
+    return len(prompt.token_ids)
 
 
 def sampling_of(body: Mapping[str, Any], form: ChatForm) -> None:

@@ -23,6 +23,7 @@ from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.fields import Fields as _Fields
 from baton.services.gateway.openai.fields import Int as _Int
 from baton.services.gateway.openai.fields import List as _List
+from baton.services.gateway.openai.tools import MAX_TOOLS, Function, MadeCall, Tool
 from baton.shared.sampling import ALL_TOKENS, FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
@@ -57,8 +58,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "guided_whitespace_pattern": (),
     "structural_tag": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "suffix": ("",),
@@ -66,12 +65,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "modalities": (["text"],),
     "audio": (),
-    "reasoning_effort": ("none",),
     "web_search_options": (),
     "continue_final_message": (False,),
     # Templates come from the model's directory only.
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "kv_transfer_params": (),
     "cache_salt": (),
@@ -228,17 +225,28 @@ class Message(_Fields):
     name: str | None = None
     reasoning_content: Any = None
     reasoning: Any = None
-    tool_calls: list[Any] | None = None
+    tool_calls: _List[MadeCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
-    tool_call_id: Any = None
     images: Any = None
     audio: Any = None
 
 
-class ChatRequest(Sampled):
+class Templated(_Fields):
+    """What reaches the chat template, beside the messages."""
+
+    tools: _List[Tool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatRequest(Sampled, Templated):
     messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: _Int | None = Field(None, ge=ALL_TOKENS, le=_UINT32)
-    add_generation_prompt: bool | None = None
     logprobs: bool | None = None
     top_logprobs: _Int | None = Field(None, ge=0, le=_UINT32)
 
@@ -256,12 +264,10 @@ class ChatRequest(Sampled):
         return self
 
 
-class TokenizeRequest(_Fields):
+class TokenizeRequest(Templated):
     model: str | None = None
     prompt: str | None = None
     messages: _List[Message] | None = Field(None, min_length=1)
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -302,13 +308,17 @@ def _check_sizes(body: dict[str, Any]) -> None:
     if isinstance(parts, list) and len(parts) > MAX_ENTRIES:
         problem = f"has {len(parts)} content parts; limit: {MAX_ENTRIES}"
         raise InvalidParam("prediction.content", problem)
+    tools = body.get("tools")
+    if isinstance(tools, list) and len(tools) > MAX_TOOLS:
+        raise InvalidParam("tools", f"has {len(tools)} entries; limit: {MAX_TOOLS}")
     messages = body.get("messages")
     if not isinstance(messages, list):
         return
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
-    num_parts = sum(len(content) for content in contents if isinstance(content, list))
-    if num_parts > MAX_ENTRIES:
-        raise InvalidParam("messages", f"has {num_parts} content parts; limit: {MAX_ENTRIES}")
+    for field, what in (("content", "content parts"), ("tool_calls", "tool calls")):
+        lists = [message.get(field) for message in messages if isinstance(message, dict)]
+        num_parts = sum(len(parts) for parts in lists if isinstance(parts, list))
+        if num_parts > MAX_ENTRIES:
+            raise InvalidParam("messages", f"has {num_parts} {what}; limit: {MAX_ENTRIES}")
 
 
 def check_neutral(body: dict[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -340,8 +350,10 @@ def _path(location: tuple[int | str, ...]) -> str:
     return path
 
 
-_FIELD_NAMES = {
-    name for kind in (StreamOptions, ContentPart, Prediction, Message) for name in kind.model_fields
+_FIELD_NAMES = {"arguments"} | {
+    name
+    for kind in (StreamOptions, ContentPart, Prediction, Message, MadeCall, Tool, Function)
+    for name in kind.model_fields
 }
 
 

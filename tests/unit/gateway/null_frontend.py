@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from baton.services.gateway.admission import Limits, ModelDefaults
+from baton.services.gateway.chat_format import ChatFormat
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.identity import Identity, ask_nobody
@@ -30,6 +31,7 @@ class NullFrontend(Frontend):
     def __init__(self, codec: TextCodec | None = None) -> None:
         self.cluster = cast(Cluster, _NullCluster())
         self.codec = codec
+        self.chat_format = ChatFormat()
         self.identify = ask_nobody
         self.defaults = ModelDefaults()
         self.model = cast(ModelInfo, None)

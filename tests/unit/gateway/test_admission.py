@@ -295,7 +295,7 @@ async def test_a_chat_is_bounded_before_and_after_it_is_rendered() -> None:
         """Says everything twice."""
 
         async def render_chat_async(
-            self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+            self, messages: Sequence[Mapping[str, Any]], **options: Any
         ) -> str:
             return "".join(each["content"] * 2 for each in messages)
 

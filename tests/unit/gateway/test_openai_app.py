@@ -226,7 +226,7 @@ async def test_a_field_out_of_its_range_is_named(
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"content": "a"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "a"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (
@@ -245,7 +245,7 @@ async def test_a_field_out_of_its_range_is_named(
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].function",
         ),
         ({"messages": [{"role": "user", "content": "a"}] * 4097}, "messages"),
         (

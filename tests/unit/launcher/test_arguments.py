@@ -106,6 +106,12 @@ def test_the_gateway_listens_where_it_is_told() -> None:
     assert "--generation-config none" in " ".join(spec.argv)
 
 
+def test_how_the_model_writes_reaches_the_gateway() -> None:
+    config = up("--tool-format", "hermes", "--reasoning-format", "none")
+    [spec] = gateway_specs(config, "redis://r", 7000, None)
+    assert "--tool-format hermes --reasoning-format none" in " ".join(spec.argv)
+
+
 @pytest.mark.parametrize(
     ("flag", "ports"),
     [

@@ -1,0 +1,11 @@
+"""The names of the ways in which models write calls of tools, and their reasoning."""
+
+from __future__ import annotations
+
+AUTO, NONE, HARMONY = "auto", "none", "harmony"
+
+TOOL_FORMATS = (
+    *(AUTO, NONE, HARMONY, "deepseek", "mistral", "glm", "qwen3-coder", "hermes", "pythonic"),
+    "llama3",
+)
+REASONING_FORMATS = (AUTO, NONE, HARMONY, "mistral", "think")

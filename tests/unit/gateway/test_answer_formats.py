@@ -1,0 +1,359 @@
+"""How models write calls and reasoning: what is made of it, however the text is cut."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from baton.services.gateway.answer_parts import Arguments, Content, Part, Reasoning, ToolCall
+from baton.services.gateway.chat_format import ChatFormat
+from baton.services.gateway.formats.calls import call_id
+from baton.services.gateway.formats.source import merged
+
+TOOLS: dict[str, dict[str, Any]] = {
+    "weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "when": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "exact": {"type": "boolean"},
+        },
+    },
+    "time": {},
+}
+
+Told = list[str | tuple[str, str]]
+"""Texts are content, ("think", text) is reasoning, (name, arguments) a call."""
+
+
+def read(
+    form: str,
+    pieces: list[str],
+    *,
+    reasoning: str = "none",
+    prompt: str = "",
+    tools: dict[str, dict[str, Any]] = TOOLS,
+    is_parallel: bool = True,
+) -> list[Part]:
+    chat_format = ChatFormat(form, reasoning)
+    reading = chat_format.reading(prompt, tools, is_parallel=is_parallel)
+    parser = reading.new_parser("answer")
+    parts = [part for piece in pieces for part in parser.feed([], piece)]
+    return merged([*parts, *parser.finish("")])
+
+
+def told(parts: list[Part]) -> Told:
+    result: Told = []
+    names: list[str] = []
+    for part in parts:
+        match part:
+            case Content(text):
+                result.append(text)
+            case Reasoning(text):
+                result.append(("think", text))
+            case ToolCall(index, made_id, name):
+                assert index == len(names)
+                assert made_id == call_id("answer", index)
+                names.append(name)
+                result.append((name, ""))
+            case Arguments(index, text):
+                assert index == len(names) - 1
+                result[-1] = (names[-1], text)
+    return result
+
+
+DEEPSEEK_V3 = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    '{"city": "Ulm"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n'
+    "```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+DEEPSEEK_V31 = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Ulm"}'
+    "<｜tool▁call▁end｜><｜tool▁call▁begin｜>time<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+    "<｜tool▁calls▁end｜>"
+)
+GLM = (
+    "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n</tool_call>\n"
+    "<tool_call>time</tool_call>"
+)
+QWEN3_CODER = (
+    "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function>\n"
+    "</tool_call>\n<tool_call>\n<function=time>\n</function>\n</tool_call>"
+)
+HARMONY = (
+    '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Ulm"}'
+    "<|call|><|start|>assistant to=functions.time<|channel|>commentary json<|message|>{}<|call|>"
+)
+HERMES = (
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+)
+TWO_CALLS: Told = [("weather", '{"city": "Ulm"}'), ("time", "{}")]
+
+WELL_WRITTEN = {
+    "hermes": HERMES,
+    "llama3": (
+        '{"name": "weather", "parameters": {"city": "Ulm"}}; {"name": "time", "parameters": {}}'
+    ),
+    "pythonic": '[weather(city="Ulm"), time()]',
+    "mistral": (
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Ulm"}}, '
+        '{"name": "time", "arguments": {}, "id": "123456789"}]'
+    ),
+    "mistral ": '[TOOL_CALLS]weather[ARGS]{"city": "Ulm"}[TOOL_CALLS]time[CALL_ID]c1[ARGS]{}',
+    "deepseek": DEEPSEEK_V3,
+    "deepseek ": DEEPSEEK_V31,
+    "glm": GLM,
+    "qwen3-coder": QWEN3_CODER,
+    "harmony": HARMONY,
+}
+BEHIND_TEXT = {"hermes", "mistral", "mistral ", "deepseek", "deepseek ", "glm", "qwen3-coder"}
+
+BADLY_WRITTEN: list[tuple[str, str, Told]] = [
+    ("hermes", "<tool_call>no</tool_call> x", ["<tool_call>no</tool_call> x"]),
+    ("hermes", '<tool_call>{"name": 3}</tool_call>', ['<tool_call>{"name": 3}</tool_call>']),
+    (
+        "hermes",
+        '<tool_call>{"name": "time", "arguments": [1]}</tool_call>',
+        ['<tool_call>{"name": "time", "arguments": [1]}</tool_call>'],
+    ),
+    ("hermes", '<tool_call>{"name": "ti', ['<tool_call>{"name": "ti']),
+    ("hermes", "a <tool_ b", ["a <tool_ b"]),
+    # Once its arguments have begun it stays a call, with what there is of them.
+    (
+        "hermes",
+        '<tool_call>{"name": "time", "arguments": {"a": 1</tool_call> x',
+        [("time", '{"a": 1'), " x"],
+    ),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {"a": "b', [("time", '{"a": "b')]),
+    # An end too many, and one too few.
+    (
+        "hermes",
+        '<tool_call>{"name": "time", "arguments": {}}}</tool_call>',
+        [("time", "{}"), "}"],
+    ),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {}</tool_call>', [("time", "{}")]),
+    # A marker within a text is a text.
+    (
+        "hermes",
+        '<tool_call>{"name": "time", "arguments": {"a": "</tool_call>"}}</tool_call>',
+        [("time", '{"a": "</tool_call>"}')],
+    ),
+    ("hermes", '<tool_call>{"name": "time"}</tool_call>', [("time", "{}")]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": null}</tool_call>', [("time", "{}")]),
+    (
+        "hermes",
+        '<tool_call>{"arguments": "{\\"a\\": 1}", "name": "time"}</tool_call>',
+        [("time", '{"a": 1}')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "time", "arguments": {}}\n{"name": "time", "arguments": {}}',
+        [("time", "{}"), ("time", "{}")],
+    ),
+    # Marked as a call it is one, even of what is no tool: who offers the tools can say so.
+    ("hermes", '<tool_call>{"name": "no", "arguments": {}}</tool_call>', [("no", "{}")]),
+    ("llama3", '<|python_tag|>{"name": "no", "parameters": {}}', [("no", "{}")]),
+    # Unmarked, it is what was said.
+    ("llama3", '{"name": "no", "parameters": {}}', ['{"name": "no", "parameters": {}}']),
+    ("llama3", '{"name": "time"}', ['{"name": "time"}']),
+    ("llama3", '{"city": "Ulm"}', ['{"city": "Ulm"}']),
+    (
+        "llama3",
+        'So: {"name": "time", "parameters": {}}',
+        ['So: {"name": "time", "parameters": {}}'],
+    ),
+    ("llama3", "<|python_tag|>print(1)", ["<|python_tag|>print(1)"]),
+    ("pythonic", "[no(a=1)]", ["[no(a=1)]"]),
+    ("pythonic", "[1] says", ["[1] says"]),
+    ("pythonic", "[time(1)]", ["[time(1)]"]),
+    ("pythonic", "[time(a=open())]", ["[time(a=open())]"]),
+    ("pythonic", "[time(a=1e999)]", ["[time(a=1e999)]"]),
+    ("pythonic", "[time(a='x)", ["[time(a='x)"]),
+    ("pythonic", "[time(), no()]", [("time", "{}"), ", no()]"]),
+    (
+        "pythonic",
+        '<|python_start|>[time(a=[True, none], b={\'x)\': "\\"y"})]<|python_end|>',
+        ['<|python_start|>[time(a=[True, none], b={\'x)\': "\\"y"})]<|python_end|>'],
+    ),
+    (
+        "pythonic",
+        '<|python_start|>[time(a=[True, null], b={\'x)\': "\\"y"})]<|python_end|>',
+        [("time", '{"a": [true, null], "b": {"x)": "\\"y"}}')],
+    ),
+    ("mistral", "[TOOL_CALLS] no", ["[TOOL_CALLS] no"]),
+    ("mistral", "[TOOL_CALLS]time[ARGS]12", ["[TOOL_CALLS]time[ARGS]12"]),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "time", "arguments": {}}, no]',
+        [("time", "{}"), ", no]"],
+    ),
+    ("deepseek", "<｜tool▁calls▁begin｜>no", ["<｜tool▁calls▁begin｜>no"]),
+    (
+        "deepseek",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>time<｜tool▁sep｜>no",
+        ["<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>time<｜tool▁sep｜>no"],
+    ),
+    ("glm", "<tool_call>time\nno</tool_call>", ["<tool_call>time\nno</tool_call>"]),
+    (
+        "glm",
+        "<tool_call>weather<arg_key>city</arg_key><arg_value>Ul",
+        [("weather", '{"city": "Ul')],
+    ),
+    (
+        "glm",
+        "<tool_call>weather<arg_key>city</arg_key><arg_value>12</arg_value><arg_key>days</arg_key>"
+        "<arg_value>12</arg_value><arg_key>when</arg_key><arg_value>null</arg_value>"
+        "<arg_key>exact</arg_key><arg_value>True</arg_value><arg_key>more</arg_key>"
+        '<arg_value>a "b"\n</arg_value></tool_call>',
+        [
+            (
+                "weather",
+                '{"city": "12", "days": 12, "when": null, "exact": true, "more": "a \\"b\\"\\n"}',
+            )
+        ],
+    ),
+    ("qwen3-coder", "<function=no>\n</function>", ["<function=no>\n</function>"]),
+    ("qwen3-coder", "<function=time>\n</function>", [("time", "{}")]),
+    (
+        "qwen3-coder",
+        "<tool_call><function=weather><parameter=when>\na\n\nb\n</parameter></function></tool_call>",
+        [("weather", '{"when": "a\\n\\nb"}')],
+    ),
+    ("harmony", "It rains.", ["It rains."]),
+    ("harmony", "<|channel|>final<|message|>It {rains}.<|return|>", ["It {rains}."]),
+    (
+        "harmony",
+        "<|channel|>commentary to=functions.time",
+        ["<|channel|>commentary to=functions.time"],
+    ),
+]
+
+
+def cuts(text: str) -> list[list[str]]:
+    """Into single characters, as a whole, and at random."""
+    draw = random.Random(0)
+    places = [sorted(draw.choices(range(len(text)), k=draw.randint(1, 6))) for _ in range(8)]
+    pairs = [zip([0, *at], [*at, None], strict=True) for at in places]
+    return [[*text], [text], *([text[a:b] for a, b in each] for each in pairs)]
+
+
+@pytest.mark.parametrize("name", WELL_WRITTEN)
+def test_calls_and_what_is_said_before_them(name: str) -> None:
+    form, text = name.strip(), WELL_WRITTEN[name]
+    for pieces in cuts(text):
+        assert told(read(form, pieces)) == TWO_CALLS
+    if name in BEHIND_TEXT:
+        for pieces in cuts(f"I look.\n\n{text}\n"):
+            assert told(read(form, pieces)) == ["I look.", *TWO_CALLS]
+    assert told(read(form, [text], is_parallel=False)) == TWO_CALLS[:1]
+    # Where there are no tools, nothing is a call.
+    if form != "harmony":
+        assert read(form, [text], tools={}) == [Content(text)]
+
+
+@pytest.mark.parametrize("name", WELL_WRITTEN)
+def test_arguments_are_streamed(name: str) -> None:
+    form, text = name.strip(), WELL_WRITTEN[name].replace("Ulm", "Ulm" * 100)
+    parser = ChatFormat(form).reading("", TOOLS).new_parser("answer")
+    pieces = [parser.feed([], character) for character in text]
+    deltas = [part for parts in pieces for part in parts if isinstance(part, Arguments)]
+    assert len(deltas) > (1 if form == "pythonic" else 300)
+
+
+@pytest.mark.parametrize(("form", "text", "expected"), BADLY_WRITTEN)
+def test_what_is_badly_written_is_not_lost(form: str, text: str, expected: Told) -> None:
+    reasoning = "harmony" if form == "harmony" else "none"
+    for pieces in cuts(text):
+        assert told(read(form, pieces, reasoning=reasoning)) == expected
+
+
+@pytest.mark.parametrize("name", WELL_WRITTEN)
+def test_what_is_cut_off_is_kept(name: str) -> None:
+    """Whatever the place: a call that has begun is the beginning of the whole one."""
+    form, text = name.strip(), WELL_WRITTEN[name]
+    for length in range(len(text)):
+        whole = told(read(form, [*text[:length]]))
+        assert whole == told(read(form, [text[:length]]))
+        for index, part in enumerate(each for each in whole if isinstance(each, tuple)):
+            expected = TWO_CALLS[index]
+            assert part[0] == expected[0] and expected[1].startswith(part[1])
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "deepseek", "glm", "harmony"])
+def test_no_text_breaks_a_parser(form: str) -> None:
+    draw = random.Random(form)
+    pieces = [*'{}[]"\\:,', " ", "\n", "name", "arguments", "time", "null", "to=functions."]
+    pieces += [text[:6] for text in WELL_WRITTEN.values()]
+    for markers in (GLM, HERMES, DEEPSEEK_V3, HARMONY, WELL_WRITTEN["mistral "]):
+        pieces += [part + end for part in markers.split("<") for end in ("", "<")]
+    for _ in range(300):
+        text = "".join(draw.choices(pieces, k=draw.randint(1, 30)))
+        whole = read(form, [text], reasoning="harmony" if form == "harmony" else "think")
+        assert whole == read(form, [*text], reasoning="harmony" if form == "harmony" else "think")
+
+
+def test_deep_values_and_long_names() -> None:
+    deep = "[" * 100_000
+    text = f'<tool_call>{{"name": "time", "arguments": {{"a": {deep}'
+    assert told(read("hermes", [text])) == [("time", f'{{"a": {deep}')]
+    written = f"[time(a={deep})]"
+    assert told(read("pythonic", [written])) == [written]
+    text = f"<tool_call>weather<arg_key>days</arg_key><arg_value>{deep}</arg_value></tool_call>"
+    assert json.loads(told(read("glm", [text]))[0][1]) == {"days": deep}
+
+
+THOUGHT: list[tuple[str, str, str, Told]] = [
+    (
+        "think",
+        "",
+        "<think>\nHm.\n\nYes.\n</think>\n\nBlue.\n",
+        [("think", "Hm.\n\nYes."), "Blue.\n"],
+    ),
+    ("think", "<|assistant|><think>\n", "Hm.\n</think>\n\nBlue.", [("think", "Hm."), "Blue."]),
+    ("think", "<|assistant|><think>\n", "<think>Hm.</think>Blue.", [("think", "Hm."), "Blue."]),
+    ("think", "<think>\n\n</think>\n\n", "Blue.", ["Blue."]),
+    ("think", "", "Blue.", ["Blue."]),
+    ("think", "", "<think>\n\n</think>\n\nBlue.", ["Blue."]),
+    ("think", "", "<think>\nHm", [("think", "Hm")]),
+    ("think", "", "The tag <think> is </think> one.", ["The tag <think> is </think> one."]),
+    ("think", "", "<thin", ["<thin"]),
+    ("mistral", "", "[THINK]Hm.[/THINK]Blue.", [("think", "Hm."), "Blue."]),
+    (
+        "harmony",
+        "",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>"
+        "I look.<|end|><|start|>assistant<|channel|>final<|message|>Blue.<|return|>",
+        [("think", "Hm."), "I look.Blue."],
+    ),
+    (
+        "harmony",
+        "",
+        "<|channel|>analysis to=python<|message|>1+1<|end|><|channel|>final<|message|>2",
+        [("think", "1+1"), "2"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("reasoning", "prompt", "text", "expected"), THOUGHT)
+def test_reasoning(reasoning: str, prompt: str, text: str, expected: Told) -> None:
+    for pieces in cuts(text):
+        assert told(read("none", pieces, reasoning=reasoning, prompt=prompt, tools={})) == expected
+
+
+def test_reasoning_before_calls() -> None:
+    for pieces in cuts(f"<think>\nA <tool_call>?\n</think>\n\n{HERMES}\n"):
+        parts = read("hermes", pieces, reasoning="think")
+        assert told(parts) == [("think", "A <tool_call>?"), *TWO_CALLS]
+
+
+def test_ids_are_those_of_the_answer() -> None:
+    """And of the form that mistral's templates ask for."""
+    ids = {call_id(answer, index) for answer in ("a", "b") for index in range(50)}
+    assert len(ids) == 100
+    assert all(len(each) == 9 and each.isalnum() and each.isascii() for each in ids)
+    assert call_id("a", 1) == call_id("a", 1)
