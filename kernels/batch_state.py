@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baton.kernels.logit_shaping import Counting, count_token
+
 _BLOCK = 128
 
 
@@ -36,11 +38,13 @@ def begin_step(
     slots: Tensor,
     *,
     block_size: int,
+    counting: Counting | None = None,
     pdl: bool = False,
 ) -> None:
     """Gives every decode row its last token, that token's position and its place in the KV pool.
 
-    Counts the token as visible: context_lens of each row's slot grows by one. Padding rows get
+    Counts the token as visible: context_lens of each row's slot grows by one, and so does the
+    token's count where `counting` asks for it. Padding rows get
     token 0, position 0 and place −1; a row whose table ends before its position gets place −1.
 
     Args:
@@ -68,8 +72,11 @@ def begin_step(
         block_tables.stride(1),
         block_tables.stride(0),
         slots.stride(0),
+        *(counting or (None, None, None)),
+        0 if counting is None else counting.marks.shape[1],
         GROUPS=block_tables.shape[0],
         BLOCK_SIZE=block_size,
+        COUNTS=counting is not None,
         BLOCK=_BLOCK,
         PDL=pdl,
         num_warps=_BLOCK // 32,
@@ -85,7 +92,7 @@ def _scatter(state, updates, count, stride, BLOCK: tl.constexpr):
     tl.store(state + offset, value, mask=offset >= 0)
 
 
-@triton.jit(do_not_specialize=["count", "max_blocks", "group_stride", "slots_stride"])
+@triton.jit(do_not_specialize=["count", "max_blocks", "group_stride", "slots_stride", "vocab"])
 def _begin_step(
     rows,
     token_ids,
@@ -99,8 +106,13 @@ def _begin_step(
     stride,
     group_stride,
     slots_stride,
+    marks,
+    is_shaped,
+    counts_from,
+    vocab,
     GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -124,4 +136,6 @@ def _begin_step(
         tl.store(out, tl.where(placed, place, -1), mask=i < count)
         entry += group_stride
         out += slots_stride
+    if COUNTS:
+        count_token(marks, is_shaped, counts_from, slot, token, position, vocab, real)
     tl.store(context_lens + slot, position + 1, mask=real)

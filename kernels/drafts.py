@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baton.kernels.logit_shaping import Counting, count_token
+
 _BLOCK = 128
 
 
@@ -28,11 +30,13 @@ def begin_drafted_step(
     back: Tensor,
     *,
     block_size: int,
+    counting: Counting | None = None,
 ) -> None:
     """As `batch_state.begin_step`, for tokens of which each row has `width` = K + 1.
 
     Counts all of a row's tokens as visible, drafts included (`accept_drafts` takes back what does
-    not stand). Padding gets token 0, position 0, place −1 and row −1.
+    not stand); of the tokens' counts, where `counting` asks for them, only that of the row's own
+    token. Padding gets token 0, position 0, place −1 and row −1.
 
     Args:
         rows: int32 [B], each row's slot, distinct; −1 is padding.
@@ -65,6 +69,9 @@ def begin_drafted_step(
         block_tables.stride(1),
         block_tables.stride(0),
         slots.stride(0),
+        *(counting or (None, None, None)),
+        0 if counting is None else counting.marks.shape[1],
+        COUNTS=counting is not None,
         GROUPS=block_tables.shape[0],
         DRAFTS=draft_ids.shape[1],
         BLOCK_SIZE=block_size,
@@ -81,8 +88,11 @@ def accept_drafts(
     token_ids: Tensor,
     context_lens: Tensor,
     counts: Tensor,
+    *,
+    counting: Counting | None = None,
 ) -> None:
-    """Keeps of each row what was drawn up to the first draft that it is not.
+    """Keeps of each row what was drawn up to the first draft that it is not, and counts those that
+    stand where `counting` asks for it.
 
     Args:
         rows, draft_ids, num_drafts: as given to `begin_drafted_step`.
@@ -102,14 +112,17 @@ def accept_drafts(
         token_ids,
         context_lens,
         counts,
+        *(counting or (None, None, None)),
+        0 if counting is None else counting.marks.shape[1],
         count,
+        COUNTS=counting is not None,
         DRAFTS=draft_ids.shape[1],
         BLOCK=_BLOCK,
         num_warps=_BLOCK // 32,
     )
 
 
-@triton.jit(do_not_specialize=["count", "max_blocks", "group_stride", "slots_stride"])
+@triton.jit(do_not_specialize=["count", "max_blocks", "group_stride", "slots_stride", "vocab"])
 def _begin_drafted_step(
     rows,
     token_ids,
@@ -127,6 +140,11 @@ def _begin_drafted_step(
     stride,
     group_stride,
     slots_stride,
+    marks,
+    is_shaped,
+    counts_from,
+    vocab,
+    COUNTS: tl.constexpr,
     GROUPS: tl.constexpr,
     DRAFTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -140,6 +158,8 @@ def _begin_drafted_step(
     base = tl.load(context_lens + slot, mask=real, other=0)
     drafts = tl.load(num_drafts + slot, mask=real, other=-1)
     token = tl.load(token_ids + slot, mask=real, other=0)
+    if COUNTS:
+        count_token(marks, is_shaped, counts_from, slot, token, base, vocab, real)
     for j in tl.static_range(DRAFTS + 1):
         i = row * (DRAFTS + 1) + j
         live = real & (j <= drafts)
@@ -163,7 +183,7 @@ def _begin_drafted_step(
     tl.store(context_lens + slot, base + 1 + drafts, mask=real)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "vocab"])
 def _accept_drafts(
     rows,
     tokens,
@@ -172,7 +192,12 @@ def _accept_drafts(
     token_ids,
     context_lens,
     counts,
+    marks,
+    is_shaped,
+    counts_from,
+    vocab,
     count,
+    COUNTS: tl.constexpr,
     DRAFTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -181,6 +206,7 @@ def _accept_drafts(
     slot = tl.load(rows + row, mask=exists, other=-1)
     real = slot >= 0
     drafts = tl.load(num_drafts + slot, mask=real, other=0)
+    length = tl.load(context_lens + slot, mask=real, other=0)
     stands = real
     standing = tl.zeros([BLOCK], tl.int32)
     for j in tl.static_range(DRAFTS):
@@ -188,8 +214,10 @@ def _accept_drafts(
         draft = tl.load(draft_ids + slot * DRAFTS + j, mask=real, other=-1)
         stands = stands & (j < drafts) & (drawn == draft)
         standing += stands.to(tl.int32)
+        if COUNTS:
+            position = length - drafts + j
+            count_token(marks, is_shaped, counts_from, slot, draft, position, vocab, stands)
     last = tl.load(tokens + row * (DRAFTS + 1) + standing, mask=real, other=-1)
     tl.store(token_ids + slot, last, mask=real & (last >= 0))
-    length = tl.load(context_lens + slot, mask=real, other=0)
     tl.store(context_lens + slot, length - (drafts - standing), mask=real)
     tl.store(counts + row, tl.where(real, standing + 1, 0), mask=exists)

@@ -8,6 +8,8 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _NUM_CANDIDATES = 256
+NOTHING_LEFT = -2
+"""Drawn where every token is ruled out."""
 
 
 def sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.kernels.reference_sampling import random_bits, sample
+from baton.kernels.reference_sampling import NOTHING_LEFT, random_bits, sample
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -29,8 +29,8 @@ def draw_reference(
     """See kernels.sampling.draw; `work` and `pdl` are not used."""
     if out is None:
         out = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
-    out.fill_(-1)
     most = logits.float().amax(-1)
+    out.fill_(-1).masked_fill_((rows >= 0) & (most == float("-inf")), NOTHING_LEFT)
     usable = (rows >= 0) & most.isfinite()  # amax of a row with a NaN is a NaN
     for greedy in (True, False):
         index = (usable & ((temperature[rows.clamp(min=0)] <= 0) == greedy)).nonzero().flatten()

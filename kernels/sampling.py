@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.block_digest import mix64
-from baton.kernels.sampling_limits import first_best, limits, scaled_logits
+from baton.kernels.reference_sampling import NOTHING_LEFT
+from baton.kernels.sampling_limits import changed_row, first_best, limits, row_logits, scaled_logits
 
 _MAX_SPLITS = 128
 MAX_VOCAB = 1 << 20
@@ -94,13 +95,16 @@ def draw(
     work: SamplingScratch | None = None,
     config: DrawConfig | None = None,
     back: Tensor | None = None,
+    changed: Tensor | None = None,
+    is_changed: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Draws one token per row, with the parameters of the row's slot → int32 [R].
 
     The same logits, parameters and position give the same token in any batch. The lowest token wins
-    a tie. A row whose logits hold a NaN, or whose maximum is not finite, gets −1 and its slot keeps
-    its last token, which the next step can still look up; a row of padding gets −1.
+    a tie. A row whose logits hold a NaN or +inf gets −1, one that has nothing but −inf gets
+    NOTHING_LEFT; their slots keep the last token, which the next step can still look up. A row of
+    padding gets −1.
 
     Args:
         logits: float32, bfloat16 or float16 [R, vocab]; tokens of a row adjacent.
@@ -115,6 +119,8 @@ def draw(
         work: of make_sampling_scratch, for no fewer rows and no fewer tokens.
         back: int32 [R], how far before its slot's position a row draws; of several rows of a slot
             any may win `token_ids`. None: nowhere.
+        changed: float32 [≥ R, vocab], the logits of those rows whose slot says so in `is_changed`,
+            int32 [S]; the others are as in `logits`.
         pdl: launched to overlap the end of the kernel before.
     """
     num_rows, vocab = logits.shape
@@ -129,6 +135,7 @@ def draw(
     options = {"launch_pdl": True} if pdl else {}
     max_splits, max_span = _splits(num_rows, vocab, config.max_block)
     parts = (work.part_value, work.part_token)
+    changed_stride = 0 if changed is None else changed.stride(0)
     _maxima[(num_rows, max_splits)](
         logits,
         rows,
@@ -139,6 +146,9 @@ def draw(
         vocab,
         logits.stride(0),
         max_span,
+        changed,
+        is_changed,
+        changed_stride,
         BLOCK=config.max_block,
         MAX_SPLITS=_MAX_SPLITS,
         PDL=pdl,
@@ -166,10 +176,14 @@ def draw(
         span,
         max_splits,
         work.candidates.stride(0),
+        changed,
+        is_changed,
+        changed_stride,
         BLOCK=config.count_block,
         SEARCH=config.search_block,
         ONE=largest_weight(vocab),
         MAX_SPLITS=_MAX_SPLITS,
+        NOTHING_LEFT=NOTHING_LEFT,
         PDL=pdl,
         num_warps=8,
         **options,
@@ -190,6 +204,9 @@ def draw(
         vocab,
         logits.stride(0),
         span,
+        changed,
+        is_changed,
+        changed_stride,
         BLOCK=config.race_block,
         MAX_SPLITS=_MAX_SPLITS,
         SKIP=config.skip,
@@ -236,6 +253,9 @@ def _maxima(
     vocab,
     stride,
     span,
+    changed,
+    is_changed,
+    changed_stride,
     BLOCK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
@@ -245,19 +265,21 @@ def _maxima(
         gdc_launch_dependents()
     row = tl.program_id(0)
     split = tl.program_id(1)
-    if tl.load(rows + row) >= 0:
+    slot = tl.load(rows + row)
+    if slot >= 0:
         if split == 0:
             ways = tl.arange(0, 16)
             tl.store(arrivals + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
             tl.store(counts + row * 16 + ways, tl.zeros((16,), tl.int32))
             tl.store(weights + row * 16 + ways, tl.zeros((16,), tl.int64))
         source = logits + row.to(tl.int64) * stride
+        other = changed_row(changed, is_changed, slot, row, changed_stride)
         best = tl.full((BLOCK,), float("-inf"), tl.float32)
         best_token = tl.zeros((BLOCK,), tl.int32)
         start = split * span
         for first in range(start, min(start + span, vocab), BLOCK):
             token = first + tl.arange(0, BLOCK)
-            x = tl.load(source + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+            x = row_logits(source, other, token, vocab)
             x = tl.where(x != x, float("inf"), x)  # as unusable as an infinite maximum
             best_token = tl.where(x > best, token, best_token)
             best = tl.maximum(best, x)
@@ -283,6 +305,9 @@ def _race(
     vocab,
     stride,
     span,
+    changed,
+    is_changed,
+    changed_stride,
     BLOCK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SKIP: tl.constexpr,
@@ -305,12 +330,13 @@ def _race(
         draw = (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
         key = mix64(tl.load(stream + slot).to(tl.uint64, bitcast=True) + draw)
         source = logits + row.to(tl.int64) * stride
+        other = changed_row(changed, is_changed, slot, row, changed_stride)
         best = tl.full((BLOCK,), float("-inf"), tl.float32)
         best_token = tl.zeros((BLOCK,), tl.int32)
         start = split * span
         for first in range(start, min(start + span, vocab), BLOCK):
             token = first + tl.arange(0, BLOCK)
-            scaled = scaled_logits(source, token, vocab, most, heat)
+            scaled = scaled_logits(source, other, token, vocab, most, heat)
             nearest = tl.max(scaled, 0) if SKIP else 0.0
             if nearest >= lowest:
                 score = scaled - tl.log(_exponential(key, token))

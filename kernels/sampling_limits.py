@@ -34,10 +34,14 @@ def limits(
     span,
     parts,
     candidates_stride,
+    changed,
+    is_changed,
+    changed_stride,
     BLOCK: tl.constexpr,
     SEARCH: tl.constexpr,
     ONE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    NOTHING_LEFT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -63,13 +67,16 @@ def limits(
             drawn = usable & (heat > 0)
             tl.store(row_value + row * 2, most)
             tl.store(row_value + row * 2 + 1, tl.where(drawn, lowest, float("inf")))
-            tl.store(out + row, tl.where(usable, token, -1), mask=drawn == 0)
+            nothing = tl.where((slot >= 0) & (most == float("-inf")), NOTHING_LEFT, -1)
+            tl.store(out + row, tl.where(usable, token, nothing), mask=drawn == 0)
             tl.store(token_ids + slot, token, mask=usable & (heat <= 0))
         if usable & limited:
             source = logits + row.to(tl.int64) * stride
+            other = changed_row(changed, is_changed, slot, row, changed_stride)
             start = split * span
             _count(
                 source,
+                other,
                 start,
                 min(start + span, vocab),
                 vocab,
@@ -92,6 +99,7 @@ def limits(
                 if k < vocab:
                     kept, few, light = _search(
                         source,
+                        other,
                         vocab,
                         most,
                         heat,
@@ -107,24 +115,45 @@ def limits(
                     goal = (light + (k - few) * last).to(tl.float64)
                 if p < 1:
                     goal *= p.to(tl.float64)
-                    other, few, light = _search(
-                        source, vocab, most, heat, count, weight, goal, True, room, ONE, SEARCH
+                    nearest, few, light = _search(
+                        source,
+                        other,
+                        vocab,
+                        most,
+                        heat,
+                        count,
+                        weight,
+                        goal,
+                        True,
+                        room,
+                        ONE,
+                        SEARCH,
                     )
-                    kept = tl.minimum(kept, other)
+                    kept = tl.minimum(kept, nearest)
                 lowest = tl.maximum(lowest, -kept.to(tl.float32, bitcast=True))
                 tl.store(row_value + row * 2 + 1, lowest)
 
 
 @triton.jit
 def _count(
-    source, start, end, vocab, most, heat, counts, weights, ONE: tl.constexpr, BLOCK: tl.constexpr
+    source,
+    other,
+    start,
+    end,
+    vocab,
+    most,
+    heat,
+    counts,
+    weights,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Adds how many of the tokens, and what weight, are no further than each fixed distance."""
     fixed = _fixed()
     count = tl.zeros((BLOCK, 16), tl.int32)
     weight = tl.zeros((BLOCK, 16), tl.int64)
     for first in range(start, end, BLOCK):
-        distance, token_weight = _tokens(source, first, vocab, most, heat, ONE, BLOCK)
+        distance, token_weight = _tokens(source, other, first, vocab, most, heat, ONE, BLOCK)
         within = distance[:, None] <= fixed[None, :]
         count += within.to(tl.int32)
         weight += tl.where(within, token_weight[:, None], 0)
@@ -136,6 +165,7 @@ def _count(
 @triton.jit
 def _search(
     source,
+    other,
     vocab,
     most,
     heat,
@@ -165,7 +195,7 @@ def _search(
         count = 0
         weight = tl.full((), 0, tl.int64)
         for first in range(0, vocab, BLOCK):
-            distance, token_weight = _tokens(source, first, vocab, most, heat, ONE, BLOCK)
+            distance, token_weight = _tokens(source, other, first, vocab, most, heat, ONE, BLOCK)
             within = (distance > lo) & (distance <= middle)
             count += tl.sum(within.to(tl.int32), 0)
             weight += tl.sum(tl.where(within, token_weight, 0), 0)
@@ -175,7 +205,7 @@ def _search(
     if hi - lo > 1:
         filled = 0
         for first in range(0, vocab, BLOCK):
-            distance, token_weight = _tokens(source, first, vocab, most, heat, ONE, BLOCK)
+            distance, token_weight = _tokens(source, other, first, vocab, most, heat, ONE, BLOCK)
             within = (distance > lo) & (distance <= hi)
             rank = tl.cumsum(within.to(tl.int32), 0)
             tl.store(room + filled + rank - 1, distance, mask=within)
@@ -209,10 +239,10 @@ def _halve(lo, hi, middle, few, light, left, count, weight, goal, BY_WEIGHT: tl.
 
 
 @triton.jit
-def _tokens(source, first, vocab, most, heat, ONE: tl.constexpr, BLOCK: tl.constexpr):
+def _tokens(source, other, first, vocab, most, heat, ONE: tl.constexpr, BLOCK: tl.constexpr):
     """Distances of tokens from the most likely one, as bits that sort as they do; weights."""
     token = first + tl.arange(0, BLOCK)
-    scaled = scaled_logits(source, token, vocab, most, heat)
+    scaled = scaled_logits(source, other, token, vocab, most, heat)
     distance = tl.abs(scaled).to(tl.int32, bitcast=True)
     return tl.where(token < vocab, distance, 0x7FFFFFFF), _weight(scaled, ONE)
 
@@ -233,10 +263,35 @@ def _fixed():
 
 
 @triton.jit
-def scaled_logits(source, token, vocab, most, heat):
+def scaled_logits(source, changed, token, vocab, most, heat):
     """Log of how likely tokens are beside the most likely one, rounded as the reference does."""
-    x = tl.load(source + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(x - most, heat)
+    return tl.div_rn(row_logits(source, changed, token, vocab) - most, heat)
+
+
+@triton.jit
+def row_logits(source, changed, token, vocab):
+    """Of a row, as float32: those in `changed` where it is no null pointer."""
+    inside = token < vocab
+    if changed is None:
+        x = tl.load(source + token, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        is_changed = changed.to(tl.int64) != 0
+        raw = tl.load(source + token, mask=inside & (is_changed == 0), other=float("-inf"))
+        x = tl.load(changed + token, mask=inside & is_changed, other=float("-inf"))
+        x = tl.where(is_changed, x, raw.to(tl.float32))
+    return x
+
+
+@triton.jit
+def changed_row(changed, is_changed, slot, row, stride):
+    """Pointer to the row of `changed`; null where its slot asked for nothing."""
+    if changed is None:
+        at = changed
+    else:
+        asked = tl.load(is_changed + slot, mask=slot >= 0, other=0)
+        at = changed + row.to(tl.int64) * stride
+        at = tl.where(asked != 0, at.to(tl.int64), 0).to(tl.pointer_type(tl.float32))
+    return at
 
 
 @triton.jit

@@ -19,7 +19,8 @@ def running(hosted: Iterable[Sequence]) -> list[Sequence]:
     """Those of the sequences that decode here whose next token can be computed in the coming step.
 
     The last chunk of a prompt that stays here may be in flight: the token that it draws is on the
-    device before the step that needs it begins.
+    device before the step that needs it begins. Where what may be drawn depends on it, the host has
+    to know it first.
     """
     decoding, prefilling = SequenceState.DECODING, SequenceState.PREFILLING
     return [
@@ -33,7 +34,10 @@ def running(hosted: Iterable[Sequence]) -> list[Sequence]:
             and sequence.num_scheduled_tokens >= len(sequence.prompt_token_ids)
         )
         # What may follow depends on the token that is being drawn.
-        and (sequence.matcher is None or not sequence.num_steps_in_flight)
+        and not (
+            sequence.num_steps_in_flight
+            and (sequence.needs_last_tokens or sequence.matcher is not None)
+        )
     ]
 
 

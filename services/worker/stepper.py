@@ -354,7 +354,7 @@ def _outcomes(parts: Seq[Part], step: Step) -> list[Outcome]:
 def _outcome(sequence: Sequence, drawn: Seq[Drawn]) -> Outcome:
     for index, each in enumerate(drawn):
         if each.failure is not None:
-            if each is NO_TOKEN and sequence.rules_tokens_out:
+            if each.failure == NO_TOKEN.failure and sequence.rules_tokens_out:
                 num_tokens = sequence.next_index + index
                 problem = f"leaves no token to draw behind {num_tokens} tokens of the answer"
                 return InvalidField(

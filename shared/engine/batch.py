@@ -32,12 +32,16 @@ class RowHandle:
     """What changes its logits before a token is drawn."""
     is_sent: bool = False
     """The sampling parameters are on the device."""
+    is_marked: bool = False
+    """So is what its tokens have been to it, for `shaping`."""
+    num_bans: int = -1
+    """As the device has it; below zero: not known."""
     context_len: int = -1
     """As `drawn_at`: the highest that it may be."""
     num_blocks: int = 0
     """Entries of the block tables that are on the device."""
-    num_drafts: int = 0
-    """As the device has it."""
+    num_drafts: int = -1
+    """As the device has it; below zero: not known, for another sequence had the slot before."""
     drawn_at: int = -1
     """Position of the token that was drawn last; it is the input of the next row there. The highest
     that it may be, until the steps with drafts that were launched are known."""

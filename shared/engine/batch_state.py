@@ -13,6 +13,15 @@ took a block changes nothing and sends nothing.
     draft_ids      int32   [S, K]   guesses of the tokens behind the last drawn one
     num_drafts     int32   [S]      how many of them there are
     block_tables   int32   [G, S, max_blocks]   by cache group
+
+What changes a slot's logits (shaping.py), where it asks for any of that:
+
+    is_shaped      int32   [S]      whether it does
+    presence, frequency, repetition  float32 [S]
+    counts_from, may_end_at          int32 [S], positions
+    num_biases     int32   [S];  bias_tokens int32 [S, 1024], biases float32 [S, 1024]
+    num_bans       int32   [S];  bans int32 [S, NX], of the coming step
+    marks          int32   [S, vocab]   what each token has been to the sequence
 """
 
 from __future__ import annotations
@@ -24,13 +33,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from baton.kernels.logit_shaping import TOKEN_BITS, Counting, ShapingColumns
 from baton.shared.engine.batch import RowHandle
 from baton.shared.engine.sampler import draw_stream
+from baton.shared.engine.shaping import Shaping
 from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.sampling import MOST_BAD_WORDS, MOST_BIASES
 
 Int32s = npt.NDArray[np.int32]
 
 _FLOATS = ("temperature", "top_p", "min_p")
+_PENALTIES = ("presence", "frequency", "repetition")
+MOST_BANS = 2 * MOST_BAD_WORDS
+"""Of a step, behind each guess: a bad word has two spellings."""
 
 
 class BatchState:
@@ -43,9 +58,13 @@ class BatchState:
         *,
         zero_blocks: Sequence[int] = (0,),
         num_drafts: int = 0,
+        vocab_size: int = 0,
     ) -> None:
         """`batch_sizes`: the padded sizes that decode batches come in. `zero_blocks`: by cache
-        group, what holes in block tables read. `num_drafts`: K."""
+        group, what holes in block tables read. `num_drafts`: K.
+
+        ValueError when what it takes cannot be addressed.
+        """
         num_groups = len(zero_blocks)
         sizes = {
             "streams": 2 * num_slots,
@@ -59,12 +78,26 @@ class BatchState:
             "draft_ids": num_slots * num_drafts,
             "num_drafts": num_slots,
             "block_tables": num_groups * num_slots * max_blocks,
+            "is_shaped": num_slots,
+            **dict.fromkeys(_PENALTIES, num_slots),
+            "counts_from": num_slots,
+            "may_end_at": num_slots,
+            "num_biases": num_slots,
+            "bias_tokens": num_slots * MOST_BIASES,
+            "biases": num_slots * MOST_BIASES,
+            "num_bans": num_slots,
+            "bans": num_slots * MOST_BANS * (1 + num_drafts),
+            "marks": num_slots * vocab_size,
         }
         self._starts: dict[str, int] = {}
         end = 0
         for name, size in sizes.items():
             self._starts[name] = end
             end += aligned(size)
+        if end >= 2**31:
+            raise ValueError(
+                "max_num_seqs times the model's vocabulary is too much to count tokens"
+            )
         self.arena = torch.zeros(end, dtype=torch.int32, device=device)
 
         def part(name: str) -> Tensor:
@@ -81,6 +114,20 @@ class BatchState:
         self.draft_ids = part("draft_ids").view(num_slots, num_drafts)
         self.num_drafts = part("num_drafts")
         self.block_tables = part("block_tables").view(num_groups, num_slots, max_blocks)
+        self.shaping = ShapingColumns(
+            Counting(
+                part("marks").view(num_slots, vocab_size), part("is_shaped"), part("counts_from")
+            ),
+            presence=part("presence").view(torch.float32),
+            frequency=part("frequency").view(torch.float32),
+            repetition=part("repetition").view(torch.float32),
+            may_end_at=part("may_end_at"),
+            num_biases=part("num_biases"),
+            bias_tokens=part("bias_tokens").view(num_slots, MOST_BIASES),
+            biases=part("biases").view(torch.float32).view(num_slots, MOST_BIASES),
+            num_bans=part("num_bans"),
+            bans=part("bans").view(num_slots, MOST_BANS * (1 + num_drafts)),
+        )
         self._zero_blocks = tuple(zero_blocks)
         self._sent_rows = {size: [-1] * size for size in batch_sizes}
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -110,9 +157,36 @@ class BatchState:
         self._set("streams", 2 * slot + 1, _signed(stream >> 32))
         # The kernels count with int32; a k beyond any vocabulary means no limit all the same.
         self._set("top_k", slot, min(params.top_k, 2**31 - 1))
-        floats = np.array([params.temperature, params.top_p, params.min_p], np.float32)
-        for name, bits in zip(_FLOATS, floats.view(np.int32).tolist(), strict=True):
-            self._set(name, slot, bits)
+        self._set_floats(slot, _FLOATS, (params.temperature, params.top_p, params.min_p))
+        self._set("is_shaped", slot, int(handle.shaping is not None))
+        if handle.shaping is not None:
+            self._send_shaping(slot, handle.shaping)
+
+    def _send_shaping(self, slot: int, shaping: Shaping) -> None:
+        penalties = (shaping.presence, shaping.frequency, shaping.repetition)
+        self._set_floats(slot, _PENALTIES, penalties)
+        self._set("counts_from", slot, shaping.counts_from)
+        self._set("may_end_at", slot, shaping.may_end_at)
+        self._set("num_biases", slot, len(shaping.biases))
+        if not shaping.needs_last_tokens:
+            self._set("num_bans", slot, 0)
+        if shaping.biases:
+            tokens, biases = zip(*shaping.biases, strict=True)
+            start = slot * MOST_BIASES
+            self._runs.append((self._starts["bias_tokens"] + start, np.array(tokens, np.int32)))
+            words = np.array(biases, np.float32).view(np.int32)
+            self._runs.append((self._starts["biases"] + start, words))
+
+    def send_marks(self, slot: int, marks: Int32s) -> None:
+        self._runs.append((self._starts["marks"] + slot * len(marks), marks))
+
+    def send_bans(self, slot: int, bans: Sequence[tuple[int, int]]) -> None:
+        """(guesses before the row's token, token) of what is not drawn in the coming step."""
+        entries = [num_before << TOKEN_BITS | token_id for num_before, token_id in bans]
+        start = self._starts["bans"] + slot * self.shaping.bans.shape[1]
+        self._offsets.extend(range(start, start + len(entries)))
+        self._values.extend(entries)
+        self._set("num_bans", slot, len(entries))
 
     def send_token(self, slot: int, token_id: int) -> None:
         self._set("token_ids", slot, token_id)
@@ -168,6 +242,11 @@ class BatchState:
             values.append(run)
         self._offsets, self._values, self._runs = [], [], []
         return np.stack((np.concatenate(offsets), np.concatenate(values)))
+
+    def _set_floats(self, slot: int, names: Sequence[str], values: Sequence[float]) -> None:
+        words = np.array(values, np.float32).view(np.int32).tolist()
+        for name, word in zip(names, words, strict=True):
+            self._set(name, slot, word)
 
     def _set(self, name: str, index: int, value: int) -> None:
         self._offsets.append(self._starts[name] + index)

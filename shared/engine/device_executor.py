@@ -27,6 +27,7 @@ from torch import Tensor
 from baton.kernels.batch_state import begin_step
 from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
 from baton.kernels.drafts import accept_drafts, begin_drafted_step
+from baton.kernels.logit_shaping import Guesses, shape_logits
 from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.batch_state import BatchState, aligned
@@ -66,6 +67,7 @@ class DeviceExecutor:
         max_model_len: int,
         max_num_seqs: int,
         num_drafts: int = 0,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         """`num_drafts`: the most that a row may bring along."""
         self.kv_cache = kv_cache
@@ -90,12 +92,15 @@ class DeviceExecutor:
             device,
             zero_blocks=self._num_blocks,
             num_drafts=num_drafts,
+            vocab_size=vocab_size,
         )
+        self._eos_token_ids = eos_token_ids
         self._rows_at_once = rows_at_once(vocab_size)
         # Decode rows of the widest step, padded, and as many chunks beside them as there are rows.
         max_wanted = max_num_seqs * (1 + self._widths[-1] if num_drafts else 1)
         self._drawn_sizes = padded_sizes(max_wanted)
         self._masks = DeviceMasks(max_wanted, vocab_size, device)
+        self._changed: Tensor | None = None
         self._sampling_scratch = make_sampling_scratch(max_wanted, vocab_size, device)
         self._work = {
             (size, width): self._make_work(size * width)
@@ -121,9 +126,8 @@ class DeviceExecutor:
     def open_row(
         self, sampling: SamplingParams, sample_index: int, history: History | None = None
     ) -> RowHandle:
-        if Shaping.of(sampling, history, ()) is not None:
-            raise ValueError("penalties, biases and bans are not computed on this device yet")
-        return RowHandle(self._state.open_slot(), sampling, sample_index)
+        shaping = Shaping.of(sampling, history, self._eos_token_ids)
+        return RowHandle(self._state.open_slot(), sampling, sample_index, shaping)
 
     def close_row(self, handle: RowHandle) -> None:
         self._state.close_slot(handle.slot)
@@ -211,7 +215,7 @@ class DeviceExecutor:
         for index, row in enumerate(batch.rows):
             handle = row.handle
             if handle is None:
-                handle = self.open_row(row.sampling or _GREEDY, row.sample_index)
+                handle = self.open_row(row.sampling or _GREEDY, row.sample_index, row.history)
                 layout.scratch.append(handle)
             layout.handles.append(handle)
             if not row.is_chunk:
@@ -232,6 +236,8 @@ class DeviceExecutor:
         if not handle.is_sent:
             state.send_sampling(handle)
             handle.is_sent = True
+        if handle.shaping is not None and row.sampling is not None:
+            self._note_shaping(row, handle, handle.shaping)
         num_blocks = len(row.block_tables[0])
         if num_blocks > handle.num_blocks:
             for group, table in enumerate(row.block_tables):
@@ -253,6 +259,23 @@ class DeviceExecutor:
         handle.context_len = end
         # A chunk in the middle of a prompt leaves no token behind.
         handle.drawn_at = end if row.sampling is not None else -1
+
+    def _note_shaping(self, row: BatchRow, handle: RowHandle, shaping: Shaping) -> None:
+        known_to = row.position + row.num_known
+        if not handle.is_marked:
+            # The token of a decode row is counted where the step begins.
+            end = row.position if row.num_known == 1 else known_to
+            self._state.send_marks(handle.slot, shaping.fresh_marks(self._vocab_size, end))
+            handle.is_marked = True
+        if shaping.needs_last_tokens:
+            bans = [
+                (num_before, token_id)
+                for num_before in range(1 + len(row.draft_ids))
+                for token_id in shaping.banned_behind(known_to, row.draft_ids[:num_before])
+            ]
+            if bans or handle.num_bans:
+                self._state.send_bans(handle.slot, bans)
+                handle.num_bans = len(bans)
 
     def _check(self, row: BatchRow) -> None:
         """Raises ValueError for what must not reach the device."""
@@ -279,15 +302,19 @@ class DeviceExecutor:
                 raise ValueError("a row's tokens have no block")
         if row.token_ids is None and (handle is None or handle.drawn_at != row.position):
             raise ValueError("a row without tokens, for which none was drawn")
+        shaping = None if handle is None else handle.shaping
+        if row.token_ids is None and shaping is not None and handle is not None:
+            if shaping.needs_last_tokens or not handle.is_marked:
+                raise ValueError("a row without tokens that have a say in what is drawn")
 
     def _distrust_device(self, layout: Layout) -> None:
         """What the device knows of these rows may be anything: all of it is sent again."""
         for handle in layout.handles:
-            handle.is_sent = False
+            handle.is_sent = handle.is_marked = False
             handle.context_len = handle.drawn_at = -1
             handle.num_blocks = 0
-            # Not known: the next step with drafts sends how many there are.
-            handle.num_drafts = -1
+            # Not known: the next step with any sends how many there are.
+            handle.num_drafts = handle.num_bans = -1
         self._state.forget()
 
     def _launch(self, batch: Batch, layout: Layout) -> DeviceStep:
@@ -303,7 +330,9 @@ class DeviceExecutor:
             if len(hidden):
                 logits = self._head(hidden)
                 self._masks.send(rows, layout.wanted)
-                self._draw(logits, columns.rows, columns.back, results[: len(hidden)])
+                num_guess_rows = layout.size * layout.width if layout.width > 1 else 0
+                drawn = results[: len(hidden)]
+                self._draw(logits, columns.rows, columns.back, drawn, num_guess_rows)
                 # There may be as many again.
                 del logits
                 if layout.width > 1:
@@ -352,7 +381,13 @@ class DeviceExecutor:
         hidden = buffers.hidden = self._model.hidden_states(
             buffers.input_ids, buffers.positions, self._caches, buffers.plans
         )
-        self._draw(self._model.logits(hidden), buffers.token_rows, buffers.back, buffers.tokens)
+        self._draw(
+            self._model.logits(hidden),
+            buffers.token_rows,
+            buffers.back,
+            buffers.tokens,
+            buffers.size * buffers.width if buffers.width > 1 else 0,
+        )
         if buffers.width > 1:
             self._accept(buffers.rows, buffers.results, buffers.size * buffers.width)
 
@@ -547,6 +582,7 @@ class DeviceExecutor:
                 buffers.positions,
                 buffers.slots,
                 block_size=self._block_size,
+                counting=state.shaping.counting,
             )
         else:
             assert buffers.back is not None
@@ -563,13 +599,37 @@ class DeviceExecutor:
                 buffers.token_rows,
                 buffers.back,
                 block_size=self._block_size,
+                counting=state.shaping.counting,
             )
         for number, plan in enumerate(plans):
             self._plan_work(buffers.token_rows, plan.work, buffers.back, plans[:number])
 
-    def _draw(self, logits: Tensor, rows: Tensor, back: Tensor | None, out: Tensor) -> None:
+    def _draw(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        back: Tensor | None,
+        out: Tensor,
+        num_guess_rows: int,
+    ) -> None:
+        """`num_guess_rows`: of a step with drafts, the rows of logits that decode rows have; they
+        come first."""
         state = self._state
+        changed = self._changed_rows(logits)
+        shape_logits(
+            logits,
+            rows,
+            state.context_lens,
+            state.shaping,
+            logits if changed is None else changed,
+            back=back,
+            guesses=Guesses(state.draft_ids, state.num_drafts, num_guess_rows)
+            if num_guess_rows
+            else None,
+        )
         self._masks.apply(logits)
+        if changed is not None:
+            self._masks.apply(changed[: len(logits)])
         draw(
             logits,
             rows,
@@ -583,7 +643,22 @@ class DeviceExecutor:
             out=out,
             work=self._sampling_scratch,
             back=back,
+            changed=changed,
+            is_changed=None if changed is None else state.shaping.counting.is_shaped,
         )
+
+    def _changed_rows(self, logits: Tensor) -> Tensor | None:
+        """Where the rows go that change; None: they stay where they are. Penalties are finer than
+        16 bits are."""
+        if logits.dtype == torch.float32:
+            return None
+        if self._changed is None:
+            # With the first step, so that it is there before memory is measured or captured.
+            most = self._drawn_sizes[-1]
+            self._changed = torch.empty(
+                most, self._vocab_size, dtype=torch.float32, device=self._device
+            )
+        return self._changed
 
     def _accept(self, rows: Tensor, results: Tensor, num_tokens: int) -> None:
         """results: drawn tokens, those of the decode rows first; behind them goes what stands."""
@@ -596,6 +671,7 @@ class DeviceExecutor:
             state.token_ids,
             state.context_lens,
             results[aligned(num_tokens) :],
+            counting=state.shaping.counting,
         )
 
     def _fetch(

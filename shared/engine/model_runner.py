@@ -326,6 +326,7 @@ class ModelRunner:
             max_model_len=self.max_model_len,
             max_num_seqs=self._config.max_num_seqs,
             num_drafts=self.num_drafts,
+            eos_token_ids=self.model_config.eos_token_ids,
         )
 
     # On a GPU

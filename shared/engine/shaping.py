@@ -116,11 +116,19 @@ class Shaping:
         `end`. The next call changes it."""
         if self._marks is None or end < self._marked_to:
             self._marks, self._marked_to = self._begun(vocab_size), self.counts_from
-        if self.counts_tokens and end > self._marked_to:
-            emitted = self._history.token_slice(self._marked_to, end)
-            np.add.at(self._marks, np.array(emitted, np.int64), 1)
+        self._count(self._marks, self._marked_to, end)
         self._marked_to = max(end, self.counts_from)
         return self._marks
+
+    def fresh_marks(self, vocab_size: int, end: int) -> Int32s:
+        """`marks`, of which nothing is kept."""
+        marks = self._begun(vocab_size)
+        self._count(marks, self.counts_from, end)
+        return marks
+
+    def _count(self, marks: Int32s, start: int, end: int) -> None:
+        if self.counts_tokens and end > start:
+            np.add.at(marks, np.array(self._history.token_slice(start, end), np.int64), 1)
 
     def _begun(self, vocab_size: int) -> Int32s:
         """Before the first token of the answer."""

@@ -145,7 +145,12 @@ class Sequence:
     num_to_compute: int = field(init=False)
     """Tokens that are ever computed; the last one drawn is not: nothing follows from it."""
 
+    needs_last_tokens: bool = field(init=False)
+    """Whether a token may be drawn depends on those just before it: the host has to know them when
+    it launches a step."""
+
     def __post_init__(self) -> None:
+        self.needs_last_tokens = any(len(token_ids) > 1 for token_ids in self.banned_sequences)
         num_to_draw = self.params.max_tokens - self.first_index
         self.num_to_compute = len(self.prompt_token_ids) + num_to_draw - 1
 

@@ -50,8 +50,11 @@ Make = Callable[..., ModelRunner]
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Runners over one random llama, whose logits are far apart."""
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return maker(tmp_path_factory.mktemp("tiny"), CONFIG)
+
+
+def maker(directory: Path, config: dict[str, Any]) -> Make:
+    (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(3)
     weights = {
         name: torch.rand(shape, generator=generator) + 0.5
@@ -81,7 +84,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
         made = empty_like(*arguments, **options)
-        return made.fill_(1e38) if made.dtype.is_floating_point else made
+        if made.dtype.is_floating_point:
+            made.fill_(min(1e38, torch.finfo(made.dtype).max))
+        return made
 
     monkeypatch.setattr(torch, "empty_like", poisoned)
 
