@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 Messages = Sequence[Mapping[str, Any]]
@@ -85,22 +84,30 @@ class TemplateProbe:
     def call_form(self) -> CallForm | None:
         """None when it shows no calls."""
         # As OpenAI and transformers have them, if that is how it takes them.
-        forms = (CallForm(*form) for form in product((None, ""), (False, True)))
-        return next((form for form in forms if self._shows_calls(form)), None)
+        for are_text in (False, True):
+            null, empty = (self._calls(CallForm(each, are_text)) for each in (None, ""))
+            if null and not (empty and null.count("None") > empty.count("None")):
+                return CallForm(None, are_text)
+            if empty:
+                return CallForm("", are_text)
+        return None
 
     def _shows(self, chat: list[dict[str, Any]]) -> bool:
         """Whether the sample gets into the prompt, as a text and not in the notation of a part."""
         prompt = self._rendered(chat)
         return _SAMPLE in prompt and not _SAMPLE_IN_NOTATION.search(prompt)
 
-    def _shows_calls(self, form: CallForm) -> bool:
+    def _calls(self, form: CallForm) -> str:
+        """A prompt that shows a call as it should be; empty when none does."""
         user = {"role": "user", "content": "a"}
         chats = ([user, _call(form), _answer("a")], [user, _call(form), _answer("a"), user])
-        prompts = [self._rendered(chat, tools) for chat in chats for tools in (None, _TOOLS)]
-        return any(
-            _SAMPLE in prompt and _TOOL in prompt and not _KEY_IN_NOTATION.search(prompt)
+        prompts = (self._rendered(chat, tools) for chat in chats for tools in (None, _TOOLS))
+        shown = (
+            prompt
             for prompt in prompts
+            if _SAMPLE in prompt and _TOOL in prompt and not _KEY_IN_NOTATION.search(prompt)
         )
+        return next(shown, "")
 
     def _rendered(self, chat: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Empty when the template refuses it."""
