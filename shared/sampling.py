@@ -335,6 +335,16 @@ class SamplingParams:
         help="draw from these tokens only",
         spelling=Spelling(fewest=1),
     )
+    include_stop: bool = declared(
+        Kind.SWITCH,
+        False,
+        help="show what ended the answer, a stop text or token, as its last text",
+        spelling=Spelling(name="include_stop_str_in_output"),
+        is_for_workers=False,
+    )
+    skip_special_tokens: bool = declared(
+        Kind.SWITCH, True, help="leave special tokens out of the text", is_for_workers=False
+    )
     ignore_eos: bool = declared(Kind.SWITCH, False, help="go on past end-of-sequence tokens")
     speculate: bool = declared(
         Kind.SWITCH,

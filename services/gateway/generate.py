@@ -190,6 +190,8 @@ def _new_decoder(
         end_token_ids=admitted.params.stop_token_ids,
         shown_token_ids=shown_token_ids,
         min_tokens=admitted.params.min_tokens,
+        include_stop=admitted.params.include_stop,
+        skip_special=admitted.params.skip_special_tokens,
     )
 
 

@@ -186,8 +186,9 @@ class TextCodec:
         """What a token that may yield no text is written as; empty for an id that is not known."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def new_text_stream(self) -> TextStream:
-        return BytesToText(self) if self._vocabulary.is_byte_level else PiecesToText(self)
+    def new_text_stream(self, *, skip_special: bool = True) -> TextStream:
+        tokens = self if skip_special else _WithSpecial(self)
+        return BytesToText(tokens) if self._vocabulary.is_byte_level else PiecesToText(tokens)
 
 
 class _WithSpecial:
@@ -196,7 +197,7 @@ class _WithSpecial:
     def __init__(self, codec: TextCodec) -> None:
         self.is_text = codec.is_known
         self.is_byte = codec.is_byte
-        self.token_bytes = codec.token_bytes
+        self.token_bytes = codec.shown_bytes
         self.text_of = codec.text_of
 
 
@@ -219,7 +220,7 @@ class StreamDecoder:
 
     Special tokens, and those that end the answer, yield no text, but a stop string that names them
     finds them all the same. Those of `shown_token_ids` are written out; a stop string finds them
-    only as a whole.
+    only as a whole. Without `skip_special` special tokens are text as any other.
     """
 
     def __init__(
@@ -231,15 +232,22 @@ class StreamDecoder:
         end_token_ids: Collection[int] = (),
         shown_token_ids: Collection[int] = (),
         min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special: bool = True,
     ) -> None:
         """`prompt`: its text and the answer's are one; none of it is given out. `end_token_ids`:
         tokens that end the answer, of which it shows nothing. `shown_token_ids`: special tokens
         that whoever takes an answer apart has to see. `min_tokens`: stop strings are looked for in
-        the text behind so many tokens."""
-        self._text_stream = codec.new_text_stream()
+        the text behind so many tokens. `include_stop`: what ends the answer, string or token, is
+        part of its text."""
+        self._text_stream = codec.new_text_stream(skip_special=skip_special)
         self._text_stream.follow(prompt)
-        self._silent_ids = frozenset(end_token_ids)
-        self._marks, self._written = _mark_tokens(codec, stops, self._silent_ids, shown_token_ids)
+        self._includes_stop = include_stop
+        self._silent_ids = frozenset(() if include_stop else end_token_ids)
+        silent_ids = {codec.written(token_id): token_id for token_id in self._silent_ids}
+        if skip_special:
+            silent_ids = {**codec.special_ids, **silent_ids}
+        self._marks, self._written = _mark_tokens(silent_ids, stops, shown_token_ids)
         """The latter: what is looked for → the stop string that it stands for."""
         self._stop_finder = StopFinder(tuple(self._written)) if stops else None
         self._shown_as = {
@@ -268,7 +276,7 @@ class StreamDecoder:
                 text, self.stopped = self._stop_finder.feed(text)
             texts.append(text)
             if self.stopped:
-                return Delta(self._shown("".join(texts)), True, num_used)
+                return Delta(self._shown("".join(texts)) + self._stop_shown(), True, num_used)
         return Delta(self._shown("".join(texts)), False, len(token_ids))
 
     def finish(self) -> str:
@@ -279,7 +287,10 @@ class StreamDecoder:
         text = self._text_stream.flush()
         if self._stop_finder is not None:
             text, self.stopped = self._stop_finder.flush(text)
-        return self._shown(text)
+        return self._shown(text) + self._stop_shown()
+
+    def _stop_shown(self) -> str:
+        return self.stop or "" if self._includes_stop else ""
 
     def _feed(self, token_id: int) -> str:
         if token_id in self._marks:
@@ -291,20 +302,17 @@ class StreamDecoder:
 
 
 def _mark_tokens(
-    codec: TextCodec,
-    stops: Sequence[str],
-    end_token_ids: Collection[int],
-    shown_token_ids: Collection[int],
+    silent_ids: Mapping[str, int], stops: Sequence[str], shown_token_ids: Collection[int]
 ) -> tuple[dict[int, str], dict[str, str]]:
     """A character for each token without text that is shown or that `stops` name, and what is to be
     looked for, each with its stop: the stops as they are, and those with such tokens in them with
-    the characters in their place.
+    the characters in their place. `silent_ids`: the tokens without text, by what they are written
+    as.
 
     The characters are surrogates: no text has them.
     """
     if not stops and not shown_token_ids:
         return {}, {}
-    silent_ids = {**codec.special_ids, **{codec.written(t): t for t in end_token_ids}}
     named = [
         written
         for written, token_id in silent_ids.items()

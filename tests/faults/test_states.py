@@ -77,7 +77,11 @@ def test_split_equals_together(stack: Stack, model: Path) -> None:
         )
         for number, num_prompt in enumerate((30, 210, 240, 97, 64))
     ]
-    expected = Oracle(model).answers(asks)
+    # Samples find no state of each other's: each computes the prompt.
+    of_samples = [Ask(asks[1].prompt[:50], {"max_tokens": 60, **drawn}, i) for i in range(2)]
+    oracle = Oracle(model)
+    expected, expected_samples = oracle.answers(asks), oracle.answers(of_samples)
+    samples = Background(stack, of_samples[0].prompt, n=2, **of_samples[0].sampling)
     streams = [Background(stack, ask.prompt, ignore_eos=True, **ask.sampling) for ask in asks]
     stack.wait_until(lambda: sum(stream.num_tokens for stream in streams) > 200)
     killed = stack.state("d0")
@@ -85,6 +89,7 @@ def test_split_equals_together(stack: Stack, model: Path) -> None:
     stack.restart("d0")
     results = [stream.result() for stream in streams]
     assert [result.token_ids for result in results] == expected
+    assert [result.token_ids for result in samples.results()] == expected_samples
     assert sum(result.attempts for result in results) > len(results)
     states = [stack.state(name) for name in WORKERS]
     counters = [state.counters for state in (*states, killed)]

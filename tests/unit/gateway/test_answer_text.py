@@ -241,6 +241,45 @@ async def test_a_stop_string_may_name_a_token_without_text(
         assert got == (text, "stop", 4 if stop.endswith("z") else 3)
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "xy"),
+        ({"skip_special_tokens": False}, "x<|tool|>y"),
+        # What ends the answer is a special token: it is shown when both are asked.
+        ({"include_stop_str_in_output": True}, "xy"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, "x<|tool|>y<|end|>"),
+        ({"stop": ["y"]}, "x"),
+        ({"stop": ["y"], "include_stop_str_in_output": True}, "xy"),
+        ({"stop": ["<|tool|>"], "include_stop_str_in_output": True}, "x<|tool|>"),
+        ({"stop": ["l|>y"], "skip_special_tokens": False}, "x<|too"),
+    ],
+)
+async def test_special_tokens_and_stops_are_shown_on_request(
+    load: Callable[..., Model], answer: Ask, fields: dict[str, Any], text: str
+) -> None:
+    model = load(
+        "byte_level", AddedToken("<|tool|>", special=True), AddedToken("<|end|>", special=True)
+    )
+    end = model["<|end|>"]
+    script = chain([model["a"], model["x"], model["<|tool|>"], model["y"], end])
+    got, _ = await answer(
+        model, script, eos=frozenset({end}), prompt=[model["a"]], max_tokens=9, **fields
+    )
+    assert got[:2] == (text, "stop")
+
+
+async def test_a_stop_token_that_is_text_is_shown_on_request(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_level")
+    script = chain([model["a"], model["x"], model["y"]])
+    asked = {"prompt": [model["a"]], "max_tokens": 9, "stop_token_ids": [model["y"]]}
+    assert (await answer(model, script, **asked))[0] == ("x", "stop", 2)
+    got, _ = await answer(model, script, **asked, include_stop_str_in_output=True)
+    assert got == ("xy", "stop", 2)
+
+
 async def test_a_stop_is_not_found_within_a_token_without_text(
     load: Callable[..., Model], answer: Ask
 ) -> None:

@@ -54,6 +54,36 @@ def test_text_is_the_one_shot_decode_in_any_grouping(
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=300)
+@given(token_ids=TOKEN_IDS, cuts=CUTS)
+def test_special_tokens_that_are_shown_are_text_as_any_other(
+    codecs_by_kind: dict[str, TextCodec], kind: str, token_ids: list[int], cuts: list[int]
+) -> None:
+    codec, pushes = codecs_by_kind[kind], groups(token_ids, cuts)
+    text = codec.decode(token_ids, skip_special=False)
+    assert run(StreamDecoder(codec, (), skip_special=False), pushes) == (text, len(token_ids))
+    stops = ["</s>", "e<s>"]
+    got, _ = run(StreamDecoder(codec, stops, skip_special=False), pushes)
+    assert got == text[: first_stop(text, stops)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200)
+@given(token_ids=TOKEN_IDS, cuts=CUTS, stops=st.lists(st.sampled_from("aeno"), max_size=3))
+def test_a_stop_that_is_included_is_the_last_of_the_text(
+    codecs_by_kind: dict[str, TextCodec],
+    kind: str,
+    token_ids: list[int],
+    cuts: list[int],
+    stops: list[str],
+) -> None:
+    codec, pushes = codecs_by_kind[kind], groups(token_ids, cuts)
+    plain, included = StreamDecoder(codec, stops), StreamDecoder(codec, stops, include_stop=True)
+    text, num_used = run(plain, pushes)
+    assert run(included, pushes) == (text + (plain.stop or ""), num_used)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300)
 @given(data=st.data(), token_ids=TOKEN_IDS, cuts=CUTS)
 def test_text_ends_before_the_earliest_stop(
     codecs_by_kind: dict[str, TextCodec],

@@ -57,3 +57,8 @@ class Sampling(TypedDict, total=False):
     prompt_logprobs: int | None
     """The same of the prompt's tokens, from the second on; 0 to 20. None of those whose logprobs
     are told is found in a cache. Default: tell nothing."""
+    include_stop: bool | None
+    """Show what ended the answer, one of the stops or the last token, at the end of its text."""
+    skip_special_tokens: bool | None
+    """Leave special tokens out of the text. The one that ends the answer is shown with include_stop
+    only. Default true."""
