@@ -226,6 +226,7 @@ class Stack:
         timeout: float | None = 60.0 * PATIENCE,
         received: Sequence[int] = (),
         n: int | None = None,
+        constraint: types_pb2.Constraint | None = None,
         received_samples: Sequence[Sequence[int]] = (),
         stub: inference_service_pb2_grpc.InferenceServiceStub | None = None,
         **sampling: Any,
@@ -238,6 +239,7 @@ class Stack:
             sampling=params,
             received_token_ids=received,
             n=n,
+            constraint=constraint,
             received_samples=[
                 inference_service_pb2.TokenIds(token_ids=sample) for sample in received_samples
             ],

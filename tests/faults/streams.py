@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from baton.v1 import inference_service_pb2
@@ -18,7 +18,7 @@ class Background:
     """One answer of `stack`, or `n` of them, read by a thread of its own from construction on."""
 
     def __init__(
-        self, stack: Stack, prompt: list[int], *, n: int | None = None, **sampling: Any
+        self, stack: Stack, prompt: Sequence[int] | str, *, n: int | None = None, **sampling: Any
     ) -> None:
         self.n = n
         self.prompt = prompt
@@ -37,6 +37,10 @@ class Background:
     @property
     def num_tokens(self) -> int:
         return len(self.token_times)
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
 
     def result(self) -> Result:
         return self.results()[0]

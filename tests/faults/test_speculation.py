@@ -16,6 +16,7 @@ from tests.device import ROOT
 from tests.e2e.harness import Result, Stack
 from tests.e2e.oracle import Ask, Oracle
 from tests.faults.streams import Background
+from tests.structured_output import Report, asks_of, run_batch
 
 pytestmark = [pytest.mark.e2e, pytest.mark.exact]
 
@@ -92,3 +93,12 @@ def tokenized(stack: Stack, text: str) -> list[int]:
 
 def have_got(streams: Sequence[Background], num_tokens: int) -> bool:
     return sum(stream.num_tokens for stream in streams) > num_tokens
+
+
+def test_constrained_answers_are_valid_and_the_same_whoever_guesses_or_dies(stack: Stack) -> None:
+    """Beside answers that are not constrained; forced tokens jump ahead in all of them."""
+    report = Report()
+    asks = asks_of(range(12), num_free=2)
+    run_batch(stack, asks, report, kills_at=[10])
+    assert report.is_good and report.num_cut == 0, report
+    assert report.num_answers_hit and report.num_resumed and report.num_accepted_guesses
