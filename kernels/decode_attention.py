@@ -53,6 +53,7 @@ def paged_decode_attention(
     *,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
@@ -71,6 +72,8 @@ def paged_decode_attention(
             before the window, is not read.
         scale: of the products of query and key.
         soft_cap: scores become cap · tanh(score / cap); 0: they stay.
+        sinks: float32 [num_heads]: of each head a score beside those of the keys, of a value that
+            is zero.
         out: where the result goes, every element; the last dimension contiguous.
         pdl: start while the kernel before still runs. It may write `query` and `kv`, but neither
             the plan nor the block tables.
@@ -101,6 +104,7 @@ def paged_decode_attention(
         work.partial,
         work.weight,
         work.arrived,
+        sinks,
         layer,
         scale * _LOG2E,  # exp2 is what the hardware has
         query.stride(0),
@@ -131,6 +135,7 @@ def paged_decode_attention(
             work.row_items,
             work.partial,
             work.weight,
+            sinks,
             out.stride(0),
             out.stride(1),
             KV_HEADS=num_kv_heads,
@@ -162,6 +167,7 @@ def _attend(
     partial,
     weight,
     arrived,
+    sinks,
     layer,
     scale,
     query_row,
@@ -254,6 +260,10 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
 
     total = tl.sum(shares, 1)
+    if sinks is not None:
+        # Of a row of several items, when those are added up.
+        if num_splits == 1:
+            acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < GROUP)
     # A row without keys has a total of zero and becomes zero.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if num_splits == 1:
@@ -273,6 +283,7 @@ def _attend(
                     out + row.to(tl.int64) * out_row,
                     partial,
                     weight,
+                    sinks,
                     first_item,
                     num_splits,
                     kv_head,
@@ -286,11 +297,22 @@ def _attend(
 
 
 @triton.jit
+def _with_sinks(acc, total, highest, sinks, heads, is_real):
+    """The sums of some rows [heads, dim], [heads] and their highest score, as if one more key had
+    been attended to, whose value is zero."""
+    sink = tl.load(sinks + heads, mask=is_real, other=0.0) * 1.4426950408889634
+    above = tl.maximum(highest, sink)
+    fade = tl.exp2(highest - above)
+    return acc * fade[:, None], total * fade + tl.exp2(sink - above), above
+
+
+@triton.jit
 def _combine(
     out,
     row_items,
     partial,
     weight,
+    sinks,
     out_row,
     out_head,
     KV_HEADS: tl.constexpr,
@@ -309,6 +331,7 @@ def _combine(
             out + row.to(tl.int64) * out_row,
             partial,
             weight,
+            sinks,
             first_item,
             num_splits,
             kv_head,
@@ -326,6 +349,7 @@ def _add_up(
     out,
     partial,
     weight,
+    sinks,
     first_item,
     num_splits,
     kv_head,
@@ -369,6 +393,9 @@ def _add_up(
             total = total * fade + share
             acc = acc * fade[:, None] + part * share[:, None]
             highest = above
+    if sinks is not None:
+        heads = kv_head * GROUP + head
+        acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < GROUP)
     acc = acc / tl.where(head < GROUP, total, 1.0)[:, None]
     out_at = (kv_head * GROUP + head)[:, None] * out_head + dim[None, :]
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)

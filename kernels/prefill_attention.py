@@ -166,6 +166,7 @@ def _prefill_attention(
     tiles,
     block_tables,
     out,
+    sinks,
     layer,
     scale,
     query_token_stride,
@@ -258,6 +259,13 @@ def _prefill_attention(
 
     target = out + (first_token + token)[:, None] * out_token_stride
     target += head[:, None] * out_head_stride + dim[None, :]
+    if sinks is not None:
+        # One more key, whose value is zero.
+        sink = tl.load(sinks + head, mask=token < num_tokens, other=0.0) * 1.4426950408889634
+        above = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - above)
+        total = total * fade + tl.exp2(sink - above)
+        acc = acc * fade[:, None]
     # Rows behind the tile's last token may have seen no key at all; they are not stored.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(target, acc.to(out.dtype.element_ty), mask=real)
@@ -360,11 +368,15 @@ def prefill_tiles(
     return tiles[np.argsort(-(tiles[:, 3] + tiles[:, 1]), kind="stable")]
 
 
-def why_not_hopper(head_dim: int, window: int, soft_cap: float) -> str | None:
+def why_not_hopper(
+    head_dim: int, window: int, soft_cap: float, *, has_sinks: bool = False
+) -> str | None:
     """Why layers like that do without the kernel for compute capability 9.0, even there; None:
     they have it."""
     if _hopper is None:
         return _import_error
+    if has_sinks:
+        return "it knows no sinks"
     reason: str | None = _hopper.problem() or _hopper.not_covered(head_dim, window, soft_cap)
     return reason
 
@@ -380,6 +392,7 @@ def paged_prefill_attention(
     block_m: int,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
@@ -397,6 +410,8 @@ def paged_prefill_attention(
         block_m: query tokens per tile, see `block_m_for`.
         window: a token at position p sees keys from p − window + 1 on; 0: all of them.
         soft_cap: scores become cap · tanh(score / cap); 0: they stay.
+        sinks: float32 [num_heads]: of each head a score beside those of the keys, of a value that
+            is zero.
         out: like `query`; only tokens in tiles are written.
         config: for measurements: how the kernel of this file runs, which then does it everywhere.
 
@@ -411,6 +426,7 @@ def paged_prefill_attention(
         return out
     if (
         config is None
+        and sinks is None
         and _hopper is not None
         and _hopper.covers(query, kv, block_m=block_m, window=window, soft_cap=soft_cap)
     ):
@@ -434,6 +450,7 @@ def paged_prefill_attention(
         tiles,
         block_tables,
         out,
+        sinks,
         layer,
         scale * _LOG2E,
         query.stride(0),

@@ -17,6 +17,7 @@ def decode_attention_reference(
     *,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One query token a row, over the row's keys in the pool → [B, num_heads, head_dim].
@@ -33,6 +34,8 @@ def decode_attention_reference(
         block_tables: int32 [slots, ≥ blocks of the context]; what follows them is not read.
         scale: of the products of query and key.
         soft_cap: scores become cap · tanh(score / cap); 0: they stay.
+        sinks: float32 [num_heads]: of each head a score beside those of the keys, of a value that
+            is zero.
         window: a row sees its last `window` keys only; 0 means all of them.
         out: where the result goes; a new tensor without it.
     """
@@ -55,5 +58,10 @@ def decode_attention_reference(
         scores = by_head @ pair[0].transpose(1, 2) * scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        out[row] = (torch.softmax(scores, -1) @ pair[1]).view(-1, head_dim).to(out.dtype)
+        if sinks is not None:
+            # One more key, whose value is left out.
+            own_sinks = sinks.to(wide).view(num_kv_heads, -1, 1)
+            scores = torch.cat((scores, own_sinks), -1)
+        weights = torch.softmax(scores, -1)[..., : pair.shape[2]]
+        out[row] = (weights @ pair[1]).view(-1, head_dim).to(out.dtype)
     return out

@@ -17,6 +17,7 @@ def paged_prefill_attention(
     block_m: int,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As kernels.prefill_attention.paged_prefill_attention; computes in float64."""
@@ -40,6 +41,11 @@ def paged_prefill_attention(
         hidden = index > own
         if window:
             hidden |= index <= own - window
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        scores.masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            # One more key, whose value is left out.
+            own_sinks = sinks.double()[:, None, None].expand(-1, count, 1)
+            scores = torch.cat((scores, own_sinks), -1)
+        weights = scores.softmax(-1)[..., : len(index)]
         out[first : first + count] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
     return out

@@ -485,10 +485,6 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
     for spec in model.cache_specs:
         if spec is not None and not isinstance(spec, Full | Sliding):
             return f"its kernels know no layers that cache {type(spec).__name__}"
-    if model.mixture is not None or model.style.has_sinks:
-        return (
-            f"its kernels know no mixtures of experts and no sinks, which a {model.model_type} has"
-        )
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)
         if value > most:
@@ -517,7 +513,9 @@ def _why_not_hopper(model: ModelConfig) -> str:
     from baton.kernels.prefill_attention import why_not_hopper
 
     kinds = {(layer.head_dim, layer.window or 0, layer.soft_cap) for layer in model.layers}
-    reasons = {reason for kind in kinds if (reason := why_not_hopper(*kind)) is not None}
+    has_sinks = model.style.has_sinks
+    found = [why_not_hopper(*kind, has_sinks=has_sinks) for kind in kinds]
+    reasons = {reason for reason in found if reason is not None}
     return "; ".join(sorted(reasons))
 
 

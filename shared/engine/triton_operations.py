@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baton.kernels import experts as experts_kernels
 from baton.kernels import linear_table
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
+from baton.kernels.experts import ExpertWeights
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import Routes
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
-from baton.kernels.routing import RoutingRule
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
-from baton.shared.engine.experts import Experts, ExpertsSpec
+from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -101,25 +102,35 @@ class TritonOperations:
         """The kernel reads the table by position."""
         return replace(table, positions=positions)
 
-    def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
-        raise NotImplementedError
+    route = staticmethod(experts_kernels.route)
+    gated_add = staticmethod(experts_kernels.gated_add)
 
-    def route(
-        self,
-        logits: Tensor,
-        rule: RoutingRule,
-        choice_bias: Tensor | None = None,
-        expert_scale: Tensor | None = None,
-    ) -> Routes:
-        raise NotImplementedError
+    def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
+        tensors: list[Tensor | None] = []
+        num_bytes = 0
+        for index, expert in enumerate(expand_experts(spec, reader, self.ranks)):
+            num_bytes += expert.num_bytes
+            if not tensors:
+                tensors = [
+                    None if each is None else each.new_empty((spec.num_experts, *each.shape))
+                    for each in expert
+                ]
+            for whole, own in zip(tensors, expert, strict=True):
+                if whole is not None and own is not None and not own.is_meta:
+                    whole[index] = own
+        gate_up, down, *biases = tensors
+        assert gate_up is not None and down is not None
+        weights = ExpertWeights(gate_up, down, *biases)
+        return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
 
     def experts(
         self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
     ) -> Tensor:
-        raise NotImplementedError
-
-    def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        if layer.all_reduce is None:
+            return experts_kernels.experts(x, routes, layer.weights, layer.activation, residual)
+        y = experts_kernels.experts(x, routes, layer.weights, layer.activation)
+        layer.all_reduce(y)
+        return y if residual is None else residual.add_(y)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
@@ -256,7 +267,6 @@ class TritonOperations:
         cap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        assert sinks is None
         out = torch.empty_like(query) if plan.attended is None else plan.attended
         num_decode = 0
         if plan.rows is not None and plan.work is not None:
@@ -272,6 +282,7 @@ class TritonOperations:
                 scale,
                 window=plan.window,
                 soft_cap=cap,
+                sinks=sinks,
                 out=out[:num_decode],
                 pdl=self._overlaps,
             )
@@ -286,6 +297,7 @@ class TritonOperations:
                 block_m=plan.block_m,
                 window=plan.window,
                 soft_cap=cap,
+                sinks=sinks,
                 out=out,
             )
         return out

@@ -30,8 +30,12 @@ from baton.kernels import (
     skinny_linear,
 )
 from baton.kernels.decode_plan import make_work, plan_decode
+from baton.kernels.experts import ExpertWeights
 from baton.kernels.prefill_attention import block_m_for
 from baton.kernels.reference import Activation, HeadNorms
+from baton.kernels.reference_experts import ExpertActivation, Routes
+from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.shared.engine.experts import Experts
 from baton.shared.engine.linear import Linear
 from baton.shared.engine.operations import Norm
 from baton.shared.engine.triton_operations import DevicePlan, Rope, TritonOperations
@@ -61,6 +65,11 @@ class Shape:
     """None: the activations'."""
     scale: float = 1.0
     has_query_scale: bool = False
+    has_sinks: bool = False
+    routing: RoutingRule | None = None
+    """Of the model's mixtures, whose experts have `mlp` numbers between their products."""
+    expert_activation: ExpertActivation = "silu"
+    has_expert_bias: bool = False
 
 
 _GEMMA: dict[str, Any] = {
@@ -80,6 +89,21 @@ MODELS = {
     ),
     "gemma3-12b": Shape(
         3840, 15360, 16, 8, 256, 262208, window=1024, has_head_norms=True, **_GEMMA
+    ),
+    "qwen3-30b-a3b": Shape(
+        2048, 768, 32, 4, 128, 151936, has_head_norms=True,
+        routing=RoutingRule(num_experts=128, top_k=8, is_normalised=True),
+    ),
+    "glm-4.5-air": Shape(
+        4096, 1408, 96, 8, 128, 151552,
+        routing=RoutingRule(
+            num_experts=128, top_k=8, scoring="sigmoid", is_normalised=True, floor=1e-20,
+        ),
+    ),
+    "gpt-oss-20b": Shape(
+        2880, 2880, 64, 8, 64, 201088, window=128, has_sinks=True, norm_dtype=torch.float32,
+        routing=RoutingRule(num_experts=32, top_k=4, scoring="softmax_of_chosen"),
+        expert_activation=ClampedSwiglu(1.702, 7.0), has_expert_bias=True,
     ),
     "gemma4-full": Shape(
         5376, 21504, 32, 4, 512, 262144, logits_cap=30.0, has_head_norms=True,
@@ -132,7 +156,10 @@ def _step(
     query = on_gpu(ops.rope_and_store(qkv, rope, kv, 3, plan, heads, norms))
     if shape.has_value_norm:
         ops.rope_query(query, rope, norms)
-    attended = ops.paged_attention(query, kv, 3, plan, head_dim**-0.5, shape.soft_cap)
+    sinks = empty(heads, dtype=torch.float32) if shape.has_sinks else None
+    attended = ops.paged_attention(query, kv, 3, plan, head_dim**-0.5, shape.soft_cap, sinks)
+    if shape.routing is not None:
+        _mixture(ops, shape, shape.routing, hidden)
     for x, layer in (
         (attended.view(num_tokens, -1), linear(shape.hidden, heads * head_dim)),
         (None, linear(shape.hidden, shape.mlp)),
@@ -148,6 +175,21 @@ def _step(
         logits = ops.norm_linear(hidden, norm, linear(shape.vocab, shape.hidden))
         if shape.logits_cap:
             ops.soft_cap(on_gpu(logits), shape.logits_cap)
+
+
+def _mixture(ops: TritonOperations, shape: Shape, rule: RoutingRule, hidden: Tensor) -> None:
+    def weight(*sizes: int) -> Tensor:
+        return empty(rule.num_experts, *sizes, dtype=hidden.dtype)
+
+    hidden_size, size = shape.hidden, shape.mlp
+    biases = (weight(2 * size), weight(hidden_size)) if shape.has_expert_bias else (None, None)
+    weights = ExpertWeights(weight(2 * size, hidden_size), weight(hidden_size, size), *biases)
+    logits = empty(len(hidden), rule.num_experts, dtype=torch.float32)
+    choice_bias = empty(rule.num_experts, dtype=torch.float32)
+    routes = ops.route(logits, rule, choice_bias if rule.scoring == "sigmoid" else None)
+    layer = Experts(weights, shape.expert_activation, 0)
+    ops.experts(hidden, Routes(*map(on_gpu, routes)), layer, hidden)
+    ops.gated_add(hidden, on_gpu(logits[:, :1]), hidden)
 
 
 def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> DevicePlan:

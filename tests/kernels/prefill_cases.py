@@ -37,16 +37,17 @@ class PrefillCase:
         window: int = 0,
         layer: int = 1,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         tiles, scale = self.tiles(block_m), self.query.shape[2] ** -0.5
         out = torch.full_like(self.query, float("nan"))
         paged_prefill_attention(
             self.query, self.kv, layer, tiles, self.tables, scale,
-            block_m=block_m, window=window, soft_cap=soft_cap, out=out, config=config,
+            block_m=block_m, window=window, soft_cap=soft_cap, sinks=sinks, out=out, config=config,
         )  # fmt: skip
         expected = reference_prefill.paged_prefill_attention(
             self.query.double(), self.kv.double(), layer, tiles, self.tables, scale,
-            block_m=block_m, window=window, soft_cap=soft_cap,
+            block_m=block_m, window=window, soft_cap=soft_cap, sinks=sinks,
         )  # fmt: skip
         assert_close(out, expected)
 

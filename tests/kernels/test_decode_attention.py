@@ -76,6 +76,7 @@ class Problem:
         self.scale = head_dim**-0.5
         self.window = window
         self.soft_cap = soft_cap
+        self.sinks: Tensor | None = None
 
     def work(self, *, config: DecodeConfig | None = None, **kwargs: int) -> DecodeWork:
         num_rows, num_heads, head_dim = self.query.shape
@@ -103,6 +104,7 @@ class Problem:
             self.scale,
             window=self.window,
             soft_cap=self.soft_cap,
+            sinks=self.sinks,
             out=out,
             pdl=pdl,
         )
@@ -120,6 +122,7 @@ class Problem:
             self.scale,
             window=self.window,
             soft_cap=self.soft_cap,
+            sinks=self.sinks,
         )
 
 
@@ -176,6 +179,19 @@ def test_soft_cap(
     problem = Problem([95, 0, 12], dtype, device, window=window, soft_cap=2.0)
     problem.scale = 1.0  # scores far beyond the cap, and of both signs
     work = problem.work(config=SMALL)
+    problem.plan(work)
+    assert_close(problem.attend(work), problem.reference())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("window", [0, 23])
+def test_sinks(
+    window: int, fused: bool, dtype: torch.dtype, device: torch.device, assert_close: Check
+) -> None:
+    """Rows of one item, of several, and of none; heads that the sinks outweigh."""
+    problem = Problem([95, 0, 12], dtype, device, num_heads=6, window=window)
+    problem.sinks = torch.tensor([0.5, 60.0, -3.0, 0.0, 2.0, 1.0], device=device)
+    work = problem.work(config=replace(SMALL, fused=fused))
     problem.plan(work)
     assert_close(problem.attend(work), problem.reference())
 

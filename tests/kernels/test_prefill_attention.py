@@ -73,6 +73,13 @@ def test_soft_cap(
     case.check(assert_close, 16, _CONFIG, window, soft_cap=0.5)
 
 
+@pytest.mark.parametrize("window", [0, 33])
+def test_sinks(window: int, device: torch.device, dtype: torch.dtype, assert_close: Check) -> None:
+    case = make_case([(70, 37)], 4, 2, 32, 16, device, dtype, forgotten=30 if window else 0)
+    sinks = torch.tensor([0.5, -3.0, 60.0, 2.0], device=device)
+    case.check(assert_close, 16, _CONFIG, window, sinks=sinks)
+
+
 def test_parts_of_tiles_in_a_window(
     device: torch.device, dtype: torch.dtype, assert_close: Check
 ) -> None:

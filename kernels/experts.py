@@ -1,0 +1,475 @@
+"""Mixtures of experts: tokens are sorted by expert, and each expert multiplies its own.
+
+    route       logits ─► top_k experts of each token, and their weights
+    sort        (token, expert) pairs, expert by expert; for few tokens they stay as they are
+    product     gate and up of x's rows, activated ─► one row for each pair
+    product     down of those rows ─► one row for each pair, where the token has it
+    combine     Σ weight · row, in the order in which the token's experts were chosen
+
+The host reads nothing: grids have as many programs as there may be tiles, and those that are not
+needed end at once. An expert without tokens is not read. Nothing is added by atomics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baton.kernels.gated_mul import activate
+from baton.kernels.reference_experts import ExpertActivation, Routes
+from baton.kernels.routing import ClampedSwiglu, RoutingRule
+
+_UNSORTED_TOKENS = 8
+"""Up to so many, each pair is a tile of its own: experts that several have come from the cache."""
+_FEW_TOKENS = 64
+"""Up to so many, tiles have 16 rows. A step of more tokens has tiles of 64, whatever their number:
+all variants are met while warming up."""
+_CHUNK = 128
+"""Pairs that a program sorts."""
+_COMBINED = 1024
+
+
+class ExpertWeights(NamedTuple):
+    """Of all experts of a layer, contiguous."""
+
+    gate_up: Tensor
+    """[experts, 2 · size, hidden]: the gate's rows, then up's."""
+    down: Tensor
+    """[experts, hidden, size]"""
+    gate_up_bias: Tensor | None
+    """[experts, 2 · size]"""
+    down_bias: Tensor | None
+    """[experts, hidden]"""
+
+
+def route(
+    logits: Tensor,
+    rule: RoutingRule,
+    choice_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+) -> Routes:
+    """As kernels.reference_experts.route; experts are int32."""
+    num_tokens, num_experts = logits.shape
+    assert num_experts == rule.num_experts and logits.stride(1) == 1
+    shape = (num_tokens, rule.top_k)
+    chosen = torch.empty(shape, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    if num_tokens:
+        _route[(num_tokens,)](
+            chosen,
+            weights,
+            logits,
+            choice_bias,
+            expert_scale,
+            logits.stride(0),
+            NUM_EXPERTS=num_experts,
+            TOP_K=rule.top_k,
+            SCORING=rule.scoring,
+            NORMALISED=rule.is_normalised,
+            FLOOR=rule.floor,
+            SCALE=rule.scale,
+            GROUPS=rule.num_groups,
+            TOP_GROUPS=rule.top_groups,
+            BLOCK=triton.next_power_of_2(num_experts),
+            BLOCK_K=triton.next_power_of_2(rule.top_k),
+            BLOCK_G=triton.next_power_of_2(rule.num_groups),
+            num_warps=1 if num_experts <= 128 else 4,
+        )
+    return Routes(chosen, weights)
+
+
+def experts(
+    x: Tensor,
+    routes: Routes,
+    weights: ExpertWeights,
+    activation: ExpertActivation,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Each token's experts, weighted and added up, plus the residual.
+
+    Args:
+        x: [T, hidden], the last dimension contiguous.
+        routes: of `route`.
+        residual: [T, hidden]; the result takes its memory.
+    """
+    num_tokens, hidden = x.shape
+    top_k, size = routes.experts.shape[1], weights.down.shape[2]
+    num_pairs = num_tokens * top_k
+    out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
+    if residual is not None:
+        out = residual
+    if num_tokens == 0:
+        return out
+    order = _sorted(routes.experts, len(weights.down)) if num_tokens > _UNSORTED_TOKENS else None
+    inner = torch.empty((num_pairs, size), dtype=x.dtype, device=x.device)
+    _product(inner, x, weights.gate_up, weights.gate_up_bias, routes, order, activation)
+    rows = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
+    _product(rows, inner, weights.down, weights.down_bias, routes, order, None)
+    return _add_up(out, rows, routes.weights, residual, is_gate=False)
+
+
+def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+    """sigmoid(gate) · x + residual, in the residual's memory: x and residual [T, hidden], gate
+    float32 [T, 1], whose rows may be strided."""
+    out = torch.empty_like(x) if residual is None else residual
+    return _add_up(out, x, gate, residual, is_gate=True)
+
+
+class _Order(NamedTuple):
+    pairs: Tensor
+    """int32 [T · top_k]: the pairs token · top_k + place, expert by expert, by rising number."""
+    ends: Tensor
+    """int32 [experts]: where each expert's end."""
+
+
+def _sorted(chosen: Tensor, num_experts: int) -> _Order:
+    num_pairs = chosen.numel()
+    num_chunks = triton.cdiv(num_pairs, _CHUNK)
+    block = max(16, triton.next_power_of_2(num_experts))
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=chosen.device)
+
+    counts = ints(num_chunks, block)
+    order = _Order(ints(num_pairs), ints(num_experts))
+    _count[(num_chunks,)](counts, chosen, num_pairs, CHUNK=_CHUNK, BLOCK=block, num_warps=8)
+    _place[(num_chunks,)](
+        order.pairs,
+        order.ends,
+        counts,
+        chosen,
+        num_pairs,
+        num_chunks,
+        NUM_EXPERTS=num_experts,
+        CHUNK=_CHUNK,
+        BLOCK=block,
+        num_warps=8,
+    )
+    return order
+
+
+def _product(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    routes: Routes,
+    order: _Order | None,
+    activation: ExpertActivation | None,
+) -> None:
+    """The rows of x times their experts' weights.
+
+    With an activation x has a row for each token, and out for each pair in their order; without one
+    it is x that has those, and out has them by token.
+    """
+    num_tokens, top_k = routes.experts.shape
+    num_pairs, num_out = out.shape
+    num_experts, _, num_in = weight.shape
+    is_wide = x.dtype == torch.float32
+    if order is None:
+        block_m, num_tiles = 16, num_pairs
+    else:
+        block_m = 16 if num_tokens <= _FEW_TOKENS else 64
+        num_tiles = min(num_pairs, num_pairs // block_m + num_experts)
+    # Of few rows the weights are what takes time: small programs, many of them.
+    block_n = 32 if block_m == 16 else 64
+    block_k = 32 if is_wide else 128 if block_m == 16 else 64
+    clamped = activation if isinstance(activation, ClampedSwiglu) else None
+    _multiply[(triton.cdiv(num_out, block_n), num_tiles)](
+        out,
+        x,
+        weight,
+        bias,
+        routes.experts,
+        None if order is None else order.pairs,
+        None if order is None else order.ends,
+        x.stride(0),
+        out.stride(0),
+        NUM_OUT=num_out,
+        NUM_IN=num_in,
+        NUM_EXPERTS=num_experts,
+        TOP_K=top_k,
+        ACTIVATION="clamped" if clamped is not None else activation,
+        SLOPE=0.0 if clamped is None else clamped.slope,
+        LIMIT=0.0 if clamped is None else clamped.limit,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=min(block_k, max(16, triton.next_power_of_2(num_in))),
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        num_warps=4,
+        num_stages=2 if is_wide else 4,
+    )
+
+
+def _add_up(
+    out: Tensor, rows: Tensor, weights: Tensor, residual: Tensor | None, *, is_gate: bool
+) -> Tensor:
+    num_tokens, size = out.shape
+    if num_tokens == 0:
+        return out
+    block = min(_COMBINED, triton.next_power_of_2(size))
+    _combine[(triton.cdiv(size, block), num_tokens)](
+        out,
+        rows,
+        weights,
+        residual,
+        out.stride(0),
+        rows.stride(0),
+        weights.stride(0),
+        0 if residual is None else residual.stride(0),
+        SIZE=size,
+        TOP_K=weights.shape[1],
+        IS_GATE=is_gate,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _route(
+    experts_ptr,
+    weights_ptr,
+    logits_ptr,
+    bias_ptr,
+    scale_ptr,
+    stride,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCORING: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """One token."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK)
+    is_real = expert < NUM_EXPERTS
+    logit = tl.load(logits_ptr + token * stride + expert, mask=is_real, other=float("-inf"))
+    score = logit
+    if SCORING == "softmax":
+        exponential = tl.exp(logit - tl.max(logit, 0))
+        score = exponential / tl.sum(exponential, 0)
+    elif SCORING == "sigmoid":
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    choice = score
+    if bias_ptr is not None:
+        choice += tl.load(bias_ptr + expert, mask=is_real, other=0.0)
+    choice = tl.where(is_real, choice, float("-inf"))
+    if GROUPS > 1:
+        group = expert // (NUM_EXPERTS // GROUPS)
+        place = tl.arange(0, BLOCK_G)
+        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        for number in tl.static_range(GROUPS):
+            own = tl.where(group == number, choice, float("-inf"))
+            first = tl.argmax(own, 0)
+            second = tl.max(tl.where(expert == first, float("-inf"), own), 0)
+            best = tl.where(place == number, tl.max(own, 0) + second, best)
+        is_left = expert < 0
+        for _ in tl.static_range(TOP_GROUPS):
+            highest = tl.argmax(best, 0)
+            is_left = is_left | (group == highest)
+            best = tl.where(place == highest, float("-inf"), best)
+        choice = tl.where(is_left, choice, float("-inf"))
+
+    place = tl.arange(0, BLOCK_K)
+    chosen = tl.zeros([BLOCK_K], tl.int32)
+    weight = tl.full([BLOCK_K], float("-inf"), tl.float32)
+    for number in tl.static_range(TOP_K):
+        # Of equal ones the first. Where there is no number at all, still an expert.
+        at = tl.minimum(tl.argmax(choice, 0), NUM_EXPERTS - 1)
+        own = tl.sum(tl.where(expert == at, score, 0.0), 0)
+        chosen = tl.where(place == number, at, chosen)
+        weight = tl.where(place == number, own, weight)
+        choice = tl.where(expert == at, float("-inf"), choice)
+    inside = place < TOP_K
+    if SCORING == "softmax_of_chosen":
+        weight = tl.exp(weight - tl.max(weight, 0))
+        weight = weight / tl.sum(weight, 0)
+    elif NORMALISED:
+        weight = weight / (tl.sum(tl.where(inside, weight, 0.0), 0) + FLOOR)
+    weight = weight * SCALE
+    if scale_ptr is not None:
+        weight = weight * tl.load(scale_ptr + chosen, mask=inside, other=1.0)
+    tl.store(experts_ptr + token * TOP_K + place, chosen, mask=inside)
+    tl.store(weights_ptr + token * TOP_K + place, weight, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _count(counts_ptr, chosen_ptr, num_pairs, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of a chunk's pairs each expert has."""
+    chunk = tl.program_id(0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    own = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1)
+    expert = tl.arange(0, BLOCK)
+    is_own = (own[:, None] == expert[None, :]).to(tl.int32)
+    tl.store(counts_ptr + chunk * BLOCK + expert, tl.sum(is_own, 0))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
+def _place(
+    pairs_ptr,
+    ends_ptr,
+    counts_ptr,
+    chosen_ptr,
+    num_pairs,
+    num_chunks,
+    NUM_EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Puts a chunk's pairs where they belong: behind those of lower experts, and behind those of
+    the same expert in earlier chunks."""
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int32)
+    before = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, num_chunks, 16):
+        other = first + tl.arange(0, 16)
+        at = counts_ptr + other[:, None] * BLOCK + expert[None, :]
+        count = tl.load(at, mask=(other < num_chunks)[:, None], other=0)
+        total += tl.sum(count, 0)
+        before += tl.sum(tl.where((other < chunk)[:, None], count, 0), 0)
+    end = tl.cumsum(total, 0)
+    start = end - total + before
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    own = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1)
+    is_own = (own[:, None] == expert[None, :]).to(tl.int32)
+    rank = tl.cumsum(is_own, 0) - 1
+    place = tl.sum(is_own * (start[None, :] + rank), 1)
+    tl.store(pairs_ptr + place, pair, mask=pair < num_pairs)
+    if chunk == 0:
+        tl.store(ends_ptr + expert, end, mask=expert < NUM_EXPERTS)
+
+
+@triton.jit
+def _multiply(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    chosen_ptr,
+    pairs_ptr,
+    ends_ptr,
+    x_stride,
+    out_stride,
+    NUM_OUT: tl.constexpr,
+    NUM_IN: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Some columns of one tile of pairs, which have one expert. With an ACTIVATION it is gate and
+    up, NUM_OUT of each."""
+    tile = tl.program_id(1)
+    row = tl.arange(0, BLOCK_M)
+    if pairs_ptr is None:
+        expert = tl.load(chosen_ptr + tile)
+        place = tile + row
+        is_real = row == 0
+        pair = place
+    else:
+        other = tl.arange(0, BLOCK_E)
+        end = tl.load(ends_ptr + other, mask=other < NUM_EXPERTS, other=0)
+        start = tl.load(ends_ptr + other - 1, mask=(other > 0) & (other < NUM_EXPERTS), other=0)
+        # Those that only pad have no tiles.
+        num_tiles = tl.where(other < NUM_EXPERTS, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+        tiles_end = tl.cumsum(num_tiles, 0)
+        expert = tl.sum((tiles_end <= tile).to(tl.int32), 0)
+        if expert >= NUM_EXPERTS:
+            return
+        is_it = other == expert
+        first_tile = tl.sum(tl.where(is_it, tiles_end - num_tiles, 0), 0)
+        first = tl.sum(tl.where(is_it, start, 0), 0) + (tile - first_tile) * BLOCK_M
+        place = first + row
+        is_real = place < tl.sum(tl.where(is_it, end, 0), 0)
+        pair = tl.load(pairs_ptr + place, mask=is_real, other=0)
+    if ACTIVATION is not None:
+        source, target = pair // TOP_K, place
+    else:
+        source, target = place, pair
+
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < NUM_OUT
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + source.to(tl.int64)[:, None] * x_stride + k[None, :]
+    rows_each: tl.constexpr = NUM_OUT if ACTIVATION is None else 2 * NUM_OUT
+    weight_at = weight_ptr + expert.to(tl.int64) * (rows_each * NUM_IN)
+    weight_at = weight_at + column[None, :] * NUM_IN + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin in tl.range(0, NUM_IN, BLOCK_K):
+        if NUM_IN % BLOCK_K == 0:
+            x = tl.load(x_at + begin, mask=is_real[:, None], other=0.0)
+            is_weight = inside[None, :]
+        else:
+            is_in = begin + k < NUM_IN
+            x = tl.load(x_at + begin, mask=is_real[:, None] & is_in[None, :], other=0.0)
+            is_weight = is_in[:, None] & inside[None, :]
+        weight = tl.load(weight_at + begin, mask=is_weight, other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        if ACTIVATION is not None:
+            weight = tl.load(weight_at + NUM_OUT * NUM_IN + begin, mask=is_weight, other=0.0)
+            up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+    if bias_ptr is not None:
+        bias_at = bias_ptr + expert * rows_each + column
+        acc += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATION is not None:
+            up_bias = tl.load(bias_at + NUM_OUT, mask=inside, other=0.0)
+            up_acc += up_bias.to(tl.float32)[None, :]
+    if ACTIVATION == "clamped":
+        gate = tl.minimum(acc, LIMIT)
+        up = tl.minimum(tl.maximum(up_acc, -LIMIT), LIMIT)
+        acc = gate / (1.0 + tl.exp(-SLOPE * gate)) * (up + 1.0)
+    elif ACTIVATION is not None:
+        acc = activate(acc, ACTIVATION) * up_acc
+    out_at = out_ptr + target.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=is_real[:, None] & inside[None, :])
+
+
+@triton.jit
+def _combine(
+    out_ptr,
+    rows_ptr,
+    weights_ptr,
+    residual_ptr,
+    out_stride,
+    rows_stride,
+    weights_stride,
+    residual_stride,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IS_GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some columns of one token."""
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < SIZE
+    acc = tl.zeros([BLOCK], tl.float32)
+    for number in tl.static_range(TOP_K):
+        weight = tl.load(weights_ptr + token * weights_stride + number)
+        if IS_GATE:
+            weight = 1.0 / (1.0 + tl.exp(-weight))
+        row = rows_ptr + (token * TOP_K + number) * rows_stride + column
+        acc += weight * tl.load(row, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        source = residual_ptr + token * residual_stride + column
+        acc += tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    target = out_ptr + token * out_stride + column
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,185 @@
+"""Kernels of mixtures of experts against float64: routing, and products over sorted tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from baton.kernels import experts as kernels
+from baton.kernels import reference_experts
+from baton.kernels.experts import ExpertWeights, experts, gated_add, route
+from baton.kernels.reference_experts import ExpertActivation, Routes
+from baton.kernels.routing import ClampedSwiglu, RoutingRule
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+Check = Callable[[Tensor, Tensor], None]
+
+RULES = {
+    "softmax": RoutingRule(num_experts=13, top_k=3),
+    "normalised": RoutingRule(num_experts=8, top_k=8, is_normalised=True, scale=2.5),
+    "one": RoutingRule(num_experts=1, top_k=1, is_normalised=True),
+    "of chosen": RoutingRule(num_experts=32, top_k=4, scoring="softmax_of_chosen"),
+    "groups": RoutingRule(
+        num_experts=24,
+        top_k=5,
+        scoring="sigmoid",
+        is_normalised=True,
+        floor=1e-20,
+        scale=1.5,
+        num_groups=6,
+        top_groups=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_routes_are_those_of_the_reference(name: str, extras: bool, device: torch.device) -> None:
+    rule = RULES[name]
+    # Of a wider product, whose last column is another layer's; some logits are equal.
+    logits = (torch.randn(9, rule.num_experts + 1) * 3).round(decimals=1).to(device)
+    logits = logits[:, : rule.num_experts]
+    logits[4] = 1.0
+    bias, scale = (torch.rand(rule.num_experts).to(device) if extras else None for _ in range(2))
+    got, expected = (each(logits, rule, bias, scale) for each in (route, reference_experts.route))
+    # `exp` is not the same there: of scores that are equal here, one may be higher.
+    if rule.scoring == "softmax_of_chosen" or not extras:
+        assert got.experts.tolist() == expected.experts.tolist()
+    torch.testing.assert_close(got.weights, expected.weights, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_numbers_that_are_none_lead_to_some_expert(device: torch.device) -> None:
+    logits = torch.full((2, 5), float("nan"), device=device)
+    routes = route(logits, RoutingRule(num_experts=5, top_k=2))
+    assert bool(((routes.experts >= 0) & (routes.experts < 5)).all())
+
+
+def weights_of(
+    num_experts: int, hidden: int, size: int, device: torch.device, dtype: torch.dtype, bias: bool
+) -> ExpertWeights:
+    def rand(*shape: int) -> Tensor:
+        return (torch.randn(shape) * 0.3).to(device, dtype)
+
+    return ExpertWeights(
+        rand(num_experts, 2 * size, hidden),
+        rand(num_experts, hidden, size),
+        rand(num_experts, 2 * size) if bias else None,
+        rand(num_experts, hidden) if bias else None,
+    )
+
+
+def random_routes(num_tokens: int, num_experts: int, top_k: int, device: torch.device) -> Routes:
+    """Of unequal popularity; some experts have nobody."""
+    popularity = torch.rand(num_tokens, num_experts) + torch.linspace(0, 1, num_experts)
+    popularity[:, num_experts // 2] = -1
+    chosen = popularity.topk(top_k).indices.int()
+    return Routes(chosen.to(device), torch.rand(num_tokens, top_k).to(device))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "hidden", "size", "activation", "bias"),
+    [
+        (1, 8, 2, 64, 48, "silu", False),
+        (9, 5, 3, 40, 37, ClampedSwiglu(1.7, 0.8), True),
+        (50, 5, 3, 24, 16, "gelu_tanh", False),
+        (70, 4, 2, 24, 16, ClampedSwiglu(1.702, 7.0), True),
+    ],
+)
+def test_experts(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    size: int,
+    activation: ExpertActivation,
+    bias: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    assert_close: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = torch.empty
+
+    def poisoned(*args: object, **options: object) -> Tensor:
+        tensor: Tensor = made(*args, **options)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7EADBEEF)
+
+    weights = weights_of(num_experts, hidden, size, device, dtype, bias)
+    x = torch.randn(num_tokens, hidden).to(device, dtype)
+    residual = torch.randn(num_tokens, hidden).to(device, dtype)
+    routes = random_routes(num_tokens, num_experts, top_k, device)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    got = experts(x, routes, weights, activation, residual.clone())
+    monkeypatch.undo()
+    wide = reference_experts.ExpertWeights(
+        weights.gate_up.double(),  # type: ignore[arg-type]
+        weights.down.double(),  # type: ignore[arg-type]
+        [None] * num_experts if weights.gate_up_bias is None else [*weights.gate_up_bias.double()],
+        [None] * num_experts if weights.down_bias is None else [*weights.down_bias.double()],
+    )
+    expected = reference_experts.experts(
+        x.double(), Routes(routes.experts.long(), routes.weights), wide, activation, min_rows=1
+    )
+    assert_close(got, expected + residual.double())
+
+
+def test_an_expert_without_tokens_is_not_read(device: torch.device) -> None:
+    for num_tokens in (3, 12):
+        weights = weights_of(6, 32, 16, device, torch.float32, bias=True)
+        routes = random_routes(num_tokens, 6, 2, device)
+        x = torch.randn(num_tokens, 32, device=device)
+        expected = experts(x, routes, weights, "silu")
+        for tensor in weights:
+            assert tensor is not None
+            tensor[3] = float("nan")
+        assert torch.equal(experts(x, routes, weights, "silu"), expected)
+
+
+def test_a_token_s_bits_are_those_of_a_step_of_its_size(device: torch.device) -> None:
+    """Nothing is added in an order that chance decides."""
+    weights = weights_of(4, 32, 16, device, torch.float32, bias=False)
+    routes = random_routes(20, 4, 3, device)
+    x = torch.randn(20, 32, device=device)
+    whole = experts(x, routes, weights, "silu")
+    assert torch.equal(experts(x, routes, weights, "silu"), whole)
+    turned = Routes(routes.experts.flip(0), routes.weights.flip(0))
+    assert torch.equal(experts(x.flip(0), turned, weights, "silu").flip(0), whole)
+
+
+def test_no_tokens(device: torch.device) -> None:
+    weights = weights_of(4, 32, 16, device, torch.float32, bias=False)
+    routes = route(torch.zeros(0, 4, device=device), RoutingRule(num_experts=4, top_k=2))
+    x = torch.zeros(0, 32, device=device)
+    assert experts(x, routes, weights, "silu").shape == (0, 32)
+    assert gated_add(x, torch.zeros(0, 1, device=device), x) is x
+
+
+def test_gated_add(device: torch.device, dtype: torch.dtype, assert_close: Check) -> None:
+    x, residual = (torch.randn(5, 70).to(device, dtype) for _ in range(2))
+    gate = torch.randn(5, 9, device=device)[:, 8:] * 4
+    expected = x.double() * gate.double().sigmoid()
+    assert_close(gated_add(x, gate, None), expected)
+    expected = expected + residual.double()
+    assert gated_add(x, gate, residual) is residual
+    assert_close(residual, expected)
+
+
+def test_tiles_are_as_many_as_there_may_be(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs of one expert, and as many experts as pairs; in large tiles."""
+    monkeypatch.setattr(kernels, "_UNSORTED_TOKENS", 0)
+    monkeypatch.setattr(kernels, "_FEW_TOKENS", 1)
+    weights = weights_of(9, 32, 16, device, torch.float32, bias=False)
+    x = torch.randn(9, 32, device=device)
+    for chosen in (torch.full((9, 1), 8), torch.arange(9).flip(0)[:, None]):
+        routes = Routes(chosen.int().to(device), torch.ones(9, 1, device=device))
+        got = experts(x, routes, weights, "silu")
+        for token, expert in enumerate(chosen[:, 0].tolist()):
+            gate, up = (weights.gate_up[expert] @ x[token]).chunk(2)
+            alone = weights.down[expert] @ (torch.nn.functional.silu(gate) * up)
+            torch.testing.assert_close(got[token], alone, atol=1e-5, rtol=1e-4)
