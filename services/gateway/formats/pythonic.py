@@ -25,6 +25,8 @@ from baton.services.gateway.formats.source import (
 
 BEGIN, END = "<|python_start|>", "<|python_end|>"
 _CONSTANTS = {"true": True, "false": False, "null": None}
+_MAX_WRITTEN = 1 << 17
+"""Characters of a call: Python's own parser reads them in one go. Beyond them it is none."""
 _OUTSIDE = re.compile(r"""["'()\[\]{}]""")
 
 
@@ -95,7 +97,7 @@ def _bracketed(source: Source) -> Steps[str]:
                 if depth <= 0:
                     return "".join([*taken, source.take(at)])
         taken.append(source.take(at))
-        if source.is_closed:
+        if source.is_closed or sum(map(len, taken)) > _MAX_WRITTEN:
             return "".join(taken)
         yield None
 

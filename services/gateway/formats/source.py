@@ -7,7 +7,9 @@ the parts put together are the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
+from functools import lru_cache
 from typing import TypeVar
 
 from baton.services.gateway.answer_parts import Arguments, Content, Part, Reasoning
@@ -54,6 +56,9 @@ class Source:
     def take_before(self, *markers: str) -> tuple[str, str | None]:
         """The text that is certain to come before the first marker, and that one, once it is here;
         both are taken. Of markers that begin at one place the first that is whole counts."""
+        if _beginnings(markers).search(self._text) is None:
+            # So it is with nearly all tokens.
+            return self.take(len(self._text)), None
         starts = [(start, marker) for marker in markers if (start := self._text.find(marker)) >= 0]
         whole, found = min(starts, default=(len(self._text), None))
         partial = self._partial(markers)
@@ -74,7 +79,8 @@ class Source:
     def _begun(self, markers: tuple[str, ...]) -> int:
         length = len(self._text)
         first = max(0, length - max(map(len, markers)) + 1)
-        for start in range(first, length):
+        for found in _beginnings(markers).finditer(self._text, first):
+            start = found.start()
             tail = self._text[start:]
             if any(len(tail) < len(marker) and marker.startswith(tail) for marker in markers):
                 return start
@@ -89,6 +95,13 @@ class Source:
         text = "".join(self._record or ())
         self._record = None
         return text
+
+
+@lru_cache
+def _beginnings(markers: tuple[str, ...]) -> re.Pattern[str]:
+    """The first characters of markers; nothing, where there are none."""
+    first = "".join(sorted({marker[0] for marker in markers}))
+    return re.compile(f"[{re.escape(first)}]" if first else r"(?!)")
 
 
 def spaces(source: Source) -> Steps[str]:

@@ -15,8 +15,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from baton.services.gateway import generate as path
 from baton.services.gateway.chat_format import ChatFormat
+from baton.services.gateway.generation import Generation
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.kv.sequence import FinishReason
+from baton.shared.rpc.errors import WorkerLost
 from tests.unit.gateway.null_frontend import Reply, ask, serving
 from tests.unit.gateway.scripted_frontend import ScriptedFrontend
 
@@ -50,6 +52,8 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_c
 MARKERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
 REQUIRED = {"tool_choice": "required"}
 CHAT = "/v1/chat/completions"
+REAL_ATTEMPTS = path.attempts
+Runs = AsyncGenerator[list[int], None]
 
 
 class Scripted(ScriptedFrontend):
@@ -64,12 +68,13 @@ class Scripted(ScriptedFrontend):
         self.text = ""
         self.run_length = 1
 
-    async def attempts(self, generation: Any, *rest: object) -> AsyncGenerator[list[int], None]:
+    async def attempts(self, generation: Generation, *rest: object) -> Runs:
         assert self.codec is not None
         script = [*self.codec.encode(self.text, add_special_tokens=False), self._end]
         limit = generation.admitted.params.max_tokens
         reason = FinishReason.LENGTH if limit < len(script) else FinishReason.STOP
-        script = script[:limit]
+        # What earlier attempts emitted is there.
+        script = script[len(generation.token_ids) : limit]
         for start in range(0, len(script), self.run_length):
             run = script[start : start + self.run_length]
             generation.token_ids += run
@@ -200,6 +205,29 @@ async def test_a_loop_of_two_turns(frontend: Scripted) -> None:
     prompt = codec.decode(frontend.requests[-1].token_ids.token_ids, skip_special=False)
     assert prompt.startswith(f"<|im_start|>system\n{json.dumps(WEATHER)}\n")
     assert f"<|im_start|>assistant\n{CALL}<|im_end|>\n<|im_start|>tool\nRain.<|im_end|>" in prompt
+
+
+async def test_a_call_goes_on_in_another_attempt(
+    frontend: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the same call: no id, name or argument comes twice, and none is lost."""
+
+    async def lost_twice(generation: Generation, cluster: object) -> Runs:
+        async for run in frontend.attempts(generation):
+            yield run
+            if len(generation.token_ids) in (5, 20) and generation.num_attempts < 3:
+                raise WorkerLost("decode-0 is gone")
+
+    frontend.text = f"{THOUGHT}{CALL}"
+    options: Any = {"model": "null", "messages": ASKED, "tools": [WEATHER], "stream": True}
+    async with client_of(frontend) as client:
+        undisturbed = [chunk async for chunk in await client.chat.completions.create(**options)]
+        monkeypatch.setattr(path, "attempts", REAL_ATTEMPTS)
+        monkeypatch.setattr(path, "run_attempt", lost_twice)
+        chunks = [chunk async for chunk in await client.chat.completions.create(**options)]
+    assert frontend.counters["extra_attempts"] == 2
+    assert put_together(chunks) == put_together(undisturbed)
+    assert len(put_together(chunks)["calls"]) == 1
 
 
 async def test_what_is_cut_off_is_told(frontend: Scripted) -> None:
