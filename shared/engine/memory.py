@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,8 +42,18 @@ def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.dev
         raise ModelError(
             f"model: the weights take {_gib(weight_bytes)}, {_gib(room)} of the GPU may be used "
             f"(gpu_memory_utilization {config.gpu_memory_utilization:g}): "
-            f"{_gib(weight_bytes - room)} missing"
+            f"{_gib(weight_bytes - room)} missing; {_way_out(config, weight_bytes, device)}"
         )
+
+
+def _way_out(config: EngineConfig, weight_bytes: int, device: torch.device) -> str:
+    """Which settings would make weights fit that do not."""
+    whole = _gpu_room(replace(config, gpu_memory_utilization=1.0), device)
+    if weight_bytes <= whole:
+        return "raise gpu_memory_utilization"
+    if config.dtype == "float32" and weight_bytes // 2 <= whole:
+        return "set dtype to bfloat16, which takes half of that"
+    return "no setting makes room on this GPU"
 
 
 @dataclass(frozen=True, slots=True)

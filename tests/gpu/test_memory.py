@@ -78,7 +78,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, make_gpu_runner: MakeRunner) ->
         make_gpu_runner(tmp_path, load_format="dummy", gpu_memory_utilization=0.05)
     message = re.fullmatch(
         r"model: the weights take ([\d.]+) GiB, ([\d.]+) GiB of the GPU may be used "
-        r"\(gpu_memory_utilization 0\.05\): ([\d.]+) GiB missing",
+        r"\(gpu_memory_utilization 0\.05\): ([\d.]+) GiB missing; raise gpu_memory_utilization",
         str(caught.value),
     )
     assert message is not None, caught.value

@@ -67,8 +67,17 @@ SERVED = {
     "mistralai/Mistral-Nemo-Instruct-2407": "40 x (32 / 8 x 128 default)",
     "mistralai/Mistral-Small-24B-Instruct-2501": "40 x (32 / 8 x 128 default)",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "40 x (32 / 8 x 128 default)",
+    "mistralai/Mixtral-8x22B-v0.1": "56 x (48 / 8 x 128 default), 2 of 8 experts of 16384",
     "mistralai/Mixtral-8x7B-v0.1": "32 x (32 / 8 x 128 default), 2 of 8 experts of 14336",
     "Qwen/Qwen1.5-MoE-A2.7B": "24 x (16 / 16 x 128 default), 4 of 60 experts of 1408",
+    "openai/gpt-oss-120b": (
+        "18 x (64 / 8 x 64 yarn, 128), 18 x (64 / 8 x 64 yarn), 4 of 128 experts of 2880"
+    ),
+    "openai/gpt-oss-20b": (
+        "12 x (64 / 8 x 64 yarn, 128), 12 x (64 / 8 x 64 yarn), 4 of 32 experts of 2880"
+    ),
+    "Qwen/Qwen3-235B-A22B": "94 x (64 / 4 x 128 default), 8 of 128 experts of 1536",
+    "zai-org/GLM-4.5-Air": "46 x (96 / 8 x 128 default), 8 of 128 experts of 1408",
     "Qwen/Qwen3-30B-A3B": "48 x (32 / 4 x 128 default), 8 of 128 experts of 768",
     "Qwen/Qwen2-0.5B-Instruct": "24 x (14 / 2 x 64 default), tied",
     "Qwen/Qwen2-7B-Instruct": "28 x (28 / 4 x 128 default)",
@@ -194,8 +203,10 @@ def check_ropes(ours: ModelConfig, theirs: Any, layer_types: list[str]) -> None:
         theirs_of_text = rotary(hidden, positions[None], *([layer_type] if by_kind else []))
         for table, of_text in zip((cos, sin), theirs_of_text, strict=True):
             # Pairs that turn come first here; where text has three positions, they are one.
-            num_pairs = of_text.shape[-1] // 2
-            first = of_text.reshape(-1, len(positions), 2 * num_pairs)[0, :, :num_pairs]
+            # One number for each pair, of gpt_oss; else one for each of a pair.
+            size = of_text.shape[-1]
+            num_pairs = size if theirs.model_type == "gpt_oss" else size // 2
+            first = of_text.reshape(-1, len(positions), size)[0, :, :num_pairs]
             torch.testing.assert_close(table[:, :num_pairs], first)
         assert bool((cos[:, num_pairs:] == 1).all() and (sin[:, num_pairs:] == 0).all())
 

@@ -46,7 +46,11 @@ def load(tmp_path: Path) -> Load:
     """A loader over the tensors given, or over random ones."""
 
     def load(
-        tensors: dict[str, Tensor] | None, ranks: Ranks | None = None, device: str = "cpu"
+        tensors: dict[str, Tensor] | None,
+        ranks: Ranks | None = None,
+        device: str = "cpu",
+        *,
+        is_quantized: bool = False,
     ) -> ModelLoader:
         if tensors is not None:
             save_file(tensors, tmp_path / "model.safetensors")
@@ -57,7 +61,7 @@ def load(tmp_path: Path) -> Load:
             device=torch.device(device),
             num_positions=8,
             ropes_made_for=8,
-            is_quantized=False,
+            is_quantized=is_quantized,
         )
 
     return load
@@ -128,6 +132,20 @@ def test_every_form_is_the_same_experts(form: str, num_ranks: int, load: Load) -
         assert (on_paper.num_bytes, on_paper.taken) == (partial.num_bytes, partial.taken)
         assert on_paper.linear_shapes == partial.linear_shapes
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_experts_of_8_bits_are_expanded_as_any_linear_layer(load: Load) -> None:
+    tensors, expanded = {}, {}
+    for name, weight in separate().items():
+        numbers, scale = (weight * 20).to(torch.int8), rand(len(weight), 1).abs()
+        tensors |= {name: numbers, f"{name}_scale": scale}
+        expanded[name] = numbers * scale
+    ours = list(expand_experts(SPEC, load(tensors, is_quantized=True), Ranks()))
+    theirs = list(expand_experts(SPEC, load(expanded), Ranks()))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.gate_up, other.gate_up) and torch.equal(one.down, other.down)
+    with pytest.raises(ModelError, match=r"e.gate_up: dtype I8 is not one of"):
+        load({"e.gate_up": torch.ones(5, 64, 64).char()}, device="meta").experts(SPEC)
 
 
 def packed(*shape: int, seed: int) -> tuple[Tensor, Tensor]:

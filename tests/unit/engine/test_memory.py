@@ -190,3 +190,25 @@ def test_configured_blocks_and_their_slots_have_to_fit(monkeypatch: pytest.Monke
     wanted = "num_blocks: 349 blocks of 1048576 bytes and 1 slots of 2097152 bytes do not fit"
     with pytest.raises(ModelError, match=wanted):
         num_blocks(400, monkeypatch, WITH_STATES, num_blocks=349)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights_gib", "way_out"),
+    [
+        ({"gpu_memory_utilization": 0.5}, 50, "10.00 GiB missing; raise gpu_memory_utilization"),
+        ({"dtype": "float32"}, 100, "28.00 GiB missing; set dtype to bfloat16, which takes half"),
+        ({"dtype": "bfloat16"}, 100, "28.00 GiB missing; no setting makes room on this GPU"),
+        ({"dtype": "float32"}, 200, "128.00 GiB missing; no setting makes room on this GPU"),
+    ],
+)
+def test_weights_that_the_gpu_does_not_hold(
+    config: dict[str, Any], weights_gib: int, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (78 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    fields = {"gpu_memory_utilization": 0.9, **config}
+    with pytest.raises(ModelError) as caught:
+        memory.check_weights_fit(
+            EngineConfig(Path("nowhere"), **fields), weights_gib * 2**30, torch.device("cuda")
+        )
+    assert way_out in str(caught.value)
