@@ -19,6 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "triton", "torch")
 LOAD_FORMATS = ("auto", "dummy")
+MODEL_IMPLS = ("auto", "baton", "transformers")
 AUTO: Literal["auto"] = "auto"
 
 
@@ -32,6 +33,8 @@ class EngineConfig:
     auto the longest up to it for which the block pools have room.
 
     `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
+    `model_impl`: whose code computes the model, baton's or, over our cache, that of the library
+    transformers; auto takes the latter for types that baton has none for.
     `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.
     `gpu_memory_utilization`: share of the GPU's memory that this engine may take, weights included.
     `host_memory_mib`: what this process may take of the host's memory on a CPU, weights and pool
@@ -52,6 +55,7 @@ class EngineConfig:
     token_budget: int | None = None
     max_num_seqs: int = 256
     kernels: str = "auto"
+    model_impl: str = "auto"
     load_format: str = "auto"
     gpu_memory_utilization: float = 0.9
     host_memory_mib: int | None = None
@@ -63,6 +67,7 @@ class EngineConfig:
             ("device", DEVICES),
             ("dtype", DTYPES),
             ("kernels", KERNELS),
+            ("model_impl", MODEL_IMPLS),
             ("load_format", LOAD_FORMATS),
         ):
             value = getattr(self, name)

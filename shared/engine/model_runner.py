@@ -18,6 +18,7 @@ from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockS
 from baton.shared.engine.config import AUTO, DeviceError, EngineConfig, most_model_len
 from baton.shared.engine.executor import Executor, Model, Step
 from baton.shared.engine.host_executor import HostExecutor
+from baton.shared.engine.implementation import Place, find_implementation
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
 from baton.shared.engine.model_digest import (
@@ -27,9 +28,8 @@ from baton.shared.engine.model_digest import (
     identify_dummy,
     identify_model,
 )
-from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
+from baton.shared.engine.model_loader import ModelPlan
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.registry import load_model_config
 from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
@@ -71,6 +71,7 @@ class ModelRunner:
         cache_dtype: of keys and values.
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
+        model_impl: whose code computes the model: `baton`, or the other library and its version.
         model_identity: tells models apart.
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of one step.
@@ -102,13 +103,16 @@ class ModelRunner:
         Raises:
             ModelError: the model, its weights or the configuration cannot be used.
         """
-        self._model_type, self.model_config = load_model_config(config.model_dir)
+        self._implementation = find_implementation(config)
+        self.model_config = self._implementation.config
+        self.model_impl = self._implementation.name
         # What cache and rope are made for, and until the pools are known the longest sequence.
         self._most_tokens = most_model_len(config, self.model_config.max_position_embeddings)
         self.max_model_len = self._most_tokens
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         self.cache_dtype = self.dtype
+        self._implementation.check_device(self.device, config.kernels)
         self.kernels = _kernels(config.kernels, self.device, self.model_config)
         self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self.num_drafts = config.num_drafts
@@ -134,10 +138,7 @@ class ModelRunner:
         self._ops = _operations(self.kernels, self.device, self.model_config)
 
         weights = self._find_weights()
-        plan = plan_model(
-            self._model_type, self.model_config, self.groups, weights, self._ops, self.dtype
-        )
-        weights.check_all_taken(plan.shapes, self._model_type.ignores)
+        plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
         check_weights_fit(config, plan.num_bytes, self.device)
         if self.device.type == "cpu":
             self._choose_pools(plan.num_bytes, progress)
@@ -147,6 +148,12 @@ class ModelRunner:
         weights.close()
 
         self.determinism, self._min_rows = self._measure_determinism(plan)
+        with torch.inference_mode():
+            is_stable = self._implementation.check(
+                self._model, self._make_scratch_executor, self.groups, config.block_size
+            )
+        if not is_stable:
+            self.determinism = "consistent"
         self.numerics = self._describe_numerics()
         self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
@@ -231,16 +238,16 @@ class ModelRunner:
     ) -> Model:
         report = ProgressReport(progress, "loading weights", plan.num_reads)
         with torch.inference_mode():
-            return load_model(
-                self._model_type,
-                self.model_config,
-                self.groups,
+            return self._implementation.load(
                 weights,
-                self._ops,
-                dtype=self.dtype,
-                device=self.device,
-                num_positions=self.max_model_len,
-                ropes_made_for=self._most_tokens,
+                self.groups,
+                Place(
+                    self._ops,
+                    self.dtype,
+                    self.device,
+                    num_positions=self.max_model_len,
+                    ropes_made_for=self._most_tokens,
+                ),
                 on_read=lambda: report.advance(1),
             )
 
@@ -261,7 +268,9 @@ class ModelRunner:
     def _describe_numerics(self) -> str:
         ropes = [layer.rope for layer in self.model_config.layers]
         choices = describe_choices(ropes, self._most_tokens)
-        return f"{_numerics(self.device, self.kernels)} {choices}".rstrip()
+        whose = "" if self.model_impl == "baton" else self.model_impl
+        parts = (_numerics(self.device, self.kernels), whose, choices)
+        return " ".join(part for part in parts if part)
 
     @property
     def _most_tokens_of_a_step(self) -> int:
@@ -328,6 +337,17 @@ class ModelRunner:
             num_drafts=self.num_drafts,
             eos_token_ids=self.model_config.eos_token_ids,
         )
+
+    def _make_scratch_executor(self, num_blocks: int) -> Executor:
+        """Over a cache of its own, with so many blocks in each pool."""
+        cache = KvCache(
+            self.arrangement,
+            [num_blocks] * self.arrangement.num_pools,
+            self._config.block_size,
+            self.cache_dtype,
+            device=self.device,
+        )
+        return self._make_executor(cache)
 
     # On a GPU
 

@@ -79,6 +79,11 @@ def model_types() -> list[ModelType]:
     return [_TYPES[name] for name in sorted(_TYPES)]
 
 
+def has(name: str) -> bool:
+    """Whether there is a type of that name."""
+    return name in _TYPES
+
+
 def register(model_type: ModelType) -> None:
     """Adds a type, or takes the place of one of that name."""
     _TYPES[model_type.name] = model_type

@@ -1,0 +1,162 @@
+"""Whose code computes a model: the engine's own, or that of the library transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.executor import Executor, Model
+from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
+from baton.shared.engine.models import registry
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.operations import Operations
+from baton.shared.engine.weights import DummyWeights, WeightFiles
+from baton.shared.kv.cache_spec import CacheGroup
+from baton.shared.model_files.fields import ModelError, shown
+from baton.shared.model_files.info import open_config
+
+MakeExecutor = Callable[[int], Executor]
+"""Over a cache of its own with so many blocks in each pool; the model is loaded by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where and as what a model is loaded."""
+
+    ops: Operations
+    dtype: torch.dtype
+    """Of activations."""
+    device: torch.device
+    num_positions: int
+    """Of the longest sequence that is served."""
+    ropes_made_for: int
+    """See `rope_tables`."""
+
+
+class Implementation(Protocol):
+    @property
+    def name(self) -> str:
+        """`baton`, or the other library and its version."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def check_device(self, device: torch.device, kernels: str) -> None:
+        """DeviceError: it cannot compute there, or with those kernels."""
+
+    def plan(
+        self,
+        weights: WeightFiles | DummyWeights,
+        groups: Sequence[CacheGroup],
+        ops: Operations,
+        dtype: torch.dtype,
+    ) -> ModelPlan:
+        """What loading will do. ModelError: the weights are not the model's."""
+
+    def load(
+        self,
+        weights: WeightFiles | DummyWeights,
+        groups: Sequence[CacheGroup],
+        place: Place,
+        on_read: Callable[[], None],
+    ) -> Model:
+        """`on_read` is called `ModelPlan.num_reads` times. ModelError: a file cannot be read."""
+
+    def check(
+        self,
+        model: Model,
+        make_executor: MakeExecutor,
+        groups: Sequence[CacheGroup],
+        block_size: int,
+    ) -> bool:
+        """After loading: whether nothing that was measured speaks against the class `exact`.
+
+        Raises:
+            ModelError: it does not compute what it should.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class OwnImplementation:
+    """Of shared/engine/models/."""
+
+    model_type: ModelType
+    config: ModelConfig
+    name: str = "baton"
+
+    def check_device(self, device: torch.device, kernels: str) -> None:
+        """Wherever there are kernels."""
+
+    def plan(
+        self,
+        weights: WeightFiles | DummyWeights,
+        groups: Sequence[CacheGroup],
+        ops: Operations,
+        dtype: torch.dtype,
+    ) -> ModelPlan:
+        plan = plan_model(self.model_type, self.config, groups, weights, ops, dtype)
+        weights.check_all_taken(plan.shapes, self.model_type.ignores)
+        return plan
+
+    def load(
+        self,
+        weights: WeightFiles | DummyWeights,
+        groups: Sequence[CacheGroup],
+        place: Place,
+        on_read: Callable[[], None],
+    ) -> Model:
+        return load_model(
+            self.model_type,
+            self.config,
+            groups,
+            weights,
+            place.ops,
+            dtype=place.dtype,
+            device=place.device,
+            num_positions=place.num_positions,
+            ropes_made_for=place.ropes_made_for,
+            on_read=on_read,
+        )
+
+    def check(
+        self,
+        model: Model,
+        make_executor: MakeExecutor,
+        groups: Sequence[CacheGroup],
+        block_size: int,
+    ) -> bool:
+        return True
+
+
+def find_implementation(config: EngineConfig) -> Implementation:
+    """Reads config.json; `model_impl` says whose code is taken, auto: the engine's own, and that of
+    transformers for types that it has none for.
+
+    Raises:
+        ModelError: the model is served by none of those that may be taken.
+    """
+    fields = open_config(config.model_dir)
+    name = fields.string("model_type")
+    is_own = registry.has(name)
+    if config.model_impl == "baton" or (config.model_impl == "auto" and is_own):
+        return OwnImplementation(*registry.load_model_config(config.model_dir))
+    # Loaded only where it is needed: it takes seconds, and memory.
+    from baton.shared.engine.transformers_backend.implementation import TransformersImplementation
+    from baton.shared.engine.transformers_backend.library import why_not_there
+
+    problem = why_not_there()
+    if problem is None:
+        return TransformersImplementation.of(config, fields)
+    if config.model_impl == "transformers":
+        raise ModelError(f"model_impl: {problem}")
+    known = ", ".join(each.name for each in registry.model_types())
+    raise fields.error(
+        "model_type",
+        f"{shown(name)} is not supported; supported are {known}; others may run through "
+        f"transformers, but {problem}",
+    )

@@ -1,0 +1,217 @@
+"""config.json as transformers reads it, and what our engine needs to know of such a model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from baton.shared.engine.models.model_config import ModelConfig, read_dtype
+from baton.shared.engine.transformers_backend import attention
+from baton.shared.engine.transformers_backend.dry_run import DryRun, dry_run
+from baton.shared.engine.transformers_backend.library import library
+from baton.shared.model_files.fields import Fields, ModelError, read_json_object, shown
+from baton.shared.model_files.info import read_model_info
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
+
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+_OWN_CODE = ("auto_map", "custom_generate", "custom_pipelines")
+_WAYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+"""Fields that say how to attend, which is not the file's to say."""
+_MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A model as transformers knows it."""
+
+    config: Any
+    """Its configuration; of a multimodal model that of its text part."""
+    model_class: Any
+    """Of the language model with its head."""
+    is_part: bool
+    """The checkpoint has more than the text part."""
+    facts: DryRun
+
+
+def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
+    """`fields` of config.json.
+
+    Raises:
+        ModelError: transformers is not there or does not know the type, or the model does not run
+            on our cache; file and field are named.
+    """
+    transformers = library()
+    attention.register()
+    name = fields.string("model_type")
+    whole = _read(transformers, fields, name)
+    config = whole.get_text_config()
+    _check(fields, config)
+    model_class = _class_of(fields, config)
+    max_positions = _integer(fields, config, "max_position_embeddings")
+    num_layers = _integer(fields, config, "num_hidden_layers", most=_MOST_LAYERS)
+    try:
+        facts = dry_run(
+            # On paper no number decides which experts are taken.
+            lambda: make_model(model_class, config, torch.float32, experts="batched_mm"),
+            num_layers,
+            max_positions,
+        )
+    except ModelError as error:
+        raise fields.error("model_type", f"{shown(name)}: {error}") from None
+    info = read_model_info(fields)
+    return Foreign(config, model_class, config is not whole, facts), ModelConfig(
+        model_type=name,
+        vocab_size=info.vocab_size,
+        max_position_embeddings=_longest(fields, config, facts, max_positions),
+        eos_token_ids=info.eos_token_ids,
+        bos_token_id=info.bos_token_id,
+        hidden_size=_integer(fields, config, "hidden_size"),
+        # What its own code reads for itself.
+        intermediate_size=0,
+        rms_norm_eps=0.0,
+        tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        dtype=read_dtype(fields),
+        is_quantized=False,
+        layers=facts.layers,
+    )
+
+
+def make_model(
+    model_class: Any, config: Any, dtype: torch.dtype, *, experts: str | None = None
+) -> Any:
+    """A model with random weights, or none where the device is `meta`; in evaluation mode."""
+    config = copy.deepcopy(config)
+    options = {} if experts is None else {"experts_implementation": experts}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_class._from_config(
+            config, attn_implementation="eager", dtype=dtype, **options
+        )
+    return model.eval()
+
+
+def _read(transformers: Any, fields: Fields, name: str) -> Any:
+    """What transformers makes of the file."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known: Any = CONFIG_MAPPING
+    values = read_json_object(fields.path)
+    own_code = [each for each in _OWN_CODE if values.get(each)]
+    if name not in known:
+        if own_code:
+            raise fields.error(
+                own_code[0],
+                f"code of a model directory never runs here, and neither Baton nor transformers "
+                f"{transformers.__version__} has its own for {shown(name)}",
+            )
+        raise fields.error(
+            "model_type",
+            f"{shown(name)} is known neither to Baton nor to transformers "
+            f"{transformers.__version__}",
+        )
+    if own_code:
+        log_event(
+            logger,
+            logging.WARNING,
+            "code of the model directory is not run: the library's own is",
+            file=str(fields.path),
+            fields=" ".join(own_code),
+        )
+    for each in (*_OWN_CODE, *_WAYS):
+        values.pop(each, None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return known[name].from_dict(values)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise fields.error("model_type", f"{shown(name)}: transformers: {reason}") from None
+
+
+def _check(fields: Fields, config: Any) -> None:
+    """Refuses what is told by a field, so that it is told by its name."""
+    for name in ("quantization_config", "compression_config"):
+        fields.only(name, because="quantised weights are not read through transformers")
+    if getattr(config, "is_encoder_decoder", False):
+        raise fields.error("is_encoder_decoder", "models with an encoder are not served")
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        types = getattr(config, name, None)
+        for each in types if isinstance(types, list | tuple) else ():
+            if each not in _LAYER_TYPES:
+                raise fields.error(
+                    name, f"{shown(each)}: states that are no keys and values are not kept here"
+                )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise fields.error("num_kv_shared_layers", "layers without a cache of their own")
+
+
+def _class_of(fields: Fields, config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    try:
+        model_class = known[type(config)]
+    except (KeyError, ImportError, AttributeError):
+        raise fields.error(
+            "model_type", f"{shown(config.model_type)} is no causal language model in transformers"
+        ) from None
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    if model_class._is_stateful:
+        raise fields.error(
+            "model_type",
+            f"{shown(config.model_type)}: it keeps a recurrent state, which is not kept here",
+        )
+    return model_class
+
+
+def _longest(fields: Fields, config: Any, facts: DryRun, max_positions: int) -> int:
+    """Of its code, some looks at how long a step is, or its longest sequence, where it ought to
+    look at a token's position. Up to these lengths that is the same."""
+    limits = list(_limits(config))
+    if facts.most_tokens is not None:
+        limits.append(("attention_chunk_size", facts.most_tokens))
+    for name, limit in limits:
+        if limit < 1:
+            raise fields.error(name, f"sequences may be of {limit} tokens")
+        if limit < max_positions:
+            max_positions = limit
+            log_event(
+                logger,
+                logging.WARNING,
+                "sequences are not as long here as the model knows them",
+                file=str(fields.path),
+                field=name,
+                max_model_len=limit,
+            )
+    return max_positions
+
+
+def _limits(config: Any) -> Iterator[tuple[str, int]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            # Beyond, it would take its long factors, for all tokens of a step.
+            original = rope.get("original_max_position_embeddings")
+            if isinstance(original, int):
+                yield "original_max_position_embeddings", original
+    if getattr(config, "attn_temperature_tuning", False):
+        yield "floor_scale", int(config.floor_scale) - 1
+
+
+def _integer(fields: Fields, config: Any, name: str, *, most: int = 2**63 - 1) -> int:
+    """A number that transformers has under that name, whatever the file calls it."""
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise fields.error(name, "missing" if value is None else "must be an integer")
+    if not 1 <= value <= most:
+        raise fields.error(name, f"must be from 1 to {most}, not {value}")
+    return value

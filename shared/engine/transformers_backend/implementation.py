@@ -1,0 +1,99 @@
+"""Models of transformers, as the engine takes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baton.shared.engine.config import DeviceError, EngineConfig, most_model_len
+from baton.shared.engine.executor import Model
+from baton.shared.engine.implementation import MakeExecutor, Place
+from baton.shared.engine.model_loader import ModelPlan
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.operations import Operations
+from baton.shared.engine.transformers_backend import start_check
+from baton.shared.engine.transformers_backend.config import Foreign, configure
+from baton.shared.engine.transformers_backend.library import library
+from baton.shared.engine.transformers_backend.model import TransformersModel, load
+from baton.shared.engine.weights import DummyWeights, WeightFiles
+from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
+from baton.shared.model_files.fields import Fields
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersImplementation:
+    name: str
+    config: ModelConfig
+    model_dir: Path
+    foreign: Foreign
+    most_tokens: int
+    """Of the longest sequence that it may be asked for."""
+
+    @classmethod
+    def of(cls, config: EngineConfig, fields: Fields) -> TransformersImplementation:
+        """`fields` of config.json. ModelError: the model does not run over our cache."""
+        foreign, model = configure(fields)
+        name = f"transformers {library().__version__}"
+        log_event(
+            logger,
+            logging.WARNING,
+            "the model runs through transformers' code: slower than one of Baton's own",
+            model_type=model.model_type,
+            model_impl=name,
+        )
+        most_tokens = most_model_len(config, model.max_position_embeddings)
+        return cls(name, model, config.model_dir, foreign, most_tokens)
+
+    def check_device(self, device: torch.device, kernels: str) -> None:
+        if device.type != "cpu":
+            raise DeviceError(
+                f"device: models that run through transformers are computed on a CPU, not on "
+                f"{device.type}: --device cpu"
+            )
+        if kernels == "triton":
+            raise DeviceError(
+                "kernels: models that run through transformers are computed with torch, not triton"
+            )
+
+    def plan(
+        self,
+        weights: WeightFiles | DummyWeights,
+        groups: Sequence[CacheGroup],
+        ops: Operations,
+        dtype: torch.dtype,
+    ) -> ModelPlan:
+        """Names of tensors are transformers' business, which compares them as it loads."""
+        facts = self.foreign.facts
+        num_bytes = facts.num_numbers * dtype.itemsize
+        return ModelPlan({}, facts.linear_shapes, num_bytes, num_reads=1)
+
+    def load(
+        self,
+        weights: WeightFiles | DummyWeights,
+        groups: Sequence[CacheGroup],
+        place: Place,
+        on_read: Callable[[], None],
+    ) -> Model:
+        places = places_of_layers(groups)
+        model = load(self.foreign, self.model_dir, weights, places, place.dtype)
+        on_read()
+        return model
+
+    def check(
+        self,
+        model: Model,
+        make_executor: MakeExecutor,
+        groups: Sequence[CacheGroup],
+        block_size: int,
+    ) -> bool:
+        assert isinstance(model, TransformersModel)
+        executor = make_executor(start_check.num_blocks_for(groups, block_size))
+        is_stable = start_check.check(model, executor, self.config.vocab_size, self.most_tokens)
+        return is_stable and not self.foreign.facts.has_experts

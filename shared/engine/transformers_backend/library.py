@@ -1,0 +1,71 @@
+"""The library transformers: found or said how to get, and kept from what it must not do here.
+
+Of a model directory it reads config.json and safetensors. It takes nothing from the network, and
+runs no code but its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+from baton.shared.model_files.fields import ModelError
+
+INSTALL = "pip install 'baton-llm[transformers]'"
+OLDEST = (5, 20)
+"""The masks and kwargs of attention that are read here were others before."""
+
+
+@functools.cache
+def library() -> Any:
+    """The module `transformers`.
+
+    Raises:
+        ModelError: it is not installed, too old, or cannot be imported; with the way out.
+    """
+    # Where the checkout's folder is on the path its `kernels` would be taken for Hugging Face's
+    # package of that name; and that one loads code from the network. Neither is to be found.
+    if "kernels" not in sys.modules or _is_ours(sys.modules["kernels"]):
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    if "huggingface_hub" not in sys.modules:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["USE_HUB_KERNELS"] = "0"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers
+    except ImportError as error:
+        problem = "is not installed" if error.name == "transformers" else f"fails: {_line(error)}"
+        raise ModelError(f"transformers {problem}; to install it: {INSTALL}") from None
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdigit())
+    if found < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ModelError(
+            f"transformers {transformers.__version__} is too old, {oldest} is needed: {INSTALL}"
+        )
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def why_not_there() -> str | None:
+    """What keeps `library` from giving something."""
+    try:
+        library()
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _is_ours(module: ModuleType | None) -> bool:
+    file = getattr(module, "__file__", None)
+    own = sys.modules.get("baton.kernels")
+    return bool(file) and own is not None and os.path.samefile(str(file), str(own.__file__))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

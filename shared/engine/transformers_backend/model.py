@@ -1,0 +1,177 @@
+"""A model of transformers behind the engine's protocol for models."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baton.kernels import reference
+from baton.shared.engine.determinism import MIN_LINEAR_ROWS
+from baton.shared.engine.executor import Wanted
+from baton.shared.engine.transformers_backend.attention import PAGED, Step, running
+from baton.shared.engine.transformers_backend.config import Foreign, make_model
+from baton.shared.engine.transformers_backend.dry_run import without_cache
+from baton.shared.engine.weights import DummyWeights, WeightFiles
+from baton.shared.model_files.fields import ModelError
+
+_TEXT_PARTS = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Where multimodal checkpoints have the language model's tensors → its own names."""
+
+
+class TransformersModel:
+    """The forward pass; all state is the caller's KV cache.
+
+    A step's tokens go through as one row, each with its position: who attends to whom is in the
+    plans. What `hidden_states` returns are logits already, for their scales and caps are the
+    model's own.
+    """
+
+    def __init__(self, model: Any, places: Mapping[int, tuple[int, int]]) -> None:
+        self._model = model
+        self._places = places
+        self._arguments = without_cache(model)
+        self._can_choose = "logits_to_keep" in inspect.signature(model.forward).parameters
+        model.config._attn_implementation = PAGED
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[Any],
+        plans: Sequence[Any],
+        wanted: Wanted | None = None,
+    ) -> Tensor:
+        """As `Decoder.hidden_states`, but → [T or R, vocab]."""
+        num_tokens = len(input_ids)
+        tokens = None if wanted is None else wanted[0]
+        arguments = dict(self._arguments)
+        if self._can_choose and tokens is not None:
+            arguments["logits_to_keep"] = tokens
+        with running(Step(caches, plans, self._places)):
+            logits: Tensor = self._model(
+                input_ids=_whole_vectors(input_ids)[None],
+                position_ids=_whole_vectors(positions)[None],
+                **arguments,
+            ).logits[0]
+        if tokens is None:
+            return logits[:num_tokens]
+        return logits if self._can_choose else logits.index_select(0, tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    @contextmanager
+    def eager(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Its own attention: of token ids [T], a sequence's first → [T, vocab]."""
+        config = self._model.config
+        config._attn_implementation = "eager"
+
+        def run(input_ids: Tensor) -> Tensor:
+            positions = torch.arange(len(input_ids), device=input_ids.device)
+            logits: Tensor = self._model(
+                input_ids=input_ids[None], position_ids=positions[None], **self._arguments
+            ).logits[0]
+            return logits
+
+        try:
+            yield run
+        finally:
+            config._attn_implementation = PAGED
+
+
+def _whole_vectors(column: Tensor) -> Tensor:
+    """int [T] → at a multiple of MIN_LINEAR_ROWS.
+
+    Loops over single numbers have a rest that is computed by other instructions, if numbers do not
+    fill the last vector; and which tokens that meets must not depend on how many there are.
+    """
+    return nn.functional.pad(column, (0, -len(column) % MIN_LINEAR_ROWS))
+
+
+def load(
+    foreign: Foreign,
+    model_dir: Path,
+    weights: WeightFiles | DummyWeights,
+    places: Mapping[int, tuple[int, int]],
+    dtype: torch.dtype,
+) -> TransformersModel:
+    """Reads the weights, of safetensors in that directory only.
+
+    Raises:
+        ModelError: a tensor is missing, superfluous or of another shape.
+    """
+    if isinstance(weights, DummyWeights):
+        model = make_model(foreign.model_class, foreign.config, dtype)
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            parameter.data.copy_(weights.read(name, shape, parameter.device, dtype))
+    else:
+        model = _read(foreign, model_dir, weights, dtype)
+    model.requires_grad_(False)
+    _pack_linears(model)
+    return TransformersModel(model, places)
+
+
+def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.dtype) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, found = foreign.model_class.from_pretrained(
+                str(model_dir),
+                config=copy.deepcopy(foreign.config),
+                dtype=dtype,
+                attn_implementation="eager",
+                key_mapping=_TEXT_PARTS if foreign.is_part else None,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{model_dir}: transformers cannot load it: {reason}") from None
+    for name in sorted(found["missing_keys"]):
+        raise ModelError(f"{weights.where(name)}: {name}: missing tensor")
+    for name, *shapes in sorted(found["mismatched_keys"]):
+        stored, made = (list(shape) for shape in shapes)
+        raise ModelError(
+            f"{weights.where(name)}: {name}: shape {stored} where config.json makes it {made}"
+        )
+    for name in sorted(found["unexpected_keys"]):
+        if not foreign.is_part:
+            raise ModelError(f"{weights.where(name)}: {name}: unexpected tensor")
+    for reason in found["error_msgs"]:
+        raise ModelError(f"{model_dir}: transformers: {' '.join(reason.split())}")
+    return model.eval()
+
+
+class _PackedLinear(nn.Module):
+    """In place of a linear layer: the products of our own models, whose rows keep their bits."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self._packed = reference.pack_weight(layer.weight.data)
+        self._bias = None if layer.bias is None else layer.bias.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = reference.linear(x.flatten(0, -2), self._packed, self._bias)
+        return rows.view(*x.shape[:-1], -1)
+
+
+def _pack_linears(model: Any) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, _PackedLinear(child))

@@ -1,0 +1,116 @@
+"""Measures, at start, that a model of transformers answers over our cache as by itself: its own
+attention over whole sequences, against ours over whole ones, over chunks, and beside others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.executor import Executor
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.transformers_backend.model import TransformersModel
+from baton.shared.kv.cache_spec import CacheGroup
+from baton.shared.model_files.fields import ModelError
+
+_LENGTHS = (72, 36)
+"""Of two sequences."""
+Part = tuple[int, int, int]
+_STEPS: tuple[tuple[Part, ...], ...] = (
+    ((0, 0, 33), (1, 0, 5)),
+    ((1, 5, 6), (0, 33, 34)),
+    ((0, 34, 50), (1, 6, 36)),
+    ((0, 50, 72),),
+)
+"""By step, the parts that share it: sequence, first token, end."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""Of the largest logit."""
+
+
+def num_blocks_for(groups: Sequence[CacheGroup], block_size: int) -> int:
+    """How many a pool has where both sequences have blocks of their own in every group."""
+    return sum(group.num_blocks_for(n, block_size) for group in groups for n in _LENGTHS)
+
+
+def check(model: TransformersModel, executor: Executor, vocab_size: int, most_tokens: int) -> bool:
+    """Whether the bits of a token's logits are the same whatever shares its step, and however its
+    sequence is cut.
+
+    Args:
+        executor: over a cache with as many blocks as `num_blocks_for` says.
+        most_tokens: of the longest sequence.
+
+    Raises:
+        ModelError: logits differ from those of the model's own attention.
+    """
+    draw = random.Random(0)
+    sequences = [draw.choices(range(vocab_size), k=min(length, most_tokens)) for length in _LENGTHS]
+    cache = executor.kv_cache
+    tables = _tables(cache)
+
+    def step(parts: Sequence[Part]) -> list[Tensor]:
+        """By part, its logits [tokens, vocab]."""
+        rows = [
+            BatchRow(sequences[which][begin:end], begin, tables[which], num_logits=end - begin)
+            for which, begin, end in parts
+        ]
+        sizes = [row.num_logits for row in rows]
+        return list(torch.split(executor.logits(Batch(rows)), sizes))
+
+    try:
+        with model.eager() as run:
+            expected = [
+                run(torch.tensor(each, device=cache.memory.device)).float() for each in sequences
+            ]
+        whole = [step([(which, 0, len(each))])[0] for which, each in enumerate(sequences)]
+        parted: list[tuple[Part, Tensor]] = []
+        for parts in _STEPS:
+            real = [
+                (which, begin, min(end, len(sequences[which])))
+                for which, begin, end in parts
+                if begin < len(sequences[which])
+            ]
+            if real:
+                parted += zip(real, step(real), strict=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"model_impl: the model fails over paged attention: {type(error).__name__}: {reason}"
+        ) from None
+    for which, logits in enumerate(whole):
+        _compare("a whole sequence", logits, expected[which], cache.dtype)
+    is_stable = True
+    for (which, begin, end), logits in parted:
+        how = f"tokens {begin} to {end} in a step of their own, beside others,"
+        _compare(how, logits, expected[which][begin:end], cache.dtype)
+        is_stable = is_stable and torch.equal(logits, whole[which][begin:end])
+    return is_stable
+
+
+def _compare(what: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    largest = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    most = _TOLERANCE[dtype] * largest
+    # What is not a number is not at most anything.
+    if not difference <= most:
+        raise ModelError(
+            f"model_impl: {what} gives other logits over paged attention than with the model's own:"
+            f" they differ by {difference:.2g}, and {most:.2g} would be rounding"
+        )
+
+
+def _tables(cache: KvCache) -> list[list[list[int]]]:
+    """By sequence and cache group."""
+    first = 0
+    tables: list[list[list[int]]] = []
+    for length in _LENGTHS:
+        tables.append([])
+        for group in cache.groups:
+            count = group.num_blocks_for(length, cache.block_size)
+            tables[-1].append(list(range(first, first + count)))
+            first += count
+    return tables
