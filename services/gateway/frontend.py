@@ -230,6 +230,7 @@ class Frontend:
                 capability_hash=record.capability.hash(),
                 determinism=record.capability.determinism,
                 max_model_len=record.capacity.longest,
+                model_impl=record.model.model_impl,
             )
             for record in self.cluster.records()
         ]

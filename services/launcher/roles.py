@@ -54,6 +54,8 @@ class StackConfig:
     cors_allow_origin: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    model_impl: str = "auto"
+    """Whose code computes the model."""
     redis_url: str | None = None
     cluster: str = "default"
     num_blocks: int | None = None
@@ -160,6 +162,8 @@ def _worker_argv(
     argv += [*_model_argv(config), "--redis-url", redis_url]
     argv += ["--cluster", config.cluster, "--host", "127.0.0.1", "--port", "0"]
     argv += ["--device", config.device, "--dtype", config.dtype]
+    if config.model_impl != "auto":
+        argv += ["--model-impl", config.model_impl]
     argv += ["--block-size", str(config.block_size), "--shm-dir", str(shm_dir)]
     if config.num_blocks is not None:
         argv += ["--num-blocks", str(config.num_blocks)]

@@ -76,6 +76,11 @@ def to_text(state: dict[str, Any]) -> str:
             )
         )
     lines += _table(rows)
+    lines += [
+        f"{worker['id']} runs the model through {worker['model_impl']}: slower than Baton's own"
+        for worker in state["workers"]
+        if worker["model_impl"] not in ("", "baton")
+    ]
     stages = ", ".join(f"{stage} {count}" for stage, count in state["ledger"].items()) or "empty"
     lines += ["", f"ledger: {stages}", f"prefix index: {state['num_prefix_entries']} entries"]
     defaults = ", ".join(f"{name} {value}" for name, value in state["default_sampling"].items())
@@ -106,6 +111,7 @@ def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
         "capability_hash": worker.capability_hash,
         "determinism": worker.determinism,
         "max_model_len": worker.max_model_len,
+        "model_impl": worker.model_impl,
     }
 
 

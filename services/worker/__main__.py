@@ -17,6 +17,8 @@ from baton.shared.engine.config import (
     DTYPES,
     KERNELS,
     LOAD_FORMATS,
+    MODEL_IMPL_HELP,
+    MODEL_IMPLS,
     EngineConfig,
 )
 from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
@@ -96,6 +98,14 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         default="auto",
         choices=KERNELS,
         help="what to compute with; auto: Triton on CUDA, the torch reference on CPU",
+    )
+    add_flag(
+        parser,
+        "--model-impl",
+        type=str,
+        default="auto",
+        choices=MODEL_IMPLS,
+        help=MODEL_IMPL_HELP,
     )
     add_flag(
         parser,
@@ -195,6 +205,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         token_budget=args.token_budget,
         max_num_seqs=args.max_num_seqs,
         kernels=args.kernels,
+        model_impl=args.model_impl,
         load_format=args.load_format,
         gpu_memory_utilization=args.gpu_memory_utilization,
         host_memory_mib=args.host_memory_mib,

@@ -367,6 +367,7 @@ class Worker:
                 model_type=model.model_type,
                 vocab_size=model.vocab_size,
                 eos_token_ids=tuple(model.eos_token_ids),
+                model_impl=self._runner.model_impl,
                 files_stamp=self._runner.model_identity.files_stamp,
             ),
             capacity=self._runner.capacity,
@@ -391,6 +392,7 @@ class Worker:
             block_size=self._config.block_size,
             dtype=self._capability.dtype,
             determinism=self._capability.determinism,
+            model_impl=self._runner.model_impl,
             capability=self._capability.hash()[:12],
             speculate=str(self._args.speculate or "none"),
         )

@@ -18,7 +18,7 @@ from baton.shared.telemetry import log_event
 log = logging.getLogger(__name__)
 
 Role = Literal["prefill", "decode", "both"]
-_SCHEMA = 3
+_SCHEMA = 4
 _T = TypeVar("_T")
 
 # KEYS  1 the worker's record, 2 the sorted set of workers, 3 the cluster's model
@@ -93,6 +93,8 @@ class ModelFacts:
     model_type: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    model_impl: str = "baton"
+    """Whose code computes it: Baton's, or another library's and its version."""
     files_stamp: str = ""
     """Equal stamps: the very files of this host that this worker read; empty when it is not sure
     (shared/engine/model_digest.py)."""
@@ -258,6 +260,7 @@ def decode_record(text: str) -> WorkerRecord:
             model_type=_text(model, "model_type"),
             vocab_size=_count(model, "vocab_size"),
             eos_token_ids=tuple(_items(model, "eos_token_ids", int)),
+            model_impl=_text(model, "model_impl"),
             files_stamp=_text(model, "files_stamp"),
         ),
         capacity=capacity,

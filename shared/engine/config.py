@@ -20,6 +20,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "triton", "torch")
 LOAD_FORMATS = ("auto", "dummy")
 MODEL_IMPLS = ("auto", "baton", "transformers")
+MODEL_IMPL_HELP = (
+    "whose code computes the model; auto: Baton's own, and transformers' for types without it, "
+    "slower and on a CPU"
+)
 AUTO: Literal["auto"] = "auto"
 
 

@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 _OWN_CODE = ("auto_map", "custom_generate", "custom_pipelines")
-_WAYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-"""Fields that say how to attend, which is not the file's to say."""
+_NOT_ITS_TO_SAY = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "transformers_weights"),
+)
+"""How to compute, and which files are read."""
 _MOST_LAYERS = 10_000
 
 
@@ -125,7 +128,7 @@ def _read(transformers: Any, fields: Fields, name: str) -> Any:
             file=str(fields.path),
             fields=" ".join(own_code),
         )
-    for each in (*_OWN_CODE, *_WAYS):
+    for each in (*_OWN_CODE, *_NOT_ITS_TO_SAY):
         values.pop(each, None)
     try:
         with warnings.catch_warnings():

@@ -160,18 +160,24 @@ def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.
 class _PackedLinear(nn.Module):
     """In place of a linear layer: the products of our own models, whose rows keep their bits."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in], bias [out]."""
         super().__init__()
-        self._packed = reference.pack_weight(layer.weight.data)
-        self._bias = None if layer.bias is None else layer.bias.data
+        self._num_out = len(weight)
+        self._packed = reference.pack_weight(weight.detach())
+        self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = reference.linear(x.flatten(0, -2), self._packed, self._bias)
-        return rows.view(*x.shape[:-1], -1)
+        return rows.view(*x.shape[:-1], self._num_out)
 
 
 def _pack_linears(model: Any) -> None:
+    from transformers.pytorch_utils import Conv1D
+
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, _PackedLinear(child))
+                setattr(parent, name, _PackedLinear(child.weight, child.bias))
+            elif type(child) is Conv1D:
+                setattr(parent, name, _PackedLinear(child.weight.T.contiguous(), child.bias))

@@ -22,7 +22,7 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.sampling import SamplingParams
 from tests.device import ENGINE, ON_GPU
-from tests.unit.engine.tiny_models import CASES, TINY_MODELS, WINDOW, make_tiny
+from tests.unit.engine.tiny_models import ALL_TINY, CASES, WINDOW, make_tiny
 from tests.unit.worker.network import Clock
 from tests.unit.worker.simulation import Cluster
 
@@ -61,7 +61,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     def make_runner(num_blocks: int) -> ModelRunner:
         return ModelRunner(EngineConfig(model_dir, num_blocks=num_blocks, **ENGINE))
 
-    model = make_tiny(model_dir, model_type, TINY_MODELS[model_type][case])
+    model = make_tiny(model_dir, model_type, ALL_TINY[model_type][case])
     runner = make_runner(192)
     prompts = [random_tokens(length, length, runner) for length in LENGTHS]
     answers = PlainLoop(runner).generate(prompts, [GREEDY] * len(prompts), chunk=CHUNK)

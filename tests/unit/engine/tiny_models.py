@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
+from tests.unit.engine.tiny_foreign import TINY_FOREIGN
 from tests.unit.engine.tiny_gemmas import TINY_GEMMAS
 from tests.unit.engine.tiny_llamas import TINY_LLAMAS
 from tests.unit.engine.tiny_mixtures import TINY_MIXTURES
@@ -56,7 +57,9 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
     **TINY_GEMMAS,
     **TINY_MIXTURES,
 }
-CASES = [(model_type, case) for model_type, cases in TINY_MODELS.items() for case in cases]
+"""Of types that are served by their own file."""
+ALL_TINY = {**TINY_MODELS, **TINY_FOREIGN}
+CASES = [(model_type, case) for model_type, cases in ALL_TINY.items() for case in cases]
 
 
 def make_tiny(
@@ -72,7 +75,7 @@ def make_tiny(
     model = _new_model(model_type, fields)
     # Embeddings are scaled by the root of their size, and a head that they are tied to is not.
     has_small_head = model_type.startswith("gemma") and model.config.tie_word_embeddings
-    adds_one = model_type.startswith(("gemma2", "gemma3"))
+    adds_one = model_type in ("gemma", "gemma2") or model_type.startswith("gemma3")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("router.scale", "per_expert_scale")):
