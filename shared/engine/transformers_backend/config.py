@@ -56,8 +56,16 @@ def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
     name = fields.string("model_type")
     whole = _read(transformers, fields, name)
     config = whole.get_text_config()
-    _check(fields, config)
+    _check_whole(fields, config)
     model_class = _class_of(fields, config)
+    _check_layers(fields, config)
+    if config is not whole:
+        # What stands around the text part counts.
+        config.tie_word_embeddings = whole.tie_word_embeddings
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "dynamic":
+            # Which it is within the model's own length, and without asking for each step's.
+            rope["rope_type"] = "default"
     max_positions = _integer(fields, config, "max_position_embeddings")
     num_layers = _integer(fields, config, "num_hidden_layers", most=_MOST_LAYERS)
     try:
@@ -139,12 +147,15 @@ def _read(transformers: Any, fields: Fields, name: str) -> Any:
         raise fields.error("model_type", f"{shown(name)}: transformers: {reason}") from None
 
 
-def _check(fields: Fields, config: Any) -> None:
+def _check_whole(fields: Fields, config: Any) -> None:
     """Refuses what is told by a field, so that it is told by its name."""
     for name in ("quantization_config", "compression_config"):
         fields.only(name, because="quantised weights are not read through transformers")
     if getattr(config, "is_encoder_decoder", False):
         raise fields.error("is_encoder_decoder", "models with an encoder are not served")
+
+
+def _check_layers(fields: Fields, config: Any) -> None:
     for name in ("layer_types", "layers_block_type", "block_types"):
         types = getattr(config, name, None)
         for each in types if isinstance(types, list | tuple) else ():
@@ -153,7 +164,7 @@ def _check(fields: Fields, config: Any) -> None:
                     name, f"{shown(each)}: states that are no keys and values are not kept here"
                 )
     if getattr(config, "num_kv_shared_layers", None):
-        raise fields.error("num_kv_shared_layers", "layers without a cache of their own")
+        raise fields.error("num_kv_shared_layers", "layers that read others' keys and values")
 
 
 def _class_of(fields: Fields, config: Any) -> Any:
@@ -199,15 +210,20 @@ def _longest(fields: Fields, config: Any, facts: DryRun, max_positions: int) -> 
 
 
 def _limits(config: Any) -> Iterator[tuple[str, int]]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *parameters.values()):
-        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "longrope":
             # Beyond, it would take its long factors, for all tokens of a step.
             original = rope.get("original_max_position_embeddings")
             if isinstance(original, int):
                 yield "original_max_position_embeddings", original
     if getattr(config, "attn_temperature_tuning", False):
         yield "floor_scale", int(config.floor_scale) - 1
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """Of all layers, or by their kind."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (parameters, *parameters.values()) if isinstance(each, dict)]
 
 
 def _integer(fields: Fields, config: Any, name: str, *, most: int = 2**63 - 1) -> int:

@@ -52,16 +52,16 @@ def dry_run(make_model: Callable[[], Any], num_layers: int, max_positions: int) 
     Raises:
         ModelError: how it attends, or keeps what it has seen, is not computed here.
     """
-    with _ON_PAPER:
-        model = make_model()
-    parameters = inspect.signature(model.forward).parameters
-    for name in ("input_ids", "position_ids"):
-        if name not in parameters:
-            raise ModelError(f"its code takes no {name}")
     seen = _Seen(min(max_positions, _MOST_KEYS))
-    model.config._attn_implementation = DRY
     ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=_ON_PAPER)
     try:
+        with _ON_PAPER:
+            model = make_model()
+        parameters = inspect.signature(model.forward).parameters
+        for name in ("input_ids", "position_ids"):
+            if name not in parameters:
+                raise ModelError(f"its code takes no {name}")
+        model.config._attn_implementation = DRY
         with torch.inference_mode(), dry_running(seen.attend):
             model(
                 input_ids=ids,
@@ -78,7 +78,7 @@ def dry_run(make_model: Callable[[], Any], num_layers: int, max_positions: int) 
     return DryRun(
         seen.layers(num_layers),
         frozenset(
-            tuple(module.weight.shape)
+            (module.out_features, module.in_features)
             for module in model.modules()
             if isinstance(module, torch.nn.Linear)
         ),

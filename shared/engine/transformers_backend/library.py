@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +48,9 @@ def library() -> Any:
         raise ModelError(
             f"transformers {transformers.__version__} is too old, {oldest} is needed: {INSTALL}"
         )
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    log: Any = transformers.utils.logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     return transformers
 
 
@@ -63,8 +65,8 @@ def why_not_there() -> str | None:
 
 def _is_ours(module: ModuleType | None) -> bool:
     file = getattr(module, "__file__", None)
-    own = sys.modules.get("baton.kernels")
-    return bool(file) and own is not None and os.path.samefile(str(file), str(own.__file__))
+    own = Path(__file__).parents[3] / "kernels" / "__init__.py"
+    return file is not None and own.samefile(file)
 
 
 def _line(error: Exception) -> str:

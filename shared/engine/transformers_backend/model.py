@@ -120,7 +120,9 @@ def load(
     else:
         model = _read(foreign, model_dir, weights, dtype)
     model.requires_grad_(False)
-    _pack_linears(model)
+    if dtype != torch.float16:
+        # For which not every CPU has products in that form.
+        _pack_linears(model)
     return TransformersModel(model, places)
 
 
@@ -135,6 +137,8 @@ def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.
                 attn_implementation="eager",
                 key_mapping=_TEXT_PARTS if foreign.is_part else None,
                 use_safetensors=True,
+                # They are told below.
+                ignore_mismatched_sizes=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,

@@ -1,0 +1,381 @@
+"""Models that run through transformers: which ones do, at what class, and what is refused.
+
+Their logits, tokens and bits are compared in test_model_types.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.models.olmo2 import modeling_olmo2
+
+from baton.kernels import reference
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import DeviceError, EngineConfig
+from baton.shared.engine.implementation import find_implementation
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.transformers_backend import library as library_module
+from baton.shared.engine.transformers_backend.attention import make_mask, read_arguments
+from baton.shared.model_files.fields import ModelError
+from tests.unit.engine.tiny_models import SIZES, make_tiny
+
+ROOT = Path(__file__).parents[3]
+VERSION = f"transformers {transformers.__version__}"
+EXPERTS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1}
+Fields = dict[str, Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def olmo2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_dir = tmp_path_factory.mktemp("olmo2")
+    make_tiny(model_dir, "olmo2", {})
+    return model_dir
+
+
+def start(model_dir: Path, **config: Any) -> ModelRunner:
+    return ModelRunner(EngineConfig(model_dir, num_blocks=64, **{"device": "cpu", **config}))
+
+
+def logits(runner: ModelRunner, num_tokens: int = 40) -> torch.Tensor:
+    tokens = random.Random(3).choices(range(runner.model_config.vocab_size), k=num_tokens)
+    tables = [list(range(8 * group, 8 * group + 8)) for group in range(len(runner.groups))]
+    return runner.logits(Batch([BatchRow(tokens, 0, tables)]))[0]
+
+
+def expected(model: Any, num_tokens: int = 40) -> torch.Tensor:
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = random.Random(3).choices(range(vocab_size), k=num_tokens)
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0, -1]  # type: ignore[no-any-return]
+
+
+# Which models run, and how
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "determinism", "max_model_len"),
+    [
+        ("opt", {"ffn_dim": 112, "word_embed_proj_dim": 64}, "exact", 512),
+        ("gpt2", {"initializer_range": 0.3}, "exact", 512),
+        ("helium", {"head_dim": 16}, "exact", 512),
+        # Experts are never exact.
+        ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "consistent", 512),
+        # Its code takes a token's place in the step for its position, where that begins to count.
+        ("llama4_text", {**EXPERTS, "floor_scale": 80}, "consistent", 79),
+        # Layers attend within chunks; within the first one that is a full layer.
+        (
+            "llama4_text",
+            {**EXPERTS, "attention_chunk_size": 64, "attn_temperature_tuning": False},
+            "consistent",
+            64,
+        ),
+    ],
+)
+def test_models_run(
+    model_type: str, fields: Fields, determinism: str, max_model_len: int, tmp_path: Path
+) -> None:
+    model = make_tiny(tmp_path, model_type, fields)
+    runner = start(tmp_path)
+    assert (runner.model_impl, runner.determinism) == (VERSION, determinism)
+    assert runner.max_model_len == max_model_len
+    torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
+
+
+def test_a_type_with_a_file_here_runs_through_either(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = make_tiny(tmp_path, "qwen3", {"head_dim": 16, "rope_parameters": rope})
+    own, foreign = start(tmp_path), start(tmp_path, model_impl="transformers")
+    assert (own.model_impl, foreign.model_impl) == ("baton", VERSION)
+    # Workers exchange no blocks that another's code made.
+    assert own.numerics != foreign.numerics
+    for runner in (own, foreign):
+        torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
+
+
+def test_of_a_multimodal_model_the_text_part_runs(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path, "mistral3", {"text_config": {"model_type": "mistral"}})
+    runner = start(tmp_path, model_impl="transformers")
+    torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_types_are_consistent(dtype: str, olmo2: Path) -> None:
+    assert start(olmo2, dtype=dtype).determinism == "consistent"
+
+
+def test_weights_may_be_made_up(olmo2: Path) -> None:
+    first, second = start(olmo2, load_format="dummy"), start(olmo2, load_format="dummy")
+    assert torch.equal(logits(first), logits(second))
+    assert not torch.allclose(logits(first), logits(start(olmo2)))
+
+
+def test_the_shortest_sequences(olmo2: Path) -> None:
+    runner = start(olmo2, max_model_len=1)
+    assert bool(logits(runner, 1).isfinite().all())
+
+
+def test_bits_that_depend_on_company_are_not_exact(
+    olmo2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = reference.linear
+
+    def sum_of_halves(x: Any, weight: Any, bias: Any) -> torch.Tensor:
+        return plain(x, weight, bias) * (1 + 2**-23 * (len(x) > 48))
+
+    monkeypatch.setattr(reference, "linear", sum_of_halves)
+    # What is measured of linear layers alone does not see it.
+    monkeypatch.setattr(
+        "baton.shared.engine.determinism.linear_is_stable", lambda shapes, ops: True
+    )
+    assert start(olmo2).determinism == "consistent"
+
+
+# What is refused
+
+
+def config_of(model_dir: Path, model_type: str, changes: Fields) -> Path:
+    """config.json alone."""
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    config.save_pretrained(model_dir)
+    return model_dir
+
+
+MADE_BY_TRANSFORMERS: list[tuple[str, Fields, str]] = [
+    ("falcon", {}, 'model_type: "falcon": its attention does not go through'),
+    ("bloom", {}, 'model_type: "bloom": its code takes no position_ids'),
+    ("diffllama", {}, 'model_type: "diffllama": layer 0 attends more than once'),
+    ("doge", {}, 'model_type: "doge": layer 0 attends with a mask of its own'),
+    ("gpt_oss", {}, 'model_type: "gpt_oss": the argument s_aux of its attention is not computed'),
+    ("bert", {}, 'model_type: "bert": layer 0 has a mask that is neither causal nor a window'),
+    (
+        "deepseek_v3",
+        {"v_head_dim": 24},
+        'model_type: "deepseek_v3": layer 0 has values of another size than its queries and keys: '
+        "24 and 192",
+    ),
+    ("mamba", {}, 'model_type: "mamba": it keeps a recurrent state'),
+    (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"]},
+        'layer_types: "conv": states that are no',
+    ),
+    ("bart", {}, "is_encoder_decoder: models with an encoder are not served"),
+    ("clip_text_model", {}, 'model_type: "clip_text_model" is no causal language model'),
+    ("gemma3n_text", {"num_hidden_layers": 30}, "num_kv_shared_layers: layers that read others'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"), MADE_BY_TRANSFORMERS, ids=lambda value: str(value)[:20]
+)
+def test_what_does_not_run_is_refused_by_name_before_weights_are_read(
+    model_type: str, changes: Fields, reason: str, tmp_path: Path
+) -> None:
+    config_of(tmp_path, model_type, changes)
+    with pytest.raises(ModelError) as refusal:
+        start(tmp_path, model_impl="transformers")
+    assert str(refusal.value).startswith(f"{tmp_path / 'config.json'}: {reason}")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "olmo99"}, 'model_type: "olmo99" is known neither to Baton nor to'),
+        (
+            {"model_type": "olmo99", "auto_map": {"AutoConfig": "code.Config"}},
+            "auto_map: code of a model directory never runs here, and neither Baton nor",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config: only null is supported",
+        ),
+        ({"hidden_size": "large"}, 'model_type: "olmo2": transformers: '),
+        ({"num_attention_heads": 7}, 'model_type: "olmo2": '),
+        ({"num_hidden_layers": 20_000}, "num_hidden_layers: must be from 1 to 10000, not 20000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: must be from 1 to 10000, not 0"),
+        ({"rope_parameters": {"rope_type": "warp"}}, 'model_type: "olmo2": '),
+        ({"max_position_embeddings": -1}, "max_position_embeddings: must be from 1"),
+        ({"vocab_size": None}, "model_type: "),
+    ],
+    ids=str,
+)
+def test_bad_config(changes: Fields, reason: str, tmp_path: Path) -> None:
+    config_of(tmp_path, "olmo2", {})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ModelError) as refusal:
+        find_implementation(EngineConfig(tmp_path))
+    assert str(refusal.value).startswith(f"{path}: {reason}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_code_of_the_directory_never_runs(
+    olmo2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy(olmo2, tmp_path)
+    path = tmp_path / "config.json"
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": code}))
+    (tmp_path / "code.py").write_text("raise SystemExit('ran')")
+    assert torch.equal(logits(start(tmp_path)), logits(start(olmo2)))
+    assert "code of the model directory is not run" in caplog.text
+
+
+def test_pickles_are_not_read(olmo2: Path, tmp_path: Path) -> None:
+    copy(olmo2, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="model.safetensors"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), "model.norm.weight: missing tensor"),
+        (
+            lambda weights: weights.update({"model.other.weight": torch.ones(2)}),
+            "model.other.weight: unexpected tensor",
+        ),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(3)}),
+            "model.norm.weight: shape [3] where config.json makes it [64]",
+        ),
+    ],
+)
+def test_weights_that_are_not_the_models(
+    change: Callable[[dict[str, torch.Tensor]], object], reason: str, olmo2: Path, tmp_path: Path
+) -> None:
+    copy(olmo2, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as refusal:
+        start(tmp_path)
+    assert str(refusal.value) == f"{tmp_path / 'model.safetensors'}: {reason}"
+
+
+def test_a_model_that_mixes_tokens_beside_attention_is_refused(
+    olmo2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = modeling_olmo2.Olmo2MLP.forward
+
+    def shifted(self: Any, x: torch.Tensor) -> torch.Tensor:
+        before = torch.nn.functional.pad(x, (0, 0, 1, -1))
+        return plain(self, x + before)
+
+    monkeypatch.setattr(modeling_olmo2.Olmo2MLP, "forward", shifted)
+    with pytest.raises(ModelError, match="model_impl: a sequence in parts and beside others, in"):
+        start(olmo2)
+
+
+def test_attention_that_differs_is_refused(olmo2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = reference.paged_attention
+
+    def scaled(query: Any, kv: Any, layer: Any, plan: Any, scale: float, cap: float) -> Any:
+        return plain(query, kv, layer, plan, scale * 1.01, cap)
+
+    monkeypatch.setattr(reference, "paged_attention", scaled)
+    with pytest.raises(ModelError, match="model_impl: a whole sequence gives other logits over"):
+        start(olmo2)
+
+
+@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "alibi", "seq_idx"])
+def test_arguments_of_attention_are_known_or_refused(argument: str) -> None:
+    assert read_arguments({argument: None, "scaling": 0.5, "softcap": 30}).soft_cap == 30
+    with pytest.raises(ModelError, match=f"the argument {argument} of its attention"):
+        read_arguments({argument: torch.ones(1)})
+
+
+def test_masks_say_what_they_were_made_of() -> None:
+    def everything(*_: object) -> bool:
+        return True
+
+    mask: Any = make_mask(q_length=2, kv_length=3, device="meta", mask_function=everything)
+    assert mask.shape == (1, 1, 2, 3)
+    assert mask.baton_says is everything
+
+
+def test_a_gpu_and_its_kernels_are_refused(olmo2: Path) -> None:
+    implementation = find_implementation(EngineConfig(olmo2))
+    with pytest.raises(DeviceError, match="are computed on a CPU, not on cuda: --device cpu"):
+        implementation.check_device(torch.device("cuda"), "auto")
+    with pytest.raises(DeviceError, match="are computed with torch, not triton"):
+        implementation.check_device(torch.device("cpu"), "triton")
+
+
+# The library
+
+
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    library_module.library.cache_clear()
+    yield
+    library_module.library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_without_transformers_the_refusal_says_how_to_get_it(
+    olmo2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    how = r"transformers is not installed; to install it: pip install 'baton-llm\[transformers\]'"
+    with pytest.raises(ModelError, match=rf'"olmo2" is not supported; supported are .*, but {how}'):
+        find_implementation(EngineConfig(olmo2))
+    with pytest.raises(ModelError, match=f"model_impl: {how}"):
+        find_implementation(EngineConfig(olmo2, model_impl="transformers"))
+    with pytest.raises(ModelError, match='"olmo2" is not supported; supported are [^;]*$'):
+        find_implementation(EngineConfig(olmo2, model_impl="baton"))
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ModelError, match=r"transformers 5.17.0 is too old, 5.\d+ is needed: pip"):
+        library_module.library()
+
+
+def test_transformers_finds_no_package_kernels(tmp_path: Path) -> None:
+    """Not ours, which stands at the top of a checkout, where that of Hugging Face is installed."""
+    info = tmp_path / "kernels-0.18.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    program = """
+import sys
+from baton.shared.engine.transformers_backend.library import library
+library()
+from transformers.utils import is_kernels_available
+assert not is_kernels_available()
+assert sys.modules["kernels"] is None
+import baton.kernels
+"""
+    path = os.pathsep.join((str(ROOT), str(tmp_path)))
+    environment = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+
+
+def copy(source: Path, target: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (target / name).write_bytes((source / name).read_bytes())
