@@ -21,6 +21,7 @@ from baton.kernels.routing import ClampedSwiglu
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.rope_config import RopeConfig, num_turning_pairs
+from baton.shared.engine.transformers_backend import config as foreign
 from baton.shared.model_files.fields import Fields, ModelError
 from baton.shared.model_files.type_defaults import TEXT_TYPES, assume_defaults
 
@@ -353,8 +354,22 @@ def render(found: Iterable[Row]) -> str:
         lines.append(f"| `{row.model_type}`{of_text} | {' | '.join(cells)} |")
     lines += ["", "| `model_type` | `config.json` of these is read in a test |", "|---|---|"]
     lines += [f"| `{row.model_type}` | {', '.join(row.checkpoints)} |" for row in found]
+    lines += ["", "| through transformers | `model_type` | attention | tokens, at most |"]
+    lines.append("|---|---|---|---|")
+    reasons = dict(refused())
+    for name, path in list(not_ours(reasons)):
+        try:
+            model = through_transformers(path)
+        except ModelError as error:
+            reasons[name] = str(error).removeprefix(f"{path}: ")
+            continue
+        del reasons[name]
+        kinds = {layer.window is not None for layer in model.layers}
+        kinds_named = "; ".join("windowed" if each else "full" for each in sorted(kinds))
+        longest = model.max_position_embeddings
+        lines.append(f"| {name} | `{model.model_type}` | {kinds_named} | {longest:,} |")
     lines += ["", "| refused | for |", "|---|---|"]
-    lines += [f"| {name} | {reason} |" for name, reason in refused()]
+    lines += [f"| {name} | {reason} |" for name, reason in reasons.items()]
     return "\n".join(lines)
 
 
@@ -375,6 +390,21 @@ def refused() -> Iterator[tuple[str, str]]:
         except ModelError as error:
             reason = str(error).removeprefix(f"{path}: ").partition("; supported are")[0]
             yield path.stem.partition("--")[2], reason
+
+
+def not_ours(reasons: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+    """Of checkpoints that are refused, those whose type has no file here."""
+    for path in checkpoint_files():
+        name = path.stem.partition("--")[2]
+        if re.fullmatch(r'model_type: "\w+" is not supported', reasons.get(name, "")):
+            yield name, path
+
+
+def through_transformers(path: Path) -> ModelConfig:
+    """Raises ModelError: it does not run so either."""
+    fields = Fields.of_file(path)
+    assume_defaults(fields)
+    return foreign.configure(fields)[1]
 
 
 def page(text: str) -> str:

@@ -150,7 +150,8 @@ def _read(transformers: Any, fields: Fields, name: str) -> Any:
 def _check_whole(fields: Fields, config: Any) -> None:
     """Refuses what is told by a field, so that it is told by its name."""
     for name in ("quantization_config", "compression_config"):
-        fields.only(name, because="quantised weights are not read through transformers")
+        if fields.get(name) is not None:
+            raise fields.error(name, "quantised weights are not read through transformers")
     if getattr(config, "is_encoder_decoder", False):
         raise fields.error("is_encoder_decoder", "models with an encoder are not served")
 

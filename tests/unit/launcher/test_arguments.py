@@ -66,6 +66,11 @@ def test_each_worker_is_one_process_with_its_own_id() -> None:
         assert part in argv
 
 
+def test_workers_are_told_whose_code_to_take() -> None:
+    [spec, _] = worker_specs(up("--model-impl", "transformers"), "unix:///v", Path("/dev/shm/x"))
+    assert spec.argv[spec.argv.index("--model-impl") + 1] == "transformers"
+
+
 def test_every_role_is_told_the_models_name() -> None:
     config = up("--model-name", "org/tale")
     specs = worker_specs(config, "unix:///valkey", Path("/dev/shm/x"))
@@ -182,6 +187,7 @@ def test_every_flag_of_penalties_and_bans_is_sent() -> None:
         ("up --model m --prefill -1", "-1 is not between 0 and 1024"),
         ("up --model m --port 65536", "65536 is not between 0 and 65535"),
         ("up --model m --dtype float8", "invalid choice: 'float8'"),
+        ("up --model m --model-impl theirs", "invalid choice: 'theirs'"),
         ("sideways", "invalid choice"),
     ],
 )

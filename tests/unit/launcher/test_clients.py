@@ -216,6 +216,7 @@ def server_info() -> pb.GetServerInfoResponse:
                 capability_hash="c",
                 determinism="exact",
                 max_model_len=640,
+                model_impl="other 1.0",
             )
         ],
         ledger=[pb.LedgerStageCount(stage="DECODING", num_entries=2)],
@@ -245,6 +246,7 @@ def test_status_as_json(
             "capability_hash": "c",
             "determinism": "exact",
             "max_model_len": 640,
+            "model_impl": "other 1.0",
         }
     ]
     assert state["ledger"] == {"DECODING": 2}
@@ -261,6 +263,8 @@ def test_status_as_table(
     assert main(["status", "--target", gateway.target]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["decode-0", "decode", "d1", "NO", "1", "2", "30/40", "640"] in lines
+    said = "decode-0 runs the model through other 1.0: slower than Baton's own"
+    assert said.split() in lines
     assert ["digest", "mismatches", "3"] in lines
     assert "ledger: DECODING 2".split() in lines
     assert "sampling defaults of the model: temperature 0.6, top_k 20".split() in lines
