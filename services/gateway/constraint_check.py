@@ -59,7 +59,11 @@ def main() -> None:
 
 
 def _limit_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        # Not on Linux: what a process has is not known, and its time alone is bounded.
+        return
+    pages = int(statm.read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -172,6 +172,15 @@ def test_who_runs() -> None:
     assert scheduler.running([decoding, ahead, filling, over, waiting]) == [decoding, ahead]
 
 
+def test_a_constrained_sequence_waits_for_the_token_that_its_mask_depends_on() -> None:
+    free, constrained = (sequence(8, num_computed=8, name=name) for name in "ab")
+    free.state = constrained.state = SequenceState.DECODING
+    constrained.matcher = object()  # type: ignore[assignment]
+    assert scheduler.running([free, constrained]) == [free, constrained]
+    free.num_steps_in_flight = constrained.num_steps_in_flight = 1
+    assert scheduler.running([free, constrained]) == [free]
+
+
 def test_a_sequence_lacks_room_when_its_next_token_has_none() -> None:
     fits, lacks = running(8, 2), running(9, 2)
     assert lacking_room([fits, lacks]) == [lacks]

@@ -19,7 +19,7 @@ from baton_client.request import generate_request
 from baton_client.retry import RetryPolicy, Tries
 from baton_client.sampling import Sampling
 from baton_client.v1 import inference_service_pb2 as pb
-from baton_client.v1 import inference_service_pb2_grpc
+from baton_client.v1 import inference_service_pb2_grpc, types_pb2
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request")
@@ -71,6 +71,7 @@ class AsyncClient:
         received_token_ids: Sequence[int] = (),
         received_samples: Sequence[Sequence[int]] = (),
         standalone_text: bool = False,
+        constraint: types_pb2.Constraint | None = None,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncAnswerStream:
@@ -85,6 +86,8 @@ class AsyncClient:
             received_samples=received_samples,
         )
         request.standalone_text = standalone_text
+        if constraint is not None:
+            request.constraint.CopyFrom(constraint)
         tries = Tries(self._retry, deadline_s)
         stream = AsyncAnswerStream(self._start_generate, Progress(request), tries)
         self._streams.add(stream)

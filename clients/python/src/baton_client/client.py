@@ -18,7 +18,7 @@ from baton_client.request import generate_request
 from baton_client.retry import RetryPolicy, Tries
 from baton_client.sampling import Sampling
 from baton_client.v1 import inference_service_pb2 as pb
-from baton_client.v1 import inference_service_pb2_grpc
+from baton_client.v1 import inference_service_pb2_grpc, types_pb2
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -87,6 +87,7 @@ class Client:
         received_token_ids: Sequence[int] = (),
         received_samples: Sequence[Sequence[int]] = (),
         standalone_text: bool = False,
+        constraint: types_pb2.Constraint | None = None,
         deadline_s: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AnswerStream:
@@ -99,6 +100,7 @@ class Client:
         this very answer that the caller has already (`received_samples`: of each of `n`); a sampled
         answer needs its `seed` as well. `standalone_text`: the answer's text is a turn of its own,
         not the rest of the prompt's, with which some models' first word begins with a space.
+        `constraint` says which texts the answer may be (`baton_client.v1.types_pb2.Constraint`).
         `deadline_s` is for the whole answer, retries included.
 
         Raises TypeError and InvalidRequest for arguments that fit into no request; all that the
@@ -114,6 +116,8 @@ class Client:
             received_samples=received_samples,
         )
         request.standalone_text = standalone_text
+        if constraint is not None:
+            request.constraint.CopyFrom(constraint)
         tries = Tries(self._retry, deadline_s)
         stream = AnswerStream(self._start_generate, Progress(request), tries)
         with self._lock:
