@@ -137,4 +137,5 @@ def _exhausted(field: str, is_slow: bool) -> InvalidField:
     if is_slow:
         return InvalidField(field, "takes too long to compile", limit=f"{CPU_S} s")
     limit = f"{MEMORY_BYTES >> 20} MiB"
-    return InvalidField(field, "takes too much memory to compile", limit=limit)
+    # Or its compiler failed, which looks the same from here.
+    return InvalidField(field, "cannot be compiled in the memory that it may take", limit=limit)

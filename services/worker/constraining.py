@@ -9,6 +9,7 @@ all its earlier steps have been collected (services/decode/scheduler.py).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -17,7 +18,10 @@ from baton.services.worker.part import Part
 from baton.shared.constraints.matcher import AnswerMatcher
 from baton.shared.engine.batch import BatchRow
 from baton.shared.kv.sequence import Sequence
-from baton.shared.rpc.errors import BatonError
+from baton.shared.rpc.errors import BatonError, InvalidField
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
 
 
 class Constraining:
@@ -58,8 +62,8 @@ class Constraining:
                 continue
             try:
                 row.masks = matcher.masks(part.draft_ids)
-            except BatonError as error:
-                self._failures[part.sequence] = error
+            except BaseException as error:
+                self._failed(part.sequence, error)
             self._observe(time.perf_counter() - started_s)
 
     def failure(self, sequence: Sequence) -> BatonError | None:
@@ -75,6 +79,15 @@ class Constraining:
         new = sequence.token_slice(first + matcher.num_taken, sequence.num_tokens)
         try:
             matcher.take(new)
-        except BatonError as error:
-            self._failures.setdefault(sequence, error)
+        except BaseException as error:
+            self._failed(sequence, error)
         return sequence not in self._failures
+
+    def _failed(self, sequence: Sequence, error: BaseException) -> None:
+        """A panic of llguidance, which is no Exception, ends the sequence and not the worker."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+        if not isinstance(error, BatonError):
+            log_event(logger, logging.ERROR, "constraint failed", key=sequence.key, exc_info=error)
+            error = InvalidField("constraint", "cannot be followed further", limit="another one")
+        self._failures.setdefault(sequence, error)

@@ -190,7 +190,9 @@ class Mailroom:
         except BatonError as error:
             fail(error)
             return
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # a panic of llguidance is no Exception
             log_event(logger, logging.ERROR, "constraint failed", key=sequence.key, exc_info=True)
             fail(EngineFailure("the constraint could not be compiled"))
             return
