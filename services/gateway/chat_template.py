@@ -17,6 +17,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from baton.services.gateway.continued_message import marked, up_to_mark
 from baton.services.gateway.formats.calls import ID_LENGTH, short_id
 from baton.services.gateway.template_probe import CallForm, TemplateProbe
 from baton.shared.model_files.fields import ModelError
@@ -76,15 +77,20 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] = {},
+        continue_final_message: bool = False,
     ) -> str:
         """`content` is text or a list of parts, and reaches the template as it is, unless the
         template takes only the other one; so do the arguments of calls, which are an object or its
         JSON. `tools`: as OpenAI has them. `variables`: what else the template may read.
+        `continue_final_message`: the prompt ends where the text of the last message does.
 
         Raises NoChatTemplate when it does not compile, InvalidField when it refuses the messages,
         or has no place for tools.
         """
         taken = [self._as_taken(message) for message in messages]
+        text = ""
+        if continue_final_message:
+            taken[-1], text = marked(taken[-1])
         try:
             prompt = self._render(
                 taken,
@@ -100,7 +106,7 @@ class ChatTemplate:
             raise InvalidField("messages", problem, limit=limit) from error
         # What it refuses by itself it gives better reasons for.
         self._refuse_unshown(messages, has_tools=bool(tools))
-        return prompt
+        return up_to_mark(prompt, text) if continue_final_message else prompt
 
     def _refuse_unshown(self, messages: Sequence[Mapping[str, Any]], *, has_tools: bool) -> None:
         """What the template would leave out without a word."""

@@ -113,6 +113,7 @@ class TextCodec:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] = {},
+        continue_final_message: bool = False,
     ) -> str:
         """The prompt of a chat. It brings its special tokens: encode it without adding more.
 
@@ -125,6 +126,7 @@ class TextCodec:
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             variables=variables,
+            continue_final_message=continue_final_message,
         )
 
     async def render_chat_async(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:

@@ -61,9 +61,8 @@ def chat_form(fields: Prompt, body: dict[str, Any], template: str | None) -> Cha
     check_contents(fields.messages, "messages")
     for index, value in enumerate(fields.messages):
         _read_message(read(Message, value, f"messages[{index}]"), f"messages[{index}]", form)
-    if isinstance(fields, MessagesRequest) and form.messages[-1]["role"] == "assistant":
-        problem = "is of the assistant: prefill is not supported, the user speaks last"
-        raise InvalidParam(f"messages[{len(fields.messages) - 1}]", problem)
+    if form.messages[-1]["role"] == "assistant":
+        form.set("continue_final_message", True, f"messages[{len(fields.messages) - 1}]")
     return form
 
 

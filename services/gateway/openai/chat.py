@@ -56,7 +56,8 @@ async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
         pb.GenerateRequest(
             token_ids=pb.TokenIds(token_ids=prompt.token_ids),
             sampling=sampling,
-            standalone_text=True,
+            # What goes on with a message is no text of its own.
+            standalone_text=not request.continue_final_message,
             clamp_max_tokens=not is_length_given,
             prediction=prediction,
             n=request.n,
@@ -85,9 +86,16 @@ async def rendered_prompt(
     if tools.functions and frontend.chat_format.tools == NONE:
         problem = "are not supported: how this model writes calls is not known (--tool-format)"
         raise InvalidParam("tools", problem, code="unsupported_parameter")
+    continues = bool(request.continue_final_message)
+    if continues and request.add_generation_prompt:
+        raise InvalidParam("continue_final_message", "and add_generation_prompt exclude each other")
+    if continues and messages[-1].tool_calls:
+        problem = "has calls of tools, which nothing goes on with: only text is continued"
+        raise InvalidParam(f"messages[{len(messages) - 1}]", problem)
     return await frontend.chat_prompt(
         template_messages(messages, template),
-        add_generation_prompt=request.add_generation_prompt is not False,
+        add_generation_prompt=request.add_generation_prompt is not False and not continues,
+        continue_final_message=continues,
         # The template puts them in.
         add_special_tokens=bool(request.add_special_tokens),
         tools=tools.for_template(),

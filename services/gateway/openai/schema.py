@@ -64,7 +64,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "continue_final_message": (False,),
     # Templates come from the model's directory only.
     "chat_template": (),
     "documents": ([],),
@@ -239,6 +238,7 @@ class Templated(_Fields):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
 
 

@@ -156,6 +156,37 @@ async def test_prompt_and_text_together_are_what_the_model_wrote(
     assert first[0] == "hand"
 
 
+async def test_an_answer_goes_on_with_the_last_message(
+    load: Callable[..., Model], answer: Ask
+) -> None:
+    model = load("byte_fallback", AddedToken("<|im_start|>", special=True))
+    prompt = model.codec.encode("<|im_start|>e<|im_start|>re", add_special_tokens=False)
+    word = model["▁hand"]
+    messages = [{"role": "user", "content": "e"}, {"role": "assistant", "content": "re"}]
+    asked = {"endpoint": CHAT, "messages": messages, "max_tokens": 1}
+    got, _ = await answer(model, {prompt[-1]: word}, continue_final_message=True, **asked)
+    # No text of its own: the space before a word is the answer's.
+    assert got == (" hand", "length", 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"add_generation_prompt": True}, "continue_final_message"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
+    ],
+)
+async def test_messages_that_do_not_go_on(
+    load: Callable[..., Model], fields: dict[str, Any], param: str
+) -> None:
+    frontend = ScriptedFrontend(load("byte_level").codec, {})
+    body = {"messages": [{"role": "assistant", "content": "e"}], "continue_final_message": True}
+    async with serving(frontend) as http:
+        reply = await ask(http.address, CHAT, {**body, **fields})
+    assert (reply.status, reply.error["param"]) == (400, param)
+
+
 async def test_a_chat_begins_its_own_text(
     load: Callable[..., Model], answer: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,63 @@ def test_a_template_that_takes_either(compare: Compare, name: str) -> None:
             compare(EITHER[name], form, form)
 
 
+@pytest.mark.parametrize("text", ["He", "It is", "It is ", "  It\n", "Hé {{ 日本", HARD, " "])
+def test_the_last_message_goes_on_as_in_transformers(
+    theirs: PreTrainedTokenizerBase, text: str
+) -> None:
+    """Over the battery, but for templates in which transformers misses the word `content`, or cuts
+    off what it puts behind it."""
+    chat: Messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+    num_refused = 0
+    for source in (TEXT | EITHER | PARTS).values():
+        if "content" not in source or "truncate" in source:
+            continue
+        template = ChatTemplate(source, theirs.special_tokens_map)
+        messages = in_parts(chat) if source in PARTS.values() else chat
+        try:
+            expected = theirs.apply_chat_template(
+                messages, chat_template=source, continue_final_message=True, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError):
+            num_refused += 1
+            with pytest.raises(InvalidField):
+                template.render(chat, add_generation_prompt=False, continue_final_message=True)
+            continue
+        if "CONTINUE_" in expected:
+            # Of what it puts in itself; such a template writes the message more than once.
+            continue
+        prompt = template.render(chat, add_generation_prompt=False, continue_final_message=True)
+        assert prompt == expected
+    assert num_refused <= (20 if text == HARD else 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt"),
+    [
+        ("{{ messages[0].content }}|{{ messages[0].content }} .", "It is|It is"),
+        ("{{ messages[0].content | trim }}|{{ messages[0].content | trim }}.", "It is|It is"),
+        ("{{ messages[0].content | upper }}|{{ messages[0].content }}", None),
+        ("{{ messages[0].content | length }}", None),
+    ],
+)
+def test_a_message_that_a_template_writes_twice(source: str, prompt: str | None) -> None:
+    chat = [{"role": "assistant", "content": "It is"}]
+    template = ChatTemplate(source, {})
+    if prompt is None:
+        with pytest.raises(InvalidField, match="does not write as it is"):
+            template.render(chat, continue_final_message=True)
+    else:
+        assert template.render(chat, continue_final_message=True) == prompt
+
+
+@pytest.mark.parametrize("content", [None, "", [], [{"type": "text", "text": ""}]])
+def test_a_message_without_text_does_not_go_on(content: object) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    chat: Messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    with pytest.raises(InvalidField, match="no text"):
+        template.render(chat, add_generation_prompt=False, continue_final_message=True)
+
+
 def test_most_of_the_battery_renders(theirs: PreTrainedTokenizerBase) -> None:
     """Of those that refuse, both refusing would prove little."""
     refused = 0

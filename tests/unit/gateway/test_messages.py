@@ -260,7 +260,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use"}]}, USER]},
         "messages[1].content[0].id",
     ),
-    ({"messages": [USER, {"role": "assistant", "content": "I"}]}, "messages[1]"),
+    # What goes on is a text.
+    ({"messages": [USER, {"role": "assistant", "content": [use("c1")]}]}, "messages[1]"),
     ({"messages": [USER] * 4097}, "messages"),
     ({"system": 5}, "system"),
     ({"system": [{"type": "image"}]}, "system[0].type 'image'"),
@@ -569,6 +570,10 @@ async def test_the_stop_sequence_is_told(
     assert put_together(typed_events(streamed.body)) == message
 
 
-def test_a_count_may_end_with_the_assistant() -> None:
-    body = {"messages": [USER, {"role": "assistant", "content": "I"}]}
-    assert len(chat_form(prompt_request(Prompt, body), body, None).messages) == 2
+def test_an_answer_goes_on_where_the_assistant_spoke_last() -> None:
+    """So does the prompt that is counted."""
+    body = {"max_tokens": 1, "messages": [USER, {"role": "assistant", "content": "I"}]}
+    for kind in (MessagesRequest, Prompt):
+        form = chat_form(prompt_request(kind, body), body, None)
+        assert form.body["continue_final_message"] and len(form.messages) == 2
+    assert "continue_final_message" not in chat_of({**body, "messages": [USER]})
