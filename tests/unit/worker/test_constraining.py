@@ -19,11 +19,14 @@ class Panic(BaseException):
     """As llguidance's, which are no Exceptions."""
 
 
+_PANIC = Panic()
+
+
 class OnlyOne:
     """Each token is the one that all before it, the drafts included, lead to."""
 
     def __init__(
-        self, vocab_size: int, *, fails_at: int = 1 << 30, error: BaseException = Panic()
+        self, vocab_size: int, *, fails_at: int = 1 << 30, error: BaseException = _PANIC
     ) -> None:
         self.num_taken = 0
         self._vocab_size = vocab_size
@@ -99,7 +102,7 @@ def test_each_mask_has_all_tokens_before_it_and_others_go_on_ahead(
 
 @pytest.mark.parametrize(
     ("fails_at", "error"),
-    [(0, Panic()), (1, InvalidField("constraint", "is too much", limit="less")), (5, Panic())],
+    [(0, _PANIC), (1, InvalidField("constraint", "is too much", limit="less")), (5, _PANIC)],
 )
 def test_a_mask_that_cannot_be_made_fails_its_sequence_alone(
     bench: Bench, make_runner: MakeRunner, fails_at: int, error: BaseException
