@@ -63,15 +63,15 @@ TOOL_FORMATS = {
         _signs(qwen3_coder.FUNCTION, qwen3_coder.KEY),
     ),
     "hermes": ToolFormat(hermes.steps, (hermes.BEGIN, hermes.END), _signs(hermes.BEGIN)),
+    "llama3": ToolFormat(
+        llama3.steps,
+        (llama3.TAG, llama3.BEGIN, llama3.END),
+        re.compile(r'<\|python_tag\|>|\\?"name\\?": function name, \\?"parameters\\?"'),
+    ),
     "pythonic": ToolFormat(
         pythonic.steps,
         (pythonic.BEGIN, pythonic.END),
         re.compile(r"<\|python_start\|>|\[func_name1\("),
-    ),
-    "llama3": ToolFormat(
-        llama3.steps,
-        (llama3.BEGIN,),
-        re.compile(r'<\|python_tag\|>|\\?"name\\?": function name, \\?"parameters\\?"'),
     ),
 }
 

@@ -99,6 +99,10 @@ WELL_WRITTEN = {
     "llama3": (
         '{"name": "weather", "parameters": {"city": "Ulm"}}; {"name": "time", "parameters": {}}'
     ),
+    "llama3 ": (
+        '<|python_start|>{"name": "weather", "parameters": {"city": "Ulm"}}<|python_end|>\n'
+        '<|python_tag|>{"name": "time", "parameters": {}}'
+    ),
     "pythonic": '[weather(city="Ulm"), time()]',
     "mistral": (
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Ulm"}}, '
@@ -111,7 +115,16 @@ WELL_WRITTEN = {
     "qwen3-coder": QWEN3_CODER,
     "harmony": HARMONY,
 }
-BEHIND_TEXT = {"hermes", "mistral", "mistral ", "deepseek", "deepseek ", "glm", "qwen3-coder"}
+BEHIND_TEXT = {
+    "hermes",
+    "llama3 ",
+    "mistral",
+    "mistral ",
+    "deepseek",
+    "deepseek ",
+    "glm",
+    "qwen3-coder",
+}
 
 BADLY_WRITTEN: list[tuple[str, str, Told]] = [
     ("hermes", "<tool_call>no</tool_call> x", ["<tool_call>no</tool_call> x"]),
@@ -247,7 +260,7 @@ def test_calls_and_what_is_said_before_them(name: str) -> None:
     form, text = name.strip(), WELL_WRITTEN[name]
     for pieces in cuts(text):
         assert told(read(form, pieces)) == TWO_CALLS
-    if name in BEHIND_TEXT:
+    if name not in ALONE:
         for pieces in cuts(f"I look.\n\n{text}\n"):
             assert told(read(form, pieces)) == ["I look.", *TWO_CALLS]
     assert told(read(form, [text], is_parallel=False)) == TWO_CALLS[:1]

@@ -156,6 +156,11 @@ def test_variables() -> None:
         ("<|python_tag|>", "llama3", "none"),
         ('{{ \'{"name": function name, "parameters": x}\' }}', "llama3", "none"),
         ('{{ "{\\"name\\": function name, \\"parameters\\": x}" }}', "llama3", "none"),
+        (
+            '<|python_start|>{{ \'{"name": function name, "parameters": x}\' }}<|python_end|>',
+            "llama3",
+            "none",
+        ),
         ("[func_name1(params_name1=params_value1)]", "pythonic", "none"),
     ],
 )
