@@ -115,16 +115,8 @@ WELL_WRITTEN = {
     "qwen3-coder": QWEN3_CODER,
     "harmony": HARMONY,
 }
-BEHIND_TEXT = {
-    "hermes",
-    "llama3 ",
-    "mistral",
-    "mistral ",
-    "deepseek",
-    "deepseek ",
-    "glm",
-    "qwen3-coder",
-}
+ALONE = {"llama3", "pythonic", "harmony"}
+"""Written so, calls are the whole answer, or have headers."""
 
 BADLY_WRITTEN: list[tuple[str, str, Told]] = [
     ("hermes", "<tool_call>no</tool_call> x", ["<tool_call>no</tool_call> x"]),
