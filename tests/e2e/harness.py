@@ -20,6 +20,8 @@ from typing import Any
 import grpc
 
 from baton.shared.directory.embedded import EmbeddedValkey
+from baton.shared.kv.drawn import TokenLogprobs
+from baton.shared.rpc.convert import logprobs_from_pb
 from baton.v1 import (
     inference_service_pb2,
     inference_service_pb2_grpc,
@@ -52,6 +54,9 @@ class Result:
     request_id: str = ""
     num_prompt_tokens: int = 0
     finish_reason: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """From the prompt's second token on."""
     finished: inference_service_pb2.GenerateFinished = field(
         default_factory=inference_service_pb2.GenerateFinished
     )
@@ -326,6 +331,11 @@ def collect(
             next_index += len(response.chunk.token_ids)
             result.text += response.chunk.text
             result.token_ids += response.chunk.token_ids
+            result.logprobs += map(logprobs_from_pb, response.chunk.logprobs)
+        elif kinds[-1] == "prompt_logprobs":
+            told = response.prompt_logprobs
+            assert told.first_position == 1 + len(result.prompt_logprobs) and not result.token_ids
+            result.prompt_logprobs += map(logprobs_from_pb, told.tokens)
         else:
             result.finished = response.finished
             result.finish_reason = response.finished.finish_reason

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.sampling import SamplingParams
 from tests.device import ENGINE, ON_GPU
 
@@ -41,6 +43,22 @@ class Oracle:
     def answer(self, ask: Ask) -> list[int]:
         [token_ids] = self.answers_of_batch([ask])
         return token_ids
+
+    def told(self, ask: Ask) -> tuple[list[TokenLogprobs | None], list[TokenLogprobs | None]]:
+        """Logprobs of the prompt, computed at once, and of its answer."""
+        prompt, params = ask.prompt, _params(ask)
+        answer = self.answer(ask)
+        blocks = list(range(-(-(len(prompt) + len(answer)) // 16)))
+        wanted = WantedLogprobs(0, prompt[1:], params.prompt_logprobs or 0)
+        rows = [BatchRow(prompt, 0, [blocks], params, prompt_logprobs=wanted)]
+        rows += [
+            BatchRow([token_id], position, [blocks], params)
+            for position, token_id in enumerate(answer[:-1], len(prompt))
+        ]
+        steps = [self._runner.launch(Batch([row])) for row in rows]
+        drawn = [each for step in steps for each in step.result()[0]]
+        assert [each.token_id for each in drawn] == answer
+        return list(steps[0].prompt_logprobs(0)), [each.logprobs for each in drawn]
 
     def answers(self, asks: Sequence[Ask]) -> list[list[int]]:
         return [self.answer(ask) for ask in asks]

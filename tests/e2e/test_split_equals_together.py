@@ -113,6 +113,27 @@ def test_answers_do_not_depend_on_company(stack: Stack, oracle: Oracle) -> None:
     stack.assert_idle()
 
 
+@pytest.mark.exact
+def test_logprobs_whoever_computes_them(stack: Stack, oracle: Oracle) -> None:
+    """Cold, with all of the prompt in the caches, and in company: bit for bit."""
+    sampling = {"temperature": 1.5, "seed": 3, "max_tokens": 9, "logprobs": 3, "prompt_logprobs": 2}
+    ask = Ask(prompt_of(150, "logprobs"), sampling)
+    of_prompt, of_answer = oracle.told(ask)
+    others = [Ask(prompt_of(30 * n, "beside"), {"max_tokens": 9, "logprobs": 20}) for n in (1, 2)]
+    cold = stack.generate(ask.prompt, **ask.sampling)
+    warm = stack.generate(ask.prompt, **ask.sampling)
+    asks = [*others, ask]
+    *_, amid = stack.generate_at_once([(each.prompt, each.sampling) for each in asks])
+    for result in (cold, warm, amid):
+        assert (result.prompt_logprobs, result.logprobs) == (of_prompt, of_answer)
+        assert result.finished.usage.num_cached_tokens == 0
+    assert all(len(each.top_token_ids) == 3 for each in cold.logprobs)
+    alone = stack.generate(ask.prompt, max_tokens=0, prompt_logprobs=2)
+    assert (alone.prompt_logprobs, alone.token_ids) == (of_prompt, [])
+    assert stack.generate(ask.prompt, max_tokens=2).logprobs == []
+    stack.assert_idle()
+
+
 def test_continued_prompt_uses_blocks_that_decode_wrote(stack: Stack, oracle: Oracle) -> None:
     first = Ask(prompt_of(100, "continued"), {"temperature": 1.0, "seed": 1, "max_tokens": 30})
     answer = stack.generate(first.prompt, **first.sampling).token_ids

@@ -50,7 +50,14 @@ def stack(
 
 def test_decode_worker_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> None:
     streams = _streams_that_share(
-        stack, "decode killed", "decode", "joined", num_prompt=40, num_answer=48
+        stack,
+        "decode killed",
+        "decode",
+        "joined",
+        num_prompt=40,
+        num_answer=48,
+        logprobs=2,
+        prompt_logprobs=1,
     )
     victim = _host(stack, "decode", "joined", streams[0])
     stack.wait_until(lambda: all(stream.num_tokens > 4 for stream in streams))
@@ -69,6 +76,30 @@ def test_decode_worker_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> Non
         assert not was_hit or num_before < len(result.token_ids) - 4
     _log_pause("decode worker killed", streams[0], killed_at)
     _recover(stack, victim)
+    undisturbed = stack.generate_at_once(
+        [(stream.prompt, {**stream.sampling, "max_tokens": 16}) for stream in streams]
+    )
+    for stream, told in zip(streams, undisturbed, strict=True):
+        result = stream.result()
+        assert result.logprobs[:16] == told.logprobs
+        assert result.prompt_logprobs == told.prompt_logprobs
+        assert (len(result.prompt_logprobs), len(result.logprobs)) == (39, 48)
+        _assert_told_of_the_prompt_once(stack, stream)
+
+
+def _assert_told_of_the_prompt_once(stack: Stack, stream: Background) -> None:
+    """Who computes the prompt again finds it in the cache, for nothing of it is asked any more."""
+    admitted = [
+        event
+        for worker in _workers(stack, "prefill")
+        for event in events(stack, worker, "admitted", stream.request_id)
+    ]
+    for event in admitted:
+        # None of the first attempt's may come from a cache; those behind it find what that left.
+        if str(event["key"]).endswith("#1"):
+            assert event["num_cached_tokens"] == 0
+        elif len(_workers(stack, "prefill")) == 1:
+            assert event["num_cached_tokens"] == 32
 
 
 @with_two_workers
@@ -197,14 +228,22 @@ def test_redis_killed_in_mid_stream(stack: Stack, oracle: Oracle) -> None:
 
 
 def _streams_that_share(
-    stack: Stack, name: str, role: str, event: str, *, num_prompt: int, num_answer: int
+    stack: Stack,
+    name: str,
+    role: str,
+    event: str,
+    *,
+    num_prompt: int,
+    num_answer: int,
+    **asking: Any,
 ) -> list[Background]:
     """A greedy answer, and seeded ones until one is on the same worker of that role."""
-    streams = [_stream(stack, (name, 0), num_prompt, max_tokens=num_answer, **GREEDY)]
+    greedy: dict[str, Any] = {**GREEDY, **asking}
+    streams = [_stream(stack, (name, 0), num_prompt, max_tokens=num_answer, **greedy)]
     host = _host(stack, role, event, streams[0])
     for seed in range(1, 5):
         prompt_name = (name, seed)
-        sampling: dict[str, Any] = {**SEEDED, "seed": seed}
+        sampling: dict[str, Any] = {**SEEDED, **asking, "seed": seed}
         streams.append(_stream(stack, prompt_name, num_prompt, max_tokens=num_answer, **sampling))
         if _host(stack, role, event, streams[-1]) == host:
             return streams
