@@ -32,6 +32,8 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     text: str | None = None
+    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
     finished: pb.GenerateFinished = field(default_factory=pb.GenerateFinished)
 
     def add_text(self, text: str) -> None:
@@ -114,7 +116,10 @@ async def _stream(
     answers: dict[int, Answer] = {}
     try:
         async for message in call:
-            if message.HasField("chunk"):
+            if message.HasField("prompt_logprobs"):
+                told = message.prompt_logprobs.tokens
+                answers.setdefault(0, Answer()).prompt_logprobs += told
+            elif message.HasField("chunk"):
                 sample = message.chunk.sample
                 answer = answers.setdefault(sample, Answer())
                 on_piece(sample, _take_chunk(answer, message.chunk))
@@ -133,8 +138,12 @@ async def _stream(
 
 
 def to_json(answer: Answer) -> dict[str, Any]:
+    """Logprobs are there if they were asked for; a prompt's with the first sample's answer, from
+    the prompt's second token on."""
     finished = answer.finished
+    logprobs = {"prompt_logprobs": answer.prompt_logprobs, "logprobs": answer.logprobs}
     return {
+        **{name: [_logprobs(each) for each in told] for name, told in logprobs.items() if told},
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": _FINISH_REASONS.get(finished.finish_reason),
@@ -170,10 +179,16 @@ def _take_chunk(answer: Answer, chunk: pb.GenerateChunk) -> str:
     """The part of a message that is shown."""
     separator = " " if answer.token_ids else ""
     answer.token_ids += chunk.token_ids
+    answer.logprobs += chunk.logprobs
     if chunk.HasField("text"):
         answer.add_text(chunk.text)
         return chunk.text
     return separator + " ".join(str(token_id) for token_id in chunk.token_ids)
+
+
+def _logprobs(told: types_pb2.TokenLogprobs) -> dict[str, Any]:
+    top = dict(zip(told.top_token_ids, told.top_logprobs, strict=True))
+    return {"logprob": told.logprob, "rank": told.rank, "top": top}
 
 
 def _seconds(timing: pb.GenerateTiming, name: str) -> float | None:

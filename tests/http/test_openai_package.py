@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
+import torch
 from baton_client import Client
 from openai.types.chat import ChatCompletionMessageParam
 from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
 
 from tests.e2e.harness import Stack
 from tests.http.conftest import DEMO
@@ -230,3 +233,75 @@ async def test_the_asynchronous_client_and_many_at_once(http: str, stack: Stack)
         texts = await asyncio.gather(*map(answer, prompts))
     assert texts == [result.text for result in expected]
     stack.assert_idle()
+
+
+def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
+    """Streamed and whole, and as transformers has them."""
+    options: dict[str, Any] = {
+        "model": "demo",
+        "messages": _MESSAGES,
+        "temperature": 0.7,
+        "seed": 3,
+        "max_tokens": 12,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    [choice] = client.chat.completions.create(**options).choices
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    told = choice.logprobs.content
+    streamed = [
+        entry
+        for chunk in client.chat.completions.create(**options, stream=True)
+        for each in chunk.choices
+        if each.logprobs is not None and each.logprobs.content is not None
+        for entry in each.logprobs.content
+    ]
+    assert [each.model_dump() for each in streamed] == [each.model_dump() for each in told]
+    text = b"".join(bytes(each.bytes or []) for each in told).decode()
+    assert text.removesuffix("<|end|>") == choice.message.content
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    prompt = "<|bos|><|user|>Who made the earth?<|end|><|assistant|>"
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    answer_ids = [_id_of(each.token, tokenizer) for each in told]
+    expected = _log_softmax([*prompt_ids, *answer_ids])[len(prompt_ids) - 1 :]
+    for entry, token_id, row in zip(told, answer_ids, expected, strict=False):
+        assert entry.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
+        best = row.topk(3).values.tolist()
+        assert [each.logprob for each in entry.top_logprobs] == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_new", [0, 1])
+def test_an_echo_as_evaluation_harnesses_ask(client: openai.OpenAI, num_new: int) -> None:
+    """Prompts as lists of ids, of unequal lengths; twice, since they are in the caches then."""
+    prompts = [[1, *range(40, 75)], [1, 50, 60], [1, *range(300, 400)]]
+    for _ in range(2):
+        answer = client.completions.create(
+            model="demo", prompt=prompts, max_tokens=num_new, temperature=0, logprobs=1, echo=True
+        )
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        for choice, prompt in zip(answer.choices, prompts, strict=True):
+            columns = choice.logprobs
+            assert columns is not None and columns.token_logprobs is not None
+            assert columns.top_logprobs is not None and columns.tokens is not None
+            assert len(columns.tokens) == len(columns.top_logprobs) == len(prompt) + num_new
+            # The package says that these are numbers.
+            assert [columns.token_logprobs[0], columns.top_logprobs[0]] == [None, None]
+            rows = _log_softmax(prompt)
+            expected = [float(rows[at - 1][prompt[at]]) for at in range(1, len(prompt))]
+            got = columns.token_logprobs[1 : len(prompt)]
+            assert got == pytest.approx(expected, abs=1e-4)
+            for own, top, row in zip(got, columns.top_logprobs[1:], rows, strict=False):
+                greatest = max(top.values())
+                assert greatest == pytest.approx(float(row.max()), abs=1e-4)
+                assert own <= greatest
+
+
+def _log_softmax(token_ids: list[int]) -> torch.Tensor:
+    model: Any = LlamaForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([token_ids])).logits[0], -1)
+
+
+def _id_of(token: str, tokenizer: Tokenizer) -> int:
+    [token_id] = tokenizer.encode(token, add_special_tokens=False).ids
+    return int(token_id)

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from baton_client.aio import AsyncAnswerStream, AsyncClient
-from baton_client.answer import Answer, Chunk, Timing, Usage
+from baton_client.answer import Answer, Chunk, Timing, TokenLogprobs, Usage
 from baton_client.client import AnswerStream, Client
 from baton_client.connection import Tls
 from baton_client.errors import (
@@ -48,6 +48,7 @@ __all__ = [
     "ServerError",
     "Timing",
     "Tls",
+    "TokenLogprobs",
     "Unavailable",
     "Unsupported",
     "Usage",

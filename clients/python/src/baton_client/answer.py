@@ -19,6 +19,17 @@ from baton_client.v1 import types_pb2
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model held a token: natural logarithms of probabilities, of its own logits."""
+
+    logprob: float
+    rank: int
+    """1 for the likeliest."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob) of the likeliest in its place, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """New tokens, and the text that they made certain."""
 
@@ -28,6 +39,8 @@ class Chunk:
     """May lag behind the tokens; always empty when the model has no tokenizer."""
     sample: int = 0
     """Whose they are, of the `n` that were asked for."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of each of them, if `logprobs` was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,10 @@ class Answer:
     seed: int
     prefill_worker_id: str
     decode_worker_id: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens without those that were received before, if `logprobs` was given."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt from its second token on, if `prompt_logprobs` was given."""
 
 
 @dataclass(slots=True)
@@ -80,6 +97,7 @@ class _Sample:
 
     token_ids: list[int]
     texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: pb.GenerateFinished | None = None
 
 
@@ -95,6 +113,7 @@ class Progress:
             _Sample(list(token_ids)) for token_ids in received or [request.received_token_ids]
         ]
         """Those that the request names, until the server has taken it."""
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_tokens_asked_with = self._num_tokens
         self.num_resumes = 0
 
@@ -141,6 +160,8 @@ class Progress:
         match message.WhichOneof("message"):
             case "started":
                 self._start(message.started)
+            case "prompt_logprobs":
+                self._add_of_prompt(message.prompt_logprobs)
             case "chunk":
                 return self._add(message.chunk)
             case "finished":
@@ -175,6 +196,8 @@ class Progress:
             seed=started.seed,
             prefill_worker_id=finished.prefill_worker_id,
             decode_worker_id=finished.decode_worker_id,
+            logprobs=tuple(sample.logprobs),
+            prompt_logprobs=tuple(self._prompt_logprobs),
         )
 
     def _start(self, started: pb.GenerateStarted) -> None:
@@ -202,7 +225,16 @@ class Progress:
             )
         sample.token_ids += chunk.token_ids
         sample.texts.append(chunk.text)
-        return Chunk(tuple(chunk.token_ids), chunk.text, chunk.sample)
+        logprobs = tuple(map(_logprobs, chunk.logprobs))
+        sample.logprobs += logprobs
+        return Chunk(tuple(chunk.token_ids), chunk.text, chunk.sample, logprobs)
+
+    def _add_of_prompt(self, told: types_pb2.PromptLogprobs) -> None:
+        """After a break before the first token all of them come again."""
+        num_known = len(self._prompt_logprobs) + 1 - told.first_position
+        if num_known < 0:
+            raise misfit(f"logprobs of the prompt came from token {told.first_position} on")
+        self._prompt_logprobs += map(_logprobs, told.tokens[num_known:])
 
     def _finish(self, finished: pb.GenerateFinished) -> Chunk | None:
         sample = self._sample(finished.sample)
@@ -219,6 +251,11 @@ class Progress:
         if number >= len(self._samples):
             raise misfit(f"sample {number} came, of {len(self._samples)} that were asked for")
         return self._samples[number]
+
+
+def _logprobs(told: types_pb2.TokenLogprobs) -> TokenLogprobs:
+    top = zip(told.top_token_ids, told.top_logprobs, strict=False)
+    return TokenLogprobs(told.logprob, told.rank, tuple(top))
 
 
 def _are_others(before: pb.GenerateStarted | None, now: pb.GenerateStarted) -> bool:
