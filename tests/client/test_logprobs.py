@@ -40,7 +40,11 @@ def test_they_come_with_their_tokens_and_once() -> None:
         chunk = pb.GenerateChunk(first_index=index, token_ids=[7], logprobs=[told(-4.0 - index)])
         taken = progress.take(pb.GenerateResponse(chunk=chunk))
         assert taken is not None and taken.logprobs == (shown(-4.0 - index),)
-    progress.take(pb.GenerateResponse(finished=pb.GenerateFinished(finish_reason=2)))
+    progress.take(
+        pb.GenerateResponse(
+            finished=pb.GenerateFinished(finish_reason=types_pb2.FINISH_REASON_LENGTH)
+        )
+    )
     [answer] = progress.answers()
     assert answer.prompt_logprobs == (shown(-1.0), shown(-2.0), shown(-3.0))
     assert answer.logprobs == (shown(-4.0), shown(-5.0))
