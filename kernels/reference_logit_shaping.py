@@ -31,6 +31,7 @@ def shape_logits(
     biases: tuple[Tensor, Tensor] | None = None,
     banned: Sequence[int] = (),
     may_end: bool = True,
+    has_bans: bool = True,
 ) -> None:
     """Changes a row in place: biases, then penalties, then bans. A function of the row alone.
 
@@ -43,6 +44,7 @@ def shape_logits(
         biases: int64 [n], which tokens, and float32 [n], what is added.
         banned: tokens that are not drawn here, beside those that are marked so.
         may_end: else tokens that would end the answer are not drawn.
+        has_bans: False: no token is marked BANNED or FINAL.
     """
     if biases is not None:
         tokens, numbers = biases
@@ -57,6 +59,8 @@ def shape_logits(
         emitted = (marks & COUNT).nonzero().squeeze(1)
         counts = (marks[emitted] & COUNT).float()
         logits[emitted] = logits[emitted] - counts * frequency - presence
+    if not has_bans and not banned:
+        return
     out = (marks & (BANNED if may_end else BANNED | FINAL)) != 0
     if banned:
         out[list(banned)] = True

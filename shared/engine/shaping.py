@@ -55,7 +55,7 @@ class Shaping:
         biases: (token, what is added to its logit); bans are not among them.
         may_end_at: position from which on a token may be drawn that ends the answer.
         counts_from: position of the answer's first token.
-        num_asked: as `counts_from`.
+        has_bans: whether a token is ruled out by itself, wherever it would come.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Shaping:
         self._banned = [token_id for token_id, bias in params.logit_bias if bias == BANNING_BIAS]
         self._banned += [each[0] for each in history.banned_sequences if len(each) == 1]
         self._final = [*final_token_ids, *params.stop_token_ids] if params.min_tokens else []
+        self.has_bans = bool(self._allowed or self._banned or self._final)
         self._longer: dict[int, list[tuple[int, ...]]] = {}
         """Banned sequences of several tokens, by the last but one of them."""
         for each in history.banned_sequences:
@@ -178,6 +179,7 @@ def apply_shaping(logits: Tensor, shaping: Shaping, end: int, drafts: Sequence[i
         biases=biases,
         banned=shaping.banned_behind(end, drafts),
         may_end=end + len(drafts) >= shaping.may_end_at,
+        has_bans=shaping.has_bans,
     )
 
 

@@ -6,7 +6,7 @@ import queue
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -118,8 +118,10 @@ class Bench:
             trace=Trace(None, ""),
         )
 
-    def start(self, number: int, prompt: tuple[int, ...], params: SamplingParams) -> Sequence:
-        sequence = Sequence(AttemptKey(f"r{number}", 0, 1), prompt, params)
+    def start(
+        self, number: int, prompt: tuple[int, ...], params: SamplingParams, **more: Any
+    ) -> Sequence:
+        sequence = Sequence(AttemptKey(f"r{number}", 0, 1), prompt, params, **more)
         self.engine.inbox.put(msg.StartDecode(sequence, Recipient("g", number), None))
         return sequence
 
