@@ -23,7 +23,7 @@ from baton.services.gateway.openai.chat_form import (
     check_contents,
     check_entries,
     read,
-    sampling_of,
+    take_alike,
     unsupported,
 )
 from baton.services.gateway.openai.errors import InvalidParam
@@ -48,7 +48,7 @@ def prompt_request(kind: type[_Kind], body: dict[str, Any]) -> _Kind:
 def chat_form(fields: Prompt, body: dict[str, Any], template: str | None) -> ChatForm:
     """`template`: the model's own. Raises InvalidParam."""
     form = ChatForm()
-    sampling_of(body, form)
+    take_alike(body, form)
     if isinstance(fields, MessagesRequest):
         form.set("max_tokens", fields.max_tokens, "max_tokens")
         form.set("stop", fields.stop_sequences, "stop_sequences")
@@ -76,7 +76,9 @@ def _read_thinking(fields: Prompt, form: ChatForm, template: str) -> None:
     if kind in ("enabled", "disabled"):
         # Otherwise, and where the template has no switch, the model does as it was made to.
         switches = dict.fromkeys(_SWITCHES & template_variables(template), kind == "enabled")
-        form.set("chat_template_kwargs", switches or None, "thinking")
+        given = form.body.get("chat_template_kwargs", {})
+        if switches and isinstance(given, dict):
+            form.set("chat_template_kwargs", switches | given, "chat_template_kwargs")
 
 
 def _read_output(fields: Prompt, form: ChatForm) -> None:

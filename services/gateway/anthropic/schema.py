@@ -9,12 +9,18 @@ from typing import Any
 
 from pydantic import Field
 
+from baton.services.gateway.openai.chat_form import UNTOLD
 from baton.services.gateway.openai.fields import Fields, Int, List
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
     "container": (),
     "mcp_servers": ([],),
+    # Chat completions' own: who sends them means another endpoint.
+    "max_completion_tokens": (),
+    "response_format": ({"type": "text"},),
+    "stop": ([], ""),
+    **UNTOLD,
 }
 
 

@@ -29,9 +29,21 @@ from baton.shared.sampling import FIELDS
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-_LENGTH = "max_tokens"
-SAMPLING_NAMES = tuple(field.public_name for field in FIELDS if field.public_name != _LENGTH)
-"""Of the fields that every endpoint calls the same."""
+_APART = {"max_tokens", "logprobs", "prompt_logprobs"}
+_CONSTRAINTS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
+ALIKE = (
+    *(field.public_name for field in FIELDS if field.public_name not in _APART),
+    *(*_CONSTRAINTS, "guided_grammar", "chat_template_kwargs", "prediction"),
+)
+"""Fields that every endpoint calls the same."""
+UNTOLD: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+}
+"""What the other endpoints' answers have no place for → the values that ask for nothing."""
 
 
 @dataclass
@@ -100,9 +112,9 @@ async def num_prompt_tokens(form: ChatForm, frontend: Frontend) -> int:
     return len(prompt.token_ids)
 
 
-def sampling_of(body: Mapping[str, Any], form: ChatForm) -> None:
+def take_alike(body: Mapping[str, Any], form: ChatForm) -> None:
     """Takes over what all endpoints call the same; it is checked with the rest."""
-    for name in SAMPLING_NAMES:
+    for name in ALIKE:
         form.set(name, body.get(name), name)
 
 

@@ -359,4 +359,5 @@ def problem_of(error: ErrorDetails) -> str:
     """What is wrong with a value, in words that go after its name."""
     if error["type"] == "missing":
         return "is missing"
-    return error["msg"].replace("Input should", "should").replace("List should", "should")
+    message = error["msg"].removeprefix("Value error, ")
+    return message.replace("Input should", "should").replace("List should", "should")

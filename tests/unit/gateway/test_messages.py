@@ -228,6 +228,9 @@ def test_thinking_is_the_templates_switch_where_it_has_one(
 ) -> None:
     body = chat_of({**HELLO, "thinking": {"type": kind}}, template)
     assert body.get("chat_template_kwargs") == switches
+    given = {"chat_template_kwargs": {"enable_thinking": 1, "thinking": 1}}
+    body = chat_of({**HELLO, **given, "thinking": {"type": kind}}, template)
+    assert body["chat_template_kwargs"] == given["chat_template_kwargs"]
 
 
 def block(**given: Any) -> dict[str, Any]:
@@ -278,6 +281,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "on"}}, "thinking.type"),
     ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
     ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+    ({"output_config": {"effort": "huge"}}, "output_config.effort"),
+    ({"tool_choice": {"type": "any"}}, "tool_choice"),
+    ({"chat_template_kwargs": "x", "thinking": {"type": "enabled"}}, "chat_template_kwargs"),
+    ({"n": 2}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"stop": ["x"]}, "stop"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"container": "c"}, "container"),
 ]

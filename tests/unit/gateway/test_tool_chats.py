@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
@@ -205,6 +206,82 @@ async def test_a_loop_of_two_turns(frontend: Scripted) -> None:
     prompt = codec.decode(frontend.requests[-1].token_ids.token_ids, skip_special=False)
     assert prompt.startswith(f"<|im_start|>system\n{json.dumps(WEATHER)}\n")
     assert f"<|im_start|>assistant\n{CALL}<|im_end|>\n<|im_start|>tool\nRain.<|im_end|>" in prompt
+
+
+async def test_responses_bring_the_same_and_take_it_back(frontend: Scripted) -> None:
+    frontend.text = f"{THOUGHT}I look.\n{CALL}"
+    tool: Any = {"type": "function", **WEATHER["function"]}
+    options: Any = {"model": "null", "tools": [tool]}
+    async with client_of(frontend) as client:
+        whole = await client.responses.create(**options, input=ASKED)
+        async with client.responses.stream(**options, input=ASKED) as stream:
+            streamed = await stream.get_final_response()
+        kinds = [item.type for item in whole.output]
+        assert kinds == [item.type for item in streamed.output]
+        assert kinds == ["reasoning", "message", "function_call"]
+        call = whole.output[2]
+        assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Ulm"}
+        assert whole.output_text == streamed.output_text == "I look."
+        frontend.text = "It rains."
+        answer = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
+        turns: Any = [*ASKED, *(item.model_dump() for item in whole.output), answer]
+        last = await client.responses.create(**options, input=turns)
+    assert last.output_text == "It rains."
+    prompt = _prompt(frontend)
+    assert "<think>The user asks.</think>\nI look." in prompt
+    assert '{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>' in prompt
+    assert "<|im_start|>tool\nRain.<|im_end|>" in prompt
+
+
+async def test_messages_bring_the_same_and_take_it_back(frontend: Scripted) -> None:
+    frontend.text = f"{THOUGHT}I look.\n{CALL}"
+    function = WEATHER["function"]
+    tool: Any = {"name": "weather", "input_schema": function["parameters"]}
+    options: Any = {"model": "null", "max_tokens": 400, "tools": [tool]}
+    async with (
+        serving(frontend) as endpoint,
+        anthropic.AsyncAnthropic(
+            base_url=f"http://{endpoint.address}", api_key="none", max_retries=0
+        ) as client,
+    ):
+        whole = await client.messages.create(**options, messages=ASKED)
+        async with client.messages.stream(**options, messages=ASKED) as stream:
+            streamed = await stream.get_final_message()
+        kept: list[Any] = []
+        for message in (whole, streamed):
+            kept = [block.model_dump() for block in message.content]
+            thinking, text, use = kept
+            assert (thinking["type"], thinking["thinking"]) == ("thinking", "The user asks.")
+            assert (text["type"], text["text"]) == ("text", "I look.")
+            assert (use["type"], use["name"], use["input"]) == (
+                *("tool_use", "weather"),
+                {"city": "Ulm"},
+            )
+            assert message.stop_reason == "tool_use"
+        frontend.text = "It rains."
+        answer = {"type": "tool_result", "tool_use_id": kept[2]["id"], "content": "Rain."}
+        turns: Any = [
+            *ASKED,
+            {"role": "assistant", "content": kept},
+            {"role": "user", "content": [answer]},
+        ]
+        last = await client.messages.create(
+            **options, messages=turns, thinking={"type": "disabled"}
+        )
+    assert [block.type for block in last.content] == ["text"]
+    prompt = _prompt(frontend)
+    assert "<think>The user asks.</think>\nI look." in prompt
+    assert '{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>' in prompt
+    assert "<|im_start|>tool\nRain.<|im_end|>" in prompt
+    # The template's switch.
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def _prompt(frontend: Scripted) -> str:
+    """Of the last request, as the template wrote it."""
+    assert frontend.codec is not None
+    token_ids = list(frontend.requests[-1].token_ids.token_ids)
+    return frontend.codec.decode(token_ids, skip_special=False)
 
 
 async def test_a_call_goes_on_in_another_attempt(

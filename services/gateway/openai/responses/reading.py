@@ -9,7 +9,7 @@ from baton.services.gateway.openai.chat_form import (
     check_contents,
     check_entries,
     read,
-    sampling_of,
+    take_alike,
     unsupported,
 )
 from baton.services.gateway.openai.errors import InvalidParam
@@ -53,8 +53,7 @@ def responses_request(body: dict[str, Any]) -> ResponsesRequest:
 def chat_form(fields: ResponsesRequest, body: dict[str, Any]) -> ChatForm:
     """Raises InvalidParam."""
     form = ChatForm(places={"messages": "input"})
-    sampling_of(body, form)
-    form.set("chat_template_kwargs", body.get("chat_template_kwargs"), "chat_template_kwargs")
+    take_alike(body, form)
     form.set("max_completion_tokens", fields.max_output_tokens, "max_output_tokens")
     form.set("parallel_tool_calls", fields.parallel_tool_calls, "parallel_tool_calls")
     if fields.reasoning is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from baton.services.gateway.openai.chat_form import UNTOLD
 from baton.services.gateway.openai.fields import Fields, Int, List
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -21,7 +22,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "context_management": ([],),
     "moderation": (),
     "image": (),
-    "top_logprobs": (0,),
+    # Chat completions' own: who sends them means another endpoint.
+    "messages": (),
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "response_format": ({"type": "text"},),
+    **UNTOLD,
 }
 INCLUDABLE = {
     # Of tools that are not served, and of images: there is nothing to include.
