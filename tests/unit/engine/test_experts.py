@@ -135,7 +135,8 @@ def test_every_form_is_the_same_experts(form: str, num_ranks: int, load: Load) -
 
 
 def test_experts_of_8_bits_are_expanded_as_any_linear_layer(load: Load) -> None:
-    tensors, expanded = {}, {}
+    tensors: dict[str, Tensor] = {}
+    expanded: dict[str, Tensor] = {}
     for name, weight in separate().items():
         numbers, scale = (weight * 20).to(torch.int8), rand(len(weight), 1).abs()
         tensors |= {name: numbers, f"{name}_scale": scale}
