@@ -442,13 +442,13 @@ def paged_attention(
 
     `cap`: scores go through `soft_cap` with it; 0: they do not. `sinks` float32 [num_heads]: each
     head's score of something that every token sees, whose value is zero. The step's own keys and
-    values are stored before. Rows of `query` behind T come back as zeros.
+    values are stored before. Rows of `query` behind T have the first one's result.
     kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; what lies in slots behind
     a row's context is never used, NaN included.
     """
     num_kv_heads = kv.shape[1]
     _, num_heads, head_dim = query.shape
-    out = torch.zeros_like(query)
+    out = torch.empty_like(query)
     scaled = query * scale
     for units in plan.units:
         num_tokens = units.num_units * units.num_queries
@@ -458,6 +458,8 @@ def paged_attention(
         by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, head_dim)
         by_token = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
         out.index_copy_(0, units.tokens, by_token)
+    if len(out) > plan.num_tokens:
+        out[plan.num_tokens :] = out[0]
     return out
 
 

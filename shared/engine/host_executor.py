@@ -257,7 +257,9 @@ class HostExecutor:
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
         num_missing = determinism.MIN_LINEAR_ROWS - len(column)
         if num_missing > 0:
-            column = np.concatenate((column, np.zeros(num_missing, np.int64)))
+            # With copies of the first token, which no layer tells from it: experts that it does not
+            # have are not read for them.
+            column = np.concatenate((column, np.full(num_missing, column[0])))
         return torch.from_numpy(column).to(self._device, non_blocking=True)
 
     def _columns(self, batch: Batch) -> BatchColumns:

@@ -380,3 +380,25 @@ def test_dummy_routers_spread_tokens_over_the_experts(
     assert len(counts) == 4
     for count in counts:
         assert int(count.min()) > 0 and int(count.max()) < 4 * 800 / 16
+
+
+def test_a_lone_token_s_experts_are_all_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its step has rows to spare: they are copies of it."""
+    make_tiny(tmp_path, "qwen3_moe", TINY_MODELS["qwen3_moe"]["as they come"])
+    runner = ModelRunner(EngineConfig(tmp_path, device="cpu", num_blocks=64))
+    prompt, table = list(range(3, 40)), [list(range(4))]
+    runner.logits(Batch([BatchRow(prompt, 0, table)]))
+    chosen: list[Tensor] = []
+    original = ReferenceOperations.route
+
+    def noted(*args: Any) -> Routes:
+        routes = original(*args)
+        chosen.append(routes.experts)
+        return routes
+
+    monkeypatch.setattr(ReferenceOperations, "route", staticmethod(noted))
+    runner.logits(Batch([BatchRow([77], 37, table)]))
+    assert [each.shape for each in chosen] == [(16, 2)] * 2
+    assert all(len(set(each.flatten().tolist())) == 2 for each in chosen)

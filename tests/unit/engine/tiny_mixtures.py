@@ -25,6 +25,7 @@ TINY_MIXTURES: dict[str, dict[str, Fields]] = {
             **_EXPERTS,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
+            "num_experts": 33,
             "num_experts_per_tok": 3,
             "tie_word_embeddings": True,
         },
@@ -38,7 +39,6 @@ TINY_MIXTURES: dict[str, dict[str, Fields]] = {
             "head_dim": 16,
             "num_hidden_layers": 1,
         },
-        "one of many": {**_EXPERTS, "num_experts": 33, "num_experts_per_tok": 1},
     },
     "qwen2_moe": {
         "as they come": {**_EXPERTS, "shared_expert_intermediate_size": 80},
