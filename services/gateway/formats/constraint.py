@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from baton.services.gateway.formats import deepseek, harmony, hermes, mistral
+from baton.shared.answer_formats import HARMONY
 from baton.v1 import types_pb2
 
 
@@ -54,14 +55,15 @@ _WRITTEN: dict[str, Callable[[str], Written]] = {
     "pythonic": lambda template: _LLAMA3,
     "mistral": lambda template: _MISTRAL if mistral.ARGUMENTS in template else _OLDER_MISTRAL,
     "deepseek": lambda template: _FENCED_DEEPSEEK if "```json" in template else _DEEPSEEK,
-    "harmony": lambda template: _HARMONY,
+    HARMONY: lambda template: _HARMONY,
 }
 
 READ_AS = {"glm": "hermes", "qwen3-coder": "hermes", "pythonic": "llama3"}
 """Formats without JSON → the one in which they write under a constraint."""
 
-WITHOUT_STRICT = ("pythonic", "harmony")
-"""Formats in which a call that need not be cannot be told from what is said before it ends."""
+WITHOUT_STRICT = ("pythonic",)
+"""Formats in which calls that need not come begin like any text, and have another form than under
+a constraint."""
 
 
 def calls_constraint(
@@ -79,7 +81,7 @@ def calls_constraint(
     tags = types_pb2.StructuralTags(
         triggers=[] if only_calls else [written.trigger],
         only_tags=only_calls,
-        at_most_one=not is_parallel or form == "harmony",
+        at_most_one=not is_parallel or form == HARMONY,
         tags=[
             types_pb2.StructuralTag(
                 begin=written.begin.format(name), json_schema=json.dumps(schema), end=written.end

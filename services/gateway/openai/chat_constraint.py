@@ -11,9 +11,11 @@ from baton.services.gateway.formats.constraint import WITHOUT_STRICT
 from baton.services.gateway.openai.constraint import Asked
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.tools import OfferedTools
+from baton.shared.answer_formats import HARMONY
 from baton.v1 import types_pb2
 
 _TAGS = "constraint.structural_tags"
+_ANY_TEXT = r"(.|\n)*"
 
 
 class Constrained(NamedTuple):
@@ -44,6 +46,9 @@ def chat_constraint(
     """Raises InvalidParam."""
     if asked is not None and tools.must_call:
         raise InvalidParam("tool_choice", "is given beside a form of the answer: choose one")
+    if asked is None and tools.is_strict and chat_format.tools == HARMONY:
+        # Its markers are no text in which a call could be looked for: it is calls, or an answer.
+        asked = types_pb2.Constraint(regex=_ANY_TEXT)
     constraint, has_calls = asked, False
     if tools.is_constrained or (asked is not None and tools.functions):
         constraint, has_calls = _of_tools(tools, chat_format, is_alone=asked is None), True

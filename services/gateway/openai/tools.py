@@ -62,7 +62,12 @@ class OfferedTools:
     @property
     def is_constrained(self) -> bool:
         """Whether calls must be valid, or must come at all."""
-        return self.must_call or any(function.strict for function in self.functions)
+        return self.must_call or self.is_strict
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether calls that need not come must be valid."""
+        return not self.must_call and any(function.strict for function in self.functions)
 
     @property
     def constrained(self) -> Mapping[str, Mapping[str, Any]]:

@@ -16,6 +16,8 @@ from baton.services.gateway.chat_format import ChatFormat
 from baton.services.gateway.formats.choose import TOOL_FORMATS
 from baton.services.gateway.formats.constraint import WITHOUT_STRICT
 from baton.services.gateway.formats.source import merged
+from baton.services.gateway.openai.chat_constraint import chat_constraint
+from baton.services.gateway.openai.tools import Function, OfferedTools
 from baton.shared.constraints.compiler import compile_constraint
 from baton.shared.constraints.matcher import AnswerMatcher
 from baton.shared.constraints.tokens import TokenTable
@@ -94,7 +96,7 @@ def test_calls_that_must_come(table: TokenTable, name: str, template: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "template"), [form for form in FORMS if form[0] not in WITHOUT_STRICT]
+    ("name", "template"), [form for form in FORMS if form[0] not in (*WITHOUT_STRICT, "harmony")]
 )
 def test_calls_that_may_come_are_valid(table: TokenTable, name: str, template: str) -> None:
     form = ChatFormat(name, template=template)
@@ -106,3 +108,32 @@ def test_calls_that_may_come_are_valid(table: TokenTable, name: str, template: s
     # Without one, it may be anything.
     matcher = AnswerMatcher(compile_constraint(constraint, table))
     matcher.take(table.encode(b"I look for it {at} once."))
+
+
+def test_an_answer_or_a_call(table: TokenTable) -> None:
+    """What is strict beside what is said, where both have headers; and a form of the answer."""
+    functions = [Function(name=name, parameters=TOOLS[name], strict=True) for name in TOOLS]
+    offered = OfferedTools(functions, schemas=TOOLS)
+    for name in ("harmony", "hermes"):
+        form = ChatFormat(name, "harmony" if name == "harmony" else "none")
+        asked = None
+        if name == "hermes":
+            asked = types_pb2.Constraint(json_schema='{"enum": ["yes"]}')
+        seen = set()
+        for seed in range(12):
+            constraint, has_calls = chat_constraint(asked, offered, "", form)
+            assert has_calls and constraint is not None
+            assert constraint.HasField("begin_after") is (name == "harmony")
+            constraint.ClearField("begin_after")
+            text = drawn(constraint, table, seed)
+            parser = form.reading("", TOOLS, is_constrained=True).new_parser("a")
+            parts = merged([*parser.feed([], text), *parser.finish("")])
+            # The empty answer is one.
+            first, *rest = parts or [Content("")]
+            seen.add(type(first))
+            if isinstance(first, ToolCall):
+                [arguments] = [part for part in rest if isinstance(part, Arguments)]
+                jsonschema.validate(json.loads(arguments.text), TOOLS[first.name])
+            elif asked is not None:
+                assert first == Content('"yes"')
+        assert seen == {Content, ToolCall}

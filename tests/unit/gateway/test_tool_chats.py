@@ -510,3 +510,36 @@ async def test_a_prompt_is_counted_with_its_tools(frontend: Scripted) -> None:
         answer = await ask(endpoint.address, CHAT, {"messages": ASKED, "tools": [WEATHER]})
     counts = [json.loads(reply.body)["count"] for reply in (bare, with_tools)]
     assert counts[0] < counts[1] == json.loads(answer.body)["usage"]["prompt_tokens"]
+
+
+async def test_the_other_endpoints_tell_the_same_call(frontend: Scripted) -> None:
+    frontend.text = f"{THOUGHT}I look.\n{CALL}"
+    function = WEATHER["function"]
+    named = {"name": "weather", "description": function["description"]}
+    schema = function["parameters"]
+    asked = {"model": "null", "max_tokens": 200, "messages": ASKED}
+    tools = {
+        "/v1/messages": {**asked, "tools": [{**named, "input_schema": schema}]},
+        "/v1/responses": {
+            "model": "null",
+            "input": ASKED,
+            "tools": [{"type": "function", **named, "parameters": schema}],
+        },
+    }
+    async with serving(frontend) as endpoint:
+        replies = {
+            where: json.loads((await ask(endpoint.address, where, body)).body)
+            for where, body in tools.items()
+        }
+        missing = await ask(
+            endpoint.address, "/v1/messages", {**asked, "tool_choice": {"type": "any"}}
+        )
+    blocks = {block["type"]: block for block in replies["/v1/messages"]["content"]}
+    assert blocks["text"]["text"] == "I look."
+    assert (blocks["tool_use"]["name"], blocks["tool_use"]["input"]) == ("weather", {"city": "Ulm"})
+    assert replies["/v1/messages"]["stop_reason"] == "tool_use"
+    items = {item["type"]: item for item in replies["/v1/responses"]["output"]}
+    assert json.loads(items["function_call"]["arguments"]) == {"city": "Ulm"}
+    assert items["message"]["content"][0]["text"] == "I look."
+    assert {"reasoning", "message", "function_call"} == set(items)
+    assert missing.status == 400
