@@ -74,5 +74,7 @@ class Oracle:
 
 def _params(ask: Ask) -> SamplingParams:
     fields = {"temperature": 0.0, "ignore_eos": True, **ask.sampling}
-    fields["stop_token_ids"] = frozenset(fields.get("stop_token_ids", ()))
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        fields[name] = frozenset(fields.get(name, ()))
+    fields["logit_bias"] = tuple(sorted(fields.get("logit_bias", {}).items()))
     return SamplingParams(**fields)

@@ -26,6 +26,16 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 0.9, "top_p": 0.95, "top_k": 200, "min_p": 0.01},
     # Draws any token, those among them that are only a part of a character.
     "wild": {"temperature": 100.0},
+    # What a client has already counts, and so does the beginning of a bad word in it.
+    "penalties and bans": {
+        "temperature": 0.8,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "min_tokens": NUM_TOKENS - 4,
+        "logit_bias": {20: -100.0},
+        "bad_words": ["the earth", "darkness", "God said"],
+    },
 }
 
 

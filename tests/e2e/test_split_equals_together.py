@@ -28,6 +28,15 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1.2, "top_k": 20, "seed": 0},
     {"temperature": 2.0, "min_p": 0.05, "seed": 3},
     {"temperature": 3.0, "top_k": 50, "top_p": 0.8, "min_p": 0.02, "seed": 11},
+    # What prompt and answer have already counts, wherever it was drawn.
+    {"temperature": 0.9, "presence_penalty": 1.5, "frequency_penalty": -0.5, "seed": 12},
+    {
+        "repetition_penalty": 1.3,
+        "logit_bias": {7: 4.5, 9: -100.0},
+        "allowed_token_ids": list(range(5, 400)),
+        "stop_token_ids": list(range(100, 160)),
+        "min_tokens": 12,
+    },
 ]
 
 
@@ -57,7 +66,7 @@ def mixed_asks(seed: str) -> list[Ask]:
     return [
         Ask(prompt_of(length, seed), {"max_tokens": 12 + index, **sampling})
         for index, length in enumerate(lengths)
-        for sampling in (SAMPLINGS[0], SAMPLINGS[1 + index % 5])
+        for sampling in (SAMPLINGS[0], SAMPLINGS[1 + index % 7])
     ]
 
 

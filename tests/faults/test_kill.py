@@ -25,7 +25,14 @@ pytestmark = pytest.mark.e2e
 logger = logging.getLogger(__name__)
 
 GREEDY: dict[str, object] = {"temperature": 0.0}
-SEEDED: dict[str, object] = {"temperature": 1.0, "top_p": 0.95}
+SEEDED: dict[str, object] = {
+    "temperature": 1.0,
+    "top_p": 0.95,
+    # What was emitted by earlier attempts counts as what this one emits.
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.75,
+    "repetition_penalty": 1.25,
+}
 _IN_FLIGHT_S = 0.02
 """Tokens may still arrive so long after their worker's death."""
 
@@ -99,7 +106,8 @@ def _assert_told_of_the_prompt_once(stack: Stack, stream: Background) -> None:
         if str(event["key"]).endswith("#1"):
             assert event["num_cached_tokens"] == 0
         elif len(_workers(stack, "prefill")) == 1:
-            assert event["num_cached_tokens"] == 32
+            # Of an attempt that ended in between, more.
+            assert event["num_cached_tokens"] >= 32
 
 
 @with_two_workers
