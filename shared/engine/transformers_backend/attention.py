@@ -21,7 +21,7 @@ from baton.shared.model_files.fields import ModelError
 PAGED = "baton_paged"
 """No mask is registered for it, so that transformers makes none: ours is in the plan."""
 DRY = "baton_dry_run"
-_CAN = ("scaling", "softcap", "sliding_window")
+_CAN = ("scaling", "softcap", "sliding_window", "s_aux")
 _SAYS_NOTHING = frozenset(
     """
     cache_position dropout layer_idx logits_to_keep output_attentions output_hidden_states
@@ -47,7 +47,9 @@ class Step:
         by_token = [each[0].transpose(0, 1) for each in (query, key, value)]
         reference.store_kv(by_token[1], by_token[2], kv, place, plan)
         scale = query.shape[-1] ** -0.5 if how.scale is None else how.scale
-        attended = reference.paged_attention(by_token[0], kv, place, plan, scale, how.soft_cap)
+        attended = reference.paged_attention(
+            by_token[0], kv, place, plan, scale, how.soft_cap, how.sinks
+        )
         return attended[None]
 
 
@@ -58,6 +60,8 @@ class How:
     scale: float | None
     """None: 1 / √head_dim."""
     soft_cap: float
+    sinks: Tensor | None
+    """[num_heads]: what each head's softmax counts beside its keys."""
 
 
 Attend = Callable[..., tuple[Tensor, None]]
@@ -123,7 +127,12 @@ def read_arguments(arguments: Mapping[str, Any]) -> How:
         if value is not None and not isinstance(value, int | float):
             raise ModelError(f"the argument {name} of its attention is not a number")
         numbers[name] = None if value is None else float(value)
-    return How(numbers["scaling"], numbers["softcap"] or 0.0)
+    sinks = arguments.get("s_aux")
+    if sinks is not None and not (isinstance(sinks, Tensor) and sinks.dim() == 1):
+        raise ModelError("the argument s_aux of its attention is not a number for each head")
+    return How(
+        numbers["scaling"], numbers["softcap"] or 0.0, None if sinks is None else sinks.float()
+    )
 
 
 def _attend(

@@ -77,6 +77,12 @@ def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
         )
     except ModelError as error:
         raise fields.error("model_type", f"{shown(name)}: {error}") from None
+    if facts.counts and not hasattr(config, "attn_temperature_tuning"):
+        raise fields.error(
+            "model_type",
+            f"{shown(name)}: its attention counts or chooses tokens by itself, which may differ "
+            "beyond what is compared at start",
+        )
     info = read_model_info(fields)
     return Foreign(config, model_class, config is not whole, facts), ModelConfig(
         model_type=name,
@@ -141,7 +147,9 @@ def _read(transformers: Any, fields: Fields, name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return known[name].from_dict(values)
+            config = known[name].from_dict(values)
+            config.get_text_config()
+            return config
     except Exception as error:
         reason = " ".join(str(error).split())
         raise fields.error("model_type", f"{shown(name)}: transformers: {reason}") from None

@@ -5,6 +5,7 @@ down. So a model that cannot run here is refused before its weights are read.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from baton.shared.model_files.fields import ModelError
 _NUM_TOKENS = 16
 _MOST_KEYS = 2**20
 """Masks are looked at up to here; what has windows that are wider has none."""
+_COUNTING = ("torch.arange", "get_seq_length", "topk")
+"""In the code of attention: what it computes may depend on a token's place in the step instead of
+its position, or on some of the keys only; in short sequences that need not show."""
 _ON_PAPER = torch.device("meta")
 
 
@@ -33,6 +37,7 @@ class DryRun:
         num_numbers: of all weights; those that are shared count once.
         most_tokens: of the longest sequence of which this is true; None: of all.
         has_experts: tokens choose what they are multiplied by.
+        counts: attention looks at more than positions; see _COUNTING.
     """
 
     layers: tuple[AttentionConfig, ...]
@@ -40,6 +45,7 @@ class DryRun:
     num_numbers: int
     most_tokens: int | None
     has_experts: bool
+    counts: bool
 
 
 def dry_run(make_model: Callable[[], Any], num_layers: int, max_positions: int) -> DryRun:
@@ -85,6 +91,7 @@ def dry_run(make_model: Callable[[], Any], num_layers: int, max_positions: int) 
         sum(parameter.numel() for parameter in model.parameters()),
         seen.most_tokens,
         has_experts(model),
+        seen.counts,
     )
 
 
@@ -103,9 +110,22 @@ def has_experts(model: Any) -> bool:
     )
 
 
+@functools.cache
+def _class_counts(kind: Any) -> bool:
+    source = inspect.getsource(kind)
+    return any(word in source for word in _COUNTING)
+
+
+def _counts(attention: torch.nn.Module) -> bool:
+    kinds: set[Any] = {type(part) for part in attention.modules()}
+    foreign = [kind for kind in kinds if kind.__module__.startswith("transformers.models.")]
+    return any(_class_counts(kind) for kind in foreign)
+
+
 class _Seen:
     def __init__(self, num_keys: int) -> None:
         self.most_tokens: int | None = None
+        self.counts = False
         self._num_keys = num_keys
         self._window_of: dict[int, int | None] = {}
         """By mask; these are kept, so that an id stays one mask's."""
@@ -127,6 +147,7 @@ class _Seen:
             raise ModelError("its attention does not say of which layer it is")
         if layer in self._layers:
             raise ModelError(f"layer {layer} attends more than once")
+        self.counts = self.counts or _counts(module)
         _, num_heads, num_tokens, head_dim = query.shape
         if (num_tokens, key.shape[2]) != (_NUM_TOKENS, _NUM_TOKENS):
             raise ModelError(f"layer {layer} attends to other tokens than those of the step")
@@ -135,6 +156,8 @@ class _Seen:
                 f"layer {layer} has values of another size than its queries and keys: "
                 f"{value.shape[3]} and {head_dim}"
             )
+        if how.sinks is not None and len(how.sinks) != num_heads:
+            raise ModelError(f"layer {layer} has {len(how.sinks)} sinks for {num_heads} heads")
         self._layers[layer] = AttentionConfig(
             num_heads=num_heads,
             num_kv_heads=key.shape[1],

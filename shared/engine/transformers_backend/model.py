@@ -127,6 +127,10 @@ def load(
 
 
 def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.dtype) -> Any:
+    adapter = model_dir / "adapter_config.json"
+    if adapter.exists():
+        # It may name another directory as the model's.
+        raise ModelError(f"{adapter}: adapters are not read through transformers")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

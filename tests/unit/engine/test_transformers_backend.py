@@ -78,7 +78,13 @@ def expected(model: Any, num_tokens: int = 40) -> torch.Tensor:
         ("opt", {"ffn_dim": 112, "word_embed_proj_dim": 64}, "exact", 512),
         ("gpt2", {"initializer_range": 0.3}, "exact", 512),
         ("helium", {"head_dim": 16}, "exact", 512),
-        # Experts are never exact.
+        # Experts are never exact; heads have sinks.
+        (
+            "gpt_oss",
+            {**EXPERTS, "num_experts_per_tok": 2, "sliding_window": 21},
+            "consistent",
+            512,
+        ),
         ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "consistent", 512),
         # Its code takes a token's place in the step for its position, where that begins to count.
         ("llama4_text", {**EXPERTS, "floor_scale": 80}, "consistent", 79),
@@ -95,7 +101,7 @@ def test_models_run(
     model_type: str, fields: Fields, determinism: str, max_model_len: int, tmp_path: Path
 ) -> None:
     model = make_tiny(tmp_path, model_type, fields)
-    runner = start(tmp_path)
+    runner = start(tmp_path, model_impl="transformers")
     assert (runner.model_impl, runner.determinism) == (VERSION, determinism)
     assert runner.max_model_len == max_model_len
     torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
@@ -155,7 +161,8 @@ def test_bits_that_depend_on_company_are_not_exact(
 
 def config_of(model_dir: Path, model_type: str, changes: Fields) -> Path:
     """config.json alone."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    sizes = {} if model_type == "musicgen" else SIZES
+    config = AutoConfig.for_model(model_type, **{**sizes, **changes})
     config.save_pretrained(model_dir)
     return model_dir
 
@@ -165,7 +172,12 @@ MADE_BY_TRANSFORMERS: list[tuple[str, Fields, str]] = [
     ("bloom", {}, 'model_type: "bloom": its code takes no position_ids'),
     ("diffllama", {}, 'model_type: "diffllama": layer 0 attends more than once'),
     ("doge", {}, 'model_type: "doge": layer 0 attends with a mask of its own'),
-    ("gpt_oss", {}, 'model_type: "gpt_oss": the argument s_aux of its attention is not computed'),
+    (
+        "minimax_m3_vl_text",
+        {"num_local_experts": 4},
+        'model_type: "minimax_m3_vl_text": its attention counts or chooses tokens by itself',
+    ),
+    ("musicgen", {}, 'model_type: "musicgen": transformers: Multiple valid text configs'),
     ("bert", {}, 'model_type: "bert": layer 0 has a mask that is neither causal nor a window'),
     (
         "deepseek_v3",
@@ -294,15 +306,15 @@ def test_a_model_that_mixes_tokens_beside_attention_is_refused(
 def test_attention_that_differs_is_refused(olmo2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = reference.paged_attention
 
-    def scaled(query: Any, kv: Any, layer: Any, plan: Any, scale: float, cap: float) -> Any:
-        return plain(query, kv, layer, plan, scale * 1.01, cap)
+    def scaled(query: Any, kv: Any, layer: Any, plan: Any, scale: float, *rest: Any) -> Any:
+        return plain(query, kv, layer, plan, scale * 1.01, *rest)
 
     monkeypatch.setattr(reference, "paged_attention", scaled)
     with pytest.raises(ModelError, match="model_impl: a whole sequence gives other logits over"):
         start(olmo2)
 
 
-@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "alibi", "seq_idx"])
+@pytest.mark.parametrize("argument", ["position_bias", "head_mask", "alibi", "seq_idx"])
 def test_arguments_of_attention_are_known_or_refused(argument: str) -> None:
     assert read_arguments({argument: None, "scaling": 0.5, "softcap": 30}).soft_cap == 30
     with pytest.raises(ModelError, match=f"the argument {argument} of its attention"):

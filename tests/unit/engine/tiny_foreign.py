@@ -7,27 +7,24 @@ from typing import Any
 Fields = dict[str, Any]
 
 _WINDOW = 21
-_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_MIXED = ["sliding_attention", "full_attention"]
 
 TINY_FOREIGN: dict[str, dict[str, Fields]] = {
     "olmo2": {"grouped": {}},
     "olmo3": {
         "windows between": {
-            "num_hidden_layers": 3,
             "sliding_window": _WINDOW,
             "layer_types": _MIXED,
         }
     },
     "exaone4": {
         "full layers without rope": {
-            "num_hidden_layers": 3,
             "sliding_window": _WINDOW,
             "layer_types": _MIXED,
         }
     },
     "cohere2": {
         "windows, parallel halves": {
-            "num_hidden_layers": 3,
             "sliding_window": _WINDOW,
             "layer_types": _MIXED,
             "logit_scale": 1.0,
@@ -37,6 +34,4 @@ TINY_FOREIGN: dict[str, dict[str, Fields]] = {
     "stablelm": {"part of a head turns": {"use_qkv_bias": True}},
     "gpt_neox": {"fused projections": {"rotary_pct": 0.5}},
     "gemma": {"one head for all": {"num_key_value_heads": 1, "head_dim": 24}},
-    "opt": {"learned positions": {"ffn_dim": 112, "word_embed_proj_dim": 64}},
-    "helium": {"neighbours turn": {"head_dim": 16}},
 }
