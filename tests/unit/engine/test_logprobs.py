@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from baton.shared.engine import logprobs
 from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.shaping import KnownTokens
 from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.sampling import SamplingParams
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
@@ -138,6 +139,21 @@ def test_tokens_are_those_of_rows_that_do_not_ask(
     _, drawn = compute(runner, prompt_rows(prompt, 1, [0, 16, 40], table, asking))
     assert drawn._replace(logprobs=None) == plain
     assert plain.logprobs is None
+
+
+def test_they_are_of_the_model_s_own_logits(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    """Whatever changes what is drawn."""
+    model_dir, model = make_llama()
+    runner = make_runner(model_dir)
+    prompt, table = random_prompt(40, 320), list(range(4))
+    params = SamplingParams(
+        temperature=0, logprobs=TOP, logit_bias=((17, 100.0),), allowed_token_ids=frozenset({17, 9})
+    )
+    history = KnownTokens(prompt, len(prompt))
+    row = BatchRow(prompt, 0, [table], params, history=history)
+    [[drawn]] = runner.forward(Batch([row]))
+    assert drawn.token_id == 17
+    check(drawn.logprobs, expected(model, prompt)[-1], 17, TOP)
 
 
 def test_what_stands_of_drafts(make_llama: MakeLlama, make_runner: MakeRunner) -> None:

@@ -19,7 +19,7 @@ from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.drawn import Drawn
+from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
@@ -50,6 +50,9 @@ class LoggedStep:
             if handle is not None and drawn and drawn[-1].failure is not None:
                 handle.drawn_token = last
         return result
+
+    def prompt_logprobs(self, row: int) -> Seq[TokenLogprobs | None]:
+        return self.step.prompt_logprobs(row)
 
 
 class FlakyRunner(LateRunner):
