@@ -198,6 +198,7 @@ def test_no_message_holds_it() -> None:
             ({"prompt": "x", "max_tokens": -1}, "sampling.max_tokens"),
             ({"prompt": "x", "seed": 1 << 64}, "sampling.seed"),
             ({"prompt": "x", "stop_token_ids": [-1]}, "sampling.stop_token_ids"),
+            ({"prompt": "x", "logit_bias": {-1: 1.0}}, "sampling.logit_bias"),
             ({"token_ids": [1 << 32]}, "token_ids"),
             ({"prompt": "\ud800"}, "text"),
             ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
@@ -213,6 +214,8 @@ def test_no_message_holds_it() -> None:
             {"messages": [{"role": "user", "content": ["x"]}]},
             {"messages": [{"role": "user", "content": "x", "name": "y"}]},
             {"prompt": "x", "stops": "y"},
+            {"prompt": "x", "bad_words": "y"},
+            {"prompt": "x", "logit_bias": {"5": 1}},
             {"prompt": "x", "temprature": 1},
             {"prompt": "x", "max_tokens": "many"},
         ):
