@@ -19,6 +19,7 @@ environment() { # NAME REQUIREMENTS
     touch "$work/$1/.installed"
 }
 environment clients requirements.txt
+environment instructor requirements-instructor.txt
 environment litellm requirements-litellm.txt
 environment lm-eval requirements-lm-eval.txt
 
@@ -50,6 +51,7 @@ started="$started $!"
 until_it_answers $proxy
 
 "$work/clients/bin/python" "$here/ask.py" $url $proxy
+"$work/instructor/bin/python" "$here/ask_instructor.py" $url
 cd "$here/lm_eval"
 HF_HUB_OFFLINE=1 "$work/lm-eval/bin/lm_eval" run --model local-completions --batch_size 4 \
     --model_args "model=demo,base_url=$url/v1/completions,tokenizer=$work/demo,tokenizer_backend=huggingface" \

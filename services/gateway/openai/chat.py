@@ -46,6 +46,9 @@ async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
     prediction = prediction_of(request.prediction)
     asked = asked_constraint(request).constraint
     tools = tools_of(request)
+    if tools.must_call and request.response_format is not None:
+        # That is the form of what is said, and calls say nothing.
+        asked = None
     prompt = await rendered_prompt(request, request.messages, tools, frontend)
     constrained = chat_constraint(asked, tools, prompt.text, frontend.chat_format)
     is_length_given = sampling.HasField("max_tokens")

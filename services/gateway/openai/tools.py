@@ -111,7 +111,8 @@ def offered_tools(tools: Sequence[Tool] | None, choice: Any, *, is_parallel: boo
         raise InvalidParam("tool_choice.function.name", problem)
     if mode == "none" or not functions:
         return OfferedTools()
-    return OfferedTools(functions, mode, named, is_parallel, schemas)
+    # Who names a function asks for one call of it.
+    return OfferedTools(functions, mode, named, is_parallel and named is None, schemas)
 
 
 def parameters_of(function: Function) -> dict[str, Any]:

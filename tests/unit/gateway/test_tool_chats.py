@@ -385,7 +385,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tool_choice": "required"}, "tool_choice"),
     (
-        {"tools": [TIME], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        {"tools": [TIME], "tool_choice": "required", "guided_regex": "a"},
         "tool_choice",
     ),
     ({"functions": [{"name": "a"}]}, "functions"),
@@ -470,8 +470,10 @@ async def test_calls_that_must_come_are_a_constraint(frontend: Scripted) -> None
             {"tool_choice": {"type": "function", "function": {"name": "time"}}},
             ["time"],
             True,
-            False,
+            True,
         ),
+        # The form of what is said: calls say nothing.
+        ({**REQUIRED, "response_format": schema}, ["weather", "time"], True, False),
         ({"tools": [strict, TIME]}, ["weather", "time"], False, False),
         ({"response_format": schema}, ["weather", "time", ""], True, True),
     ]
@@ -489,7 +491,7 @@ async def test_calls_that_must_come_are_a_constraint(frontend: Scripted) -> None
             assert request.constraint.begin_after.text == "</think>"
             if names[0] == "weather":
                 # One that need not be valid is an object all the same.
-                is_free = "response_format" in body
+                is_free = "response_format" in body and "tool_choice" not in body
                 expected = {"type": "object"} if is_free else WEATHER["function"]["parameters"]
                 assert json.loads(tags.tags[0].json_schema) == expected
         off = {"enable_thinking": False}
