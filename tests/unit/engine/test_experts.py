@@ -402,3 +402,36 @@ def test_a_lone_token_s_experts_are_all_that_is_read(
     runner.logits(Batch([BatchRow([77], 37, table)]))
     assert [each.shape for each in chosen] == [(16, 2)] * 2
     assert all(len(set(each.flatten().tolist())) == 2 for each in chosen)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "gpt_oss"])
+def test_bfloat16_is_near_with_the_same_experts(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To transformers in float32 with the same weights, bfloat16 numbers. What rounding tips in a
+    router is another expert, and another answer: so it has float32's."""
+    model = make_tiny(tmp_path, model_type, TINY_MODELS[model_type]["as they come"], std=0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        expected = model(torch.arange(40)[None]).logits[0]
+    model.save_pretrained(tmp_path)
+
+    def logits(dtype: str) -> Tensor:
+        runner = ModelRunner(EngineConfig(tmp_path, "cpu", dtype, num_blocks=64))
+        tables = [list(range(4 * index, 4 * index + 4)) for index in range(len(runner.groups))]
+        return runner.logits(Batch([BatchRow(list(range(40)), 0, tables, num_logits=40)])).clone()
+
+    routes: list[Routes] = []
+    original = ReferenceOperations.route
+
+    def noted(*args: Any) -> Routes:
+        routes.append(original(*args))
+        return routes[-1]
+
+    monkeypatch.setattr(ReferenceOperations, "route", staticmethod(noted))
+    torch.testing.assert_close(logits("float32"), expected, atol=1e-4, rtol=0)
+    monkeypatch.setattr(ReferenceOperations, "route", staticmethod(lambda *_: routes.pop(0)))
+    limit = 2e-2 * float(expected.abs().max())
+    torch.testing.assert_close(logits("bfloat16"), expected, atol=limit, rtol=0)
+    assert not routes
