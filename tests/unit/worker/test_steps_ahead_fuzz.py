@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from baton.services.worker import messages as msg
+from baton.services.worker.part import Part
+from baton.services.worker.stepper import Outcome
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, FinishReason
@@ -68,10 +70,13 @@ class Episode:
         self._asked: list[Asked] = []
         self._stems = [tuple(self._random.choices(VOCABULARY, k=40)) for _ in range(2)]
         self._refused_share = self._random.choice(REFUSED_SHARES)
+        self._is_alone = False
 
     def run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         bench = self._bench
         monkeypatch.setattr(bench.runner, "launch", self._refusing(bench.runner.launch))
+        stepper = bench.engine._stepper
+        monkeypatch.setattr(stepper, "_alone", self._sparing(stepper._alone))
         for _ in range(self._random.randrange(10, 60)):
             self._meddle()
             bench.step()
@@ -80,9 +85,21 @@ class Episode:
         for slot, asked in enumerate(self._asked):
             self._check(slot, asked)
 
+    def _sparing(self, alone: Callable[[Part], Outcome]) -> Callable[[Part], Outcome]:
+        """A row of a step that was refused is not refused again."""
+
+        def tried(part: Part) -> Outcome:
+            self._is_alone = True
+            try:
+                return alone(part)
+            finally:
+                self._is_alone = False
+
+        return tried
+
     def _refusing(self, launch: Callable[[Batch], LoggedStep]) -> Callable[[Batch], LoggedStep]:
         def refuse_or_launch(batch: Batch) -> LoggedStep:
-            if self._random.random() < self._refused_share:
+            if not self._is_alone and self._random.random() < self._refused_share:
                 self.happened["refused"] += 1
                 raise RuntimeError("planted")
             return launch(batch)
@@ -111,10 +128,12 @@ class Episode:
         stem = draw.choice(self._stems)[: draw.randrange(1, 40)]
         prompt = (*stem, *draw.choices(VOCABULARY, k=draw.randrange(3)))
         params = sampling(draw.randrange(1, 4), draw.randrange(1, 24))
+        if draw.random() < 0.3:
+            params = replace(params, frequency_penalty=-0.5, repetition_penalty=1.25)
         expected, reason = self._alone(prompt, params), FinishReason.LENGTH
         if draw.random() < 0.4:
             stop = draw.choice(expected)
-            params = sampling(params.seed, params.max_tokens, frozenset({stop}))
+            params = replace(params, stop_token_ids=frozenset({stop}))
             expected, reason = expected[: expected.index(stop) + 1], FinishReason.STOP
         fits = self._bench.pools.capacity.holds(len(prompt) + params.max_tokens)
         sequence = self._bench.start(len(self._asked), prompt, params)
