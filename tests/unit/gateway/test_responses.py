@@ -22,10 +22,13 @@ from tests.unit.gateway.null_frontend import (
     Script,
     ask,
     chunk,
+    connect,
+    endless,
     num_refused,
     serving,
     started,
     typed_events,
+    wait_until,
 )
 
 RESPONSES = "/v1/responses"
@@ -535,6 +538,24 @@ async def test_errors_before_and_within_a_stream(address: str, frontend: NullFro
     assert within[-1]["response"]["error"]["message"] == "the logits were not numbers"
     # What the frontend has counted is not counted as refused by HTTP.
     assert num_refused(frontend) == {}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("where", [RESPONSES, "/v1/messages"])
+async def test_a_client_that_goes_away_ends_the_request(
+    address: str, frontend: NullFrontend, where: str, stream: bool
+) -> None:
+    frontend.script = endless
+    body = {**HELLO} if where == RESPONSES else {"messages": [user("a")], "max_tokens": 9}
+    content = json.dumps({**body, "stream": stream}).encode()
+    reader, writer = await connect(address)
+    head = f"POST {where} HTTP/1.1\r\nhost: t\r\ncontent-length: {len(content)}\r\n\r\n"
+    writer.write(head.encode() + content)
+    await wait_until(lambda: frontend.num_in_flight == 1)
+    if stream:
+        await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
+    await wait_until(lambda: frontend.num_closed == 1)
 
 
 async def test_the_endpoints_requests_are_counted(address: str, frontend: NullFrontend) -> None:
