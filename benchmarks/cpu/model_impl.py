@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu.model_impl", description=__doc__
     )
+    parser.add_argument(
+        "--hidden-size", type=int, default=1024, help="its own; others scale with it"
+    )
     parser.add_argument("--layers", type=int, default=8, help="of Qwen3-0.6B's 28")
     parser.add_argument("--vocab-size", type=int, default=32_768, help="of its 151,936")
     parser.add_argument("--rounds", type=int, default=15)
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
-        write_config(Path(directory), args.layers, args.vocab_size)
+        write_config(Path(directory), args.hidden_size, args.layers, args.vocab_size)
         runners = [
             ModelRunner(
                 EngineConfig(
@@ -90,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     found = {
         "environment": describe_environment(),
+        "hidden_size": args.hidden_size,
         "layers": args.layers,
         "vocab_size": args.vocab_size,
         "threads": args.threads,
@@ -102,16 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_config(directory: Path, num_layers: int, vocab_size: int) -> None:
-    """Widths of Qwen3-0.6B."""
+def write_config(directory: Path, hidden_size: int, num_layers: int, vocab_size: int) -> None:
+    """Widths in the proportions of Qwen3-0.6B."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": hidden_size // 128,
         "head_dim": 128,
         "vocab_size": vocab_size,
         "max_position_embeddings": 4096,
