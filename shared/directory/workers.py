@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 Role = Literal["prefill", "decode", "both"]
 _SCHEMA = 4
+"""One more whenever the record changes, and whenever a request says something new: gateways see no
+worker of another schema, and one of an older version would ignore what it does not know."""
 _T = TypeVar("_T")
 
 # KEYS  1 the worker's record, 2 the sorted set of workers, 3 the cluster's model
