@@ -42,16 +42,20 @@ Activation = Literal["silu", "gelu_tanh"]
 
 _linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_packs_float16 = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """Brings a weight [out, in] into the form that `linear` is fastest with.
 
     On a CPU that is oneDNN's blocked layout: twice the speed of the plain product for a step of 16
-    rows, and bits that do not depend on the number of rows.
+    rows, and bits that do not depend on the number of rows. In float16 few CPUs can: there the
+    plain product is all.
     """
     has_onednn: bool = torch.backends.mkldnn.is_available()
     if _pack is None or not has_onednn or weight.device.type != "cpu":
+        return weight
+    if weight.dtype == torch.float16 and not _packs_float16():
         return weight
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         # Read at the first use, which this is.

@@ -120,9 +120,7 @@ def load(
     else:
         model = _read(foreign, model_dir, weights, dtype)
     model.requires_grad_(False)
-    if dtype != torch.float16:
-        # For which not every CPU has products in that form.
-        _pack_linears(model)
+    _pack_linears(model)
     return TransformersModel(model, places)
 
 

@@ -204,3 +204,12 @@ def test_the_plain_loop_stops_where_it_should(
     assert stopped == free[: free.index(stop) + 1]
     with pytest.raises(ValueError, match="blocks needed"):
         loop.generate([prompt], [SamplingParams(max_tokens=10**6)])
+
+
+def test_float16_is_computed(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
+    """Also on a CPU that has no packed products of it."""
+    model_dir, _ = make_llama(std=0.1)
+    row = BatchRow(list(range(3, 40)), 0, [[0, 1, 2]], num_logits=37)
+    exact = make_runner(model_dir, dtype="float32").logits(Batch([row]))
+    near = make_runner(model_dir, dtype="float16").logits(Batch([row]))
+    assert (near - exact).abs().max() <= 1e-2 * exact.abs().max()
