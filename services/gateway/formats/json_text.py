@@ -102,20 +102,18 @@ def _whole_value(source: Source, *ends: str) -> Steps[str]:
     """Any value; empty where none comes next."""
     if source.next == '"':
         return json.dumps((yield from _string(source)))
-    taken = ""
-    if source.next in ("{", "["):
-        value = _Value(ends)
-        while True:
-            text, is_whole = value.take(source)
-            taken += text
-            if is_whole:
-                return taken
-            yield None
+    taken: list[str] = []
+    value = _Value(ends) if source.next in ("{", "[") else None
     while True:
-        match = _ATOM.match(source.text)
-        taken += source.take(match.end() if match else 0)
-        if source.text or source.is_closed:
-            return taken
+        if value is not None:
+            text, is_whole = value.take(source)
+        else:
+            match = _ATOM.match(source.text)
+            text = source.take(match.end() if match else 0)
+            is_whole = bool(source.text) or source.is_closed
+        taken.append(text)
+        if is_whole:
+            return "".join(taken)
         yield None
 
 

@@ -26,7 +26,7 @@ class FormatParser:
         self._is_parallel = is_parallel
         self._begin_ids = frozenset(begin_ids)
         self._end_ids = frozenset(end_ids)
-        self._space = ""
+        self._space: list[str] = []
         """What may stand between calls, which is no content then."""
         self._has_calls = False
         self._is_over = False
@@ -43,8 +43,9 @@ class FormatParser:
         self._source.push(text)
         self._source.close()
         parts = self._cleaned([*self._run(), Content(self._source.text)])
-        if self._space and not self._has_calls:
-            parts.append(Content(self._space))
+        space = "".join(self._space)
+        if space and not self._has_calls:
+            parts.append(Content(space))
         return merged(parts)
 
     def _parts_of(self, text: str) -> list[Part]:
@@ -71,13 +72,14 @@ class FormatParser:
         result: list[Part] = []
         for part in parts:
             match part:
+                case Content(text) if not text or text.isspace():
+                    self._space.append(text)
                 case Content(text):
-                    kept = (self._space + text).rstrip()
-                    self._space = (self._space + text)[len(kept) :]
-                    if kept:
-                        result.append(Content(kept))
+                    kept = text.rstrip()
+                    result.append(Content("".join([*self._space, kept])))
+                    self._space = [text[len(kept) :]]
                 case ToolCall(index) | Arguments(index):
-                    self._space = ""
+                    self._space = []
                     self._has_calls = True
                     if (index == 0 or self._is_parallel) and part != Arguments(index, ""):
                         result.append(part)

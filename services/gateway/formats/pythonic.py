@@ -25,7 +25,7 @@ from baton.services.gateway.formats.source import (
 
 BEGIN, END = "<|python_start|>", "<|python_end|>"
 _CONSTANTS = {"true": True, "false": False, "null": None}
-_MAX_WRITTEN = 1 << 17
+_MAX_WRITTEN = 1 << 14
 """Characters of a call: Python's own parser reads them in one go. Beyond them it is none."""
 _OUTSIDE = re.compile(r"""["'()\[\]{}]""")
 
@@ -57,7 +57,7 @@ def _list(source: Source, calls: Calls) -> Steps[None]:
         if name not in calls.tools or source.next != "(":
             return
         written = yield from _bracketed(source)
-        arguments = _as_json(written)
+        arguments = None if written is None else _as_json(written)
         if arguments is None:
             return
         yield calls.begin(name)
@@ -71,12 +71,14 @@ def _list(source: Source, calls: Calls) -> Steps[None]:
             return
 
 
-def _bracketed(source: Source) -> Steps[str]:
-    """From `(` to the `)` of the same level; less when the answer ends before."""
+def _bracketed(source: Source) -> Steps[str | None]:
+    """From `(` to the `)` of the same level. None when the answer ends before, or it is too long:
+    as much of it is taken then, however the text was cut."""
     taken: list[str] = []
+    room = _MAX_WRITTEN
     depth, quote = 0, ""
     while True:
-        text, at = source.text, 0
+        text, at = source.text[:room], 0
         while at < len(text):
             found = (re.compile(rf"[{quote}\\]") if quote else _OUTSIDE).search(text, at)
             if found is None:
@@ -84,7 +86,7 @@ def _bracketed(source: Source) -> Steps[str]:
                 break
             at, character = found.end(), found[0]
             if character == "\\":
-                if at == len(text) and not source.is_closed:
+                if at == len(text) < room and not source.is_closed:
                     at -= 1
                     break
                 at += 1
@@ -97,8 +99,9 @@ def _bracketed(source: Source) -> Steps[str]:
                 if depth <= 0:
                     return "".join([*taken, source.take(at)])
         taken.append(source.take(at))
-        if source.is_closed or sum(map(len, taken)) > _MAX_WRITTEN:
-            return "".join(taken)
+        room -= len(taken[-1])
+        if source.is_closed or not room:
+            return None
         yield None
 
 

@@ -8,11 +8,13 @@ the parts put together are the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import TypeVar
 
-from baton.services.gateway.answer_parts import Arguments, Content, Part, Reasoning
+from baton.services.gateway.answer_parts import Arguments, Content, Part, ToolCall
 
 _T = TypeVar("_T")
 Steps = Generator[Part | None, None, _T]
@@ -106,12 +108,12 @@ def _beginnings(markers: tuple[str, ...]) -> re.Pattern[str]:
 
 def spaces(source: Source) -> Steps[str]:
     """Takes white space up to what is none."""
-    taken = ""
+    taken: list[str] = []
     while True:
         rest = source.text.lstrip()
-        taken += source.take(len(source.text) - len(rest))
+        taken.append(source.take(len(source.text) - len(rest)))
         if rest or source.is_closed:
-            return taken
+            return "".join(taken)
         yield None
 
 
@@ -181,18 +183,18 @@ def is_name_character(character: str) -> bool:
     return character.isalnum() or character in "_-."
 
 
-def merged(parts: list[Part]) -> list[Part]:
+def merged(parts: Iterable[Part]) -> list[Part]:
     """Neighbours of one kind become one."""
-    result: list[Part] = []
-    for part in parts:
-        last = result[-1] if result else None
-        match last, part:
-            case Content(before), Content(text):
-                result[-1] = Content(before + text)
-            case Reasoning(before), Reasoning(text):
-                result[-1] = Reasoning(before + text)
-            case Arguments(index, before), Arguments(same, text) if index == same:
-                result[-1] = Arguments(index, before + text)
-            case _:
-                result.append(part)
-    return result
+    return [_joined(list(same)) for _, same in groupby(parts, _kind)]
+
+
+def _kind(part: Part) -> tuple[type[Part], int]:
+    return type(part), part.index if isinstance(part, ToolCall | Arguments) else 0
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    first = parts[0]
+    if len(parts) == 1 or isinstance(first, ToolCall):
+        return first
+    text = "".join(part.text for part in parts if not isinstance(part, ToolCall))
+    return replace(first, text=text)

@@ -35,13 +35,15 @@ def steps(source: Source, tags: Tags, *, is_open: bool) -> Steps[None]:
         return
     source.is_reasoning = True
     yield from spaces(source)
-    held = ""
+    held: list[str] = []
     while True:
         text, end = source.take_before(tags.end)
-        thought = (held + text).rstrip()
-        held = (held + text)[len(thought) :]
-        if thought:
-            yield Reasoning(thought)
+        if text.isspace():
+            held.append(text)
+        elif text:
+            thought = text.rstrip()
+            yield Reasoning("".join([*held, thought]))
+            held = [text[len(thought) :]]
         if end is not None:
             break
         if source.is_closed:

@@ -38,7 +38,7 @@ class Call:
 
     id: str
     name: str
-    arguments: str = ""
+    arguments: str
 
 
 @dataclass(slots=True)
@@ -75,14 +75,15 @@ class Choice:
 
     @property
     def calls(self) -> list[Call]:
-        calls: list[Call] = []
+        begun = [part for part in self.parts if isinstance(part, ToolCall)]
+        written: list[list[str]] = [[] for _ in begun]
         for part in self.parts:
-            match part:
-                case ToolCall(_, call_id, name):
-                    calls.append(Call(call_id, name))
-                case Arguments(index, text):
-                    calls[index].arguments += text
-        return calls
+            if isinstance(part, Arguments):
+                written[part.index].append(part.text)
+        return [
+            Call(call.id, call.name, "".join(texts))
+            for call, texts in zip(begun, written, strict=True)
+        ]
 
 
 class Wire(Protocol):

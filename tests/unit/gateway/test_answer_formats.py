@@ -308,6 +308,12 @@ def test_deep_values_and_long_names() -> None:
     assert told(read("hermes", [text])) == [("time", f'{{"a": {deep}')]
     written = f"[time(a={deep})]"
     assert told(read("pythonic", [written])) == [written]
+    # Python's own parser is not given more than it reads at once.
+    for length, is_call in ((16_000, True), (17_000, False)):
+        text = f"[time(a='{'x' * length}')]"
+        expected: Told = [("time", f'{{"a": "{"x" * length}"}}')] if is_call else [text]
+        for pieces in cuts(text):
+            assert told(read("pythonic", pieces)) == expected
     text = f"<tool_call>weather<arg_key>days</arg_key><arg_value>{deep}</arg_value></tool_call>"
     assert json.loads(told(read("glm", [text]))[0][1]) == {"days": deep}
 
