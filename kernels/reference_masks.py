@@ -24,4 +24,4 @@ def apply_token_masks(logits: Tensor, mask_rows: Tensor, masks: Tensor) -> None:
     allowed = (masks[mask_rows[rows]][:, :, None] >> bits) & 1
     allowed = allowed.flatten(1)[:, : logits.shape[1]].bool()
     kept = logits[rows].clamp_(min=LEAST)
-    logits[rows] = kept.masked_fill_(~allowed, float("-inf"))
+    logits[rows] = kept.masked_fill_(~allowed & ~kept.isnan(), float("-inf"))

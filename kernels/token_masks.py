@@ -66,5 +66,5 @@ def _apply_token_masks(
             value = tl.load(line + token, mask=exists, other=0.0).to(tl.float32)
             # Not a maximum: what is no number shall be seen.
             value = tl.where(value < LEAST, LEAST, value)
-            value = tl.where(allowed, value, float("-inf"))
+            value = tl.where(allowed | (value != value), value, float("-inf"))
             tl.store(line + token, value.to(logits.dtype.element_ty), mask=exists)

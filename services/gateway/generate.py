@@ -76,7 +76,8 @@ async def generate(
     """Everything that happens to a request, in order. `shown_token_ids`: see StreamDecoder,
     `is_cut_off`: RequestReport.
 
-    Raises a BatonError. When it is an InvalidField, nothing is allocated anywhere.
+    Raises a BatonError. When it is an InvalidField before the first message, nothing is allocated
+    anywhere.
     """
     arrived_at = time.monotonic()
     with RequestReport(request_id, arrived_at, deadline, metrics, is_cut_off=is_cut_off) as report:

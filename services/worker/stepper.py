@@ -323,7 +323,8 @@ class Stepper:
             return EngineFailure(f"the engine failed: {type(error).__name__}")
         if self._keeps_states and part.start:
             return Preempted("its state was lost with a step that failed")
-        return outcome
+        # Also one of its masks, just now: what was drawn without it counts for nothing.
+        return self._constraining.failure(part.sequence) or outcome
 
     def _rows(self, parts: list[Part]) -> list[BatchRow]:
         handles = self._handles

@@ -38,6 +38,7 @@ from baton.shared.engine.batch import RowHandle
 from baton.shared.engine.sampler import draw_stream
 from baton.shared.engine.shaping import Shaping
 from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import MOST_BAD_WORDS, MOST_BIASES
 
 Int32s = npt.NDArray[np.int32]
@@ -63,7 +64,7 @@ class BatchState:
         """`batch_sizes`: the padded sizes that decode batches come in. `zero_blocks`: by cache
         group, what holes in block tables read. `num_drafts`: K.
 
-        ValueError when what it takes cannot be addressed.
+        ModelError when what it takes cannot be addressed.
         """
         num_groups = len(zero_blocks)
         sizes = {
@@ -95,8 +96,10 @@ class BatchState:
             self._starts[name] = end
             end += aligned(size)
         if end >= 2**31:
-            raise ValueError(
-                "max_num_seqs times the model's vocabulary is too much to count tokens"
+            limit = num_slots * 2**31 // end
+            raise ModelError(
+                f"max_num_seqs is {num_slots}, too many to count the tokens of a vocabulary of "
+                f"{vocab_size} for each; limit: about {limit}"
             )
         self.arena = torch.zeros(end, dtype=torch.int32, device=device)
 

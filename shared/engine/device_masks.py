@@ -28,6 +28,8 @@ class DeviceMasks:
         of, the draws of a row in their order; −1: nobody's. Costs nothing without masks."""
         if self._is_clear and all(row.masks is None for row in rows):
             return
+        # Until it is sure what lies on the device.
+        self._is_clear = False
         places = np.full(len(self._rows), -1, np.int32)
         masks: list[TokenMasks] = []
         num_draws: Counter[int] = Counter()
@@ -37,11 +39,11 @@ class DeviceMasks:
                 places[place] = len(masks)
                 masks.append(of_row[num_draws[index]])
                 num_draws[index] += 1
-        self._is_clear = not masks
         self._rows.copy_(self._pinned(places), non_blocking=True)
         if masks:
             sent = np.stack(masks).view(np.int32)
             self._masks[: len(masks)].copy_(self._pinned(sent), non_blocking=True)
+        self._is_clear = not masks
 
     def apply(self, logits: Tensor) -> None:
         """To the logits of the step, before anything is drawn."""

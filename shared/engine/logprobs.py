@@ -28,11 +28,6 @@ def rows_at_once(vocab_size: int) -> int:
     return max(1, _MOST_AT_ONCE // vocab_size)
 
 
-def num_columns(vocab_size: int) -> int:
-    """Of `packed_logprobs`."""
-    return _FIXED_COLUMNS + 2 * min(MOST_TOP_LOGPROBS, vocab_size)
-
-
 def log_probabilities(logits: Tensor) -> Tensor:
     """logits [R, vocab] → float32 [R, vocab], memory of its own."""
     return logits.float().log_softmax(-1)

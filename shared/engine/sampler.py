@@ -26,7 +26,8 @@ def sample_tokens(
     sample_indices: Sequence[int],
     positions: Sequence[int],
 ) -> list[int]:
-    """Draws one token per row; −1 where the logits hold a NaN, NOTHING_LEFT where all are −inf.
+    """Draws one token per row; −1 where the logits hold a NaN or +inf, NOTHING_LEFT where all are
+    −inf.
 
     Args:
         logits: float32 [R, vocab].
@@ -42,7 +43,7 @@ def sample_tokens(
             tokens[random] = drawn
         else:
             tokens = drawn
-    drawn_ids: list[int] = tokens.where(highest > float("-inf"), -1).tolist()
+    drawn_ids: list[int] = tokens.where(highest.isfinite(), -1).tolist()
     if min(drawn_ids, default=0) < 0:
         is_nothing = (highest == float("-inf")).tolist()
         drawn_ids = [

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.drawn import TokenLogprobs
-from baton.shared.sampling import SamplingParams
+from baton.shared.sampling import BANNING_BIAS, SamplingParams
 
 if TYPE_CHECKING:
     from baton.shared.constraints.matcher import AnswerMatcher
@@ -194,7 +194,7 @@ class Sequence:
         params = self.params
         return bool(
             params.allowed_token_ids
-            or params.logit_bias
+            or any(bias == BANNING_BIAS for _, bias in params.logit_bias)
             or params.min_tokens
             or self.banned_sequences
         )

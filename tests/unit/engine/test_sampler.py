@@ -11,6 +11,7 @@ from torch import Tensor
 
 from baton.kernels.reference_sampling import random_bits, sample
 from baton.shared.engine.sampler import draw_key, sample_tokens
+from baton.shared.kv.drawn import NOTHING_LEFT
 from baton.shared.sampling import SamplingParams
 
 NUM_DRAWS = 200_000
@@ -172,3 +173,15 @@ def test_equals_of_the_last_token_kept_are_kept() -> None:
     logits = torch.tensor([1.0, 3.0, 1.0, 2.0, 0.0])
     tokens = draw(SamplingParams(top_k=3), [draw_key(1, 0, i) for i in range(2000)], logits)
     assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_seen(temperature: float) -> None:
+    """As on a GPU, where the largest of them is looked at first."""
+    logits = torch.zeros(4, 50)
+    logits[0, 7] = float("inf")
+    logits[1, 7] = float("nan")
+    logits[2] = float("-inf")
+    params = [SamplingParams(temperature=temperature)] * 4
+    tokens = sample_tokens(logits, params, [0] * 4, [9] * 4)
+    assert tokens[:3] == [-1, -1, NOTHING_LEFT] and tokens[3] >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -12,7 +13,14 @@ from baton.shared.constraints.matcher import Masks
 from baton.shared.kv.sequence import FinishReason
 from baton.shared.rpc.errors import InvalidField
 from tests.unit.worker.conftest import MakeRunner
-from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, PROMPTS, Bench, sampling, undisturbed
+from tests.unit.worker.test_steps_ahead import (
+    BAD_SEED,
+    NUM_BLOCKS,
+    PROMPTS,
+    Bench,
+    sampling,
+    undisturbed,
+)
 
 
 class Panic(BaseException):
@@ -26,13 +34,20 @@ class OnlyOne:
     """Each token is the one that all before it, the drafts included, lead to."""
 
     def __init__(
-        self, vocab_size: int, *, fails_at: int = 1 << 30, error: BaseException = _PANIC
+        self,
+        vocab_size: int,
+        *,
+        fails_at: int = 1 << 30,
+        error: BaseException = _PANIC,
+        fails_when: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Masks fail behind `fails_at` tokens, and when `fails_when` says so."""
         self.num_taken = 0
         self._vocab_size = vocab_size
         self._emitted: list[int] = []
         self._fails_at = fails_at
         self._error = error
+        self._fails_when = fails_when
 
     def answer(self, num_tokens: int) -> list[int]:
         tokens: list[int] = []
@@ -51,7 +66,7 @@ class OnlyOne:
         return 0
 
     def masks(self, draft_ids: Seq[int] = ()) -> Masks:
-        if len(self._emitted) >= self._fails_at:
+        if len(self._emitted) >= self._fails_at or self._fails_when():
             raise self._error
         masks = np.zeros((1 + len(draft_ids), -(-self._vocab_size // 32)), np.uint32)
         for index, mask in enumerate(masks):
@@ -116,3 +131,15 @@ def test_a_mask_that_cannot_be_made_fails_its_sequence_alone(
     assert bench.tokens[0] == matcher.answer(fails_at)
     assert bench.tokens[1] == undisturbed(make_runner, PROMPTS[1], free)
     assert "alone" not in bench.runner.log, "the step itself did not fail"
+
+
+def test_nothing_is_drawn_without_a_mask_when_rows_are_tried_one_by_one(bench: Bench) -> None:
+    """The step is refused for another row; then the mask cannot be made a second time."""
+    started = bench.start(0, PROMPTS[0], sampling(3, 9))
+    matcher = constrain(bench, started, fails_when=lambda: "refused" in bench.runner.log)
+    bench.start(1, PROMPTS[1], sampling(BAD_SEED, 12))
+    bench.runner.bad_from = len(PROMPTS[1]) + 3
+    bench.run()
+    assert isinstance(bench.failures.pop(0), InvalidField)
+    assert bench.tokens[0] == matcher.answer(len(bench.tokens[0]))
+    assert bench.tokens[0] and "alone" in bench.runner.log
