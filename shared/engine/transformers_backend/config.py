@@ -25,9 +25,12 @@ _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "att
 _OWN_CODE = ("auto_map", "custom_generate", "custom_pipelines")
 _NOT_ITS_TO_SAY = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
-    *("experts_implementation", "_experts_implementation", "transformers_weights"),
+    *("experts_implementation", "_experts_implementation"),
 )
-"""How to compute, and which files are read."""
+"""How to compute."""
+_FILES = "transformers_weights"
+"""By this name a configuration, or a part of it, sends transformers to other files than those that
+are hashed, pickles among them."""
 _MOST_LAYERS = 10_000
 
 
@@ -56,7 +59,7 @@ def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
     name = fields.string("model_type")
     whole = _read(transformers, fields, name)
     config = whole.get_text_config()
-    _check_whole(fields, config)
+    _check_whole(fields, whole, config)
     model_class = _class_of(fields, config)
     _check_layers(fields, config)
     if config is not whole:
@@ -142,8 +145,7 @@ def _read(transformers: Any, fields: Fields, name: str) -> Any:
             file=str(fields.path),
             fields=" ".join(own_code),
         )
-    for each in (*_OWN_CODE, *_NOT_ITS_TO_SAY):
-        values.pop(each, None)
+    _take_out(fields, values)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,11 +157,31 @@ def _read(transformers: Any, fields: Fields, name: str) -> Any:
         raise fields.error("model_type", f"{shown(name)}: transformers: {reason}") from None
 
 
-def _check_whole(fields: Fields, config: Any) -> None:
+def _take_out(fields: Fields, value: Any, where: str = "") -> None:
+    """Removes at every depth what config.json has no say in.
+
+    Raises:
+        ModelError: it names weight files.
+    """
+    if isinstance(value, list):
+        for each in value:
+            _take_out(fields, each, where)
+    if not isinstance(value, dict):
+        return
+    if value.get(_FILES) is not None:
+        raise fields.error(where + _FILES, "weights are model.safetensors, or what its index names")
+    for name in (*_OWN_CODE, *_NOT_ITS_TO_SAY, _FILES):
+        value.pop(name, None)
+    for name, each in value.items():
+        _take_out(fields, each, f"{where}{name}.")
+
+
+def _check_whole(fields: Fields, whole: Any, config: Any) -> None:
     """Refuses what is told by a field, so that it is told by its name."""
     for name in ("quantization_config", "compression_config"):
-        if fields.get(name) is not None:
-            raise fields.error(name, "quantised weights are not read through transformers")
+        for part in (whole, config):
+            if fields.get(name) is not None or getattr(part, name, None) is not None:
+                raise fields.error(name, "quantised weights are not read through transformers")
     if getattr(config, "is_encoder_decoder", False):
         raise fields.error("is_encoder_decoder", "models with an encoder are not served")
 

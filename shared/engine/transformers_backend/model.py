@@ -107,7 +107,7 @@ def load(
     places: Mapping[int, tuple[int, int]],
     dtype: torch.dtype,
 ) -> TransformersModel:
-    """Reads the weights, of safetensors in that directory only.
+    """Reads the weights, of the safetensors in that directory that `find_weight_files` finds only.
 
     Raises:
         ModelError: a tensor is missing, superfluous or of another shape.
@@ -129,12 +129,15 @@ def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.
     if adapter.exists():
         # It may name another directory as the model's.
         raise ModelError(f"{adapter}: adapters are not read through transformers")
+    config = copy.deepcopy(foreign.config)
+    # Whatever became of the file's fields: this one would name other files, be they pickles.
+    config.transformers_weights = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, found = foreign.model_class.from_pretrained(
                 str(model_dir),
-                config=copy.deepcopy(foreign.config),
+                config=config,
                 dtype=dtype,
                 attn_implementation="eager",
                 key_mapping=_TEXT_PARTS if foreign.is_part else None,
@@ -181,9 +184,18 @@ class _PackedLinear(nn.Module):
 def _pack_linears(model: Any) -> None:
     from transformers.pytorch_utils import Conv1D
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, _PackedLinear(child.weight, child.bias))
-            elif type(child) is Conv1D:
-                setattr(parent, name, _PackedLinear(child.weight.T.contiguous(), child.bias))
+    kinds = (nn.Linear, Conv1D)
+    parents = [
+        module
+        for module in model.modules()
+        if any(type(child) in kinds for child in module.children())
+    ]
+    for parent in parents:
+        for name in [name for name, child in parent.named_children() if type(child) in kinds]:
+            setattr(parent, name, _packed(getattr(parent, name)))
+
+
+def _packed(layer: Any) -> _PackedLinear:
+    """Nobody holds `layer` afterwards, or there would be all weights twice."""
+    weight = layer.weight if type(layer) is nn.Linear else layer.weight.T.contiguous()
+    return _PackedLinear(weight, layer.bias)

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from baton.shared.engine.implementation import find_implementation
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.transformers_backend import library as library_module
 from baton.shared.engine.transformers_backend.attention import make_mask, read_arguments
+from baton.shared.engine.transformers_backend.model import load
+from baton.shared.engine.weights import WeightFiles
 from baton.shared.model_files.fields import ModelError
 from tests.unit.engine.tiny_models import SIZES, make_tiny
 
@@ -261,6 +264,71 @@ def test_pickles_are_not_read(olmo2: Path, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="model.safetensors"):
         start(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mistral3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_dir = tmp_path_factory.mktemp("mistral3")
+    make_tiny(model_dir, "mistral3", {"text_config": {"model_type": "mistral"}})
+    return model_dir
+
+
+def change_config(model_dir: Path, changes: Fields, part: str = "") -> Path:
+    path = model_dir / "config.json"
+    values = json.loads(path.read_text())
+    (values[part] if part else values).update(changes)
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("part", ["", "text_config"])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors"])
+def test_no_other_weight_files_are_read(
+    name: str, part: str, mistral3: Path, tmp_path: Path
+) -> None:
+    copy(mistral3, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if name.endswith(".bin"):
+        torch.save(weights, tmp_path / name)
+    else:
+        save_file(weights, tmp_path / name, {"format": "pt"})
+    path = change_config(tmp_path, {"transformers_weights": name}, part)
+    where = f"{part}." if part else ""
+    with pytest.raises(ModelError) as refusal:
+        start(tmp_path, model_impl="transformers")
+    assert str(refusal.value).startswith(f"{path}: {where}transformers_weights: weights are model")
+    # Nor if the name came by another way than the file.
+    change_config(tmp_path, {"transformers_weights": None}, part)
+    implementation: Any = find_implementation(EngineConfig(tmp_path, model_impl="transformers"))
+    implementation.foreign.config.transformers_weights = name
+    (tmp_path / name).write_bytes(b"not read")
+    loaded = load(
+        implementation.foreign, tmp_path, WeightFiles(tmp_path), {0: (0, 0)}, torch.float32
+    )
+    assert loaded is not None
+
+
+def test_a_quantised_text_part_is_refused(mistral3: Path, tmp_path: Path) -> None:
+    copy(mistral3, tmp_path)
+    quantised = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    path = change_config(tmp_path, {"quantization_config": quantised}, "text_config")
+    with pytest.raises(ModelError, match=f"{path}: quantization_config: quantised weights are not"):
+        start(tmp_path, model_impl="transformers")
+
+
+def test_packing_keeps_no_weight_twice(olmo2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    seen: list[weakref.ref[torch.Tensor]] = []
+    pack = reference.pack_weight
+
+    def packed(weight: torch.Tensor) -> Any:
+        alive.append(sum(1 for each in seen if each() is not None))
+        seen.append(weakref.ref(weight.untyped_storage()))
+        return pack(weight)
+
+    monkeypatch.setattr(reference, "pack_weight", packed)
+    start(olmo2)
+    assert len(alive) > 10 and max(alive) <= 1
 
 
 @pytest.mark.parametrize(
