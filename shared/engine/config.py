@@ -15,6 +15,8 @@ class DeviceError(ModelError):
 
 
 MAX_BLOCK_SIZE = 128
+HOST_TOKEN_BUDGET = 512
+"""Tokens of a step on a CPU, where nothing else is said."""
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "triton", "torch")

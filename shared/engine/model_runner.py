@@ -15,7 +15,13 @@ from torch import Tensor
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
-from baton.shared.engine.config import AUTO, DeviceError, EngineConfig, most_model_len
+from baton.shared.engine.config import (
+    AUTO,
+    HOST_TOKEN_BUDGET,
+    DeviceError,
+    EngineConfig,
+    most_model_len,
+)
 from baton.shared.engine.executor import Executor, Model, Step
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.implementation import Place, find_implementation
@@ -50,7 +56,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_HOST_TOKEN_BUDGET = 512
 _MOST_FORCED_ON_HOST = 16
 _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
@@ -155,7 +160,7 @@ class ModelRunner:
         if not is_stable:
             self.determinism = "consistent"
         self.numerics = self._describe_numerics()
-        self.token_budget = config.token_budget or _HOST_TOKEN_BUDGET
+        self.token_budget = config.token_budget or HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
             self._choose_pools(self._measure_peak(progress), progress)
         num_bytes = KvCache.required_bytes(self.arrangement, self.num_blocks)
@@ -274,7 +279,7 @@ class ModelRunner:
 
     @property
     def _most_tokens_of_a_step(self) -> int:
-        largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else _HOST_TOKEN_BUDGET
+        largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else HOST_TOKEN_BUDGET
         return self._config.token_budget or largest
 
     @property

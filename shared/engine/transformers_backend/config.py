@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ _FILES = "transformers_weights"
 """By this name a configuration, or a part of it, sends transformers to other files than those that
 are hashed, pickles among them."""
 _MOST_LAYERS = 10_000
+_SHORTEST_STEP = 64
+"""Of what is compared at start would be left too little."""
+_TUNED = "llama4_text"
+"""Scales queries by how far on they are, floor_scale tokens at a time, and counts from a step's
+beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,9 @@ class Foreign:
     is_part: bool
     """The checkpoint has more than the text part."""
     facts: DryRun
+    most_of_a_step: int | None
+    """Tokens of a step, padding included, beyond which it takes a token's place in the step for
+    its position; None: it never does."""
 
 
 def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
@@ -65,32 +74,35 @@ def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
     if config is not whole:
         # What stands around the text part counts.
         config.tie_word_embeddings = whole.tie_word_embeddings
-    for rope in _ropes(config):
-        if rope.get("rope_type") == "dynamic":
-            # Which it is within the model's own length, and without asking for each step's.
-            rope["rope_type"] = "default"
     max_positions = _integer(fields, config, "max_position_embeddings")
     num_layers = _integer(fields, config, "num_hidden_layers", most=_MOST_LAYERS)
+    limits = list(_limits(fields, config))
+    on_paper = copy.deepcopy(config)
+    for rope in _ropes(on_paper):
+        if rope.get("rope_type") == "dynamic":
+            # That asks for the longest sequence of a step, which is not known there.
+            rope["rope_type"] = "default"
     try:
         facts = dry_run(
             # On paper no number decides which experts are taken.
-            lambda: make_model(model_class, config, torch.float32, experts="batched_mm"),
+            lambda: make_model(model_class, on_paper, torch.float32, experts="batched_mm"),
             num_layers,
             max_positions,
         )
     except ModelError as error:
         raise fields.error("model_type", f"{shown(name)}: {error}") from None
-    if facts.counts and not hasattr(config, "attn_temperature_tuning"):
+    if facts.counts and config.model_type != _TUNED:
         raise fields.error(
             "model_type",
             f"{shown(name)}: its attention counts or chooses tokens by itself, which may differ "
             "beyond what is compared at start",
         )
     info = read_model_info(fields)
-    return Foreign(config, model_class, config is not whole, facts), ModelConfig(
+    most_of_a_step = _most_of_a_step(fields, config)
+    return Foreign(config, model_class, config is not whole, facts, most_of_a_step), ModelConfig(
         model_type=name,
         vocab_size=info.vocab_size,
-        max_position_embeddings=_longest(fields, config, facts, max_positions),
+        max_position_embeddings=_longest(fields, limits, facts, max_positions),
         eos_token_ids=info.eos_token_ids,
         bos_token_id=info.bos_token_id,
         hidden_size=_integer(fields, config, "hidden_size"),
@@ -218,12 +230,13 @@ def _class_of(fields: Fields, config: Any) -> Any:
     return model_class
 
 
-def _longest(fields: Fields, config: Any, facts: DryRun, max_positions: int) -> int:
+def _longest(
+    fields: Fields, limits: list[tuple[str, int]], facts: DryRun, max_positions: int
+) -> int:
     """Of its code, some looks at how long a step is, or its longest sequence, where it ought to
     look at a token's position. Up to these lengths that is the same."""
-    limits = list(_limits(config))
     if facts.most_tokens is not None:
-        limits.append(("attention_chunk_size", facts.most_tokens))
+        limits = [*limits, ("attention_chunk_size", facts.most_tokens)]
     for name, limit in limits:
         if limit < 1:
             raise fields.error(name, f"sequences may be of {limit} tokens")
@@ -240,15 +253,32 @@ def _longest(fields: Fields, config: Any, facts: DryRun, max_positions: int) -> 
     return max_positions
 
 
-def _limits(config: Any) -> Iterator[tuple[str, int]]:
+def _limits(fields: Fields, config: Any) -> Iterator[tuple[str, int]]:
+    # Its models look for the length where this puts it.
+    config = copy.deepcopy(config)
+    config.standardize_rope_params()
     for rope in _ropes(config):
         if rope.get("rope_type") == "longrope":
             # Beyond, it would take its long factors, for all tokens of a step.
-            original = rope.get("original_max_position_embeddings")
-            if isinstance(original, int):
-                yield "original_max_position_embeddings", original
-    if getattr(config, "attn_temperature_tuning", False):
-        yield "floor_scale", int(config.floor_scale) - 1
+            name = "original_max_position_embeddings"
+            original = rope.get(name)
+            if isinstance(original, bool) or not isinstance(original, int | float):
+                raise fields.error(name, "longrope without the length that it was made for")
+            if not math.isfinite(original):
+                raise fields.error(name, f"must be finite, not {original}")
+            yield name, math.floor(original)
+    most = _most_of_a_step(fields, config)
+    if most is not None:
+        yield "floor_scale", most
+
+
+def _most_of_a_step(fields: Fields, config: Any) -> int | None:
+    if config.model_type != _TUNED or not config.attn_temperature_tuning:
+        return None
+    most = _integer(fields, config, "floor_scale") - 1
+    if most < _SHORTEST_STEP:
+        raise fields.error("floor_scale", f"steps may be of {most} tokens")
+    return most
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

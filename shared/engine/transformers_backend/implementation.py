@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 
-from baton.shared.engine.config import DeviceError, EngineConfig, most_model_len
+from baton.shared.engine.config import (
+    HOST_TOKEN_BUDGET,
+    DeviceError,
+    EngineConfig,
+    most_model_len,
+)
+from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.executor import Model
 from baton.shared.engine.implementation import MakeExecutor, Place
 from baton.shared.engine.model_loader import ModelPlan
@@ -21,7 +27,7 @@ from baton.shared.engine.transformers_backend.library import library
 from baton.shared.engine.transformers_backend.model import TransformersModel, load
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
-from baton.shared.model_files.fields import Fields
+from baton.shared.model_files.fields import Fields, ModelError
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -48,6 +54,7 @@ class TransformersImplementation:
             model_type=model.model_type,
             model_impl=name,
         )
+        _check_steps(config, foreign.most_of_a_step)
         most_tokens = most_model_len(config, model.max_position_embeddings)
         return cls(name, model, config.model_dir, foreign, most_tokens)
 
@@ -95,5 +102,21 @@ class TransformersImplementation:
     ) -> bool:
         assert isinstance(model, TransformersModel)
         executor = make_executor(start_check.num_blocks_for(groups, block_size))
-        is_stable = start_check.check(model, executor, self.config.vocab_size, self.most_tokens)
+        most_tokens = min(self.most_tokens, start_check.most_tokens(self.foreign.most_of_a_step))
+        is_stable = start_check.check(model, executor, self.config.vocab_size, most_tokens)
         return is_stable and not self.foreign.facts.has_experts
+
+
+def _check_steps(config: EngineConfig, most: int | None) -> None:
+    """ModelError: steps may get longer than `most` tokens."""
+    if most is None:
+        return
+    # Beside those that decode, prompts go on by a block at least.
+    longest = max(config.token_budget or HOST_TOKEN_BUDGET, config.max_num_seqs) + config.block_size
+    longest += -longest % MIN_LINEAR_ROWS
+    if longest > most:
+        raise ModelError(
+            f"token_budget: steps of {longest} tokens, but of "
+            f"{config.model_dir / 'config.json'} the floor_scale lets them be of {most} at most: "
+            "a smaller token_budget, or max_num_seqs, helps"
+        )

@@ -1,7 +1,7 @@
 """The library transformers: found or said how to get, and kept from what it must not do here.
 
-Of a model directory it reads config.json, and the safetensors that are hashed. It takes nothing from
-the network, and runs no code but its own.
+Of a model directory it reads config.json, and those safetensors that are hashed. It takes nothing
+from the network, and runs no code but its own.
 """
 
 from __future__ import annotations

@@ -38,8 +38,15 @@ class TransformersModel:
     model's own.
     """
 
-    def __init__(self, model: Any, places: Mapping[int, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        places: Mapping[int, tuple[int, int]],
+        most_of_a_step: int | None = None,
+    ) -> None:
+        """`most_of_a_step`: see `Foreign`."""
         self._model = model
+        self._most_of_a_step = most_of_a_step
         self._places = places
         self._arguments = without_cache(model)
         self._can_choose = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -55,6 +62,8 @@ class TransformersModel:
     ) -> Tensor:
         """As `Decoder.hidden_states`, but → [T or R, vocab]."""
         num_tokens = len(input_ids)
+        if self._most_of_a_step is not None and num_tokens > self._most_of_a_step:
+            raise RuntimeError(f"a step of {num_tokens} tokens, of {self._most_of_a_step} at most")
         tokens = None if wanted is None else wanted[0]
         arguments = dict(self._arguments)
         if self._can_choose and tokens is not None:
@@ -121,7 +130,7 @@ def load(
         model = _read(foreign, model_dir, weights, dtype)
     model.requires_grad_(False)
     _pack_linears(model)
-    return TransformersModel(model, places)
+    return TransformersModel(model, places, foreign.most_of_a_step)
 
 
 def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.dtype) -> Any:

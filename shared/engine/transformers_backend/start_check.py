@@ -38,6 +38,15 @@ def num_blocks_for(groups: Sequence[CacheGroup], block_size: int) -> int:
     return sum(group.num_blocks_for(n, block_size) for group in groups for n in _LENGTHS)
 
 
+def most_tokens(of_a_step: int | None) -> int:
+    """The longest sequence that is compared where steps are of so many tokens at most."""
+    longest = max(_LENGTHS)
+    if of_a_step is None:
+        return longest
+    beside = max(sum(end - begin for which, begin, end in parts if which < 2) for parts in _STEPS)
+    return max(1, min(longest, of_a_step - beside))
+
+
 def check(model: TransformersModel, executor: Executor, vocab_size: int, most_tokens: int) -> bool:
     """Whether the bits of a token's logits are the same whatever shares its step, and however its
     sequence is cut.

@@ -104,7 +104,8 @@ def test_models_run(
     model_type: str, fields: Fields, determinism: str, max_model_len: int, tmp_path: Path
 ) -> None:
     model = make_tiny(tmp_path, model_type, fields)
-    runner = start(tmp_path, model_impl="transformers")
+    small = {"token_budget": 32, "max_num_seqs": 8} if "floor_scale" in fields else {}
+    runner = start(tmp_path, model_impl="transformers", **small)
     assert (runner.model_impl, runner.determinism) == (VERSION, determinism)
     assert runner.max_model_len == max_model_len
     torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
@@ -119,6 +120,82 @@ def test_a_type_with_a_file_here_runs_through_either(tmp_path: Path) -> None:
     assert own.numerics != foreign.numerics
     for runner in (own, foreign):
         torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
+
+
+def test_a_rope_that_is_dynamic_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+    model = make_tiny(tmp_path, "hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": rope})
+    runner = start(tmp_path)
+    torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "longest"),
+    [
+        ({"original_max_position_embeddings": 64}, {}, 64),
+        ({"original_max_position_embeddings": 64.5}, {}, 64),
+        ({}, {"original_max_position_embeddings": 64}, 64),
+        ({}, {"original_max_position_embeddings": 64.0}, 64),
+        ({"original_max_position_embeddings": 128}, {"original_max_position_embeddings": 64}, 64),
+        ({}, {}, 512),
+    ],
+    ids=str,
+)
+def test_longrope_has_the_length_that_it_was_made_for(
+    inside: Fields, outside: Fields, longest: int, olmo2: Path, tmp_path: Path
+) -> None:
+    copy(olmo2, tmp_path)
+    rope = {**LONGROPE, "long_factor": [3.0] * 8, **inside}
+    change_config(tmp_path, {"rope_parameters": rope, **outside})
+    assert find_implementation(EngineConfig(tmp_path)).config.max_position_embeddings == longest
+
+
+@pytest.mark.parametrize("length", ["64", True, float("inf"), [64]], ids=str)
+def test_longrope_without_a_length_is_refused(length: Any, olmo2: Path, tmp_path: Path) -> None:
+    copy(olmo2, tmp_path)
+    rope = {**LONGROPE, "long_factor": [3.0] * 8, "original_max_position_embeddings": length}
+    change_config(tmp_path, {"rope_parameters": rope})
+    with pytest.raises(ModelError, match=r"config\.json: original_max_position_embeddings: "):
+        find_implementation(EngineConfig(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def llama4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_dir = tmp_path_factory.mktemp("llama4")
+    fields = {"floor_scale": 80, "no_rope_layers": [0, 0], "attn_scale": 5.0}
+    make_tiny(model_dir, "llama4_text", {**EXPERTS, **fields})
+    return model_dir
+
+
+def test_where_a_step_is_counted_it_is_as_short_as_that_makes_no_difference(llama4: Path) -> None:
+    why = r"token_budget: steps of 528 tokens, but of .*\.json the floor_scale lets them be of 79"
+    with pytest.raises(ModelError, match=why):
+        start(llama4)
+    with pytest.raises(ModelError, match="token_budget: steps of 272 tokens"):
+        start(llama4, token_budget=32)
+    runner = start(llama4, token_budget=32, max_num_seqs=32)
+    rows = [BatchRow([5] * 40, 0, [list(range(8 * n, 8 * n + 8))] * 1) for n in range(2)]
+    with pytest.raises(RuntimeError, match="a step of 80 tokens, of 79 at most"):
+        runner.logits(Batch(rows))
+
+
+def test_what_a_step_may_be_is_told_by_the_type_not_by_a_field(
+    olmo2: Path, llama4: Path, tmp_path: Path
+) -> None:
+    copy(olmo2, tmp_path)
+    change_config(tmp_path, {"attn_temperature_tuning": True, "floor_scale": 80})
+    assert find_implementation(EngineConfig(tmp_path)).config.max_position_embeddings == 512
+    config_of(tmp_path, "minimax_m3_vl_text", {"num_local_experts": 4})
+    change_config(tmp_path, {"attn_temperature_tuning": True, "floor_scale": 8192})
+    with pytest.raises(ModelError, match="its attention counts or chooses tokens by itself"):
+        find_implementation(EngineConfig(tmp_path))
+    copy(llama4, tmp_path)
+    change_config(tmp_path, {"floor_scale": 40})
+    with pytest.raises(ModelError, match="floor_scale: steps may be of 39 tokens"):
+        find_implementation(EngineConfig(tmp_path))
 
 
 def test_of_a_multimodal_model_the_text_part_runs(tmp_path: Path) -> None:
@@ -318,12 +395,13 @@ def test_a_quantised_text_part_is_refused(mistral3: Path, tmp_path: Path) -> Non
 
 def test_packing_keeps_no_weight_twice(olmo2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
-    seen: list[weakref.ref[torch.Tensor]] = []
+    seen: list[weakref.ref[Any]] = []
     pack = reference.pack_weight
 
     def packed(weight: torch.Tensor) -> Any:
         alive.append(sum(1 for each in seen if each() is not None))
-        seen.append(weakref.ref(weight.untyped_storage()))
+        storage: Any = weight.untyped_storage()
+        seen.append(weakref.ref(storage))
         return pack(weight)
 
     monkeypatch.setattr(reference, "pack_weight", packed)
