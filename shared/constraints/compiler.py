@@ -20,14 +20,15 @@ from baton.v1 import types_pb2
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
-    step_max_items=50_000,
+    step_max_items=4_000,
     max_lexer_states=50_000,
     max_grammar_size=200_000,
     # They would tell the whole grammar.
     verbose_errors=False,
 )
-"""Fuel is work, not time: every machine refuses the same. A step's is some 15 ms at most, and a
-state of the lexer takes about 2 kB."""
+"""Work, not time: every machine refuses the same. `step_max_items` bounds a mask, to some 10 ms,
+and so what the next token takes; tokens without a mask between them are not bounded. 4,000 items
+are enough for an object of 250 optional properties. A state of the lexer takes about 2 kB."""
 _MAX_COMPILED = 64
 _MAX_BEGIN_BYTES = 256
 _SCHEMA = "what llguidance supports of JSON Schema"
