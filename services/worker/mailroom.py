@@ -67,7 +67,7 @@ class Mailroom:
         self._inbox = inbox
         self._directory = directory
         self._grammars = grammars
-        self._starting: set[asyncio.Task[None]] = set()
+        self._starting: dict[asyncio.Task[None], msg.StartPrefill | msg.StartDecode] = {}
         """Sequences whose constraints are being compiled."""
         self._loop = asyncio.get_running_loop()
         self._names = count(1)
@@ -124,7 +124,7 @@ class Mailroom:
     def end_prefill(self, key: AttemptKey, *, cancel: bool) -> None:
         self._prefills.pop(key, None)
         if cancel:
-            self._inbox.put(msg.CancelAttempts(key))
+            self.cancel(key)
 
     # DecodeHost
 
@@ -135,6 +135,9 @@ class Mailroom:
 
     def detach_gateway(self, gateway: str) -> None:
         self._gateways.pop(gateway, None)
+        for task, start in list(self._starting.items()):
+            if isinstance(start, msg.StartDecode) and start.recipient.gateway == gateway:
+                task.cancel()
         self._inbox.put(msg.GatewayLost(gateway))
 
     def start_decode(
@@ -156,9 +159,14 @@ class Mailroom:
                 self._gateways[gateway].put_nowait(decode_service_pb2.DecodeResponse(failed=failed))
 
         start = msg.StartDecode(sequence, Recipient(gateway, number), peer)
-        self._start(sequence, start, fail, lambda: gateway in self._gateways)
+        self._start(sequence, start, fail)
 
     def cancel(self, key: AttemptKey) -> None:
+        """Also the attempts before it."""
+        for task, start in list(self._starting.items()):
+            started = start.sequence.key
+            if started.sequence == key.sequence and started.attempt <= key.attempt:
+                task.cancel()
         self._inbox.put(msg.CancelAttempts(key))
 
     def _start(
@@ -166,22 +174,20 @@ class Mailroom:
         sequence: Sequence,
         start: msg.StartPrefill | msg.StartDecode,
         fail: Callable[[BatonError], None],
-        is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """At once, or when its constraint is compiled; cancels that come first are remembered."""
+        """At once, or when its constraint is compiled, unless it is cancelled before."""
         if not sequence.constraint:
             self._inbox.put(start)
             return
-        task = self._loop.create_task(self._start_constrained(sequence, start, fail, is_wanted))
-        self._starting.add(task)
-        task.add_done_callback(self._starting.discard)
+        task = self._loop.create_task(self._start_constrained(sequence, start, fail))
+        self._starting[task] = start
+        task.add_done_callback(self._starting.pop)
 
     async def _start_constrained(
         self,
         sequence: Sequence,
         start: msg.StartPrefill | msg.StartDecode,
         fail: Callable[[BatonError], None],
-        is_wanted: Callable[[], bool],
     ) -> None:
         try:
             if self._grammars is None:
@@ -196,8 +202,7 @@ class Mailroom:
             log_event(logger, logging.ERROR, "constraint failed", key=sequence.key, exc_info=True)
             fail(EngineFailure("the constraint could not be compiled"))
             return
-        if is_wanted():
-            self._inbox.put(start)
+        self._inbox.put(start)
 
     # OwnerHost
 

@@ -78,6 +78,8 @@ _ROLE_SERVICES = {
 _DRAIN_POLL_S = 0.05
 _INSPECT_S = 0.2
 _STOP_GRACE_S = 0.5
+_LARGE_VOCABULARY = 100_000
+"""Tokens; reading them takes a second or more."""
 _SWITCH_INTERVAL_S = 0.0005
 """How long the engine may keep the streams' thread waiting while it launches kernels."""
 
@@ -144,6 +146,7 @@ class Worker:
         except BaseException:
             self._transport.close()
             raise
+        self._grammars = self._load_grammars()
         cache = self._runner.kv_cache
         self._transport_pool = LocalPool(
             memory=cache.memory,
@@ -193,7 +196,7 @@ class Worker:
             describe_pool=self._transport.describe,
             drop_peer=puller.drop_peer,
             directory=directory,
-            grammars=Grammars(self._config.model_dir, self._runner.model_config.vocab_size),
+            grammars=self._grammars,
         )
         metrics = EngineMetrics(self._registry)
         engine = self._build_engine(identity, inbox, mailroom, puller, metrics)
@@ -251,6 +254,12 @@ class Worker:
             sys.stderr.write(f"baton worker: {problem}\n")
             return 2
         return 1 if has_failed else 0
+
+    def _load_grammars(self) -> Grammars:
+        vocab_size = self._runner.model_config.vocab_size
+        if vocab_size > _LARGE_VOCABULARY:
+            log_event(logger, logging.INFO, "reading the tokens that constraints are made of")
+        return Grammars.load(self._config.model_dir, vocab_size)
 
     def _check_model(self, identity: ModelIdentity) -> None:
         """Raises WorkerStartError when the cluster has no place for it."""
