@@ -44,6 +44,8 @@ class CompiledConstraint:
     accepts_empty: bool
     begin_after: tuple[int, ...] | bytes | None
     """The tokens, or the text, behind which the constrained text begins; None: it does at once."""
+    overhanging: tuple[int, ...]
+    """Tokens that have all of that text, and behind it what is not white space."""
 
 
 class Compiler:
@@ -78,7 +80,20 @@ def compile_constraint(constraint: types_pb2.Constraint, tokens: TokenTable) -> 
     warnings = grammar.get_grammar_warnings()
     if grammar.is_error() or warnings:
         raise _refusal(constraint, tokens, grammar.get_error() or "; ".join(warnings))
-    return CompiledConstraint(grammar, tokens, grammar.is_accepting(), begin_after)
+    overhanging: tuple[int, ...] = ()
+    if isinstance(begin_after, bytes):
+        overhanging = tuple(
+            token_id
+            for token_id, text in enumerate(tokens.token_bytes)
+            if begin_after in text and reaches_past(begin_after, text)
+        )
+    return CompiledConstraint(grammar, tokens, grammar.is_accepting(), begin_after, overhanging)
+
+
+def reaches_past(end: bytes, text: bytes) -> bool:
+    """Whether what follows it in the text is more than white space."""
+    place = text.find(end)
+    return place >= 0 and bool(text[place + len(end) :].strip())
 
 
 def _begin_after(

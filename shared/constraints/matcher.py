@@ -3,6 +3,9 @@
     emitted so far ─► free text ─► begin_after ─► the grammar's text ─► the end
                       any token                    its tokens           end tokens
 
+Free are not the tokens that would write the end of the free text and something behind it, which the
+grammar would not see.
+
 All of it is a function of the emitted tokens, whichever attempt drew them: a matcher that is told
 all of them knows what the one before knew.
 
@@ -19,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from baton.shared.constraints.compiler import CompiledConstraint
+from baton.shared.constraints.compiler import CompiledConstraint, reaches_past
 from baton.shared.rpc.errors import InvalidField
 
 Masks = npt.NDArray[np.uint32]
@@ -40,6 +43,7 @@ class AnswerMatcher:
         self._may_end_free = compiled.accepts_empty and not ignore_eos
         self._num_words = mask_words(compiled.tokens.vocab_size)
         self._ends = _bits(compiled.tokens.end_ids, self._num_words)
+        self._overhanging = _bits(compiled.overhanging, self._num_words)
         self._has_begun = compiled.begin_after is None
         self._tail: tuple[int, ...] | bytes = () if isinstance(self._begin_after, tuple) else b""
         """Of the free text, as much as may be a part of its end."""
@@ -107,6 +111,8 @@ class AnswerMatcher:
             mask[:] = 0xFFFFFFFF
             if not self._may_end_free:
                 mask &= ~self._ends
+            if isinstance(self._begin_after, bytes):
+                mask &= ~(self._overhanging | self._completing_too_much(self._begin_after))
             return
         if self._forced:
             mask[:] = _bits((self._forced[0],), self._num_words)
@@ -116,6 +122,19 @@ class AnswerMatcher:
             others = mask & ~self._ends
             if others.any():
                 mask[:] = others
+
+    def _completing_too_much(self, end: bytes) -> Masks:
+        """Tokens that write the rest of it, behind what the free text has, and then go on."""
+        tail = self._tail
+        assert isinstance(tail, bytes)
+        found = [
+            token_id
+            for length in range(1, len(tail) + 1)
+            if tail.endswith(end[:length])
+            for token_id in self._tokens.beginning_with(end[length:])
+            if self._tokens.token_bytes[token_id][len(end) - length :].strip()
+        ]
+        return _bits(found, self._num_words)
 
     def _step(self, token_id: int) -> bool:
         """Whether the token may follow; then it has. Otherwise nothing has changed."""
@@ -146,6 +165,8 @@ class AnswerMatcher:
         else:
             assert isinstance(self._tail, bytes)
             text = self._tail + self._tokens.token_bytes[token_id]
+            if reaches_past(end, text):
+                return False
             self._has_begun = end in text
             self._tail = text[1 - len(end) :] if len(end) > 1 else b""
         if self._has_begun:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llguidance import LLTokenizer
@@ -47,6 +48,7 @@ class TokenTable:
             for token_id, text in enumerate(self.token_bytes)
             if text and token_id not in special
         }
+        self._sorted = sorted((text, each) for each, text in enumerate(self.token_bytes) if text)
         self._longest = max(map(len, self._ids), default=1)
         self.for_grammars = LLTokenizer(
             TokenizerWrapper(_ForGrammars(self, sorted(special))), eos_token=list(self.end_ids)
@@ -70,6 +72,14 @@ class TokenTable:
         files.tokenizer.no_truncation()
         files.tokenizer.no_padding()
         return cls(files.tokenizer, vocab_size, sorted(end_ids))
+
+    def beginning_with(self, text: bytes) -> Iterator[int]:
+        """The tokens that do, special ones among them."""
+        for place in range(bisect_left(self._sorted, (text, 0)), len(self._sorted)):
+            written, token_id = self._sorted[place]
+            if not written.startswith(text):
+                return
+            yield token_id
 
     def split(self, text: str) -> list[str | int]:
         """A text's parts: the special tokens written in it, by id, and what is between them."""

@@ -161,6 +161,40 @@ def test_masks_begin_behind_what_is_free(table: TokenTable, begin: types_pb2.Beg
     assert allowed(going.masks()[0]) == [yes[0]]
 
 
+def test_no_token_of_the_free_text_reaches_into_what_is_constrained(table: TokenTable) -> None:
+    """The grammar would begin behind what such a token brings."""
+    [newline] = table.encode(b"\n")
+    # A token "xy" ends a text that ends with "x", and brings "y".
+    pairs = [
+        (each, text.decode())
+        for each, text in enumerate(table.token_bytes)
+        if len(text) == 2 and text.isalpha()
+    ]
+    token, pair = pairs[7]
+    for before in ("</think", ""):
+        begin = types_pb2.BeginAfter(text=before + pair[0])
+        going = matcher(table, Constraint(json_schema="{}", begin_after=begin))
+        going.take([newline])
+        assert (token in allowed(going.masks()[0])) is bool(before)
+        going.take(table.encode(before.encode()))
+        free = allowed(going.masks()[0])
+        assert token not in free and set(table.encode(pair[0].encode())) < set(free)
+        masks = going.masks([token, token])
+        assert len(masks) == 3, "what is not drawn leads nowhere"
+        with pytest.raises(InvalidField, match="received_token_ids"):
+            going.take([token])
+
+
+def test_white_space_may_follow_the_free_text_in_the_same_token(table: TokenTable) -> None:
+    [newlines] = [each for each, text in enumerate(table.token_bytes) if text == b"\n\n"]
+    begin = types_pb2.BeginAfter(text="</think>\n")
+    going = matcher(table, Constraint(json_schema='{"const": 7}', begin_after=begin))
+    going.take(table.encode(b"</think>"))
+    assert newlines in allowed(going.masks()[0])
+    going.take([newlines])
+    assert set(table.encode(b"7")) == set(allowed(going.masks()[0]))
+
+
 def test_free_text_may_end_where_nothing_need_follow(table: TokenTable) -> None:
     tags = types_pb2.StructuralTags(
         triggers=["<call>"], tags=[types_pb2.StructuralTag(begin="<call>", regex="[0-9]", end="!")]
