@@ -15,6 +15,7 @@ from baton.services.gateway.answer_parts import Arguments, Content, Part, Reason
 from baton.services.gateway.anthropic.errors import error_body
 from baton.services.gateway.openai.errors import HttpError
 from baton.services.gateway.openai.wire import Choice
+from baton.services.gateway.strict_json import strict_json
 
 
 class MessagesWire:
@@ -32,7 +33,8 @@ class MessagesWire:
             "model": model,
         }
         self._content: list[dict[str, Any]] = []
-        """Of blocks that are whole."""
+        """Of blocks that are whole, unless they are streamed."""
+        self._num_ended = 0
         self._block: _Block | None = None
         self._is_streamed = True
 
@@ -87,7 +89,7 @@ class MessagesWire:
     def _begin(self, block: _Block) -> bytes:
         events = self._end()
         self._block = block
-        index = len(self._content)
+        index = self._num_ended
         head = json.dumps({"type": "content_block_delta", "index": index})[:-1]
         delta = f'"delta": {{"type": "{block.delta_type}", "{block.delta_field}": '
         block.delta_head = f"event: content_block_delta\ndata: {head}, {delta}"
@@ -107,13 +109,15 @@ class MessagesWire:
         block, self._block = self._block, None
         if block is None:
             return b""
-        index = len(self._content)
+        index = self._num_ended
+        self._num_ended += 1
         events = b""
         if isinstance(block, _Thinking):
             block.signature = self._request_id
             delta = {"type": "signature_delta", "signature": block.signature}
             events = self._event("content_block_delta", index=index, delta=delta)
-        self._content.append(block.whole())
+        if not self._is_streamed:
+            self._content.append(block.whole())
         return events + self._event("content_block_stop", index=index)
 
     def _ending(self, choice: Choice) -> dict[str, Any]:
@@ -188,7 +192,7 @@ class _ToolUse(_Block):
 def _input(arguments: str) -> dict[str, Any]:
     """What the model wrote that is no object, or was cut, is not lost."""
     try:
-        value = json.loads(arguments or "{}")
+        value = strict_json(arguments or "{}")
     except ValueError:
         value = arguments
     return value if isinstance(value, dict) else {"arguments": value}

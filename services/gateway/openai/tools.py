@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.fields import Fields
+from baton.services.gateway.strict_json import strict_json
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -176,7 +176,7 @@ def _arguments(arguments: str | dict[str, Any] | None) -> str | dict[str, Any]:
     if not arguments or not arguments.strip():
         return {}
     try:
-        parsed = json.loads(arguments)
-    except (ValueError, RecursionError):
+        parsed = strict_json(arguments)
+    except ValueError:
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
