@@ -9,15 +9,11 @@ A text is written as it is, so what an argument is follows from the tool's schem
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from baton.services.gateway.answer_parts import Part
 from baton.services.gateway.formats.calls import Calls
+from baton.services.gateway.formats.schema_types import SchemaTypes, types_of
 from baton.services.gateway.formats.source import Source, Steps, texts_before
-
-_MAX_DEPTH = 8
-"""Of alternatives within alternatives of a schema."""
 
 
 class TaggedArguments:
@@ -25,7 +21,7 @@ class TaggedArguments:
 
     def __init__(self, calls: Calls, tool: str) -> None:
         self._calls = calls
-        self._schema = calls.tools.get(tool, {})
+        self._types = SchemaTypes(calls.tools.get(tool, {}))
         self._num_written = 0
 
     def value(self, source: Source, key: str, *ends: str) -> Steps[bool]:
@@ -33,7 +29,7 @@ class TaggedArguments:
         opening = ", " if self._num_written else "{"
         self._num_written += 1
         yield self._calls.arguments(f"{opening}{json.dumps(key, ensure_ascii=False)}: ")
-        types = frozenset(_types(self._schema_of(key), _MAX_DEPTH))
+        types = self._types.of(key)
         if types == {"string"}:
             yield self._calls.arguments('"')
             end = yield from texts_before(source, *ends, make=self._as_string, drops_partial=True)
@@ -60,10 +56,6 @@ class TaggedArguments:
     def _as_string(self, text: str) -> Part:
         return self._calls.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
 
-    def _schema_of(self, key: str) -> Any:
-        properties = self._schema.get("properties")
-        return properties.get(key) if isinstance(properties, Mapping) else None
-
 
 def _as_json(text: str, types: frozenset[str]) -> str:
     """`types`: what the schema allows; empty when it does not say."""
@@ -76,47 +68,9 @@ def _as_json(text: str, types: frozenset[str]) -> str:
         value = json.loads(bare, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
-    is_allowed = not types or not types.isdisjoint(_types_of(value))
+    is_allowed = not types or not types.isdisjoint(types_of(value))
     return bare if is_allowed or "string" not in types else json.dumps(text, ensure_ascii=False)
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _types(schema: Any, depth: int) -> Iterator[str]:
-    """Those that a value may have; none when that is not said plainly."""
-    if not isinstance(schema, Mapping) or not depth:
-        return
-    kind = schema.get("type")
-    if isinstance(kind, str):
-        yield kind
-    elif isinstance(kind, list):
-        yield from (each for each in kind if isinstance(each, str))
-    elif isinstance(schema.get("enum"), list):
-        for value in schema["enum"]:
-            yield from _types_of(value)
-    elif "const" in schema:
-        yield from _types_of(schema["const"])
-    else:
-        for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
-            for each in alternatives if isinstance(alternatives, list) else ():
-                yield from _types(each, depth - 1)
-
-
-def _types_of(value: Any) -> tuple[str, ...]:
-    match value:
-        case None:
-            return ("null",)
-        case bool():
-            return ("boolean",)
-        case int():
-            return ("integer", "number")
-        case float():
-            return ("number",)
-        case str():
-            return ("string",)
-        case list():
-            return ("array",)
-        case _:
-            return ("object",)

@@ -318,6 +318,41 @@ def test_deep_values_and_long_names() -> None:
     assert json.loads(told(read("glm", [text]))[0][1]) == {"days": deep}
 
 
+REFERRED: dict[str, Any] = {
+    "allOf": [{"properties": {"beside": {"type": "string"}}}, {"$ref": "#/$defs/More"}],
+    "properties": {
+        "plain": {"$ref": "#/$defs/City"},
+        "all": {"allOf": [{"$ref": "#/$defs/City"}, {"maxLength": 9}]},
+        "both": {"allOf": [{"type": ["string", "null"]}, {"type": ["string", "integer"]}]},
+        "any": {"anyOf": [{"$ref": "#/$defs/City"}, {"$ref": "#/$defs/a~1b~0%25"}]},
+        "chain": {"$ref": "#/$defs/Chain"},
+        "number": {"$ref": "#/$defs/a~1b~0%25"},
+        "nowhere": {"$ref": "#/$defs/Nowhere"},
+        "elsewhere": {"$ref": "https://example.org/schema"},
+        "loop": {"$ref": "#/$defs/Loop"},
+        "tree": {"$ref": "#/$defs/Tree"},
+    },
+    "$defs": {
+        "City": {"type": "string"},
+        "a/b~%": {"type": "integer"},
+        "Chain": {"$ref": "#/$defs/City"},
+        "More": {"properties": {"more": {"enum": ["1", "2"]}}},
+        "Loop": {"$ref": "#/$defs/Loop"},
+        "Tree": {"anyOf": [{"$ref": "#/$defs/Tree"}] * 9, "allOf": [{"$ref": "#/$defs/Tree"}] * 9},
+    },
+}
+
+
+def test_types_that_a_schema_refers_to() -> None:
+    texts = ["plain", "all", "both", "chain", "beside", "more"]
+    others = ["any", "number", "nowhere", "elsewhere", "loop", "tree", "none"]
+    written = [f"<arg_key>{key}</arg_key><arg_value>1</arg_value>" for key in texts + others]
+    text = f"<tool_call>weather{''.join(written)}</tool_call>"
+    [(_, arguments)] = told(read("glm", [text], tools={"weather": REFERRED}))
+    expected = {**dict.fromkeys(texts, "1"), **dict.fromkeys(others, 1)}
+    assert json.loads(arguments) == expected
+
+
 THOUGHT: list[tuple[str, str, str, Told]] = [
     (
         "think",
