@@ -15,7 +15,15 @@ import re
 from baton.services.gateway.answer_parts import Content, Reasoning
 from baton.services.gateway.formats.calls import Calls
 from baton.services.gateway.formats.json_text import arguments
-from baton.services.gateway.formats.source import Source, Steps, spaces, texts_before
+from baton.services.gateway.formats.source import (
+    Source,
+    Steps,
+    is_cut,
+    literal,
+    short_text_before,
+    spaces,
+    texts_before,
+)
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 CONSTRAIN = "<|constrain|>"
@@ -61,17 +69,9 @@ def _begins_header(source: Source) -> Steps[bool]:
 
 
 def _header(source: Source) -> Steps[str | None]:
-    """What comes before <|message|>; None when that does not come."""
-    header = ""
-    while True:
-        text, marker = source.take_before(MESSAGE, *_ENDS)
-        header += text
-        if marker == MESSAGE:
-            source.recorded()
-            return header
-        if marker is not None or source.is_closed or len(header) > _MAX_HEADER:
-            return None
-        yield None
+    """What comes before <|message|>; None when that does not come. It is in the record."""
+    header, marker = yield from short_text_before(source, MESSAGE, *_ENDS, most=_MAX_HEADER)
+    return header if marker == MESSAGE else None
 
 
 def _message(source: Source, calls: Calls, header: str) -> Steps[str | None]:
@@ -80,15 +80,24 @@ def _message(source: Source, calls: Calls, header: str) -> Steps[str | None]:
     is_reasoning = "analysis" in header.split(CHANNEL)[-1]
     name = recipient[1].split(CHANNEL)[0] if recipient else ""
     if name and calls.tools and (_FUNCTIONS in header or name in calls.tools):
-        source.begin_record()
-        yield from spaces(source)
+        is_reasoning = False
+        space = yield from spaces(source)
         if source.next == "{":
             yield calls.begin(name)
             yield from arguments(source, calls, *_ENDS, START)
             source.begin_record()
             yield from spaces(source)
-        yield Content(source.recorded())
-        is_reasoning = False
+            yield Content(source.recorded())
+        elif marker := (yield from literal(source, *_ENDS, START)):
+            yield calls.begin(name)
+            yield calls.arguments("{}")
+            return marker
+        elif is_cut(source, *_ENDS, START):
+            # Whether arguments would have come is not known.
+            yield Content(source.recorded())
+        else:
+            yield Content(space)
+    source.recorded()
     source.is_reasoning = is_reasoning
     marker = yield from texts_before(
         source, *_ENDS, START, make=Reasoning if is_reasoning else Content

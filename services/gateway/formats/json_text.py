@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
 from baton.services.gateway.answer_parts import Content
 from baton.services.gateway.formats.calls import Calls
@@ -15,7 +16,11 @@ from baton.services.gateway.formats.source import Source, Steps, literal, spaces
 _IN_STRING = re.compile(r'["\\]')
 _ATOM = re.compile(r"[-+.\w]*")
 _ARGUMENTS = ("arguments", "parameters")
-_OTHER_KEYS = ("type", "id")
+_OTHER_KEYS: dict[str, Callable[[str], bool]] = {
+    "type": lambda value: value == '"function"',
+    "id": lambda value: value.startswith('"'),
+}
+"""What a call may have besides → whether a value says nothing more than that."""
 
 
 def call_object(source: Source, calls: Calls, *ends: str, is_marked: bool = True) -> Steps[bool]:
@@ -23,17 +28,20 @@ def call_object(source: Source, calls: Calls, *ends: str, is_marked: bool = True
 
     False when it is none: nothing was yielded, and all of it is in the record. Else the record
     begins after it. `ends`: markers that no call goes beyond. What is not marked as a call is one
-    only if it names a tool, gives arguments, and has nothing else.
+    only if it names a tool, gives arguments, and has nothing else: it is held until it is whole.
     """
     source.take(1)
     name: str | None = None
     held: str | None = None
-    has_begun = False
+    has_begun = has_arguments = False
     yield from spaces(source)
     while True:
+        is_end = source.next != '"'
         key = yield from _string(source)
         yield from spaces(source)
-        if key is None or (yield from literal(source, ":")) is None:
+        if is_end or key is None or (yield from literal(source, ":")) is None:
+            if not is_end and not has_begun:
+                return False
             break
         yield from spaces(source)
         if has_begun:
@@ -41,21 +49,24 @@ def call_object(source: Source, calls: Calls, *ends: str, is_marked: bool = True
         elif key == "name":
             name = yield from _string(source)
             if not name or not (is_marked or name in calls.tools):
-                break
-        elif key in _ARGUMENTS and name is not None and source.next == "{":
+                return False
+        elif key in _ARGUMENTS and is_marked and name is not None and source.next == "{":
             yield calls.begin(name)
             yield from arguments(source, calls, *ends)
             has_begun = True
             source.begin_record()
-        elif key in _ARGUMENTS:
+        elif key in _ARGUMENTS and (is_marked or not has_arguments):
+            has_arguments = True
             held = yield from _whole_arguments(source, *ends)
             if held is None:
-                break
+                return False
         elif is_marked or key in _OTHER_KEYS:
-            yield from _whole_value(source, *ends)
+            value = yield from _whole_value(source, *ends)
+            if not is_marked and not _OTHER_KEYS[key](value):
+                return False
         else:
-            break
-        if name and held and not has_begun:
+            return False
+        if is_marked and name and held and not has_begun:
             yield calls.begin(name)
             yield calls.arguments(held)
             has_begun = True
@@ -65,12 +76,12 @@ def call_object(source: Source, calls: Calls, *ends: str, is_marked: bool = True
             break
         yield from spaces(source)
     is_whole = (yield from literal(source, "}")) is not None
-    if name and is_whole and is_marked and not has_begun:
-        yield calls.begin(name)
-        yield calls.arguments("{}")
-        has_begun = True
-    elif has_begun and not is_whole:
+    if has_begun and not is_whole:
         yield Content(source.recorded())
+    elif name and is_whole and not has_begun and (is_marked or held):
+        yield calls.begin(name)
+        yield calls.arguments(held or "{}")
+        has_begun = True
     if has_begun:
         source.begin_record()
     return has_begun
@@ -89,12 +100,15 @@ def arguments(source: Source, calls: Calls, *ends: str) -> Steps[None]:
 
 
 def _whole_arguments(source: Source, *ends: str) -> Steps[str | None]:
-    """An object, or one within a string; null is an empty one. None for all else."""
+    """An object, or one within a string; null and an empty string are an empty one. None for all
+    else."""
     if source.next == "{":
         return (yield from _whole_value(source, *ends))
     if source.next == '"':
         text = yield from _string(source)
-        return text if text is not None and text.lstrip().startswith("{") else None
+        if text is None or (text.strip() and not text.lstrip().startswith("{")):
+            return None
+        return text if text.strip() else "{}"
     return "{}" if (yield from literal(source, "null")) else None
 
 

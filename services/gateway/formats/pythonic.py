@@ -35,40 +35,43 @@ def steps(source: Source, calls: Calls) -> Steps[None]:
     yield from spaces(source)
     marker = yield from literal(source, BEGIN)
     while True:
-        yield from _list(source, calls)
+        has_calls = yield from _list(source, calls)
         yield from spaces(source)
-        if (yield from literal(source, END)) and marker is not None:
-            source.begin_record()
-        yield Content(source.recorded())
+        is_ended = (yield from literal(source, END)) is not None
+        text = source.recorded()
+        is_part_of_calls = has_calls and is_ended and marker is not None
+        yield Content(text.removesuffix(END).rstrip() if is_part_of_calls else text)
         marker = yield from texts_before(source, BEGIN)
         if marker is None:
             return
         source.begin_record(BEGIN)
 
 
-def _list(source: Source, calls: Calls) -> Steps[None]:
-    """What of the record is no call stays in it."""
+def _list(source: Source, calls: Calls) -> Steps[bool]:
+    """Whether there were calls. What of the record is no call stays in it."""
+    has_calls = False
     yield from spaces(source)
     if (yield from literal(source, "[")) is None:
-        return
+        return False
     while True:
         yield from spaces(source)
         name = yield from name_characters(source)
         if name not in calls.tools or source.next != "(":
-            return
+            return has_calls
         written = yield from _bracketed(source)
         arguments = None if written is None else _as_json(written)
         if arguments is None:
-            return
+            return has_calls
+        has_calls = True
         yield calls.begin(name)
         yield calls.arguments(arguments)
         source.begin_record()
         yield from spaces(source)
         if (yield from literal(source, "]")):
             source.begin_record()
-            return
+            return has_calls
         if (yield from literal(source, ",")) is None:
-            return
+            return has_calls
 
 
 def _bracketed(source: Source) -> Steps[str | None]:

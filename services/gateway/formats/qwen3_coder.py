@@ -44,11 +44,16 @@ def steps(source: Source, calls: Calls) -> Steps[None]:
         if end != ">" or not name or not (is_marked or name in calls.tools):
             yield Content(source.recorded())
             continue
+        space = yield from spaces(source)
+        marker = yield from literal(source, KEY, FUNCTION_END)
+        if marker is None and not is_marked:
+            # The tag is spoken of.
+            yield Content(source.recorded())
+            continue
         yield calls.begin(name)
         arguments = TaggedArguments(calls, name)
-        source.begin_record()
-        yield from spaces(source)
-        while (marker := (yield from literal(source, KEY, FUNCTION_END))) == KEY:
+        source.begin_record("" if marker else space)
+        while marker == KEY:
             source.begin_record(KEY)
             key, end = yield from short_text_before(source, ">", "\n")
             if end != ">":
@@ -58,6 +63,7 @@ def steps(source: Source, calls: Calls) -> Steps[None]:
                 return
             source.begin_record()
             yield from spaces(source)
+            marker = yield from literal(source, KEY, FUNCTION_END)
         if marker == FUNCTION_END:
             source.begin_record()
             yield arguments.end()

@@ -8,6 +8,7 @@ the parts put together are the same.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -55,17 +56,18 @@ class Source:
             self._record.append(taken)
         return taken
 
-    def take_before(self, *markers: str) -> tuple[str, str | None]:
+    def take_before(self, *markers: str, most: int = sys.maxsize) -> tuple[str, str | None]:
         """The text that is certain to come before the first marker, and that one, once it is here;
-        both are taken. Of markers that begin at one place the first that is whole counts."""
+        both are taken. Of markers that begin at one place the first that is whole counts. `most`:
+        so many characters are taken at most, and a marker counts only if it begins before them."""
         if _beginnings(markers).search(self._text) is None:
             # So it is with nearly all tokens.
-            return self.take(len(self._text)), None
+            return self.take(min(len(self._text), most)), None
         starts = [(start, marker) for marker in markers if (start := self._text.find(marker)) >= 0]
         whole, found = min(starts, default=(len(self._text), None))
         partial = self._partial(markers)
-        if found is None or partial < whole:
-            return self.take(partial), None
+        if found is None or partial < whole or whole >= most:
+            return self.take(min(partial, whole, most)), None
         before = self.take(whole)
         self.take(len(found))
         return before, found
@@ -149,14 +151,16 @@ def texts_before(
         yield None
 
 
-def short_text_before(source: Source, *markers: str) -> Steps[tuple[str, str | None]]:
-    """What comes before the first marker, and that one. None for the marker: it is too long for a
-    name, or the end."""
+def short_text_before(
+    source: Source, *markers: str, most: int = _MAX_NAME
+) -> Steps[tuple[str, str | None]]:
+    """What comes before the first marker, and that one. None for the marker: it is too long (for a
+    name), or the end."""
     taken = ""
     while True:
-        text, marker = source.take_before(*markers)
+        text, marker = source.take_before(*markers, most=most - len(taken))
         taken += text
-        if marker is not None or source.is_closed or len(taken) > _MAX_NAME:
+        if marker is not None or source.is_closed or len(taken) >= most:
             return taken, marker
         yield None
 
@@ -170,11 +174,11 @@ def name_characters(source: Source) -> Steps[str]:
     """Takes letters, digits and what else names of tools have in them."""
     name = ""
     while True:
-        length = 0
-        while length < len(source.text) and is_name_character(source.text[length]):
+        length, room = 0, min(len(source.text), _MAX_NAME - len(name))
+        while length < room and is_name_character(source.text[length]):
             length += 1
         name += source.take(length)
-        if source.text or source.is_closed or len(name) > _MAX_NAME:
+        if source.text or source.is_closed or len(name) >= _MAX_NAME:
             return name
         yield None
 

@@ -118,6 +118,11 @@ WELL_WRITTEN = {
 ALONE = {"llama3", "pythonic", "harmony"}
 """Written so, calls are the whole answer, or have headers."""
 
+
+def kept(form: str, *texts: str) -> list[tuple[str, str, Told]]:
+    return [(form, text, [text]) for text in texts]
+
+
 BADLY_WRITTEN: list[tuple[str, str, Told]] = [
     ("hermes", "<tool_call>no</tool_call> x", ["<tool_call>no</tool_call> x"]),
     ("hermes", '<tool_call>{"name": 3}</tool_call>', ['<tool_call>{"name": 3}</tool_call>']),
@@ -160,6 +165,25 @@ BADLY_WRITTEN: list[tuple[str, str, Told]] = [
         '<tool_call>{"name": "time", "arguments": {}}\n{"name": "time", "arguments": {}}',
         [("time", "{}"), ("time", "{}")],
     ),
+    # What it says for arguments is none of them: no call is made up of its name.
+    *kept(
+        "hermes",
+        '<tool_call>{"name": "weather", "arguments": "not json"}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": 5}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": true}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": "\\q"}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments"}</tool_call>',
+        '<tool_call>{"name": "weather", "Ulm"}</tool_call>',
+        '<tool_call>{"name": "weather", "\\q"}</tool_call>',
+        '<tool_call>{"parameters": "Ulm", "name": "weather"}</tool_call>',
+    ),
+    ("hermes", '<tool_call>{"name": "time", "arguments": ""}</tool_call>', [("time", "{}")]),
+    ("hermes", '<tool_call>{"name": "time", "id": "a"}</tool_call>', [("time", "{}")]),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "weather", "arguments": "not json"}]',
+        ['[TOOL_CALLS] [{"name": "weather", "arguments": "not json"}]'],
+    ),
     # Marked as a call it is one, even of what is no tool: who offers the tools can say so.
     ("hermes", '<tool_call>{"name": "no", "arguments": {}}</tool_call>', [("no", "{}")]),
     ("llama3", '<|python_tag|>{"name": "no", "parameters": {}}', [("no", "{}")]),
@@ -167,6 +191,30 @@ BADLY_WRITTEN: list[tuple[str, str, Told]] = [
     ("llama3", '{"name": "no", "parameters": {}}', ['{"name": "no", "parameters": {}}']),
     ("llama3", '{"name": "time"}', ['{"name": "time"}']),
     ("llama3", '{"city": "Ulm"}', ['{"city": "Ulm"}']),
+    # Nor is it a call where it says more, or is cut.
+    *kept(
+        "llama3",
+        '{"name": "weather", "parameters": {"a": 1}, "note": "Take a coat."}',
+        '{"note": "Take a coat.", "name": "weather", "parameters": {"a": 1}}',
+        '{"name": "weather", "note": "Take a coat.", "parameters": {"a": 1}}',
+        '{"name": "weather", "parameters": {"a": 1}, "note":}',
+        '{"name": "weather", "parameters": {"a": 1}, "arguments": {"b": 2}}',
+        '{"name": "weather", "parameters": {"a": 1}, "type": "a poem"}',
+        '{"name": "weather", "parameters": {"a": 1}, "id": {"b": 2}}',
+        '{"name": "weather", "parameters": {"a": 1} or so}',
+        '{"name": "weather", "parameters": {"a": 1}',
+        '{"name": "weather", "parameters": "not json"}',
+    ),
+    (
+        "llama3",
+        '{"type": "function", "name": "weather", "parameters": {"a": 1}, "id": "b"}',
+        [("weather", '{"a": 1}')],
+    ),
+    (
+        "llama3",
+        '{"parameters": {"a": 1}, "name": "weather"}; {"name": "time", "parameters": {}, "b": 1}',
+        [("weather", '{"a": 1}'), '; {"name": "time", "parameters": {}, "b": 1}'],
+    ),
     (
         "llama3",
         'So: {"name": "time", "parameters": {}}',
@@ -175,6 +223,13 @@ BADLY_WRITTEN: list[tuple[str, str, Told]] = [
     ("llama3", "<|python_tag|>print(1)", ["<|python_tag|>print(1)"]),
     ("pythonic", "[no(a=1)]", ["[no(a=1)]"]),
     ("pythonic", "[1] says", ["[1] says"]),
+    *kept(
+        "pythonic",
+        "<|python_start|><|python_end|>",
+        "<|python_start|>[]<|python_end|> x",
+        "<|python_start|> <|python_end|><|python_start|>no<|python_end|>",
+    ),
+    ("pythonic", "<|python_start|>[time()]\n<|python_end|> x", [("time", "{}"), " x"]),
     ("pythonic", "[time(1)]", ["[time(1)]"]),
     ("pythonic", "[time(a=open())]", ["[time(a=open())]"]),
     ("pythonic", "[time(a=1e999)]", ["[time(a=1e999)]"]),
@@ -224,6 +279,19 @@ BADLY_WRITTEN: list[tuple[str, str, Told]] = [
     ),
     ("qwen3-coder", "<function=no>\n</function>", ["<function=no>\n</function>"]),
     ("qwen3-coder", "<function=time>\n</function>", [("time", "{}")]),
+    *kept(
+        "qwen3-coder",
+        "I would write <function=weather>, and so on.",
+        "<function=weather>\nand <parameter=city>",
+        "<function=weather>\n",
+        "<function=weather><param",
+    ),
+    (
+        "qwen3-coder",
+        "<function=weather> begins <function=weather>\n<parameter=city>\nUlm\n</parameter>",
+        ["<function=weather> begins", ("weather", '{"city": "Ulm"')],
+    ),
+    ("qwen3-coder", "<tool_call><function=time> x", [("time", "{}"), " x"]),
     (
         "qwen3-coder",
         "<tool_call><function=weather><parameter=when>\na\n\nb\n</parameter></function></tool_call>",
@@ -235,6 +303,30 @@ BADLY_WRITTEN: list[tuple[str, str, Told]] = [
         "harmony",
         "<|channel|>commentary to=functions.time",
         ["<|channel|>commentary to=functions.time"],
+    ),
+    # Without arguments it is a call; where they may have been cut, it is what was written.
+    (
+        "harmony",
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|><|call|>",
+        [("weather", "{}")],
+    ),
+    (
+        "harmony",
+        "<|channel|>commentary to=functions.weather<|message|>\n<|end|><|start|>assistant"
+        "<|channel|>commentary to=functions.time<|message|><|start|>assistant"
+        "<|channel|>final<|message|>So.",
+        [("weather", "{}"), ("time", "{}"), "So."],
+    ),
+    *kept(
+        "harmony",
+        "<|channel|>commentary to=functions.weather<|message|>",
+        "<|channel|>commentary to=functions.weather<|message|> ",
+        "<|channel|>commentary to=functions.weather<|message|><|ca",
+    ),
+    (
+        "harmony",
+        "<|channel|>commentary to=functions.weather<|message|>in Ulm<|call|>",
+        ["in Ulm"],
     ),
 ]
 
@@ -267,7 +359,8 @@ def test_arguments_are_streamed(name: str) -> None:
     parser = ChatFormat(form).reading("", TOOLS).new_parser("answer")
     pieces = [parser.feed([], character) for character in text]
     deltas = [part for parts in pieces for part in parts if isinstance(part, Arguments)]
-    assert len(deltas) > (1 if form == "pythonic" else 300)
+    # These are held until it is certain that they are calls.
+    assert len(deltas) > (1 if name in ("pythonic", "llama3") else 300)
 
 
 @pytest.mark.parametrize(("form", "text", "expected"), BADLY_WRITTEN)
@@ -289,17 +382,26 @@ def test_what_is_cut_off_is_kept(name: str) -> None:
             assert part[0] == expected[0] and expected[1].startswith(part[1])
 
 
-@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "deepseek", "glm", "harmony"])
+FORMS = [
+    *("hermes", "llama3", "pythonic", "mistral", "deepseek", "glm", "qwen3-coder", "harmony"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_no_text_breaks_a_parser(form: str) -> None:
     draw = random.Random(form)
     pieces = [*'{}[]"\\:,', " ", "\n", "name", "arguments", "time", "null", "to=functions."]
     pieces += [text[:6] for text in WELL_WRITTEN.values()]
-    for markers in (GLM, HERMES, DEEPSEEK_V3, HARMONY, WELL_WRITTEN["mistral "]):
+    pieces += ["[", "(", ")", "a=", "arguments", "parameters", '"name": "time"']
+    markers_of = (GLM, HERMES, DEEPSEEK_V3, HARMONY, QWEN3_CODER, *WELL_WRITTEN.values())
+    for markers in markers_of:
         pieces += [part + end for part in markers.split("<") for end in ("", "<")]
     for _ in range(120):
         text = "".join(draw.choices(pieces, k=draw.randint(1, 30)))
         whole = read(form, [text], reasoning="harmony" if form == "harmony" else "think")
         assert whole == read(form, [*text], reasoning="harmony" if form == "harmony" else "think")
+        if form != "harmony" and not any(isinstance(part, ToolCall) for part in whole):
+            assert "".join(map(str, told(read(form, [text])))) == text
 
 
 def test_deep_values_and_long_names() -> None:
@@ -348,9 +450,26 @@ def test_types_that_a_schema_refers_to() -> None:
     others = ["any", "number", "nowhere", "elsewhere", "loop", "tree", "none"]
     written = [f"<arg_key>{key}</arg_key><arg_value>1</arg_value>" for key in texts + others]
     text = f"<tool_call>weather{''.join(written)}</tool_call>"
-    [(_, arguments)] = told(read("glm", [text], tools={"weather": REFERRED}))
+    [call] = told(read("glm", [text], tools={"weather": REFERRED}))
+    arguments = call[1]
     expected = {**dict.fromkeys(texts, "1"), **dict.fromkeys(others, 1)}
     assert json.loads(arguments) == expected
+
+
+def test_how_long_a_name_is_follows_from_no_cut() -> None:
+    for length in (254, 255, 256, 257, 300, 511, 512, 513, 600):
+        name = "n" * length
+        for form, text in (
+            ("harmony", f"<|channel|>final {name[16:]}<|message|>x<|return|>"),
+            ("deepseek", f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{{}}<｜tool▁call▁end｜>"),
+            ("glm", f"<tool_call>{name}</tool_call>"),
+            ("qwen3-coder", f"<tool_call><function={name}></function></tool_call>"),
+            ("mistral", f"[TOOL_CALLS]{name}[ARGS]{{}}"),
+        ):
+            expected = read(form, [text], reasoning="harmony" if form == "harmony" else "none")
+            for pieces in cuts(text):
+                reasoning = "harmony" if form == "harmony" else "none"
+                assert read(form, pieces, reasoning=reasoning) == expected
 
 
 THOUGHT: list[tuple[str, str, str, Told]] = [

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from baton.services.gateway.answer_parts import Arguments, ToolCall
+from baton.services.gateway.answer_parts import Arguments, Part, ToolCall
 from baton.services.gateway.anthropic.wire import MessagesWire
-from baton.services.gateway.openai.schema import MadeCall
-from baton.services.gateway.openai.tools import template_calls
+from baton.services.gateway.openai.tools import MadeCall, template_calls
 from baton.services.gateway.openai.wire import Choice
 from baton.services.gateway.strict_json import strict_json
 
@@ -32,8 +31,8 @@ NOT_READ = [
 def test_what_could_not_be_written_again_stays_text(text: str) -> None:
     with pytest.raises(ValueError):
         strict_json(text)
-    parts = [ToolCall(0, "id", "time"), Arguments(0, text)]
-    body = MessagesWire("r", model="m", max_tokens=9).whole([Choice(parts=[*parts])])
+    parts: list[Part] = [ToolCall(0, "id", "time"), Arguments(0, text)]
+    body = MessagesWire("r", model="m", max_tokens=9).whole([Choice(parts=parts)])
     [block] = json.loads(body, parse_constant=pytest.fail)["content"]
     assert block["input"] == {"arguments": text}
     made = MadeCall.model_validate({"function": {"name": "time", "arguments": "{}"}})
@@ -53,7 +52,7 @@ def test_a_stream_tells_arguments_as_they_come() -> None:
     wire, choice = MessagesWire("r", model="m", max_tokens=9), Choice(finish_reason="stop")
     wire.started(0, choice)
     deep = "[" * 100_000
-    parts = [ToolCall(0, "a", "time"), Arguments(0, deep), ToolCall(1, "b", "time")]
+    parts: list[Part] = [ToolCall(0, "a", "time"), Arguments(0, deep), ToolCall(1, "b", "time")]
     events = wire.came(0, choice, parts, ()) + wire.finished(0, choice)
     data = [json.loads(line[6:]) for line in events.decode().splitlines() if line[:5] == "data:"]
     assert [each["index"] for each in data if each["type"] == "content_block_stop"] == [0, 1]
