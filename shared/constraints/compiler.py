@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -13,6 +14,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from baton.shared.constraints.grammar import grammar_of, json_options
 from baton.shared.constraints.schema import place_of_error, place_of_keyword
+from baton.shared.constraints.size import check_size
 from baton.shared.constraints.tokens import TokenTable
 from baton.shared.rpc.errors import InvalidField
 from baton.v1 import types_pb2
@@ -30,7 +32,8 @@ _LIMITS = LLParserLimits(
 and so what the next token takes; tokens without a mask between them are not bounded. 4,000 items
 are enough for an object of 250 optional properties. A state of the lexer takes about 2 kB."""
 _MAX_COMPILED = 64
-_MAX_BEGIN_BYTES = 256
+_MAX_SHOWN = 300
+"""Characters of a schema's, or of llguidance's, in what a refusal says."""
 _SCHEMA = "what llguidance supports of JSON Schema"
 
 
@@ -54,18 +57,20 @@ class Compiler:
     def __init__(self, tokens: TokenTable) -> None:
         self._tokens = tokens
         self._compiled: OrderedDict[bytes, CompiledConstraint] = OrderedDict()
+        """By the message's SHA-256."""
         self._lock = threading.Lock()
 
     def compile(self, constraint: bytes) -> CompiledConstraint:
         """`constraint`: the message, serialised. Raises InvalidField."""
+        digest = hashlib.sha256(constraint).digest()
         with self._lock:
-            known = self._compiled.get(constraint)
+            known = self._compiled.get(digest)
             if known is not None:
-                self._compiled.move_to_end(constraint)
+                self._compiled.move_to_end(digest)
                 return known
         made = compile_constraint(types_pb2.Constraint.FromString(constraint), self._tokens)
         with self._lock:
-            self._compiled[constraint] = made
+            self._compiled[digest] = made
             while len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
         return made
@@ -73,6 +78,7 @@ class Compiler:
 
 def compile_constraint(constraint: types_pb2.Constraint, tokens: TokenTable) -> CompiledConstraint:
     """Raises InvalidField, naming the place where llguidance's word allows it."""
+    check_size(constraint)
     begin_after = _begin_after(constraint, tokens)
     grammar = LLMatcher(
         tokens.for_grammars, grammar_of(constraint, tokens.split), log_level=0, limits=_LIMITS
@@ -105,19 +111,12 @@ def _begin_after(
     match constraint.begin_after.WhichOneof("end"):
         case "token_ids":
             run = tuple(constraint.begin_after.token_ids.token_ids)
-            if not 1 <= len(run) <= _MAX_BEGIN_BYTES:
-                limit = f"1 to {_MAX_BEGIN_BYTES} tokens"
-                raise InvalidField(f"{field}.token_ids", f"has {len(run)} tokens", limit=limit)
             if max(run) >= tokens.vocab_size:
                 limit = f"below the vocabulary's size, {tokens.vocab_size}"
                 raise InvalidField(f"{field}.token_ids", f"has token {max(run)}", limit=limit)
             return run
         case "text":
-            text = constraint.begin_after.text.encode()
-            if not 1 <= len(text) <= _MAX_BEGIN_BYTES:
-                limit = f"1 to {_MAX_BEGIN_BYTES} bytes"
-                raise InvalidField(f"{field}.text", f"has {len(text)} bytes", limit=limit)
-            return text
+            return constraint.begin_after.text.encode()
     raise InvalidField(field, "is empty", limit="token_ids or text")
 
 
@@ -166,11 +165,11 @@ def _schema_refusal(field: str, text: str, error: str) -> InvalidField:
     if unknown is not None:
         keyword = unknown[1]
         place = place_of_keyword(schema, keyword)
-        where = f" at {place}" if place else ""
-        problem = f"has the keyword {keyword!r}{where}, which is not supported"
+        where = f" at {_one_line(place)}" if place else ""
+        problem = f"has the keyword {_one_line(repr(keyword))}{where}, which is not supported"
         return InvalidField(field, problem, limit=_SCHEMA)
     place = place_of_error(schema, error, lambda part: _error_of_schema(part, {}))
-    where = f" at {place}" if place else ""
+    where = f" at {_one_line(place)}" if place else ""
     return InvalidField(field, f"cannot be used{where}: {_one_line(error)}", limit=_SCHEMA)
 
 
@@ -187,4 +186,4 @@ def _error_of(grammar: str) -> str | None:
 
 def _one_line(error: str) -> str:
     line = " ".join(error.replace("<non-verbose/>", "").split())
-    return line if len(line) <= 300 else line[:300] + "…"
+    return line if len(line) <= _MAX_SHOWN else line[:_MAX_SHOWN] + "…"

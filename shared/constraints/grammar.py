@@ -10,12 +10,10 @@ from typing import Any
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
-from baton.shared.constraints.schema import MAX_BYTES, parse_schema
+from baton.shared.constraints.schema import parse_schema
 from baton.shared.rpc.errors import InvalidField
 from baton.v1 import types_pb2
 
-_MAX_CHOICES = 1024
-_MAX_TAGS = 128
 _JSON_SPACE = r"( |\n[ \t]{0,24})"
 """Between the parts of JSON: a space, or a new line and its indent. Models that may write white
 space for ever do."""
@@ -25,7 +23,8 @@ Split = Callable[[str], Sequence[str | int]]
 
 
 def grammar_of(constraint: types_pb2.Constraint, split: Split) -> str:
-    """Raises InvalidField for what is wrong with it before it is compiled."""
+    """`constraint`: one whose size is checked. Raises InvalidField for what is wrong with it before
+    it is compiled."""
     kind = constraint.WhichOneof("kind")
     options = json_options(constraint)
     match kind:
@@ -64,21 +63,13 @@ def json_options(constraint: types_pb2.Constraint) -> Any:
 def _check_text(field: str, text: str) -> None:
     if not text:
         raise InvalidField(field, "is empty", limit="at least 1 character")
-    num_bytes = len(text.encode())
-    if num_bytes > MAX_BYTES:
-        raise InvalidField(field, f"has {num_bytes} bytes", limit=f"{MAX_BYTES} bytes")
 
 
 def _choices(texts: Sequence[str]) -> str:
     field = "constraint.choices"
-    if not 1 <= len(texts) <= _MAX_CHOICES:
-        raise InvalidField(field, f"has {len(texts)} texts", limit=f"1 to {_MAX_CHOICES} texts")
     for index, text in enumerate(texts):
         if not text:
             raise InvalidField(f"{field}.texts[{index}]", "is empty", limit="at least 1 character")
-    num_bytes = sum(len(text.encode()) for text in texts)
-    if num_bytes > MAX_BYTES:
-        raise InvalidField(field, f"has {num_bytes} bytes", limit=f"{MAX_BYTES} bytes")
     return "start: " + " | ".join(json.dumps(text) for text in texts)
 
 
@@ -107,9 +98,7 @@ class _Tags:
         self._field = "constraint.structural_tags"
 
     def lark(self) -> str:
-        tags, field = self._tags, self._field
-        if not 1 <= len(tags.tags) <= _MAX_TAGS:
-            raise InvalidField(field, f"has {len(tags.tags)} tags", limit=f"1 to {_MAX_TAGS} tags")
+        tags = self._tags
         rules = [rule for index, tag in enumerate(tags.tags) for rule in self._content(index, tag)]
         if tags.only_tags:
             starts = [

@@ -11,8 +11,6 @@ from typing import Any
 
 from baton.shared.rpc.errors import InvalidField
 
-MAX_BYTES = 1 << 18
-"""Of a schema, a grammar, or all choices together."""
 _MAX_DEPTH = 64
 _MAX_PROPERTIES = 1000
 """Of all objects in a schema together."""
@@ -31,13 +29,10 @@ _SINGLE = (
 
 
 def parse_schema(field: str, text: str) -> dict[str, Any]:
-    """As an object, where it is `true`, too.
+    """As an object, where it is `true`, too. Of a constraint whose size is checked.
 
     Raises InvalidField for what is no schema, or too large a one.
     """
-    num_bytes = len(text.encode())
-    if num_bytes > MAX_BYTES:
-        raise InvalidField(field, f"has {num_bytes} bytes", limit=f"{MAX_BYTES} bytes")
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -51,7 +46,7 @@ def parse_schema(field: str, text: str) -> dict[str, Any]:
         if not schema:
             raise InvalidField(field, "is false: nothing is valid by it", limit="a JSON Schema")
         return {}
-    _check_size(field, schema)
+    check_values(field, schema)
     if "x-guidance" in schema:
         # It would tell llguidance to leave out what it does not know.
         raise InvalidField(field, "has the keyword x-guidance", limit="a JSON Schema")
@@ -62,32 +57,33 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _check_size(field: str, schema: Any) -> None:
-    num_nodes = num_properties = num_enum_values = 0
+def check_values(field: str, schema: Any) -> None:
+    """Raises InvalidField for too many, or too deep. Stops at the first that are too many."""
+    num_nodes, num_properties, num_enum_values = 1, 0, 0
     level = [schema]
     for depth in range(_MAX_DEPTH + 2):
         if not level:
             return
         if depth > _MAX_DEPTH:
             break
-        num_nodes += len(level)
         below: list[Any] = []
         for node in level:
             if isinstance(node, dict):
                 properties, values = node.get("properties"), node.get("enum")
                 num_properties += len(properties) if isinstance(properties, dict) else 0
                 num_enum_values += len(values) if isinstance(values, list) else 0
-                below.extend(node.values())
-            elif isinstance(node, list):
-                below.extend(node)
+            elif not isinstance(node, list):
+                continue
+            num_nodes += len(node)
+            for what, number, most in (
+                ("properties", num_properties, _MAX_PROPERTIES),
+                ("enum values", num_enum_values, _MAX_ENUM_VALUES),
+                ("values", num_nodes, _MAX_NODES),
+            ):
+                if number > most:
+                    raise InvalidField(field, f"has {number} {what}", limit=f"{most} {what}")
+            below.extend(node.values() if isinstance(node, dict) else node)
         level = below
-        for what, number, most in (
-            ("values", num_nodes, _MAX_NODES),
-            ("properties", num_properties, _MAX_PROPERTIES),
-            ("enum values", num_enum_values, _MAX_ENUM_VALUES),
-        ):
-            if number > most:
-                raise InvalidField(field, f"has {number} {what}", limit=f"{most} {what}")
     raise InvalidField(field, "is nested too deep", limit=f"{_MAX_DEPTH} levels")
 
 
