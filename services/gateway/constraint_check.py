@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from baton.services.gateway.constraints import CPU_S, LENGTH, MEMORY_BYTES
+from baton.services.gateway.compiler_process import CPU_S, LENGTH, MEMORY_BYTES
 from baton.shared.constraints.compiler import compile_constraint
 from baton.shared.constraints.matcher import AnswerMatcher
 from baton.shared.constraints.tokens import TokenTable

@@ -1,141 +1,112 @@
 """Whether constraints can be compiled, found out beside the gateway's loop, in bounded time and
-memory (constraint_check.py). Workers compile only what has passed."""
+memory (compiler_process.py, constraint_check.py). Workers compile only what has passed.
+
+    check ─► its size ─► known? ─► under way? ─► a free process ─► known, if it is a verdict
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-import struct
-import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+import hashlib
 from collections import OrderedDict
 from pathlib import Path
 
-from baton.shared.rpc.errors import (
-    BatonError,
-    EngineFailure,
-    InvalidField,
-    from_failure,
-    to_failure,
-)
+from baton.services.gateway.compiler_process import CompilerProcess
+from baton.shared.constraints.size import check_size
+from baton.shared.rpc.errors import BatonError, Overloaded, from_failure, to_failure
 from baton.v1 import error_details_pb2, types_pb2
 
-LENGTH = struct.Struct("<I")
-"""Before each message to and from a process."""
-CPU_S = 1
-"""Of one constraint; the kernel counts whole seconds, so it may be one more."""
-MEMORY_BYTES = 512 << 20
-"""That all constraints of a process may add to it."""
 _NUM_PROCESSES = 2
 _MAX_KNOWN = 1024
-_START_S = 120.0
-_ANSWER_S = 30.0
-"""Of the clock on the wall, on a machine that does much else."""
+_MAX_UNDER_WAY = 256
+"""Different ones, compiled and waiting. Each may take seconds."""
+
+_Verdict = error_details_pb2.Failure | None
 
 
 class ConstraintChecker:
     """Starts its processes when the first constraints come."""
 
     def __init__(self, model_dir: Path, vocab_size: int) -> None:
-        self._arguments = [
-            *(sys.executable, "-m", "baton.services.gateway.constraint_check"),
-            *("--model", str(model_dir), "--vocab-size", str(vocab_size)),
-        ]
-        self._known: OrderedDict[bytes, error_details_pb2.Failure | None] = OrderedDict()
-        self._free: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
-        self._children = [_Child(self._arguments) for _ in range(_NUM_PROCESSES)]
-        for child in self._children:
-            self._free.put_nowait(child)
+        # By SHA-256: what is refused may be as large as what is not.
+        self._known: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._under_way: dict[bytes, _Check] = {}
+        self._free: asyncio.LifoQueue[CompilerProcess] = asyncio.LifoQueue()
+        self._processes = [CompilerProcess(model_dir, vocab_size) for _ in range(_NUM_PROCESSES)]
+        for process in self._processes:
+            self._free.put_nowait(process)
 
     async def check(self, constraint: types_pb2.Constraint) -> None:
-        """Raises InvalidField, naming field and place; NoTokenizer."""
+        """Raises InvalidField, naming field and place; NoTokenizer; Overloaded and EngineFailure,
+        which say nothing about the constraint."""
+        check_size(constraint)
         message = constraint.SerializeToString(deterministic=True)
-        if message not in self._known:
-            child = await self._free.get()
-            try:
-                error = await child.ask(message, constraint.WhichOneof("kind") or "")
-            finally:
-                self._free.put_nowait(child)
-            self._known[message] = None if error is None else to_failure(error)
-            while len(self._known) > _MAX_KNOWN:
-                self._known.popitem(last=False)
+        digest = hashlib.sha256(message).digest()
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            verdict = self._known[digest]
         else:
-            self._known.move_to_end(message)
-        failure = self._known[message]
-        if failure is not None:
-            raise from_failure(failure)
+            verdict = await self._verdict(digest, message, constraint.WhichOneof("kind") or "")
+        if verdict is not None:
+            raise from_failure(verdict)
 
     async def close(self) -> None:
-        for child in self._children:
-            await child.end()
+        tasks = [check.task for check in self._under_way.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for process in self._processes:
+            await process.end()
 
-
-class _Child:
-    def __init__(self, arguments: list[str]) -> None:
-        self._arguments = arguments
-        self._process: Process | None = None
-
-    async def ask(self, message: bytes, kind: str) -> BatonError | None:
-        """What is wrong with it, if anything. Raises EngineFailure."""
+    async def _verdict(self, digest: bytes, message: bytes, kind: str) -> _Verdict:
+        """All who ask for the same wait for the same."""
+        check = self._under_way.get(digest)
+        if check is None:
+            if len(self._under_way) >= _MAX_UNDER_WAY:
+                raise Overloaded(
+                    f"{_MAX_UNDER_WAY} other constraints are being compiled: try later"
+                )
+            check = self._under_way[digest] = _Check()
+            check.task = asyncio.create_task(self._run(check, digest, message, kind))
+        check.num_asking += 1
         try:
-            if self._process is None:
-                error = await self._start()
-                if error is not None:
-                    return error
-            async with asyncio.timeout(_ANSWER_S):
-                await self._send(message)
-                return await self._receive()
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
-            is_slow = isinstance(error, TimeoutError)
-            status = await self.end()
-            return _exhausted(f"constraint.{kind}", is_slow or status == -signal.SIGXCPU)
-        except BaseException:
-            # Whoever asks next must not get this answer.
-            await self.end()
+            # What has begun goes on without them: it ends soon, and its process need not.
+            return await asyncio.shield(check.task)
+        finally:
+            check.num_asking -= 1
+            if not check.num_asking and not check.has_begun:
+                self._forget(digest, check)
+                check.task.cancel()
+
+    async def _run(self, check: _Check, digest: bytes, message: bytes, kind: str) -> _Verdict:
+        try:
+            process = await self._free.get()
+            check.has_begun = True
+            try:
+                error = await process.ask(message, kind)
+            finally:
+                self._free.put_nowait(process)
+            verdict = None if error is None else to_failure(error)
+            self._known[digest] = verdict
+            while len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+            return verdict
+        except BatonError:
+            if not check.num_asking:
+                # Nobody is left to whom it could be told.
+                return None
             raise
+        finally:
+            self._forget(digest, check)
 
-    async def end(self) -> int | None:
-        """The status that it ended with; None: there was none."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        return await process.wait()
-
-    async def _start(self) -> BatonError | None:
-        self._process = await asyncio.create_subprocess_exec(
-            *self._arguments, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
-        )
-        try:
-            async with asyncio.timeout(_START_S):
-                error = await self._receive()
-        except (asyncio.IncompleteReadError, TimeoutError):
-            raise EngineFailure(
-                "constraints cannot be compiled: no process for it starts"
-            ) from None
-        if error is not None:
-            await self.end()
-        return error
-
-    async def _send(self, message: bytes) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(LENGTH.pack(len(message)) + message)
-        await self._process.stdin.drain()
-
-    async def _receive(self) -> BatonError | None:
-        assert self._process is not None and self._process.stdout is not None
-        stdout = self._process.stdout
-        (length,) = LENGTH.unpack(await stdout.readexactly(LENGTH.size))
-        if not length:
-            return None
-        return from_failure(error_details_pb2.Failure.FromString(await stdout.readexactly(length)))
+    def _forget(self, digest: bytes, check: _Check) -> None:
+        if self._under_way.get(digest) is check:
+            del self._under_way[digest]
 
 
-def _exhausted(field: str, is_slow: bool) -> InvalidField:
-    if is_slow:
-        return InvalidField(field, "takes too long to compile", limit=f"{CPU_S} s")
-    limit = f"{MEMORY_BYTES >> 20} MiB"
-    # Or its compiler failed, which looks the same from here.
-    return InvalidField(field, "cannot be compiled in the memory that it may take", limit=limit)
+class _Check:
+    """Of one constraint, for all who ask for it."""
+
+    task: asyncio.Task[_Verdict]
+    num_asking = 0
+    has_begun = False

@@ -5,6 +5,7 @@
     ├── NoTokenizer           text asked of a model directory without tokenizer
     ├── NoChatTemplate        a chat asked of one whose template cannot be used
     ├── Draining              the process is shutting down
+    ├── Overloaded            too much is under way; the same request may succeed later
     ├── DeadlineExceeded      the request's own deadline
     ├── CapabilityMismatch    model, layout or dtype differ
     ├── ModelReplaced         the cluster serves another model, also one that an answer began on
@@ -98,6 +99,11 @@ class NoChatTemplate(BatonError):
 class Draining(BatonError):
     code = grpc.StatusCode.UNAVAILABLE
     reason = pb.FAILURE_REASON_DRAINING
+
+
+class Overloaded(BatonError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.FAILURE_REASON_OVERLOADED
 
 
 class DeadlineExceeded(BatonError):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/v1/error_details.proto\x12\x08\x62\x61ton.v1\"a\n\x07\x46\x61ilure\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.baton.v1.FailureReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\t*\xbc\x04\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46\x41ILURE_REASON_BAD_FIELD\x10\x01\x12\x1f\n\x1b\x46\x41ILURE_REASON_NO_TOKENIZER\x10\x02\x12\x1b\n\x17\x46\x41ILURE_REASON_DEADLINE\x10\x03\x12\x1b\n\x17\x46\x41ILURE_REASON_DRAINING\x10\x04\x12 \n\x1c\x46\x41ILURE_REASON_STALE_ATTEMPT\x10\x05\x12&\n\"FAILURE_REASON_CAPABILITY_MISMATCH\x10\x06\x12\x1c\n\x18\x46\x41ILURE_REASON_PREEMPTED\x10\x07\x12\"\n\x1e\x46\x41ILURE_REASON_DIGEST_MISMATCH\x10\x08\x12\x1f\n\x1b\x46\x41ILURE_REASON_CLAIM_BROKEN\x10\t\x12\x1e\n\x1a\x46\x41ILURE_REASON_SOURCE_LOST\x10\n\x12\x1e\n\x1a\x46\x41ILURE_REASON_WORKER_LOST\x10\x0b\x12\x19\n\x15\x46\x41ILURE_REASON_ENGINE\x10\x0c\x12\x1c\n\x18\x46\x41ILURE_REASON_CANCELLED\x10\r\x12$\n FAILURE_REASON_TOO_MANY_ATTEMPTS\x10\x0e\x12#\n\x1f\x46\x41ILURE_REASON_NO_CHAT_TEMPLATE\x10\x0f\x12!\n\x1d\x46\x41ILURE_REASON_MODEL_REPLACED\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/v1/error_details.proto\x12\x08\x62\x61ton.v1\"a\n\x07\x46\x61ilure\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.baton.v1.FailureReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\t*\xdb\x04\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46\x41ILURE_REASON_BAD_FIELD\x10\x01\x12\x1f\n\x1b\x46\x41ILURE_REASON_NO_TOKENIZER\x10\x02\x12\x1b\n\x17\x46\x41ILURE_REASON_DEADLINE\x10\x03\x12\x1b\n\x17\x46\x41ILURE_REASON_DRAINING\x10\x04\x12 \n\x1c\x46\x41ILURE_REASON_STALE_ATTEMPT\x10\x05\x12&\n\"FAILURE_REASON_CAPABILITY_MISMATCH\x10\x06\x12\x1c\n\x18\x46\x41ILURE_REASON_PREEMPTED\x10\x07\x12\"\n\x1e\x46\x41ILURE_REASON_DIGEST_MISMATCH\x10\x08\x12\x1f\n\x1b\x46\x41ILURE_REASON_CLAIM_BROKEN\x10\t\x12\x1e\n\x1a\x46\x41ILURE_REASON_SOURCE_LOST\x10\n\x12\x1e\n\x1a\x46\x41ILURE_REASON_WORKER_LOST\x10\x0b\x12\x19\n\x15\x46\x41ILURE_REASON_ENGINE\x10\x0c\x12\x1c\n\x18\x46\x41ILURE_REASON_CANCELLED\x10\r\x12$\n FAILURE_REASON_TOO_MANY_ATTEMPTS\x10\x0e\x12#\n\x1f\x46\x41ILURE_REASON_NO_CHAT_TEMPLATE\x10\x0f\x12!\n\x1d\x46\x41ILURE_REASON_MODEL_REPLACED\x10\x10\x12\x1d\n\x19\x46\x41ILURE_REASON_OVERLOADED\x10\x11\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton_client.v1.error_detai
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FAILUREREASON']._serialized_start=142
-  _globals['_FAILUREREASON']._serialized_end=714
+  _globals['_FAILUREREASON']._serialized_end=745
   _globals['_FAILURE']._serialized_start=42
   _globals['_FAILURE']._serialized_end=139
 # @@protoc_insertion_point(module_scope)

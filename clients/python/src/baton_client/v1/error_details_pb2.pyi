@@ -24,6 +24,7 @@ class FailureReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_REASON_TOO_MANY_ATTEMPTS: _ClassVar[FailureReason]
     FAILURE_REASON_NO_CHAT_TEMPLATE: _ClassVar[FailureReason]
     FAILURE_REASON_MODEL_REPLACED: _ClassVar[FailureReason]
+    FAILURE_REASON_OVERLOADED: _ClassVar[FailureReason]
 FAILURE_REASON_UNSPECIFIED: FailureReason
 FAILURE_REASON_BAD_FIELD: FailureReason
 FAILURE_REASON_NO_TOKENIZER: FailureReason
@@ -41,6 +42,7 @@ FAILURE_REASON_CANCELLED: FailureReason
 FAILURE_REASON_TOO_MANY_ATTEMPTS: FailureReason
 FAILURE_REASON_NO_CHAT_TEMPLATE: FailureReason
 FAILURE_REASON_MODEL_REPLACED: FailureReason
+FAILURE_REASON_OVERLOADED: FailureReason
 
 class Failure(_message.Message):
     __slots__ = ("reason", "message", "field", "limit")
