@@ -6,9 +6,10 @@ Pure. Whether a schema can be followed is llguidance's to say; it names no place
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from baton.shared.constraints.size import MAX_BYTES
 from baton.shared.rpc.errors import InvalidField
 
 _MAX_DEPTH = 64
@@ -51,6 +52,24 @@ def parse_schema(field: str, text: str) -> dict[str, Any]:
         # It would tell llguidance to leave out what it does not know.
         raise InvalidField(field, "has the keyword x-guidance", limit="a JSON Schema")
     return schema
+
+
+def written(schemas: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Each schema as JSON, which a text is already; before it stands its field. One by one, so that
+    what is too large, alone or with those before it, is not written first. Raises InvalidField."""
+    num_left = MAX_BYTES
+    for field, schema in schemas:
+        if isinstance(schema, str):
+            text = schema
+        else:
+            check_values(field, schema)
+            text = json.dumps(schema, ensure_ascii=False)
+        # Characters: those are at least so many bytes.
+        num_left -= len(text)
+        if num_left < 0:
+            problem, limit = "is too large", f"{MAX_BYTES} bytes, with all that is beside it"
+            raise InvalidField(field, problem, limit=limit)
+        yield text
 
 
 def _refuse_constant(name: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, NamedTuple
 
 from baton.services.gateway.formats import deepseek, harmony, hermes, mistral
 from baton.shared.answer_formats import HARMONY
+from baton.shared.constraints.schema import written as written_schemas
 from baton.v1 import types_pb2
 
 
@@ -76,17 +77,19 @@ def calls_constraint(
 ) -> types_pb2.Constraint:
     """`form`: the format's name. `schemas`: of those tools that may be called, in order; the tags
     of the constraint are in the same. `only_calls`: the answer is calls and nothing else; otherwise
-    calls are valid where there are any."""
+    calls are valid where there are any. Raises InvalidField for schemas that are too large."""
     written = _WRITTEN[form](template)
+    fields = (f"constraint.structural_tags.tags[{index}].json_schema" for index in count())
+    texts = written_schemas(zip(fields, schemas.values(), strict=False))
     tags = types_pb2.StructuralTags(
         triggers=[] if only_calls else [written.trigger],
         only_tags=only_calls,
         at_most_one=not is_parallel or form == HARMONY,
         tags=[
             types_pb2.StructuralTag(
-                begin=written.begin.format(name), json_schema=json.dumps(schema), end=written.end
+                begin=written.begin.format(name), json_schema=text, end=written.end
             )
-            for name, schema in schemas.items()
+            for name, text in zip(schemas, texts, strict=True)
         ],
     )
     return types_pb2.Constraint(structural_tags=tags)

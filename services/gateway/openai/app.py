@@ -21,12 +21,19 @@ from baton.services.gateway.anthropic.routes import is_messages_path, messages_r
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask, is_asked
 from baton.services.gateway.openai.body import read_json
-from baton.services.gateway.openai.chat import chat_fields, prepared_chat, rendered_prompt, tools_of
+from baton.services.gateway.openai.chat import (
+    chat_fields,
+    form_of,
+    prepared_chat,
+    rendered_prompt,
+    tools_of,
+)
 from baton.services.gateway.openai.completions import (
     FIELDS,
     completion_fields,
     completion_requests,
 )
+from baton.services.gateway.openai.constraint import asked_constraint
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
 from baton.services.gateway.openai.logprobs import (
     ChatLogprobs,
@@ -116,9 +123,10 @@ def _inference(frontend: Frontend) -> APIRouter:
     async def completions(request: Request) -> Response:
         fields = parse(CompletionRequest, await read_json(request))
         check_model(fields.model, frontend)
-        names = completion_fields(fields)
+        constraint = asked_constraint(fields)
+        names = completion_fields(fields, constraint)
         try:
-            asked = await completion_requests(fields, frontend)
+            asked = await completion_requests(fields, constraint, frontend)
         except BatonError as error:
             raise to_http_error(error, names) from error
         ask = _ask(request, fields, asked.requests, names, frontend)
@@ -128,9 +136,10 @@ def _inference(frontend: Frontend) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         fields = parse(ChatRequest, await read_json(request))
         check_model(fields.model, frontend)
-        names = chat_fields(fields)
+        form = form_of(fields)
+        names = chat_fields(fields, form)
         try:
-            chat = await prepared_chat(fields, frontend)
+            chat = await prepared_chat(fields, form, frontend)
         except BatonError as error:
             raise to_http_error(error, names) from error
         return Answer(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from baton.services.gateway.admission import ChatPrompt
 from baton.services.gateway.answer_parts import PLAIN, Reading
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.chat_constraint import chat_constraint, constraint_names
-from baton.services.gateway.openai.constraint import asked_constraint
+from baton.services.gateway.openai.constraint import Asked, asked_constraint
 from baton.services.gateway.openai.content import PREDICTION, prediction_of, text_of
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import ChatRequest, Message, Templated
@@ -23,13 +23,25 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning")
 
 
-def chat_fields(request: ChatRequest) -> dict[str, str]:
+class Form(NamedTuple):
+    """What may be asked of an answer's form, beside sampling."""
+
+    asked: Asked
+    tools: OfferedTools
+
+
+def form_of(request: ChatRequest) -> Form:
+    """Raises InvalidParam. Once for each request: see `asked_constraint`."""
+    return Form(asked_constraint(request), tools_of(request))
+
+
+def chat_fields(request: ChatRequest, form: Form) -> dict[str, str]:
     """What this request calls the fields of GenerateRequest."""
     names = {"text": "messages", "token_ids": "messages", **PREDICTION}
     names["sampling.logprobs"] = "top_logprobs"
     if request.max_completion_tokens is not None:
         names["sampling.max_tokens"] = "max_completion_tokens"
-    return names | constraint_names(asked_constraint(request), tools_of(request))
+    return names | constraint_names(form.asked, form.tools)
 
 
 @dataclass(frozen=True)
@@ -40,12 +52,11 @@ class Chat:
     reading: Reading = PLAIN
 
 
-async def prepared_chat(request: ChatRequest, frontend: Frontend) -> Chat:
+async def prepared_chat(request: ChatRequest, form: Form, frontend: Frontend) -> Chat:
     """Raises InvalidParam and BatonErrors."""
     sampling = request.sampling(frontend.cluster.limits().vocab_size)
     prediction = prediction_of(request.prediction)
-    asked = asked_constraint(request).constraint
-    tools = tools_of(request)
+    asked, tools = form.asked.constraint, form.tools
     if tools.must_call and request.response_format is not None:
         # That is the form of what is said, and calls say nothing.
         asked = None

@@ -89,7 +89,9 @@ def _with_answer(
         case "lark":
             tag.lark = asked.lark
         case "choices":
-            tag.lark = "start: " + " | ".join(map(json.dumps, asked.choices.texts))
+            tag.lark = "start: " + " | ".join(
+                json.dumps(text, ensure_ascii=False) for text in asked.choices.texts
+            )
         case other:
             raise InvalidParam(
                 "tools", f"are given beside a constraint of kind {other}: choose one"

@@ -18,9 +18,9 @@ from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.chat import (
     Chat,
     chat_fields,
+    form_of,
     prepared_chat,
     rendered_prompt,
-    tools_of,
 )
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, renamed, to_http_error
 from baton.services.gateway.openai.schema import MAX_ENTRIES, ChatRequest, parse, problem_of
@@ -94,8 +94,9 @@ async def prepared(form: ChatForm, frontend: Frontend) -> Prepared:
     names: dict[str, str] = {}
     try:
         fields = parse(ChatRequest, form.body)
-        names = chat_fields(fields)
-        return Prepared(fields, await prepared_chat(fields, frontend), names)
+        asked = form_of(fields)
+        names = chat_fields(fields, asked)
+        return Prepared(fields, await prepared_chat(fields, asked, frontend), names)
     except (HttpError, BatonError) as error:
         raise renamed(to_http_error(error, names), form.places) from error
 
@@ -105,8 +106,9 @@ async def num_prompt_tokens(form: ChatForm, frontend: Frontend) -> int:
     names: dict[str, str] = {}
     try:
         fields = parse(ChatRequest, form.body)
-        names = chat_fields(fields)
-        prompt = await rendered_prompt(fields, fields.messages, tools_of(fields), frontend)
+        asked = form_of(fields)
+        names = chat_fields(fields, asked)
+        prompt = await rendered_prompt(fields, fields.messages, asked.tools, frontend)
     except (HttpError, BatonError) as error:
         raise renamed(to_http_error(error, names), form.places) from error
     return len(prompt.token_ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 from baton.services.gateway.admission import MAX_SAMPLES, Limits, check_num_logprobs
 from baton.services.gateway.frontend import Frontend
-from baton.services.gateway.openai.constraint import asked_constraint
+from baton.services.gateway.openai.constraint import Asked
 from baton.services.gateway.openai.content import PREDICTION, prediction_of
 from baton.services.gateway.openai.errors import InvalidParam, context_too_long
 from baton.services.gateway.openai.fields import whole
@@ -34,17 +34,19 @@ class Completions:
     """The texts of the prompts, where the answers begin with them."""
 
 
-def completion_fields(request: CompletionRequest) -> dict[str, str]:
+def completion_fields(request: CompletionRequest, asked: Asked) -> dict[str, str]:
     """What this request calls the fields of GenerateRequest."""
-    names = FIELDS | asked_constraint(request).names
+    names = FIELDS | asked.names
     if request.prompt_logprobs is None:
         # Those of an echo.
         names["sampling.prompt_logprobs"] = "logprobs"
     return names
 
 
-async def completion_requests(request: CompletionRequest, frontend: Frontend) -> Completions:
-    """Raises InvalidParam and BatonErrors."""
+async def completion_requests(
+    request: CompletionRequest, asked: Asked, frontend: Frontend
+) -> Completions:
+    """`asked`: of `asked_constraint`. Raises InvalidParam and BatonErrors."""
     limits = frontend.cluster.limits()
     sampling = request.sampling(limits.vocab_size)
     if request.echo:
@@ -60,7 +62,6 @@ async def completion_requests(request: CompletionRequest, frontend: Frontend) ->
     if request.n and request.n <= MAX_SAMPLES and len(prompts) * request.n > MAX_CHOICES:
         problem = f"is {request.n}, for each of {len(prompts)} prompts; limit: {MAX_CHOICES} in all"
         raise InvalidParam("n", problem)
-    constraint = asked_constraint(request).constraint
     # Admission counts those of each; and whose logprobs are told must be known by its tokens.
     tells_of_prompts = sampling.HasField("prompt_logprobs")
     adds_special = request.add_special_tokens is not False
@@ -71,7 +72,7 @@ async def completion_requests(request: CompletionRequest, frontend: Frontend) ->
             clamp_max_tokens=not is_length_given,
             prediction=prediction,
             n=request.n,
-            constraint=constraint,
+            constraint=asked.constraint,
         )
         if isinstance(prompt, str) and adds_special and not (tells_of_prompts or request.echo):
             one.text = prompt

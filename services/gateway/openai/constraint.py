@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from pydantic_core import from_json
 
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import Sampled
+from baton.shared.constraints.schema import written
+from baton.shared.constraints.size import MAX_BYTES, MAX_CHOICES, MAX_TAGS, MAX_TRIGGERS
+from baton.shared.rpc.errors import InvalidField
 from baton.v1 import types_pb2
+
+_MAX_TAG_TEXT = 4 * MAX_BYTES
+"""Characters of tags that are given as a text, in which JSON may escape what is counted."""
 
 
 class Asked(NamedTuple):
@@ -19,7 +26,7 @@ class Asked(NamedTuple):
 
 
 def asked_constraint(request: Sampled) -> Asked:
-    """Raises InvalidParam."""
+    """Raises InvalidParam. It may write a large schema: once for each request is enough."""
     asked: list[tuple[str, Asked]] = []
     if request.response_format is not None:
         asked.append(("response_format", _of_response_format(request.response_format)))
@@ -93,13 +100,23 @@ def _of_structured_outputs(value: Mapping[str, Any]) -> Asked:
 
 
 def _json(path: str, value: Any) -> Asked:
-    if isinstance(value, str):
-        text = value
-    elif isinstance(value, dict | bool):
-        text = json.dumps(value)
-    else:
-        raise InvalidParam(path, "must be a JSON schema")
+    [text] = _schemas([(path, value)])
     return Asked(types_pb2.Constraint(json_schema=text), {"constraint.json_schema": path})
+
+
+def _schemas(schemas: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """As JSON, which a schema may be already. Raises InvalidParam."""
+    try:
+        yield from written(_checked_kinds(schemas))
+    except InvalidField as error:
+        raise InvalidParam(error.field, error.message.removeprefix(error.field).lstrip()) from None
+
+
+def _checked_kinds(schemas: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for path, value in schemas:
+        if not isinstance(value, str | dict | bool):
+            raise InvalidParam(path, "must be a JSON schema")
+        yield path, value
 
 
 def _json_object(path: str, value: Any) -> Asked:
@@ -113,8 +130,7 @@ def _regex(path: str, value: Any) -> Asked:
 
 
 def _choice(path: str, value: Any) -> Asked:
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise InvalidParam(path, "must be a list of texts")
+    _check_texts(path, value, MAX_CHOICES)
     constraint = types_pb2.Constraint(choices=types_pb2.Choices(texts=value))
     return Asked(constraint, {"constraint.choices": path, "constraint.choices.texts": path})
 
@@ -128,9 +144,11 @@ def _grammar(path: str, value: Any) -> Asked:
 
 def _tag_text(path: str, value: Any) -> Asked:
     """vLLM takes the object as a text."""
+    if isinstance(value, str) and len(value) > _MAX_TAG_TEXT:
+        raise InvalidParam(path, f"has {len(value)} characters; limit: {_MAX_TAG_TEXT}")
     try:
-        read = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        read = from_json(value, allow_inf_nan=False) if isinstance(value, str) else value
+    except ValueError:
         read = None
     if not isinstance(read, dict):
         raise InvalidParam(path, "must be an object")
@@ -141,8 +159,8 @@ def _tags(path: str, value: Mapping[str, Any]) -> Asked:
     structures, triggers = value.get("structures"), value.get("triggers")
     if not isinstance(structures, list):
         raise InvalidParam(f"{path}.structures", "must be a list of objects")
-    if not isinstance(triggers, list) or not all(isinstance(each, str) for each in triggers):
-        raise InvalidParam(f"{path}.triggers", "must be a list of texts")
+    _check_number(f"{path}.structures", structures, MAX_TAGS)
+    _check_texts(f"{path}.triggers", triggers, MAX_TRIGGERS)
     tags = types_pb2.StructuralTags(triggers=triggers)
     names = {
         "constraint.structural_tags": f"{path}.structures",
@@ -152,16 +170,32 @@ def _tags(path: str, value: Mapping[str, Any]) -> Asked:
         place = f"{path}.structures[{index}]"
         if not isinstance(each, dict):
             raise InvalidParam(place, "must be an object")
-        tag = tags.tags.add(
+        tags.tags.add(
             begin=_text(f"{place}.begin", each.get("begin")),
             end=_text(f"{place}.end", each.get("end")),
         )
-        schema = _json(f"{place}.schema", each.get("schema", {})).constraint
-        assert schema is not None
-        tag.json_schema = schema.json_schema
         names[f"constraint.structural_tags.tags[{index}]"] = place
         names[f"constraint.structural_tags.tags[{index}].json_schema"] = f"{place}.schema"
+    texts = _schemas(
+        (f"{path}.structures[{index}].schema", each.get("schema", {}))
+        for index, each in enumerate(structures)
+    )
+    for tag, text in zip(tags.tags, texts, strict=True):
+        tag.json_schema = text
     return Asked(types_pb2.Constraint(structural_tags=tags), names)
+
+
+def _check_texts(path: str, value: Any, most: int) -> None:
+    if isinstance(value, list):
+        _check_number(path, value, most)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise InvalidParam(path, "must be a list of texts")
+
+
+def _check_number(path: str, value: list[Any], most: int) -> None:
+    """Before anything walks them."""
+    if len(value) > most:
+        raise InvalidParam(path, f"has {len(value)} entries; limit: {most}")
 
 
 def _text(path: str, value: Any) -> str:

@@ -10,14 +10,17 @@ import pytest
 from baton.services.gateway.openai.constraint import asked_constraint
 from baton.services.gateway.openai.errors import InvalidParam, to_http_error
 from baton.services.gateway.openai.schema import CompletionRequest, parse
+from baton.shared.constraints.size import check_size
 from baton.shared.rpc.errors import InvalidField
 from baton.v1 import types_pb2
 
 Constraint = types_pb2.Constraint
 SCHEMA = {"type": "object", "properties": {"b": {}, "a": {"type": "integer"}}}
-TAGS = {
+TAG: dict[str, Any] = {"begin": "<f>", "schema": SCHEMA, "end": "</f>"}
+HALF = {"title": "x" * (1 << 17)}
+TAGS: dict[str, Any] = {
     "type": "structural_tag",
-    "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}],
+    "structures": [TAG],
     "triggers": ["<f"],
 }
 AS_TAGS = Constraint(
@@ -100,7 +103,30 @@ def test_what_is_asked(fields: dict[str, Any], expected: types_pb2.Constraint | 
         ({"guided_regex": ["a"]}, "guided_regex"),
         ({"guided_choice": "yes"}, "guided_choice"),
         ({"guided_choice": ["a"] * 5000}, "guided_choice"),
+        ({"guided_choice": ["a"] * 1025}, "guided_choice"),
+        ({"structured_outputs": {"choice": [1] * 1025}}, "structured_outputs.choice"),
         ({"guided_choice": ["a", 1]}, "guided_choice[1]"),
+        ({"response_format": strict({"enum": [[]] * 5001})}, "response_format.json_schema.schema"),
+        ({"guided_json": {"title": "x" * (1 << 18)}}, "guided_json"),
+        ({"guided_json": "x" * (1 << 18) + "x"}, "guided_json"),
+        (
+            {"response_format": {**TAGS, "structures": TAGS["structures"] * 129}},
+            "response_format.structures",
+        ),
+        ({"response_format": {**TAGS, "triggers": ["<"] * 129}}, "response_format.triggers"),
+        (
+            {"response_format": {**TAGS, "structures": [{**TAG, "schema": HALF}] * 3}},
+            "response_format.structures[1].schema",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": " " * (1 << 20) + " {}"}},
+            "structured_outputs.structural_tag",
+        ),
+        # No text has it.
+        (
+            {"structured_outputs": {"structural_tag": '{"triggers": ["\\ud800"]}'}},
+            "structured_outputs.structural_tag",
+        ),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
@@ -150,3 +176,24 @@ def test_errors_of_the_contract_are_told_in_the_request_s_names(
     error = to_http_error(InvalidField(field, "is wrong", limit="less"), names)
     assert error.status == 400 and error.param == param
     assert error.message.startswith(param)
+
+
+def test_schemas_are_written_in_the_bytes_that_they_have() -> None:
+    """As they are counted: escaped, these would have six times as many."""
+    schema = {"enum": ["é" * 100_000]}
+    tags = {**TAGS, "structures": [{**TAG, "schema": schema}]}
+    for fields in ({"guided_json": schema}, {"response_format": tags}):
+        constraint = asked_constraint(ask(**fields)).constraint
+        assert constraint is not None and constraint.ByteSize() < 201_000
+        check_size(constraint)
+
+
+def test_what_is_too_large_is_not_written_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ask(guided_json={"enum": [[]] * 1_000_000})
+
+    def refuse(*args: Any, **options: Any) -> str:
+        raise AssertionError("written")
+
+    monkeypatch.setattr(json, "dumps", refuse)
+    with pytest.raises(InvalidParam, match="1000000 enum values; limit: 5000"):
+        asked_constraint(asked)

@@ -600,3 +600,31 @@ async def test_text_and_tokens(byte_level: TextCodec) -> None:
         both = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
         for body in ({}, both):
             assert (await ask(endpoint.address, "/tokenize", body)).status == 400
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": [[1], [2]]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+async def test_a_schema_is_written_once(
+    address: str, path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many prompts there are; it may be large."""
+    schema = {"type": "object", "title": "of this test"}
+    written: list[Any] = []
+    dumps = json.dumps
+
+    def note(value: Any, *args: Any, **options: Any) -> str:
+        if value == schema:
+            written.append(value)
+        return dumps(value, *args, **options)
+
+    monkeypatch.setattr(json, "dumps", note)
+    await ask(address, path, {"model": "null", "guided_json": schema, **fields})
+    assert len(written) == 1
