@@ -79,8 +79,12 @@ def dry_run(make_model: Callable[[], Any], num_layers: int, max_positions: int) 
     except ModelError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"its code fails in a dry run: {type(error).__name__}: {reason}") from None
+        if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+            raise ModelError(
+                "its code looks at numbers to know what to compute, which a dry run does not have"
+            ) from None
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise ModelError(f"its code fails in a dry run: {reason}") from None
     return DryRun(
         seen.layers(num_layers),
         frozenset(
@@ -93,6 +97,10 @@ def dry_run(make_model: Callable[[], Any], num_layers: int, max_positions: int) 
         has_experts(model),
         seen.counts,
     )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def without_cache(model: Any) -> dict[str, Any]:

@@ -103,7 +103,10 @@ class TransformersImplementation:
         assert isinstance(model, TransformersModel)
         executor = make_executor(start_check.num_blocks_for(groups, block_size))
         most_tokens = min(self.most_tokens, start_check.most_tokens(self.foreign.most_of_a_step))
-        is_stable = start_check.check(model, executor, self.config.vocab_size, most_tokens)
+        try:
+            is_stable = start_check.check(model, executor, self.config.vocab_size, most_tokens)
+        except ModelError as error:
+            raise ModelError(f"{self.model_dir}: {error}") from None
         return is_stable and not self.foreign.facts.has_experts
 
 

@@ -32,9 +32,8 @@ def library() -> Any:
     # package of that name; and that one loads code from the network. Neither is to be found.
     if "kernels" not in sys.modules or _is_ours(sys.modules["kernels"]):
         sys.modules["kernels"] = None  # type: ignore[assignment]
-    if "huggingface_hub" not in sys.modules:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["USE_HUB_KERNELS"] = "0"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["USE_HUB_KERNELS"] = "0"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,10 +47,22 @@ def library() -> Any:
         raise ModelError(
             f"transformers {transformers.__version__} is too old, {oldest} is needed: {INSTALL}"
         )
+    _keep_offline()
     log: Any = transformers.utils.logging
     log.set_verbosity_error()
     log.disable_progress_bar()
     return transformers
+
+
+def _keep_offline() -> None:
+    """Whatever was imported before the environment said so: it is read once."""
+    from huggingface_hub import constants
+    from transformers.integrations import hub_kernels
+
+    hub: Any = constants
+    kernels: Any = hub_kernels
+    hub.HF_HUB_OFFLINE = True
+    kernels._kernels_enabled = False
 
 
 def why_not_there() -> str | None:

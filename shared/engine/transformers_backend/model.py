@@ -78,20 +78,23 @@ class TransformersModel:
             return logits[:num_tokens]
         return logits if self._can_choose else logits.index_select(0, tokens)
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """Which some types do not count where they number tokens."""
+        found = getattr(self._model.config, "pad_token_id", None)
+        return found if isinstance(found, int) else None
+
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
 
     @contextmanager
     def eager(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Its own attention: of token ids [T], a sequence's first → [T, vocab]."""
+        """Its own attention and positions: of token ids [T], a sequence's first → [T, vocab]."""
         config = self._model.config
         config._attn_implementation = "eager"
 
         def run(input_ids: Tensor) -> Tensor:
-            positions = torch.arange(len(input_ids), device=input_ids.device)
-            logits: Tensor = self._model(
-                input_ids=input_ids[None], position_ids=positions[None], **self._arguments
-            ).logits[0]
+            logits: Tensor = self._model(input_ids=input_ids[None], **self._arguments).logits[0]
             return logits
 
         try:

@@ -28,6 +28,7 @@ from baton.shared.engine.config import DeviceError, EngineConfig
 from baton.shared.engine.implementation import find_implementation
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.transformers_backend import library as library_module
+from baton.shared.engine.transformers_backend import start_check
 from baton.shared.engine.transformers_backend.attention import make_mask, read_arguments
 from baton.shared.engine.transformers_backend.model import load
 from baton.shared.engine.weights import WeightFiles
@@ -251,6 +252,15 @@ MADE_BY_TRANSFORMERS: list[tuple[str, Fields, str]] = [
     ("falcon", {}, 'model_type: "falcon": its attention does not go through'),
     ("bloom", {}, 'model_type: "bloom": its code takes no position_ids'),
     ("diffllama", {}, 'model_type: "diffllama": layer 0 attends more than once'),
+    (
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]]},
+        'model_type: "gpt_neo": its attention does not',
+    ),
+    ("codegen", {"rotary_dim": 8}, 'model_type: "codegen": its attention does not go through'),
+    ("gptj", {"rotary_dim": 8}, 'model_type: "gptj": its attention does not go through'),
+    ("xglm", {}, 'model_type: "xglm": its attention does not go through'),
+    ("jetmoe", {"kv_channels": 16}, 'model_type: "jetmoe": its code looks at numbers to know'),
     ("doge", {}, 'model_type: "doge": layer 0 attends with a mask of its own'),
     (
         "minimax_m3_vl_text",
@@ -435,6 +445,23 @@ def test_weights_that_are_not_the_models(
     assert str(refusal.value) == f"{tmp_path / 'model.safetensors'}: {reason}"
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "data2vec-text", "camembert"])
+def test_positions_that_begin_elsewhere_are_refused(model_type: str, tmp_path: Path) -> None:
+    make_tiny(tmp_path, model_type, {"is_decoder": True, "pad_token_id": 1, "bos_token_id": 0})
+    with pytest.raises(ModelError, match=f"{tmp_path}: model_impl: a whole sequence gives other"):
+        start(tmp_path)
+
+
+def test_in_a_narrow_type_the_refusal_says_what_helps(
+    olmo2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(start_check._TOLERANCE, torch.bfloat16, 1e-5)
+    how = "would be rounding; if it is rounding to bfloat16 after all, dtype float32 serves"
+    with pytest.raises(ModelError, match=how):
+        start(olmo2, dtype="bfloat16")
+    assert start(olmo2, dtype="float32").determinism == "exact"
+
+
 def test_a_model_that_mixes_tokens_beside_attention_is_refused(
     olmo2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,7 +472,9 @@ def test_a_model_that_mixes_tokens_beside_attention_is_refused(
         return plain(self, x + before)
 
     monkeypatch.setattr(modeling_olmo2.Olmo2MLP, "forward", shifted)
-    with pytest.raises(ModelError, match="model_impl: a sequence in parts and beside others, in"):
+    with pytest.raises(
+        ModelError, match=f"{olmo2}: model_impl: a sequence in parts and beside others, in"
+    ):
         start(olmo2)
 
 
@@ -529,6 +558,26 @@ assert not is_kernels_available()
 assert sys.modules["kernels"] is None
 import baton.kernels
 """
+    run_in_process(program, tmp_path)
+
+
+def test_nothing_comes_from_the_network_whatever_was_imported_before(tmp_path: Path) -> None:
+    program = """
+import os
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "USE_HUB_KERNELS"):
+    os.environ.pop(name, None)
+import huggingface_hub, transformers
+from transformers.integrations import hub_kernels
+assert not huggingface_hub.is_offline_mode()
+from baton.shared.engine.transformers_backend.library import library
+library()
+assert huggingface_hub.is_offline_mode() and not hub_kernels._kernels_enabled
+assert (os.environ["HF_HUB_OFFLINE"], os.environ["USE_HUB_KERNELS"]) == ("1", "0")
+"""
+    run_in_process(program, tmp_path)
+
+
+def run_in_process(program: str, tmp_path: Path) -> None:
     path = os.pathsep.join((str(ROOT), str(tmp_path)))
     environment = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
