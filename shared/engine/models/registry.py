@@ -65,8 +65,9 @@ _BOOKKEEPING = frozenset(
     begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
     embd_pdrop finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
     label2id length_penalty max_length min_length name_or_path num_labels output_attentions
-    output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict
-    sep_token_id task_specific_params tokenizer_class torchscript transformers_version unsloth_fixed
+    output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type
+    resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id
+    task_specific_params tokenizer_class torchscript transformers_version unsloth_fixed
     unsloth_version use_cache
     """.split()
 )
