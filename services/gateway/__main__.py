@@ -297,6 +297,7 @@ def _chat_format(args: argparse.Namespace, codec: TextCodec | None) -> ChatForma
     chosen = ChatFormat.choose(
         codec.chat_template,
         codec.special_ids,
+        token_id=codec.token_id,
         tools=args.tool_format,
         reasoning=args.reasoning_format,
     )

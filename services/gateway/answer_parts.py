@@ -54,8 +54,9 @@ class AnswerParser(Protocol):
     together are the same. Nothing that the model writes raises anything, and nothing of it is lost:
     what cannot be understood is content."""
 
-    num_reasoning_tokens: int
-    """Of the tokens so far."""
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of the tokens so far."""
 
     def feed(self, token_ids: Sequence[int], text: str) -> list[Part]:
         """Both new; text may lag behind tokens."""

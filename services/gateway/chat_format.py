@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from baton.services.gateway.answer_parts import PLAIN, AnswerParser, Reading
 from baton.services.gateway.formats import harmony, think
@@ -16,12 +17,15 @@ from baton.services.gateway.formats.choose import (
 )
 from baton.services.gateway.formats.constraint import ANSWER_BEGIN, READ_AS, calls_constraint
 from baton.services.gateway.formats.parser import FormatParser
+from baton.services.gateway.formats.reasoning_tokens import ReasoningTokens
 from baton.services.gateway.formats.source import Source, Steps, texts_before
 from baton.shared.answer_formats import AUTO, HARMONY, NONE
 from baton.v1 import types_pb2
 
 _SWITCH = "enable_thinking"
 """A template that reads it, and has not ended the reasoning, lets the model begin it."""
+
+_AROUND = (harmony.MESSAGE, *harmony.MESSAGE_ENDS, *chain(*REASONING_TAGS.values()))
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class ChatFormat:
     """Its Jinja source."""
     special_ids: Mapping[str, int] = field(default_factory=dict)
     """Of the tokens that yield no text, by what they are written as."""
+    around_ids: Mapping[str, int] = field(default_factory=dict)
+    """Of all tokens that stand around messages, whether they yield text or not, likewise."""
 
     @classmethod
     def choose(
@@ -41,16 +47,20 @@ class ChatFormat:
         template: str | None,
         special_ids: Mapping[str, int],
         *,
+        token_id: Callable[[str], int | None] = lambda text: None,
         tools: str = AUTO,
         reasoning: str = AUTO,
     ) -> ChatFormat:
-        """`auto`: what the chat template has the signs of."""
+        """`token_id`: of the token that is written so, special or not; None: there is none.
+        `auto`: what the chat template has the signs of."""
         source = template or ""
+        found = {text: token_id(text) for text in _AROUND}
         return cls(
             tool_format_of(source) if tools == AUTO else tools,
             reasoning_format_of(source) if reasoning == AUTO else reasoning,
             source,
             special_ids,
+            {text: found_id for text, found_id in found.items() if found_id is not None},
         )
 
     def constraint(
@@ -96,18 +106,18 @@ class ChatFormat:
 
         def new_parser(answer_id: str) -> AnswerParser:
             source, calls = Source(), Calls(called, answer_id)
-            return FormatParser(
-                source,
-                self._steps(form, source, calls, is_open=is_open),
-                is_parallel=is_parallel,
-                begin_ids=self._ids(tags.begin if tags else harmony.MESSAGE),
-                end_ids=self._ids(tags.end if tags else harmony.END),
+            reasoning_tokens = ReasoningTokens(
+                _ids(self.around_ids, tags.begin if tags else harmony.MESSAGE),
+                _ids(self.around_ids, *([tags.end] if tags else harmony.MESSAGE_ENDS)),
+                is_open=is_open,
             )
+            steps = self._steps(form, source, calls, is_open=is_open)
+            return FormatParser(source, steps, reasoning_tokens, is_parallel=is_parallel)
 
         markers = [*(tags or ()), *(harmony.MARKERS if is_harmony else ())]
         if called:
             markers += TOOL_FORMATS[form].markers
-        return Reading(new_parser, self._ids(*markers))
+        return Reading(new_parser, _ids(self.special_ids, *markers))
 
     def _steps(self, form: str, source: Source, calls: Calls, *, is_open: bool) -> Steps[None]:
         tags = REASONING_TAGS.get(self.reasoning)
@@ -120,9 +130,9 @@ class ChatFormat:
         else:
             yield from texts_before(source)
 
-    def _ids(self, *markers: str) -> frozenset[int]:
-        known = self.special_ids
-        return frozenset(known[marker] for marker in markers if marker in known)
+
+def _ids(known: Mapping[str, int], *markers: str) -> frozenset[int]:
+    return frozenset(known[marker] for marker in markers if marker in known)
 
 
 NO_FORMAT = ChatFormat()

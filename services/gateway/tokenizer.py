@@ -184,6 +184,10 @@ class TextCodec:
         """Of the tokens that yield no text, by what they are written as."""
         return self._vocabulary.special_ids
 
+    def token_id(self, written: str) -> int | None:
+        """Of the token that the vocabulary writes so, whether it yields text or not."""
+        return self._tokenizer.token_to_id(written)
+
     def written(self, token_id: int) -> str:
         """What a token that may yield no text is written as; empty for an id that is not known."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)

@@ -30,6 +30,7 @@ CONSTRAIN = "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 MARKERS = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
 _ENDS = (END, CALL, RETURN)
+MESSAGE_ENDS = (*_ENDS, START)
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
 _FUNCTIONS = "to=functions."
 _MAX_HEADER = 512
@@ -79,20 +80,22 @@ def _message(source: Source, calls: Calls, header: str) -> Steps[str | None]:
     recipient = _RECIPIENT.search(header)
     is_reasoning = "analysis" in header.split(CHANNEL)[-1]
     name = recipient[1].split(CHANNEL)[0] if recipient else ""
-    if name and calls.tools and (_FUNCTIONS in header or name in calls.tools):
-        is_reasoning = False
+    is_call = bool(name and calls.tools and (_FUNCTIONS in header or name in calls.tools))
+    is_reasoning = is_reasoning and not is_call
+    source.messages.append(is_reasoning)
+    if is_call:
         space = yield from spaces(source)
         if source.next == "{":
             yield calls.begin(name)
-            yield from arguments(source, calls, *_ENDS, START)
+            yield from arguments(source, calls, *MESSAGE_ENDS)
             source.begin_record()
             yield from spaces(source)
             yield Content(source.recorded())
-        elif marker := (yield from literal(source, *_ENDS, START)):
+        elif marker := (yield from literal(source, *MESSAGE_ENDS)):
             yield calls.begin(name)
             yield calls.arguments("{}")
             return marker
-        elif is_cut(source, *_ENDS, START):
+        elif is_cut(source, *MESSAGE_ENDS):
             # Whether arguments would have come is not known.
             yield Content(source.recorded())
         else:
@@ -100,7 +103,7 @@ def _message(source: Source, calls: Calls, header: str) -> Steps[str | None]:
     source.recorded()
     source.is_reasoning = is_reasoning
     marker = yield from texts_before(
-        source, *_ENDS, START, make=Reasoning if is_reasoning else Content
+        source, *MESSAGE_ENDS, make=Reasoning if is_reasoning else Content
     )
     source.is_reasoning = False
     return marker

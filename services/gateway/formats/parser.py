@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from baton.services.gateway.answer_parts import Arguments, Content, Part, Reasoning, ToolCall
+from baton.services.gateway.formats.reasoning_tokens import ReasoningTokens
 from baton.services.gateway.formats.source import Source, Steps, merged
 
 
@@ -13,19 +14,15 @@ class FormatParser:
         self,
         source: Source,
         steps: Steps[None],
+        reasoning_tokens: ReasoningTokens,
         *,
         is_parallel: bool = True,
-        begin_ids: Collection[int] = (),
-        end_ids: Collection[int] = (),
     ) -> None:
-        """`steps` reads `source`. `is_parallel`: else calls after the first are left out.
-        `begin_ids`, `end_ids`: the tokens around reasoning, where they are single ones."""
-        self.num_reasoning_tokens = 0
+        """`steps` reads `source`. `is_parallel`: else calls after the first are left out."""
+        self._reasoning_tokens = reasoning_tokens
         self._source = source
         self._steps = steps
         self._is_parallel = is_parallel
-        self._begin_ids = frozenset(begin_ids)
-        self._end_ids = frozenset(end_ids)
         self._space: list[str] = []
         """What may stand between calls, which is no content then."""
         self._has_calls = False
@@ -33,10 +30,19 @@ class FormatParser:
         # Up to where it needs text: whether the prompt has begun the reasoning is known then.
         self._run()
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return self._reasoning_tokens.number(self._source.messages)
+
     def feed(self, token_ids: Sequence[int], text: str) -> list[Part]:
         was_reasoning = self._source.is_reasoning
         parts = self._parts_of(text)
-        self._count(token_ids, was_reasoning, parts)
+        self._reasoning_tokens.add(
+            token_ids,
+            self._source.messages,
+            has_reasoning=was_reasoning or any(isinstance(part, Reasoning) for part in parts),
+            is_reasoning=self._source.is_reasoning,
+        )
         return parts
 
     def finish(self, text: str) -> list[Part]:
@@ -86,22 +92,3 @@ class FormatParser:
                 case _:
                     result.append(part)
         return result
-
-    def _count(self, token_ids: Sequence[int], was_reasoning: bool, parts: list[Part]) -> None:
-        """Exact where the tokens around reasoning are single ones, and where tokens come one by
-        one."""
-        is_reasoning = self._source.is_reasoning
-        if (
-            not was_reasoning
-            and not is_reasoning
-            and not any(isinstance(part, Reasoning) for part in parts)
-        ):
-            return
-        begin, end = 0, len(token_ids)
-        if not was_reasoning:
-            begins = [i for i, token_id in enumerate(token_ids) if token_id in self._begin_ids]
-            begin = begins[0] + 1 if begins else end
-        if not is_reasoning:
-            ends = [i for i, token_id in enumerate(token_ids) if token_id in self._end_ids]
-            end = ends[0] + 1 if ends else end
-        self.num_reasoning_tokens += max(0, end - begin)

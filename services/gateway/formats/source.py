@@ -31,6 +31,8 @@ class Source:
         """No text will follow."""
         self.is_reasoning = False
         """Set by formats: what is read now is thought, not said."""
+        self.messages: list[bool] = []
+        """Those that formats have found to begin between markers: whether each is reasoning."""
         self._text = ""
         self._record: list[str] | None = None
 

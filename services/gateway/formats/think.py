@@ -33,6 +33,7 @@ def steps(source: Source, tags: Tags, *, is_open: bool) -> Steps[None]:
         if space:
             yield Content(space)
         return
+    source.messages.append(True)
     source.is_reasoning = True
     yield from spaces(source)
     held: list[str] = []

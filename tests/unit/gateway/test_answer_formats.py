@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -522,3 +523,61 @@ def test_ids_are_those_of_the_answer() -> None:
     assert len(ids) == 100
     assert all(len(each) == 9 and each.isalnum() and each.isascii() for each in ids)
     assert call_id("a", 1) == call_id("a", 1)
+
+
+AROUND = {
+    text: number
+    for number, text in enumerate(
+        ["<think>", "</think>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|start|>"]
+    )
+}
+ANALYSIS = "<|channel|>analysis<|message|>Hm. So.<|end|>"
+COUNTED = [
+    ("think", "", "<think>\nHm. So.\n</think>\n\nBlue.", "\nHm. So.\n</think>"),
+    ("think", "<think>\n", "Hm. So.\n</think>\n\nBlue.", "Hm. So.\n</think>"),
+    ("think", "<think>\n", "Hm. <think>So", "Hm. <think>So"),
+    ("think", "", " <think></think><think>Blue</think>", "</think>"),
+    ("think", "", "Blue <think> is </think>", ""),
+    ("harmony", "", f"{ANALYSIS}<|start|>assistant<|channel|>final<|message|>B.<|return|>", "1"),
+    (
+        "harmony",
+        "",
+        f"{ANALYSIS}<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        f"<|start|>assistant{ANALYSIS}<|start|>assistant<|channel|>commentary to=functions.time"
+        "<|message|>{}<|call|>",
+        "2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("reasoning", "prompt", "text", "thought"), COUNTED)
+def test_reasoning_tokens_are_those_between_the_markers(
+    reasoning: str, prompt: str, text: str, thought: str
+) -> None:
+    """Whatever came together, and however far the text lags behind."""
+    chat_format = ChatFormat.choose(
+        None, {}, token_id=AROUND.get, tools="none", reasoning=reasoning
+    )
+    if reasoning == "harmony":
+        thought = "Hm. So.<|end|>" * int(thought)
+    expected = len(tokens_of(thought))
+    tokens = tokens_of(text)
+    draw = random.Random(0)
+    for _ in range(60):
+        reading = chat_format.reading(prompt, TOOLS)
+        parser = reading.new_parser("answer")
+        num_fed, written = 0, ""
+        for at in sorted(draw.choices(range(len(tokens) + 1), k=draw.randint(0, 9))):
+            new, num_fed = tokens[num_fed:at], max(num_fed, at)
+            told_text = "".join(tokens[: max(0, at - draw.choice([0, 0, 1, 3]))])
+            piece = told_text.removeprefix(written) if told_text.startswith(written) else ""
+            parser.feed([AROUND.get(token, 99) for token in new], piece)
+            written += piece
+        parser.feed([AROUND.get(token, 99) for token in tokens[num_fed:]], "")
+        parser.finish(text.removeprefix(written))
+        assert parser.num_reasoning_tokens == expected
+
+
+def tokens_of(text: str) -> list[str]:
+    """Markers, and single characters."""
+    return re.findall("|".join([*map(re.escape, AROUND), "(?s:.)"]), text)

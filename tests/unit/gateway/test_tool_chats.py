@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -64,7 +65,9 @@ class Scripted(ScriptedFrontend):
         assert codec.chat_template is not None
         end = codec.special_ids["<|im_end|>"]
         super().__init__(codec, {}, eos_token_ids=frozenset({end}), max_model_len=2000)
-        self.chat_format = ChatFormat.choose(codec.chat_template, codec.special_ids)
+        self.chat_format = ChatFormat.choose(
+            codec.chat_template, codec.special_ids, token_id=codec.token_id
+        )
         self._end = end
         self.text = ""
         self.run_length = 1
@@ -91,10 +94,18 @@ def codec(
     tokenizers_by_kind: dict[str, Tokenizer],
 ) -> TextCodec:
     """Of a vocabulary that has the markers as special tokens, or that has to spell them."""
-    tokenizer = Tokenizer.from_str(tokenizers_by_kind["byte_level"].to_str())
-    markers = MARKERS if request.param == "special" else MARKERS[:2]
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in markers])
-    directory = tmp_path_factory.mktemp("chat")
+    num_special = len(MARKERS) if request.param == "special" else 2
+    tokenizer = tokenizers_by_kind["byte_level"]
+    return codec_with(tokenizer, tmp_path_factory.mktemp("chat"), MARKERS[:num_special])
+
+
+def codec_with(
+    tokenizer: Tokenizer, directory: Path, special: Sequence[str], others: Sequence[str] = ()
+) -> TextCodec:
+    """`others`: tokens of their own that yield text."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in others])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     codec = TextCodec.load(directory)
@@ -171,6 +182,31 @@ async def test_a_call_whole_and_streamed(frontend: Scripted, run_length: int) ->
         thought = codec.encode(THOUGHT.strip(), add_special_tokens=False)
         begin = codec.encode("<think>", add_special_tokens=False)
         assert num_reasoning == len(thought) - len(begin)
+
+
+@pytest.mark.parametrize("num_special", [2, len(MARKERS)])
+async def test_reasoning_is_counted_alike_however_tokens_come_together(
+    num_special: int,
+    tokenizers_by_kind: dict[str, Tokenizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Markers that are tokens count as such, whether they are special or, as Qwen3's, text."""
+    markers = MARKERS[:num_special], MARKERS[num_special:]
+    codec = codec_with(tokenizers_by_kind["byte_level"], tmp_path, *markers)
+    frontend = Scripted(codec)
+    monkeypatch.setattr(path, "attempts", frontend.attempts)
+    frontend.text = f"{THOUGHT}I look.\n{CALL}"
+    num_reasoning = len(codec.encode(THOUGHT.strip(), add_special_tokens=False)) - 1
+    async with client_of(frontend) as client:
+        for frontend.run_length in (1, 2, 3, 5, 200):
+            answer = await client.chat.completions.create(
+                model="null", messages=ASKED, tools=[WEATHER]
+            )
+            assert answer.choices[0].message.tool_calls
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens_details is not None
+            assert answer.usage.completion_tokens_details.reasoning_tokens == num_reasoning
 
 
 async def test_content_is_null_when_there_are_only_calls(frontend: Scripted) -> None:
