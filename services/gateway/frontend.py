@@ -24,7 +24,7 @@ from baton.services.gateway.admission import (
 from baton.services.gateway.chat_format import NO_FORMAT, ChatFormat
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generate import generate
-from baton.services.gateway.identity import Identify, Identity, ask_nobody
+from baton.services.gateway.identity import Identify, Identity, ask_nobody, with_bearer
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.directory.directory import DirectoryUnavailable
@@ -51,8 +51,8 @@ class Frontend:
         check_constraint: CheckConstraint | None = None,
         chat_format: ChatFormat = NO_FORMAT,
     ) -> None:
-        """`default_sampling`: its fields are for requests that do not set them. `identify`: what
-        both doors ask before anything else of a request is looked at. `chat_format`: how the model
+        """`default_sampling`: its fields are for requests that do not set them. `identify`: by
+        it doors know who asks, before anything else of a request is looked at. `chat_format`: how the model
         writes calls of tools and reasoning."""
         self.identify = identify
         self._check_constraint = check_constraint
@@ -82,6 +82,11 @@ class Frontend:
         self._request_numbers = count(1)
         self._running: set[asyncio.Timeout] = set()
         self._is_cut_off = False
+
+    async def who_asks(self, headers: Mapping[str, str]) -> Identity:
+        """What every door asks with: it makes no difference in which of the headers a token is.
+        Raises a BatonError for those who may not ask."""
+        return await self.identify(with_bearer(headers))
 
     async def generate(
         self,

@@ -28,3 +28,11 @@ Raises a BatonError for those who may not ask.
 
 async def ask_nobody(headers: Mapping[str, str]) -> Identity:
     return ANONYMOUS
+
+
+def with_bearer(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """A key in `x-api-key` is the bearer token, whatever else is given: so it is at Anthropic's."""
+    key = headers.get("x-api-key")
+    if key is None:
+        return headers
+    return {**headers, "authorization": f"Bearer {key}"}

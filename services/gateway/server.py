@@ -23,7 +23,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: _Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        identity = await self._frontend.identify(_headers(context))
+        identity = await self._frontend.who_asks(_headers(context))
         responses = self._frontend.generate(
             request, identity=identity, time_left_s=context.time_remaining()
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 from fastapi import APIRouter, Depends, Request
@@ -32,7 +31,7 @@ def is_messages_path(path: str) -> bool:
 def messages_router(frontend: Frontend) -> APIRouter:
     async def identify(request: Request) -> None:
         """Before the body is read. Raises a BatonError for those who may not ask."""
-        request.state.identity = await frontend.identify(with_bearer(request.headers))
+        request.state.identity = await frontend.who_asks(request.headers)
         if request.headers.get(_VERSION_HEADER) == _OLD_VERSION:
             raise InvalidParam(_VERSION_HEADER, f"is {_OLD_VERSION}; limit: 2023-06-01 or later")
 
@@ -76,11 +75,3 @@ def messages_router(frontend: Frontend) -> APIRouter:
         return JSONResponse({"input_tokens": num_tokens})
 
     return router
-
-
-def with_bearer(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """A key in `x-api-key` is the bearer token, whatever else is given: so it is at Anthropic's."""
-    key = headers.get("x-api-key")
-    if key is None:
-        return headers
-    return {**headers, "authorization": f"Bearer {key}"}

@@ -93,7 +93,7 @@ def build_app(frontend: Frontend) -> FastAPI:
 def _inference(frontend: Frontend) -> APIRouter:
     async def identify(request: Request) -> None:
         """Before the body is read. Raises a BatonError for those who may not ask."""
-        request.state.identity = await frontend.identify(request.headers)
+        request.state.identity = await frontend.who_asks(request.headers)
 
     router = APIRouter(dependencies=[Depends(identify)])
     started = int(time.time())

@@ -15,6 +15,7 @@ from baton.v1 import types_pb2
 from tests.unit.gateway.whole_gateway import TOKEN, WholeGateway, whole_gateway
 
 PROMPT = [*range(300)]
+DOORS = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize")
 
 
 async def by_header(headers: Mapping[str, str]) -> Identity:
@@ -80,3 +81,26 @@ async def test_who_may_not_ask_is_refused_at_both_doors(monkeypatch: pytest.Monk
         reply = await gateway.ask_http({"prompt": {"not": "looked at"}}, **mallory)
         assert (reply.status, json.loads(reply.body)["error"]["message"]) == (503, "go away")
         assert gateway.started == []
+
+
+async def test_a_key_in_its_own_header_is_the_bearer_token_at_every_door(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str | None] = []
+
+    async def look(headers: Mapping[str, str]) -> Identity:
+        seen.append(headers.get("authorization"))
+        return Identity(headers.get("x-tenant", ""))
+
+    async with whole_gateway(monkeypatch, identify=look) as gateway:
+        for headers, token in (
+            ({"x-api-key": "k"}, "Bearer k"),
+            ({"authorization": "Bearer t"}, "Bearer t"),
+            ({"authorization": "Bearer t", "x-api-key": "k"}, "Bearer k"),
+            ({}, None),
+        ):
+            await ask_both(gateway, **headers)
+            for path in DOORS:
+                await gateway.ask_http({}, path=path, **headers)
+            assert seen == [token] * (2 + len(DOORS)), headers
+            seen.clear()

@@ -12,7 +12,6 @@ from tokenizers import AddedToken, Tokenizer
 from baton.services.gateway import generate as path
 from baton.services.gateway.answer_parts import Arguments, Content, Part, Reasoning, ToolCall
 from baton.services.gateway.anthropic.reading import chat_form, prompt_request
-from baton.services.gateway.anthropic.routes import with_bearer
 from baton.services.gateway.anthropic.schema import MessagesRequest, Prompt
 from baton.services.gateway.anthropic.wire import MessagesWire
 from baton.services.gateway.identity import ANONYMOUS, Identity
@@ -514,22 +513,6 @@ async def test_an_error_within_a_stream_is_an_event(address: str, frontend: Null
     assert [event["type"] for event in parsed[-3:-1]] == [
         *("content_block_start", "content_block_delta")
     ]
-
-
-async def test_a_key_in_its_own_header_is_the_bearer_token(
-    address: str, frontend: NullFrontend
-) -> None:
-    seen: list[str | None] = []
-
-    async def look(headers: Mapping[str, str]) -> Identity:
-        seen.append(headers.get("authorization"))
-        return ANONYMOUS
-
-    frontend.identify = look
-    for headers in ("X-Api-Key: k\r\n", "authorization: Bearer t\r\nx-api-key: k\r\n", ""):
-        assert (await ask(address, MESSAGES, HELLO, headers=headers)).status == 200
-    assert seen == ["Bearer k", "Bearer k", None]
-    assert with_bearer({"x-api-key": "k"})["x-api-key"] == "k"
 
 
 async def test_the_version_whose_streams_are_others_is_refused(address: str) -> None:

@@ -141,9 +141,11 @@ class WholeGateway(Cluster):
             stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
             return [each async for each in stub.Generate(request, metadata=[*metadata.items()])]
 
-    async def ask_http(self, body: dict[str, Any], **headers: str) -> Reply:
+    async def ask_http(
+        self, body: dict[str, Any], *, path: str = "/v1/completions", **headers: str
+    ) -> Reply:
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return await ask(self.http_address, "/v1/completions", body, headers=lines)
+        return await ask(self.http_address, path, body, headers=lines)
 
 
 @asynccontextmanager
