@@ -17,7 +17,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from baton.services.gateway.continued_message import marked, up_to_mark
+from baton.services.gateway.continued_message import continued
 from baton.services.gateway.formats.calls import ID_LENGTH, short_id
 from baton.services.gateway.template_probe import CallForm, TemplateProbe
 from baton.shared.model_files.fields import ModelError
@@ -87,18 +87,19 @@ class ChatTemplate:
         Raises NoChatTemplate when it does not compile, InvalidField when it refuses the messages,
         or has no place for tools.
         """
-        taken = [self._as_taken(message) for message in messages]
-        text = ""
-        if continue_final_message:
-            taken[-1], text = marked(taken[-1])
-        try:
-            prompt = self._render(
-                taken,
+        *before, last = [self._as_taken(message) for message in messages]
+
+        def ending_with(message: Mapping[str, Any]) -> str:
+            return self._render(
+                [*before, message],
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 variables=variables,
             )
-        except NoChatTemplate:
+
+        try:
+            prompt = continued(last, ending_with) if continue_final_message else ending_with(last)
+        except (InvalidField, NoChatTemplate):
             raise
         except Exception as error:  # templates compute what they like
             limit = "what the model's chat template takes"
@@ -106,7 +107,7 @@ class ChatTemplate:
             raise InvalidField("messages", problem, limit=limit) from error
         # What it refuses by itself it gives better reasons for.
         self._refuse_unshown(messages, has_tools=bool(tools))
-        return up_to_mark(prompt, text) if continue_final_message else prompt
+        return prompt
 
     def _refuse_unshown(self, messages: Sequence[Mapping[str, Any]], *, has_tools: bool) -> None:
         """What the template would leave out without a word."""

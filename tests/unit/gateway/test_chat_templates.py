@@ -194,6 +194,28 @@ def test_a_message_without_text_does_not_go_on(content: object) -> None:
         template.render(chat, add_generation_prompt=False, continue_final_message=True)
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["the word xq7goesonxq7 of mine"],
+        ["XQ7goesonXQ7"],
+        ["xq7goesonxq7 xq8goesonxq8 xq9goesonxq9"],
+        # A template may put together what was not one text.
+        ["xq7goes", "onxq7"],
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("end", ["", "|"])
+def test_a_text_that_looks_like_the_mark_at_the_end_is_kept(
+    texts: list[str], is_last: bool, end: str
+) -> None:
+    source = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    said = [*texts, "".join(texts) if is_last else "It is"]
+    chat: Messages = [{"role": "user", "content": text} for text in said]
+    prompt = ChatTemplate(source, {}).render(chat, continue_final_message=True)
+    assert prompt == end.join(said)
+
+
 def test_most_of_the_battery_renders(theirs: PreTrainedTokenizerBase) -> None:
     """Of those that refuse, both refusing would prove little."""
     refused = 0
