@@ -51,9 +51,9 @@ class Frontend:
         check_constraint: CheckConstraint | None = None,
         chat_format: ChatFormat = NO_FORMAT,
     ) -> None:
-        """`default_sampling`: its fields are for requests that do not set them. `identify`: by
-        it doors know who asks, before anything else of a request is looked at. `chat_format`: how the model
-        writes calls of tools and reasoning."""
+        """`default_sampling`: its fields are for requests that do not set them. `identify`:
+        asked by every door before anything else of a request is looked at. `chat_format`: how the
+        model writes calls of tools and reasoning."""
         self.identify = identify
         self._check_constraint = check_constraint
         self.cluster = cluster

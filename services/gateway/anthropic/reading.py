@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, TypeVar
 
 from baton.services.gateway.anthropic.schema import (
     UNSUPPORTED,
     Message,
     MessagesRequest,
+    OutputConfig,
     Prompt,
     TextBlock,
     ThinkingBlock,
@@ -33,6 +35,10 @@ _ROLES = ("user", "assistant", "system")
 _THINKING = ("enabled", "disabled", "adaptive", "between_tools")
 _SWITCHES = frozenset({"enable_thinking", "thinking"})
 """What templates call the switch for reasoning."""
+
+_ERROR = "Error: "
+_SAYS_ERROR = re.compile(r"\A\W*\w*error", re.IGNORECASE)
+"""`<tool_use_error>`, `ValueError: …`, `error[E0308]`"""
 
 _Kind = TypeVar("_Kind", bound=Prompt)
 
@@ -82,13 +88,17 @@ def _read_thinking(fields: Prompt, form: ChatForm, template: str) -> None:
 
 
 def _read_output(fields: Prompt, form: ChatForm) -> None:
-    if fields.output_config is None:
-        return
-    form.set("reasoning_effort", fields.output_config.effort, "output_config.effort")
-    given = fields.output_config.format
+    config = fields.output_config or OutputConfig()
+    if config.task_budget is not None:
+        path = "output_config.task_budget"
+        raise InvalidParam(path, "is not supported", code="unsupported_parameter")
+    form.set("reasoning_effort", config.effort, "output_config.effort")
+    if fields.output_format is not None and config.format is not None:
+        raise InvalidParam("output_format", "is given beside output_config.format: choose one")
+    place = "output_config.format" if fields.output_format is None else "output_format"
+    given = config.format or fields.output_format
     if given is None:
         return
-    place = "output_config.format"
     if given.get("type") != "json_schema":
         raise unsupported(f"{place}.type", given.get("type"), "'json_schema' is")
     named = {"name": "output", "schema": given.get("schema"), "strict": True}
@@ -173,11 +183,23 @@ def _read_user(message: Message, path: str, form: ChatForm) -> None:
                 say()
                 result = read(ToolResultBlock, value, at)
                 content = _texts(result.content or "", f"{at}.content")
+                if result.is_error:
+                    content = _as_error(content)
                 answer = {"role": "tool", "tool_call_id": result.tool_use_id, "content": content}
                 form.add(at, answer, tool_call_id=f"{at}.tool_use_id", role=at)
             case other:
                 raise unsupported(f"{at}.type", other, "text and tool_result are")
     say()
+
+
+def _as_error(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """Templates have no other place to say so. Most results say it themselves."""
+    first = content if isinstance(content, str) else content[0]["text"]
+    if _SAYS_ERROR.search(first):
+        return content
+    if isinstance(content, str):
+        return f"{_ERROR}{content}"
+    return [{"type": "text", "text": f"{_ERROR}{first}"}, *content[1:]]
 
 
 def _read_assistant(message: Message, path: str, form: ChatForm) -> None:

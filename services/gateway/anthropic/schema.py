@@ -9,18 +9,21 @@ from typing import Any
 
 from pydantic import Field
 
-from baton.services.gateway.openai.chat_form import UNTOLD
+from baton.services.gateway.openai.chat_form import ELSEWHERE
 from baton.services.gateway.openai.fields import Fields, Int, List
 
+_KEEP_ALL = {"type": "clear_thinking_20251015", "keep": "all"}
+"""Coding agents send it: no thinking block is to be left out."""
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
+    **ELSEWHERE,
     "container": (),
     "mcp_servers": ([],),
-    # Chat completions' own: who sends them means another endpoint.
-    "max_completion_tokens": (),
-    "response_format": ({"type": "text"},),
+    "thread": (),
+    "context_management": ({}, {"edits": []}, {"edits": [_KEEP_ALL]}),
+    "compaction": (),
+    "parallel_tool_calls": (True,),
     "stop": ([], ""),
-    **UNTOLD,
 }
 
 
@@ -33,6 +36,7 @@ class Thinking(Fields):
 class OutputConfig(Fields):
     effort: str | None = None
     format: dict[str, Any] | None = None
+    task_budget: Any = None
 
 
 class ToolChoice(Fields):
@@ -51,6 +55,8 @@ class Prompt(Fields):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = None
+    """The older name of `output_config.format`."""
 
 
 class MessagesRequest(Prompt):

@@ -23,7 +23,13 @@ from baton.services.gateway.openai.chat import (
     rendered_prompt,
 )
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, renamed, to_http_error
-from baton.services.gateway.openai.schema import MAX_ENTRIES, ChatRequest, parse, problem_of
+from baton.services.gateway.openai.schema import (
+    MAX_ENTRIES,
+    UNSUPPORTED,
+    ChatRequest,
+    parse,
+    problem_of,
+)
 from baton.shared.rpc.errors import BatonError
 from baton.shared.sampling import FIELDS
 
@@ -36,14 +42,24 @@ ALIKE = (
     *(*_CONSTRAINTS, "guided_grammar", "chat_template_kwargs", "prediction"),
 )
 """Fields that every endpoint calls the same."""
-UNTOLD: dict[str, tuple[Any, ...]] = {
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    # Of what no endpoint serves, too, nothing is left out without a word.
+    **UNSUPPORTED,
+    "response_format": ({"type": "text"},),
+    "max_completion_tokens": (),
+    "reasoning_effort": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "return_token_ids": (False,),
+    # What the other endpoints' answers have no place for.
     "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
 }
-"""What the other endpoints' answers have no place for → the values that ask for nothing."""
+"""Chat completions' own: who sends them means another endpoint → the values that ask for nothing."""
 
 
 @dataclass

@@ -70,6 +70,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "cache_salt": (),
     "priority": (0,),
+    "include_reasoning": (True,),
 }
 UNSUPPORTED = {
     name: values

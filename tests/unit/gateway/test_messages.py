@@ -14,7 +14,7 @@ from baton.services.gateway.answer_parts import Arguments, Content, Part, Reason
 from baton.services.gateway.anthropic.reading import chat_form, prompt_request
 from baton.services.gateway.anthropic.schema import MessagesRequest, Prompt
 from baton.services.gateway.anthropic.wire import MessagesWire
-from baton.services.gateway.identity import ANONYMOUS, Identity
+from baton.services.gateway.identity import Identity
 from baton.services.gateway.openai.errors import HttpError
 from baton.services.gateway.openai.wire import Choice
 from baton.services.gateway.tokenizer import TextCodec
@@ -151,7 +151,7 @@ def result(call_id: str, **more: Any) -> dict[str, Any]:
                     ],
                 },
                 {"role": "tool", "tool_call_id": "c1", "content": "sun"},
-                {"role": "tool", "tool_call_id": "c2", "content": [part("rain")]},
+                {"role": "tool", "tool_call_id": "c2", "content": [part("Error: rain")]},
                 {"role": "user", "content": [part("And?")]},
                 {"role": "assistant", "content": "Rain."},
                 {"role": "tool", "tool_call_id": "c2", "content": ""},
@@ -163,6 +163,25 @@ def test_blocks_become_messages(body: dict[str, Any], messages: list[dict[str, A
     assert chat_of({**HELLO, **body})["messages"] == messages
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"content": "no such file"}, "Error: no such file"),
+        ({}, "Error: "),
+        ({"content": [part("no"), part("file")]}, [part("Error: no"), part("file")]),
+        # It says so itself.
+        ({"content": "<tool_use_error>no</tool_use_error>"}, None),
+        ({"content": [part("ValueError: no")]}, None),
+        ({"content": "sun", "is_error": False}, None),
+    ],
+)
+def test_that_a_tool_failed_is_told(given: dict[str, Any], told: Any) -> None:
+    message = {"role": "user", "content": [result("c1", **{"is_error": True, **given})]}
+    [answer] = chat_of({**HELLO, "messages": [message]})["messages"]
+    assert answer["content"] == (given["content"] if told is None else told)
+
+
+SCHEMA = {"type": "json_schema", "schema": {"a": 1}}
 FUNCTION = {
     "type": "function",
     "function": {
@@ -199,7 +218,27 @@ FUNCTION = {
                 }
             },
         ),
+        (
+            {"output_format": SCHEMA},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "output", "schema": {"a": 1}, "strict": True},
+                }
+            },
+        ),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {}),
+        ({"context_management": {"edits": []}, "parallel_tool_calls": True}, {}),
+        (
+            {
+                "context_management": {
+                    "edits": [{"type": "clear_thinking_20251015", "keep": "all"}]
+                },
+                "continue_final_message": False,
+                "thread": None,
+            },
+            {},
+        ),
         ({"metadata": {"user_id": "u"}, "service_tier": "auto", "cache_control": {}}, {}),
     ],
 )
@@ -289,6 +328,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"]}, "stop"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"container": "c"}, "container"),
+    ({"output_format": {"type": "text"}}, "output_format.type"),
+    ({"output_format": {"type": "json_schema"}}, "output_format.schema"),
+    ({"output_format": SCHEMA, "output_config": {"format": SCHEMA}}, "output_format"),
+    ({"output_config": {"task_budget": {"total": 9}}}, "output_config.task_budget"),
+    ({"thread": {"id": "t"}}, "thread"),
+    (
+        {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+        "context_management",
+    ),
+    ({"compaction": {"trigger": 5}}, "compaction"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"include_reasoning": False}, "include_reasoning"),
+    ({"use_beam_search": True}, "use_beam_search"),
 ]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import Field
 
-from baton.services.gateway.openai.chat_form import UNTOLD
+from baton.services.gateway.openai.chat_form import ELSEWHERE
 from baton.services.gateway.openai.fields import Fields, Int, List
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
+    **ELSEWHERE,
     "background": (False,),
     "conversation": (),
     "previous_response_id": (),
@@ -22,12 +23,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "context_management": ([],),
     "moderation": (),
     "image": (),
-    # Chat completions' own: who sends them means another endpoint.
     "messages": (),
     "max_tokens": (),
-    "max_completion_tokens": (),
-    "response_format": ({"type": "text"},),
-    **UNTOLD,
 }
 INCLUDABLE = {
     # Of tools that are not served, and of images: there is nothing to include.
