@@ -293,10 +293,13 @@ async def _prediction_token_ids(
 
 
 def check_text(field: str, text: str, limits: Limits) -> None:
-    num_bytes = len(text.encode())
+    # Of a text that is far too long, as templates may write one, not even the bytes are made.
+    is_huge = len(text) > 4 * limits.max_text_bytes
+    num_bytes = len(text) if is_huge else len(text.encode())
     if num_bytes > limits.max_text_bytes:
         limit = f"{limits.max_text_bytes} bytes"
-        raise InvalidField(field, f"has {num_bytes} bytes", limit=limit)
+        at_least = "at least " if is_huge else ""
+        raise InvalidField(field, f"has {at_least}{num_bytes} bytes", limit=limit)
 
 
 async def _encoded(text: str, limits: Limits, encode: Encode | None) -> tuple[int, ...]:

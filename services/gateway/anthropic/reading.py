@@ -229,7 +229,8 @@ def _read_assistant(message: Message, path: str, form: ChatForm) -> None:
         said["reasoning_content"] = "\n".join(filter(None, thoughts))
     form.add(path, said)
     for at, call in calls:
-        form.add_call(at, call.id, call.name, json.dumps(call.input, ensure_ascii=False))
+        arguments = json.dumps(call.input, ensure_ascii=False)
+        form.add_call(at, call.id, call.name, arguments, called="input")
 
 
 def _texts(content: str | list[Any], path: str) -> str | list[dict[str, str]]:

@@ -10,14 +10,20 @@ from baton.services.gateway.admission import ChatPrompt
 from baton.services.gateway.answer_parts import PLAIN, Reading
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.chat_constraint import chat_constraint, constraint_names
-from baton.services.gateway.openai.constraint import Asked, asked_constraint
+from baton.services.gateway.openai.constraint import Asked, asked_constraint, asked_field
 from baton.services.gateway.openai.content import PREDICTION, prediction_of, text_of
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.schema import ChatRequest, Message, Templated
 from baton.services.gateway.openai.template_switches import switches
-from baton.services.gateway.openai.tools import OfferedTools, offered_tools, template_calls
+from baton.services.gateway.openai.tools import (
+    OfferedTools,
+    arguments_nesting,
+    offered_tools,
+    template_calls,
+)
 from baton.shared.answer_formats import NONE
 from baton.v1 import inference_service_pb2 as pb
+from baton.v1 import types_pb2
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning")
@@ -60,6 +66,8 @@ async def prepared_chat(request: ChatRequest, form: Form, frontend: Frontend) ->
     if tools.must_call and request.response_format is not None:
         # That is the form of what is said, and calls say nothing.
         asked = None
+    if request.continue_final_message:
+        _refuse_forms(request, asked, tools)
     prompt = await rendered_prompt(request, request.messages, tools, frontend)
     constrained = chat_constraint(asked, tools, prompt.text, frontend.chat_format)
     is_length_given = sampling.HasField("max_tokens")
@@ -84,6 +92,24 @@ async def prepared_chat(request: ChatRequest, form: Form, frontend: Frontend) ->
             is_constrained=constrained.has_calls,
         ),
     )
+
+
+def _refuse_forms(
+    request: ChatRequest, asked: types_pb2.Constraint | None, tools: OfferedTools
+) -> None:
+    """A form is that of a whole answer, and of one that is continued a part is there, which nothing
+    has checked. Raises InvalidParam."""
+    if tools.must_call:
+        path = "tool_choice"
+    elif asked is not None:
+        path = asked_field(request)
+    elif tools.is_strict:
+        index = next(i for i, function in enumerate(tools.functions) if function.strict)
+        path = f"tools[{index}].function.strict"
+    else:
+        return
+    problem = "does not go with a message that is continued: it is for whole answers"
+    raise InvalidParam(path, problem)
 
 
 def tools_of(request: Templated) -> OfferedTools:
@@ -122,7 +148,7 @@ def template_messages(messages: Sequence[Message], template: str) -> list[dict[s
     for what is no text, and for what has no meaning in its role."""
     # It is the newer name of `system`, which few templates know.
     knows_developer = "developer" in template
-    rendered = []
+    rendered, nesting = [], arguments_nesting()
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
         if message.role not in _ROLES:
@@ -144,7 +170,8 @@ def template_messages(messages: Sequence[Message], template: str) -> list[dict[s
             "name": message.name,
         }
         if message.tool_calls:
-            entry["tool_calls"] = template_calls(message.tool_calls, f"{path}.tool_calls")
+            calls = template_calls(message.tool_calls, f"{path}.tool_calls", nesting)
+            entry["tool_calls"] = calls
         if message.tool_call_id:
             entry["tool_call_id"] = message.tool_call_id
         # Clients send what they got, in whatever shape.

@@ -59,7 +59,7 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "prompt_logprobs": (),
 }
-"""Chat completions' own: who sends them means another endpoint → the values that ask for nothing."""
+"""Chat completions' own fields, which mean another endpoint → the values that ask for nothing."""
 
 
 @dataclass
@@ -87,11 +87,14 @@ class ChatForm:
         self.places |= {f"{path}.{name}": where for name, where in places.items()}
         self.messages.append(message)
 
-    def add_call(self, place: str, call_id: str, name: str, arguments: str) -> None:
-        """Of a tool, by the last message."""
+    def add_call(
+        self, place: str, call_id: str, name: str, arguments: str, *, called: str = "arguments"
+    ) -> None:
+        """Of a tool, by the last message. `called`: what the endpoint calls the arguments."""
         calls = self.messages[-1].setdefault("tool_calls", [])
         path = f"messages[{len(self.messages) - 1}].tool_calls[{len(calls)}]"
         self.places |= {path: place, f"{path}.function": place}
+        self.places[f"{path}.function.arguments"] = f"{place}.{called}"
         function = {"name": name, "arguments": arguments}
         calls.append({"id": call_id, "type": "function", "function": function})
 

@@ -44,6 +44,15 @@ def asked_constraint(request: Sampled) -> Asked:
     return wanted[0][1] if wanted else Asked(None, {})
 
 
+def asked_field(request: Sampled) -> str:
+    """Which field of a request that asks for a constraint does."""
+    guided = [f"guided_{name}" for name in _GUIDED]
+    given = [name for name in guided if getattr(request, name) is not None]
+    # The others may be there and ask for nothing.
+    is_format = (request.response_format or {}).get("type", "text") != "text"
+    return next(iter(given), "response_format" if is_format else "structured_outputs")
+
+
 def grammar_field(text: str) -> str:
     """Which of the two kinds of grammar this is: rules of GBNF have `::=`."""
     return "gbnf" if "::=" in text else "lark"

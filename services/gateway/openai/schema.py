@@ -23,7 +23,7 @@ from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.fields import Fields as _Fields
 from baton.services.gateway.openai.fields import Int as _Int
 from baton.services.gateway.openai.fields import List as _List
-from baton.services.gateway.openai.tools import MAX_TOOLS, Function, MadeCall, Tool
+from baton.services.gateway.openai.tools import Function, MadeCall, Tool, check_tools
 from baton.shared.sampling import ALL_TOKENS, FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
 
@@ -308,8 +308,8 @@ def _check_sizes(body: dict[str, Any]) -> None:
         problem = f"has {len(parts)} content parts; limit: {MAX_ENTRIES}"
         raise InvalidParam("prediction.content", problem)
     tools = body.get("tools")
-    if isinstance(tools, list) and len(tools) > MAX_TOOLS:
-        raise InvalidParam("tools", f"has {len(tools)} entries; limit: {MAX_TOOLS}")
+    if isinstance(tools, list):
+        check_tools(tools)
     messages = body.get("messages")
     if not isinstance(messages, list):
         return

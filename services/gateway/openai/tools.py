@@ -9,9 +9,15 @@ from typing import Any
 
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.fields import Fields
+from baton.services.gateway.openai.nesting import Nesting
 from baton.services.gateway.strict_json import strict_json
 
 MAX_TOOLS = 512
+_MAX_VALUES = 20_000
+_MAX_CHARACTERS = 1 << 19
+"""Of all tools together."""
+_MAX_ARGUMENTS = 1 << 16
+"""Values in the arguments of all calls of a chat together."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _NAME_LIMIT = "must be 1 to 128 letters, digits, '_', '-' and '.'"
 _CHOICES = ("none", "auto", "required")
@@ -94,6 +100,20 @@ class OfferedTools:
         ]
 
 
+def check_tools(tools: Sequence[Any]) -> None:
+    """Before anything walks them. Raises InvalidParam."""
+    if len(tools) > MAX_TOOLS:
+        raise InvalidParam("tools", f"has {len(tools)} entries; limit: {MAX_TOOLS}")
+    nesting = Nesting(max_values=_MAX_VALUES, max_characters=_MAX_CHARACTERS)
+    for index, tool in enumerate(tools):
+        nesting.add(f"tools[{index}]", tool)
+
+
+def arguments_nesting() -> Nesting:
+    """Of the calls of one chat."""
+    return Nesting(max_values=_MAX_ARGUMENTS)
+
+
 def offered_tools(tools: Sequence[Tool] | None, choice: Any, *, is_parallel: bool) -> OfferedTools:
     """None where the model is not to call any. Raises InvalidParam."""
     functions = [_function(tool, f"tools[{index}]") for index, tool in enumerate(tools or ())]
@@ -156,15 +176,17 @@ def _choice(choice: Any) -> tuple[str, str | None]:
     return "required", name
 
 
-def template_calls(calls: Sequence[MadeCall], path: str) -> list[dict[str, Any]]:
+def template_calls(calls: Sequence[MadeCall], path: str, nesting: Nesting) -> list[dict[str, Any]]:
     """Calls of an earlier answer as templates take them: arguments are an object, or what the
-    model wrote when that is none. Raises InvalidParam."""
+    model wrote when that is none. `nesting`: that of the whole chat's. Raises InvalidParam."""
     rendered = []
     for index, call in enumerate(calls):
         if call.type not in (None, "function"):
             problem = f"{call.type[:40]!r} is not supported; only 'function' is"
             raise InvalidParam(f"{path}[{index}].type", problem, code="unsupported_parameter")
-        function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+        arguments = _arguments(call.function.arguments)
+        nesting.add(f"{path}[{index}].function.arguments", arguments)
+        function = {"name": call.function.name, "arguments": arguments}
         entry: dict[str, Any] = {"type": "function", "function": function}
         rendered.append(entry if call.id is None else {"id": call.id, **entry})
     return rendered

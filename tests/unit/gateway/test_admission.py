@@ -305,7 +305,10 @@ async def test_a_chat_is_bounded_before_and_after_it_is_rendered() -> None:
 
     limits = Limits(vocab_size=100, max_model_len=64, max_pool_tokens=None, max_text_bytes=10)
     assert len(await chat_token_ids([{"content": "12345"}], limits, Twice())) == 10
-    for content, num_bytes in (("123456", 12), ("12345678901", 11)):
+    for content, num_bytes in (
+        *(("123456", "12"), ("12345678901", "11")),
+        *(("é" * 20, "40"), ("é" * 41, "at least 41")),
+    ):
         with pytest.raises(InvalidField, match=f"messages has {num_bytes} bytes"):
             await chat_token_ids([{"content": content}], limits, Twice())
 

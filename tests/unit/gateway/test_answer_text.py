@@ -22,6 +22,9 @@ from tests.unit.gateway.scripted_frontend import ScriptedFrontend
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+STRICT = {"type": "function", "function": {"name": "g", "strict": True}}
+
 Ask = Callable[..., Any]
 
 
@@ -175,6 +178,15 @@ async def test_an_answer_goes_on_with_the_last_message(
         ({"add_generation_prompt": True}, "continue_final_message"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
+        # What is there already is no part of the form.
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {}, "guided_choice": ["a"]}, "guided_choice"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL, STRICT]}, "tools[1].function.strict"),
     ],
 )
 async def test_messages_that_do_not_go_on(

@@ -271,6 +271,16 @@ def test_thinking_is_the_templates_switch_where_it_has_one(
     assert body["chat_template_kwargs"] == given["chat_template_kwargs"]
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+GOES_ON = {"messages": [USER, {"role": "assistant", "content": "{"}]}
+
+
 def block(**given: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [part("a"), given]}]}
 
@@ -323,6 +333,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output_config": {"effort": "huge"}}, "output_config.effort"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"chat_template_kwargs": "x", "thinking": {"type": "enabled"}}, "chat_template_kwargs"),
+    ({**GOES_ON, "output_config": {"format": SCHEMA}}, "output_config.format"),
+    ({**GOES_ON, "tools": [TOOL], "tool_choice": {"type": "any"}}, "tool_choice"),
+    ({**GOES_ON, "tools": [{**TOOL, "strict": True}]}, "tools[0].strict"),
+    ({"tools": [{**TOOL, "input_schema": {"a": nested(64)}}]}, "tools[0]"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [use("c", a=nested(64))]}, USER]},
+        "messages[1].content[0].input",
+    ),
     ({"n": 2}, "n"),
     ({"logprobs": True}, "logprobs"),
     ({"stop": ["x"]}, "stop"),

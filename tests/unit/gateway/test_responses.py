@@ -309,6 +309,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"truncation": "auto"}, "truncation"),
     ({"top_logprobs": 5}, "top_logprobs"),
     ({"logprobs": True}, "logprobs"),
+    ({"tools": [{**WEATHER, "parameters": {"a": [0] * 20_000}}]}, "tools[0]"),
+    ({"input": [call("c", '{"a": ' + "[" * 64 + "]" * 64 + "}")]}, "input[0].arguments"),
     ({"n": 2}, "n"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"continue_final_message": True}, "continue_final_message"),

@@ -8,7 +8,7 @@ import pytest
 
 from baton.services.gateway.answer_parts import Arguments, Part, ToolCall
 from baton.services.gateway.anthropic.wire import MessagesWire
-from baton.services.gateway.openai.tools import MadeCall, template_calls
+from baton.services.gateway.openai.tools import MadeCall, arguments_nesting, template_calls
 from baton.services.gateway.openai.wire import Choice
 from baton.services.gateway.strict_json import strict_json
 
@@ -37,7 +37,7 @@ def test_what_could_not_be_written_again_stays_text(text: str) -> None:
     assert block["input"] == {"arguments": text}
     made = MadeCall.model_validate({"function": {"name": "time", "arguments": "{}"}})
     made.function.arguments = text
-    [call] = template_calls([made], "tool_calls")
+    [call] = template_calls([made], "tool_calls", arguments_nesting())
     assert call["function"]["arguments"] == text
 
 
