@@ -62,6 +62,7 @@ def test_error_that_stays_is_raised_as_it_is() -> None:
         (grpc.StatusCode.UNAVAILABLE, "DRAINING", True),
         (grpc.StatusCode.CANCELLED, "", True),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "PREEMPTED", True),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", True),
         (grpc.StatusCode.DATA_LOSS, "DIGEST_MISMATCH", True),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "", False),
         (grpc.StatusCode.INTERNAL, "TOO_MANY_ATTEMPTS", False),

@@ -28,6 +28,7 @@ from baton.shared.rpc.errors import (
     EngineFailure,
     InvalidField,
     NoTokenizer,
+    Overloaded,
     WorkerLost,
 )
 from baton.v1 import inference_service_pb2 as pb
@@ -434,6 +435,7 @@ async def test_unknown_fields_are_ignored(address: str) -> None:
         (InvalidField("text", "is empty", limit="x"), 400, "prompt"),
         (NoTokenizer("none"), 400, None),
         (Draining("leaving"), 503, None),
+        (Overloaded("later"), 503, None),
         (WorkerLost("gone"), 503, None),
         (DeadlineExceeded("late"), 504, None),
         (EngineFailure("bad"), 500, None),

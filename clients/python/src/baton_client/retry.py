@@ -19,6 +19,7 @@ from baton_client.errors import BatonError, Cancelled, DeadlineExceeded, Unavail
 # The gateway itself tries again after these; when it gave up, or was stopped, another may succeed.
 _PASSING = {
     "DRAINING",
+    "OVERLOADED",
     "SOURCE_LOST",
     "WORKER_LOST",
     "PREEMPTED",
