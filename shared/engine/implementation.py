@@ -100,7 +100,8 @@ class OwnImplementation:
         dtype: torch.dtype,
     ) -> ModelPlan:
         plan = plan_model(self.model_type, self.config, groups, weights, ops, dtype)
-        weights.check_all_taken(plan.shapes, self.model_type.ignores)
+        num_layers = self.config.num_layers
+        weights.check_all_taken(plan.shapes, lambda name: self.model_type.ignores(name, num_layers))
         return plan
 
     def load(

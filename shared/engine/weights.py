@@ -79,6 +79,11 @@ class WeightFiles:
                 raise ModelError(f"{model_dir / file_name}: {name}: missing from the file")
         self._open: dict[Path, Any] = {}
 
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._headers.keys()
+
     def header(self, name: str) -> Header | None:
         return self._headers.get(name)
 

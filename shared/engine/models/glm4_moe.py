@@ -26,9 +26,6 @@ NAMES = {
     **{f"shared_mlp_{name}": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")},
 }
 _ROPE = RopeRules(partial_rotary_factor=0.5)
-_AHEAD = ("model.layers.46.", "model.layers.92.")
-"""Of the checkpoints that there are, the layers that guess tokens ahead: not computed here, nor by
-transformers."""
 
 
 def configure(fields: Fields) -> ModelConfig:
@@ -62,4 +59,4 @@ def configure(fields: Fields) -> ModelConfig:
     return replace(config, mixture=mixture)
 
 
-GLM4_MOE = ModelType("glm4_moe", configure, decoder.build, (NAMES,), ignored_modules=_AHEAD)
+GLM4_MOE = ModelType("glm4_moe", configure, decoder.build, (NAMES,), ignores_layers_ahead=True)

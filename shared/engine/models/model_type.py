@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from baton.shared.engine.executor import Model
     from baton.shared.engine.model_loader import ModelLoader
     from baton.shared.engine.models.blocks import Names
+
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,5 +36,11 @@ class ModelType:
     ignored_modules: tuple[str, ...] = ()
     """Beginnings of names of what is not computed here, as what sees images; with a dot."""
 
-    def ignores(self, tensor: str) -> bool:
-        return tensor.endswith(self.ignored_tensors) or tensor.startswith(self.ignored_modules)
+    ignores_layers_ahead: bool = False
+    """So are layers behind the last one, which guess tokens ahead."""
+
+    def ignores(self, tensor: str, num_layers: int) -> bool:
+        if tensor.endswith(self.ignored_tensors) or tensor.startswith(self.ignored_modules):
+            return True
+        layer = _LAYER.match(tensor)
+        return self.ignores_layers_ahead and layer is not None and int(layer[1]) >= num_layers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -145,7 +147,10 @@ def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.
     # Whatever became of the file's fields: this one would name other files, be they pickles.
     config.transformers_weights = None
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            _ignoring_no_layers(foreign.model_class, len(foreign.facts.layers)),
+        ):
             warnings.simplefilter("ignore")
             model, found = foreign.model_class.from_pretrained(
                 str(model_dir),
@@ -170,12 +175,44 @@ def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.
         raise ModelError(
             f"{weights.where(name)}: {name}: shape {stored} where config.json makes it {made}"
         )
-    for name in sorted(found["unexpected_keys"]):
-        if not foreign.is_part:
-            raise ModelError(f"{weights.where(name)}: {name}: unexpected tensor")
+    unexpected = set(found["unexpected_keys"])
+    if foreign.is_part:
+        unexpected &= _names_of_text(weights, model)
+    for name in sorted(unexpected):
+        raise ModelError(f"{weights.where(name)}: {name}: unexpected tensor")
     for reason in found["error_msgs"]:
         raise ModelError(f"{model_dir}: transformers: {' '.join(reason.split())}")
     return model.eval()
+
+
+def _names_of_text(weights: WeightFiles, model: Any) -> set[str]:
+    """Of a multimodal checkpoint: what tensors of its language model are called in that."""
+    inner = model.base_model_prefix
+    parts = [f"{name}." for name, _ in model.named_children() if name != inner]
+    parts += [f"{inner}.{name}." for name, _ in getattr(model, inner).named_children()]
+    names = {name for name in weights.names if name.startswith(tuple(parts))}
+    for part, own in _TEXT_PARTS.items():
+        names |= {re.sub(part, own, name) for name in weights.names if re.match(part, name)}
+    return names
+
+
+@contextmanager
+def _ignoring_no_layers(model_class: Any, num_layers: int) -> Iterator[None]:
+    """What a class ignores, by number, as layers that guess ahead may be layers of this model."""
+    names = [f"model.layers.{index}." for index in range(num_layers)]
+    field = "_keys_to_ignore_on_load_unexpected"
+    family = vars(sys.modules[model_class.__module__]).values()
+    before = [
+        (kind, vars(kind)[field]) for kind in family if field in getattr(kind, "__dict__", ())
+    ]
+    try:
+        for kind, patterns in before:
+            kept = [each for each in patterns or () if not any(re.search(each, n) for n in names)]
+            setattr(kind, field, kept)
+        yield
+    finally:
+        for kind, patterns in before:
+            setattr(kind, field, patterns)
 
 
 class _PackedLinear(nn.Module):

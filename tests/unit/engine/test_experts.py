@@ -297,8 +297,14 @@ def test_a_tensor_that_does_not_fit_is_named(
 def test_layers_that_guess_ahead_are_not_read(tmp_path: Path) -> None:
     make_tiny(tmp_path, "glm4_moe", TINY_MODELS["glm4_moe"]["as they come"])
     path = tmp_path / "model.safetensors"
-    save_file({**load_file(path), "model.layers.46.eh_proj.weight": torch.ones(4)}, path)
-    ModelRunner(EngineConfig(tmp_path, num_blocks=64, **ENGINE))
+    weights = load_file(path)
+    last = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
+    for ahead in (last + 1, 92):
+        save_file({**weights, f"model.layers.{ahead}.eh_proj.weight": torch.ones(4)}, path)
+        ModelRunner(EngineConfig(tmp_path, num_blocks=64, **ENGINE))
+    save_file({**weights, f"model.layers.{last}.eh_proj.weight": torch.ones(4)}, path)
+    with pytest.raises(ModelError, match="eh_proj.weight: unexpected tensor"):
+        ModelRunner(EngineConfig(tmp_path, num_blocks=64, **ENGINE))
 
 
 # How tokens are given to experts

@@ -403,6 +403,54 @@ def test_a_quantised_text_part_is_refused(mistral3: Path, tmp_path: Path) -> Non
         start(tmp_path, model_impl="transformers")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("model.language_model.layers.0.self_attn.q_proj.bias", True),
+        ("model.language_model.layers.2.self_attn.q_proj.weight", True),
+        ("model.language_model.other.weight", True),
+        ("lm_head.bias", True),
+        ("model.layers.1.self_attn.q_proj.bias", True),
+        ("model.vision_tower.other.weight", False),
+        ("visual.blocks.0.weight", False),
+    ],
+)
+def test_of_a_multimodal_model_only_what_is_not_of_the_text_is_ignored(
+    name: str, is_refused: bool, mistral3: Path, tmp_path: Path
+) -> None:
+    copy(mistral3, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, name: torch.ones(64)}, tmp_path / "model.safetensors", {"format": "pt"})
+    if not is_refused:
+        assert torch.equal(
+            *(logits(start(each, model_impl="transformers")) for each in (mistral3, tmp_path))
+        )
+        return
+    with pytest.raises(ModelError, match=": unexpected tensor"):
+        start(tmp_path, model_impl="transformers")
+
+
+@pytest.mark.parametrize("model_impl", ["baton", "transformers"])
+def test_layers_are_ahead_by_the_number_that_there_are(model_impl: str, tmp_path: Path) -> None:
+    fields = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    make_tiny(
+        tmp_path,
+        "glm4_moe",
+        {**fields, "head_dim": 16, "num_hidden_layers": 47, "first_k_dense_replace": 47},
+    )
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    if model_impl == "baton":
+        save_file(
+            {**weights, "model.layers.47.other.weight": torch.ones(2)}, path, {"format": "pt"}
+        )
+        start(tmp_path, model_impl=model_impl)
+    surplus = "model.layers.46.self_attn.q_proj.bias"
+    save_file({**weights, surplus: torch.ones(64)}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{surplus}: unexpected tensor"):
+        start(tmp_path, model_impl=model_impl)
+
+
 def test_packing_keeps_no_weight_twice(olmo2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     seen: list[weakref.ref[Any]] = []
