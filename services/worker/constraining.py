@@ -1,70 +1,138 @@
 """Constrained sequences: which tokens each draw of a step may give, and what must follow anyway.
 
-    schedule   forced tokens become drafts, which always stand
-    launch     a mask for each draw, by the tokens that have been emitted and the drafts before it
+    schedule   forced tokens become drafts, which always stand ─► other drafts ─► a mask for each
+               draw, by the tokens that have been emitted and the drafts before it
 
 A mask depends on every token before it. So a constrained sequence takes part in a step only when
 all its earlier steps have been collected (services/decode/scheduler.py).
+
+What grammars take of a step is bounded: sequences beyond that sit it out, and come first in the
+next one.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 
 from baton.services.worker.part import Part
-from baton.shared.constraints.matcher import AnswerMatcher
-from baton.shared.engine.batch import BatchRow
+from baton.shared.constraints.matcher import AnswerMatcher, Masks
 from baton.shared.kv.sequence import Sequence
 from baton.shared.rpc.errors import BatonError, InvalidField
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
+_STEP_S = 0.05
+
 
 class Constraining:
-    def __init__(self, most_forced: int, observe: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        most_forced: int,
+        observe: Callable[[float], None] = lambda _: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """`most_forced`: drafts that a row of one token may have. `observe` is told the seconds
-        that the masks of a sequence's part of a step took."""
+        that a sequence's part of a step took here."""
         self._most_forced = most_forced
         self._observe = observe
+        self._clock = clock
         self._failures: dict[Sequence, BatonError] = {}
+        self._waiting: dict[Sequence, None] = {}
+        """Those that sat a step out, the longest wait first."""
+        self._left_s = 0.0
+        self._taken_s: dict[Sequence, float] = {}
 
     def add_forced(
         self, parts: Seq[Part], extend: Callable[[Sequence, int], bool], num_more: int
     ) -> None:
-        """Gives decode parts the tokens that must follow as drafts, `num_more` at most in all.
+        """Begins a step. Gives decode parts the tokens that must follow as drafts, `num_more` at
+        most in all.
 
         `extend` finds room for so many tokens of a sequence; without it a part gets none.
         """
-        for part in parts:
-            matcher = part.sequence.matcher
-            if matcher is None or not self._follows(part.sequence, matcher):
-                continue
-            # What is drawn last is not computed.
-            left = part.sequence.num_to_compute - part.end
-            forced = matcher.forced(max(0, min(self._most_forced, left, num_more)))
+        self._left_s, self._taken_s = _STEP_S, {}
+        for part, matcher in self._in_turn(parts):
+            if self._left_s <= 0:
+                return
+            with self._charged(part.sequence):
+                if not self._follows(part.sequence, matcher):
+                    continue
+                # What is drawn last is not computed.
+                left = part.sequence.num_to_compute - part.end
+                forced = matcher.forced(max(0, min(self._most_forced, left, num_more)))
             if forced and extend(part.sequence, part.end + len(forced)):
                 part.draft_ids, part.is_forced = forced, True
                 part.num_tokens += len(forced)
                 num_more -= len(forced)
 
-    def add_masks(self, parts: Seq[Part], rows: Seq[BatchRow]) -> None:
-        """To the rows that draw."""
-        for part, row in zip(parts, rows, strict=True):
-            matcher = part.sequence.matcher
-            if matcher is None or row.sampling is None:
-                continue
-            started_s = time.perf_counter()
-            if not self._follows(part.sequence, matcher):
-                continue
-            try:
-                row.masks = matcher.masks(part.draft_ids)
-            except BaseException as error:
-                self._failed(part.sequence, error)
-            self._observe(time.perf_counter() - started_s)
+    def add_masks(self, parts: Seq[Part]) -> list[Part]:
+        """To those that draw. Returns the parts without those that sit the step out; where any is
+        constrained, one of them at least does not, unless it has much to follow yet."""
+        out: set[Sequence] = set()
+        num_made = 0
+        for part, matcher in self._in_turn(parts):
+            sequence = part.sequence
+            is_served = False
+            if self._left_s > 0 or not num_made:
+                with self._charged(sequence):
+                    is_served = self._serve(part, matcher)
+            if is_served:
+                num_made += 1
+                self._waiting.pop(sequence, None)
+                self._observe(self._taken_s[sequence])
+            else:
+                out.add(sequence)
+                self._waiting.setdefault(sequence)
+        return [part for part in parts if part.sequence not in out] if out else list(parts)
+
+    def _in_turn(self, parts: Seq[Part]) -> list[tuple[Part, AnswerMatcher]]:
+        """The constrained parts that draw, those that have waited first."""
+        found = [
+            (part, part.sequence.matcher)
+            for part in parts
+            if part.sequence.matcher is not None and part.draws
+        ]
+        if self._waiting:
+            turns = {sequence: turn for turn, sequence in enumerate(self._waiting)}
+            found.sort(key=lambda each: turns.get(each[0].sequence, len(turns)))
+        return found
+
+    @contextmanager
+    def _charged(self, sequence: Sequence) -> Iterator[None]:
+        started_s = self._clock()
+        try:
+            yield
+        finally:
+            taken_s = self._clock() - started_s
+            self._left_s -= taken_s
+            self._taken_s[sequence] = self._taken_s.get(sequence, 0.0) + taken_s
+
+    def _serve(self, part: Part, matcher: AnswerMatcher) -> bool:
+        """Whether it is known what the part may draw, or that it has failed."""
+        try:
+            part.masks = self._masks(part, matcher)
+        except BaseException as error:
+            self._failed(part.sequence, error)
+        return part.masks is not None or part.sequence in self._failures
+
+    def _masks(self, part: Part, matcher: AnswerMatcher) -> Masks | None:
+        """None while there is more to follow."""
+        if not self._follows(part.sequence, matcher):
+            return None
+        try:
+            return matcher.masks(part.draft_ids)
+        except BaseException as error:
+            if not part.draft_ids or isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+        # Whatever was guessed, the answer is the same: what fails behind a draft is nothing yet.
+        part.drop_drafts()
+        matcher.restart()
+        return matcher.masks() if self._follows(part.sequence, matcher) else None
 
     def failure(self, sequence: Sequence) -> BatonError | None:
         """Why nothing that is drawn for it counts any more."""
@@ -72,13 +140,19 @@ class Constraining:
 
     def forget(self, sequence: Sequence) -> None:
         self._failures.pop(sequence, None)
+        self._waiting.pop(sequence, None)
 
     def _follows(self, sequence: Sequence, matcher: AnswerMatcher) -> bool:
-        """Whether the matcher could be told what was emitted since."""
+        """Whether the matcher could be told all that was emitted since; after a restart it may take
+        several steps."""
         first = sequence.num_prompt_tokens - sequence.first_index
         new = sequence.token_slice(first + matcher.num_taken, sequence.num_tokens)
+        give_up_at = self._clock() + _STEP_S
         try:
-            matcher.take(new)
+            for token_id in new:
+                if self._clock() > give_up_at:
+                    return False
+                matcher.take((token_id,))
         except BaseException as error:
             self._failed(sequence, error)
         return sequence not in self._failures

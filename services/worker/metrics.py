@@ -94,7 +94,7 @@ class EngineMetrics:
         }
         self._mask_seconds = Histogram(
             "baton_mask_seconds",
-            "Time of the masks of a constrained sequence's part of a step",
+            "Time that the grammar of a constrained sequence took of a step",
             buckets=_MASK_SECONDS_BUCKETS,
             registry=registry,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from baton.shared.constraints.matcher import Masks
 from baton.shared.engine.batch import BatchRow, RowHandle, WantedLogprobs
 from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.kv.sequence import Sequence
@@ -27,6 +28,8 @@ class Part:
     """The drafts are tokens that must follow: a constraint allows no others."""
     is_predicted: bool = False
     """The drafts are the client's own."""
+    masks: Masks | None = None
+    """Of each draw, where the sequence is constrained."""
     prompt_logprobs: Seq[TokenLogprobs] = ()
     """What the step told of the prompt's tokens, if they are wanted."""
 
@@ -39,18 +42,28 @@ class Part:
         """Of a prompt; else one token of a sequence that decodes, and drafts behind it."""
         return self.start < self.sequence.num_prompt_tokens
 
+    @property
+    def draws(self) -> bool:
+        """It reaches the end of what is known of the sequence."""
+        return self.end - len(self.draft_ids) >= self.sequence.num_tokens
+
+    def drop_drafts(self) -> None:
+        self.num_tokens -= len(self.draft_ids)
+        self.draft_ids, self.supposed_ids = (), ()
+        self.is_forced = self.is_predicted = False
+
     def row(self, handle: RowHandle) -> BatchRow:
-        """Draws a token when the part reaches the end of what is known of the sequence."""
         sequence, start = self.sequence, self.start
         end, num_known = self.end - len(self.draft_ids), sequence.num_tokens
         return BatchRow(
             sequence.token_slice(start, end) if end <= num_known else None,
             start,
             sequence.block_tables,
-            sequence.params if end >= num_known else None,
+            sequence.params if self.draws else None,
             sequence.key.sample,
             handle,
             self.draft_ids,
+            masks=self.masks,
             prompt_logprobs=self.wanted_logprobs(),
         )
 

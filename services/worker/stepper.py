@@ -127,7 +127,8 @@ class Stepper:
             num_more -= sum(len(part.draft_ids) for part in parts)
             self._drafting.add(parts, self._has_room, num_more)
         # Without those that had to yield.
-        return parts + self._choose_chunks([each for each in prefilling if each.is_admitted], parts)
+        chunks = self._choose_chunks([each for each in prefilling if each.is_admitted], parts)
+        return self._constraining.add_masks(parts + chunks)
 
     def _has_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Takes it, for the worst case; nobody yields for it."""
@@ -323,14 +324,11 @@ class Stepper:
             return EngineFailure(f"the engine failed: {type(error).__name__}")
         if self._keeps_states and part.start:
             return Preempted("its state was lost with a step that failed")
-        # Also one of its masks, just now: what was drawn without it counts for nothing.
-        return self._constraining.failure(part.sequence) or outcome
+        return outcome
 
     def _rows(self, parts: list[Part]) -> list[BatchRow]:
         handles = self._handles
-        rows = [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in parts]
-        self._constraining.add_masks(parts, rows)
-        return rows
+        return [part.row(handles.get(part.sequence) or self._open(part.sequence)) for part in parts]
 
     def _open(self, sequence: Sequence) -> RowHandle:
         handle = self._runner.open_row(sequence.params, sequence.key.sample, sequence)

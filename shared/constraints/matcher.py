@@ -36,15 +36,20 @@ def mask_words(vocab_size: int) -> int:
 class AnswerMatcher:
     def __init__(self, compiled: CompiledConstraint, *, ignore_eos: bool = False) -> None:
         """`ignore_eos`: the answer ends only where the grammar has no other token."""
+        self._compiled = compiled
         self._tokens = compiled.tokens
-        self._grammar = compiled.grammar.deep_copy()
         self._begin_after = compiled.begin_after
         self._ignores_ends = ignore_eos
         self._may_end_free = compiled.accepts_empty and not ignore_eos
         self._num_words = mask_words(compiled.tokens.vocab_size)
         self._ends = _bits(compiled.tokens.end_ids, self._num_words)
         self._overhanging = _bits(compiled.overhanging, self._num_words)
-        self._has_begun = compiled.begin_after is None
+        self._takes_guesses = True
+        self._begin()
+
+    def _begin(self) -> None:
+        self._grammar = self._compiled.grammar.deep_copy()
+        self._has_begun = self._begin_after is None
         self._tail: tuple[int, ...] | bytes = () if isinstance(self._begin_after, tuple) else b""
         """Of the free text, as much as may be a part of its end."""
         self._forced: deque[int] = deque()
@@ -52,6 +57,12 @@ class AnswerMatcher:
         """Tokens of the answer that are known here."""
         if self._has_begun:
             self._look_ahead()
+
+    def restart(self) -> None:
+        """After an error, which llguidance does not leave: knows no token, and takes no drafts any
+        more."""
+        self._takes_guesses = False
+        self._begin()
 
     def take(self, token_ids: Sequence[int]) -> None:
         """The answer's next tokens. Raises InvalidField when they cannot be, or when the grammar
@@ -67,15 +78,28 @@ class AnswerMatcher:
 
     def forced(self, most: int) -> tuple[int, ...]:
         """The tokens that must follow, as far as they are known, at most so many."""
-        return tuple(self._forced)[:most]
+        return tuple(self._forced)[:most] if self._takes_guesses else ()
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of these guesses may be drawn, one after the other."""
+        """How many of these guesses may be drawn, one after the other. Raises nothing: where they
+        are too much work none is, now and later."""
+        if not self._takes_guesses:
+            return 0
         if not self._has_begun:
             return len(token_ids)
         ends = self._tokens.end_ids
         first = next((i for i, each in enumerate(token_ids) if each in ends), len(token_ids))
-        return self._grammar.validate_tokens(list(token_ids[:first]))
+        try:
+            num_allowed: int = self._grammar.validate_tokens(list(token_ids[:first]))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of llguidance is no Exception
+            self.restart()
+            return 0
+        if self._grammar.is_error():
+            self.restart()
+            return 0
+        return num_allowed
 
     def masks(self, draft_ids: Sequence[int] = ()) -> Masks:
         """Of the draw behind the known tokens, and behind each draft after it → [1 + drafts,

@@ -134,7 +134,7 @@ def test_a_mask_that_cannot_be_made_fails_its_sequence_alone(
 
 
 def test_nothing_is_drawn_without_a_mask_when_rows_are_tried_one_by_one(bench: Bench) -> None:
-    """The step is refused for another row; then the mask cannot be made a second time."""
+    """The step is refused for another row: alone, it has the mask that was made for the step."""
     started = bench.start(0, PROMPTS[0], sampling(3, 9))
     matcher = constrain(bench, started, fails_when=lambda: "refused" in bench.runner.log)
     bench.start(1, PROMPTS[1], sampling(BAD_SEED, 12))
