@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import json
+import re
 import zlib
 from typing import Any
 
@@ -20,6 +22,8 @@ _MAX_SKIPPED_BYTES = 16 * MAX_BODY_BYTES
 """A body that is too long is still received up to this size, and thrown away: a client that writes
 everything before it reads would otherwise meet a broken connection instead of the answer."""
 
+_MAYBE_INFINITE = re.compile(rb"[eE]\+?\d{3}|(?<!\d)\d{200}")
+"""What has no such text has no number beyond those of 64 bits: `1e999` is read as infinite."""
 
 _GZIP_OR_ZLIB = zlib.MAX_WBITS | 32
 """Both are told by their first bytes."""
@@ -37,6 +41,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     try:
         body = body.removeprefix(codecs.BOM_UTF8)
         parsed = from_json(body, allow_inf_nan=False, cache_strings="none")
+        if _MAYBE_INFINITE.search(body):
+            json.dumps(parsed, allow_nan=False)
     except ValueError as error:
         message = f"the body is not valid JSON: {error}"
         raise HttpError(400, message, code="invalid_json") from None

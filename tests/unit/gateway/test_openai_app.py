@@ -542,6 +542,10 @@ async def test_health_follows_the_workers_and_the_drain(
         (b'{"prompt":\n oops}', "line 2 column"),
         (b'{"a":' + b"[" * 100_000, "recursion limit exceeded"),
         (b'{"temperature": NaN}', "not valid JSON"),
+        *(
+            (b'{"tools": [{"a": %b}]}' % number, "not valid JSON")
+            for number in (b"1e999", b"-1E+400", b"9" * 400 + b".0", b"9" * 250 + b"e99", b"1e0309")
+        ),
         (b'{"prompt": "\\ud800"}', "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"", "not valid JSON"),
