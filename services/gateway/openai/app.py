@@ -40,6 +40,7 @@ from baton.services.gateway.openai.logprobs import (
     CompletionLogprobs,
     PromptLogprobs,
     TokenTexts,
+    bound_logprobs,
 )
 from baton.services.gateway.openai.request import check_model, time_left_s
 from baton.services.gateway.openai.responses.routes import responses_router
@@ -216,6 +217,11 @@ def _ask(
     if is_streamed and fields.prompt_logprobs is not None:
         raise InvalidParam("prompt_logprobs", "is not for answers that are streamed")
     texts, num_top = TokenTexts(frontend.codec), fields.num_top_logprobs
+    if num_top is not None and not is_streamed:
+        try:
+            bound_logprobs(requests, num_top)
+        except BatonError as error:
+            raise to_http_error(error, names) from error
     form = ChatLogprobs if isinstance(fields, ChatRequest) else CompletionLogprobs
     return Ask(
         requests=requests,

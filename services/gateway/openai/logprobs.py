@@ -14,10 +14,33 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from baton.services.gateway.tokenizer import TextCodec
+from baton.shared.rpc.errors import InvalidField
+from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
+MAX_LOGPROBS = 1 << 19
+"""In an answer that is not streamed, own ones and those of the likeliest: tens of megabytes."""
 _LEAST = -9999.0
 """JSON has no infinity."""
+
+
+def bound_logprobs(requests: Sequence[pb.GenerateRequest], num_top: int) -> None:
+    """For a whole answer, of which all are there at a time. A request that does not say how long
+    its answers may be gets as many tokens as there is room for.
+
+    Raises InvalidField for those that ask for more.
+    """
+    num_answers = sum(request.n if request.HasField("n") else 1 for request in requests)
+    most = MAX_LOGPROBS // max(num_answers * (1 + num_top), 1)
+    for request in requests:
+        sampling = request.sampling
+        if request.clamp_max_tokens:
+            sampling.max_tokens = min(sampling.max_tokens, max(most, 1))
+        elif sampling.max_tokens > most:
+            num_logprobs = sampling.max_tokens * num_answers * (1 + num_top)
+            problem = f"is {num_top}, which makes {num_logprobs} logprobs"
+            limit = f"{MAX_LOGPROBS} of answers that are not streamed"
+            raise InvalidField("sampling.logprobs", problem, limit=limit)
 
 
 class TokenTexts:

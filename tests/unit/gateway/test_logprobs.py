@@ -14,10 +14,12 @@ from baton.services.gateway import attempt as attempt_module
 from baton.services.gateway.admission import MAX_PROMPT_LOGPROBS
 from baton.services.gateway.links import Event, Events, Failed, PromptTold, Token
 from baton.services.gateway.openai.logprobs import (
+    MAX_LOGPROBS,
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprobs,
     TokenTexts,
+    bound_logprobs,
 )
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.kv.sequence import FinishReason
@@ -88,6 +90,58 @@ async def test_prompts_of_one_request_are_counted_together() -> None:
         reply = await ask(endpoint.address, COMPLETIONS, body)
         assert (reply.status, reply.error["param"]) == (400, "logprobs")
         assert str(MAX_PROMPT_LOGPROBS) in reply.error["message"]
+
+
+MOST = MAX_LOGPROBS // 21
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"prompt": [1], "logprobs": 20, "max_tokens": MOST}, None),
+        (COMPLETIONS, {"prompt": [1], "logprobs": 20, "max_tokens": MOST + 1}, "logprobs"),
+        (
+            COMPLETIONS,
+            {"prompt": [[1]] * 4, "n": 5, "logprobs": 20, "max_tokens": MOST // 20},
+            None,
+        ),
+        (
+            COMPLETIONS,
+            {"prompt": [[1]] * 4, "n": 5, "logprobs": 20, "max_tokens": MOST // 20 + 1},
+            "logprobs",
+        ),
+        (CHAT, {"logprobs": True, "n": 128, "max_tokens": MAX_LOGPROBS // 128}, None),
+        (CHAT, {"logprobs": True, "n": 128, "max_tokens": MAX_LOGPROBS}, "top_logprobs"),
+    ],
+)
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_those_of_a_whole_answer_are_counted_before_anything_is_done(
+    path: str, body: dict[str, Any], param: str | None, is_streamed: bool
+) -> None:
+    async def nobody_there(
+        request: pb.GenerateRequest,
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if frontend.requests:
+            raise Preempted("no worker")
+        yield pb.GenerateResponse()
+
+    frontend = NullFrontend(TextCodec.load(DEMO))
+    frontend.script = nobody_there
+    async with serving(frontend) as endpoint:
+        given = {"messages": MESSAGES} if path == CHAT else {}
+        reply = await ask(endpoint.address, path, {**given, **body, "stream": is_streamed})
+    if param is None or is_streamed:
+        assert reply.status != 400 and frontend.requests
+    else:
+        assert (reply.status, reply.error["param"]) == (400, param)
+        assert str(MAX_LOGPROBS) in reply.error["message"] and frontend.requests == []
+
+
+def test_who_does_not_say_how_long_gets_as_many_tokens_as_there_may_be() -> None:
+    sampling = types_pb2.SamplingParams(max_tokens=1 << 20)
+    asked = pb.GenerateRequest(sampling=sampling, clamp_max_tokens=True, n=4)
+    bound_logprobs([asked], 20)
+    assert asked.sampling.max_tokens == MAX_LOGPROBS // (4 * 21)
 
 
 @pytest.mark.parametrize(
