@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from functools import partial
 
+from baton.services.gateway.admission import AdmittedRequest
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.links import (
@@ -46,7 +47,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
         begun_on=generation.model_digest,
         beside=generation.beside,
     )
-    attempt = _Attempt(generation, cluster, route, token_ids)
+    attempt = _Attempt(generation, cluster, route)
     try:
         attempt.start()
         while generation.finish_reason is None:
@@ -70,12 +71,8 @@ async def _all_there(events: Events) -> list[Event]:
 
 
 class _Attempt:
-    def __init__(
-        self, generation: Generation, cluster: Cluster, route: Route, token_ids: list[int]
-    ) -> None:
-        """`token_ids`: the prompt and what has been emitted."""
+    def __init__(self, generation: Generation, cluster: Cluster, route: Route) -> None:
         self._generation, self._cluster, self._route = generation, cluster, route
-        self._token_ids = token_ids
         self._key = AttemptKey(generation.request_id, generation.sample, generation.num_attempts)
         self.events: Events = asyncio.Queue()
         self._failures: list[Failed] = []
@@ -203,28 +200,36 @@ class _Attempt:
 
     def _sequence_spec(self) -> types_pb2.SequenceSpec:
         generation = self._generation
-        params = generation.admitted.params
-        if not generation.lacks_prompt_logprobs:
-            params = replace(params, prompt_logprobs=None)
-        spec = types_pb2.SequenceSpec(
-            key=key_to_pb(self._key),
-            token_ids=self._token_ids,
-            first_index=len(generation.token_ids),
-            sampling=sampling_to_pb(params),
-            distrust=generation.distrust,
-            cache_salt=generation.admitted.identity.cache_salt,
-            capability_hash=self._route.decode.capability_hash,
-            prediction_token_ids=generation.admitted.prediction_token_ids,
-            banned_sequences=[
-                types_pb2.TokenRun(token_ids=token_ids)
-                for token_ids in generation.admitted.banned_sequences
-            ],
-            constraint=generation.admitted.constraint,
+        admitted, prompt = generation.admitted, generation.prompt
+        spec = types_pb2.SequenceSpec()
+        spec.CopyFrom(
+            _spec_of(admitted) if prompt is None else prompt.spec(partial(_spec_of, admitted))
         )
+        spec.key.CopyFrom(key_to_pb(self._key))
+        spec.token_ids.extend(generation.token_ids)
+        spec.first_index = len(generation.token_ids)
+        if not generation.lacks_prompt_logprobs:
+            spec.sampling.ClearField("prompt_logprobs")
+        spec.distrust = generation.distrust
+        spec.capability_hash = self._route.decode.capability_hash
         if generation.deadline is not None:
             time_left_s = max(0.0, generation.deadline - time.monotonic())
             spec.time_left.CopyFrom(duration_to_pb(time_left_s))
         return spec
+
+
+def _spec_of(admitted: AdmittedRequest) -> types_pb2.SequenceSpec:
+    """What all attempts at all samples have in common."""
+    return types_pb2.SequenceSpec(
+        token_ids=admitted.prompt_token_ids,
+        sampling=sampling_to_pb(admitted.params),
+        cache_salt=admitted.identity.cache_salt,
+        prediction_token_ids=admitted.prediction_token_ids,
+        banned_sequences=[
+            types_pb2.TokenRun(token_ids=token_ids) for token_ids in admitted.banned_sequences
+        ],
+        constraint=admitted.constraint,
+    )
 
 
 def _source(route: Route) -> types_pb2.WorkerAddress | None:

@@ -97,10 +97,8 @@ async def generate(
         report.admitted(samples)
         yield pb.GenerateResponse(started=_started(samples[0], cluster))
 
-        decoders = [
-            _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
-            for _ in samples
-        ]
+        decoder = _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
+        decoders = [decoder, *(decoder and decoder.another() for _ in samples[1:])]
         _share_prompt(samples, decoders)
         answers = [
             _sample(generation, decoder, cluster, counters, metrics, report)

@@ -11,6 +11,7 @@ it together is the one-shot decode of all of them. A resumed answer relies on th
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -246,8 +247,10 @@ class StreamDecoder:
         that whoever takes an answer apart has to see. `min_tokens`: stop strings are looked for in
         the text behind so many tokens. `include_stop`: what ends the answer, string or token, is
         part of its text."""
-        self._text_stream = codec.new_text_stream(skip_special=skip_special)
-        self._text_stream.follow(prompt)
+        self._new_text_stream = partial(codec.new_text_stream, skip_special=skip_special)
+        self._prompt = prompt
+        self._min_tokens = min_tokens
+        self._has_stops = bool(stops)
         self._includes_stop = include_stop
         self._silent_ids = frozenset(() if include_stop else end_token_ids)
         silent_ids = {codec.written(token_id): token_id for token_id in self._silent_ids}
@@ -255,13 +258,25 @@ class StreamDecoder:
             silent_ids = {**codec.special_ids, **silent_ids}
         self._marks, self._written = _mark_tokens(silent_ids, stops, shown_token_ids)
         """The latter: what is looked for → the stop string that it stands for."""
-        self._stop_finder = StopFinder(tuple(self._written)) if stops else None
         self._shown_as = {
             ord(mark): codec.written(token_id) if token_id in shown_token_ids else None
             for token_id, mark in self._marks.items()
         }
+        self._begin()
+
+    def _begin(self) -> None:
+        self._text_stream = self._new_text_stream()
+        self._text_stream.follow(self._prompt)
+        self._stop_finder = StopFinder(tuple(self._written)) if self._has_stops else None
+        self._num_unchecked = self._min_tokens
         self.stopped = False
-        self._num_unchecked = min_tokens
+
+    def another(self) -> StreamDecoder:
+        """Of another answer to the same request. What the two have in common, which takes a walk
+        through the vocabulary's special tokens, is there already."""
+        other = copy.copy(self)
+        other._begin()
+        return other
 
     @property
     def stop(self) -> str | None:

@@ -6,12 +6,15 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from baton.services.gateway import generate as path
+from baton.services.gateway import tokenizer as tokenizer_module
 from baton.services.gateway.identity import ANONYMOUS
+from baton.services.gateway.shared_prompt import SharedPrompt
 from baton.services.gateway.tokenizer import TextCodec
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
@@ -418,3 +421,28 @@ async def test_a_request_beyond_the_context_says_so_as_clients_expect(
             assert reply.error["code"] == "context_length_exceeded"
             assert "maximum context length is 32 tokens" in reply.error["message"]
             assert reply.error["type"] == "invalid_request_error"
+
+
+async def test_stops_are_prepared_once_for_all_answers(
+    load: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a walk through all special tokens. What one answer has met is not the others'."""
+    model = load("byte_level", AddedToken("<|im_start|>", special=True))
+    given: list[object] = []
+    mark_tokens = tokenizer_module._mark_tokens
+
+    def count(silent_ids: Any, stops: Any, shown: Any) -> Any:
+        given.append(stops)
+        return mark_tokens(silent_ids, stops, shown)
+
+    monkeypatch.setattr(tokenizer_module, "_mark_tokens", count)
+    frontend = ScriptedFrontend(model.codec, chain([model[each] for each in "abcde"]))
+    monkeypatch.setattr(path, "attempts", frontend.attempts)
+    body = {"prompt": [model["a"]], "n": 5, "stop": ["d", "<|im_start|>"], "max_tokens": 9}
+    # The scripted attempts tell nobody that the prompt is computed.
+    monkeypatch.setattr(SharedPrompt, "computed", AsyncMock())
+    async with serving(frontend) as http:
+        reply = await ask(http.address, COMPLETIONS, body)
+    choices = json.loads(reply.body)["choices"]
+    assert [(each["text"], each["finish_reason"]) for each in choices] == [("bc", "stop")] * 5
+    assert len(given) == 1

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from baton.services.gateway import attempt as attempt_module
-from baton.services.gateway.admission import MAX_SAMPLES
+from baton.services.gateway.admission import MAX_SAMPLES, AdmittedRequest
 from baton.services.gateway.links import Events, Failed, Joined, Token
 from baton.services.gateway.merged import merged
 from baton.services.gateway.openai.completions import MAX_CHOICES
@@ -107,6 +107,40 @@ async def test_others_start_when_the_first_has_a_token_and_where_it_is(
         # What the others found was not there before the request.
         cached = [r.finished.usage.num_cached_tokens for r in responses if r.HasField("finished")]
         assert cached == [32] * 5
+
+
+async def test_others_wake_one_by_one_and_share_what_is_made_of_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    turns: list[int] = []
+    turn = 0
+    spec_of = attempt_module._spec_of
+
+    def count_specs(admitted: AdmittedRequest) -> types_pb2.SequenceSpec:
+        made.append("spec")
+        return spec_of(admitted)
+
+    def script(sequence: Sequence, events: Events) -> None:
+        turns.append(turn)
+        assert sequence.client_prompt_token_ids == tuple(PROMPT)
+        whole_answer(sequence, events)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(attempt_module, "_spec_of", count_specs)
+    async with whole_gateway(monkeypatch) as gateway:
+        gateway.script = script
+        counting = asyncio.create_task(count_turns())
+        responses = await gateway.ask_grpc(request(8))
+        counting.cancel()
+        assert sorted(tokens_by_sample(responses)) == [*range(8)]
+    assert made == ["spec"]
+    assert len(set(turns)) == 8, "no two in one turn of the loop"
 
 
 @pytest.mark.parametrize(("num_free", "host"), [(256, "decode-0"), (3, "decode-1")])
