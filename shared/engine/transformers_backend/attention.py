@@ -53,6 +53,14 @@ class Step:
         return attended[None]
 
 
+class NoStep:
+    """Layers attend to nothing."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        """As `Step.attend`."""
+        return query.transpose(1, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class How:
     """What a call asks for beside queries, keys and values."""
@@ -65,7 +73,7 @@ class How:
 
 
 Attend = Callable[..., tuple[Tensor, None]]
-_step: ContextVar[Step | None] = ContextVar("step", default=None)
+_step: ContextVar[Step | NoStep | None] = ContextVar("step", default=None)
 _dry_run: ContextVar[Attend | None] = ContextVar("dry_run", default=None)
 
 
@@ -82,7 +90,7 @@ def register() -> None:
 
 
 @contextmanager
-def running(step: Step) -> Iterator[None]:
+def running(step: Step | NoStep) -> Iterator[None]:
     token = _step.set(step)
     try:
         yield

@@ -107,7 +107,7 @@ class TransformersImplementation:
             is_stable = start_check.check(model, executor, self.config.vocab_size, most_tokens)
         except ModelError as error:
             raise ModelError(f"{self.model_dir}: {error}") from None
-        return is_stable and not self.foreign.facts.has_experts
+        return is_stable and not self.foreign.facts.has_experts and model.keeps_bits()
 
 
 def _check_steps(config: EngineConfig, most: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 import sys
 import warnings
@@ -18,11 +19,15 @@ from torch import Tensor, nn
 from baton.kernels import reference
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.executor import Wanted
-from baton.shared.engine.transformers_backend.attention import PAGED, Step, running
+from baton.shared.engine.transformers_backend.attention import PAGED, NoStep, Step, running
+from baton.shared.engine.transformers_backend.company import recording
 from baton.shared.engine.transformers_backend.config import Foreign, make_model
 from baton.shared.engine.transformers_backend.dry_run import without_cache
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.model_files.fields import ModelError
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
 
 _TEXT_PARTS = {
     r"^model\.language_model\.": "model.",
@@ -80,6 +85,25 @@ class TransformersModel:
             return logits[:num_tokens]
         return logits if self._can_choose else logits.index_select(0, tokens)
 
+    def keeps_bits(self) -> bool:
+        """Whether all that transformers' code computes is known to give a token the same bits
+        whatever shares its step; in float32."""
+        if self._model.dtype != torch.float32:
+            return False
+        ids = torch.zeros(1, MIN_LINEAR_ROWS, dtype=torch.int64)
+        positions = torch.arange(MIN_LINEAR_ROWS)[None]
+        ours = [each for each in self._model.modules() if isinstance(each, _OURS)]
+        with running(NoStep()), recording(ours) as seen:
+            self._model(input_ids=ids, position_ids=positions, **self._arguments)
+        if seen.unsure:
+            log_event(
+                logger,
+                logging.INFO,
+                "operations of the model may depend on what shares a step: it is not exact",
+                operations=" ".join(sorted(seen.unsure)),
+            )
+        return not seen.unsure
+
     @property
     def pad_token_id(self) -> int | None:
         """Which some types do not count where they number tokens."""
@@ -134,7 +158,7 @@ def load(
     else:
         model = _read(foreign, model_dir, weights, dtype)
     model.requires_grad_(False)
-    _pack_linears(model)
+    _replace_modules(model)
     return TransformersModel(model, places, foreign.most_of_a_step)
 
 
@@ -230,18 +254,59 @@ class _PackedLinear(nn.Module):
         return rows.view(*x.shape[:-1], self._num_out)
 
 
-def _pack_linears(model: Any) -> None:
+class _Activation(nn.Module):
+    """In place of one of transformers': the same function, of which a number has the same bits
+    wherever it stands."""
+
+    def __init__(self, name: reference.Activation) -> None:
+        super().__init__()
+        self._name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.activate(x, self._name)
+
+
+class _Gelu(nn.Module):
+    """As `_Activation`, by the error function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5 * (1 + torch.erf(x * 0.5**0.5))
+
+
+_OURS = (_PackedLinear, _Activation)
+
+
+def _replace_modules(model: Any) -> None:
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D)
+
+    def is_replaced(child: nn.Module) -> bool:
+        return type(child) in kinds or _activation_for(child) is not None
+
     parents = [
         module
         for module in model.modules()
-        if any(type(child) in kinds for child in module.children())
+        if any(is_replaced(child) for child in module.children())
     ]
     for parent in parents:
-        for name in [name for name, child in parent.named_children() if type(child) in kinds]:
-            setattr(parent, name, _packed(getattr(parent, name)))
+        for name in [name for name, child in parent.named_children() if is_replaced(child)]:
+            new = _activation_for(getattr(parent, name))
+            setattr(parent, name, _packed(getattr(parent, name)) if new is None else new)
+
+
+def _activation_for(module: nn.Module) -> nn.Module | None:
+    """What computes the same; None: nothing does here."""
+    from transformers import activations
+
+    kind = type(module)
+    if kind in (nn.SiLU, activations.SiLUActivation):
+        return _Activation("silu")
+    if kind in (activations.GELUTanh, activations.NewGELUActivation):
+        return _Activation("gelu_tanh")
+    if kind is nn.GELU:
+        return _Gelu() if module.approximate == "none" else _Activation("gelu_tanh")
+    return _Gelu() if kind is activations.GELUActivation else None
 
 
 def _packed(layer: Any) -> _PackedLinear:

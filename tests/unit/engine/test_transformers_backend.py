@@ -30,6 +30,7 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.transformers_backend import library as library_module
 from baton.shared.engine.transformers_backend import start_check
 from baton.shared.engine.transformers_backend.attention import make_mask, read_arguments
+from baton.shared.engine.transformers_backend.company import recording
 from baton.shared.engine.transformers_backend.model import load
 from baton.shared.engine.weights import WeightFiles
 from baton.shared.model_files.fields import ModelError
@@ -235,6 +236,54 @@ def test_bits_that_depend_on_company_are_not_exact(
         "baton.shared.engine.determinism.linear_is_stable", lambda shapes, ops: True
     )
     assert start(olmo2).determinism == "consistent"
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu2"])
+def test_what_fills_no_vector_has_the_bits_of_what_does(activation: str, tmp_path: Path) -> None:
+    make_tiny(tmp_path, "olmo2", {"intermediate_size": 233, "hidden_act": activation})
+    runner = start(tmp_path)
+    assert runner.determinism == "exact"
+    tokens = random.Random(4).choices(range(runner.model_config.vocab_size), k=480)
+    tables = [list(range(30))]
+
+    def part(begin: int, end: int) -> torch.Tensor:
+        row = BatchRow(tokens[begin:end], begin, tables, num_logits=end - begin)
+        return runner.logits(Batch([row])).clone()
+
+    whole = part(0, 480)
+    parts = [part(begin, begin + 48) for begin in range(0, 480, 48)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "mish", "sqrtsoftplus", "quick_gelu"])
+def test_operations_that_are_not_known_are_not_exact(activation: str, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path, "olmo2", {"hidden_act": activation})
+    runner = start(tmp_path)
+    assert runner.determinism == "consistent"
+    torch.testing.assert_close(logits(runner), expected(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("compute", "unsure"),
+    [
+        (lambda x: x.sigmoid(), {"sigmoid"}),
+        (lambda x: torch.nn.functional.silu(x), {"silu"}),
+        (lambda x: x.softmax(-1), {"_softmax"}),
+        (lambda x: torch.add(x, x, alpha=3), {"add"}),
+        (lambda x: x.pow(0.3), {"pow"}),
+        (lambda x: x.sum(0), {"sum"}),
+        (lambda x: x.T.mean(-1), {"mean"}),
+        (lambda x: x @ x.T, {"mm"}),
+        (lambda x: x.clamp(-1, 1) * x.pow(2).mean(-1, keepdim=True).rsqrt().cos(), set()),
+        (lambda x: torch.nn.functional.layer_norm(x, (24,)), set()),
+    ],
+)
+def test_operations_are_known_or_said(
+    compute: Callable[[torch.Tensor], torch.Tensor], unsure: set[str]
+) -> None:
+    with torch.inference_mode(), recording([]) as seen:
+        compute(torch.ones(16, 24))
+    assert seen.unsure == unsure
 
 
 # What is refused
