@@ -27,7 +27,7 @@ from baton.services.gateway.links import (
 )
 from baton.services.gateway.router import Route
 from baton.shared.kv.sequence import AttemptKey
-from baton.shared.rpc.convert import duration_to_pb, key_to_pb, sampling_to_pb
+from baton.shared.rpc.convert import add_sequence, duration_to_pb, key_to_pb, sampling_to_pb
 from baton.shared.rpc.errors import SourceLost
 from baton.v1 import prefill_service_pb2, types_pb2
 
@@ -95,10 +95,12 @@ class _Attempt:
         patience = 2.0 ** min(generation.num_fruitless - 1, _MAX_PATIENCE_DOUBLINGS)
         spec = self._sequence_spec()
         if route.prefill is not None:
+            request = prefill_service_pb2.PrefillRequest(unclaimed=not wants_decode)
+            add_sequence(request.sequence, spec)
             call = follow_prefill(
                 self._cluster.channel(route.prefill),
                 route.prefill.incarnation,
-                prefill_service_pb2.PrefillRequest(sequence=spec, unclaimed=not wants_decode),
+                request,
                 self.events,
                 patience,
             )
@@ -202,9 +204,8 @@ class _Attempt:
         generation = self._generation
         admitted, prompt = generation.admitted, generation.prompt
         spec = types_pb2.SequenceSpec()
-        spec.CopyFrom(
-            _spec_of(admitted) if prompt is None else prompt.spec(partial(_spec_of, admitted))
-        )
+        make = partial(_spec_of, admitted)
+        add_sequence(spec, make() if prompt is None else prompt.spec(make))
         spec.key.CopyFrom(key_to_pb(self._key))
         spec.token_ids.extend(generation.token_ids)
         spec.first_index = len(generation.token_ids)

@@ -19,6 +19,7 @@ import grpc
 from baton.shared.kv.sequence import AttemptKey, FinishReason
 from baton.shared.rpc.convert import (
     FINISH_REASON_FROM_PB,
+    add_sequence,
     duration_from_pb,
     key_from_pb,
     key_to_pb,
@@ -171,8 +172,12 @@ class DecodeLink:
         if not self._attempts:
             self._last_heard_s = time.monotonic()
         self._attempts[number] = _Attempt(events, patience)
-        start = decode_service_pb2.StartSequence(sequence=spec, slot=number, source=source)
-        self._requests.put_nowait(decode_service_pb2.DecodeRequest(start=start))
+        request = decode_service_pb2.DecodeRequest()
+        request.start.slot = number
+        add_sequence(request.start.sequence, spec)
+        if source is not None:
+            request.start.source.CopyFrom(source)
+        self._requests.put_nowait(request)
         return number
 
     def end(self, number: int, key: AttemptKey) -> None:

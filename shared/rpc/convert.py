@@ -28,6 +28,18 @@ ROLE_TO_PB = {
 }
 
 
+def add_sequence(to: pb.SequenceSpec, spec: pb.SequenceSpec) -> None:
+    """Makes an empty message the same as `spec`. The library copies a message by writing and
+    reading it, which takes milliseconds for a long prompt; a list of numbers it copies as it is."""
+    for field, value in spec.ListFields():
+        if field.name == "token_ids":
+            to.token_ids.MergeFrom(value)
+        elif field.message_type is None and not field.is_repeated:
+            setattr(to, field.name, value)
+        else:
+            getattr(to, field.name).MergeFrom(value)
+
+
 def key_to_pb(key: AttemptKey) -> pb.AttemptKey:
     return pb.AttemptKey(request_id=key.request_id, sample=key.sample, attempt=key.attempt)
 

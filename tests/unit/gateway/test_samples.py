@@ -18,6 +18,7 @@ from baton.services.gateway.merged import merged
 from baton.services.gateway.openai.completions import MAX_CHOICES
 from baton.shared.directory.workers import WorkerLoad
 from baton.shared.kv.sequence import FinishReason, Sequence
+from baton.shared.rpc.convert import add_sequence
 from baton.shared.rpc.errors import EngineFailure, WorkerLost
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
@@ -107,6 +108,22 @@ async def test_others_start_when_the_first_has_a_token_and_where_it_is(
         # What the others found was not there before the request.
         cached = [r.finished.usage.num_cached_tokens for r in responses if r.HasField("finished")]
         assert cached == [32] * 5
+
+
+def test_a_sequence_is_added_whole() -> None:
+    spec = types_pb2.SequenceSpec(
+        key=types_pb2.AttemptKey(request_id="r", sample=2),
+        token_ids=PROMPT,
+        first_index=3,
+        sampling=types_pb2.SamplingParams(logit_bias={5: -1.0}, stop_token_ids=[7], min_tokens=0),
+        cache_salt=b"s",
+        distrust=True,
+        banned_sequences=[types_pb2.TokenRun(token_ids=[1, 2])],
+        constraint=types_pb2.Constraint(json_object=types_pb2.JsonObject()),
+    )
+    added = PrefillRequest()
+    add_sequence(added.sequence, spec)
+    assert added == PrefillRequest(sequence=spec)
 
 
 async def test_others_wake_one_by_one_and_share_what_is_made_of_the_prompt(
