@@ -310,6 +310,11 @@ MADE_BY_TRANSFORMERS: list[tuple[str, Fields, str]] = [
     ("gptj", {"rotary_dim": 8}, 'model_type: "gptj": its attention does not go through'),
     ("xglm", {}, 'model_type: "xglm": its attention does not go through'),
     ("jetmoe", {"kv_channels": 16}, 'model_type: "jetmoe": its code looks at numbers to know'),
+    (
+        "xmod",
+        {"is_decoder": True, "default_language": "en_XX"},
+        'model_type: "xmod": its code looks at numbers to know',
+    ),
     ("doge", {}, 'model_type: "doge": layer 0 attends with a mask of its own'),
     (
         "minimax_m3_vl_text",
