@@ -18,6 +18,7 @@ from baton.shared.sampling import SamplingParams
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_INF = float("inf")
 
 
 def sample_tokens(
@@ -43,14 +44,10 @@ def sample_tokens(
             tokens[random] = drawn
         else:
             tokens = drawn
-    drawn_ids: list[int] = tokens.where(highest.isfinite(), -1).tolist()
-    if min(drawn_ids, default=0) < 0:
-        is_nothing = (highest == float("-inf")).tolist()
-        drawn_ids = [
-            NOTHING_LEFT if nothing else token_id
-            for token_id, nothing in zip(drawn_ids, is_nothing, strict=True)
-        ]
-    return drawn_ids
+    return [
+        token_id if -_INF < most < _INF else NOTHING_LEFT if most == -_INF else -1
+        for token_id, most in zip(tokens.tolist(), highest.tolist(), strict=True)
+    ]
 
 
 def draw_stream(seed: int, sample_index: int) -> int:
