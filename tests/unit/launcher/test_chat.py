@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +182,15 @@ def test_without_a_template_nothing_is_asked(
     assert err == "toy has no chat template: baton generate continues text\n"
 
 
+# Makes the terminal the controlling one, so that Ctrl-C becomes a signal, and becomes the command.
+# Not `preexec_fn`: this process has threads of gRPC, whose handlers of a fork can end the child.
+_OF_THE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 class Terminal:
     """The command with a terminal of its own."""
 
@@ -193,14 +199,13 @@ class Terminal:
         self._fd = ours
         self.seen = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "baton.services.launcher", *argv],
+            [sys.executable, "-c", _OF_THE_TERMINAL, "-m", "baton.services.launcher", *argv],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=_heed_the_terminal,
         )
         os.close(theirs)
 
@@ -221,8 +226,8 @@ class Terminal:
         return before
 
     def interrupts(self, text: str) -> None:
-        """Presses Ctrl-C until `text` has come. Once may not be enough at a prompt: what arrives
-        between Python's look at its signals and its wait for a key is heeded at the next key."""
+        """Presses Ctrl-C until `text` has come: at a prompt one that arrives between Python's look
+        at its signals and its wait for a key is heeded with the next."""
         for limit_s in (10.0, 60.0):
             self.types("\x03")
             try:
@@ -239,13 +244,6 @@ class Terminal:
             self.process.kill()
             self.process.wait()
             os.close(self._fd)
-
-
-def _heed_the_terminal() -> None:
-    """Makes it the controlling one, so that Ctrl-C becomes a signal, which what runs in the
-    background, as these tests may, would not heed."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(gateway: Gateway, asked: object) -> None:
@@ -270,7 +268,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(gateway: Gateway, asked
         assert cancelled.wait(10)
         # At the prompt it leaves the line, no more.
         terminal.sees("> ")
+        # Not in one breath with Ctrl-C, which discards what nobody has read yet: readline, told
+        # that there is a key and finding none, would wait for one and heed no signal.
         terminal.types("half a line")
+        terminal.sees("half a line")
         terminal.interrupts("/exit or Ctrl-D ends the conversation")
         terminal.sees("> ")
         terminal.types("go on\n")

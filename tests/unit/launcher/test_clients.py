@@ -183,8 +183,6 @@ def test_ctrl_c_cancels(gateway: Gateway) -> None:
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # What runs in the background, as these tests may, would not heed it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with client:
         assert client.stdout is not None
