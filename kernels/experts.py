@@ -74,6 +74,7 @@ def route(
             SCALE=rule.scale,
             GROUPS=rule.num_groups,
             TOP_GROUPS=rule.top_groups,
+            GROUP_BEST=rule.group_best,
             BLOCK=triton.next_power_of_2(num_experts),
             BLOCK_K=triton.next_power_of_2(rule.top_k),
             BLOCK_G=triton.next_power_of_2(rule.num_groups),
@@ -246,6 +247,7 @@ def _route(
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -271,14 +273,16 @@ def _route(
         best = tl.full([BLOCK_G], float("-inf"), tl.float32)
         for number in tl.static_range(GROUPS):
             own = tl.where(group == number, choice, float("-inf"))
-            first = tl.argmax(own, 0)
-            second = tl.max(tl.where(expert == first, float("-inf"), own), 0)
-            best = tl.where(place == number, tl.max(own, 0) + second, best)
+            highest = tl.max(own, 0)
+            if GROUP_BEST == 2:
+                first = tl.argmax(own, 0)
+                highest += tl.max(tl.where(expert == first, float("-inf"), own), 0)
+            best = tl.where(place == number, highest, best)
         is_left = expert < 0
         for _ in tl.static_range(TOP_GROUPS):
-            highest = tl.argmax(best, 0)
-            is_left = is_left | (group == highest)
-            best = tl.where(place == highest, float("-inf"), best)
+            at = tl.argmax(best, 0)
+            is_left = is_left | (group == at)
+            best = tl.where(place == at, float("-inf"), best)
         choice = tl.where(is_left, choice, float("-inf"))
 
     place = tl.arange(0, BLOCK_K)

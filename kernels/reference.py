@@ -218,7 +218,8 @@ class AttentionPlan:
     num_tokens: int
     slots: Tensor
     """int64 [num_layers, 2 (key, value), T · num_kv_heads]: rows of the cache taken as
-    [blocks · num_kv_heads · num_layers · 2 · block_size, head_dim]."""
+    [blocks · num_kv_heads · num_layers · 2 · block_size, head_dim]. Where latents are kept, which
+    are both, there is 1 in the place of 2, here and below."""
     units: list[QueryUnits]
 
 
@@ -275,11 +276,12 @@ def plan_attention(
         block_table: [R, blocks], −1 in holes, which read as zeros, and beyond a row's context.
         slot_mapping: [T].
         kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; the last block is zero.
+            Of latents there is 1 in the place of 2.
         num_heads: query heads.
         min_rows: matrix products get at least as many rows.
         window: positions that a token attends to, its own among them; None: all before it.
     """
-    _, num_kv_heads, num_layers, _, block_size, head_dim = kv.shape
+    _, num_kv_heads, num_layers, num_kinds, block_size, head_dim = kv.shape
     scores_bytes = num_heads * TILE * 4
     keys_bytes = num_kv_heads * TILE * head_dim * kv.element_size()
     units = [
@@ -288,8 +290,8 @@ def plan_attention(
     ]
     blocks, offsets = np.divmod(slot_mapping, block_size)
     heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
-    slots = heads * (num_layers * 2 * block_size) + offsets[:, None]
-    layers = np.arange(num_layers * 2).reshape(num_layers, 2, 1) * block_size
+    slots = heads * (num_layers * num_kinds * block_size) + offsets[:, None]
+    layers = np.arange(num_layers * num_kinds).reshape(num_layers, num_kinds, 1) * block_size
     return AttentionPlan(
         num_tokens=int(query_start[-1]),
         slots=_to(kv, slots.reshape(-1) + layers),
@@ -363,7 +365,7 @@ def _plan_units(
 ) -> QueryUnits:
     """Plans a span's units; block_table [U, blocks] holds the ids of its rows."""
     visible, num_queries = span.visible, span.num_queries
-    num_blocks_and_zero, num_kv_heads, num_layers, _, block_size, head_dim = kv.shape
+    num_blocks_and_zero, num_kv_heads, num_layers, num_kinds, block_size, head_dim = kv.shape
     num_units = len(visible)
     heads_per_kv = num_heads // num_kv_heads
     blocks_per_tile = TILE // block_size
@@ -385,8 +387,8 @@ def _plan_units(
     blocks = table.reshape(num_units, -1, blocks_per_tile)[unit_of_tile, tile_number]
 
     heads = np.arange(num_kv_heads)[:, None]
-    keys = (blocks[:, None, :] * num_kv_heads + heads) * (num_layers * 2)
-    layers = np.arange(num_layers * 2).reshape(num_layers, 2, 1)
+    keys = (blocks[:, None, :] * num_kv_heads + heads) * (num_layers * num_kinds)
+    layers = np.arange(num_layers * num_kinds).reshape(num_layers, num_kinds, 1)
 
     tile_of_unit = np.zeros((max_tiles, num_units), np.int64)
     tile_of_unit[has_tile] = np.arange(len(tile_number))
@@ -441,6 +443,8 @@ def paged_attention(
     scale: float,
     cap: float = 0.0,
     sinks: Tensor | None = None,
+    *,
+    value_dim: int | None = None,
 ) -> Tensor:
     """Causal attention of query [≥ T, num_heads, head_dim] over the blocks → the same shape.
 
@@ -448,19 +452,21 @@ def paged_attention(
     head's score of something that every token sees, whose value is zero. The step's own keys and
     values are stored before. Rows of `query` behind T have the first one's result.
     kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; what lies in slots behind
-    a row's context is never used, NaN included.
+    a row's context is never used, NaN included. With `value_dim`, [..., 1, block_size, head_dim]:
+    so many of a key's first numbers are its value → [≥ T, num_heads, value_dim].
     """
     num_kv_heads = kv.shape[1]
     _, num_heads, head_dim = query.shape
-    out = torch.empty_like(query)
+    value_dim = value_dim or head_dim
+    out = query.new_empty(*query.shape[:2], value_dim)
     scaled = query * scale
     for units in plan.units:
         num_tokens = units.num_units * units.num_queries
         shape = (units.num_units, units.num_queries, num_kv_heads, -1, head_dim)
         by_head = scaled.index_select(0, units.tokens).view(shape).transpose(1, 2).flatten(2, 3)
-        attended = _attend(by_head, kv, layer, units, cap, sinks)
-        by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, head_dim)
-        by_token = by_token.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
+        attended = _attend(by_head, kv, layer, units, cap, sinks, value_dim)
+        by_token = attended.view(units.num_units, num_kv_heads, units.num_queries, -1, value_dim)
+        by_token = by_token.transpose(1, 2).reshape(num_tokens, num_heads, value_dim)
         out.index_copy_(0, units.tokens, by_token)
     if len(out) > plan.num_tokens:
         out[plan.num_tokens :] = out[0]
@@ -474,15 +480,16 @@ def _attend(
     units: QueryUnits,
     cap: float,
     sinks: Tensor | None,
+    value_dim: int,
 ) -> Tensor:
-    """query [U, num_kv_heads, M, head_dim], scaled → the same shape."""
+    """query [U, num_kv_heads, M, head_dim], scaled → [U, num_kv_heads, M, value_dim]."""
     num_units, num_kv_heads, num_rows, head_dim = query.shape
     if num_rows < units.num_rows:
         padding = (0, 0, 0, units.num_rows - num_rows)
         query = torch.nn.functional.pad(query, padding)
     by_tile = query.index_select(0, units.unit_of_tile)
     keys = _gather(kv, layer, 0, units)
-    scores = _bmm(by_tile.flatten(0, 1), keys.transpose(1, 2)).float()
+    scores = bmm(by_tile.flatten(0, 1), keys.transpose(1, 2)).float()
     scores = scores.view(-1, num_kv_heads, units.num_rows, TILE)
     real = scores[:, :, :num_rows]
     if cap:
@@ -498,13 +505,15 @@ def _attend(
     if sinks is not None:
         total = total + (sinks - highest).exp_()
 
-    values = _gather(kv, layer, 1, units)
+    # Of latents the keys are there still.
+    values = _gather(kv, layer, 1, units) if kv.shape[3] == 2 else keys
     # A masked key's weight is zero, but zero times NaN is not.
     block_size = kv.shape[4]
     tail = units.gathered.index_select(0, units.tail).view(-1, num_kv_heads, block_size, head_dim)
     tail.masked_fill_(units.beyond_tail, 0)
     units.gathered.index_copy_(0, units.tail, tail.view(-1, block_size * head_dim))
-    partial = _bmm(scores.to(values.dtype).flatten(0, 1), values).view(by_tile.shape)
+    partial = bmm(scores.to(values.dtype).flatten(0, 1), values[..., :value_dim])
+    partial = partial.view(*by_tile.shape[:-1], value_dim)
     sums = _over_tiles(torch.add, partial[:, :, :num_rows], units)
     return (sums / total).to(query.dtype)
 
@@ -530,7 +539,7 @@ def _over_tiles(combine: Callable[..., Tensor], partial: Tensor, units: QueryUni
     return result
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
+def bmm(a: Tensor, b: Tensor) -> Tensor:
     """[B, M, K] times [B, K, N]; a lone product is doubled.
 
     Threads share a batch out product by product, but split a lone one, which changes its bits.

@@ -131,7 +131,7 @@ def _scores(logits: Tensor, rule: RoutingRule) -> Tensor:
 
 def _within_groups(choice: Tensor, rule: RoutingRule) -> Tensor:
     by_group = choice.view(len(choice), rule.num_groups, -1)
-    best = by_group.sort(-1, descending=True).values[..., :2].sum(-1)
+    best = by_group.sort(-1, descending=True).values[..., : rule.group_best].sum(-1)
     is_left = torch.zeros_like(best, dtype=torch.bool)
     is_left.scatter_(1, _highest(best, rule.top_groups), value=True)
     return by_group.masked_fill(~is_left[..., None], float("-inf")).view(choice.shape)

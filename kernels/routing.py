@@ -27,9 +27,10 @@ class RoutingRule:
     scale: float = 1.0
     """Of the weights, at last."""
     num_groups: int = 1
-    """Experts are chosen from `top_groups` of so many groups of neighbours: those whose two highest
-    scores have the highest sums."""
+    """Experts are chosen from `top_groups` of so many groups of neighbours: those whose
+    `group_best` highest scores have the highest sums."""
     top_groups: int = 1
+    group_best: Literal[1, 2] = 2
 
 
 class ClampedSwiglu(NamedTuple):

@@ -89,10 +89,15 @@ PROBES: tuple[dict[str, Any], ...] = (
     {"hidden_size_per_layer_input": 16},
     {"hidden_size_per_layer_input": 0},
     {"mlp_only_layers": [0]},
-    {"first_k_dense_replace": 0},
+    *({"first_k_dense_replace": count} for count in (0, 1)),
     {"norm_topk_prob": False},
     {"norm_topk_prob": True},
     {"n_group": 4, "topk_group": 2},
+    {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    {"n_group": 1, "topk_group": 1},
+    {"q_lora_rank": None},
+    {"mlp_layer_types": ["sparse"] * NUM_LAYERS},
+    {"routed_scaling_factor": 1.0},
     {"routed_scaling_factor": 2.5},
     {"use_qk_norm": True},
     {"qkv_bias": False},
@@ -120,7 +125,7 @@ class Row:
 
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "attention": ("full", "windowed", "both in one model"),
+    "attention": ("full", "windowed", "both in one model", "latent"),
     "rope": (
         *ROPES,
         "part of a head",
@@ -160,6 +165,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "sinks",
         "layers without a cache of their own",
         "keys that are values",
+        "queries of latents",
         "inputs for each layer",
         "wider MLPs above",
     ),
@@ -227,6 +233,7 @@ def configured(
         "global_head_dim": HEAD_DIM,
         "hidden_size": 4 * HEAD_DIM,
         "max_position_embeddings": 65536,
+        **NEEDED.get(model_type, {}),
         **changes,
     }
     values: dict[str, Any] = {"model_type": model_type, **text}
@@ -249,6 +256,11 @@ def configured(
         return None
 
 
+_LATENT = {"num_key_value_heads": 4, "num_experts_per_tok": 2}
+NEEDED: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), _LATENT
+)
+"""Fields without which a type refuses a file."""
 ROPE_NEEDED: dict[str, dict[str, Any]] = {
     "ministral3": {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
 }
@@ -262,9 +274,13 @@ def features_of(config: ModelConfig) -> frozenset[str]:
     turning = {rope for rope in ropes if rope.rope_type != "none"}
     is_windowed = {layer.window is not None for layer in layers}
     have = {
-        "full": False in is_windowed,
+        "full": any(layer.window is None and layer.latent is None for layer in layers),
         "windowed": True in is_windowed,
         "both in one model": len(is_windowed) == 2,
+        "latent": any(layer.latent is not None for layer in layers),
+        "queries of latents": any(
+            layer.latent is not None and layer.latent.query_rank is not None for layer in layers
+        ),
         "part of a head": any(
             is_partial(layer.rope, layer.head_dim) for layer in layers if layer.rope in turning
         ),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference import TILE
+from baton.kernels.reference_latent import of_each_head
 from baton.shared.engine.linear import Linear
-from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 from baton.shared.engine.operations import Operations
 
 MIN_LINEAR_ROWS = 16
@@ -26,12 +27,20 @@ _MAX_WEIGHT_ELEMENTS = 2**20
 
 def min_attention_rows(config: ModelConfig) -> int | None:
     """The fewest rows from which on a row of attention's products keeps its bits; None: unknown."""
-    fewest = [_min_rows_of_heads(dim) for dim in sorted({each.head_dim for each in config.layers})]
+    dims = {_dims_of_heads(layer) for layer in config.layers}
+    fewest = [_min_rows_of_heads(*each) for each in sorted(dims)]
     known = [rows for rows in fewest if rows is not None]
     return max(known) if len(known) == len(fewest) else None
 
 
-def _min_rows_of_heads(head_dim: int) -> int | None:
+def _dims_of_heads(layer: AttentionConfig) -> tuple[int, int]:
+    """Of keys and values, as the reference has them."""
+    if layer.latent is None:
+        return layer.head_dim, layer.head_dim
+    return layer.latent.rank + layer.head_dim, layer.latent.rank
+
+
+def _min_rows_of_heads(head_dim: int, value_dim: int) -> int | None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(5, _MANY, head_dim, generator=generator)
     keys = torch.randn(5, TILE, head_dim, generator=generator)
@@ -42,12 +51,32 @@ def _min_rows_of_heads(head_dim: int) -> int | None:
         return torch.bmm(a, keys[:batch].transpose(1, 2))
 
     def sums(rows: int, batch: int) -> Tensor:
-        return torch.bmm(weights[:batch, :rows].contiguous(), keys[:batch])
+        return torch.bmm(weights[:batch, :rows].contiguous(), keys[:batch, :, :value_dim])
 
     for rows in _ATTENTION_ROWS:
         if _is_stable(scores, rows) and _is_stable(sums, rows):
             return rows
     return None
+
+
+def latents_are_stable(config: ModelConfig) -> bool:
+    """Whether what each head makes of latents keeps its bits, from MIN_LINEAR_ROWS rows on."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = set()
+    for layer in config.layers:
+        if (latent := layer.latent) is not None:
+            shapes.add((layer.num_heads, latent.key_dim, latent.rank))
+            shapes.add((layer.num_heads, latent.rank, latent.value_dim))
+    for num_heads, num_in, num_out in sorted(shapes):
+        weight = torch.randn(min(num_heads, 5), num_in, num_out, generator=generator)
+        x = torch.randn(_MANY, len(weight), num_in, generator=generator)
+
+        def product(rows: int, _: int, x: Tensor = x, weight: Tensor = weight) -> Tensor:
+            return of_each_head(x[:rows], weight).flatten(1)[None]
+
+        if not _is_stable(product, MIN_LINEAR_ROWS):
+            return False
+    return True
 
 
 def linear_is_stable(shapes: Collection[tuple[int, int]], ops: Operations) -> bool:

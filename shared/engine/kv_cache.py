@@ -44,6 +44,7 @@ class KvCache:
         memory: uint8 [required_bytes], contiguous.
         pools: by pool, where its blocks lie in it.
         tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; of a
+            group of latents [num_blocks, 1, num_layers, 1, block_size, rank + rope_dim]; of a
             group of states uint8 [num_slots, num_kv_heads, num_layers, bytes].
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
         caches: by group, what a model's layers take: the padded tensor; of a group of states

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.executor import Model
 from baton.shared.engine.experts import Experts, ExpertsSpec
+from baton.shared.engine.latent import LatentHeadsSpec
 from baton.shared.engine.linear import FLOATS, Linear, LinearSpec
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
@@ -113,6 +115,12 @@ class ModelLoader:
         num_own = size.stop - size.start
         self.linear_shapes |= {(2 * num_own, spec.num_in), (spec.num_in, num_own)}
         return layer
+
+    def latent_heads(self, spec: LatentHeadsSpec) -> LatentHeads:
+        heads = self.ops.load_latent_heads(spec, self)
+        for weight in heads:
+            self._counted(weight)
+        return heads
 
     def tied_head(self, module: str, embedding: Tensor, scale: float = 1.0) -> Linear:
         """A head of the embedding's weights. A checkpoint that says so and yet has another weight

@@ -265,6 +265,7 @@ class ModelRunner:
             if (
                 min_rows is None
                 or not determinism.linear_is_stable(plan.linear_shapes, self._ops)
+                or not determinism.latents_are_stable(self.model_config)
                 or not determinism.elementwise_is_stable()
             ):
                 return "consistent", determinism.MIN_LINEAR_ROWS
@@ -508,6 +509,7 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 def _why_not_with_triton(model: ModelConfig) -> str | None:
     for spec in model.cache_specs:
+        # Of latents too, until there are kernels.
         if spec is not None and not isinstance(spec, Full | Sliding):
             return f"its kernels know no layers that cache {type(spec).__name__}"
     for field, most in _MOST_WITH_TRITON.items():

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import Routes
+from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.routing import RoutingRule
 from baton.shared.engine.experts import Experts, ExpertsSpec
+from baton.shared.engine.latent import LatentHeadsSpec
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks
 
 
@@ -61,6 +63,13 @@ class Operations(Protocol):
 
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
         """The experts of a layer, this rank's share of each.
+
+        Raises:
+            ModelError: as of `load_linear`.
+        """
+
+    def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
+        """What each head makes of latents, of this rank's heads.
 
         Raises:
             ModelError: as of `load_linear`.
@@ -131,6 +140,28 @@ class Operations(Protocol):
         scale: float,
         cap: float = 0.0,
         sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def rope_and_store_latent(
+        self,
+        query: Tensor,
+        latent: Tensor,
+        norm: Norm,
+        rope: Any,
+        kv: Tensor,
+        layer: int,
+        plan: Any,
+    ) -> None:
+        """See kernels/reference_latent.py, as of the next."""
+
+    def latent_attention(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        plan: Any,
+        heads: LatentHeads,
+        scale: float,
     ) -> Tensor: ...
 
     def soft_cap(self, x: Tensor, cap: float) -> Tensor: ...

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from baton.kernels import reference, reference_experts
-from baton.kernels.reference import Activation, HeadNorms, Rope
+from baton.kernels import reference, reference_experts, reference_latent
+from baton.kernels.reference import Activation, AttentionPlan, HeadNorms, Rope
 from baton.kernels.reference_experts import ExpertWeights, Routes
+from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
+from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -25,6 +27,7 @@ class ReferenceOperations:
     take_rope = staticmethod(reference.take_rope)
     rope_and_store = staticmethod(reference.rope_and_store)
     paged_attention = staticmethod(reference.paged_attention)
+    latent_attention = staticmethod(reference_latent.latent_attention)
     soft_cap = staticmethod(reference.soft_cap)
     route = staticmethod(reference_experts.route)
     gated_add = staticmethod(reference_experts.gated_add)
@@ -46,6 +49,23 @@ class ReferenceOperations:
             packed.append((gate_up, down, expert.gate_up_bias, expert.down_bias))
         weights = ExpertWeights(*(list(each) for each in zip(*packed, strict=True)))
         return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
+
+    def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
+        return expand_latent_heads(spec, reader, self.ranks)
+
+    def rope_and_store_latent(
+        self,
+        query: Tensor,
+        latent: Tensor,
+        norm: Norm,
+        rope: Rope,
+        kv: Tensor,
+        layer: int,
+        plan: AttentionPlan,
+    ) -> None:
+        reference_latent.rope_and_store_latent(
+            query, latent, norm.weight, norm.eps, rope, kv, layer, plan
+        )
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return reference.rms_norm(x, norm.weight, norm.eps)

@@ -19,11 +19,13 @@ from baton.kernels.gated_mul import gated_mul
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import Routes
+from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
+from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
 from baton.shared.engine.operations import Norm
 
@@ -131,6 +133,32 @@ class TritonOperations:
         y = experts_kernels.experts(x, routes, layer.weights, layer.activation)
         layer.all_reduce(y)
         return y if residual is None else residual.add_(y)
+
+    def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
+        return expand_latent_heads(spec, reader, self.ranks)
+
+    def rope_and_store_latent(
+        self,
+        query: Tensor,
+        latent: Tensor,
+        norm: Norm,
+        rope: Rope,
+        kv: Tensor,
+        layer: int,
+        plan: DevicePlan,
+    ) -> None:
+        raise NotImplementedError("refused at start: no kernels for latents yet")
+
+    def latent_attention(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        plan: DevicePlan,
+        heads: LatentHeads,
+        scale: float,
+    ) -> Tensor:
+        raise NotImplementedError("refused at start: no kernels for latents yet")
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)

@@ -108,6 +108,40 @@ class Sliding:
         return units_of_rank(self.num_kv_heads, rank, num_ranks, called="KV heads")
 
 
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """One vector of every position for all query heads: a latent of which keys and values are made,
+    and behind it the part of the key that is turned by its position.
+
+    It is key and value at once: blocks have one of it a token, of one head that every
+    tensor-parallel rank has.
+    """
+
+    rank: int
+    """Numbers of the latent."""
+    rope_dim: int
+
+    num_kv_heads: ClassVar[int] = 1
+    reads_everything: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
+
+    def first_read(self, position: int) -> int:
+        return 0
+
+    def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
+        dim = self.rank + self.rope_dim
+        return {"kv_head": 1, "layer": num_layers, "kv": 1, "token": block_size, "dim": dim}
+
+    def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
+        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+
+    def of_rank(self, rank: int, num_ranks: int) -> Latent:
+        return self
+
+    def heads_of_rank(self, rank: int, num_ranks: int) -> range:
+        return range(1)
+
+
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, by the dtype's name."""
 _STATE_ALIGNMENT_BYTES = 16

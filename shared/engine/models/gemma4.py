@@ -176,7 +176,7 @@ def _sources(fields: Fields, types: Sequence[str]) -> list[int | None]:
     return [None if index < first else last_of[each] for index, each in enumerate(types)]
 
 
-def _heads_by_type(fields: Fields, types: Sequence[str]) -> dict[str, dict[str, int]]:
+def _heads_by_type(fields: Fields, types: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What `read_heads` gives, by type of layer."""
     heads = read_heads(fields, fields.integer("hidden_size"))
     if fields.has("per_layer_config"):
@@ -190,8 +190,8 @@ def _heads_by_type(fields: Fields, types: Sequence[str]) -> dict[str, dict[str, 
 
 
 def _listed_heads(
-    fields: Fields, types: Sequence[str], heads: dict[str, int]
-) -> dict[str, dict[str, int]]:
+    fields: Fields, types: Sequence[str], heads: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Of a file that says for some layers what is not as in the others: transformers writes such.
     Layers of one type are alike."""
     name = "per_layer_config"

@@ -6,14 +6,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.kernels.routing import RoutingRule
 from baton.shared.engine.models import decoder, llama, qwen3, qwen3_moe
-from baton.shared.engine.models.mixture_config import (
-    MixtureConfig,
-    read_groups,
-    read_num_experts,
-    read_top_k,
-)
+from baton.shared.engine.models.mixture_config import read_first_dense, read_sigmoid_mixture
 from baton.shared.engine.models.model_config import LayerStyle, ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope_fields import RopeRules
@@ -33,27 +27,7 @@ def configure(fields: Fields) -> ModelConfig:
         qkv_bias=fields.boolean("attention_bias"), has_qk_norm=fields.boolean("use_qk_norm")
     )
     config = llama.configure(fields, _ROPE, style)
-    num_experts = read_num_experts(fields, "n_routed_experts", "num_local_experts", "num_experts")
-    top_k = read_top_k(fields, num_experts)
-    num_groups, top_groups = read_groups(fields, num_experts, top_k)
-    size = fields.integer("moe_intermediate_size")
-    first = fields.integer("first_k_dense_replace", least=0)
-    mixture = MixtureConfig(
-        routing=RoutingRule(
-            num_experts=num_experts,
-            top_k=top_k,
-            scoring="sigmoid",
-            is_normalised=fields.boolean("norm_topk_prob", default=True),
-            floor=1e-20,
-            scale=fields.number("routed_scaling_factor"),
-            num_groups=num_groups,
-            top_groups=top_groups,
-        ),
-        expert_size=size,
-        layers=tuple(index >= first for index in range(config.num_layers)),
-        has_choice_bias=True,
-        shared_size=size * fields.integer("n_shared_experts"),
-    )
+    mixture = read_sigmoid_mixture(fields, read_first_dense(fields, config.num_layers))
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
         fields.get(name)
     return replace(config, mixture=mixture)

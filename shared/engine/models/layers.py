@@ -10,20 +10,32 @@ from torch import Tensor
 
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Attention, GatedMlp, Names, load_norm
+from baton.shared.engine.models.latent_attention import LatentAttention
 from baton.shared.engine.models.mixture import load_mlp
 from baton.shared.engine.models.model_config import ModelConfig
+
+
+def load_attention(
+    config: ModelConfig, load: ModelLoader, names: Names, prefix: str, index: int
+) -> Attention | LatentAttention:
+    """What layer `index` attends by."""
+    latent = config.layers[index].latent
+    if latent is None:
+        return Attention(config, load, names, prefix, index)
+    return LatentAttention(config, latent, load, names, prefix, index)
 
 
 class PreNormLayer:
     """h + attention(norm(h)), then h + mlp(norm(h)).
 
-    Names: input_norm, mlp_norm, and those of `Attention` and `GatedMlp` or `Mixture`.
+    Names: input_norm, mlp_norm, and those of `Attention` or `LatentAttention`, and of `GatedMlp` or
+    `Mixture`.
     """
 
     def __init__(self, config: ModelConfig, load: ModelLoader, names: Names, index: int) -> None:
         prefix = names["layer"].format(index)
         self._input_norm = load_norm(config, load, prefix + names["input_norm"])
-        self._attention = Attention(config, load, names, prefix, index)
+        self._attention = load_attention(config, load, names, prefix, index)
         self._mlp_norm = load_norm(config, load, prefix + names["mlp_norm"])
         self._mlp = load_mlp(config, load, names, prefix, index)
 

@@ -52,13 +52,15 @@ def read_top_k(fields: Fields, num_experts: int, name: str = "num_experts_per_to
     return top_k
 
 
-def read_groups(fields: Fields, num_experts: int, top_k: int) -> tuple[int, int]:
-    """`n_group` and `topk_group`."""
+def read_groups(
+    fields: Fields, num_experts: int, top_k: int, *, group_best: int = 2
+) -> tuple[int, int]:
+    """`n_group` and `topk_group`. `group_best`: as of `RoutingRule`."""
     num_groups, top_groups = fields.integer("n_group"), fields.integer("topk_group")
     if num_experts % num_groups:
         raise fields.error("n_group", f"{num_experts} experts are not {num_groups} equal groups")
     size = num_experts // num_groups
-    if size < 2:
+    if size < group_best:
         raise fields.error(
             "n_group", f"groups of {size}; they are chosen by their best two experts"
         )
@@ -69,6 +71,36 @@ def read_groups(fields: Fields, num_experts: int, top_k: int) -> tuple[int, int]
             "topk_group", f"{top_groups} groups of {size} have no {top_k} experts to choose"
         )
     return num_groups, top_groups
+
+
+def read_sigmoid_mixture(fields: Fields, layers: tuple[bool, ...]) -> MixtureConfig:
+    """Experts chosen from groups by sigmoids and a bias, beside one that every token has."""
+    num_experts = read_num_experts(fields, "n_routed_experts", "num_local_experts", "num_experts")
+    top_k = read_top_k(fields, num_experts)
+    num_groups, top_groups = read_groups(fields, num_experts, top_k)
+    size = fields.integer("moe_intermediate_size")
+    return MixtureConfig(
+        routing=RoutingRule(
+            num_experts=num_experts,
+            top_k=top_k,
+            scoring="sigmoid",
+            is_normalised=fields.boolean("norm_topk_prob"),
+            floor=1e-20,
+            scale=fields.number("routed_scaling_factor"),
+            num_groups=num_groups,
+            top_groups=top_groups,
+        ),
+        expert_size=size,
+        layers=layers,
+        has_choice_bias=True,
+        shared_size=size * fields.integer("n_shared_experts"),
+    )
+
+
+def read_first_dense(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    """All layers but the first `first_k_dense_replace` have a mixture."""
+    first = fields.integer("first_k_dense_replace", least=0)
+    return tuple(index >= first for index in range(num_layers))
 
 
 def read_sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:

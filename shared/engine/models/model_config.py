@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from baton.shared.engine.models.mixture_config import MixtureConfig
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.engine.models.rope_config import RopeConfig
-from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding
+from baton.shared.kv.cache_spec import CacheSpec, Full, Latent, Sliding
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
 
@@ -43,6 +43,22 @@ _ACTIVATIONS: dict[str, Activation] = {
 """How files call activations → the operations' word."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Of a layer that keeps one latent of a token, of which each head makes its key and value."""
+
+    rank: int
+    """Numbers of a latent."""
+    key_dim: int
+    """Of a head's key, what is made of the latent; the rest of it turns, and is one for all
+    heads."""
+    value_dim: int
+    query_rank: int | None = None
+    """Queries are made of a latent of their own, of so many numbers; None: of the hidden state."""
+    eps: float = 1e-6
+    """Of the norms of latents."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
     """The attention of one layer."""
@@ -50,6 +66,7 @@ class AttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """With latents, what of a head turns."""
     rope: RopeConfig
     window: int | None = None
     """A token sees itself and the `window` − 1 tokens before it; None: all."""
@@ -57,6 +74,8 @@ class AttentionConfig:
     """Of the products of queries and keys; None: 1 / √head_dim."""
     soft_cap: float = 0.0
     """Scores are cap · tanh(score / cap); 0: as they are."""
+    latent: LatentConfig | None = None
+    """Keys and values are made of latents."""
     source: int | None = None
     """The layer before this one whose keys and values this one reads; None: its own."""
 
@@ -65,6 +84,8 @@ class AttentionConfig:
         """None: the layer caches nothing."""
         if self.source is not None:
             return None
+        if self.latent is not None:
+            return Latent(self.latent.rank, self.head_dim)
         if self.window is None:
             return Full(self.num_kv_heads, self.head_dim)
         return Sliding(self.num_kv_heads, self.head_dim, self.window)
@@ -164,7 +185,7 @@ def read_decoder(
     }
 
 
-def read_heads(fields: Fields, hidden_size: int) -> dict[str, int]:
+def read_heads(fields: Fields, hidden_size: int) -> dict[str, Any]:
     """`num_heads`, `num_kv_heads` and `head_dim` of an `AttentionConfig`; null key and value heads
     are as many as query heads."""
     num_heads = fields.integer("num_attention_heads")

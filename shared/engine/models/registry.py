@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from baton.shared.engine.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from baton.shared.engine.models.gemma2 import GEMMA2
 from baton.shared.engine.models.gemma3 import GEMMA3, GEMMA3_TEXT
 from baton.shared.engine.models.gemma4 import GEMMA4, GEMMA4_TEXT
 from baton.shared.engine.models.glm4 import GLM4
 from baton.shared.engine.models.glm4_moe import GLM4_MOE
+from baton.shared.engine.models.glm4_moe_lite import GLM4_MOE_LITE
 from baton.shared.engine.models.gpt_oss import GPT_OSS
 from baton.shared.engine.models.granite import GRANITE
 from baton.shared.engine.models.llama import LLAMA
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 _TYPES = {
     each.name: each
     for each in (
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
         GEMMA2,
         GEMMA3,
         GEMMA3_TEXT,
@@ -42,8 +46,10 @@ _TYPES = {
         GEMMA4_TEXT,
         GLM4,
         GLM4_MOE,
+        GLM4_MOE_LITE,
         GPT_OSS,
         GRANITE,
+        KIMI_K2,
         LLAMA,
         MINISTRAL3,
         MISTRAL,

@@ -33,6 +33,8 @@ class RopeConfig:
     """Yarn's ramp is between whole pairs."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    score_factor: float = 1.0
+    """What products of queries and keys are multiplied by beside their scale."""
     query_scale_beta: float = 0.0
     """How queries grow with the logarithm of their position; 0: they do not."""
 

@@ -33,6 +33,8 @@ class RopeRules:
     original_max_position: int | None = None
     """`original_max_position_embeddings` of a file that has none beside the rope's fields."""
     is_interleaved: bool = False
+    has_score_factor: bool = False
+    """`mscale_all_dim` changes the scale of attention, of whatever type but the default."""
     has_query_scale: bool = False
     """`llama_4_scaling_beta` is read."""
     types: tuple[str, ...] = _TYPES
@@ -169,6 +171,8 @@ class _Reader:
                 config = self._longrope(config, rope)
             case "proportional":
                 config = replace(config, factor=rope.number("factor", default=1.0))
+        if self.rules.has_score_factor and rope_type != "default":
+            config = replace(config, score_factor=_score_factor(rope))
         return self._with_query_scale(config, rope)
 
     def _type(self, rope: Fields) -> str:
@@ -295,6 +299,11 @@ def _llama3(config: RopeConfig, rope: Fields, original: int) -> RopeConfig:
 def _mscale(factor: float, mscale: float) -> float:
     """How much yarn sharpens attention for so many times the context."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _score_factor(rope: Fields) -> float:
+    all_dim = _number_or_zero(rope, "mscale_all_dim")
+    return _mscale(rope.number("factor"), all_dim) ** 2 if all_dim else 1.0
 
 
 def _number_or_zero(rope: Fields, name: str) -> float:

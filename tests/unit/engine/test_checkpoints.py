@@ -24,6 +24,7 @@ DIRECTORY = Path(__file__).parent / "checkpoints"
 
 SERVED = {
     "codellama/CodeLlama-34b-hf": "48 x (64 / 8 x 128 default)",
+    "deepseek-ai/DeepSeek-V2-Lite": "27 x (16 x 128 + 64 of 512 yarn), 6 of 64 experts of 1408",
     "google/gemma-2-27b-it": (
         "23 x (32 / 16 x 128 default, 4096), 23 x (32 / 16 x 128 default), tied"
     ),
@@ -97,20 +98,20 @@ SERVED = {
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "22 x (32 / 4 x 64 default)",
     "zai-org/GLM-4-9B-0414": "40 x (32 / 2 x 128 default)",
 }
-"""Layers x (query heads / key and value heads x head size, rope, window, whose cache), experts."""
+"""Layers x (query heads / key and value heads x head size, rope, window, whose cache), experts. Of
+latents: heads x (what is made of the latent + what turns, of a key) of the latent's size."""
 
 # Latent or linear attention, other norms, quantised in other ways.
 REFUSED = {
     "allenai/OLMo-2-1124-7B": 'model_type: "olmo2" is not supported',
     "bigcode/starcoder2-3b": 'model_type: "starcoder2" is not supported',
-    "deepseek-ai/DeepSeek-R1": 'model_type: "deepseek_v3" is not supported',
-    "deepseek-ai/DeepSeek-V2-Lite": 'model_type: "deepseek_v2" is not supported',
+    "deepseek-ai/DeepSeek-R1": "quantization_config.quant_method: only",
     "google/gemma-2b": 'model_type: "gemma" is not supported',
     "meta-llama/Llama-4-Scout-17B-16E-Instruct": 'model_type: "llama4" is not supported',
     "microsoft/Phi-3.5-vision-instruct": 'model_type: "phi3_v" is not supported',
     "mistralai/Devstral-2-123B-Instruct-2512": "quantization_config.quant_method: only",
     "mistralai/Devstral-Small-2-24B-Instruct-2512": "quantization_config.quant_method: only",
-    "moonshotai/Kimi-K2-Instruct": 'model_type: "kimi_k2" is not supported',
+    "moonshotai/Kimi-K2-Instruct": "quantization_config.quant_method: only",
     "nvidia/Gemma-4-31B-IT-NVFP4": "quantization_config.quant_method: only",
     "Qwen/Qwen3-32B-FP8": "quantization_config.quant_method: only",
     "Qwen/Qwen3-VL-30B-A3B-Instruct": 'model_type: "qwen3_vl_moe" is not supported',
@@ -122,6 +123,9 @@ REFUSED = {
 def described(config: ModelConfig) -> str:
     def kind(layer: AttentionConfig) -> str:
         heads = f"{layer.num_heads} / {layer.num_kv_heads} x {layer.head_dim}"
+        if layer.latent is not None:
+            sizes = f"{layer.latent.key_dim} + {layer.head_dim} of {layer.latent.rank}"
+            heads = f"{layer.num_heads} x {sizes}"
         window = "" if layer.window is None else f", {layer.window}"
         shared = "" if layer.source is None else ", shared"
         return f"({heads} {layer.rope.rope_type}{window}{shared})"
@@ -201,6 +205,11 @@ def check_ropes(ours: ModelConfig, theirs: Any, layer_types: list[str]) -> None:
             continue
         cos, sin, _ = rope_tables(layer.rope, layer.head_dim, len(positions), len(positions))
         theirs_of_text = rotary(hidden, positions[None], *([layer_type] if by_kind else []))
+        if isinstance(theirs_of_text, torch.Tensor):
+            # Complex numbers, one for each pair.
+            theirs_of_text = [
+                torch.cat((part, part), -1) for part in (theirs_of_text.real, theirs_of_text.imag)
+            ]
         for table, of_text in zip((cos, sin), theirs_of_text, strict=True):
             # Pairs that turn come first here; where text has three positions, they are one.
             # One number for each pair, of gpt_oss; else one for each of a pair.

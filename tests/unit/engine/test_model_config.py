@@ -21,6 +21,8 @@ from baton.shared.engine.models.model_config import LayerStyle, ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.model_files.fields import ModelError
+from tests.unit.engine.tiny_latents import ALIASES
+from tests.unit.engine.tiny_models import rename_alias
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -186,9 +188,11 @@ def test_what_transformers_writes_is_all_known(
     model_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    # Its default is heads of 42 2/3 numbers.
-    fields = {"head_dim": 128} if model_type == "glm4_moe" else {}
-    AutoConfig.for_model(model_type, **fields).save_pretrained(tmp_path)
+    # What has no good default: heads of 42 2/3 numbers, no number at all.
+    needed = {"glm4_moe": {"head_dim": 128}, "deepseek_v2": {"num_experts_per_tok": 6}}
+    known_as = ALIASES.get(model_type, model_type)
+    AutoConfig.for_model(known_as, **needed.get(model_type, {})).save_pretrained(tmp_path)
+    rename_alias(tmp_path, model_type)
     registry.load_model_config(tmp_path)
     assert ignored_fields(caplog) == []
 

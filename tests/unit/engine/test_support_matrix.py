@@ -11,7 +11,8 @@ from baton.shared.engine.models import registry
 from baton.shared.engine.models.registry import load_model_config
 from baton.shared.model_files.type_defaults import TEXT_TYPES
 from tests.support_matrix import COLUMNS, PAGE, ROPES, Row, features_of, page, rows
-from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, VISION, Fields
+from tests.unit.engine.tiny_latents import ALIASES
+from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, VISION, Fields, rename_alias
 
 # Each rope and activation is compared with transformers in some type, and quantised weights in one;
 # MXFP4 in test_experts.py.
@@ -32,7 +33,8 @@ def test_every_type_has_a_row() -> None:
 def test_what_a_row_says_is_compared_with_transformers(row: Row, tmp_path: Path) -> None:
     compared: set[str] = set()
     # A multimodal type's text part is a type of its own, or compared by itself.
-    for model_type in (row.model_type, *TEXT_TYPES.get(row.model_type, ())):
+    others = (*TEXT_TYPES.get(row.model_type, ()), ALIASES.get(row.model_type, row.model_type))
+    for model_type in dict.fromkeys((row.model_type, *others)):
         for number, fields in enumerate(TINY_MODELS.get(model_type, {}).values()):
             model_dir = tmp_path / f"{model_type}-{number}"
             save_config(model_dir, model_type, fields)
@@ -46,7 +48,9 @@ def test_what_a_row_says_is_compared_with_transformers(row: Row, tmp_path: Path)
 def save_config(model_dir: Path, model_type: str, fields: Fields) -> None:
     """As `make_tiny` has it, without a model."""
     if model_type not in VISION:
-        AutoConfig.for_model(model_type, **{**SIZES, **fields}).save_pretrained(model_dir)
+        known_as = ALIASES.get(model_type, model_type)
+        AutoConfig.for_model(known_as, **{**SIZES, **fields}).save_pretrained(model_dir)
+        rename_alias(model_dir, model_type)
         return
     fields = dict(fields)
     outer = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}

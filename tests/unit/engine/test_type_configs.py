@@ -36,6 +36,7 @@ YARN = {
 }
 UNTIED = {"tie_word_embeddings": False}
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LATENT = {"num_key_value_heads": 4, "num_experts_per_tok": 2}
 Read = Callable[..., ModelConfig]
 
 
@@ -232,6 +233,30 @@ def test_a_text_part_is_read_wherever_it_stands(read: Read) -> None:
             {"text_config": {"rope_scaling": {"type": "longrope"}}},
             "text_config.rope_scaling.short_factor",
         ),
+        ("deepseek_v3", {}, "num_key_value_heads: only 4 is supported, not 2"),
+        ("deepseek_v3", {**LATENT, "qk_rope_head_dim": 7}, "qk_rope_head_dim: rotary"),
+        ("deepseek_v3", {**LATENT, "kv_lora_rank": 0}, "kv_lora_rank: must be at least 1"),
+        ("deepseek_v3", {**LATENT, "scoring_func": "softmax"}, "scoring_func: only"),
+        ("deepseek_v3", {**LATENT, "topk_method": "greedy"}, "topk_method: only"),
+        ("deepseek_v3", {**LATENT, "moe_layer_freq": 2}, "moe_layer_freq: only 1"),
+        ("deepseek_v3", {**LATENT, "hidden_act": "gelu"}, "hidden_act"),
+        ("deepseek_v3", {**LATENT, "n_group": 256}, "n_group: groups of 1; "),
+        (
+            "deepseek_v3",
+            {**LATENT, "rope_scaling": {"type": "dynamic", "factor": 0, "mscale_all_dim": 1.0}},
+            "rope_scaling.factor",
+        ),
+        ("deepseek_v2", {**LATENT, "topk_method": "noaux_tc"}, "topk_method: only"),
+        ("deepseek_v2", {"num_key_value_heads": 4}, "num_experts_per_tok: missing"),
+        (
+            "deepseek_v2",
+            {**LATENT, "topk_method": "group_limited_greedy"},
+            "n_group: missing",
+        ),
+        ("kimi_k2", {**LATENT, "scoring_func": "softmax"}, "scoring_func: only"),
+        ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["sparse"]}, "mlp_layer_types: has 1"),
+        ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["moe"] * 4}, 'mlp_layer_types: "moe"'),
+        ("glm4_moe_lite", {**LATENT, "first_k_dense_replace": 2}, "first_k_dense_replace: 2 con"),
     ],
 )
 def test_what_is_refused(

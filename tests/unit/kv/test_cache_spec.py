@@ -12,6 +12,7 @@ from baton.shared.kv.cache_spec import (
     CacheGroup,
     CacheSpec,
     Full,
+    Latent,
     Sliding,
     State,
     StateTensor,
@@ -24,6 +25,7 @@ FULL, NARROW, WIDE = Full(2, 8), Sliding(2, 8, 4), Sliding(2, 8, 100)
 STATE = State(
     4, (StateTensor("recurrent", (16, 3), "float32"), StateTensor("conv", (5,), "bfloat16"))
 )
+LATENT = Latent(512, 64)
 MOST_TOKENS = 60
 
 
@@ -38,7 +40,7 @@ def reads(spec: CacheSpec, position: int) -> list[int]:
 
 
 @given(
-    spec=st.sampled_from([FULL, Sliding(1, 8, 1), NARROW, WIDE]),
+    spec=st.sampled_from([FULL, LATENT, Sliding(1, 8, 1), NARROW, WIDE]),
     position=st.integers(0, MOST_TOKENS - 1),
     block_size=st.sampled_from([1, 4, 16]),
 )
@@ -75,6 +77,14 @@ def test_ranks_cover_every_head_exactly(num_heads: int, num_ranks: int, is_slidi
         of_rank = spec.of_rank(rank, num_ranks)
         assert type(of_rank) is type(spec) and window_of(of_rank) == window_of(spec)
         assert (of_rank.num_kv_heads, of_rank.head_dim) == (len(share), 8)
+
+
+def test_latents_are_the_same_at_every_rank() -> None:
+    """One head of 576 numbers a token and layer: 70,272 bytes a token of deepseek_v3's 61."""
+    assert CacheGroup(LATENT, tuple(range(61))).block_bytes(16, 2) == 16 * 70_272
+    for rank in range(8):
+        assert LATENT.of_rank(rank, 8) == LATENT
+        assert LATENT.heads_of_rank(rank, 8) == range(1)
 
 
 layers = st.lists(st.sampled_from([FULL, NARROW, WIDE, Full(1, 16)]), min_size=1, max_size=12)
