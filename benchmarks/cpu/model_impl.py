@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.sampling import SamplingParams
 from benchmarks.checkout import RESULTS
 
-_IMPLEMENTATIONS = ("baton", "transformers")
+IMPLEMENTATIONS = ("baton", "transformers")
 _GREEDY = SamplingParams(temperature=0.0)
 _CONTEXT = 256
 
@@ -83,14 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     num_blocks=32 * (_CONTEXT // 16 + 1),
                 )
             )
-            for name in _IMPLEMENTATIONS
+            for name in IMPLEMENTATIONS
         ]
         rows = [measure(work, runners, args.rounds) for work in WORKS]
-    print(f"{'':22}{'baton':>12}{'transformers':>14}{'ratio':>8}")
-    for row in rows:
-        print(
-            f"{row.work:22}{row.baton_ms:>9.2f} ms{row.transformers_ms:>11.2f} ms{row.ratio:>8.2f}"
-        )
+    print_rows(rows)
     found = {
         "environment": describe_environment(),
         "hidden_size": args.hidden_size,
@@ -100,10 +97,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": args.rounds,
         "determinism": [runner.determinism for runner in runners],
         "numerics": [runner.numerics for runner in runners],
-        "rows": [asdict(row) for row in rows],
+        "rows": rows_to_json(rows),
     }
     args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    for row in rows:
+        print(
+            f"{row.work:28} baton {row.baton_ms:8.2f} ms, transformers {row.transformers_ms:8.2f} "
+            f"ms, ratio {row.ratio:5.2f}",
+            flush=True,
+        )
+
+
+def rows_to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]
 
 
 def write_config(directory: Path, hidden_size: int, num_layers: int, vocab_size: int) -> None:

@@ -20,8 +20,9 @@ from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.model_files.fields import ModelError, shown
 from baton.shared.model_files.info import open_config
 
-MakeExecutor = Callable[[int], Executor]
-"""Over a cache of its own with so many blocks in each pool; the model is loaded by then."""
+MakeExecutor = Callable[[int, int], Executor]
+"""Over a cache of its own with so many blocks in each pool, for steps of at most so many rows; the
+model is loaded by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,12 @@ class Implementation(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
-    def check_device(self, device: torch.device, kernels: str) -> None:
-        """DeviceError: it cannot compute there, or with those kernels."""
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a GPU may record its decode steps once and replay them."""
+
+    def check_steps(self, most_tokens: int) -> None:
+        """`most_tokens`: of a step. ModelError: it computes no steps of so many."""
 
     def plan(
         self,
@@ -88,9 +93,10 @@ class OwnImplementation:
     model_type: ModelType
     config: ModelConfig
     name: str = "baton"
+    has_graphs: bool = True
 
-    def check_device(self, device: torch.device, kernels: str) -> None:
-        """Wherever there are kernels."""
+    def check_steps(self, most_tokens: int) -> None:
+        """Of any length."""
 
     def plan(
         self,

@@ -76,7 +76,8 @@ class ModelRunner:
         cache_dtype: of keys and values.
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
-        model_impl: whose code computes the model: `baton`, or the other library and its version.
+        model_impl: whose code computes the model: `baton`, or the other library and its version;
+            and that it is not replayed as CUDA graphs, where that would be.
         model_identity: tells models apart.
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of one step.
@@ -110,15 +111,16 @@ class ModelRunner:
         """
         self._implementation = find_implementation(config)
         self.model_config = self._implementation.config
-        self.model_impl = self._implementation.name
         # What cache and rope are made for, and until the pools are known the longest sequence.
         self._most_tokens = most_model_len(config, self.model_config.max_position_embeddings)
         self.max_model_len = self._most_tokens
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         self.cache_dtype = self.dtype
-        self._implementation.check_device(self.device, config.kernels)
         self.kernels = _kernels(config.kernels, self.device, self.model_config)
+        self.model_impl = self._implementation.name
+        if self.device.type == "cuda" and not self._implementation.has_graphs:
+            self.model_impl += " (eager steps)"
         self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self.num_drafts = config.num_drafts
         specs = [spec for spec in self.model_config.cache_specs if spec is not None]
@@ -131,6 +133,7 @@ class ModelRunner:
         takes_many = self.kernels == "torch" and all(spec.grows for spec in specs)
         self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
         self._config = config
+        self._implementation.check_steps(self._longest_step)
         self.arrangement: Arrangement = arrange(
             self.model_config.cache_specs,
             block_size=config.block_size,
@@ -274,7 +277,7 @@ class ModelRunner:
     def _describe_numerics(self) -> str:
         ropes = [layer.rope for layer in self.model_config.layers]
         choices = describe_choices(ropes, self._most_tokens)
-        whose = "" if self.model_impl == "baton" else self.model_impl
+        whose = "" if self.model_impl == "baton" else self._implementation.name
         parts = (_numerics(self.device, self.kernels), whose, choices)
         return " ".join(part for part in parts if part)
 
@@ -282,6 +285,15 @@ class ModelRunner:
     def _most_tokens_of_a_step(self) -> int:
         largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else HOST_TOKEN_BUDGET
         return self._config.token_budget or largest
+
+    @property
+    def _longest_step(self) -> int:
+        """Tokens of it, padding included."""
+        most, max_num_seqs = self._most_tokens_of_a_step, self._config.max_num_seqs
+        # Beside those that decode, prompts go on by a block at least.
+        if self.kernels == "triton":
+            return max_num_seqs * (1 + self.num_drafts) + max(most, self._config.block_size)
+        return max(most, max_num_seqs) + self._config.block_size
 
     @property
     def _ahead_tokens(self) -> int:
@@ -318,7 +330,7 @@ class ModelRunner:
         if self._config.max_model_len == AUTO:
             progress(_describe_length(choice, self._most_tokens))
 
-    def _make_executor(self, kv_cache: KvCache) -> Executor:
+    def _make_executor(self, kv_cache: KvCache, max_num_seqs: int | None = None) -> Executor:
         if self.kernels == "torch":
             return HostExecutor(
                 self._model,
@@ -339,13 +351,13 @@ class ModelRunner:
             num_heads=self.model_config.num_heads,
             vocab_size=self.model_config.vocab_size,
             max_model_len=self.max_model_len,
-            max_num_seqs=self._config.max_num_seqs,
+            max_num_seqs=max_num_seqs or self._config.max_num_seqs,
             num_drafts=self.num_drafts,
             eos_token_ids=self.model_config.eos_token_ids,
         )
 
-    def _make_scratch_executor(self, num_blocks: int) -> Executor:
-        """Over a cache of its own, with so many blocks in each pool."""
+    def _make_scratch_executor(self, num_blocks: int, num_rows: int) -> Executor:
+        """Over a cache of its own, with so many blocks in each pool; for so many rows."""
         cache = KvCache(
             self.arrangement,
             [num_blocks] * self.arrangement.num_pools,
@@ -353,7 +365,7 @@ class ModelRunner:
             self.cache_dtype,
             device=self.device,
         )
-        return self._make_executor(cache)
+        return self._make_executor(cache, num_rows)
 
     # On a GPU
 
@@ -392,9 +404,18 @@ class ModelRunner:
         from baton.shared.engine.device_executor import DeviceExecutor
 
         assert isinstance(self._executor, DeviceExecutor)
-        progress("compiling kernels and capturing graphs")
+        has_graphs = self._config.cuda_graphs and self._implementation.has_graphs
+        if not self._implementation.has_graphs:
+            log_event(
+                logger,
+                logging.WARNING,
+                "decode steps are launched kernel by kernel: a model that runs through other code "
+                "is not recorded as CUDA graphs",
+                model_impl=self.model_impl,
+            )
+        progress(f"compiling kernels{' and capturing graphs' if has_graphs else ''}")
         with torch.inference_mode():
-            self._executor.capture(graphs=self._config.cuda_graphs)
+            self._executor.capture(graphs=has_graphs)
             # As if no group had a window: the prompts of this have all their blocks.
             blocks_each = min(
                 num_blocks // self.arrangement.pools.count(pool)

@@ -26,6 +26,7 @@ class ReferenceOperations:
     pack_rope = staticmethod(reference.pack_rope)
     take_rope = staticmethod(reference.take_rope)
     rope_and_store = staticmethod(reference.rope_and_store)
+    store_kv = staticmethod(reference.store_kv)
     paged_attention = staticmethod(reference.paged_attention)
     latent_attention = staticmethod(reference_latent.latent_attention)
     soft_cap = staticmethod(reference.soft_cap)

@@ -16,6 +16,7 @@ from baton.kernels import linear_table
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
 from baton.kernels.gated_mul import gated_mul
+from baton.kernels.kv_store import store_kv
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import Routes
@@ -281,6 +282,11 @@ class TritonOperations:
             eps=norms.eps,
             pdl=self._overlaps,
         )
+
+    def store_kv(
+        self, key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: DevicePlan
+    ) -> None:
+        store_kv(key, value, kv, layer, plan.slots)
 
     def soft_cap(self, x: Tensor, cap: float) -> Tensor:
         return soft_cap(x, cap, pdl=self._overlaps)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels import reference
+from baton.shared.engine.operations import Operations
 from baton.shared.model_files.fields import ModelError
 
 PAGED = "baton_paged"
@@ -33,8 +33,9 @@ _SAYS_NOTHING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where the layers of a step store and read."""
+    """Where the layers of a step store and read, and with which kernels."""
 
+    ops: Operations
     caches: Sequence[Any]
     plans: Sequence[Any]
     places: Mapping[int, tuple[int, int]]
@@ -44,11 +45,11 @@ class Step:
         """query, key, value [1, heads, T, head_dim] → [1, T, heads, head_dim]."""
         group, place = self.places[layer]
         kv, plan = self.caches[group], self.plans[group]
-        by_token = [each[0].transpose(0, 1) for each in (query, key, value)]
-        reference.store_kv(by_token[1], by_token[2], kv, place, plan)
+        queries, keys, values = (_by_token(each) for each in (query, key, value))
+        self.ops.store_kv(keys, values, kv, place, plan)
         scale = query.shape[-1] ** -0.5 if how.scale is None else how.scale
-        attended = reference.paged_attention(
-            by_token[0], kv, place, plan, scale, how.soft_cap, how.sinks
+        attended = self.ops.paged_attention(
+            queries, kv, place, plan, scale, how.soft_cap, how.sinks
         )
         return attended[None]
 
@@ -75,6 +76,12 @@ class How:
 Attend = Callable[..., tuple[Tensor, None]]
 _step: ContextVar[Step | NoStep | None] = ContextVar("step", default=None)
 _dry_run: ContextVar[Attend | None] = ContextVar("dry_run", default=None)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[1, heads, T, head_dim] → [T, heads, head_dim], the numbers of a head side by side."""
+    x = x[0].transpose(0, 1)
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def register() -> None:

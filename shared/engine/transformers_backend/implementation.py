@@ -9,12 +9,7 @@ from pathlib import Path
 
 import torch
 
-from baton.shared.engine.config import (
-    HOST_TOKEN_BUDGET,
-    DeviceError,
-    EngineConfig,
-    most_model_len,
-)
+from baton.shared.engine.config import EngineConfig, most_model_len
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.executor import Model
 from baton.shared.engine.implementation import MakeExecutor, Place
@@ -41,6 +36,7 @@ class TransformersImplementation:
     foreign: Foreign
     most_tokens: int
     """Of the longest sequence that it may be asked for."""
+    has_graphs: bool = False
 
     @classmethod
     def of(cls, config: EngineConfig, fields: Fields) -> TransformersImplementation:
@@ -54,19 +50,17 @@ class TransformersImplementation:
             model_type=model.model_type,
             model_impl=name,
         )
-        _check_steps(config, foreign.most_of_a_step)
         most_tokens = most_model_len(config, model.max_position_embeddings)
         return cls(name, model, config.model_dir, foreign, most_tokens)
 
-    def check_device(self, device: torch.device, kernels: str) -> None:
-        if device.type != "cpu":
-            raise DeviceError(
-                f"device: models that run through transformers are computed on a CPU, not on "
-                f"{device.type}: --device cpu"
-            )
-        if kernels == "triton":
-            raise DeviceError(
-                "kernels: models that run through transformers are computed with torch, not triton"
+    def check_steps(self, most_tokens: int) -> None:
+        most = self.foreign.most_of_a_step
+        longest = most_tokens + -most_tokens % MIN_LINEAR_ROWS
+        if most is not None and longest > most:
+            raise ModelError(
+                f"token_budget: steps of {longest} tokens, but of "
+                f"{self.model_dir / 'config.json'} the floor_scale lets them be of {most} at most: "
+                "a smaller token_budget, or max_num_seqs, helps"
             )
 
     def plan(
@@ -89,7 +83,7 @@ class TransformersImplementation:
         on_read: Callable[[], None],
     ) -> Model:
         places = places_of_layers(groups)
-        model = load(self.foreign, self.model_dir, weights, places, place.dtype)
+        model = load(self.foreign, self.model_dir, weights, places, place)
         on_read()
         return model
 
@@ -101,25 +95,17 @@ class TransformersImplementation:
         block_size: int,
     ) -> bool:
         assert isinstance(model, TransformersModel)
-        executor = make_executor(start_check.num_blocks_for(groups, block_size))
+        num_blocks = start_check.num_blocks_for(groups, block_size)
+        executor = make_executor(num_blocks, start_check.num_rows())
         most_tokens = min(self.most_tokens, start_check.most_tokens(self.foreign.most_of_a_step))
         try:
-            is_stable = start_check.check(model, executor, self.config.vocab_size, most_tokens)
+            is_stable = start_check.check(
+                model,
+                executor,
+                self.config.vocab_size,
+                most_tokens,
+                has_experts=self.foreign.facts.has_experts,
+            )
         except ModelError as error:
             raise ModelError(f"{self.model_dir}: {error}") from None
         return is_stable and not self.foreign.facts.has_experts and model.keeps_bits()
-
-
-def _check_steps(config: EngineConfig, most: int | None) -> None:
-    """ModelError: steps may get longer than `most` tokens."""
-    if most is None:
-        return
-    # Beside those that decode, prompts go on by a block at least.
-    longest = max(config.token_budget or HOST_TOKEN_BUDGET, config.max_num_seqs) + config.block_size
-    longest += -longest % MIN_LINEAR_ROWS
-    if longest > most:
-        raise ModelError(
-            f"token_budget: steps of {longest} tokens, but of "
-            f"{config.model_dir / 'config.json'} the floor_scale lets them be of {most} at most: "
-            "a smaller token_budget, or max_num_seqs, helps"
-        )

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from baton.kernels import reference
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.executor import Wanted
+from baton.shared.engine.implementation import Place
+from baton.shared.engine.linear import Linear
+from baton.shared.engine.operations import Operations
+from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.transformers_backend.attention import PAGED, NoStep, Step, running
 from baton.shared.engine.transformers_backend.company import recording
 from baton.shared.engine.transformers_backend.config import Foreign, make_model
@@ -48,11 +52,14 @@ class TransformersModel:
     def __init__(
         self,
         model: Any,
+        ops: Operations,
         places: Mapping[int, tuple[int, int]],
         most_of_a_step: int | None = None,
     ) -> None:
         """`most_of_a_step`: see `Foreign`."""
         self._model = model
+        self._ops = ops
+        self._multiple = MIN_LINEAR_ROWS if _keeps_company_apart(ops) else 1
         self._most_of_a_step = most_of_a_step
         self._places = places
         self._arguments = without_cache(model)
@@ -75,10 +82,10 @@ class TransformersModel:
         arguments = dict(self._arguments)
         if self._can_choose and tokens is not None:
             arguments["logits_to_keep"] = tokens
-        with running(Step(caches, plans, self._places)):
+        with running(Step(self._ops, caches, plans, self._places)):
             logits: Tensor = self._model(
-                input_ids=_whole_vectors(input_ids)[None],
-                position_ids=_whole_vectors(positions)[None],
+                input_ids=_padded(input_ids, self._multiple)[None],
+                position_ids=_padded(positions, self._multiple)[None],
                 **arguments,
             ).logits[0]
         if tokens is None:
@@ -111,7 +118,8 @@ class TransformersModel:
         return found if isinstance(found, int) else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return hidden
+        """A copy: who draws changes logits where they are, and may ask for them once more."""
+        return hidden.clone()
 
     @contextmanager
     def eager(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -129,13 +137,21 @@ class TransformersModel:
             config._attn_implementation = PAGED
 
 
-def _whole_vectors(column: Tensor) -> Tensor:
-    """int [T] → at a multiple of MIN_LINEAR_ROWS.
+def _keeps_company_apart(ops: Operations) -> bool:
+    """Whether a token's bits may be the same in any step. The other table has plans of just the
+    step's tokens, and transformers' own activations are one kernel where ours would be several."""
+    return isinstance(ops, ReferenceOperations)
 
-    Loops over single numbers have a rest that is computed by other instructions, if numbers do not
-    fill the last vector; and which tokens that meets must not depend on how many there are.
+
+def _padded(column: Tensor, multiple: int) -> Tensor:
+    """int [T] → at a multiple of so many.
+
+    On a CPU, loops over single numbers have a rest that is computed by other instructions, if
+    numbers do not fill the last vector; and which tokens that meets must not depend on how many
+    there are.
     """
-    return nn.functional.pad(column, (0, -len(column) % MIN_LINEAR_ROWS))
+    num_missing = -len(column) % multiple
+    return nn.functional.pad(column, (0, num_missing)) if num_missing else column
 
 
 def load(
@@ -143,7 +159,7 @@ def load(
     model_dir: Path,
     weights: WeightFiles | DummyWeights,
     places: Mapping[int, tuple[int, int]],
-    dtype: torch.dtype,
+    place: Place,
 ) -> TransformersModel:
     """Reads the weights, of the safetensors in that directory that `find_weight_files` finds only.
 
@@ -151,15 +167,18 @@ def load(
         ModelError: a tensor is missing, superfluous or of another shape.
     """
     if isinstance(weights, DummyWeights):
-        model = make_model(foreign.model_class, foreign.config, dtype)
+        with place.device:
+            model = make_model(foreign.model_class, foreign.config, place.dtype)
         for name, parameter in model.named_parameters():
             shape = tuple(parameter.shape)
-            parameter.data.copy_(weights.read(name, shape, parameter.device, dtype))
+            parameter.data.copy_(weights.read(name, shape, parameter.device, place.dtype))
     else:
-        model = _read(foreign, model_dir, weights, dtype)
+        model = _read(foreign, model_dir, weights, place.dtype)
     model.requires_grad_(False)
-    _replace_modules(model)
-    return TransformersModel(model, places, foreign.most_of_a_step)
+    # One tensor after another: transformers reads to a device only with another library's help.
+    model.to(place.device)
+    _replace_modules(model, place.ops)
+    return TransformersModel(model, place.ops, places, foreign.most_of_a_step)
 
 
 def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.dtype) -> Any:
@@ -240,18 +259,17 @@ def _ignoring_no_layers(model_class: Any, num_layers: int) -> Iterator[None]:
 
 
 class _PackedLinear(nn.Module):
-    """In place of a linear layer: the products of our own models, whose rows keep their bits."""
+    """In place of a linear layer: the products of our own models, whose rows keep their bits on a
+    CPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in], bias [out]."""
+    def __init__(self, ops: Operations, layer: Linear) -> None:
         super().__init__()
-        self._num_out = len(weight)
-        self._packed = reference.pack_weight(weight.detach())
-        self._bias = None if bias is None else bias.detach()
+        self._ops = ops
+        self._layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = reference.linear(x.flatten(0, -2), self._packed, self._bias)
-        return rows.view(*x.shape[:-1], self._num_out)
+        rows = self._ops.linear(x.reshape(-1, x.shape[-1]), self._layer)
+        return rows.view(*x.shape[:-1], self._layer.num_out)
 
 
 class _Activation(nn.Module):
@@ -276,13 +294,16 @@ class _Gelu(nn.Module):
 _OURS = (_PackedLinear, _Activation)
 
 
-def _replace_modules(model: Any) -> None:
+def _replace_modules(model: Any, ops: Operations) -> None:
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D)
 
+    def activation_for(child: nn.Module) -> nn.Module | None:
+        return _activation_for(child) if _keeps_company_apart(ops) else None
+
     def is_replaced(child: nn.Module) -> bool:
-        return type(child) in kinds or _activation_for(child) is not None
+        return type(child) in kinds or activation_for(child) is not None
 
     parents = [
         module
@@ -291,8 +312,8 @@ def _replace_modules(model: Any) -> None:
     ]
     for parent in parents:
         for name in [name for name, child in parent.named_children() if is_replaced(child)]:
-            new = _activation_for(getattr(parent, name))
-            setattr(parent, name, _packed(getattr(parent, name)) if new is None else new)
+            new = activation_for(getattr(parent, name))
+            setattr(parent, name, _packed(getattr(parent, name), ops) if new is None else new)
 
 
 def _activation_for(module: nn.Module) -> nn.Module | None:
@@ -309,7 +330,8 @@ def _activation_for(module: nn.Module) -> nn.Module | None:
     return _Gelu() if kind is activations.GELUActivation else None
 
 
-def _packed(layer: Any) -> _PackedLinear:
+def _packed(layer: Any, ops: Operations) -> _PackedLinear:
     """Nobody holds `layer` afterwards, or there would be all weights twice."""
     weight = layer.weight if type(layer) is nn.Linear else layer.weight.T.contiguous()
-    return _PackedLinear(weight, layer.bias)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return _PackedLinear(ops, ops.pack_linear(weight.detach(), bias))

@@ -6,6 +6,7 @@ Their logits, tokens and bits are compared in test_model_types.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -24,9 +25,10 @@ from transformers.models.olmo2 import modeling_olmo2
 
 from baton.kernels import reference
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.config import DeviceError, EngineConfig
-from baton.shared.engine.implementation import find_implementation
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.implementation import Place, find_implementation
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.transformers_backend import library as library_module
 from baton.shared.engine.transformers_backend import start_check
 from baton.shared.engine.transformers_backend.attention import make_mask, read_arguments
@@ -443,9 +445,8 @@ def test_no_other_weight_files_are_read(
     implementation: Any = find_implementation(EngineConfig(tmp_path, model_impl="transformers"))
     implementation.foreign.config.transformers_weights = name
     (tmp_path / name).write_bytes(b"not read")
-    loaded = load(
-        implementation.foreign, tmp_path, WeightFiles(tmp_path), {0: (0, 0)}, torch.float32
-    )
+    place = Place(ReferenceOperations(), torch.float32, torch.device("cpu"), 512, 512)
+    loaded = load(implementation.foreign, tmp_path, WeightFiles(tmp_path), {0: (0, 0)}, place)
     assert loaded is not None
 
 
@@ -564,6 +565,38 @@ def test_in_a_narrow_type_the_refusal_says_what_helps(
     assert start(olmo2, dtype="float32").determinism == "exact"
 
 
+def test_rounding_adds_up_over_layers_and_gives_some_tokens_other_experts() -> None:
+    def limit(num_layers: int, dtype: torch.dtype = torch.bfloat16, **more: bool) -> Any:
+        return start_check.Limit.of(dtype, num_layers, **{"has_experts": False, **more})
+
+    assert limit(2).share == limit(16).share == limit(64).share / 2
+    assert limit(64, torch.float32, has_experts=True) == limit(2, torch.float32)
+    expected = torch.ones(5, 8)
+    found = expected.clone()
+    found[1:3] = 2.0
+    assert limit(2).difference(found, expected) == 1
+    assert limit(2, has_experts=True).difference(found, expected) == 0
+    found[4, 7] = float("nan")
+    for each in (limit(2), limit(2, has_experts=True)):
+        assert math.isnan(each.difference(found, expected))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_experts_are_served_in_narrow_types_and_other_attention_is_not(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny(tmp_path, "olmoe", {"num_experts": 8, "num_experts_per_tok": 2})
+    assert start(tmp_path, dtype=dtype).determinism == "consistent"
+    plain = reference.paged_attention
+
+    def scaled(query: Any, kv: Any, layer: Any, plan: Any, scale: float, *rest: Any) -> Any:
+        return plain(query, kv, layer, plan, scale * 1.5, *rest)
+
+    monkeypatch.setattr(ReferenceOperations, "paged_attention", staticmethod(scaled))
+    with pytest.raises(ModelError, match="model_impl: a whole sequence gives other logits over"):
+        start(tmp_path, dtype=dtype)
+
+
 def test_a_model_that_mixes_tokens_beside_attention_is_refused(
     olmo2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -575,7 +608,7 @@ def test_a_model_that_mixes_tokens_beside_attention_is_refused(
 
     monkeypatch.setattr(modeling_olmo2.Olmo2MLP, "forward", shifted)
     with pytest.raises(
-        ModelError, match=f"{olmo2}: model_impl: a sequence in parts and beside others, in"
+        ModelError, match=f"{olmo2}: model_impl: a sequence in parts and beside others gives"
     ):
         start(olmo2)
 
@@ -586,7 +619,7 @@ def test_attention_that_differs_is_refused(olmo2: Path, monkeypatch: pytest.Monk
     def scaled(query: Any, kv: Any, layer: Any, plan: Any, scale: float, *rest: Any) -> Any:
         return plain(query, kv, layer, plan, scale * 1.01, *rest)
 
-    monkeypatch.setattr(reference, "paged_attention", scaled)
+    monkeypatch.setattr(ReferenceOperations, "paged_attention", staticmethod(scaled))
     with pytest.raises(ModelError, match="model_impl: a whole sequence gives other logits over"):
         start(olmo2)
 
@@ -605,14 +638,6 @@ def test_masks_say_what_they_were_made_of() -> None:
     mask: Any = make_mask(q_length=2, kv_length=3, device="meta", mask_function=everything)
     assert mask.shape == (1, 1, 2, 3)
     assert mask.baton_says is everything
-
-
-def test_a_gpu_and_its_kernels_are_refused(olmo2: Path) -> None:
-    implementation = find_implementation(EngineConfig(olmo2))
-    with pytest.raises(DeviceError, match="are computed on a CPU, not on cuda: --device cpu"):
-        implementation.check_device(torch.device("cuda"), "auto")
-    with pytest.raises(DeviceError, match="are computed with torch, not triton"):
-        implementation.check_device(torch.device("cpu"), "triton")
 
 
 # The library
