@@ -94,8 +94,8 @@ class TransformersModel:
 
     def keeps_bits(self) -> bool:
         """Whether all that transformers' code computes is known to give a token the same bits
-        whatever shares its step; in float32."""
-        if self._model.dtype != torch.float32:
+        whatever shares its step; in float32, on a CPU."""
+        if self._model.dtype != torch.float32 or self._model.device.type != "cpu":
             return False
         ids = torch.zeros(1, MIN_LINEAR_ROWS, dtype=torch.int64)
         positions = torch.arange(MIN_LINEAR_ROWS)[None]
