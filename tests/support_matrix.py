@@ -170,10 +170,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "wider MLPs above",
     ),
     "head": ("tied", "own"),
-    "8-bit weights": ("yes",),
+    "quantised weights": ("yes",),
 }
 """Columns and what may stand in them."""
-CHOICES = ("attention", "rope", "MLP", "head", "8-bit weights")
+CHOICES = ("attention", "rope", "MLP", "head", "quantised weights")
 """Columns of which a model has one or another."""
 
 
@@ -308,7 +308,7 @@ def features_of(config: ModelConfig) -> frozenset[str]:
         "inputs for each layer": bool(getattr(config, "extra_size", 0)),
         "wider MLPs above": len(set(getattr(config, "intermediate_sizes", ()))) > 1,
         "tied" if config.tie_word_embeddings else "own": True,
-        "yes": config.is_quantized,
+        "yes": config.quantization is not None,
     }
     return frozenset(name for name, has in have.items() if has)
 

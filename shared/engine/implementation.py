@@ -15,6 +15,7 @@ from baton.shared.engine.models import registry
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.operations import Operations
+from baton.shared.engine.quantised.leftovers import leave_out
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.model_files.fields import ModelError, shown
@@ -106,9 +107,18 @@ class OwnImplementation:
         dtype: torch.dtype,
     ) -> ModelPlan:
         plan = plan_model(self.model_type, self.config, groups, weights, ops, dtype)
-        num_layers = self.config.num_layers
-        weights.check_all_taken(plan.shapes, lambda name: self.model_type.ignores(name, num_layers))
+        self._check_all_taken(weights, plan)
         return plan
+
+    def _check_all_taken(self, weights: WeightFiles | DummyWeights, plan: ModelPlan) -> None:
+        left_out: set[str] = set()
+        if self.config.quantization is not None and isinstance(weights, WeightFiles):
+            left_out = leave_out(weights.names - plan.shapes.keys(), weights)
+        num_layers = self.config.num_layers
+        weights.check_all_taken(
+            plan.shapes,
+            lambda name: name in left_out or self.model_type.ignores(name, num_layers),
+        )
 
     def load(
         self,

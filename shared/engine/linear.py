@@ -1,7 +1,7 @@
 """Linear layers: what a model asks for, what a checkpoint holds, and what is computed with.
 
     LinearSpec    a model's wish: parts side by side, how ranks share them
-        │               by part: plain numbers, or numbers with scales of their own
+        │               by part: plain numbers, or a `QuantisedWeight` (quantised/)
         ▼
     expand        each part in the activations' dtype, this rank's share of it, one under another
         │ Operations.pack_linear
@@ -22,14 +22,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from baton.shared.engine.quantised.read import read_quantised
+from baton.shared.engine.quantised.scheme import Quantization
 from baton.shared.engine.weight_headers import Header
 from baton.shared.kv.cache_spec import units_of_rank
 from baton.shared.model_files.fields import ModelError
 
-FLOATS = ("F32", "F16", "BF16")
-"""What plain weights, biases, norms and scales may be stored as."""
-_SCALED = ("I8", "F8_E4M3")
-_PACKED = ("qweight", "weight_packed")
 _WHOLE = slice(None)
 Order = tuple[int, ...] | None
 """Which of a checkpoint's numbers stands at each place here; None: the same."""
@@ -110,8 +108,8 @@ class PartReader(Protocol):
         """The activations'."""
 
     @property
-    def is_quantized(self) -> bool:
-        """config.json says that linear layers come as 8-bit numbers with scales."""
+    def quantization(self) -> Quantization | None:
+        """What config.json says of quantised weights; None: nothing."""
 
     def header(self, name: str) -> Header | None:
         """None: nothing of that name is stored."""
@@ -226,50 +224,9 @@ def _weight(
     part: Part, num_in: int, rows: slice, columns: slice, reader: PartReader, dtype: torch.dtype
 ) -> Tensor:
     """Rows and columns of a module's weight [module_out, num_in]."""
-    name = f"{part.module}.weight"
     shape = (_module_out(part), num_in)
-    for suffix in _PACKED:
-        packed = f"{part.module}.{suffix}"
-        if reader.header(packed) is not None:
-            raise reader.error(packed, "weights of less than 8 bits are not supported")
+    quantised = read_quantised(part.module, shape, reader)
+    if quantised is not None:
+        return quantised.part(rows, columns).expand(dtype)
     which = () if rows == columns == _WHOLE else (rows, columns)
-    header = reader.header(name)
-    if header is None or header.dtype not in _SCALED:
-        return reader.read_float(name, shape, which, dtype=dtype)
-    if not reader.is_quantized:
-        reason = f"dtype {header.dtype}, but config.json has no quantization_config"
-        raise reader.error(name, reason)
-    scale = _scale(f"{part.module}.weight_scale", shape, rows, columns, reader)
-    numbers = reader.read(name, shape, which)
-    if numbers.is_meta:
-        # A product on paper would load torch's compiler, as torch.cat does.
-        return numbers.to(dtype)
-    # In the scale's dtype and rounded once, as those who made the numbers do it.
-    return (numbers.to(scale.dtype) * scale).to(dtype)
-
-
-def _scale(
-    name: str, shape: tuple[int, int], rows: slice, columns: slice, reader: PartReader
-) -> Tensor:
-    """One scale for all of a weight of that shape, or one a row, or one for each of equal runs of
-    a row's numbers; in a shape that multiplies the weight's rows and columns."""
-    header = reader.header(name)
-    if header is None:
-        raise reader.error(name, "missing tensor, though the weight is of 8 bits")
-    if header.dtype not in FLOATS:
-        raise reader.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
-    scale = reader.read(name, header.shape)
-    if not scale.is_meta and not bool(scale.isfinite().all()):
-        raise reader.error(name, "holds what is no number")
-    if scale.numel() == 1 and scale.dim() <= 1:
-        return scale
-    num_out, num_in = shape
-    is_grouped = scale.dim() == 2 and scale.shape[0] == num_out and scale.shape[1] > 0
-    if not is_grouped or num_in % scale.shape[1]:
-        raise reader.error(
-            name, f"shape {list(header.shape)} does not fit a weight of {list(shape)}"
-        )
-    scale = scale[rows]
-    if scale.shape[1] == 1:
-        return scale
-    return scale.repeat_interleave(num_in // scale.shape[1], 1)[:, columns]
+    return reader.read_float(f"{part.module}.weight", shape, which, dtype=dtype)

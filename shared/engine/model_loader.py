@@ -19,13 +19,14 @@ from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.executor import Model
 from baton.shared.engine.experts import Experts, ExpertsSpec
 from baton.shared.engine.latent import LatentHeadsSpec
-from baton.shared.engine.linear import FLOATS, Linear, LinearSpec
+from baton.shared.engine.linear import Linear, LinearSpec
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope import rope_tables
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.operations import Norm, Operations
-from baton.shared.engine.weight_headers import Header
+from baton.shared.engine.quantised.scheme import Quantization
+from baton.shared.engine.weight_headers import FLOATS, Header
 from baton.shared.engine.weights import WeightSource
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
 from baton.shared.model_files.fields import ModelError
@@ -59,7 +60,7 @@ class ModelLoader:
         device: torch.device,
         num_positions: int,
         ropes_made_for: int,
-        is_quantized: bool,
+        quantization: Quantization | None,
         groups: Sequence[CacheGroup] = (),
         on_read: Callable[[], None] = lambda: None,
     ) -> None:
@@ -67,7 +68,7 @@ class ModelLoader:
         self.ops = ops
         self.dtype = dtype
         self.places = places_of_layers(groups)
-        self.is_quantized = is_quantized
+        self.quantization = quantization
         self.taken: dict[str, tuple[int, ...]] = {}
         self.linear_shapes: set[tuple[int, int]] = set()
         self.num_bytes = 0
@@ -242,7 +243,7 @@ def plan_model(
         device=_META,
         num_positions=1,
         ropes_made_for=1,
-        is_quantized=config.is_quantized,
+        quantization=config.quantization,
         groups=groups,
         on_read=count,
     )
@@ -275,7 +276,7 @@ def load_model(
         device=device,
         num_positions=num_positions,
         ropes_made_for=ropes_made_for,
-        is_quantized=config.is_quantized,
+        quantization=config.quantization,
         groups=groups,
         on_read=on_read,
     )

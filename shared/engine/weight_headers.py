@@ -18,6 +18,7 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -27,6 +28,8 @@ DTYPES = {
     "F64": torch.float64,
 }
 """Of the numbers that files hold, as they spell them."""
+FLOATS = ("F32", "F16", "BF16")
+"""What plain weights, biases, norms and scales may be stored as."""
 _MAX_HEADER_BYTES = 100 * 2**20
 
 

@@ -7,7 +7,7 @@ Headers are read, and what a model takes is compared with them, before anything 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class WeightFiles:
         self._open: dict[Path, Any] = {}
 
     @property
-    def names(self) -> Collection[str]:
+    def names(self) -> Set[str]:
         """Of all tensors."""
         return self._headers.keys()
 

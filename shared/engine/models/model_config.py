@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from baton.shared.engine.models.mixture_config import MixtureConfig
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.engine.models.rope_config import RopeConfig
+from baton.shared.engine.quantised.scheme import Quantization
 from baton.shared.kv.cache_spec import CacheSpec, Full, Latent, Sliding
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
@@ -130,8 +131,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str | None
     """Of the checkpoint's weights, as its authors say."""
-    is_quantized: bool
-    """Linear layers may come as 8-bit numbers with scales."""
+    quantization: Quantization | None
+    """How linear layers may be stored; None: as plain numbers."""
     layers: tuple[AttentionConfig, ...]
     style: LayerStyle = LayerStyle()
     embedding_scale: float = 1.0
@@ -181,7 +182,7 @@ def read_decoder(
         "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings"),
         "dtype": read_dtype(fields),
-        "is_quantized": read_quantization(fields, experts_may_be_mxfp4=experts_may_be_mxfp4),
+        "quantization": read_quantization(fields, experts_may_be_mxfp4=experts_may_be_mxfp4),
     }
 
 

@@ -69,7 +69,7 @@ def text_part_of(
             **asdict(read_model_info(fields)),
             tie_word_embeddings=is_tied or (text_may_tie and config.tie_word_embeddings),
             dtype=read_dtype(fields) or config.dtype,
-            is_quantized=read_quantization(fields) or config.is_quantized,
+            quantization=read_quantization(fields) or config.quantization,
         )
 
     return ModelType(

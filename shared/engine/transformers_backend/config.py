@@ -111,7 +111,7 @@ def configure(fields: Fields) -> tuple[Foreign, ModelConfig]:
         rms_norm_eps=0.0,
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         dtype=read_dtype(fields),
-        is_quantized=False,
+        quantization=None,
         layers=facts.layers,
     )
 

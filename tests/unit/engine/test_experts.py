@@ -23,6 +23,7 @@ from baton.shared.engine.experts import ExpertNames, ExpertsSpec, expand_experts
 from baton.shared.engine.linear import Ranks
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.model_files.fields import ModelError
@@ -35,6 +36,9 @@ NAMES = ExpertNames(
 )
 SPEC = ExpertsSpec(names=NAMES, num_experts=NUM_EXPERTS, num_in=HIDDEN, size=SIZE)
 Load = Callable[..., ModelLoader]
+
+
+INT8 = Quantization(method="compressed-tensors", rules=(Rule(EVERY_LINEAR, Scheme(num_bits=8)),))
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -50,7 +54,7 @@ def load(tmp_path: Path) -> Load:
         ranks: Ranks | None = None,
         device: str = "cpu",
         *,
-        is_quantized: bool = False,
+        quantization: Quantization | None = None,
     ) -> ModelLoader:
         if tensors is not None:
             save_file(tensors, tmp_path / "model.safetensors")
@@ -61,7 +65,7 @@ def load(tmp_path: Path) -> Load:
             device=torch.device(device),
             num_positions=8,
             ropes_made_for=8,
-            is_quantized=is_quantized,
+            quantization=quantization,
         )
 
     return load
@@ -141,7 +145,7 @@ def test_experts_of_8_bits_are_expanded_as_any_linear_layer(load: Load) -> None:
         numbers, scale = (weight * 20).to(torch.int8), rand(len(weight), 1).abs()
         tensors |= {name: numbers, f"{name}_scale": scale}
         expanded[name] = numbers * scale
-    ours = list(expand_experts(SPEC, load(tensors, is_quantized=True), Ranks()))
+    ours = list(expand_experts(SPEC, load(tensors, quantization=INT8), Ranks()))
     theirs = list(expand_experts(SPEC, load(expanded), Ranks()))
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one.gate_up, other.gate_up) and torch.equal(one.down, other.down)

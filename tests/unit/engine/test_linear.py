@@ -19,6 +19,7 @@ from baton.shared.engine.model_loader import ModelLoader, plan_model
 from baton.shared.engine.models import decoder, llama, registry
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.operations import Operations
+from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.triton_operations import TritonOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
@@ -46,6 +47,12 @@ def whole_numbers(num_out: int, seed: int, dtype: torch.dtype = torch.int8) -> T
     return torch.randint(-127, 128, (num_out, NUM_IN), generator=generator).to(dtype)
 
 
+def of_8_bits(number: torch.dtype) -> Quantization:
+    """As config.json would say it."""
+    scheme = Scheme(num_bits=8, kind="float" if number.is_floating_point else "int")
+    return Quantization(method="compressed-tensors", rules=(Rule(EVERY_LINEAR, scheme),))
+
+
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., ModelLoader]:
     """A loader over the tensors given."""
@@ -55,7 +62,7 @@ def load(tmp_path: Path) -> Callable[..., ModelLoader]:
         ops: Operations | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        is_quantized: bool = True,
+        number: torch.dtype | None = torch.int8,
         device: torch.device = CPU,
     ) -> ModelLoader:
         save_file(tensors, tmp_path / "model.safetensors")
@@ -66,7 +73,7 @@ def load(tmp_path: Path) -> Callable[..., ModelLoader]:
             device=device,
             num_positions=8,
             ropes_made_for=8,
-            is_quantized=is_quantized,
+            quantization=None if number is None else of_8_bits(number),
         )
 
     return load
@@ -103,7 +110,7 @@ def test_parts_have_scales_of_their_own(
     expected_weight = torch.cat([each.reshape(len(each), NUM_IN) for each in rows])
     bias = torch.cat((tensors["q.bias"], torch.zeros(16), tensors["v.bias"]))
     ops = TABLES[table]()
-    layer = load(tensors, ops).linear(QKV)
+    layer = load(tensors, ops, number=number).linear(QKV)
     x, residual = rand(20, NUM_IN, seed=9), rand(20, 64, seed=10)
     expected = x.double() @ expected_weight.T + bias.double()
     assert_near(ops.linear(x, layer), expected)
@@ -242,8 +249,18 @@ def test_ranks_share_whole_heads_and_repeat_those_that_are_too_few() -> None:
     ("tensors", "reason"),
     [
         ({}, "a.weight: missing tensor"),
-        ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, "a.qweight: .* less than 8 bits"),
-        ({"a.weight_packed": torch.zeros(2, dtype=torch.int32)}, "a.weight_packed: .* 8 bits"),
+        (
+            {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)},
+            "a.qweight: is not of quant_method compressed-tensors, which config.json says",
+        ),
+        (
+            {"a.weight_packed": torch.zeros(2, dtype=torch.int32)},
+            r"a.weight_packed: shape \[2\] is not \[32, 12\]: config.json makes the weight",
+        ),
+        (
+            {"a.weight": whole_numbers(32, 1, torch.float8_e4m3fn)},
+            "a.weight: dtype F8_E4M3 where config.json's quantization_config says int8",
+        ),
         ({"a.weight": whole_numbers(32, 1)}, "a.weight_scale: missing tensor"),
         ({"a.weight": whole_numbers(32, 1, torch.int32)}, "a.weight: dtype I32 is not one of"),
         (
@@ -268,7 +285,7 @@ def test_ranks_share_whole_heads_and_repeat_those_that_are_too_few() -> None:
         ),
         (
             {"a.weight": whole_numbers(31, 1), "a.weight_scale": torch.ones(31, 1)},
-            r"a.weight_scale: shape \[31, 1\] does not fit",
+            r"a.weight: shape \[31, 48\] where config.json makes it \[32, 48\]",
         ),
     ],
 )
@@ -289,7 +306,7 @@ def test_a_fault_of_the_headers_is_found_on_paper(load: Callable[..., ModelLoade
 def test_small_numbers_need_the_config_s_word(load: Callable[..., ModelLoader]) -> None:
     tensors = {"a.weight": whole_numbers(32, 1), "a.weight_scale": torch.ones(32, 1)}
     with pytest.raises(ModelError, match="dtype I8, but config.json has no quantization_config"):
-        load(tensors, is_quantized=False).linear(LinearSpec(NUM_IN, (Part("a", 32),)))
+        load(tensors, number=None).linear(LinearSpec(NUM_IN, (Part("a", 32),)))
     with pytest.raises(ModelError, match="a.weight: dtype I8 is not one of F32, F16, BF16"):
         load(tensors).embedding("a", 32, NUM_IN)
 

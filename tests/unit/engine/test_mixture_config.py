@@ -99,7 +99,7 @@ def test_sizes_and_what_experts_do(read: Read) -> None:
     clamped = mixture_of(read("gpt_oss", swiglu_limit=5.0))
     assert clamped.activation == ClampedSwiglu(1.702, 5.0) and not clamped.may_be_mxfp4
     packed = read("gpt_oss", quantization_config={"quant_method": "mxfp4"})
-    assert mixture_of(packed).may_be_mxfp4 and not packed.is_quantized
+    assert mixture_of(packed).may_be_mxfp4 and not packed.quantization
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_windows(
         (
             "qwen3_moe",
             {"quantization_config": {"quant_method": "mxfp4"}},
-            'quantization_config.quant_method: only "compressed-tensors"',
+            "quantization_config.quant_method: must be one of compressed-tensors",
         ),
     ],
 )

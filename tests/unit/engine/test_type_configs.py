@@ -224,7 +224,7 @@ def test_a_text_part_is_read_wherever_it_stands(read: Read) -> None:
         ("mistral3", {"text_config": {"model_type": "llama"}}, "text_config.model_type: only"),
         ("mistral3", {"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act"),
         ("mistral3", {"text_config": {"head_dim": 7}}, "text_config.head_dim"),
-        ("mistral3", {"text_config": {}, "quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ("mistral3", {"text_config": {}, "quantization_config": {"quant_method": "bnb"}}, "bnb"),
         ("qwen3_vl", {}, "text_config: missing"),
         ("qwen3_vl", {"text_config": {"sliding_window": 64}}, "text_config.sliding_window"),
         ("qwen2_5_vl", {"text_config": {"num_hidden_layers": 0}}, "text_config.num_hidden_layers"),

@@ -1,0 +1,76 @@
+"""GPTQ's files: whole numbers of 2, 3, 4 or 8 bits packed along the inputs.
+
+qweight    int32 [in · bits / 32, out]
+qzeros     int32 [groups, out · bits / 32]; in the first format less one
+scales     [groups, out]
+g_idx      int32 [in]: the group of each column, where they are out of order
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baton.shared.engine.quantised.bits import num_words, unpack_columns, unpack_rows
+from baton.shared.engine.quantised.form import (
+    TensorReader,
+    check_finite,
+    num_groups,
+    read_words,
+)
+from baton.shared.engine.quantised.packed import read_group_of
+from baton.shared.engine.quantised.scheme import Scheme
+from baton.shared.engine.quantised.weight import QuantisedWeight
+from baton.shared.engine.weight_headers import FLOATS
+
+
+def read(
+    module: str,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    reader: TensorReader,
+    *,
+    zeros_are_less_one: bool,
+) -> QuantisedWeight:
+    num_out, num_in = shape
+    bits, scale_name = scheme.num_bits, f"{module}.scales"
+    because = f"config.json makes the weight {list(shape)} of {bits} bits"
+    words = read_words(
+        reader, f"{module}.qweight", (num_words(num_in, bits), num_out), "I32", because
+    )
+    count = num_groups(reader, scale_name, scheme, num_in)
+    scale = read_scales(scale_name, (count, num_out), scheme, reader)
+    zeros = read_words(
+        reader, f"{module}.qzeros", (count, num_words(num_out, bits)), "I32", because
+    )
+    group_of = read_group_of(f"{module}.g_idx", num_in, count, reader)
+    if words.is_meta:
+        return QuantisedWeight.on_paper(*shape, bits)
+    zero = unpack_columns(zeros, bits, num_out).to(torch.int16)
+    codes = unpack_rows(words, bits, num_in).t().contiguous()
+    zero += _missing(zero, scheme, zeros_are_less_one)
+    return QuantisedWeight(
+        codes, scale.t().contiguous(), bits, zero=zero.t().contiguous(), group_of=group_of
+    )
+
+
+def _missing(zero: Tensor, scheme: Scheme, are_less_one: bool) -> int:
+    """What is to be added to stored zeros. Files lie about their format: of symmetric numbers it
+    is known where the zero must be, and so what the file holds."""
+    middle = 2 ** (scheme.num_bits - 1)
+    if scheme.is_symmetric and bool((zero == middle).all()):
+        return 0
+    if scheme.is_symmetric and bool((zero == middle - 1).all()):
+        return 1
+    return int(are_less_one)
+
+
+def read_scales(name: str, shape: tuple[int, int], scheme: Scheme, reader: TensorReader) -> Tensor:
+    """[groups, out]"""
+    header = reader.header(name)
+    if header is not None and header.dtype not in FLOATS:
+        raise reader.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
+    because = f"config.json says group_size {scheme.group_size}"
+    scale = read_words(reader, name, shape, header.dtype if header else "F16", because)
+    check_finite(reader, name, scale)
+    return scale

@@ -1,0 +1,121 @@
+"""One description of every quantised weight: what all forms of checkpoints become.
+
+    number = (code − zero) · scale + offset
+
+Codes are whole numbers of a byte each, or 8-bit floats; scale, zero and offset hold for a run of a
+row's numbers. What computes with it expands it (`expand`) or packs it in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+WHOLE = slice(None)
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedWeight:
+    """[out, in]
+
+    Numbers are made in the scale's dtype, one rounding an operation, and rounded to the asked dtype
+    at the end: as those who made the codes make numbers of them, to the same bits.
+    """
+
+    codes: Tensor
+    """int8, uint8 or an 8-bit float [out, in]"""
+    scale: Tensor
+    """[out or 1, groups], of a float dtype"""
+    num_bits: int
+    """That a code needs: integers of 4 lie in a range of 16."""
+    zero: Tensor | None = None
+    """int8, uint8 or int16 [out or 1, groups]"""
+    offset: Tensor | None = None
+    """[out or 1, groups], of the scale's dtype"""
+    group_of: Tensor | None = None
+    """int64 [in], the group of each column; None: equal runs in order."""
+
+    @classmethod
+    def on_paper(cls, num_out: int, num_in: int, num_bits: int) -> QuantisedWeight:
+        """Of which only the shape counts."""
+        codes = torch.empty(num_out, num_in, dtype=torch.int8, device="meta")
+        return cls(codes, codes.new_empty((1, 1), dtype=torch.float32), num_bits)
+
+    @property
+    def num_out(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def num_in(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def is_meta(self) -> bool:
+        return self.codes.is_meta
+
+    def part(self, rows: slice, columns: slice) -> QuantisedWeight:
+        """Some of the rows, and of the columns."""
+        if rows == WHOLE and columns == WHOLE:
+            return self
+        if self.is_meta:
+            num_rows = len(range(self.num_out)[rows])
+            num_columns = len(range(self.num_in)[columns])
+            return QuantisedWeight.on_paper(num_rows, num_columns, self.num_bits)
+        taken = self._with(lambda of_groups: of_groups if len(of_groups) == 1 else of_groups[rows])
+        group_of = None if columns == WHOLE else self._group_of()[columns]
+        return replace(
+            taken,
+            codes=self.codes[rows, columns],
+            group_of=self.group_of if columns == WHOLE else group_of,
+        )
+
+    def take_rows(self, index: Tensor) -> QuantisedWeight:
+        """Those rows, in that order: int64 [any]."""
+        if self.is_meta:
+            return self
+        taken = self._with(lambda each: each if len(each) == 1 else each.index_select(0, index))
+        return replace(taken, codes=self.codes.index_select(0, index))
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, [out, in] of that dtype."""
+        if self.is_meta:
+            # A product on paper would load torch's compiler, as torch.cat does.
+            return self.codes.to(dtype)
+        numbers = self.codes.to(self.scale.dtype)
+        if self.group_of is not None:
+            numbers = self._scaled(numbers, self.group_of)
+        elif self.scale.shape[1] == 1:
+            numbers = self._scaled(numbers, None)
+        else:
+            runs = numbers.view(self.num_out, self.scale.shape[1], -1)
+            numbers = self._with(lambda each: each[..., None])._scaled(runs, None)
+        return numbers.reshape(self.codes.shape).to(dtype)
+
+    def _scaled(self, numbers: Tensor, group_of: Tensor | None) -> Tensor:
+        def each(of_groups: Tensor) -> Tensor:
+            return of_groups if group_of is None else of_groups[:, group_of]
+
+        if self.zero is not None:
+            numbers = numbers - each(self.zero).to(numbers.dtype)
+        numbers = numbers * each(self.scale)
+        return numbers if self.offset is None else numbers + each(self.offset)
+
+    def _group_of(self) -> Tensor:
+        if self.group_of is not None:
+            return self.group_of
+        num_groups, device = self.scale.shape[1], self.codes.device
+        groups = torch.arange(num_groups, device=device)
+        return groups.repeat_interleave(self.num_in // num_groups)
+
+    def _with(self, change: Change) -> QuantisedWeight:
+        """With what is by group changed."""
+        return replace(
+            self,
+            scale=change(self.scale),
+            zero=None if self.zero is None else change(self.zero),
+            offset=None if self.offset is None else change(self.offset),
+        )
