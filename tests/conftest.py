@@ -25,6 +25,9 @@ if not torch.cuda.is_available():
     # one. A kernel is interpreted with all that it calls, or not at all.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Hundreds of processes are started: the first compiles the code, the others find it compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 # How long an example takes says nothing on a busy machine. What decides whether a change may land
 # tries the same examples every time; whoever works here, others.

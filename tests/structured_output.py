@@ -5,7 +5,8 @@ second one sampled, beside some that are not constrained, are asked
 
     plain       without guesses
     guessing    with `--speculate ngram`
-    killed      again and again: a decode worker dies when the longest stream has 10, 20, ... tokens
+    killed      again and again: the decode worker of the longest answer dies when it has 10, 20, ...
+                tokens of it
     resumed     at every tenth token of every answer, by a client that has the tokens before
 
 Every answer must be valid by its schema, and its tokens those of the plain one. Prints a report,
@@ -27,7 +28,7 @@ from typing import Any
 from baton.v1 import types_pb2
 from tests.device import ROOT
 from tests.e2e.harness import Result, Stack
-from tests.faults.streams import Background
+from tests.faults.streams import Background, events
 from tests.schemas import Schema, is_valid, make_schema
 
 WORKERS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
@@ -117,7 +118,8 @@ def run_batch(
             report.num_free_equal += is_equal
         else:
             report.num_guessed_answers_equal += is_equal
-    longest = max(range(len(asks)), key=lambda i: len(plain[i].token_ids))
+    bound = [i for i, ask in enumerate(asks) if ask.schema is not None]
+    longest = max(bound, key=lambda i: len(plain[i].token_ids))
     for at in kills_at:
         if at < len(plain[longest].token_ids):
             killed(stack, asks, plain, longest, at, report)
@@ -127,9 +129,11 @@ def run_batch(
 def killed(
     stack: Stack, asks: Sequence[Ask], plain: Sequence[Result], lead: int, at: int, report: Report
 ) -> None:
-    victim = ("d0", "d1")[at // 10 % 2]
     streams = [Background(stack, ask.prompt, **ask.options) for ask in asks]
     stack.wait_until(lambda: streams[lead].num_tokens >= at or streams[lead].is_over)
+    victim = next(
+        name for name in ("d0", "d1") if events(stack, name, "joined", streams[lead].request_id)
+    )
     stack.kill(victim)
     report.num_kills += 1
     stack.restart(victim)

@@ -30,7 +30,6 @@ class Fault:
 
 
 FAULTS = {
-    "corrupted": Fault("corrupt_sealed_block", num_chunks=1, num_mismatches=1),
     "swapped": Fault("swap_sealed_blocks", num_chunks=1, num_mismatches=2),
     # Slow steps: the reader notices while later chunks, built upon the bad block, still compute.
     "corrupted_while_computing": Fault(

@@ -201,26 +201,10 @@ def _missing_directory(model: Path) -> str:
     return f"{model}: "
 
 
-def _missing_config(model: Path) -> str:
-    (model / "config.json").unlink()
-    return f"{model}/config.json: "
-
-
-def _missing_weights(model: Path) -> str:
-    (model / "model.safetensors").unlink()
-    return f"{model}/model.safetensors: "
-
-
 def _truncated_weights(model: Path) -> str:
     path = model / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     return f"{model}/model.safetensors: truncated"
-
-
-def _corrupt_weights(model: Path) -> str:
-    path = model / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F99"', 1))
-    return f"{model}/model.safetensors: "
 
 
 def _unsupported_model_type(model: Path) -> str:
@@ -228,21 +212,12 @@ def _unsupported_model_type(model: Path) -> str:
     return f"{model}/config.json: model_type: "
 
 
-def _unsupported_field(model: Path) -> str:
-    _change_config(model, hidden_act="gelu")
-    return f"{model}/config.json: hidden_act: "
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
         _missing_directory,
-        _missing_config,
         _unsupported_model_type,
-        _unsupported_field,
-        _missing_weights,
         _truncated_weights,
-        _corrupt_weights,
     ],
 )
 def test_bad_model_is_one_line_and_nothing_listens(

@@ -20,6 +20,8 @@ NUM_BLOCKS = 24
 NUM_SEQUENCES = 8
 SPLIT = {"prefill-0": "prefill", "decode-0": "decode"}
 TOGETHER = {"both-0": "both"}
+split_only = pytest.mark.parametrize("stack", [SPLIT], indirect=True, ids=["split"])
+"""For what is the prefill worker's matter."""
 
 
 @pytest.fixture(scope="module", params=[SPLIT, TOGETHER], ids=["split", "both"])
@@ -52,6 +54,7 @@ def test_answers_that_outgrow_the_pool_are_preempted_and_complete(
     stack.assert_idle()
 
 
+@split_only
 def test_prompts_that_do_not_fit_together_take_turns(stack: Stack, oracle: Oracle) -> None:
     # 11 blocks each: two fit.
     streams = _start_all(stack, "long", num_prompt=170, num_answer=8)
@@ -64,6 +67,7 @@ def test_prompts_that_do_not_fit_together_take_turns(stack: Stack, oracle: Oracl
     stack.assert_idle()
 
 
+@split_only
 def test_a_prompt_of_the_whole_pool_waits_for_it_and_gets_it(stack: Stack, oracle: Oracle) -> None:
     streams = _start_all(stack, "small", num_prompt=30, num_answer=60)
     prompt = make_prompt("whole pool", NUM_BLOCKS * 16 - 4)

@@ -5,8 +5,7 @@ One decode worker guesses and the other does not: streams move between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,9 +46,11 @@ def test_an_answer_ends_where_it_would_without(stack: Stack, way: dict[str, Any]
     """With a text in its middle, a token, or its length, next to answers that do not guess."""
     whole = stack.generate(TALE, max_tokens=64, speculate=False, **way)
     assert len(whole.token_ids) == 64
-    ends: list[dict[str, Any]] = [{"stops": [whole.text[cut : cut + 7]]} for cut in (60, 110)]
-    ends += [{"stop_token_ids": [whole.token_ids[index]]} for index in (9, 40)]
-    ends += [{"max_tokens": number} for number in (2, 31)]
+    ends: list[dict[str, Any]] = [
+        {"stops": [whole.text[60:67]]},
+        {"stop_token_ids": [whole.token_ids[40]]},
+        {"max_tokens": 31},
+    ]
     for end in ends:
         options = {"max_tokens": 64, **way, **end}
         plain = stack.generate(TALE, speculate=False, **options)
@@ -71,10 +72,9 @@ def test_streams_survive_who_guesses(stack: Stack) -> None:
         for number in range(5)
     ]
     streams = [Background(stack, ask.prompt, ignore_eos=True, **ask.sampling) for ask in asks]
-    for num_tokens in (100, 300):
-        stack.wait_until(partial(have_got, streams, num_tokens))
-        stack.kill("d0")
-        stack.restart("d0")
+    stack.wait_until(lambda: sum(stream.num_tokens for stream in streams) > 200)
+    stack.kill("d0")
+    stack.restart("d0")
     results = [stream.result() for stream in streams]
     assert [result.token_ids for result in results] == oracle.answers(asks)
     assert sum(result.attempts for result in results) > len(results)
@@ -86,14 +86,10 @@ def tokenized(stack: Stack, text: str) -> list[int]:
     return list(stack.stub.Tokenize(request).token_ids)
 
 
-def have_got(streams: Sequence[Background], num_tokens: int) -> bool:
-    return sum(stream.num_tokens for stream in streams) > num_tokens
-
-
 def test_constrained_answers_are_valid_and_the_same_whoever_guesses_or_dies(stack: Stack) -> None:
     """Beside answers that are not constrained; forced tokens jump ahead in all of them."""
     report = Report()
-    asks = asks_of(range(12), num_free=2)
+    asks = asks_of(range(6), num_free=2)
     run_batch(stack, asks, report, kills_at=[10])
     assert report.is_good and report.num_cut == 0, report
     assert report.num_answers_hit and report.num_resumed

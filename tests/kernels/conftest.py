@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+
+from baton.kernels import decode_plan
 
 _HAS_GPU = torch.cuda.is_available()
 # The interpreter multiplies bfloat16 wrongly, and silently.
@@ -33,6 +36,19 @@ def poisoned(device: torch.device) -> Callable[..., torch.Tensor]:
         return torch.full(shape, value, dtype=dtype, device=device)
 
     return make
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of decode steps takes hundreds of programs, for a GPU's sake; the interpreter is as
+    long over one that has no work as over others."""
+    usual = decode_plan.decode_config
+
+    def few(num_rows: int, num_kv_heads: int, head_dim: int) -> decode_plan.DecodeConfig:
+        return replace(usual(num_rows, num_kv_heads, head_dim), programs=12)
+
+    if not _HAS_GPU:
+        monkeypatch.setattr(decode_plan, "decode_config", few)
 
 
 @pytest.fixture

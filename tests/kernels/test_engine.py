@@ -24,6 +24,7 @@ from tests.weights import weight_shapes
 
 # Hashes wrap around; NumPy, which the interpreter computes with, would rather not.
 pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
 ]
@@ -47,10 +48,20 @@ CONFIG: dict[str, Any] = {
 Make = Callable[..., ModelRunner]
 
 
+SMALL = {
+    **CONFIG,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+"""For what does not depend on the model: each program takes the interpreter a while."""
+
+
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Runners over one random llama, whose logits are far apart."""
-    return maker(tmp_path_factory.mktemp("tiny"), CONFIG)
+    return maker(tmp_path_factory.mktemp("tiny"), SMALL)
 
 
 def maker(directory: Path, config: dict[str, Any]) -> Make:
@@ -95,11 +106,10 @@ def tokens(length: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(CONFIG["vocab_size"]), k=length)
 
 
-def test_logits_of_chunks_and_decode_rows(
-    make: Make, reference: ModelRunner, device: torch.device
-) -> None:
+def test_logits_of_chunks_and_decode_rows(tmp_path: Path, device: torch.device) -> None:
     """Chunks over cached prefixes, single tokens and fresh prompts in one step."""
-    runner = make("triton", device)
+    make = maker(tmp_path, CONFIG)
+    runner, reference = make("triton", device), make("torch", torch.device("cpu"))
     table = {"a": [7, 3, 30, 9], "b": [12, 1], "c": [20, 21, 22, 39]}
     a, b, c = tokens(40, 1), tokens(17, 2), tokens(50, 3)
     steps = [
@@ -141,14 +151,13 @@ def test_a_prompt_whose_last_chunk_is_one_token(
     assert [step.result() for step in steps] == [[[]], [[]], [[]], [expected]]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_tokens_of_steps_launched_ahead(
-    temperature: float, make: Make, reference: ModelRunner, device: torch.device
+    make: Make, reference: ModelRunner, device: torch.device
 ) -> None:
     """Two sequences, prompts in chunks, each step launched before the last one's tokens are taken;
     one ends and its slot goes to a third."""
     runner = make("triton", device, cuda_graphs=True)
-    params = SamplingParams(temperature=temperature, top_p=0.9, seed=4, max_tokens=9)
+    params = SamplingParams(temperature=0.0, max_tokens=9)
     prompts = [tokens(19, 5), tokens(7, 6), tokens(5, 7)]
     tables = [[[5, 6, 7]], [[0, 1]], [[11, 12]]]
     expected = [
@@ -238,14 +247,13 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
     assert updates
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_row_with_drafts_draws_what_it_draws_token_by_token(
-    temperature: float, make: Make, reference: ModelRunner, device: torch.device
+    make: Make, reference: ModelRunner, device: torch.device
 ) -> None:
     """Right drafts, wrong ones, none, beside a prompt's chunk and alone; what follows goes on from
     where the device found the last right one, though the host learns it later."""
     runner = make("triton", device, num_drafts=3)
-    params = SamplingParams(temperature=temperature, top_p=0.9, seed=4, max_tokens=12)
+    params = SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=12)
     prompts = [tokens(19, 5), tokens(7, 6), tokens(21, 7)]
     tables = [[[5, 6, 7]], [[0, 1]], [[11, 12, 13]]]
     expected = [

@@ -17,6 +17,7 @@ from baton.shared.sampling import SamplingParams
 from tests.kernels.test_engine import CONFIG, Make, maker, tokens
 
 pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
 ]

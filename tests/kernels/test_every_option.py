@@ -21,6 +21,7 @@ from tests.kernels.every_option import CONFIG, EVERY_OPTION, write_model
 from tests.made_up_types import known
 
 pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
 ]

@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 40},
     "wide": {"hidden_size": 320, "intermediate_size": 688, "num_attention_heads": 10},
 }
-CASES = [*((shape, 1, 300) for shape in SHAPES), ("head-dim-24", 2, 140)]
+CASES = [*((shape, 1, 300) for shape in SHAPES), ("head-dim-24", 2, 40)]
 
 
 def token_ids(length: int, seed: int) -> list[int]:
@@ -67,7 +67,7 @@ def test_chunks_and_single_tokens_equal_one_pass(
             runner, tokens, table, random_parts(length, seed)
         ).items():
             assert torch.equal(logits, one_by_one[end]), f"differs at position {end}"
-    for end in (1, 15, 16, 17, 128, 129, length):
+    for end in (1, 15, 16, 17, *(end for end in (128, 129) if end < length), length):
         whole = runner.logits(Batch([BatchRow(tokens[:end], 0, [table])]))[0]
         assert torch.equal(whole, one_by_one[end]), f"one pass of {end} tokens differs"
 

@@ -215,7 +215,7 @@ def test_it_is_there() -> None:
     assert nixl_agent.available("cpu") is None
 
 
-@pytest.mark.parametrize("num_copies", [1, 7, NUM_BLOCKS // 2, NUM_BLOCKS])
+@pytest.mark.parametrize("num_copies", [7, NUM_BLOCKS])
 def test_random_blocks_arrive_and_others_stay(
     transport: NixlTransport, pool: LocalPool, peer: Peer, num_copies: int
 ) -> None:
@@ -382,21 +382,18 @@ def test_wrong_layouts_are_refused(
     check_landed(pool, peer, [BlockCopy(0, 0)])
 
 
-@pytest.mark.parametrize("tls", ["all", "tcp"])
 def test_a_killed_peer_is_an_error_and_another_can_be_read(
-    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer], tls: str
+    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer]
 ) -> None:
-    victim, other = start_peer(env={"UCX_TLS": tls}), start_peer()
+    victim, other = start_peer(), start_peer()
     connection = transport.connect(victim.description)
     connection.read(NARROW, [BlockCopy(0, 0)])
     victim.kill()
-    started = time.monotonic()
     with pytest.raises(TransferError, match=victim.incarnation):
         connection.read(NARROW, [BlockCopy(1, 1)])
     with pytest.raises(TransferError):
         connection.read(NARROW, [BlockCopy(1, 1)])
     connection.close()
-    assert time.monotonic() - started < 2.0
     with pytest.raises(TransferError):
         transport.connect(victim.description)
     connection = transport.connect(other.description)
