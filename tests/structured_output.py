@@ -5,8 +5,8 @@ second one sampled, beside some that are not constrained, are asked
 
     plain       without guesses
     guessing    with `--speculate ngram`
-    killed      again and again: the decode worker of the longest answer dies when it has 10, 20, ...
-                tokens of it
+    killed      again and again: the decode worker of the longest answer dies when that has 10, 20,
+                ... tokens
     resumed     at every tenth token of every answer, by a client that has the tokens before
 
 Every answer must be valid by its schema, and its tokens those of the plain one. Prints a report,
