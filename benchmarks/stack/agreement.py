@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 import uvloop
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.interrupt import exit_code
+from baton.shared.engine.gguf_weights import GgufWeights, expanded_weights
+from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.model_files.named import missing_model, model_dir
 from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2 as pb
@@ -107,10 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(not all(answer.same_alone and answer.same_together for answer in answers))
 
 
+def _model(model_dir: Path) -> Any:
+    """Transformers' code; of a GGUF file with the numbers that it is expanded to."""
+    make: Any = AutoModelForCausalLM
+    if not (model_dir / WEIGHTS).exists():
+        return make.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = make.from_config(AutoConfig.from_pretrained(model_dir), dtype=torch.float32)
+    found = model.load_state_dict(expanded_weights(GgufWeights(model_dir)), strict=False)
+    assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}, found
+    return model.eval()
+
+
 def by_transformers(model_dir: Path, new_tokens: int) -> list[Answer]:
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model.eval()
+    model = _model(model_dir)
     answers: list[Answer] = []
     for chat in _CHATS:
         prompt: Chat | str = chat if tokenizer.chat_template else chat[-1]["content"]

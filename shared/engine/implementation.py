@@ -10,6 +10,7 @@ import torch
 
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.executor import Executor, Model
+from baton.shared.engine.gguf_weights import GgufWeights
 from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.model_config import ModelConfig
@@ -21,6 +22,7 @@ from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.model_files.fields import ModelError, shown
 from baton.shared.model_files.info import open_config
 
+Weights = WeightFiles | GgufWeights | DummyWeights
 MakeExecutor = Callable[[int, int], Executor]
 """Over a cache of its own with so many blocks in each pool, for steps of at most so many rows; the
 model is loaded by then."""
@@ -57,7 +59,7 @@ class Implementation(Protocol):
 
     def plan(
         self,
-        weights: WeightFiles | DummyWeights,
+        weights: Weights,
         groups: Sequence[CacheGroup],
         ops: Operations,
         dtype: torch.dtype,
@@ -66,7 +68,7 @@ class Implementation(Protocol):
 
     def load(
         self,
-        weights: WeightFiles | DummyWeights,
+        weights: Weights,
         groups: Sequence[CacheGroup],
         place: Place,
         on_read: Callable[[], None],
@@ -101,7 +103,7 @@ class OwnImplementation:
 
     def plan(
         self,
-        weights: WeightFiles | DummyWeights,
+        weights: Weights,
         groups: Sequence[CacheGroup],
         ops: Operations,
         dtype: torch.dtype,
@@ -110,7 +112,7 @@ class OwnImplementation:
         self._check_all_taken(weights, plan)
         return plan
 
-    def _check_all_taken(self, weights: WeightFiles | DummyWeights, plan: ModelPlan) -> None:
+    def _check_all_taken(self, weights: Weights, plan: ModelPlan) -> None:
         left_out: set[str] = set()
         if self.config.quantization is not None and isinstance(weights, WeightFiles):
             left_out = leave_out(weights.names - plan.shapes.keys(), weights)
@@ -122,7 +124,7 @@ class OwnImplementation:
 
     def load(
         self,
-        weights: WeightFiles | DummyWeights,
+        weights: Weights,
         groups: Sequence[CacheGroup],
         place: Place,
         on_read: Callable[[], None],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.shared.model_files.fields import ModelError, Repeated, each_once, shown
+from baton.shared.model_files.gguf.file import WEIGHTS
 
 Progress = Callable[[str], None]
 
@@ -31,6 +32,8 @@ def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
     single, index = model_dir / _SINGLE, model_dir / _INDEX
     if single.exists():
         return single, {}
+    if (model_dir / WEIGHTS).exists():
+        return model_dir / WEIGHTS, {}
     if not index.exists():
         raise ModelError(f"{single}: no such file, nor {index.name}; only safetensors are read")
     try:
@@ -56,7 +59,7 @@ def _is_plain_name(file_name: str) -> bool:
 
 
 def weight_paths(model_dir: Path) -> list[Path]:
-    """The safetensors files, sorted by name. Raises ModelError as `find_weight_files`."""
+    """The weight files, sorted by name. Raises ModelError as `find_weight_files`."""
     listing, names = find_weight_files(model_dir)
     return sorted({model_dir / name for name in names.values()} or {listing})
 
@@ -122,7 +125,7 @@ def files_stamp(model_dir: Path, files: Sequence[Path]) -> str:
 
 def _identifying(model_dir: Path, files: Sequence[Path]) -> list[Path]:
     paths = [model_dir / "config.json", *files]
-    if model_dir / _SINGLE not in files:
+    if not {model_dir / _SINGLE, model_dir / WEIGHTS}.intersection(files):
         # It says which of several tensors of one name counts.
         paths.insert(1, model_dir / _INDEX)
     return paths

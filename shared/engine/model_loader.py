@@ -25,6 +25,7 @@ from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope import rope_tables
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.operations import Norm, Operations
+from baton.shared.engine.quantised import gguf
 from baton.shared.engine.quantised.scheme import Quantization
 from baton.shared.engine.weight_headers import FLOATS, Header
 from baton.shared.engine.weights import WeightSource
@@ -180,6 +181,10 @@ class ModelLoader:
     ) -> Tensor:
         """In the activations' dtype, if no other is asked for."""
         header = self.header(name)
+        if header is not None and header.dtype in gguf.KINDS and len(shape) == 2:
+            rows, columns = (*part, slice(None), slice(None))[:2]
+            numbers = gguf.read(name, (shape[0], shape[1]), self)
+            return numbers.part(rows, columns).expand(dtype or self.dtype)
         if header is not None and header.dtype not in FLOATS:
             raise self.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
         return self._read(name, shape, dtype or self.dtype, part)

@@ -23,14 +23,16 @@ from baton.shared.engine.config import (
     most_model_len,
 )
 from baton.shared.engine.executor import Executor, Model, Step
+from baton.shared.engine.gguf_weights import GgufWeights
 from baton.shared.engine.host_executor import HostExecutor
-from baton.shared.engine.implementation import Place, find_implementation
+from baton.shared.engine.implementation import Place, Weights, find_implementation
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
 from baton.shared.engine.model_digest import (
     ModelIdentity,
     Progress,
     ProgressReport,
+    find_weight_files,
     identify_dummy,
     identify_model,
 )
@@ -46,6 +48,7 @@ from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.sampling import MOST_TOP_LOGPROBS, SamplingParams
 from baton.shared.telemetry import log_event
 
@@ -230,20 +233,20 @@ class ModelRunner:
         tokens, row by row."""
         return self._executor.logits(batch)
 
-    def _find_weights(self) -> WeightFiles | DummyWeights:
+    def _find_weights(self) -> Weights:
         if self._config.load_format == "dummy":
             return DummyWeights(are_tokens_apart=self.model_config.mixture is not None)
+        if find_weight_files(self._config.model_dir)[0].name == WEIGHTS:
+            return GgufWeights(self._config.model_dir)
         return WeightFiles(self._config.model_dir)
 
-    def _identify(self, weights: WeightFiles | DummyWeights, progress: Progress) -> ModelIdentity:
+    def _identify(self, weights: Weights, progress: Progress) -> ModelIdentity:
         model_dir = self._config.model_dir
         if isinstance(weights, DummyWeights):
             return identify_dummy(model_dir)
         return identify_model(model_dir, weights.files, progress)
 
-    def _load(
-        self, weights: WeightFiles | DummyWeights, plan: ModelPlan, progress: Progress
-    ) -> Model:
+    def _load(self, weights: Weights, plan: ModelPlan, progress: Progress) -> Model:
         report = ProgressReport(progress, "loading weights", plan.num_reads)
         with torch.inference_mode():
             return self._implementation.load(

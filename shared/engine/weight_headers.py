@@ -38,7 +38,7 @@ class Header:
     """What a file says of a tensor."""
 
     dtype: str
-    """As safetensors spells it: F32, BF16, I8, …"""
+    """As safetensors spells it: F32, BF16, I8, …; of blocks as GGUF does: Q4_1, …"""
     shape: tuple[int, ...]
 
 

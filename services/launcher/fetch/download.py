@@ -23,7 +23,7 @@ _ERRNO = re.compile(r"\[Errno -?\d+\] ([^'\")\n]+)")
 
 
 class FetchError(Exception):
-    """The model cannot be fetched or expanded; one line."""
+    """The model cannot be fetched; one line."""
 
 
 def download_wheels(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from baton.shared.engine.quantised import awq, fp4, gptq, packed, scaled
+from baton.shared.engine.quantised import awq, fp4, gguf, gptq, packed, scaled
 from baton.shared.engine.quantised.form import TensorReader
 from baton.shared.engine.quantised.scheme import Quantization, Scheme
 from baton.shared.engine.quantised.weight import QuantisedWeight
@@ -29,6 +29,8 @@ def read_quantised(
         ModelError: config.json says nothing of it, or something else; a tensor is missing, has
             another shape or holds what is no number.
     """
+    if gguf.holds(module, reader):
+        return gguf.read(f"{module}.weight", shape, reader)
     name = next((each for each in _MARKS if reader.header(f"{module}.{each}") is not None), None)
     if name is None:
         if not scaled.holds(module, reader) and not fp4.holds(module, reader):

@@ -12,7 +12,8 @@ import torch
 from baton.shared.engine.config import EngineConfig, most_model_len
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.executor import Model
-from baton.shared.engine.implementation import MakeExecutor, Place
+from baton.shared.engine.gguf_weights import GgufWeights
+from baton.shared.engine.implementation import MakeExecutor, Place, Weights
 from baton.shared.engine.model_loader import ModelPlan
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.operations import Operations
@@ -20,7 +21,6 @@ from baton.shared.engine.transformers_backend import start_check
 from baton.shared.engine.transformers_backend.config import Foreign, configure
 from baton.shared.engine.transformers_backend.library import library
 from baton.shared.engine.transformers_backend.model import TransformersModel, load
-from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
 from baton.shared.model_files.fields import Fields, ModelError
 from baton.shared.telemetry import log_event
@@ -65,24 +65,26 @@ class TransformersImplementation:
 
     def plan(
         self,
-        weights: WeightFiles | DummyWeights,
+        weights: Weights,
         groups: Sequence[CacheGroup],
         ops: Operations,
         dtype: torch.dtype,
     ) -> ModelPlan:
         """Names of tensors are transformers' business, which compares them as it loads."""
+        _not_gguf(weights)
         facts = self.foreign.facts
         num_bytes = facts.num_numbers * dtype.itemsize
         return ModelPlan({}, facts.linear_shapes, num_bytes, num_reads=1)
 
     def load(
         self,
-        weights: WeightFiles | DummyWeights,
+        weights: Weights,
         groups: Sequence[CacheGroup],
         place: Place,
         on_read: Callable[[], None],
     ) -> Model:
         places = places_of_layers(groups)
+        assert not isinstance(weights, GgufWeights)
         model = load(self.foreign, self.model_dir, weights, places, place)
         on_read()
         return model
@@ -109,3 +111,8 @@ class TransformersImplementation:
         except ModelError as error:
             raise ModelError(f"{self.model_dir}: {error}") from None
         return is_stable and not self.foreign.facts.has_experts and model.keeps_bits()
+
+
+def _not_gguf(weights: Weights) -> None:
+    if isinstance(weights, GgufWeights):
+        raise ModelError(f"{weights.files[0]}: GGUF files are not read through transformers")

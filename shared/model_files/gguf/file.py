@@ -1,29 +1,49 @@
-"""A GGUF file: typed metadata, and tensors as float32. The one module that reads the format."""
+"""A GGUF file: typed metadata, and tensors as they lie in it. The one module that reads the format.
+
+The library that parses it is asked for when a file is opened. No torch here: the gateway reads the
+metadata, too.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
-from baton.services.launcher.fetch.download import FetchError
+from baton.shared.model_files.fields import ModelError
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+WEIGHTS = "model.gguf"
+"""In a model directory."""
 
 
 class GgufFile:
+    """
+    Attributes:
+        path: as given.
+    """
+
     def __init__(self, path: Path) -> None:
-        """Raises FetchError when it is no whole GGUF file."""
-        self._path = path
+        """Raises ModelError: it is no whole GGUF file, or the library `gguf` is missing."""
+        try:
+            import gguf
+        except ImportError:
+            raise ModelError(
+                f"{path}: GGUF files need the package gguf: pip install gguf"
+            ) from None
+        self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
+            # The library looks at what each tensor's numbers are only when they are asked for.
+            self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         # What is read as a length or a type may be anything, and fail anywhere.
         except (ValueError, KeyError, IndexError, OverflowError, MemoryError, OSError) as error:
-            raise FetchError(f"{path.name}: not a whole GGUF file: {error}") from None
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{path}: not a whole GGUF file: {reason}") from None
+        if self.has("split.count") and self.integer("split.count") > 1:
+            raise self.error("split.count", "a model in several files is not read: join them")
 
     @property
     def tensor_names(self) -> set[str]:
@@ -55,27 +75,22 @@ class GgufFile:
     def integers(self, key: str) -> list[int]:
         return self._list(key, int)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Array:
-        """Expanded. Raises FetchError: there is none of that name, or of another shape."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise self.error(name, "no such tensor")
-        # The file counts the fastest dimension first.
-        found = tuple(int(size) for size in reversed(tensor.shape))
-        if found != shape:
-            raise self.error(name, f"has the shape {list(found)}, not {list(shape)}")
-        try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise self.error(name, f"numbers of type {kind} cannot be expanded") from None
-        values = np.ascontiguousarray(values, dtype=np.float32).reshape(shape)
-        if not np.isfinite(values).all():
-            raise self.error(name, "holds what is no finite number")
-        return values
+    def kind(self, name: str) -> str:
+        """Of a tensor's numbers: F32, Q4_1, …"""
+        return str(self._tensors[name].tensor_type.name)
 
-    def error(self, what: str, problem: str) -> FetchError:
-        return FetchError(f"{self._path.name}: {what}: {problem}")
+    def shape(self, name: str) -> tuple[int, ...]:
+        # The file counts the fastest dimension first.
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def stored(self, name: str) -> Array:
+        """The file's own memory: floats of the tensor's shape, of bfloat16 and of blocks the bytes
+        of each row, uint8 [rows, any]."""
+        data: Array = self._tensors[name].data
+        return data
+
+    def error(self, what: str, problem: str) -> ModelError:
+        return ModelError(f"{self.path}: {what}: {problem}")
 
     def _value(self, key: str, kind: type, default: Any) -> Any:
         field = self._reader.fields.get(key)

@@ -1,4 +1,4 @@
-"""What llama.cpp's converter did to a checkpoint, by architecture, and how to undo it.
+"""What llama.cpp's converter did to a checkpoint, by architecture.
 
 A GGUF file calls tensors and sizes by names of its own, permutes rows for its own form of rope, and
 stores gemma's norms with 1 added.
@@ -6,11 +6,11 @@ stores gemma's norms with 1 added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from baton.services.launcher.fetch.gguf_file import Array, GgufFile
+from baton.shared.model_files.gguf.file import GgufFile
 
 Config = dict[str, Any]
 
@@ -43,9 +43,14 @@ class Architecture:
     layer: dict[str, Place]
     """By the name in the file; both behind a layer's prefix."""
     configure: Callable[[GgufFile], Config]
-    """config.json without token ids and what follows from the tensors. Raises FetchError."""
-    restore: Callable[[str, Array, Config], Array]
-    """A tensor as the checkpoint had it. Gets its name in the file, without prefix."""
+    """config.json without token ids and what follows from the tensors. Raises ModelError."""
+    turned: Mapping[str, str] = field(default_factory=dict)
+    """Tensors whose rows llama.cpp has put in its own order, and the field of config.json that says
+    how many heads they have."""
+    norms_plus_one: bool = False
+    """Weights of norms are stored with 1 added."""
+    biases: tuple[str, ...] = ()
+    """Tensors that have one, beside those of `layer`."""
 
 
 _TOP = {
@@ -64,10 +69,14 @@ _LAYER = {
     "ffn_down": Place("mlp.down_proj", ("hidden", "mlp")),
 }
 _LLAMA_LAYER = {**_LAYER, "ffn_norm": Place("post_attention_layernorm", ("hidden",))}
-_GEMMA3_LAYER = {
-    **_LAYER,
+_HEAD_NORMS = {
     "attn_q_norm": Place("self_attn.q_norm", ("head",)),
     "attn_k_norm": Place("self_attn.k_norm", ("head",)),
+}
+_QWEN3_LAYER = {**_LLAMA_LAYER, **_HEAD_NORMS}
+_GEMMA3_LAYER = {
+    **_LAYER,
+    **_HEAD_NORMS,
     "post_attention_norm": Place("post_attention_layernorm", ("hidden",)),
     "ffn_norm": Place("pre_feedforward_layernorm", ("hidden",)),
     "post_ffw_norm": Place("post_feedforward_layernorm", ("hidden",)),
@@ -78,7 +87,7 @@ _GEMMA3_LOCAL_THETA = 10_000.0
 
 
 def read_config(file: GgufFile, vocab_size: int) -> tuple[Architecture, Config]:
-    """Raises FetchError."""
+    """Raises ModelError."""
     name = file.string("general.architecture")
     architecture = _ARCHITECTURES.get(name)
     if architecture is None:
@@ -91,12 +100,21 @@ def read_config(file: GgufFile, vocab_size: int) -> tuple[Architecture, Config]:
     return architecture, config
 
 
-def read_tensors(
-    file: GgufFile, architecture: Architecture, config: Config
-) -> Iterator[tuple[str, Array]]:
-    """The checkpoint's tensors by name, one after the other.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a checkpoint's tensor lies in the file, and what has become of it there."""
 
-    Raises FetchError, naming the tensor; what is missing or unknown before the first is expanded.
+    name: str
+    shape: tuple[int, ...]
+    num_heads: int | None = None
+    """Its rows are turned, in runs of a head; None: they are not."""
+    is_plus_one: bool = False
+
+
+def find_tensors(file: GgufFile, architecture: Architecture, config: Config) -> dict[str, Stored]:
+    """By the checkpoint's name.
+
+    Raises ModelError, naming the tensor that is missing, has another shape, or is not known.
     """
     sizes, places = _sizes(config), dict(_TOP)
     if config["tie_word_embeddings"]:
@@ -105,15 +123,32 @@ def read_tensors(
         for name, place in architecture.layer.items():
             in_layer = Place(f"model.layers.{index}.{place.name}", place.shape)
             places[f"blk.{index}.{name}"] = in_layer
-    wanted = {f"{name}.weight" for name in places}
-    for missing in sorted(wanted - file.tensor_names):
-        raise file.error(missing, "no such tensor")
-    for unknown in sorted(file.tensor_names - wanted):
-        raise file.error(unknown, "it is not known what this tensor is for")
+    found = {}
     for name, place in places.items():
+        own = name.split(".")[-1]
         shape = tuple(getattr(sizes, size) for size in place.shape)
-        values = file.tensor(f"{name}.weight", shape)
-        yield f"{place.name}.weight", architecture.restore(name.split(".")[-1], values, config)
+        heads = architecture.turned.get(own)
+        found[f"{place.name}.weight"] = Stored(
+            f"{name}.weight",
+            shape,
+            None if heads is None else config[heads],
+            architecture.norms_plus_one and own.endswith("norm"),
+        )
+        if own in architecture.biases:
+            found[f"{place.name}.bias"] = Stored(f"{name}.bias", shape[:1])
+    _check(file, found.values())
+    return found
+
+
+def _check(file: GgufFile, stored: Iterable[Stored]) -> None:
+    shapes = {each.name: each.shape for each in stored}
+    for missing in sorted(shapes.keys() - file.tensor_names):
+        raise file.error(missing, "no such tensor")
+    for unknown in sorted(file.tensor_names - shapes.keys()):
+        raise file.error(unknown, "it is not known what this tensor is for")
+    for name, shape in shapes.items():
+        if file.shape(name) != shape:
+            raise file.error(name, f"has the shape {list(file.shape(name))}, not {list(shape)}")
 
 
 def _sizes(config: Config) -> Sizes:
@@ -129,10 +164,10 @@ def _sizes(config: Config) -> Sizes:
 
 
 def _common(file: GgufFile, prefix: str) -> Config:
-    """Raises FetchError for metadata whose arithmetic config.json would have to tell."""
+    """Raises ModelError for metadata whose arithmetic config.json would have to tell."""
     for key in (f"{prefix}.rope.scaling.type", f"{prefix}.expert_count"):
         if file.has(key):
-            raise file.error(key, "is not expanded")
+            raise file.error(key, "is not read")
     heads = file.integer(f"{prefix}.attention.head_count")
     hidden = file.integer(f"{prefix}.embedding_length")
     return {
@@ -162,19 +197,18 @@ def _configure_llama(file: GgufFile) -> Config:
     }
 
 
-def _restore_llama(name: str, values: Array, config: Config) -> Array:
-    if name == "attn_q":
-        return _halves(values, config["num_attention_heads"])
-    if name == "attn_k":
-        return _halves(values, config["num_key_value_heads"])
-    return values
+def _configure_qwen(name: str, title: str) -> Callable[[GgufFile], Config]:
+    def configure(file: GgufFile) -> Config:
+        config = _common(file, name)
+        return {
+            "architectures": [f"{title}ForCausalLM"],
+            "model_type": name,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            **config,
+        }
 
-
-def _halves(rows: Array, num_heads: int) -> Array:
-    """Of each head, rows 0, 1, 2, 3, … back to 0, 2, … followed by 1, 3, …: llama.cpp rotates
-    neighbours, a checkpoint the two halves of a head."""
-    pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    return configure
 
 
 def _configure_gemma3(file: GgufFile) -> Config:
@@ -196,11 +230,12 @@ def _configure_gemma3(file: GgufFile) -> Config:
     }
 
 
-def _restore_gemma3(name: str, values: Array, config: Config) -> Array:
-    return values - 1.0 if name.endswith("norm") else values
-
-
+_TURNED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 _ARCHITECTURES = {
-    "llama": Architecture(_LLAMA_LAYER, _configure_llama, _restore_llama),
-    "gemma3": Architecture(_GEMMA3_LAYER, _configure_gemma3, _restore_gemma3),
+    "llama": Architecture(_LLAMA_LAYER, _configure_llama, turned=_TURNED),
+    "qwen2": Architecture(
+        _LLAMA_LAYER, _configure_qwen("qwen2", "Qwen2"), biases=("attn_q", "attn_k", "attn_v")
+    ),
+    "qwen3": Architecture(_QWEN3_LAYER, _configure_qwen("qwen3", "Qwen3")),
+    "gemma3": Architecture(_GEMMA3_LAYER, _configure_gemma3, norms_plus_one=True),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -15,13 +16,21 @@ from tokenizers import (
     processors,
 )
 
-from baton.services.launcher.fetch.gguf_file import GgufFile
+from baton.shared.model_files.gguf.file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED = 3, 4
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens: as checkpoints call them → as the file does."""
 _BLANK = "▁"
+_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_WORDS = {
+    ("gpt2", "llama-bpe"): _SUFFIXES + _LETTERS + r"|\p{N}{1,3}" + _REST,
+    ("gpt2", "qwen2"): _SUFFIXES + _LETTERS + r"|\p{N}" + _REST,
+}
+"""What is a word, by the kind of tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +47,22 @@ class Vocabulary:
 
 
 def read_vocabulary(file: GgufFile) -> Vocabulary:
-    """Raises FetchError for a tokenizer of another kind than the two that are known here."""
+    """Raises ModelError for a tokenizer of another kind than those that are known here."""
     tokens = file.strings(_PREFIX + "tokens")
     kind = file.string(_PREFIX + "model"), file.string(_PREFIX + "pre", "default")
     if file.boolean(_PREFIX + "add_space_prefix", False):
-        raise file.error(_PREFIX + "add_space_prefix", "is not expanded")
+        raise file.error(_PREFIX + "add_space_prefix", "is not read")
     if file.boolean(_PREFIX + "add_eos_token", False):
-        raise file.error(_PREFIX + "add_eos_token", "is not expanded")
+        raise file.error(_PREFIX + "add_eos_token", "is not read")
     if kind == ("gpt2", "smollm"):
         tokenizer = _smollm(file, tokens)
+    elif kind in _WORDS:
+        tokenizer = _by_words(file, tokens, _WORDS[kind])
     elif kind == ("llama", "default") and file.string("general.architecture") == "gemma3":
         tokens = [_BLANK * len(token) if not token.strip(" ") else token for token in tokens]
         tokenizer = _gemma(file, tokens)
     else:
-        raise file.error(_PREFIX + "pre", f"tokenizers of kind {' '.join(kind)} are not expanded")
+        raise file.error(_PREFIX + "pre", f"tokenizers of kind {' '.join(kind)} are not read")
     token_ids = {
         f"{name}_token_id": file.integer(f"{_PREFIX}{theirs}_token_id")
         for name, theirs in _NAMES.items()
@@ -86,6 +97,23 @@ def _smollm(file: GgufFile, tokens: list[str]) -> Tokenizer:
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _by_words(file: GgufFile, tokens: list[str], words: str) -> Tokenizer:
+    """Bytes written as letters, within the words of a pattern; words that are tokens stay whole."""
+    merges = [tuple(merge.split(" ")) for merge in file.strings(_PREFIX + "merges")]
+    is_llama = file.string(_PREFIX + "pre") == "llama-bpe"
+    tokenizer = _bpe(file, tokens, merges, ignore_merges=is_llama)
+    if not is_llama:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()

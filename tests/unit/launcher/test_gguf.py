@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from baton.services.gateway.tokenizer import TextCodec
-from baton.services.launcher.fetch.download import FetchError
-from baton.services.launcher.fetch.expansion import expand
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.gguf_weights import GgufWeights, expanded_weights
+from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.models.registry import load_model_config
+from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.gguf.directory import directory_of, write_directory
+from baton.shared.model_files.named import model_dir
 from tests.unit.launcher.made_up_gguf import (
     F16,
     F32,
@@ -44,8 +51,14 @@ TEXTS = [
 
 def expanded(path: Path, directory: Path, **generation: Any) -> Path:
     directory.mkdir()
-    expand(path, directory, generation=generation, on_tensor=lambda done, total: None)
+    write_directory(path, directory, generation=generation)
+    (directory / "model.gguf").symlink_to(path)
     return directory
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    """By the checkpoint's names, in float32."""
+    return expanded_weights(GgufWeights(directory))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -55,11 +68,12 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def from_directory(directory: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
-    model, found = loaded
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    config: Any = AutoConfig.from_pretrained(directory)
+    make: Any = AutoModelForCausalLM
+    model = make.from_config(config, dtype=torch.float32)
+    found = model.load_state_dict(weights_of(directory), strict=False)
+    assert not found.unexpected_keys
+    assert set(found.missing_keys) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
     return model.eval()
 
 
@@ -89,11 +103,10 @@ def test_numbers_of_each_kind_are_expanded(tmp_path: Path) -> None:
     torch.manual_seed(2)
     kinds = {"token_embd": Q8_0, "attn_q": Q4_1, "attn_k": Q4_1, "ffn_up": F16, "ffn_norm": F32}
     stored = write_llama(tmp_path / "m.gguf", llama(), kinds=kinds)
-    found = load_file(expanded(tmp_path / "m.gguf", tmp_path / "made") / "model.safetensors")
+    found = weights_of(expanded(tmp_path / "m.gguf", tmp_path / "made"))
     assert set(found) == set(stored)
     for name, values in stored.items():
-        assert found[name].dtype == np.float32
-        assert np.array_equal(found[name], values), name
+        assert np.array_equal(found[name].numpy(), values), name
 
 
 def test_a_gemma_is_what_it_was(tmp_path: Path) -> None:
@@ -182,17 +195,17 @@ NAN = np.full((96,), np.nan, dtype=np.float32)
             {"metadata": {"llama.embedding_length": "96"}},
             "llama.embedding_length: must be of type int, not '96'",
         ),
-        ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count: is not expanded"),
+        ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count: is not read"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: is not"),
         (
             {"metadata": {"llama.rope.dimension_count": 16}},
             "llama.rope.dimension_count: must be 32",
         ),
         (
-            {"metadata": {"tokenizer.ggml.pre": "llama-bpe"}},
-            "tokenizer.ggml.pre: tokenizers of kind gpt2 llama-bpe are not expanded",
+            {"metadata": {"tokenizer.ggml.pre": "falcon"}},
+            "tokenizer.ggml.pre: tokenizers of kind gpt2 falcon are not read",
         ),
-        ({"metadata": {"tokenizer.ggml.add_eos_token": True}}, "add_eos_token: is not expanded"),
+        ({"metadata": {"tokenizer.ggml.add_eos_token": True}}, "add_eos_token: is not read"),
         ({"metadata": {"tokenizer.ggml.eos_token_id": 99_999}}, "eos_token_id: 99999 is no token"),
         ({"metadata": {"tokenizer.ggml.merges": ["h zz"]}}, "tokenizer.ggml.merges: "),
         ({"metadata": {"tokenizer.ggml.tokens": ["a", "a"]}}, "tokens: a token stands there twice"),
@@ -203,8 +216,10 @@ def test_what_is_missing_or_not_known_is_named(
     tmp_path: Path, changes: Mapping[str, Any], words: str
 ) -> None:
     write_llama(tmp_path / "m.gguf", llama(), **changes)
-    with pytest.raises(FetchError) as caught:
-        expanded(tmp_path / "m.gguf", tmp_path / "made")
+    with pytest.raises(ModelError) as caught:
+        GgufWeights(expanded(tmp_path / "m.gguf", tmp_path / "made")).read(
+            "model.norm.weight", (96,), torch.device("cpu")
+        )
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -213,21 +228,65 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "m.gguf"
     write_llama(path, llama())
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(FetchError, match="m.gguf: not a whole GGUF file"):
+    with pytest.raises(ModelError, match="m.gguf: not a whole GGUF file"):
         expanded(path, tmp_path / "made")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     write_llama(tmp_path / "m.gguf", llama())
     (tmp_path / "made" / name).mkdir(parents=True)
-    with pytest.raises((FetchError, OSError), match=f"{name}.*Is a directory|Is a.*{name}"):
-        expand(tmp_path / "m.gguf", tmp_path / "made", generation={}, on_tensor=lambda *_: None)
+    with pytest.raises((ModelError, OSError), match=f"{name}.*Is a directory|Is a.*{name}"):
+        write_directory(tmp_path / "m.gguf", tmp_path / "made", generation={})
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_llama(path, llama())
     path.write_bytes(path.read_bytes().replace(b"llama", b"lhama", 2))
-    with pytest.raises(FetchError, match="general.architecture: 'lhama' is not one of"):
+    with pytest.raises(ModelError, match="general.architecture: 'lhama' is not one of"):
         expanded(path, tmp_path / "made")
+
+
+def test_a_file_is_a_model_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, and anew when the file has changed; called as the file is."""
+    monkeypatch.setenv("BATON_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "toy.Q4.gguf"
+    write_llama(path, llama())
+    directory = model_dir(str(path))
+    assert directory.is_relative_to(tmp_path / "cache" / "gguf") and directory.name == "toy.Q4"
+    made = (directory / "config.json").stat().st_mtime_ns
+    assert model_dir(str(path)) == directory
+    assert (directory / "config.json").stat().st_mtime_ns == made
+    assert not list(directory.parent.glob(".*"))
+    write_llama(path, llama(tied=False))
+    assert model_dir(str(path)) != directory
+    for bad, words in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "bad.gguf", "whole")):
+        if "bad" in bad.name:
+            bad.write_bytes(b"GGUF")
+        with pytest.raises(ArgumentTypeError, match=words):
+            model_dir(str(bad))
+    with pytest.raises(ModelError, match="cache folder, which BATON_CACHE_DIR names"):
+        directory_of(path, path)
+
+
+def test_a_file_is_served_as_its_expanded_form(
+    tmp_path: Path,
+) -> None:
+    """To the bit, on the path that is exact."""
+    kinds = {"token_embd": Q8_0, "attn_q": Q4_1, "attn_k": Q4_1, "ffn_up": Q8_0, "ffn_norm": F32}
+    torch.manual_seed(4)
+    write_llama(tmp_path / "m.gguf", llama(), kinds=kinds)
+    directory = expanded(tmp_path / "m.gguf", tmp_path / "made")
+    plain = shutil.copytree(directory, tmp_path / "plain")
+    (plain / "model.gguf").unlink()
+    save_file(
+        {name: each.contiguous() for name, each in weights_of(directory).items()},
+        plain / "model.safetensors",
+    )
+    row = Batch([BatchRow([3, 4, 5, 6], 0, [[0]])])
+    both = [
+        ModelRunner(EngineConfig(each, num_blocks=8, device="cpu")).logits(row)
+        for each in (directory, plain)
+    ]
+    assert torch.equal(*both)
