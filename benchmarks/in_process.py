@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
 from baton.v1 import decode_service_pb2
 
+GREEDY = SamplingParams(temperature=0.0)
 _GATEWAY = "gateway"
 
 
@@ -83,12 +86,14 @@ class InProcessEngine:
         self.steps = Steps()
         self.failures: list[str] = []
 
-    def submit(self, prompt: Seq[int], max_tokens: int) -> None:
-        """Greedy, local prefill, nothing ends early."""
+    def submit(
+        self, prompt: Seq[int], max_tokens: int, how: SamplingParams = GREEDY, **more: Any
+    ) -> None:
+        """Local prefill, nothing ends early. `more`: other fields of the sequence."""
         number = next(self._names)
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        params = replace(how, max_tokens=max_tokens, ignore_eos=True)
         key = AttemptKey(f"benchmark-{number}", 0, 1)
-        sequence = Sequence(key, tuple(prompt), params)
+        sequence = Sequence(key, tuple(prompt), params, **more)
         self._inbox.put(msg.StartDecode(sequence, Recipient(_GATEWAY, number), None))
 
     def run_until_idle(self) -> Steps:
@@ -106,14 +111,29 @@ class InProcessEngine:
     def decode(self, batch: int, context: int, num_steps: int) -> list[float]:
         """Seconds of each of `num_steps` steps in which `batch` sequences decode, their contexts
         growing from `context` tokens on."""
-        prompts = random_prompts(batch, context, self.runner.model_config.vocab_size)
-        # Twice, so that the second time all start together: all but their last block is cached.
+        return self.decode_cached(self.cached_prompts(batch, context), num_steps)
+
+    def cached_prompts(self, batch: int, num_tokens: int) -> list[list[int]]:
+        """All but their last block is in the prefix cache, so that they start together."""
+        prompts = random_prompts(batch, num_tokens, self.runner.model_config.vocab_size)
         for prompt in prompts:
             self.submit(prompt, 1)
         self.run_until_idle()
+        return prompts
+
+    def decode_cached(
+        self,
+        prompts: Seq[Seq[int]],
+        num_steps: int,
+        how: SamplingParams = GREEDY,
+        more: Callable[[], dict[str, Any]] = dict,
+    ) -> list[float]:
+        """As `decode`, behind `cached_prompts`. `how` and `more`: as of `submit`; the latter is
+        made for each."""
+        batch = len(prompts)
         num_starting = 2 * (batch * self.pools.block_size // self.runner.token_budget + 2)
         for prompt in prompts:
-            self.submit(prompt, num_starting + num_steps)
+            self.submit(prompt, num_starting + num_steps, how, **more())
         steps = self.run_until_idle()
         full = [i for i, num in enumerate(steps.num_tokens) if num == batch]
         if len(full) < num_steps + 1:

@@ -1,14 +1,19 @@
-"""What the GPU can do at best, measured: floors are computed from it in the same run."""
+"""What a device can do at best, measured: floors are computed from it in the same run."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-_COPY_BYTES = 4 * 2**30
-_MATMUL_SIZE = 8192
+from models.roofline import Rates
+
+_COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 64 * 2**20}
+_MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
+_ATTENTION_TFLOP_PER_S = 600.0
+"""Of causal attention over a prompt: what the best kernels reach on a Hopper GPU."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,27 @@ class Ceilings:
         """
         return max(num_bytes / self.copy_tb_per_s, flop / self.matmul_tflop_per_s) / 1e6
 
+    @property
+    def rates(self) -> Rates:
+        return Rates(
+            self.copy_tb_per_s * 1e12,
+            self.matmul_tflop_per_s * 1e12,
+            _ATTENTION_TFLOP_PER_S * 1e12,
+        )
+
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device).random_()
+    """On a CPU, for trials, of so little data that they say nothing."""
+    num_bytes, size = _COPY_BYTES[device.type], _MATMUL_SIZE[device.type]
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    copy_s = median_s(lambda: target.copy_(source))
-    size = (_MATMUL_SIZE, _MATMUL_SIZE)
-    a, b = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    matmul_s = median_s(lambda: a @ b)
+    seconds = median_s if device.type == "cuda" else _median_host_s
+    copy_s = seconds(lambda: target.copy_(source))
+    a, b = (torch.randn((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
+    matmul_s = seconds(lambda: a @ b)
     return Ceilings(
-        copy_tb_per_s=2 * _COPY_BYTES / copy_s / 1e12,
-        matmul_tflop_per_s=2 * _MATMUL_SIZE**3 / matmul_s / 1e12,
+        copy_tb_per_s=2 * num_bytes / copy_s / 1e12,
+        matmul_tflop_per_s=2 * size**3 / matmul_s / 1e12,
     )
 
 
@@ -52,3 +67,12 @@ def median_s(run: Callable[[], object], *, repetitions: int = 10) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return float(sorted(times)[len(times) // 2])
+
+
+def _median_host_s(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(3):
+        started_s = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started_s)
+    return sorted(times)[1]

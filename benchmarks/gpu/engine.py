@@ -1,11 +1,18 @@
 """Decode and prefill of the engine on a GPU, against floors from ceilings measured in the same run.
 
-    python -m benchmarks.gpu.engine [--model DIR] [--points decode,prefill,digest,idle]
+    python -m benchmarks.gpu.engine [--shape NAME[,NAME ...] | --model DIR]
+        [--decode 1x1024,32x1024] [--prefill 1x8192] [--digest 1x8192]
 
-Llama-3.1-8B's shape with random weights unless a model is given. Floors: a decode step reads all
-weights once, or multiplies by them, whichever takes longer, then reads the KV of its contexts; a
-prompt is matrix products at the measured rate plus causal attention at 600 TFLOP/s (what the best
-kernels reach). vLLM's figures: 0.26.0 on an H200, default engine process, recorded 2026-11-21.
+Well-known shapes with random weights, each in a process of its own. Floors (models/roofline.py): a
+decode step reads all weights once, of a mixture's experts those that were counted, or multiplies by
+them, whichever takes longer, then reads keys and values within the layers' windows; a prompt is
+matrix products at the measured rate plus causal attention at 600 TFLOP/s (what the best kernels
+reach). `python -m benchmarks.gpu.tables FILE` renders what was written.
+
+Kernels are compiled on the first start on a machine: `--layers 6 --num-blocks 2048 --decode "" ...`
+of several shapes at the same time makes the next starts short.
+
+vLLM's figures: 0.26.0 on an H200, default engine process, recorded 2026-11-21.
 """
 
 from __future__ import annotations
@@ -13,6 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,20 +31,28 @@ from typing import Any
 import torch
 
 from baton.loadtest.environment import describe_environment
-from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.model_files.named import model_dir
-from baton.shared.rpc.flags import length_or_auto
-from benchmarks.checkout import RESULTS
+from benchmarks.checkout import ROOT
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
+from benchmarks.gpu.measured_engine import (
+    GapMeter,
+    HitCounter,
+    Point,
+    add_engine_flags,
+    make_runner,
+    points,
+)
+from benchmarks.gpu.results import result_path
 from benchmarks.in_process import InProcessEngine
-from models.dummy_model import given_or_dummy
+from models.dummy_model import SHAPES
+from models.roofline import decode_floor_s, prefill_floor_s
 
-DECODE = [(1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 1024)]
-DECODE += [(1, 8192), (32, 8192)]
-PREFILL = [(1, 512), (1, 2048), (1, 8192), (16, 1024)]
-VLLM_MS = {
+_DECODE = "1x1024,8x1024,32x1024,64x1024,128x1024,256x1024,1x8192,32x8192"
+_PREFILL = "1x512,1x2048,1x8192,16x1024"
+_DIGEST = "1x8192,16x1024"
+_VLLM_ON = ("llama-8b", "NVIDIA H200")
+_VLLM_MS = {
     "decode 1 x 1024": 4.94,
     "decode 8 x 1024": 5.29,
     "decode 32 x 1024": 6.31,
@@ -48,188 +66,202 @@ VLLM_MS = {
     "prefill 1 x 8192": 214.4,
     "prefill 16 x 1024": 378.9,
 }
-_ATTENTION_TFLOP_PER_S = 600.0
-_NUM_STEPS = 128
+_FEWEST_SEQS = 16
+_COUNTED_STEPS = 4
 _PREFILLS = 7
-_PARTS = ("decode", "prefill", "digest", "idle")
+
+Figures = dict[str, float]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
-    device = torch.device("cuda")
+    output = result_path("engine", args.output)
+    result: dict[str, Any] = {"environment": describe_environment(), "runs": {}}
+    failed = []
+    for shape in args.shape:
+        run = _measure_apart(args, shape) if len(args.shape) > 1 else _measure(args, shape)
+        if run is None:
+            failed.append(shape)
+            continue
+        result["runs"][shape] = run
+        # After each: who runs out of time has the others.
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nwritten to {output}" if result["runs"] else "\nnothing was measured")
+    for shape in failed:
+        print(f"{shape}: failed")
+    return 1 if failed else 0
+
+
+def _measure_apart(args: argparse.Namespace, shape: str) -> dict[str, Any] | None:
+    """In a process of its own, so that all memory is given back, and what fails there fails alone;
+    None: it failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "run.json")
+        own = [sys.executable, "-m", "benchmarks.gpu.engine", *args.argv]
+        try:
+            # What comes last counts.
+            subprocess.run(
+                [*own, "--shape", shape, "--output", str(output)],
+                cwd=ROOT,
+                timeout=args.shape_timeout,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{shape}: not done after {args.shape_timeout:g} s", flush=True)
+        if not output.exists():
+            return None
+        run: dict[str, Any] = json.loads(output.read_text())["runs"][shape]
+        return run
+
+
+def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
+    device = torch.device(args.device)
     ceilings = measure_ceilings(device)
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    largest = max((point.batch for point in args.decode), default=_FEWEST_SEQS)
     started_s = time.monotonic()
-    with given_or_dummy(args.model, "llama-8b") as model_dir:
-        config = EngineConfig(
-            model_dir,
-            "cuda",
-            dtype="bfloat16",
-            block_size=args.block_size,
-            token_budget=args.token_budget,
-            load_format="dummy" if args.model is None else "auto",
-            max_model_len=args.max_model_len,
-        )
-        runner = ModelRunner(config, progress=lambda line: print(line, flush=True))
+    runner = make_runner(args, shape, max(_FEWEST_SEQS, largest), args.model)
     start_s = time.monotonic() - started_s
-    print(f"engine ready after {start_s:.1f} s: {runner.num_blocks} blocks", flush=True)
-    result: dict[str, Any] = {
-        "environment": describe_environment(),
+    name = shape if args.model is None else str(args.model)
+    print(
+        f"\n{name}: ready after {start_s:.1f} s, blocks {runner.num_blocks}, token budget "
+        f"{runner.token_budget}; copy {ceilings.copy_tb_per_s:.2f} TB/s, bf16 matmul "
+        f"{ceilings.matmul_tflop_per_s:.0f} TFLOP/s\n\n"
+        f"{'point':<26} {'ms':>8} {'floor':>8} {'share':>6} {'vLLM':>8}   notes",
+        flush=True,
+    )
+    figures: dict[str, Figures] = {}
+    run: dict[str, Any] = {
         "ceilings": vars(ceilings),
+        "kernels": runner.kernels,
         "token_budget": runner.token_budget,
         "block_size": args.block_size,
+        "num_layers": runner.model_config.num_layers,
         "start_s": start_s,
-        "points": {},
+        "points": figures,
     }
-    print(
-        f"copy {ceilings.copy_tb_per_s:.2f} TB/s, bf16 matmul "
-        f"{ceilings.matmul_tflop_per_s:.0f} TFLOP/s\n\n"
-        f"{'point':<20} {'ms':>8} {'floor':>8} {'ratio':>6} {'vLLM':>8}   notes"
-    )
-    points: dict[str, dict[str, float]] = result["points"]
+    vllm_ms = _VLLM_MS if (shape, _gpu_name(device)) == _VLLM_ON else {}
     engine = InProcessEngine(runner)
-    if "decode" in args.points:
-        for batch, context in DECODE:
-            _note(points, *_decode_point(engine, batch, context, ceilings))
-    if "prefill" in args.points:
-        for batch, num_tokens in PREFILL:
-            _note(points, *_prefill_point(engine, batch, num_tokens, ceilings))
-    if "digest" in args.points:
-        without = InProcessEngine(runner, with_digests=False)
-        for batch, num_tokens in PREFILL[2:]:
-            _note(points, *_digest_point(engine, without, batch, num_tokens, ceilings))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\nwritten to {args.output}")
+    plans = [(_decode_point, point) for point in args.decode]
+    plans += [(_prefill_point, point) for point in args.prefill]
+    plans += [(_digest_point, point) for point in args.digest]
+    for measure, point in plans:
+        try:
+            label, own = measure(engine, point, ceilings, args)
+        except (RuntimeError, ValueError) as error:  # One must not cost the others.
+            print(f"{measure.__name__[1:]} {point}: {error}", flush=True)
+            continue
+        figures[label] = own
+        _print(label, own, vllm_ms.get(label))
+    return run
 
 
 def _decode_point(
-    engine: InProcessEngine, batch: int, context: int, ceilings: Ceilings
-) -> tuple[str, dict[str, float]]:
-    gaps = _GapMeter(engine.runner)
-    cpu_s = time.thread_time()
-    steps = engine.decode(batch, context, _NUM_STEPS)
-    cpu_s = time.thread_time() - cpu_s
-    return f"decode {batch} x {context}", {
+    engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[str, Figures]:
+    runner, batch = engine.runner, point.batch
+    prompts = engine.cached_prompts(batch, point.num_tokens)
+    gaps = GapMeter(runner)
+    steps = engine.decode_cached(prompts, args.steps)
+    idle_us = gaps.median_us(args.steps)
+    figures: Figures = {
         "ms": statistics.mean(steps) * 1e3,
         "median_ms": statistics.median(steps) * 1e3,
         "p99_ms": sorted(steps)[int(0.99 * len(steps))] * 1e3,
-        "floor_ms": decode_floor_s(engine.runner, batch, context + _NUM_STEPS // 2, ceilings) * 1e3,
-        "idle_us": gaps.median_us(_NUM_STEPS),
     }
+    if idle_us is not None:
+        figures["idle_us"] = idle_us
+    hits = None
+    if runner.model_config.mixture is not None:
+        counter = HitCounter(runner, batch)
+        with counter.counting():
+            engine.decode_cached(prompts, _COUNTED_STEPS)
+        hits = figures["experts_hit"] = counter.mean
+    # Contexts grow while it is measured.
+    context = point.num_tokens + args.steps // 2
+    floor_s = decode_floor_s(runner.model_config, batch, context, ceilings.rates, experts_hit=hits)
+    figures["floor_ms"] = floor_s * 1e3
+    return f"decode {point}", figures
 
 
 def _prefill_point(
-    engine: InProcessEngine, batch: int, num_tokens: int, ceilings: Ceilings
-) -> tuple[str, dict[str, float]]:
-    engine.prefill(batch, num_tokens)
-    times = [engine.prefill(batch, num_tokens) for _ in range(_PREFILLS)]
-    floor_s = batch * prefill_floor_s(engine.runner.model_config, num_tokens, ceilings)
-    return f"prefill {batch} x {num_tokens}", {
+    engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[str, Figures]:
+    engine.prefill(point.batch, point.num_tokens)
+    times = [engine.prefill(point.batch, point.num_tokens) for _ in range(args.prefills)]
+    return f"prefill {point}", {
         "ms": statistics.median(times) * 1e3,
         "min_ms": min(times) * 1e3,
-        "floor_ms": floor_s * 1e3,
+        "floor_ms": _prefill_floor_ms(engine.runner, point, ceilings),
     }
 
 
 def _digest_point(
-    engine: InProcessEngine,
-    without: InProcessEngine,
-    batch: int,
-    num_tokens: int,
-    ceilings: Ceilings,
-) -> tuple[str, dict[str, float]]:
+    engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[str, Figures]:
     """Without digests; what they cost is the median of pairs, since the GPU's clock drifts."""
+    without = InProcessEngine(engine.runner, with_digests=False)
     pairs = [
-        (engine.prefill(batch, num_tokens), without.prefill(batch, num_tokens))
-        for _ in range(_PREFILLS + 1)
+        tuple(each.prefill(point.batch, point.num_tokens) for each in (engine, without))
+        for _ in range(args.prefills + 1)
     ][1:]
-    floor_s = batch * prefill_floor_s(engine.runner.model_config, num_tokens, ceilings)
-    return f"prefill {batch} x {num_tokens} no digest", {
+    return f"prefill {point} no digest", {
         "ms": statistics.median(off for _, off in pairs) * 1e3,
         "digest_percent": (statistics.median(on / off for on, off in pairs) - 1) * 100,
-        "floor_ms": floor_s * 1e3,
+        "floor_ms": _prefill_floor_ms(engine.runner, point, ceilings),
     }
 
 
-class _GapMeter:
-    """Time between the end of a step's work on the GPU and the start of the next one's."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        steps: Any = runner._executor
-        steps.on_launch = self._events.append
-        self._steps = steps
-
-    def median_us(self, num_steps: int) -> float:
-        """Of the last `num_steps` steps; ends the measurement."""
-        self._steps.on_launch = None
-        torch.cuda.synchronize()
-        events = self._events[-num_steps:]
-        pairs = zip(events[:-1], events[1:], strict=True)
-        return float(
-            statistics.median(end.elapsed_time(start) * 1e3 for (_, end), (start, _) in pairs)
-        )
+def _prefill_floor_ms(runner: ModelRunner, point: Point, ceilings: Ceilings) -> float:
+    one_s = prefill_floor_s(runner.model_config, point.num_tokens, ceilings.rates)
+    return point.batch * one_s * 1e3
 
 
-def decode_floor_s(runner: ModelRunner, batch: int, context: int, ceilings: Ceilings) -> float:
-    model = runner.model_config
-    num_weights = _num_streamed_weights(model)
-    bandwidth = ceilings.copy_tb_per_s * 1e12
-    kv_bytes = batch * context * _kv_bytes_per_token(model)
-    products_s = 2 * num_weights * batch / (ceilings.matmul_tflop_per_s * 1e12)
-    return max(2 * num_weights / bandwidth, products_s) + kv_bytes / bandwidth
-
-
-def prefill_floor_s(model: ModelConfig, num_tokens: int, ceilings: Ceilings) -> float:
-    head = model.vocab_size * model.hidden_size
-    flop = 2 * (_num_streamed_weights(model) - head) * num_tokens + 2 * head
-    pairs = num_tokens * (num_tokens + 1) / 2
-    attention = sum(4 * each.num_heads * each.head_dim * pairs for each in model.layers)
-    return flop / (ceilings.matmul_tflop_per_s * 1e12) + attention / (_ATTENTION_TFLOP_PER_S * 1e12)
-
-
-def _num_streamed_weights(model: ModelConfig) -> int:
-    """All but the embedding, of which a step reads a few rows."""
-    heads = sum(2 * each.head_dim * (each.num_heads + each.num_kv_heads) for each in model.layers)
-    mlp = 3 * model.num_layers * model.intermediate_size
-    return model.hidden_size * (heads + mlp + model.vocab_size)
-
-
-def _kv_bytes_per_token(model: ModelConfig) -> int:
-    return sum(2 * 2 * each.num_kv_heads * each.head_dim for each in model.layers)
-
-
-def _note(points: dict[str, dict[str, float]], name: str, point: dict[str, float]) -> None:
-    points[name] = point
-    recorded = VLLM_MS.get(name)
+def _print(label: str, figures: Figures, vllm_ms: float | None) -> None:
     notes = ", ".join(
-        f"{key} {value:.2f}" for key, value in point.items() if key not in ("ms", "floor_ms")
+        f"{key} {value:.2f}" for key, value in figures.items() if key not in ("ms", "floor_ms")
     )
     print(
-        f"{name:<20} {point['ms']:>8.2f} {point['floor_ms']:>8.2f} "
-        f"{point['ms'] / point['floor_ms']:>6.2f} "
-        f"{'' if recorded is None else f'{recorded:.2f}':>8}   {notes}",
+        f"{label:<26} {figures['ms']:>8.2f} {figures['floor_ms']:>8.2f} "
+        f"{figures['floor_ms'] / figures['ms']:>6.1%} "
+        f"{'' if vllm_ms is None else f'{vllm_ms:.2f}':>8}   {notes}",
         flush=True,
     )
 
 
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.engine", description=__doc__)
-    parser.add_argument(
-        "--model", type=model_dir, help="default: Llama-3.1-8B's shape, random weights"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add(
+        "--shape",
+        type=lambda text: text.split(","),
+        default=["llama-8b"],
+        metavar="NAME,...",
+        help=f"of {', '.join(SHAPES)}; default: llama-8b",
     )
-    parser.add_argument("--points", type=lambda text: text.split(","), default=list(_PARTS))
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--token-budget", type=int)
-    parser.add_argument("--max-model-len", type=length_or_auto, default=16_384)
-    parser.add_argument("--output", type=Path, default=RESULTS / "engine.json")
+    add("--model", type=model_dir, help="a model directory in place of a shape")
+    add("--decode", type=points, default=points(_DECODE), metavar="BATCHxTOKENS,...")
+    add("--prefill", type=points, default=points(_PREFILL), metavar="BATCHxTOKENS,...")
+    add("--digest", type=points, default=points(_DIGEST), metavar="BATCHxTOKENS,...")
+    add("--steps", type=int, default=128, help="of each decode point")
+    add("--prefills", type=int, default=_PREFILLS, help="of each other point")
+    add("--shape-timeout", type=float, default=600.0, help="seconds for each of several shapes")
+    add("--output", type=Path, help="a file, or a directory for it")
+    add_engine_flags(parser)
     args = parser.parse_args(argv)
-    for part in args.points:
-        if part not in _PARTS:
-            parser.error(f"--points: {part!r} is none of {', '.join(_PARTS)}")
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    for shape in args.shape:
+        if shape not in SHAPES:
+            parser.error(f"--shape: {shape!r} is none of {', '.join(SHAPES)}")
+    if args.model is not None:
+        args.shape = args.shape[:1]
     return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

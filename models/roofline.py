@@ -1,0 +1,131 @@
+"""The least time that a step of a model takes, from what it must read and multiply: pure functions.
+
+What is counted: weights of linear layers, experts and the head; keys and values, within the window
+where a layer has one. What is not: norms, biases, activations, routing, the draw, the embedding.
+Of models whose layers are an attention and an MLP, or a mixture of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.shared.engine.models.model_config import ModelConfig
+
+_ITEM = 2
+"""Bytes of a weight, a key's or a value's number: bfloat16."""
+_ROUTER_ITEM = 4
+"""Routers are float32."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do at best."""
+
+    bytes_per_s: float
+    flop_per_s: float
+    """Of large matrix products."""
+    attention_flop_per_s: float
+    """Of the best kernels of attention over a prompt."""
+
+
+def decode_floor_s(
+    model: ModelConfig, batch: int, context: int, rates: Rates, *, experts_hit: float | None = None
+) -> float:
+    """Of a step in which `batch` sequences with so many tokens draw one each: weights are read
+    once, or multiplied by, whichever takes longer; then keys and values are read.
+
+    `experts_hit`: of a mixture, experts that are read, the mean of the layers; None: as many as
+    would be if all were chosen equally often.
+    """
+    read_s = step_weight_bytes(model, batch, experts_hit) / rates.bytes_per_s
+    flop = 2 * batch * (num_weights_of_a_token(model) + num_head_weights(model))
+    kv_bytes = batch * context_bytes(model, context)
+    return max(read_s, flop / rates.flop_per_s) + kv_bytes / rates.bytes_per_s
+
+
+def prefill_floor_s(model: ModelConfig, num_tokens: int, rates: Rates) -> float:
+    """Of a prompt with so many tokens, until its first one is drawn."""
+    flop = 2 * (num_weights_of_a_token(model) * num_tokens + num_head_weights(model))
+    read_s = step_weight_bytes(model, num_tokens) / rates.bytes_per_s
+    attention_s = attention_flop(model, num_tokens) / rates.attention_flop_per_s
+    return max(flop / rates.flop_per_s, read_s) + attention_s
+
+
+def step_weight_bytes(
+    model: ModelConfig, num_tokens: int, experts_hit: float | None = None
+) -> float:
+    """What a step of so many tokens reads of the weights, each once."""
+    num_dense = _num_attention_weights(model) + _num_mlp_weights(model) + num_head_weights(model)
+    num_bytes: float = _ITEM * num_dense
+    if model.mixture is not None:
+        rule, num_layers = model.mixture.routing, sum(model.mixture.layers)
+        if experts_hit is None:
+            experts_hit = expected_hits(rule.num_experts, rule.top_k, num_tokens)
+        num_bytes += _ITEM * num_layers * experts_hit * _num_expert_weights(model)
+        num_bytes += _ROUTER_ITEM * num_layers * rule.num_experts * model.hidden_size
+    return num_bytes
+
+
+def expected_hits(num_experts: int, top_k: int, num_tokens: int) -> float:
+    """How many of the experts of a layer some token has, if all are chosen equally often."""
+    return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
+
+
+def num_weights_of_a_token(model: ModelConfig) -> int:
+    """Weights that every token is multiplied by, the head's not among them."""
+    num_weights = _num_attention_weights(model) + _num_mlp_weights(model)
+    if model.mixture is not None:
+        rule = model.mixture.routing
+        of_a_layer = rule.top_k * _num_expert_weights(model) + rule.num_experts * model.hidden_size
+        num_weights += sum(model.mixture.layers) * of_a_layer
+    return num_weights
+
+
+def num_head_weights(model: ModelConfig) -> int:
+    return model.vocab_size * model.hidden_size
+
+
+def context_bytes(model: ModelConfig, context: int) -> int:
+    """Keys and values that a token reads behind `context` − 1 others."""
+    return sum(
+        2 * _ITEM * each.num_kv_heads * each.head_dim * min(context, each.window or context)
+        for each in model.layers
+    )
+
+
+def attention_flop(model: ModelConfig, num_tokens: int) -> int:
+    """Of a prompt's causal attention, in all layers."""
+    return sum(
+        4 * each.num_heads * each.head_dim * num_pairs(num_tokens, each.window)
+        for each in model.layers
+    )
+
+
+def num_pairs(num_tokens: int, window: int | None) -> int:
+    """Of a token and one that it sees, itself included."""
+    seen = min(num_tokens, window or num_tokens)
+    return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
+
+
+def _num_attention_weights(model: ModelConfig) -> int:
+    """Queries and output, and where a layer has its own, keys and values."""
+    heads = sum(
+        2 * each.head_dim * (each.num_heads + (each.num_kv_heads if each.source is None else 0))
+        for each in model.layers
+    )
+    return model.hidden_size * heads
+
+
+def _num_mlp_weights(model: ModelConfig) -> int:
+    """Of MLPs, and of experts that every token has."""
+    sizes = model.intermediate_size * model.num_layers
+    if model.mixture is not None:
+        num_layers = sum(model.mixture.layers)
+        sizes = model.intermediate_size * (model.num_layers - num_layers)
+        sizes += model.mixture.shared_size * num_layers
+    return 3 * model.hidden_size * sizes
+
+
+def _num_expert_weights(model: ModelConfig) -> int:
+    assert model.mixture is not None
+    return 3 * model.hidden_size * model.mixture.expert_size
