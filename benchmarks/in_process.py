@@ -63,6 +63,7 @@ class InProcessEngine:
         self, runner: ModelRunner, *, max_num_seqs: int = 256, with_digests: bool = True
     ) -> None:
         self.runner = runner
+        self.max_num_seqs = max_num_seqs
         self.pools = Pools(runner.groups, runner.capacity)
         self._inbox: queue.SimpleQueue[msg.Command] = queue.SimpleQueue()
         sums: BlockSums = runner.block_sums()

@@ -12,22 +12,21 @@ needed end at once. An expert without tokens is not read. Nothing is added by at
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels import experts_table
+from baton.kernels.experts_table import UNSORTED_TOKENS, Tiles
 from baton.kernels.gated_mul import activate
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 
-_UNSORTED_TOKENS = 8
-"""Up to so many, each pair is a tile of its own: experts that several have come from the cache."""
-_FEW_TOKENS = 64
-"""Up to so many, tiles have 16 rows. A step of more tokens has tiles of 64, whatever their number:
-all variants are met while warming up."""
 _CHUNK = 128
 """Pairs that a program sorts."""
 _COMBINED = 1024
@@ -98,19 +97,15 @@ def experts(
         residual: [T, hidden]; the result takes its memory.
     """
     num_tokens, hidden = x.shape
-    top_k, size = routes.experts.shape[1], weights.down.shape[2]
-    num_pairs = num_tokens * top_k
-    out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
-    if residual is not None:
-        out = residual
+    num_pairs, size = routes.experts.numel(), weights.down.shape[2]
     if num_tokens == 0:
-        return out
-    order = _sorted(routes.experts, len(weights.down)) if num_tokens > _UNSORTED_TOKENS else None
+        return torch.empty_like(x) if residual is None else residual
+    order = order_of(routes, len(weights.down))
     inner = torch.empty((num_pairs, size), dtype=x.dtype, device=x.device)
-    _product(inner, x, weights.gate_up, weights.gate_up_bias, routes, order, activation)
+    multiply_up(inner, x, weights, routes, order, activation)
     rows = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    _product(rows, inner, weights.down, weights.down_bias, routes, order, None)
-    return _add_up(out, rows, routes.weights, residual, is_gate=False)
+    multiply_down(rows, inner, weights, routes, order)
+    return combine(rows, routes, residual)
 
 
 def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
@@ -120,14 +115,20 @@ def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
     return _add_up(out, x, gate, residual, is_gate=True)
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
+    """A step's pairs, sorted."""
+
     pairs: Tensor
     """int32 [T · top_k]: the pairs token · top_k + place, expert by expert, by rising number."""
     ends: Tensor
     """int32 [experts]: where each expert's end."""
 
 
-def _sorted(chosen: Tensor, num_experts: int) -> _Order:
+def order_of(routes: Routes, num_experts: int) -> Order | None:
+    """None: there are so few tokens that their pairs stay as they are."""
+    if len(routes.experts) <= UNSORTED_TOKENS:
+        return None
+    chosen = routes.experts
     num_pairs = chosen.numel()
     num_chunks = triton.cdiv(num_pairs, _CHUNK)
     block = max(16, triton.next_power_of_2(num_experts))
@@ -136,7 +137,7 @@ def _sorted(chosen: Tensor, num_experts: int) -> _Order:
         return torch.empty(shape, dtype=torch.int32, device=chosen.device)
 
     counts = ints(num_chunks, block)
-    order = _Order(ints(num_pairs), ints(num_experts))
+    order = Order(ints(num_pairs), ints(num_experts))
     _count[(num_chunks,)](counts, chosen, num_pairs, CHUNK=_CHUNK, BLOCK=block, num_warps=8)
     _place[(num_chunks,)](
         order.pairs,
@@ -153,14 +154,52 @@ def _sorted(chosen: Tensor, num_experts: int) -> _Order:
     return order
 
 
+def multiply_up(
+    out: Tensor,
+    x: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    order: Order | None,
+    activation: ExpertActivation,
+    *,
+    tiles: Tiles | None = None,
+) -> None:
+    """out [pairs, size], in their order: gate and up of x [T, hidden], activated.
+
+    `tiles`: if they are not to be chosen here.
+    """
+    _product(out, x, weights.gate_up, weights.gate_up_bias, routes, order, activation, tiles)
+
+
+def multiply_down(
+    out: Tensor,
+    x: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    order: Order | None,
+    *,
+    tiles: Tiles | None = None,
+) -> None:
+    """out [pairs, hidden], where the tokens have them, of what `multiply_up` made."""
+    _product(out, x, weights.down, weights.down_bias, routes, order, None, tiles)
+
+
+def combine(rows: Tensor, routes: Routes, residual: Tensor | None = None) -> Tensor:
+    """Σ weight · row of each token's pairs, [pairs, hidden], plus the residual [T, hidden], whose
+    memory the result takes."""
+    out = rows.new_empty(len(routes.weights), rows.shape[1]) if residual is None else residual
+    return _add_up(out, rows, routes.weights, residual, is_gate=False)
+
+
 def _product(
     out: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     routes: Routes,
-    order: _Order | None,
+    order: Order | None,
     activation: ExpertActivation | None,
+    tiles: Tiles | None,
 ) -> None:
     """The rows of x times their experts' weights.
 
@@ -169,25 +208,30 @@ def _product(
     """
     num_tokens, top_k = routes.experts.shape
     num_pairs, num_out = out.shape
-    num_experts, _, num_in = weight.shape
-    is_wide = x.dtype == torch.float32
-    if order is None:
-        block_m, num_tiles = 16, num_pairs
-    else:
-        block_m = 16 if num_tokens <= _FEW_TOKENS else 64
-        num_tiles = min(num_pairs, num_pairs // block_m + num_experts)
-    # Of few rows the weights are what takes time: small programs, many of them.
-    block_n = 32 if block_m == 16 else 64
-    block_k = 32 if is_wide else 128 if block_m == 16 else 64
+    num_experts, num_rows, num_in = weight.shape
+    if tiles is None:
+        tiles = _tiles(num_tokens, weight, num_out)
+    num_tiles = num_pairs
+    if order is not None:
+        num_tiles = min(num_pairs, num_pairs // tiles.block_m + num_experts)
+    block_k = min(tiles.block_k, max(16, triton.next_power_of_2(num_in)))
+    descriptor = None
+    if tiles.copies:
+        descriptor = TensorDescriptor(
+            weight, [num_experts * num_rows, num_in], [num_in, 1], [tiles.block_n, block_k]
+        )
+    num_columns = triton.cdiv(num_out, tiles.block_n)
     clamped = activation if isinstance(activation, ClampedSwiglu) else None
-    _multiply[(triton.cdiv(num_out, block_n), num_tiles)](
+    _multiply[(triton.cdiv(num_tiles, tiles.group) * tiles.group * num_columns,)](
         out,
         x,
         weight,
+        descriptor,
         bias,
         routes.experts,
         None if order is None else order.pairs,
         None if order is None else order.ends,
+        num_tiles,
         x.stride(0),
         out.stride(0),
         NUM_OUT=num_out,
@@ -197,13 +241,38 @@ def _product(
         ACTIVATION="clamped" if clamped is not None else activation,
         SLOPE=0.0 if clamped is None else clamped.slope,
         LIMIT=0.0 if clamped is None else clamped.limit,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=min(block_k, max(16, triton.next_power_of_2(num_in))),
+        COLUMNS=num_columns,
+        GROUP=tiles.group,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=block_k,
         BLOCK_E=triton.next_power_of_2(num_experts),
-        num_warps=4,
-        num_stages=2 if is_wide else 4,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
+
+
+def _tiles(num_tokens: int, weight: Tensor, num_out: int) -> Tiles:
+    num_experts, num_rows, num_in = weight.shape
+    if weight.dtype == torch.float32:
+        return experts_table.wide(num_tokens)
+    is_up = num_rows != num_out
+    tiles = experts_table.choose(num_tokens, num_experts, num_out, num_in, is_up=is_up)
+    if tiles.copies and not _can_copy(weight):
+        tiles = tiles._replace(copies=False)
+    return tiles
+
+
+def _can_copy(weight: Tensor) -> bool:
+    """The copy engine takes rows of whole 16 bytes, on a GPU that has one."""
+    if weight.stride(1) * weight.element_size() % 16 or weight.data_ptr() % 16:
+        return False
+    return not weight.is_cuda or _capability(weight.device) >= 9
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _add_up(
@@ -355,15 +424,17 @@ def _place(
         tl.store(ends_ptr + expert, end, mask=expert < NUM_EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _multiply(
     out_ptr,
     x_ptr,
     weight_ptr,
+    descriptor,
     bias_ptr,
     chosen_ptr,
     pairs_ptr,
     ends_ptr,
+    num_tiles,
     x_stride,
     out_stride,
     NUM_OUT: tl.constexpr,
@@ -373,6 +444,8 @@ def _multiply(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     LIMIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -380,7 +453,12 @@ def _multiply(
 ):
     """Some columns of one tile of pairs, which have one expert. With an ACTIVATION it is gate and
     up, NUM_OUT of each."""
-    tile = tl.program_id(1)
+    program = tl.program_id(0)
+    within = program % (GROUP * COLUMNS)
+    tile = program // (GROUP * COLUMNS) * GROUP + within % GROUP
+    first_column = within // GROUP * BLOCK_N
+    if tile >= num_tiles:
+        return
     row = tl.arange(0, BLOCK_M)
     if pairs_ptr is None:
         expert = tl.load(chosen_ptr + tile)
@@ -392,13 +470,13 @@ def _multiply(
         end = tl.load(ends_ptr + other, mask=other < NUM_EXPERTS, other=0)
         start = tl.load(ends_ptr + other - 1, mask=(other > 0) & (other < NUM_EXPERTS), other=0)
         # Those that only pad have no tiles.
-        num_tiles = tl.where(other < NUM_EXPERTS, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
-        tiles_end = tl.cumsum(num_tiles, 0)
+        tiles_each = tl.where(other < NUM_EXPERTS, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+        tiles_end = tl.cumsum(tiles_each, 0)
         expert = tl.sum((tiles_end <= tile).to(tl.int32), 0)
         if expert >= NUM_EXPERTS:
             return
         is_it = other == expert
-        first_tile = tl.sum(tl.where(is_it, tiles_end - num_tiles, 0), 0)
+        first_tile = tl.sum(tl.where(is_it, tiles_end - tiles_each, 0), 0)
         first = tl.sum(tl.where(is_it, start, 0), 0) + (tile - first_tile) * BLOCK_M
         place = first + row
         is_real = place < tl.sum(tl.where(is_it, end, 0), 0)
@@ -408,7 +486,7 @@ def _multiply(
     else:
         source, target = place, pair
 
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
     inside = column < NUM_OUT
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + source.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -425,10 +503,17 @@ def _multiply(
             is_in = begin + k < NUM_IN
             x = tl.load(x_at + begin, mask=is_real[:, None] & is_in[None, :], other=0.0)
             is_weight = is_in[:, None] & inside[None, :]
-        weight = tl.load(weight_at + begin, mask=is_weight, other=0.0)
+        if descriptor is not None:
+            # Beyond the sum it gives zeros, beyond an expert's rows what is not stored.
+            weight = descriptor.load([expert * rows_each + first_column, begin]).T
+        else:
+            weight = tl.load(weight_at + begin, mask=is_weight, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision="ieee")
         if ACTIVATION is not None:
-            weight = tl.load(weight_at + NUM_OUT * NUM_IN + begin, mask=is_weight, other=0.0)
+            if descriptor is not None:
+                weight = descriptor.load([expert * rows_each + NUM_OUT + first_column, begin]).T
+            else:
+                weight = tl.load(weight_at + NUM_OUT * NUM_IN + begin, mask=is_weight, other=0.0)
             up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
     if bias_ptr is not None:
         bias_at = bias_ptr + expert * rows_each + column

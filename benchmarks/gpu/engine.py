@@ -9,8 +9,8 @@ them, whichever takes longer, then reads keys and values within the layers' wind
 matrix products at the measured rate plus causal attention at 600 TFLOP/s (what the best kernels
 reach). `python -m benchmarks.gpu.tables FILE` renders what was written.
 
-Kernels are compiled on the first start on a machine: `--layers 6 --num-blocks 2048 --decode "" ...`
-of several shapes at the same time makes the next starts short.
+Kernels are compiled on the first start on a machine. `--compile-only --layers 6 --num-blocks 1100`
+of several shapes at the same time, with the `--max-num-seqs` of what follows, makes that short.
 
 vLLM's figures: 0.26.0 on an H200, default engine process, recorded 2026-11-21.
 """
@@ -43,7 +43,7 @@ from benchmarks.gpu.measured_engine import (
     make_runner,
     points,
 )
-from benchmarks.gpu.results import result_path
+from benchmarks.gpu.results import result_path, results_name
 from benchmarks.in_process import InProcessEngine
 from models.dummy_model import SHAPES
 from models.roofline import decode_floor_s, prefill_floor_s
@@ -75,7 +75,7 @@ Figures = dict[str, float]
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
-    output = result_path("engine", args.output)
+    output = result_path(args.output, results_name("engine"))
     result: dict[str, Any] = {"environment": describe_environment(), "runs": {}}
     failed = []
     for shape in args.shape:
@@ -119,8 +119,9 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     largest = max((point.batch for point in args.decode), default=_FEWEST_SEQS)
+    max_num_seqs = args.max_num_seqs or max(_FEWEST_SEQS, largest)
     started_s = time.monotonic()
-    runner = make_runner(args, shape, max(_FEWEST_SEQS, largest), args.model)
+    runner = make_runner(args, shape, max_num_seqs, args.model)
     start_s = time.monotonic() - started_s
     name = shape if args.model is None else str(args.model)
     print(
@@ -141,7 +142,9 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
         "points": figures,
     }
     vllm_ms = _VLLM_MS if (shape, _gpu_name(device)) == _VLLM_ON else {}
-    engine = InProcessEngine(runner)
+    engine = InProcessEngine(runner, max_num_seqs=max_num_seqs)
+    if args.compile_only:
+        return run
     plans = [(_decode_point, point) for point in args.decode]
     plans += [(_prefill_point, point) for point in args.prefill]
     plans += [(_digest_point, point) for point in args.digest]
@@ -200,7 +203,7 @@ def _digest_point(
     engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
 ) -> tuple[str, Figures]:
     """Without digests; what they cost is the median of pairs, since the GPU's clock drifts."""
-    without = InProcessEngine(engine.runner, with_digests=False)
+    without = InProcessEngine(engine.runner, max_num_seqs=engine.max_num_seqs, with_digests=False)
     pairs = [
         tuple(each.prefill(point.batch, point.num_tokens) for each in (engine, without))
         for _ in range(args.prefills + 1)
@@ -250,6 +253,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--digest", type=points, default=points(_DIGEST), metavar="BATCHxTOKENS,...")
     add("--steps", type=int, default=128, help="of each decode point")
     add("--prefills", type=int, default=_PREFILLS, help="of each other point")
+    add("--max-num-seqs", type=int, help="default: the largest batch that decodes")
+    add("--compile-only", action="store_true", help="start, and measure nothing")
     add("--shape-timeout", type=float, default=600.0, help="seconds for each of several shapes")
     add("--output", type=Path, help="a file, or a directory for it")
     add_engine_flags(parser)

@@ -17,8 +17,10 @@ from torch.nn import functional
 
 from baton.kernels.linear_table import choose
 from benchmarks.gpu.attention_points import decode_attention, prefill_attention, rope_and_store
+from benchmarks.gpu.expert_points import experts_around, experts_product
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 from benchmarks.gpu.linear_tune import FORMS, Data
+from benchmarks.gpu.shaping_points import shaping
 
 HIDDEN, FFN, VOCAB = 4096, 14336, 128256
 _BF16 = torch.bfloat16
@@ -123,8 +125,9 @@ def sampling() -> Iterator[Point]:
         ("greedy", 0.0, 0, 1.0),
         ("temperature", 1.0, 0, 1.0),
         ("top-k 50, top-p 0.9", 1.0, 50, 0.9),
+        ("top-p 0.9", 1.0, 0, 0.9),
     ]
-    for count in (1, 32, 256):
+    for count in (1, 32, 128, 256):
         num_sets = num_sets_for(2 * count * VOCAB)
         logits = [
             torch.randn(count, VOCAB, dtype=_BF16, device="cuda") * 3 for _ in range(num_sets)
@@ -190,6 +193,6 @@ POINTS: dict[str, Callable[[], Iterator[Point]]] = {
     each.__name__: each
     for each in (
         linear, decode_attention, prefill_attention, rope_and_store, rms_norm, gated_mul,
-        block_digest, sampling, begin_step,
+        block_digest, sampling, shaping, begin_step, experts_product, experts_around,
     )
 }  # fmt: skip

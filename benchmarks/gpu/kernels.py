@@ -1,14 +1,15 @@
 """Each kernel against its floor and against the best library call, on one GPU.
 
     python -m benchmarks.gpu.kernels [--only NAME ...] [--output FILE_OR_DIRECTORY]
-    python -m benchmarks.gpu.kernels --tune [--budget SECONDS] [--output FILE_OR_DIRECTORY]
+    python -m benchmarks.gpu.kernels --tune | --tune-experts [--budget SECONDS]
+        [--output FILE_OR_DIRECTORY]
 
 A floor is the bytes that must move over the bandwidth of a large copy, or the operations over the
 rate of a large matrix product, whichever takes longer; both are measured in the same run. Under
 1 µs a floor says nothing about a kernel, so no ratio is given. Times are of calls in a replayed
 CUDA graph, over data sets too large for the cache.
 
-`--tune` writes linear_table.json, which belongs into kernels/.
+`--tune` writes linear_table.json, `--tune-experts` experts_table.json; both belong into kernels/.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any
 import torch
 
 from baton.loadtest.environment import describe_environment
-from benchmarks.checkout import RESULTS
+from benchmarks.gpu import experts_tune, linear_tune
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.gpu_timing import Point, time_us
 from benchmarks.gpu.kernel_points import POINTS
-from benchmarks.gpu.linear_tune import tune
+from benchmarks.gpu.results import result_path, results_name
 
 _MIN_FLOOR_US = 1.0
 
@@ -37,34 +38,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu.kernels needs a GPU")
-    output = _output_path(args.output, "linear_table.json" if args.tune else "kernels.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     if args.tune:
-        result = {"environment": describe_environment(), **tune(args.budget)}
+        table = {"environment": describe_environment(), **linear_tune.tune(args.budget)}
+        _write(result_path(args.output, "linear_table.json"), table)
+    elif args.tune_experts:
+        _tune_experts(args)
     else:
-        result = _run(args.only)
-    _write(output, json.dumps(result, indent=1) + "\n")
+        _run(args.only, result_path(args.output, results_name("kernels")))
 
 
-def _output_path(given: Path | None, name: str) -> Path:
-    """A file of that name in a directory; what has no suffix and is no file counts as one."""
-    if given is None:
-        return RESULTS / name
-    is_directory = given.is_dir() or not (given.suffix or given.is_file())
-    return given / name if is_directory else given
+def _tune_experts(args: argparse.Namespace) -> None:
+    if args.compile != "skip":
+        experts_tune.compile_all(args.budget / 2)
+    if args.compile != "only":
+        table = {"environment": describe_environment(), **experts_tune.tune(args.budget)}
+        _write(result_path(args.output, "experts_table.json"), table)
 
 
-def _write(output: Path, text: str) -> None:
+def _write(output: Path, result: dict[str, Any]) -> None:
     """What took minutes to measure is printed if it cannot be written."""
+    text = json.dumps(result, indent=1) + "\n"
     try:
         output.write_text(text)
     except OSError as error:
         print(f"\n{text}\nnot written: {error}")
     else:
-        print(f"\nwritten to {output}")
+        print(f"written to {output}", flush=True)
 
 
-def _run(only: Sequence[str]) -> dict[str, Any]:
+def _run(only: Sequence[str], output: Path) -> None:
     started_s = time.monotonic()
     environment = describe_environment()
     ceilings = measure_ceilings(torch.device("cuda"))
@@ -73,8 +75,9 @@ def _run(only: Sequence[str]) -> dict[str, Any]:
         f"{environment.get('gpu')}: copy {ceilings.copy_tb_per_s:.2f} TB/s, "
         f"matrix product {ceilings.matmul_tflop_per_s:.0f} TFLOP/s\n"
     )
-    print(f"{'kernel':18}{'shape':26}{'µs':>9}{'floor':>9}{'ratio':>7}{'library':>9}{'ratio':>7}")
+    print(f"{'kernel':18}{'shape':30}{'µs':>9}{'floor':>9}{'ratio':>7}{'library':>9}{'ratio':>7}")
     results: list[dict[str, Any]] = []
+    result = {"environment": environment, "ceilings": vars(ceilings), "results": results}
     for name, points in POINTS.items():
         if only and name not in only:
             continue
@@ -86,12 +89,9 @@ def _run(only: Sequence[str]) -> dict[str, Any]:
             print(f"{name:18}skipped: {repr(error)[:300]}", flush=True)
             results.append({"kernel": name, "error": repr(error)})
         torch.cuda.empty_cache()
+        # After each: who runs out of time has the others.
+        _write(output, result)
     print(f"\n{time.monotonic() - started_s:.0f} s")
-    return {
-        "environment": environment,
-        "ceilings": vars(ceilings),
-        "results": results,
-    }
 
 
 def _measure(point: Point, ceilings: Ceilings) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _measure(point: Point, ceilings: Ceilings) -> dict[str, Any]:
 
 
 def _print(row: dict[str, Any]) -> None:
-    line = f"{row['kernel']:18}{row['shape']:26}{row['us']:9.1f}{row['floor_us']:9.1f}"
+    line = f"{row['kernel']:18}{row['shape']:30}{row['us']:9.1f}{row['floor_us']:9.1f}"
     line += f"{row['times_floor']:7.2f}" if "times_floor" in row else " " * 7
     if "library" in row:
         line += f"{row['library_us']:9.1f}{row['times_library']:7.2f}  {row['library']}"
@@ -131,8 +131,16 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", choices=list(POINTS), default=[])
-    parser.add_argument("--tune", action="store_true", help="measure skinny_linear's table instead")
-    parser.add_argument("--budget", type=float, default=230.0, help="seconds for --tune")
+    tunes = parser.add_mutually_exclusive_group()
+    tunes.add_argument("--tune", action="store_true", help="measure skinny_linear's table instead")
+    tunes.add_argument("--tune-experts", action="store_true", help="or that of experts' products")
+    parser.add_argument("--budget", type=float, default=230.0, help="seconds for a table")
+    parser.add_argument(
+        "--compile",
+        choices=("first", "only", "skip"),
+        default="first",
+        help="of --tune-experts: what is tried, before it is timed, or in a run of its own",
+    )
     parser.add_argument("--output", type=Path, help="a file, or a directory for it")
     return parser.parse_args(argv)
 

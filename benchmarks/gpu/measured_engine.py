@@ -129,7 +129,7 @@ class HitCounter:
             routes = route(logits, *args, **options)
             # Padded, as steps of few rows are.
             if self._batch <= len(logits) < max(2 * self._batch, _FEW_ROWS + 1):
-                self._hits.append(routes.experts[: self._batch].unique())
+                self._hits.append(torch.unique(routes.experts[: self._batch]))
             return routes
 
         captured = [(each, each.graph) for each in getattr(executor, "_decode", {}).values()]

@@ -10,14 +10,16 @@ import torch
 from benchmarks.checkout import RESULTS
 
 
-def result_path(kind: str, given: Path | None = None) -> Path:
-    """`given`: a file, or a directory for one; what has no suffix and is no file counts as one. Its
-    directory is made."""
-    name = f"{kind}_{_card()}.json"
-    path = given
-    if path is None:
-        path = RESULTS / name
-    elif path.is_dir() or not (path.suffix or path.is_file()):
+def results_name(kind: str) -> str:
+    """Of a file of results on this machine's card."""
+    return f"{kind}_{_card()}.json"
+
+
+def result_path(given: Path | None, name: str) -> Path:
+    """`given`: a file, or a directory for one of that name; what has no suffix and is no file
+    counts as one. The directory is made."""
+    path = RESULTS if given is None else given
+    if path.is_dir() or not (path.suffix or path.is_file()):
         path = path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

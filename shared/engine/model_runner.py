@@ -430,6 +430,12 @@ class ModelRunner:
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
                 self._executor.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
+            if self.model_config.mixture is not None:
+                # Short prompts together make steps whose experts multiply in tiles of another size.
+                for num_rows in {budget // limit for budget in budgets if budget is not None}:
+                    rows = [self._prompt_row(limit)] * min(num_rows, self._config.max_num_seqs)
+                    if len(rows) > 1:
+                        self._executor.launch(Batch(rows)).result()
             if self.num_drafts:
                 prompt = self._prompt_row(min(16, limit))
                 guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from baton.kernels import experts as kernels
-from baton.kernels import reference_experts
+from baton.kernels import experts_table, reference_experts
 from baton.kernels.experts import ExpertWeights, experts, gated_add, route
+from baton.kernels.experts_table import Tiles
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 
@@ -158,6 +159,40 @@ def test_no_tokens(device: torch.device) -> None:
     assert gated_add(x, torch.zeros(0, 1, device=device), x) is x
 
 
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(16, 16, 32, copies=True),
+        Tiles(32, 32, 16, group=3),
+        Tiles(16, 64, 32, group=4, copies=True),
+    ],
+)
+def test_results_do_not_depend_on_tiles(
+    tiles: Tiles, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns and sums that end within a tile; more tiles than there are; experts of a few rows."""
+    weights = weights_of(5, 40, 24, device, torch.float16, bias=True)
+    monkeypatch.setattr(experts_table, "choose", lambda *_, **__: tiles)
+    for num_tokens in (2, 20):
+        x = torch.randn(num_tokens, 40, device=device).half()
+        routes = random_routes(num_tokens, 5, 2, device)
+        inner = torch.full((num_tokens * 2, 24), float("nan"), device=device).half()
+        rows = torch.full((num_tokens * 2, 40), float("nan"), device=device).half()
+        order = kernels.order_of(routes, 5)
+        kernels.multiply_up(inner, x, weights, routes, order, "silu")
+        kernels.multiply_down(rows, inner, weights, routes, order)
+        pairs = torch.arange(num_tokens * 2) if order is None else order.pairs.cpu()
+        chosen = routes.experts.view(-1).tolist()
+        gate_up, down, gate_up_bias, down_bias = (each.cpu().double() for each in weights)  # type: ignore[union-attr]
+        for place, pair in enumerate(pairs.tolist()):
+            expert, token = chosen[pair], pair // 2
+            gate, up = (gate_up[expert] @ x[token].cpu().double() + gate_up_bias[expert]).chunk(2)
+            expected = torch.nn.functional.silu(gate) * up
+            torch.testing.assert_close(inner[place].cpu().double(), expected, atol=5e-3, rtol=1e-2)
+            expected = down[expert] @ inner[place].cpu().double() + down_bias[expert]
+            torch.testing.assert_close(rows[pair].cpu().double(), expected, atol=5e-3, rtol=1e-2)
+
+
 def test_gated_add(device: torch.device, dtype: torch.dtype, assert_close: Check) -> None:
     x, residual = (torch.randn(5, 70).to(device, dtype) for _ in range(2))
     gate = torch.randn(5, 9, device=device)[:, 8:] * 4
@@ -172,8 +207,8 @@ def test_tiles_are_as_many_as_there_may_be(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All pairs of one expert, and as many experts as pairs; in large tiles."""
-    monkeypatch.setattr(kernels, "_UNSORTED_TOKENS", 0)
-    monkeypatch.setattr(kernels, "_FEW_TOKENS", 1)
+    monkeypatch.setattr(kernels, "UNSORTED_TOKENS", 0)
+    monkeypatch.setattr(experts_table, "STEPS", (0, 1, 1024))
     weights = weights_of(9, 32, 16, device, torch.float32, bias=False)
     x = torch.randn(9, 32, device=device)
     for chosen in (torch.full((9, 1), 8), torch.arange(9).flip(0)[:, None]):
