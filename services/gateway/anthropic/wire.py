@@ -19,6 +19,8 @@ from baton.services.gateway.strict_json import strict_json
 
 
 class MessagesWire:
+    follows = False
+
     def __init__(
         self, request_id: str, *, model: str, max_tokens: int, shows_thinking: bool = True
     ) -> None:

@@ -215,11 +215,11 @@ class _Run:
         self, index: int, choice: Choice, parts: Sequence[Part], token_ids: Sequence[int]
     ) -> bytes:
         choice.has_calls = choice.has_calls or any(isinstance(part, ToolCall) for part in parts)
-        if not self.ask.is_streamed:
+        assert self.wire is not None
+        if not self.ask.is_streamed and not self.wire.follows:
             choice.parts += parts
             choice.token_ids += token_ids
             return b""
-        assert self.wire is not None
         return self.wire.came(index, choice, parts, token_ids)
 
 

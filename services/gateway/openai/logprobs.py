@@ -69,6 +69,9 @@ class Logprobs(Protocol):
     def take(self) -> str:
         """JSON of what was added since the last call; null: nothing was."""
 
+    def take_entries(self) -> list[str]:
+        """The same by token, where the form has an entry for each."""
+
 
 class ChatLogprobs:
     def __init__(self, texts: TokenTexts, num_top: int) -> None:
@@ -88,11 +91,12 @@ class ChatLogprobs:
             self._entries.append(f'{own}, "top_logprobs": [{top}]}}')
 
     def take(self) -> str:
-        if not self._entries:
-            return "null"
-        content = ", ".join(self._entries)
-        self._entries.clear()
-        return f'{{"content": [{content}], "refusal": null}}'
+        entries = self.take_entries()
+        return f'{{"content": [{", ".join(entries)}], "refusal": null}}' if entries else "null"
+
+    def take_entries(self) -> list[str]:
+        entries, self._entries = self._entries, []
+        return entries
 
     def _token(self, token_id: int, logprob: float) -> str:
         """Without its closing brace."""
@@ -139,6 +143,9 @@ class CompletionLogprobs:
         for values in columns.values():
             values.clear()
         return f"{{{shown}}}"
+
+    def take_entries(self) -> list[str]:
+        raise NotImplementedError("a completion's are columns")
 
     def _add(self, token_id: int, logprob: str, top: str) -> None:
         text = self._texts.text(token_id)

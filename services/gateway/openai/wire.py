@@ -90,6 +90,11 @@ class Wire(Protocol):
     """The form of one request's answer. `index`: of the choice. Streams are server-sent events, of
     which each method returns none, one or several."""
 
+    @property
+    def follows(self) -> bool:
+        """Whether `came` is called of an answer that is not streamed, too, and says nothing then;
+        else its choices have all parts once it is whole."""
+
     def started(self, index: int, choice: Choice) -> bytes: ...
 
     def came(
@@ -136,6 +141,8 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
 
 class OpenAiWire:
     """`is_chat`: in the form of /v1/chat/completions, else of /v1/completions."""
+
+    follows = False
 
     def __init__(
         self,

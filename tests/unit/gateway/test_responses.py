@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 
-from baton.services.gateway.answer_parts import Arguments, Content, Part, Reasoning, ToolCall
+from baton.services.gateway.answer_parts import (
+    Arguments,
+    Content,
+    Part,
+    PlainParser,
+    Reasoning,
+    ToolCall,
+)
 from baton.services.gateway.openai.errors import HttpError, InvalidParam
 from baton.services.gateway.openai.responses.reading import chat_form, responses_request
 from baton.services.gateway.openai.responses.wire import ResponsesWire
@@ -24,6 +31,7 @@ from tests.unit.gateway.null_frontend import (
     chunk,
     connect,
     endless,
+    finished,
     num_refused,
     serving,
     started,
@@ -33,6 +41,7 @@ from tests.unit.gateway.null_frontend import (
 
 RESPONSES = "/v1/responses"
 HELLO = {"input": "hello"}
+LOGPROBS = {"include": ["message.output_text.logprobs"]}
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -324,7 +333,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"logit_bias": {"x": 1}}, "logit_bias[x]"),
-    ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+    ({"include": ["message.output_text.annotations"]}, "include[0]"),
+    ({**LOGPROBS, "top_logprobs": -1}, "top_logprobs"),
+    ({**LOGPROBS, "top_logprobs": 20, "max_output_tokens": 24_967}, "top_logprobs"),
     ({"include": "x"}, "include"),
     ({"metadata": {"a": 5}}, "metadata.a"),
     ({"metadata": {"a" * 65: "b"}}, "metadata"),
@@ -475,7 +486,91 @@ def test_a_stream_that_breaks_tells_what_has_come() -> None:
     assert response["status"] == "failed" and response["output"][0]["status"] == "incomplete"
 
 
+def entries_of(*names: str) -> list[str]:
+    return [json.dumps({"token": name, "logprob": -1.0}) for name in names]
+
+
+class _Arriving:
+    """Logprobs that are there as soon as their tokens are."""
+
+    def __init__(self) -> None:
+        self.new: list[str] = []
+
+    def take_entries(self) -> list[str]:
+        new, self.new = self.new, []
+        return new
+
+
+def test_logprobs_are_those_of_the_message_and_come_with_its_text() -> None:
+    """Tokens of reasoning are counted by the parser, those of calls come before their parts."""
+    logprobs: Any = _Arriving()
+    parser: Any = PlainParser()
+    choice = Choice(parser=parser, logprobs=logprobs)
+    steps: list[tuple[str, int, list[Part]]] = [
+        ("hm", 1, [Reasoning("hm")]),
+        ("</think>", 2, []),
+        ("Hel", 2, [Content("Hel")]),
+        ("l", 2, []),
+        ("o", 2, [Content("lo")]),
+        ("<call>", 2, []),
+        ("f", 2, [ToolCall(0, "callabc01", "f")]),
+        ("{}", 2, [Arguments(0, "{}")]),
+        ("</call>", 2, []),
+        ("!", 2, [Content("!")]),
+        ("<end>", 2, []),
+    ]
+    wires = [ResponsesWire("r-1", told={}), ResponsesWire("r-1", told={}, is_streamed=False)]
+    streams = []
+    for wire in wires:
+        stream = wire.started(0, choice)
+        for token, parser.num_reasoning_tokens, parts in steps:
+            logprobs.new += entries_of(token)
+            stream += wire.came(0, choice, parts, [1])
+        choice.finish_reason = "stop"
+        streams.append(stream)
+    assert streams[1] == b""
+    parsed = typed_events(streams[0] + wires[0].finished(0, choice), is_chunked=False)
+    whole = json.loads(wires[1].whole([choice]))
+    assert _timeless(whole) == _timeless(parsed[-1]["response"])
+    said = [item["content"][0] for item in whole["output"] if item["type"] == "message"]
+    tokens = [[each["token"] for each in part["logprobs"]] for part in said]
+    # What ends a call is told from what follows when that comes.
+    assert tokens == [["Hel", "l", "o"], ["</call>", "!", "<end>"]]
+    deltas = [event for event in parsed if event["type"] == "response.output_text.delta"]
+    assert [[each["token"] for each in event["logprobs"]] for event in deltas] == [
+        *(["Hel"], ["l", "o"], ["</call>", "!"], ["<end>"])
+    ]
+    done = [event for event in parsed if event["type"] == "response.output_text.done"]
+    assert [event["logprobs"] for event in done] == [part["logprobs"] for part in said]
+
+
 # The endpoint
+
+
+async def test_logprobs_of_an_answer(address: str, frontend: NullFrontend) -> None:
+    frontend.script = with_logprobs
+    body = {**HELLO, **LOGPROBS, "top_logprobs": 1, "max_output_tokens": 9}
+    whole = json.loads((await ask(address, RESPONSES, body)).body)
+    streamed = typed_events((await ask(address, RESPONSES, {**body, "stream": True})).body)[-1]
+    assert _timeless(streamed["response"]) == _timeless(whole)
+    [entry] = whole["output"][0]["content"][0]["logprobs"]
+    assert (entry["logprob"], whole["top_logprobs"]) == (-0.5, 1)
+    assert [each["logprob"] for each in entry["top_logprobs"]] == [-0.25]
+    assert all(request.sampling.logprobs == 1 for request in frontend.requests)
+    # Without `include` there are none.
+    plain = json.loads((await ask(address, RESPONSES, HELLO)).body)
+    assert plain["output"][0]["content"][0]["logprobs"] == []
+    assert not frontend.requests[-1].sampling.HasField("logprobs")
+
+
+async def with_logprobs(request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+    yield started()
+    first = chunk("a")
+    if request.sampling.HasField("logprobs"):
+        top = {"top_token_ids": [11], "top_logprobs": [-0.25]}
+        first.chunk.logprobs.add(logprob=-0.5, rank=2, **top)
+    yield first
+    yield finished("", 1)
 
 
 async def test_whole_and_streamed_say_the_same(address: str, frontend: NullFrontend) -> None:

@@ -15,6 +15,7 @@ from baton.services.gateway.openai.chat_form import (
 from baton.services.gateway.openai.errors import InvalidParam
 from baton.services.gateway.openai.responses.schema import (
     INCLUDABLE,
+    LOGPROBS,
     MAX_KEY,
     MAX_METADATA,
     MAX_VALUE,
@@ -56,6 +57,7 @@ def chat_form(fields: ResponsesRequest, body: dict[str, Any]) -> ChatForm:
     take_alike(body, form)
     form.set("max_completion_tokens", fields.max_output_tokens, "max_output_tokens")
     form.set("parallel_tool_calls", fields.parallel_tool_calls, "parallel_tool_calls")
+    _read_logprobs(fields, form)
     if fields.reasoning is not None:
         form.set("reasoning_effort", fields.reasoning.effort, "reasoning.effort")
     if fields.text is not None and fields.text.format is not None:
@@ -63,6 +65,14 @@ def chat_form(fields: ResponsesRequest, body: dict[str, Any]) -> ChatForm:
     _read_tools(fields, form)
     _read_input(fields, form)
     return form
+
+
+def _read_logprobs(fields: ResponsesRequest, form: ChatForm) -> None:
+    if LOGPROBS in (fields.include or ()):
+        form.set("logprobs", True, "include")
+        form.set("top_logprobs", fields.top_logprobs or 0, "top_logprobs")
+    elif fields.top_logprobs:
+        raise InvalidParam("top_logprobs", f"needs {LOGPROBS!r} in include")
 
 
 def _check_metadata(metadata: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,24 @@ from fastapi.responses import JSONResponse, Response
 from baton.services.gateway.frontend import Frontend
 from baton.services.gateway.openai.answer import Answer, Ask
 from baton.services.gateway.openai.body import read_json
-from baton.services.gateway.openai.chat_form import num_prompt_tokens, prepared
-from baton.services.gateway.openai.errors import HttpError
+from baton.services.gateway.openai.chat_form import (
+    ChatForm,
+    Prepared,
+    num_prompt_tokens,
+    prepared,
+)
+from baton.services.gateway.openai.errors import HttpError, renamed, to_http_error
+from baton.services.gateway.openai.logprobs import (
+    ChatLogprobs,
+    Logprobs,
+    TokenTexts,
+    bound_logprobs,
+)
 from baton.services.gateway.openai.request import check_model, time_left_s
 from baton.services.gateway.openai.responses.reading import chat_form, responses_request
 from baton.services.gateway.openai.responses.schema import ResponsesRequest
 from baton.services.gateway.openai.responses.wire import ResponsesWire
+from baton.shared.rpc.errors import BatonError
 from baton.v1 import types_pb2
 
 
@@ -36,8 +49,13 @@ def responses_router(frontend: Frontend) -> APIRouter:
             identity=request.state.identity,
             fields=asked.names,
             places=form.places,
-            new_wire=partial(ResponsesWire, told=_told(fields, body, frontend)),
+            new_wire=partial(
+                ResponsesWire,
+                told=_told(fields, body, frontend),
+                is_streamed=bool(fields.stream),
+            ),
             is_streamed=bool(fields.stream),
+            new_logprobs=_logprobs(asked, form, frontend),
             time_left_s=time_left_s(request),
         )
         return Answer(frontend, ask)
@@ -60,6 +78,18 @@ def responses_router(frontend: Frontend) -> APIRouter:
     return router
 
 
+def _logprobs(asked: Prepared, form: ChatForm, frontend: Frontend) -> Callable[[], Logprobs] | None:
+    """Streamed or not, the last events have all of them. Raises HttpError for too many."""
+    num_top = asked.fields.num_top_logprobs
+    if num_top is None:
+        return None
+    try:
+        bound_logprobs([asked.chat.request], num_top)
+    except BatonError as error:
+        raise renamed(to_http_error(error, asked.names), form.places) from error
+    return partial(ChatLogprobs, TokenTexts(frontend.codec), num_top)
+
+
 def _told(fields: ResponsesRequest, body: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
     """Of the request, and of what holds where it says nothing."""
     sampling = frontend.defaults.sampling
@@ -79,6 +109,7 @@ def _told(fields: ResponsesRequest, body: dict[str, Any], frontend: Frontend) ->
         "temperature": _number(body.get("temperature"), sampling, "temperature"),
         "top_p": _number(body.get("top_p"), sampling, "top_p"),
         "text": {"format": {"type": "text"}, **text},
+        "top_logprobs": fields.top_logprobs or 0,
         "tool_choice": "auto" if fields.tool_choice is None else fields.tool_choice,
         "tools": fields.tools or [],
         "user": fields.user,
@@ -89,7 +120,6 @@ def _told(fields: ResponsesRequest, body: dict[str, Any], frontend: Frontend) ->
         "previous_response_id": None,
         "service_tier": "default",
         "store": False,
-        "top_logprobs": 0,
         "truncation": "disabled",
     }
 

@@ -12,9 +12,10 @@ from pydantic import Field
 from baton.services.gateway.openai.chat_form import ELSEWHERE
 from baton.services.gateway.openai.fields import Fields, Int, List
 
+_SERVED = ("top_logprobs",)
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field: the values that ask for nothing; null is always one.
-    **ELSEWHERE,
+    **{name: values for name, values in ELSEWHERE.items() if name not in _SERVED},
     "background": (False,),
     "conversation": (),
     "previous_response_id": (),
@@ -26,7 +27,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "messages": (),
     "max_tokens": (),
 }
+LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = {
+    LOGPROBS,
     # Of tools that are not served, and of images: there is nothing to include.
     *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
     *("message.input_image.image_url", "computer_call_output.output.image_url"),
@@ -62,6 +65,7 @@ class ResponsesRequest(Fields):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     include: List[str] | None = None
+    top_logprobs: Int | None = Field(None, ge=0)
     store: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None

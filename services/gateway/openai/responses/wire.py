@@ -19,7 +19,11 @@ from baton.services.gateway.openai.wire import Choice
 
 
 class ResponsesWire:
-    def __init__(self, request_id: str, *, told: Mapping[str, Any]) -> None:
+    follows = True
+
+    def __init__(
+        self, request_id: str, *, told: Mapping[str, Any], is_streamed: bool = True
+    ) -> None:
         """`told`: of the request, and of what holds for it, as every response tells it."""
         self._request_id = request_id
         self._response = {
@@ -37,7 +41,11 @@ class ResponsesWire:
         self._output: list[dict[str, Any]] = []
         self._item: _Item | None = None
         self._num_events = 0
-        self._is_streamed = True
+        self._is_streamed = is_streamed
+        self._logprobs: list[str] = []
+        """Of tokens whose text is still to come."""
+        self._num_logprobs = 0
+        """Of all tokens so far."""
 
     def started(self, index: int, choice: Choice) -> bytes:
         kinds = ("response.created", "response.in_progress")
@@ -46,6 +54,7 @@ class ResponsesWire:
     def came(
         self, index: int, choice: Choice, parts: Sequence[Part], token_ids: Sequence[int]
     ) -> bytes:
+        self._take_logprobs(choice)
         return b"".join(map(self._part, parts))
 
     def finished(self, index: int, choice: Choice) -> bytes:
@@ -54,6 +63,10 @@ class ResponsesWire:
         if not self._output and self._item is None:
             # An answer without a word is a message all the same.
             events = self._begin(_Message())
+        self._take_logprobs(choice)
+        if self._logprobs and isinstance(self._item, _Message):
+            # Of the token that ended it, say, which has no text.
+            events += self._delta(self._item, "")
         events += self._end("completed" if is_whole else "incomplete")
         status = "completed" if is_whole else "incomplete"
         self._response |= {
@@ -85,7 +98,17 @@ class ResponsesWire:
         [choice] = choices
         self.came(0, choice, choice.parts, ())
         self.finished(0, choice)
-        return json.dumps(self._response).encode()
+        return _json(self._response).encode()
+
+    def _take_logprobs(self, choice: Choice) -> None:
+        """Of the message's tokens alone: what is known to be reasoning is left out."""
+        if choice.logprobs is None:
+            return
+        new = choice.logprobs.take_entries()
+        self._num_logprobs += len(new)
+        self._logprobs += new
+        num_others = self._num_logprobs - choice.parser.num_reasoning_tokens
+        del self._logprobs[: max(0, len(self._logprobs) - num_others)]
 
     def _part(self, part: Part) -> bytes:
         match part:
@@ -94,8 +117,10 @@ class ResponsesWire:
             case Reasoning(text):
                 return self._text(text, _Reasoning)
             case ToolCall(_, call_id, name):
+                self._logprobs.clear()
                 return self._begin(_Call(call_id, name))
             case Arguments(_, text):
+                self._logprobs.clear()
                 assert self._item is not None
                 return self._delta(self._item, text)
 
@@ -118,14 +143,19 @@ class ResponsesWire:
 
     def _delta(self, item: _Item, text: str) -> bytes:
         item.texts.append(text)
+        tail = ""
+        if isinstance(item, _Message):
+            logprobs = ", ".join(self._logprobs)
+            item.logprobs += self._logprobs
+            self._logprobs.clear()
+            tail = f', "logprobs": [{logprobs}]'
         if not self._is_streamed:
             return b""
         number = self._num_events
         self._num_events += 1
         # Escaped to ASCII: some clients end a line at U+2028.
         return (
-            f'{item.delta_head}{json.dumps(text)}{item.delta_tail}, "sequence_number": {number}}}'
-            "\n\n"
+            f'{item.delta_head}{json.dumps(text)}{tail}, "sequence_number": {number}}}\n\n'
         ).encode()
 
     def _end(self, status: str) -> bytes:
@@ -149,7 +179,7 @@ class ResponsesWire:
             return b""
         data = {"type": kind, **fields, "sequence_number": self._num_events}
         self._num_events += 1
-        return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+        return f"event: {kind}\ndata: {_json(data)}\n\n".encode()
 
 
 class _Item:
@@ -160,7 +190,6 @@ class _Item:
     """Of its text."""
     part_kind = ""
     """Of the one part that has the text; empty: it has it by itself."""
-    delta_tail = ""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -192,13 +221,17 @@ class _Item:
 
 class _Message(_Item):
     prefix, event, part_kind = "msg", "response.output_text", "output_text"
-    delta_tail = ', "logprobs": []'
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logprobs: list[str] = []
+        """JSON, of each token whose text has come."""
 
     def part(self, text: str) -> dict[str, Any]:
-        return {**super().part(text), "annotations": [], "logprobs": []}
+        return {**super().part(text), "annotations": [], "logprobs": _Written(self.logprobs)}
 
     def done(self) -> dict[str, Any]:
-        return {**super().done(), "logprobs": []}
+        return {**super().done(), "logprobs": _Written(self.logprobs)}
 
     def whole(self, status: str, *, is_empty: bool = False) -> dict[str, Any]:
         content = [] if is_empty else [self.part(self.text)]
@@ -234,6 +267,29 @@ class _Call(_Item):
             "name": self._name,
             "arguments": self.text,
         }
+
+
+_WAY = frozenset(("response", "output", "item", "content", "part", "logprobs"))
+"""Where logprobs are."""
+
+
+class _Written(list[str]):
+    """A list whose entries are JSON already."""
+
+
+def _json(value: Any) -> str:
+    """As json.dumps; logprobs, which may be hundreds of thousands, are not written again."""
+    if isinstance(value, _Written):
+        return f"[{', '.join(value)}]"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_json, value))}]"
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    members = (
+        f"{json.dumps(name)}: {_json(each) if name in _WAY else json.dumps(each)}"
+        for name, each in value.items()
+    )
+    return f"{{{', '.join(members)}}}"
 
 
 def _usage(choice: Choice) -> dict[str, Any]:
