@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baton.kernels.reference_masks import LEAST
+
 _BLOCK = 1024
 _PROGRAMS = 8  # of a row
-LEAST = {torch.float16: -6e4}
-"""See reference_masks.LEAST; by dtype, where that is no number of it."""
+_LEAST_OF = {torch.float16: -6e4}
+"""In place of `LEAST` by dtype, where that is no number of it."""
 
 
 def apply_token_masks(logits: Tensor, mask_rows: Tensor, masks: Tensor) -> None:
@@ -34,7 +36,7 @@ def apply_token_masks(logits: Tensor, mask_rows: Tensor, masks: Tensor) -> None:
         vocab,
         logits.stride(0),
         masks.stride(0),
-        LEAST=LEAST.get(logits.dtype, -1e30),
+        LEAST=_LEAST_OF.get(logits.dtype, LEAST),
         BLOCK=_BLOCK,
         PROGRAMS=_PROGRAMS,
         num_warps=4,

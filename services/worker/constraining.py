@@ -19,10 +19,11 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 
 from baton.services.worker.part import Part
-from baton.shared.constraints.matcher import AnswerMatcher, Masks
+from baton.shared.constraints.matcher import AnswerMatcher, TokenNotAllowed
 from baton.shared.kv.sequence import Sequence
-from baton.shared.rpc.errors import BatonError, InvalidField
+from baton.shared.rpc.errors import BatonError, EngineFailure, InvalidField
 from baton.shared.telemetry import log_event
+from baton.shared.token_masks import TokenMasks
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,17 @@ class Constraining:
                 part.draft_ids, part.is_forced = forced, True
                 part.num_tokens += len(forced)
                 num_more -= len(forced)
+
+    def num_allowed(self, sequence: Sequence, token_ids: Seq[int]) -> int:
+        """How many of these guesses may be drawn, one after the other; none where grammars have
+        taken of the step what they may."""
+        matcher = sequence.matcher
+        if matcher is None:
+            return len(token_ids)
+        if self._left_s <= 0:
+            return 0
+        with self._charged(sequence):
+            return matcher.num_allowed(token_ids)
 
     def add_masks(self, parts: Seq[Part]) -> list[Part]:
         """To those that draw. Returns the parts without those that sit the step out; where any is
@@ -120,7 +132,7 @@ class Constraining:
             self._failed(part.sequence, error)
         return part.masks is not None or part.sequence in self._failures
 
-    def _masks(self, part: Part, matcher: AnswerMatcher) -> Masks | None:
+    def _masks(self, part: Part, matcher: AnswerMatcher) -> TokenMasks | None:
         """None while there is more to follow."""
         if not self._follows(part.sequence, matcher):
             return None
@@ -161,6 +173,9 @@ class Constraining:
         """A panic of llguidance, which is no Exception, ends the sequence and not the worker."""
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise error
+        if isinstance(error, TokenNotAllowed):
+            # Drawn here, under a mask: what the client brought was followed before.
+            error = EngineFailure(f"tokens that were drawn {error}")
         if not isinstance(error, BatonError):
             log_event(logger, logging.ERROR, "constraint failed", key=sequence.key, exc_info=error)
             error = InvalidField("constraint", "cannot be followed further", limit="another one")

@@ -55,17 +55,22 @@ class Drafting:
         return cls(DRAFTERS[speculation.kind](), DraftLengths(num_drafts), num_drafts)
 
     def add(
-        self, parts: list[Part], extend: Callable[[Sequence, int], bool], num_more: int
+        self,
+        parts: list[Part],
+        extend: Callable[[Sequence, int], bool],
+        num_more: int,
+        num_allowed: Callable[[Sequence, Seq[int]], int],
     ) -> None:
         """Gives decode parts drafts, `num_more` at most in all.
 
         `extend` finds room for so many tokens of a sequence; without it a part gets none.
+        `num_allowed` says how many of a sequence's guesses its constraint lets be drawn.
         """
         asking = [part for part in parts if part.sequence.params.speculate and not part.draft_ids]
         if not asking or num_more < 1:
             return
         limits = self._lengths.wanted(len(parts), [part.sequence for part in asking])
-        offers = self._offers(asking, limits)
+        offers = self._offers(asking, limits, num_allowed)
         if not offers:
             return
         chosen = self._lengths.choose(
@@ -85,7 +90,12 @@ class Drafting:
                 part.is_predicted = draft.is_predicted
                 part.num_tokens += length
 
-    def _offers(self, asking: Seq[Part], limits: Seq[int]) -> list[tuple[Part, Draft]]:
+    def _offers(
+        self,
+        asking: Seq[Part],
+        limits: Seq[int],
+        num_allowed: Callable[[Sequence, Seq[int]], int],
+    ) -> list[tuple[Part, Draft]]:
         wanted = []
         for part, limit in zip(asking, limits, strict=True):
             # What is drawn last is not computed.
@@ -96,8 +106,9 @@ class Drafting:
             return []
         drafts = self._drafter.drafts([(part.sequence, most) for part, most in wanted])
         offers = [
-            (part, _allowed(part.sequence, draft))
+            (part, draft._replace(token_ids=draft.token_ids[:most]))
             for (part, _), draft in zip(wanted, drafts, strict=True)
+            for most in [num_allowed(part.sequence, draft.token_ids)]
         ]
         return [
             (part, draft) for part, draft in offers if len(draft.token_ids) > _num_supposed(part)
@@ -124,15 +135,6 @@ class Drafting:
     def forget(self, sequence: Sequence) -> None:
         self._drafter.forget(sequence)
         self._lengths.forget(sequence)
-
-
-def _allowed(sequence: Sequence, draft: Draft) -> Draft:
-    """Without what its constraint rules out."""
-    if sequence.matcher is None:
-        return draft
-    return draft._replace(
-        token_ids=draft.token_ids[: sequence.matcher.num_allowed(draft.token_ids)]
-    )
 
 
 def _num_supposed(part: Part) -> int:

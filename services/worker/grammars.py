@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from baton.shared.constraints.compiler import CompiledConstraint, Compiler
-from baton.shared.constraints.matcher import AnswerMatcher
+from baton.shared.constraints.matcher import AnswerMatcher, TokenNotAllowed
 from baton.shared.constraints.tokens import TokenTable
 from baton.shared.kv.sequence import Sequence
 from baton.shared.model_files.fields import ModelError
@@ -80,7 +80,12 @@ def _replayed(
     for start in range(0, len(emitted), _TOKENS_A_MASK):
         if is_given_up():
             raise Cancelled("nobody waits for it")
-        matcher.take(emitted[start : start + _TOKENS_A_MASK])
+        try:
+            matcher.take(emitted[start : start + _TOKENS_A_MASK])
+        except TokenNotAllowed as error:
+            # Earlier attempts drew under masks: it is what the client brought.
+            limit = "the beginning of an answer"
+            raise InvalidField("received_token_ids", str(error), limit=limit) from None
         matcher.masks()
         if time.thread_time() - started_s > _MAX_REPLAY_S:
             raise InvalidField(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from baton.shared.constraints.matcher import Masks
 from baton.shared.engine.batch import BatchRow, RowHandle, WantedLogprobs
 from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.kv.sequence import Sequence
+from baton.shared.token_masks import TokenMasks
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Part:
     """The drafts are tokens that must follow: a constraint allows no others."""
     is_predicted: bool = False
     """The drafts are the client's own."""
-    masks: Masks | None = None
+    masks: TokenMasks | None = None
     """Of each draw, where the sequence is constrained."""
     prompt_logprobs: Seq[TokenLogprobs] = ()
     """What the step told of the prompt's tokens, if they are wanted."""

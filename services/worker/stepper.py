@@ -125,7 +125,7 @@ class Stepper:
         self._constraining.add_forced(parts, self._has_room, num_more)
         if self._drafting is not None:
             num_more -= sum(len(part.draft_ids) for part in parts)
-            self._drafting.add(parts, self._has_room, num_more)
+            self._drafting.add(parts, self._has_room, num_more, self._constraining.num_allowed)
         # Without those that had to yield.
         chunks = self._choose_chunks([each for each in prefilling if each.is_admitted], parts)
         return self._constraining.add_masks(parts + chunks)

@@ -24,13 +24,11 @@ import numpy.typing as npt
 
 from baton.shared.constraints.compiler import CompiledConstraint, reaches_past
 from baton.shared.rpc.errors import InvalidField
-
-Masks = npt.NDArray[np.uint32]
-"""[draws, words]: bit t % 32 of word t // 32 says whether token t may be drawn."""
+from baton.shared.token_masks import TokenMasks, num_mask_words
 
 
-def mask_words(vocab_size: int) -> int:
-    return -(-vocab_size // 32)
+class TokenNotAllowed(ValueError):
+    """An answer has a token that its constraint does not allow there."""
 
 
 class AnswerMatcher:
@@ -41,7 +39,7 @@ class AnswerMatcher:
         self._begin_after = compiled.begin_after
         self._ignores_ends = ignore_eos
         self._may_end_free = compiled.accepts_empty and not ignore_eos
-        self._num_words = mask_words(compiled.tokens.vocab_size)
+        self._num_words = num_mask_words(compiled.tokens.vocab_size)
         self._ends = _bits(compiled.tokens.end_ids, self._num_words)
         self._overhanging = _bits(compiled.overhanging, self._num_words)
         self._takes_guesses = True
@@ -65,14 +63,13 @@ class AnswerMatcher:
         self._begin()
 
     def take(self, token_ids: Sequence[int]) -> None:
-        """The answer's next tokens. Raises InvalidField when they cannot be, or when the grammar
-        becomes too much work."""
+        """The answer's next tokens. Raises TokenNotAllowed when they cannot be, and InvalidField
+        when the grammar becomes too much work."""
         for token_id in token_ids:
             if not self._step(token_id):
                 self._check()
-                problem = f"have token {token_id}, which the constraint does not allow there"
-                raise InvalidField(
-                    "received_token_ids", problem, limit="the beginning of an answer"
+                raise TokenNotAllowed(
+                    f"have token {token_id}, which the constraint does not allow there"
                 )
             self.num_taken += 1
 
@@ -101,7 +98,7 @@ class AnswerMatcher:
             return 0
         return num_allowed
 
-    def masks(self, draft_ids: Sequence[int] = ()) -> Masks:
+    def masks(self, draft_ids: Sequence[int] = ()) -> TokenMasks:
         """Of the draw behind the known tokens, and behind each draft after it → [1 + drafts,
         words]. Raises InvalidField when the grammar becomes too much work."""
         masks = np.empty((1 + len(draft_ids), self._num_words), np.uint32)
@@ -129,7 +126,7 @@ class AnswerMatcher:
             )
         return masks
 
-    def _fill(self, mask: Masks) -> None:
+    def _fill(self, mask: TokenMasks) -> None:
         """`mask`: [words]."""
         if not self._has_begun:
             mask[:] = 0xFFFFFFFF
@@ -147,7 +144,7 @@ class AnswerMatcher:
             if others.any():
                 mask[:] = others
 
-    def _completing_too_much(self, end: bytes) -> Masks:
+    def _completing_too_much(self, end: bytes) -> TokenMasks:
         """Tokens that write the rest of it, behind what the free text has, and then go on."""
         tail = self._tail
         assert isinstance(tail, bytes)

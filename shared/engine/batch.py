@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from baton.shared.engine.shaping import History, Shaping
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks
 
 Ints = npt.NDArray[np.int64]
-TokenMasks = npt.NDArray[np.uint32]
-"""[draws, words]: bit t % 32 of word t // 32 says whether token t may be drawn."""
 
 
 @dataclass(eq=False, slots=True)

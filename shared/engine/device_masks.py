@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from baton.kernels.token_masks import apply_token_masks
-from baton.shared.engine.batch import BatchRow, TokenMasks
+from baton.shared.engine.batch import BatchRow
+from baton.shared.token_masks import TokenMasks, num_mask_words
 
 
 class DeviceMasks:
@@ -19,8 +20,8 @@ class DeviceMasks:
         self._device = device
         self._rows = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         """[max_rows], which of the masks each row of logits has; −1: none."""
-        num_words = -(-vocab_size // 32)
-        self._masks = torch.zeros(max_rows, num_words, dtype=torch.int32, device=device)
+        shape = (max_rows, num_mask_words(vocab_size))
+        self._masks = torch.zeros(shape, dtype=torch.int32, device=device)
         self._is_clear = True
 
     def send(self, rows: Sequence[BatchRow], wanted: Sequence[int]) -> None:

@@ -26,10 +26,12 @@ class PlainLoop:
         *,
         chunk: int = 512,
         samples: Sequence[int] | None = None,
+        banned_sequences: Sequence[tuple[int, ...]] = (),
     ) -> list[list[int]]:
         """Generates for all prompts together → generated token ids, a stop token included.
 
         samples: which sample of its prompt each is; None: the first.
+        banned_sequences: what bad words are in tokens, for all prompts; see `Sequence`.
 
         Raises:
             ValueError: the pool cannot hold all prompts with their max_tokens at once.
@@ -37,8 +39,10 @@ class PlainLoop:
         tables = self._block_tables(prompts, params)
         samples = samples or [0] * len(prompts)
         outputs: list[list[int]] = []
+        banned = tuple(banned_sequences)
         for prompt, table, sampling, sample in zip(prompts, tables, params, samples, strict=True):
-            outputs.append([self._prefill(prompt, table, sampling, sample, chunk)])
+            first = self._prefill(prompt, table, sampling, sample, chunk, banned)
+            outputs.append([first])
         while running := [
             i for i, each in enumerate(params) if not self._is_done(outputs[i], each)
         ]:
@@ -48,7 +52,7 @@ class PlainLoop:
                     position=len(prompts[i]) + len(outputs[i]) - 1,
                     block_tables=tables[i],
                     sampling=params[i],
-                    history=_history(prompts[i], outputs[i], params[i]),
+                    history=_history(prompts[i], outputs[i], params[i], banned),
                     sample_index=samples[i],
                 )
                 for i in running
@@ -64,6 +68,7 @@ class PlainLoop:
         sampling: SamplingParams,
         sample: int,
         chunk: int,
+        banned: tuple[tuple[int, ...], ...],
     ) -> int:
         """Computes a prompt in chunks → its first generated token."""
         drawn: Sequence[Drawn] = ()
@@ -73,7 +78,7 @@ class PlainLoop:
                 position=start,
                 block_tables=tables,
                 sampling=sampling if start + chunk >= len(prompt) else None,
-                history=_history(prompt, (), sampling),
+                history=_history(prompt, (), sampling, banned),
                 sample_index=sample,
             )
             [drawn] = self._runner.forward(Batch([row]))
@@ -108,6 +113,11 @@ class PlainLoop:
 
 
 def _history(
-    prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+    prompt: Sequence[int],
+    output: Sequence[int],
+    params: SamplingParams,
+    banned: tuple[tuple[int, ...], ...],
 ) -> KnownTokens | None:
-    return KnownTokens((*prompt, *output), len(prompt)) if shapes_logits(params) else None
+    if not shapes_logits(params) and not banned:
+        return None
+    return KnownTokens((*prompt, *output), len(prompt), banned)

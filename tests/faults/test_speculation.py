@@ -37,6 +37,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         WORKERS,
         worker_flags={"d0": ["--speculate", "ngram:4"]},
         flags=["--num-blocks", "256", "--token-budget", "64", "--max-num-seqs", "16"],
+        worker_module="tests.guessing_worker",
     ) as stack:
         yield stack
 
@@ -58,6 +59,9 @@ def test_an_answer_ends_where_it_would_without(stack: Stack, way: dict[str, Any]
         guessed = stack.generate_at_once([(TALE, options)] * 2)
         assert [shown(each) for each in guessed] == [shown(plain)] * 2
     stack.assert_idle()
+    counters = stack.state("d0").counters
+    assert counters.num_drafts and counters.num_accepted_tokens, "it did guess, and right at times"
+    assert stack.state("d1").counters.num_drafts == 0
 
 
 def shown(result: Result) -> tuple[list[int], str, int]:

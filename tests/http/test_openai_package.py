@@ -257,6 +257,7 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         for entry in each.logprobs.content
     ]
     assert [each.model_dump() for each in streamed] == [each.model_dump() for each in told]
+    assert _logprobs_of_a_response(client, options) == [each.model_dump() for each in told]
     text = b"".join(bytes(each.bytes or []) for each in told).decode()
     assert text.removesuffix("<|end|>") == choice.message.content
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
@@ -268,6 +269,31 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         assert entry.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
         best = row.topk(3).values.tolist()
         assert [each.logprob for each in entry.top_logprobs] == pytest.approx(best, abs=1e-4)
+
+
+def _logprobs_of_a_response(
+    client: openai.OpenAI, asked_of_chat: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The same asked of /v1/responses, streamed and whole."""
+    about: dict[str, Any] = {
+        "input": asked_of_chat["messages"],
+        "max_output_tokens": asked_of_chat["max_tokens"],
+        "include": ["message.output_text.logprobs"],
+        "extra_body": {"seed": asked_of_chat["seed"]},
+        **{name: asked_of_chat[name] for name in ("model", "temperature", "top_logprobs")},
+    }
+    [message] = client.responses.create(**about).output
+    [part] = message.content
+    events = list(client.responses.create(**about, stream=True))
+    deltas = [
+        entry
+        for event in events
+        if event.type == "response.output_text.delta"
+        for entry in event.logprobs
+    ]
+    told = [each.model_dump() for each in part.logprobs]
+    assert [each.model_dump() for each in deltas] == told
+    return told
 
 
 @pytest.mark.parametrize("num_new", [0, 1])

@@ -20,9 +20,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from baton.services.gateway.openai.errors import InvalidParam
-from baton.services.gateway.openai.fields import Fields as _Fields
-from baton.services.gateway.openai.fields import Int as _Int
-from baton.services.gateway.openai.fields import List as _List
+from baton.services.gateway.openai.fields import Fields, Int, List
 from baton.services.gateway.openai.tools import Function, MadeCall, Tool, check_tools
 from baton.shared.sampling import ALL_TOKENS, FIELDS, Kind, SamplingField
 from baton.v1 import types_pb2
@@ -83,7 +81,7 @@ UNSUPPORTED = {
 _LOGPROBS = next(field for field in FIELDS if field.name == "logprobs")
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -95,35 +93,35 @@ def _type_of(field: SamplingField) -> Any:
         case Kind.NUMBER:
             return float
         case Kind.COUNT | Kind.MAYBE_COUNT:
-            return Annotated[_Int, Field(ge=low, le=_UINT32)]
+            return Annotated[Int, Field(ge=low, le=_UINT32)]
         case Kind.SEED:
-            return Annotated[_Int, Field(ge=low, lt=2**64)]
+            return Annotated[Int, Field(ge=low, lt=2**64)]
         case Kind.SWITCH:
             return bool
         case Kind.TOKEN_IDS:
-            entries = Annotated[_Int, Field(ge=0, le=_UINT32)]
+            entries = Annotated[Int, Field(ge=0, le=_UINT32)]
             return Annotated[list[entries], Field(min_length=fewest, fail_fast=True)]
         case Kind.TEXTS:
-            return str | _List[str]
+            return str | List[str]
         case Kind.BIASES:
             return dict[_TokenKey, float]
 
 
 if TYPE_CHECKING:
 
-    class _WithSampling(_Fields):
+    class _WithSampling(Fields):
         max_tokens: int | None
         prompt_logprobs: int | None
 
 else:
     _WithSampling = create_model(
         "_WithSampling",
-        __base__=_Fields,
+        __base__=Fields,
         **{field.public_name: (_type_of(field) | None, None) for field in FIELDS},
     )
 
 
-class ContentPart(_Fields):
+class ContentPart(Fields):
     type: str
     text: str | None = None
 
@@ -141,11 +139,11 @@ _Part = Annotated[ContentPart, BeforeValidator(_as_part)]
 """Some clients list texts as they are."""
 
 
-class Prediction(_Fields):
+class Prediction(Fields):
     """What the client expects the answer to be."""
 
     type: str
-    content: str | _List[_Part]
+    content: str | List[_Part]
 
 
 class Sampled(_WithSampling):
@@ -157,13 +155,13 @@ class Sampled(_WithSampling):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     prediction: Prediction | None = None
-    n: _Int | None = Field(None, ge=0, le=_UINT32)
+    n: Int | None = Field(None, ge=0, le=_UINT32)
     # See constraint.py.
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
-    guided_choice: _List[str] | None = None
+    guided_choice: List[str] | None = None
     guided_grammar: str | None = None
 
     @property
@@ -206,9 +204,7 @@ class CompletionRequest(Sampled):
     prompt: Any = None
     """Text, token ids, or a list of either: see completions.py."""
     echo: bool | None = None
-    logprobs: Annotated[_Int | None, BeforeValidator(_none_if_false)] = Field(
-        None, ge=0, le=_UINT32
-    )
+    logprobs: Annotated[Int | None, BeforeValidator(_none_if_false)] = Field(None, ge=0, le=_UINT32)
 
 
 _PART_FIELDS = (
@@ -217,23 +213,23 @@ _PART_FIELDS = (
 )
 
 
-class Message(_Fields):
+class Message(Fields):
     role: str
-    content: str | _List[_Part] | None = None
+    content: str | List[_Part] | None = None
     name: str | None = None
     reasoning_content: Any = None
     reasoning: Any = None
-    tool_calls: _List[MadeCall] | None = None
+    tool_calls: List[MadeCall] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
     images: Any = None
     audio: Any = None
 
 
-class Templated(_Fields):
+class Templated(Fields):
     """What reaches the chat template, beside the messages."""
 
-    tools: _List[Tool] | None = None
+    tools: List[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -244,10 +240,10 @@ class Templated(_Fields):
 
 
 class ChatRequest(Sampled, Templated):
-    messages: _List[Message] = Field(min_length=1)
-    max_completion_tokens: _Int | None = Field(None, ge=ALL_TOKENS, le=_UINT32)
+    messages: List[Message] = Field(min_length=1)
+    max_completion_tokens: Int | None = Field(None, ge=ALL_TOKENS, le=_UINT32)
     logprobs: bool | None = None
-    top_logprobs: _Int | None = Field(None, ge=0, le=_UINT32)
+    top_logprobs: Int | None = Field(None, ge=0, le=_UINT32)
 
     def _given(self, field: SamplingField) -> Any:
         if field is not _LOGPROBS:
@@ -266,13 +262,13 @@ class ChatRequest(Sampled, Templated):
 class TokenizeRequest(Templated):
     model: str | None = None
     prompt: str | None = None
-    messages: _List[Message] | None = Field(None, min_length=1)
+    messages: List[Message] | None = Field(None, min_length=1)
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(Fields):
     model: str | None = None
-    tokens: _List[_Int]
+    tokens: List[Int]
 
 
 _Request = TypeVar("_Request", bound=BaseModel)

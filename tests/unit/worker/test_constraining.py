@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from baton.shared.constraints.matcher import Masks
 from baton.shared.kv.sequence import FinishReason
 from baton.shared.rpc.errors import InvalidField
+from baton.shared.token_masks import TokenMasks
 from tests.unit.worker.conftest import MakeRunner
 from tests.unit.worker.test_steps_ahead import (
     BAD_SEED,
@@ -65,7 +65,7 @@ class OnlyOne:
     def num_allowed(self, token_ids: Seq[int]) -> int:
         return 0
 
-    def masks(self, draft_ids: Seq[int] = ()) -> Masks:
+    def masks(self, draft_ids: Seq[int] = ()) -> TokenMasks:
         if len(self._emitted) >= self._fails_at or self._fails_when():
             raise self._error
         masks = np.zeros((1 + len(draft_ids), -(-self._vocab_size // 32)), np.uint32)

@@ -12,11 +12,12 @@ import pytest
 from baton.services.worker.constraining import Constraining
 from baton.services.worker.part import Part
 from baton.shared.constraints.compiler import compile_constraint
-from baton.shared.constraints.matcher import AnswerMatcher, Masks
+from baton.shared.constraints.matcher import AnswerMatcher
 from baton.shared.constraints.tokens import TokenTable
 from baton.shared.kv.sequence import AttemptKey, Sequence
-from baton.shared.rpc.errors import InvalidField
+from baton.shared.rpc.errors import EngineFailure, InvalidField
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks
 from baton.v1 import types_pb2
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
@@ -45,7 +46,7 @@ class Slow:
     def forced(self, most: int) -> tuple[int, ...]:
         return ()
 
-    def masks(self, draft_ids: Seq[int] = ()) -> Masks:
+    def masks(self, draft_ids: Seq[int] = ()) -> TokenMasks:
         self._clock.now_s += self._mask_s * (1 + len(draft_ids))
         return np.ones((1 + len(draft_ids), 1), np.uint32)
 
@@ -176,3 +177,32 @@ def test_a_panic_over_guesses_ends_nothing(
     assert matcher.num_allowed(table.encode(b"2")) == 0
     assert step(constraining, [sequence]) == ["r0"]
     assert constraining.failure(sequence) is None and matcher.num_taken == len(emitted)
+
+
+def test_what_guesses_are_looked_at_for_is_taken_of_the_step_too() -> None:
+    clock = Clock()
+
+    class Slower(Slow):
+        def num_allowed(self, token_ids: Seq[int]) -> int:
+            clock.now_s += 0.03
+            return len(token_ids)
+
+    constraining = Constraining(0, clock=clock)
+    sequences = [sequence_of(n, [1], Slower(clock, mask_s=0.001)) for n in range(3)]
+    free = sequence_of(3, [1], None)
+    parts = [part_of(sequence) for sequence in (*sequences, free)]
+    constraining.add_forced(parts, lambda *_: True, 99)
+    # 50 ms are over with the second; who is not constrained pays nothing.
+    allowed = [constraining.num_allowed(part.sequence, [5, 6]) for part in parts]
+    assert allowed == [2, 2, 0, 2]
+    assert [part.sequence for part in constraining.add_masks(parts)] == [sequences[0], free]
+
+
+def test_a_token_that_was_drawn_against_its_mask_is_the_engines_failure(table: TokenTable) -> None:
+    """And no word of tokens that a client would have sent."""
+    matcher = matcher_of(table, types_pb2.Constraint(json_schema="{}"))
+    sequence = sequence_of(0, table.encode(b"{]"), matcher)
+    constraining = Constraining(0, clock=Clock())
+    constraining.add_masks([part_of(sequence)])
+    failure = constraining.failure(sequence)
+    assert isinstance(failure, EngineFailure) and "token" in str(failure)

@@ -54,6 +54,14 @@ async def test_what_was_emitted_is_followed_before_the_engine_sees_it(table: Tok
     grammars.close()
 
 
+async def test_what_a_client_brings_must_be_the_beginning_of_an_answer(table: TokenTable) -> None:
+    grammars = Grammars(table)
+    emitted = table.encode(b"{]")
+    with pytest.raises(InvalidField, match="received_token_ids have token"):
+        await grammars.matcher_for(constrained(0, types_pb2.Constraint(json_schema="{}"), emitted))
+    grammars.close()
+
+
 async def test_an_answer_that_is_too_much_work_to_follow_is_refused(table: TokenTable) -> None:
     """Without masks between its tokens, nothing would bound the work."""
     grammars = Grammars(table)
