@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from baton.loadtest.environment import describe_environment
-from baton.shared.constraints.matcher import Masks, mask_words
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks, num_mask_words
 from benchmarks.gpu.measured_engine import GapMeter, add_engine_flags, make_runner
 from benchmarks.gpu.results import result_path, results_name
 from benchmarks.in_process import GREEDY, InProcessEngine
@@ -42,7 +42,7 @@ class StandInMatcher:
 
     def __init__(self, vocab_size: int, mask_s: float) -> None:
         self.num_taken = 0
-        self._mask = np.full((1, mask_words(vocab_size)), 0x55555555, np.uint32)
+        self._mask = np.full((1, num_mask_words(vocab_size)), 0x55555555, np.uint32)
         self._mask_s = mask_s
 
     def take(self, token_ids: Sequence[int]) -> None:
@@ -51,7 +51,7 @@ class StandInMatcher:
     def forced(self, most: int) -> tuple[int, ...]:
         return ()
 
-    def masks(self, draft_ids: Sequence[int] = ()) -> Masks:
+    def masks(self, draft_ids: Sequence[int] = ()) -> TokenMasks:
         # The host computes: to sleep would leave it to others.
         until_s = time.perf_counter() + self._mask_s
         while time.perf_counter() < until_s:
