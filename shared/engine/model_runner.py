@@ -429,7 +429,12 @@ class ModelRunner:
             usable = [min(budget, limit) for budget in budgets if budget is not None]
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
-                self._executor.launch(Batch([self._prompt_row(min(num_tokens, limit))])).result()
+                prompt = self._prompt_row(min(num_tokens, limit))
+                self._executor.launch(Batch([prompt])).result()
+                # All tokens go through the last layers where those of a prompt are told of.
+                assert prompt.token_ids is not None
+                prompt.prompt_logprobs = WantedLogprobs(0, prompt.token_ids, 0)
+                self._executor.launch(Batch([prompt])).result()
             if self.model_config.mixture is not None:
                 # Short prompts together make steps whose experts multiply in tiles of another size.
                 for num_rows in {budget // limit for budget in budgets if budget is not None}:

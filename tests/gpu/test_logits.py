@@ -42,6 +42,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 SIZES = {"hidden_size": 256, "intermediate_size": 352, "vocab_size": 512}
 TABLES = {1: [9, 40], 17: [3, 77, 12], 200: [*range(100, 113), 5]}
 """Block tables by the length of the prompt, with room for what is decoded."""
+_OTHER = [60, 61, 62, 63]
+"""Of one more prompt."""
 
 
 PromptOf = Callable[[int], list[int]]
@@ -58,36 +60,66 @@ def tokens_of_text() -> PromptOf:
     return lambda num_tokens: list(tokenizer.encode(text_of(num_tokens)).ids[:num_tokens])
 
 
-def steps_of(prompt_of: PromptOf) -> list[list[BatchRow]]:
+TablesOf = Callable[[list[int]], list[list[int]]]
+"""The block tables of a row, by cache group, of a model that has one such as given."""
+
+
+def of_one_group(table: list[int]) -> list[list[int]]:
+    return [table]
+
+
+def of_groups(*runners: ModelRunner) -> TablesOf:
+    """Blocks that all of them have, each group others: groups may share a pool."""
+    taken = sorted({block for table in [*TABLES.values(), _OTHER] for block in table})
+    num_groups = len(runners[0].groups)
+    num_blocks = min(min(runner.num_blocks) for runner in runners)
+    drawn = random.Random(1).sample(range(num_blocks), num_groups * len(taken))
+
+    def tables_of(table: list[int]) -> list[list[int]]:
+        places = [taken.index(block) for block in table]
+        return [
+            [drawn[group::num_groups][place] for place in places] for group in range(num_groups)
+        ]
+
+    return tables_of
+
+
+def steps_of(prompt_of: PromptOf, tables_of: TablesOf = of_one_group) -> list[list[BatchRow]]:
     """Whole prompts, chunks over cached prefixes, decode rows, and all of these in one step."""
+    tables = {length: tables_of(table) for length, table in TABLES.items()}
+    other_tables = tables_of(_OTHER)
     prompts = {length: prompt_of(length) for length in TABLES}
     following = [prompt_of(length)[:5] for length in (5, 6, 7)]
     long, other = prompts[200], prompt_of(61)
-    whole = [[BatchRow(prompt, 0, [TABLES[length]])] for length, prompt in prompts.items()]
+    whole = [[BatchRow(prompt, 0, tables[length])] for length, prompt in prompts.items()]
     decode = [
         [
-            BatchRow(tokens[at : at + 1], length + at, [table])
-            for tokens, (length, table) in zip(following, TABLES.items(), strict=True)
+            BatchRow(tokens[at : at + 1], length + at, table)
+            for tokens, (length, table) in zip(following, tables.items(), strict=True)
         ]
         for at in range(3)
     ]
-    chunks = [[BatchRow(long[a:b], a, [TABLES[200]])] for a, b in ((0, 64), (64, 81), (81, 200))]
+    chunks = [[BatchRow(long[a:b], a, tables[200])] for a, b in ((0, 64), (64, 81), (81, 200))]
     mixed = [
-        BatchRow(other[:45], 0, [[60, 61, 62, 63]]),
-        BatchRow(following[0][3:4], 4, [TABLES[1]]),
-        BatchRow(long[150:], 150, [TABLES[200]]),
-        BatchRow(following[1][3:4], 20, [TABLES[17]]),
+        BatchRow(other[:45], 0, other_tables),
+        BatchRow(following[0][3:4], 4, tables[1]),
+        BatchRow(long[150:], 150, tables[200]),
+        BatchRow(following[1][3:4], 20, tables[17]),
     ]
-    rest = [BatchRow(other[45:], 45, [[60, 61, 62, 63]]), decode[2][0]]
+    rest = [BatchRow(other[45:], 45, other_tables), decode[2][0]]
     return [*whole, *decode, *chunks, mixed, rest]
 
 
 def compare(
-    runner: ModelRunner, reference: ModelRunner, prompt_of: PromptOf, limit: float
+    runner: ModelRunner,
+    reference: ModelRunner,
+    prompt_of: PromptOf,
+    limit: float,
+    tables_of: TablesOf = of_one_group,
 ) -> float:
     """The largest error of all steps."""
     errors = []
-    for number, rows in enumerate(steps_of(prompt_of)):
+    for number, rows in enumerate(steps_of(prompt_of, tables_of)):
         expected = reference.logits(Batch(rows))
         actual = runner.logits(Batch(rows)).cpu()
         error = float((actual - expected).abs().max() / expected.abs().max())

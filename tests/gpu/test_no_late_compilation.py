@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.shaping import KnownTokens
 from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import DEMO
+from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -23,23 +27,53 @@ NUM_BLOCKS = 1100
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, seed=3)
+SHAPED = SamplingParams(
+    temperature=0.9,
+    presence_penalty=1.0,
+    frequency_penalty=0.5,
+    repetition_penalty=1.3,
+    logit_bias=((5, 1.0), (9, -100.0)),
+    min_tokens=3,
+    stop_token_ids=frozenset((11,)),
+    logprobs=3,
+    seed=4,
+)
 LENGTHS = [*range(1, 140), *range(140, MAX_CHUNK, 7), 255, 256, 257, 511, 512, 513, MAX_CHUNK]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32", "bfloat16 with drafts"])
-def runner(request: pytest.FixtureRequest) -> ModelRunner:
-    dtype, _, drafts = request.param.partition(" ")
+TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "windows": ("mistral", "windowed", {}),
+    "gemma3, heads of 256": ("gemma3_text", "five to one", {"head_dim": 256}),
+    "gemma4, heads of 256 and 512": (
+        "gemma4_text", "keys are values", {"head_dim": 256, "global_head_dim": 512},
+    ),
+    "gemma4, caches shared, drafts": ("gemma4_text", "experts, caches shared", {}),
+    "qwen3_moe": ("qwen3_moe", "as they come", {}),
+    "gpt_oss, drafts": ("gpt_oss", "as they come", {}),
+}  # fmt: skip
+"""Models of which kernels have not seen the like in the demo: type and case of tiny_models.py, and
+what is changed of it."""
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "bfloat16, drafts", *TYPES])
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    model_dir = DEMO
+    if request.param in TYPES:
+        model_dir = tmp_path_factory.mktemp("tiny")
+        model_type, case, changes = TYPES[request.param]
+        fields = {**TINY_MODELS[model_type][case], "max_position_embeddings": 4096, **changes}
+        make_tiny(model_dir, model_type, fields, is_calm=True)
     forget_kernels()
     return ModelRunner(
         EngineConfig(
-            DEMO,
+            model_dir,
             "cuda",
-            dtype,
+            "float32" if request.param == "float32" else "bfloat16",
             kernels="triton",
             num_blocks=NUM_BLOCKS,
             max_num_seqs=MAX_NUM_SEQS,
             token_budget=MAX_CHUNK,
-            num_drafts=3 if drafts else 0,
+            num_drafts=3 if request.param.endswith("drafts") else 0,
         )
     )
 
@@ -74,18 +108,27 @@ def late(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
     assert not names, f"{len(names)} kernels were late, such as {names[0]}"
 
 
+def run(runner: ModelRunner, rows: Sequence[BatchRow]) -> None:
+    """All cache groups get the same blocks: what they hold does not matter."""
+    num_groups = len(runner.groups)
+    wide = [replace(row, block_tables=[*row.block_tables] * num_groups) for row in rows]
+    runner.forward(Batch(wide))
+
+
 def chunk(num_tokens: int, start: int = 0, sampling: SamplingParams | None = None) -> BatchRow:
     """Over a prefix of `start` tokens that is taken for cached."""
     table = list(range(-(-(start + num_tokens) // BLOCK_SIZE)))
     return BatchRow([7] * num_tokens, start, [table], sampling)
 
 
-def decode_rows(num_rows: int, first_block: int = 100) -> list[BatchRow]:
+def decode_rows(
+    num_rows: int, first_block: int = 100, sampling: SamplingParams = DRAWN
+) -> list[BatchRow]:
     """Of contexts of 1 to 300 tokens, each in its own blocks as far as they go."""
     source = random.Random(num_rows)
     contexts = [source.randrange(1, 300) for _ in range(num_rows)]
     return [
-        BatchRow([5], length - 1, [[first_block + n * 20 + b for b in range(20)]], DRAWN)
+        BatchRow([5], length - 1, [[first_block + n * 20 + b for b in range(20)]], sampling)
         for n, length in enumerate(contexts)
     ]
 
@@ -107,30 +150,30 @@ def test_chunks_of_any_length(
     runner: ModelRunner, late: list[str], sampling: SamplingParams | None
 ) -> None:
     for num_tokens in LENGTHS:
-        runner.forward(Batch([chunk(num_tokens, sampling=sampling)]))
+        run(runner, [chunk(num_tokens, sampling=sampling)])
 
 
 def test_chunks_over_cached_prefixes(runner: ModelRunner, late: list[str]) -> None:
     for num_tokens, start in ((1, 600), (2, 16), (16, 1), (17, 512), (100, 33), (600, 2048)):
-        runner.forward(Batch([chunk(num_tokens, start, GREEDY)]))
+        run(runner, [chunk(num_tokens, start, GREEDY)])
 
 
 def test_packed_chunks(runner: ModelRunner, late: list[str]) -> None:
     for num_rows in range(2, MAX_NUM_SEQS + 1):
-        runner.forward(Batch([chunk(2 + n % 9, sampling=GREEDY) for n in range(num_rows)]))
-    runner.forward(Batch([chunk(200), chunk(2), chunk(398, sampling=GREEDY)]))
+        run(runner, [chunk(2 + n % 9, sampling=GREEDY) for n in range(num_rows)])
+    run(runner, [chunk(200), chunk(2), chunk(398, sampling=GREEDY)])
 
 
 def test_decode_batches_of_any_size(runner: ModelRunner, late: list[str]) -> None:
     for num_rows in range(1, MAX_NUM_SEQS + 1):
-        runner.forward(Batch(decode_rows(num_rows)))
+        run(runner, decode_rows(num_rows))
 
 
 def test_decode_with_chunks(runner: ModelRunner, late: list[str]) -> None:
     for num_rows in range(1, MAX_NUM_SEQS):
         for num_tokens in (2, 15, 16, 33, 64, 65, 129, MAX_CHUNK - num_rows):
             rows = [*decode_rows(num_rows), chunk(num_tokens, sampling=GREEDY)]
-            runner.forward(Batch(rows))
+            run(runner, rows)
 
 
 def test_rows_with_drafts(runner: ModelRunner, late: list[str]) -> None:
@@ -138,8 +181,36 @@ def test_rows_with_drafts(runner: ModelRunner, late: list[str]) -> None:
         rows = decode_rows(num_rows)
         for number, row in enumerate(rows):
             row.draft_ids = [7] * (number % (runner.num_drafts + 1))
-        runner.forward(Batch(rows))
-        runner.forward(Batch([*rows, chunk(2 + num_rows, sampling=GREEDY)]))
+        run(runner, rows)
+        run(runner, [*rows, chunk(2 + num_rows, sampling=GREEDY)])
+
+
+def test_rows_that_ask_for_more(runner: ModelRunner, late: list[str]) -> None:
+    """Penalties, biases, bans, masks and logprobs, of rows with drafts too where there are any."""
+    vocab_size = runner.model_config.vocab_size
+    mask = np.full(-(-vocab_size // 32), 0x5555_5555, np.uint32)
+    past = KnownTokens([7] * MAX_CHUNK, 1, ((7, 7, 3), (4,)))
+    for num_rows in (1, 2, 3, 7, 15, 16, 17, 30, MAX_NUM_SEQS - 1):
+        for num_drafts in range(runner.num_drafts + 1):
+            for sampling, masks in ((SHAPED, None), (GREEDY, mask), (SHAPED, mask)):
+                rows = [*decode_rows(num_rows, sampling=sampling), chunk(33, sampling=sampling)]
+                for row in rows:
+                    row.history = past
+                    if not row.is_chunk:
+                        row.draft_ids = [7] * num_drafts
+                    if masks is not None:
+                        row.masks = np.stack([masks] * (1 + len(row.draft_ids)))
+                run(runner, rows[:-1])
+                run(runner, rows)
+
+
+def test_prompts_that_are_told_of(runner: ModelRunner, late: list[str]) -> None:
+    for num_tokens in (1, 2, 15, 16, 17, 40, 47, 48, 49, 63, 64, 65, 300, MAX_CHUNK - 3):
+        for start in (0, 40):
+            asked = chunk(num_tokens, start, GREEDY)
+            asked.prompt_logprobs = WantedLogprobs(0, [7] * num_tokens, 5)
+            run(runner, [asked])
+            run(runner, [*decode_rows(3), asked])
 
 
 def test_sums_of_any_number_of_blocks(runner: ModelRunner, late: list[str]) -> None:

@@ -6,6 +6,7 @@ A type adds its rows to TINY_MODELS, and is run.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ VISION: dict[str, Fields] = {
 }
 """Multimodal types, and what makes their vision small; the fields of others are the text's."""
 
+_LOUD = re.compile(r"\.([qk]_norm|post_\w+norm(_[12])?)\.weight$")
+"""Norms that make up for small weights: of heads, and of what a layer adds."""
+
 TINY_MODELS: dict[str, dict[str, Fields]] = {
     **TINY_LLAMAS,
     **TINY_QWENS,
@@ -78,12 +82,20 @@ CASES = [
 
 
 def make_tiny(
-    model_dir: Path, model_type: str, fields: Fields, *, std: float = 0.35, seed: int = 7
+    model_dir: Path,
+    model_type: str,
+    fields: Fields,
+    *,
+    std: float = 0.35,
+    seed: int = 7,
+    is_calm: bool = False,
 ) -> Any:
     """Saves a random model → the same in transformers, float32 and eager.
 
-    Logits are far apart, and attention looks at few tokens.
+    Logits are far apart, and attention looks at few tokens. In one that is calm no rounding grows:
+    attention looks at many, and layers add little to what a token is.
     """
+    std, token_std = (0.05, 1.0) if is_calm else (std, std)
     quiet: Any = transformers_logging
     quiet.disable_progress_bar()
     torch.manual_seed(seed)
@@ -93,17 +105,21 @@ def make_tiny(
     adds_one = model_type in ("gemma", "gemma2") or model_type.startswith("gemma3")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("router.scale", "per_expert_scale")):
+            if is_calm and _LOUD.search(name):
+                parameter.uniform_(0.1, 0.3).sub_(1.0 if adds_one else 0.0)
+            elif name.endswith(("router.scale", "per_expert_scale")):
                 parameter.uniform_(0.5, 1.5)
             elif has_small_head and name.endswith("model.norm.weight"):
                 parameter.uniform_(6, 8)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(1.0 if adds_one else 0.0)
             elif has_small_head and "embed_tokens" in name:
-                parameter.normal_(std=std / parameter.shape[1] ** 0.5)
+                parameter.normal_(std=token_std / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=std / 0.7)
-            elif "embed_tokens" in name or "lm_head" in name:
+            elif "embed_tokens" in name:
+                parameter.normal_(std=token_std)
+            elif "lm_head" in name:
                 parameter.normal_(std=std)
             else:
                 parameter.normal_(std=std * 0.7)
