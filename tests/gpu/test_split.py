@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.e2e.harness import Stack
 from tests.gpu.conftest import DEMO, text_of
+from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, WINDOW, make_tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.e2e, pytest.mark.nixl]
 
@@ -19,6 +21,14 @@ if torch.cuda.device_count() > 1:
     PLACES["two GPUs"] = ("0", "1")
 NUM_TOKENS = 64
 PROMPTS = [text_of(num_words) for num_words in (3, 8, 13, 21, 34, 55, 89, 144, 233, 300, 5, 30)]
+TYPES = {
+    "windows": ("mistral", "windowed"),
+    "unequal groups": ("gemma4_text", "keys are values"),
+    "caches shared, experts": ("gemma4_text", "experts, caches shared"),
+    "mixture": ("qwen3_moe", "as they come"),
+    "mixture, windows, sinks": ("gpt_oss", "as they come"),
+}
+"""Type and case of tiny_models.py; they have no tokenizer."""
 
 
 def answers(stack: Stack) -> list[list[int]]:
@@ -35,20 +45,38 @@ def answers_at_once(stack: Stack) -> list[list[int]]:
     return [result.token_ids for result in stack.generate_at_once(asks)]
 
 
+def answers_to_tokens(stack: Stack) -> list[list[int]]:
+    """Of lengths around blocks and windows; each prompt alone, then other ones together."""
+    lengths = (1, 15, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, 64, 150, 290)
+
+    def prompt(length: int, seed: int) -> list[int]:
+        return random.Random(1000 * seed + length).choices(range(SIZES["vocab_size"]), k=length)
+
+    options = {"max_tokens": NUM_TOKENS}
+    results = [stack.generate(prompt(length, 0), max_tokens=NUM_TOKENS) for length in lengths]
+    results += stack.generate_at_once([(prompt(length, 1), options) for length in lengths])
+    assert [result.attempts for result in results] == [1] * len(results)
+    return [result.token_ids for result in results]
+
+
 def split_and_together(
-    directory: Path, dtype: str, place: str, ask: Callable[[Stack], list[list[int]]]
+    directory: Path,
+    dtype: str,
+    place: str,
+    ask: Callable[[Stack], list[list[int]]],
+    model: Path = DEMO,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The answers of a prefill and a decode worker, and those of one worker of role `both`."""
     flags = ["--dtype", dtype, "--transport", "nixl"]
     gpus = dict(zip(("p0", "d0"), PLACES[place], strict=True))
     environments = {name: {"CUDA_VISIBLE_DEVICES": gpu} for name, gpu in gpus.items()}
     roles = {"p0": "prefill", "d0": "decode"}
-    with Stack(DEMO, directory / "split", roles, flags=flags, environments=environments) as stack:
+    with Stack(model, directory / "split", roles, flags=flags, environments=environments) as stack:
         split = ask(stack)
         assert stack.state("d0").counters.num_pulled_blocks > len(split)
         assert stack.state("d0").counters.num_computed_prompt_tokens == 0
         stack.assert_idle()
-    with Stack(DEMO, directory / "together", {"b0": "both"}, flags=flags) as stack:
+    with Stack(model, directory / "together", {"b0": "both"}, flags=flags) as stack:
         together = ask(stack)
         stack.assert_idle()
     return split, together
@@ -60,6 +88,16 @@ def test_float32_gives_the_same_tokens(
     place: str, ask: Callable[[Stack], list[list[int]]], tmp_path: Path
 ) -> None:
     split, together = split_and_together(tmp_path, "float32", place, ask)
+    assert split == together
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_give_the_same_tokens(name: str, tmp_path: Path) -> None:
+    model_type, case = TYPES[name]
+    make_tiny(tmp_path / "model", model_type, TINY_MODELS[model_type][case])
+    split, together = split_and_together(
+        tmp_path, "float32", "one GPU", answers_to_tokens, tmp_path / "model"
+    )
     assert split == together
 
 
