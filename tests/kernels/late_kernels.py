@@ -20,7 +20,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from baton.shared.engine import model_runner
-from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.models import registry
@@ -80,6 +80,7 @@ def _steps() -> list[list[BatchRow]]:
     lengths = [*range(1, 40, 3), 63, 64, 65, 100, 131, 132, 133, 200, 255, 256, 257, MAX_CHUNK]
     steps = [[_chunk(length, sampling=DRAWN)] for length in lengths]
     steps += [[_chunk(length, start=70)] for length in (2, 16, 17, 64, 65, 230)]
+    steps += [[_told_of(length)] for length in (2, 16, 17, 48, 49, 64, 65, MAX_CHUNK)]
     for num_rows in range(1, MAX_NUM_SEQS + 1):
         steps.append(_decode_rows(num_rows))
         steps.append([_chunk(2 + n % 9, sampling=DRAWN) for n in range(num_rows)])
@@ -91,6 +92,13 @@ def _steps() -> list[list[BatchRow]]:
 
 def _chunk(length: int, start: int = 0, sampling: SamplingParams | None = None) -> BatchRow:
     return BatchRow([7] * length, start, _tables(start + length), sampling)
+
+
+def _told_of(length: int) -> BatchRow:
+    """A prompt whose logprobs are wanted."""
+    row = _chunk(length, sampling=DRAWN)
+    row.prompt_logprobs = WantedLogprobs(0, [7] * length, 2)
+    return row
 
 
 def _decode_rows(num_rows: int) -> list[BatchRow]:
