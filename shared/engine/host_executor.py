@@ -64,15 +64,18 @@ class HostExecutor:
         vocab_size: int,
         max_model_len: int,
         min_rows: int,
+        min_linear_rows: int = determinism.MIN_LINEAR_ROWS,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
-        """`min_rows`: attention's matrix products get at least as many rows."""
+        """`min_rows`: attention's matrix products get at least as many rows; `min_linear_rows`:
+        all others do."""
         self.kv_cache = kv_cache
         self._model = model
         self._device = device
         self._num_heads = num_heads
         self._max_model_len = max_model_len
         self._min_rows = min_rows
+        self._min_linear_rows = min_linear_rows
         self._eos_token_ids = eos_token_ids
         self._rows_at_once = rows_at_once(vocab_size)
         self._slot_groups = [
@@ -255,7 +258,7 @@ class HostExecutor:
         )
 
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        num_missing = determinism.MIN_LINEAR_ROWS - len(column)
+        num_missing = self._min_linear_rows - len(column)
         if num_missing > 0:
             # With copies of the first token, which no layer tells from it: experts that it does not
             # have are not read for them.

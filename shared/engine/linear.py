@@ -14,7 +14,7 @@ A form of weights that is computed as it is stored becomes a kind of `Linear` of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from baton.shared.engine.quantised.read import read_quantised
 from baton.shared.engine.quantised.scheme import Quantization
+from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.weight_headers import Header
 from baton.shared.kv.cache_spec import units_of_rank
 from baton.shared.model_files.fields import ModelError
@@ -169,23 +170,61 @@ def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, 
     Raises:
         ModelError: a tensor is missing, has another shape, or a form that is not served.
     """
-    columns, dtype = _WHOLE, torch.float32 if spec.is_wide else reader.dtype
+    weight = joined(read_parts(spec, reader, ranks), dtype_of(spec, reader))
+    bias = read_bias(spec, reader, ranks)
+    return weight, None if bias is None else bias.to(weight.device)
+
+
+def joined(parts: Iterable[Tensor | QuantisedWeight], dtype: torch.dtype) -> Tensor:
+    """One below the other, expanded."""
+    return _joined([each if isinstance(each, Tensor) else each.expand(dtype) for each in parts])
+
+
+def dtype_of(spec: LinearSpec, reader: PartReader) -> torch.dtype:
+    return torch.float32 if spec.is_wide else reader.dtype
+
+
+def read_parts(
+    spec: LinearSpec, reader: PartReader, ranks: Ranks
+) -> Iterator[Tensor | QuantisedWeight]:
+    """This rank's share of each part's weight, one after another; plain ones in `dtype_of`.
+
+    Raises:
+        ModelError: as of `expand`.
+    """
+    columns = _WHOLE
     if spec.split is Split.ROWS:
         columns = ranks.share(spec.num_in, spec.in_unit)
-    rows = [_rows(part, spec.split, ranks) for part in spec.parts]
-    weight = _joined(
+    for part in spec.parts:
+        rows = _rows(part, spec.split, ranks)
+        weight = _weight(part, spec.num_in, rows, columns, reader, dtype_of(spec, reader))
+        if isinstance(weight, Tensor):
+            yield reordered(weight, part.order)
+        elif part.order is None or weight.is_meta:
+            yield weight
+        else:
+            yield weight.take_rows(_index(part.order, weight.num_out).to(weight.codes.device))
+
+
+def read_bias(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> Tensor | None:
+    """This rank's, [out]. ModelError: as of `expand`."""
+    if not any(part.has_bias for part in spec.parts):
+        return None
+    return _joined(
         [
-            reordered(_weight(part, spec.num_in, own, columns, reader, dtype), part.order)
-            for part, own in zip(spec.parts, rows, strict=True)
+            reordered(
+                _bias(part, _rows(part, spec.split, ranks), reader, dtype_of(spec, reader)),
+                part.order,
+            )
+            for part in spec.parts
         ]
     )
-    if not any(part.has_bias for part in spec.parts):
-        return weight, None
-    biases = [
-        reordered(_bias(part, own, reader, dtype), part.order)
-        for part, own in zip(spec.parts, rows, strict=True)
-    ]
-    return weight, _joined(biases).to(weight.device)
+
+
+def _index(order: tuple[int, ...], num_rows: int) -> Tensor:
+    """int64 [num_rows]: the rows of every run in that order."""
+    starts = torch.arange(0, num_rows, len(order))
+    return (starts[:, None] + torch.tensor(order)).flatten()
 
 
 def _rows(part: Part, split: Split, ranks: Ranks) -> slice:
@@ -222,11 +261,11 @@ def _bias(part: Part, rows: slice, reader: PartReader, dtype: torch.dtype) -> Te
 
 def _weight(
     part: Part, num_in: int, rows: slice, columns: slice, reader: PartReader, dtype: torch.dtype
-) -> Tensor:
+) -> Tensor | QuantisedWeight:
     """Rows and columns of a module's weight [module_out, num_in]."""
     shape = (_module_out(part), num_in)
     quantised = read_quantised(part.module, shape, reader)
     if quantised is not None:
-        return quantised.part(rows, columns).expand(dtype)
+        return quantised.part(rows, columns)
     which = () if rows == columns == _WHOLE else (rows, columns)
     return reader.read_float(f"{part.module}.weight", shape, which, dtype=dtype)

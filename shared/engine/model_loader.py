@@ -19,7 +19,7 @@ from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.executor import Model
 from baton.shared.engine.experts import Experts, ExpertsSpec
 from baton.shared.engine.latent import LatentHeadsSpec
-from baton.shared.engine.linear import Linear, LinearSpec
+from baton.shared.engine.linear import Linear, LinearSpec, Part
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.rope import rope_tables
@@ -27,6 +27,7 @@ from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.operations import Norm, Operations
 from baton.shared.engine.quantised import gguf
 from baton.shared.engine.quantised.scheme import Quantization
+from baton.shared.engine.quantised.small import SmallLinear
 from baton.shared.engine.weight_headers import FLOATS, Header
 from baton.shared.engine.weights import WeightSource
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
@@ -50,6 +51,7 @@ class ModelLoader:
         taken: shape of each tensor that was read.
         linear_shapes: [out, in] of each layer as it is computed here.
         num_bytes: of all that was loaded.
+        has_small: whether some layers are computed as they are stored.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ModelLoader:
         self.taken: dict[str, tuple[int, ...]] = {}
         self.linear_shapes: set[tuple[int, int]] = set()
         self.num_bytes = 0
+        self.has_small = False
         self._source = source
         self._device = device
         self._num_positions = num_positions
@@ -106,6 +109,7 @@ class ModelLoader:
 
     def linear(self, spec: LinearSpec) -> Linear:
         layer = self.ops.load_linear(spec, self)
+        self.has_small |= isinstance(layer, SmallLinear)
         self.num_bytes += layer.num_bytes
         self.linear_shapes.add((layer.num_out, layer.num_in))
         return layer
@@ -124,9 +128,14 @@ class ModelLoader:
             self._counted(weight)
         return heads
 
-    def tied_head(self, module: str, embedding: Tensor, scale: float = 1.0) -> Linear:
-        """A head of the embedding's weights. A checkpoint that says so and yet has another weight
-        there is taken at its weight, as transformers does."""
+    def tied_head(
+        self, module: str, embedded: str, embedding: Tensor, scale: float = 1.0
+    ) -> Linear:
+        """A head of the weights of the embedding, which is the module `embedded`.
+
+        A checkpoint that says so and yet has another weight there is taken at its weight, as
+        transformers does.
+        """
         name = f"{module}.weight"
         weight = embedding
         if self.header(name) is not None:
@@ -139,9 +148,16 @@ class ModelLoader:
                     tensor=name,
                 )
                 weight = own
+        if weight is embedding and self._keeps_small(f"{embedded}.weight"):
+            num_out, num_in = embedding.shape
+            return self.linear(LinearSpec(num_in, (Part(embedded, num_out),), scale=scale))
         head = self.ops.pack_linear(weight, scale=scale)
         self.linear_shapes.add((head.num_out, head.num_in))
         return head
+
+    def _keeps_small(self, name: str) -> bool:
+        header = self.header(name)
+        return self.ops.keeps_small and header is not None and header.dtype in gguf.KINDS
 
     def rope(self, config: RopeConfig, head_dim: int) -> Any:
         """A table for `Operations.take_rope`."""
@@ -220,6 +236,8 @@ class ModelPlan:
     num_bytes: int
     """Of the layers, as they will be on the device."""
     num_reads: int
+    keeps_small: bool = False
+    """Some layers are computed as they are stored."""
 
 
 def plan_model(
@@ -253,7 +271,8 @@ def plan_model(
         on_read=count,
     )
     model_type.build(config, load, load.form(model_type.names))
-    return ModelPlan(load.taken, frozenset(load.linear_shapes), load.num_bytes, num_reads)
+    shapes = frozenset(load.linear_shapes)
+    return ModelPlan(load.taken, shapes, load.num_bytes, num_reads, load.has_small)
 
 
 def load_model(

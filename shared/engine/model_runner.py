@@ -146,10 +146,11 @@ class ModelRunner:
             ahead_tokens=(1 + self.steps_ahead) * self._most_tokens_of_a_step,
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
-        self._ops = _operations(self.kernels, self.device, self.model_config)
+        self._ops = _operations(self.kernels, self.device, self.dtype, self.model_config)
 
         weights = self._find_weights()
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
+        self._has_small = plan.keeps_small
         check_weights_fit(config, plan.num_bytes, self.device)
         if self.device.type == "cpu":
             self._choose_pools(plan.num_bytes, progress)
@@ -281,7 +282,8 @@ class ModelRunner:
         ropes = [layer.rope for layer in self.model_config.layers]
         choices = describe_choices(ropes, self._most_tokens)
         whose = "" if self.model_impl == "baton" else self._implementation.name
-        parts = (_numerics(self.device, self.kernels), whose, choices)
+        small = "small weights" if self._has_small else ""
+        parts = (_numerics(self.device, self.kernels), whose, choices, small)
         return " ".join(part for part in parts if part)
 
     @property
@@ -343,6 +345,7 @@ class ModelRunner:
                 vocab_size=self.model_config.vocab_size,
                 max_model_len=self.max_model_len,
                 min_rows=self._min_rows,
+                min_linear_rows=1 if self._has_small else determinism.MIN_LINEAR_ROWS,
                 eos_token_ids=self.model_config.eos_token_ids,
             )
         from baton.shared.engine.device_executor import DeviceExecutor
@@ -554,9 +557,11 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
     return None
 
 
-def _operations(kernels: str, device: torch.device, model: ModelConfig) -> Operations:
+def _operations(
+    kernels: str, device: torch.device, dtype: torch.dtype, model: ModelConfig
+) -> Operations:
     if kernels == "torch":
-        return ReferenceOperations()
+        return ReferenceOperations(keeps_small=device.type == "cpu" and dtype == torch.bfloat16)
     from baton.shared.engine.triton_operations import TritonOperations
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

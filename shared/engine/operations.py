@@ -43,6 +43,10 @@ class Operations(Protocol):
     def ranks(self) -> Ranks:
         """Which share of split layers is loaded here."""
 
+    @property
+    def keeps_small(self) -> bool:
+        """Quantised weights are computed as they are stored, where there is a product for that."""
+
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         """A layer of a checkpoint's parts, this rank's share of it.
 

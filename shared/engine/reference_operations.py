@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from baton.kernels import reference, reference_experts, reference_latent
@@ -13,15 +14,30 @@ from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
-from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
+from baton.shared.engine.linear import (
+    Linear,
+    LinearSpec,
+    PartReader,
+    Ranks,
+    Split,
+    expand,
+    joined,
+    read_bias,
+    read_parts,
+)
 from baton.shared.engine.operations import Norm
+from baton.shared.engine.quantised.small import SmallLinear, pack_small
 
 _ALONE = Ranks()
 
 
 class ReferenceOperations:
-    def __init__(self, ranks: Ranks = _ALONE) -> None:
+    """`keeps_small`: quantised weights are computed as they are stored, where there is a product
+    for them; activations are bfloat16 then, and on a CPU."""
+
+    def __init__(self, ranks: Ranks = _ALONE, *, keeps_small: bool = False) -> None:
         self.ranks = ranks
+        self.keeps_small = keeps_small
 
     pack_rope = staticmethod(reference.pack_rope)
     take_rope = staticmethod(reference.take_rope)
@@ -34,9 +50,23 @@ class ReferenceOperations:
     gated_add = staticmethod(reference_experts.gated_add)
 
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
-        layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
+        if self.keeps_small and not spec.is_wide:
+            layer = self._load_small(spec, reader)
+        else:
+            layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
         return replace(layer, all_reduce=all_reduce)
+
+    def _load_small(self, spec: LinearSpec, reader: PartReader) -> Linear:
+        parts = list(read_parts(spec, reader, self.ranks))
+        bias = read_bias(spec, reader, self.ranks)
+        pieces = pack_small(parts, reader.dtype)
+        if pieces is None:
+            return self.pack_linear(joined(parts, reader.dtype), bias, spec.scale)
+        num_out = sum(part.shape[0] for part in parts)
+        num_in = parts[0].shape[1]
+        weight = torch.empty(0, dtype=reader.dtype)
+        return SmallLinear(weight, bias, num_out, num_in, scale=spec.scale, pieces=pieces)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
@@ -72,7 +102,13 @@ class ReferenceOperations:
         return reference.rms_norm(x, norm.weight, norm.eps)
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
-        if layer.all_reduce is None:
+        if isinstance(layer, SmallLinear):
+            y = layer.product(x)
+            if layer.all_reduce is not None:
+                layer.all_reduce(y)
+            if layer.bias is not None:
+                y.add_(layer.bias)
+        elif layer.all_reduce is None:
             y = reference.linear(x, layer.weight, layer.bias)
         else:
             y = reference.linear(x, layer.weight, None)

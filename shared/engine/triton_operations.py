@@ -87,6 +87,8 @@ class TritonOperations:
         self._overlaps = overlaps
         self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
 
+    keeps_small = False
+
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None

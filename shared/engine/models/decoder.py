@@ -145,4 +145,4 @@ def _ends(config: ModelConfig, load: ModelLoader, names: Names) -> tuple[Tensor,
     if load.header(f"{module}.weight") is None and load.header(f"{names['head']}.weight"):
         module = names["head"]
     embedding = load.embedding(module, *size)
-    return embedding, load.tied_head(names["head"], embedding, scale)
+    return embedding, load.tied_head(names["head"], module, embedding, scale)

@@ -25,6 +25,8 @@ from baton.shared.engine.quantised.weight import QuantisedWeight
 
 _TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
 """The numbers times two, which are whole; those behind them are negative."""
+_BITS = 5
+"""Of these whole numbers."""
 _NV_GROUP, _MX_GROUP = 16, 32
 
 
@@ -50,8 +52,8 @@ def read(
     else:
         scale = _nv_scale(module, of_groups, because, reader)
     if packed.is_meta:
-        return QuantisedWeight.on_paper(*shape, 4)
-    return QuantisedWeight(whole_numbers(packed), scale / 2, 4)
+        return QuantisedWeight.on_paper(*shape, _BITS, of_groups[1])
+    return QuantisedWeight(whole_numbers(packed), scale / 2, _BITS)
 
 
 def _packed_name(module: str, reader: TensorReader) -> str:

@@ -25,6 +25,8 @@ class Blocks:
     """Numbers of a block."""
     num_bytes: int
     num_bits: int
+    run: int
+    """Numbers that have a scale together."""
     take: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
     """Bytes uint8 [N, num_bytes] → codes [N, size], scales and offsets float32 [N, groups]."""
 
@@ -45,7 +47,7 @@ def read(name: str, shape: tuple[int, int], reader: TensorReader) -> QuantisedWe
     kind, (num_out, num_in) = KINDS[header.dtype], shape
     stored = reader.read(name, shape)
     if stored.is_meta:
-        return QuantisedWeight.on_paper(*shape, kind.num_bits)
+        return QuantisedWeight.on_paper(*shape, kind.num_bits, num_in // kind.run)
     codes, scale, offset = kind.take(stored.reshape(-1, kind.num_bytes))
     for each in (scale, offset):
         if each is not None:
@@ -177,16 +179,16 @@ def _six_bits(block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 KINDS = {
-    "Q4_0": Blocks(32, 18, 4, _q4_0),
-    "Q4_1": Blocks(32, 20, 4, _q4_1),
-    "Q5_0": Blocks(32, 22, 8, _q5_0),
-    "Q5_1": Blocks(32, 24, 8, _q5_1),
-    "Q8_0": Blocks(32, 34, 8, _q8_0),
-    "IQ4_NL": Blocks(32, 18, 8, _iq4_nl),
-    "Q2_K": Blocks(256, 84, 4, _q2_k),
-    "Q3_K": Blocks(256, 110, 4, _q3_k),
-    "Q4_K": Blocks(256, 144, 4, _q4_k),
-    "Q5_K": Blocks(256, 176, 8, _q5_k),
-    "Q6_K": Blocks(256, 210, 8, _q6_k),
+    "Q4_0": Blocks(32, 18, 4, 32, _q4_0),
+    "Q4_1": Blocks(32, 20, 4, 32, _q4_1),
+    "Q5_0": Blocks(32, 22, 8, 32, _q5_0),
+    "Q5_1": Blocks(32, 24, 8, 32, _q5_1),
+    "Q8_0": Blocks(32, 34, 8, 32, _q8_0),
+    "IQ4_NL": Blocks(32, 18, 8, 32, _iq4_nl),
+    "Q2_K": Blocks(256, 84, 4, 16, _q2_k),
+    "Q3_K": Blocks(256, 110, 4, 16, _q3_k),
+    "Q4_K": Blocks(256, 144, 4, 32, _q4_k),
+    "Q5_K": Blocks(256, 176, 8, 32, _q5_k),
+    "Q6_K": Blocks(256, 210, 8, 16, _q6_k),
 }
 """By their names in the file. IQ4_NL's codes are looked up, and need more bits than the file's."""

@@ -45,7 +45,7 @@ def read(
     )
     group_of = read_group_of(f"{module}.g_idx", num_in, count, reader)
     if words.is_meta:
-        return QuantisedWeight.on_paper(*shape, bits)
+        return QuantisedWeight.on_paper(*shape, bits, count)
     zero = unpack_columns(zeros, bits, num_out).to(torch.int16)
     codes = unpack_rows(words, bits, num_in).t().contiguous()
     zero += _missing(zero, scheme, zeros_are_less_one)

@@ -56,7 +56,7 @@ def read(
         )
     group_of = read_group_of(f"{module}.weight_g_idx", num_in, count, reader)
     if words.is_meta:
-        return QuantisedWeight.on_paper(*shape, bits)
+        return QuantisedWeight.on_paper(*shape, bits, count)
     middle = 2 ** (bits - 1)
     zero = None
     if packed_zero is not None:

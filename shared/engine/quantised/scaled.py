@@ -46,7 +46,7 @@ def read(
         zero = _read_zero(zero_name, reader)
         zero, _ = _placed(zero, zero_name, shape, scheme, reader)
     if codes.is_meta:
-        return QuantisedWeight.on_paper(*shape, 8)
+        return QuantisedWeight.on_paper(*shape, 8, scale.shape[-1], codes.dtype)
     if header.dtype == "F8_E4M3" and bool(codes.isnan().any()):
         raise reader.error(name, "holds what is no number")
     return QuantisedWeight(codes, scale, 8, zero=zero, group_of=group_of)

@@ -40,10 +40,17 @@ class QuantisedWeight:
     """int64 [in], the group of each column; None: equal runs in order."""
 
     @classmethod
-    def on_paper(cls, num_out: int, num_in: int, num_bits: int) -> QuantisedWeight:
-        """Of which only the shape counts."""
-        codes = torch.empty(num_out, num_in, dtype=torch.int8, device="meta")
-        return cls(codes, codes.new_empty((1, 1), dtype=torch.float32), num_bits)
+    def on_paper(
+        cls,
+        num_out: int,
+        num_in: int,
+        num_bits: int,
+        num_groups: int,
+        dtype: torch.dtype = torch.int8,
+    ) -> QuantisedWeight:
+        """Of which only shapes and the codes' dtype count."""
+        codes = torch.empty(num_out, num_in, dtype=dtype, device="meta")
+        return cls(codes, codes.new_empty((1, num_groups), dtype=torch.float32), num_bits)
 
     @property
     def num_out(self) -> int:
@@ -54,6 +61,10 @@ class QuantisedWeight:
         return self.codes.shape[1]
 
     @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
     def is_meta(self) -> bool:
         return self.codes.is_meta
 
@@ -62,9 +73,11 @@ class QuantisedWeight:
         if rows == WHOLE and columns == WHOLE:
             return self
         if self.is_meta:
+            # Groups that are cut are as many as there were, at most.
             num_rows = len(range(self.num_out)[rows])
             num_columns = len(range(self.num_in)[columns])
-            return QuantisedWeight.on_paper(num_rows, num_columns, self.num_bits)
+            shape, groups = (num_rows, num_columns), self.scale.shape[1]
+            return QuantisedWeight.on_paper(*shape, self.num_bits, groups, self.codes.dtype)
         taken = self._with(lambda of_groups: of_groups if len(of_groups) == 1 else of_groups[rows])
         group_of = None if columns == WHOLE else self._group_of()[columns]
         return replace(
@@ -72,6 +85,10 @@ class QuantisedWeight:
             codes=self.codes[rows, columns],
             group_of=self.group_of if columns == WHOLE else group_of,
         )
+
+    def with_columns(self, columns: Tensor) -> QuantisedWeight:
+        """Those columns, int64 [in], in that order, by which their groups are equal runs."""
+        return replace(self, codes=self.codes.index_select(1, columns), group_of=None)
 
     def take_rows(self, index: Tensor) -> QuantisedWeight:
         """Those rows, in that order: int64 [any]."""
