@@ -42,6 +42,20 @@ def decode_config(num_rows: int, num_kv_heads: int, head_dim: int) -> DecodeConf
     return DecodeConfig(block_n=32 if head_dim <= 256 else 16, programs=programs)
 
 
+class Scratch:
+    """What items leave for those that add them up, of works that are never under way together: each
+    has the first part of what the largest needs."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def floats(self, count: int, device: torch.device) -> Tensor:
+        """float32 [count]. Ask for the largest first: the smaller ones then lie in it."""
+        if self._memory is None or self._memory.numel() < count:
+            self._memory = torch.empty(count, dtype=torch.float32, device=device)
+        return self._memory[:count]
+
+
 @dataclass(slots=True)
 class DecodeWork:
     """Device buffers of one padded batch size (and one window); see `make_work`."""
@@ -75,6 +89,7 @@ def make_work(
     *,
     num_items: int | None = None,
     config: DecodeConfig | None = None,
+    scratch: Scratch | None = None,
 ) -> DecodeWork:
     """Allocates what decode attention over `num_rows` padded rows needs.
 
@@ -87,6 +102,7 @@ def make_work(
             `config.programs` programs' worth of items or one a row, whichever is more, and for one
             more a row, which the rounding of shares to whole tiles needs.
         config: instead of that of `decode_config`.
+        scratch: where its sums lie, with those of others; None: in memory of its own.
 
     Raises:
         ValueError: heads that do not share KV heads evenly, or too few items.
@@ -98,12 +114,14 @@ def make_work(
         num_items = num_rows + max(num_rows, triton.cdiv(config.programs, num_kv_heads))
     if num_items <= num_rows:
         raise ValueError(f"{num_items} items are not more than {num_rows} rows")
+    num_sums = num_items * num_heads * head_dim
+    memory = (scratch or Scratch()).floats(num_sums, device)
     return DecodeWork(
         config=config,
         num_heads=num_heads,
         items=torch.full((num_items, ITEM_FIELDS), -1, dtype=torch.int32, device=device),
         row_items=torch.zeros(num_rows, 2, dtype=torch.int32, device=device),
-        partial=torch.empty(num_items, num_heads, head_dim, dtype=torch.float32, device=device),
+        partial=memory.view(num_items, num_heads, head_dim),
         weight=torch.empty(num_items, num_heads, dtype=torch.float32, device=device),
         arrived=torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device),
     )

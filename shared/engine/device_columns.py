@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,6 +24,18 @@ _TOKEN_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """Where in a step a prompt's chunk is."""
+
+    first_token: int
+    num_tokens: int
+    num_keys: int
+    """Of its row, its own among them."""
+    slot: int
+    tiles: slice
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkColumns:
     """T tokens: decode rows (filled in on the device), chunks, padding. R of them are wanted.
 
@@ -41,6 +53,8 @@ class ChunkColumns:
     num_tiles: int
     block_m: int
     num_groups: int
+    chunks: tuple[Chunk, ...]
+    """Where the tiles of each stand together; else none."""
 
     def unpack(self, sent: Tensor) -> SentColumns:
         """sent: `packed`, on the device."""
@@ -87,6 +101,7 @@ def chunk_columns(
     block_size: int,
     head_dim: int,
     itemsize: int,
+    by_chunk: bool = False,
 ) -> ChunkColumns:
     """Columns of a step.
 
@@ -98,18 +113,20 @@ def chunk_columns(
         num_wanted: R, at least as many as are wanted.
         head_dim: the largest of any group.
         itemsize: bytes of an element of the cache.
+        by_chunk: a chunk's tiles stand together, for kernels that take one chunk after another.
     """
     lens = [row.num_tokens for _, row in chunks]
     starts = list(accumulate(lens, initial=num_decode))
     num_real = starts[-1]
     num_tokens = -(-num_real // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
     block_m = block_m_for(max(lens, default=1), head_dim, itemsize)
-    tiles = prefill_tiles(
-        np.array(starts, np.int64),
-        np.array([slot for slot, _ in chunks], np.int64),
-        np.array([row.position for _, row in chunks], np.int64),
-        block_m=block_m,
-    )
+    slots_of = np.array([slot for slot, _ in chunks], np.int64)
+    positions_of = np.array([row.position for _, row in chunks], np.int64)
+    tiles = prefill_tiles(np.array(starts, np.int64), slots_of, positions_of, block_m=block_m)
+    places: tuple[Chunk, ...] = ()
+    if by_chunk:
+        tiles = tiles[np.argsort(np.searchsorted(starts, tiles[:, 0], "right"), kind="stable")]
+        places = tuple(_chunks(starts, chunks, block_m))
 
     num_columns = aligned(num_wanted)
     slots_words = 2 * num_groups * num_tokens
@@ -130,8 +147,25 @@ def chunk_columns(
     if wanted:
         columns[:, : len(wanted)] = np.array(wanted, np.int32).T
     return ChunkColumns(
-        packed, num_tokens, num_tokens - num_real, num_wanted, len(tiles), block_m, num_groups
+        packed,
+        num_tokens,
+        num_tokens - num_real,
+        num_wanted,
+        len(tiles),
+        block_m,
+        num_groups,
+        places,
     )
+
+
+def _chunks(
+    starts: Sequence[int], chunks: Sequence[tuple[int, BatchRow]], block_m: int
+) -> Iterator[Chunk]:
+    first_tile = 0
+    for first, (slot, row) in zip(starts, chunks, strict=False):
+        end = first_tile - (-row.num_tokens // block_m)
+        yield Chunk(first, row.num_tokens, row.context_len, slot, slice(first_tile, end))
+        first_tile = end
 
 
 def _slots(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:

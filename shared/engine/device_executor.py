@@ -20,13 +20,16 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from baton.kernels.batch_state import begin_step
 from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
+from baton.kernels.decode_plan import Scratch
 from baton.kernels.drafts import accept_drafts, begin_drafted_step
+from baton.kernels.latent_attention import latent_decode_config
 from baton.kernels.logit_shaping import Guesses, shape_logits
 from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
@@ -42,7 +45,7 @@ from baton.shared.engine.logprobs import rows_at_once
 from baton.shared.engine.shaping import History, Shaping
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.block_pool import NO_BLOCK
-from baton.shared.kv.cache_spec import window_of
+from baton.shared.kv.cache_spec import Latent, window_of
 from baton.shared.sampling import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -80,6 +83,8 @@ class DeviceExecutor:
         self._caches = kv_cache.padded_tensors
         self._num_blocks = [len(tensor) for tensor in kv_cache.tensors]
         self._windows = [window_of(group.spec) or 0 for group in kv_cache.groups]
+        self._specs = [group.spec for group in kv_cache.groups]
+        self._are_latents = [isinstance(spec, Latent) for spec in self._specs]
         self._sizes = padded_sizes(max_num_seqs)
         self._num_drafts = num_drafts
         self._widths = [1, 1 + num_drafts] if num_drafts else [1]
@@ -94,6 +99,8 @@ class DeviceExecutor:
             num_drafts=num_drafts,
             vocab_size=vocab_size,
         )
+        width = self._state.block_tables[0].shape[1]
+        self._counting = torch.arange(width, dtype=torch.int32, device=device)
         self._eos_token_ids = eos_token_ids
         self._rows_at_once = rows_at_once(vocab_size)
         # Decode rows of the widest step, padded, and as many chunks beside them as there are rows.
@@ -102,12 +109,14 @@ class DeviceExecutor:
         self._masks = DeviceMasks(max_wanted, vocab_size, device)
         self._changed: Tensor | None = None
         self._sampling_scratch = make_sampling_scratch(max_wanted, vocab_size, device)
+        self._scratch = Scratch()
+        # The largest first, in whose scratch the others lie.
+        self._drawn_work = {size: self._make_work(size) for size in reversed(self._drawn_sizes)}
         self._work = {
             (size, width): self._make_work(size * width)
             for size in self._sizes
             for width in self._widths
         }
-        self._drawn_work = {size: self._make_work(size) for size in self._drawn_sizes}
         self._decode = {
             (size, width): self._make_buffers(size, width)
             for size in self._sizes
@@ -475,6 +484,7 @@ class DeviceExecutor:
             block_size=self._block_size,
             head_dim=max(kv.shape[5] for kv in self._caches),
             itemsize=self._caches[0].element_size(),
+            by_chunk=any(self._are_latents),
         )
         return columns, any(behind for _, _, behind in places)
 
@@ -495,10 +505,20 @@ class DeviceExecutor:
                 tiles=sent.tiles if columns.num_tiles else None,
                 block_m=columns.block_m,
                 window=self._windows[group],
-                attended=self._attended(columns, group) if columns.num_padding else None,
+                **self._of_chunks(columns, group),
             )
             for group in range(len(self._caches))
         ]
+
+    def _of_chunks(self, columns: ChunkColumns, group: int) -> dict[str, Any]:
+        """What a plan says of chunks and padding."""
+        if not self._are_latents[group]:
+            return {"attended": self._attended(columns, group) if columns.num_padding else None}
+        return {
+            "chunks": columns.chunks,
+            "num_padding": columns.num_padding,
+            "counting": self._counting,
+        }
 
     def _place_wanted(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
@@ -538,7 +558,8 @@ class DeviceExecutor:
         for group, plan in enumerate(plans):
             work = self._drawn_work[num_rows][group] if num_rows else None
             self._plan_work(wanted.rows, work, wanted.back, drawn)
-            drawn.append(replace(plan, rows=wanted.rows, work=work, tiles=None, attended=None))
+            alone = replace(plan, rows=wanted.rows, work=work, tiles=None, attended=None)
+            drawn.append(replace(alone, chunks=(), num_padding=0))
         return drawn
 
     def _plan_work(
@@ -712,12 +733,22 @@ class DeviceExecutor:
         """By cache group; groups whose work is cut alike share it, for layers run one by one."""
         made: dict[tuple[int, ...], DecodeWork] = {}
         work = []
-        for kv, window in zip(self._caches, self._windows, strict=True):
+        for kv, window, spec in zip(self._caches, self._windows, self._specs, strict=True):
             _, num_kv_heads, _, _, _, head_dim = kv.shape
+            config = None
+            if isinstance(spec, Latent):
+                head_dim = spec.rank
+                config = latent_decode_config(self._num_heads, kv)
             key = (num_kv_heads, head_dim, window)
             if key not in made:
                 made[key] = make_work(
-                    num_rows, num_kv_heads, self._num_heads, head_dim, self._device
+                    num_rows,
+                    num_kv_heads,
+                    self._num_heads,
+                    head_dim,
+                    self._device,
+                    config=config,
+                    scratch=self._scratch if config is not None else None,
                 )
             work.append(made[key])
         return work

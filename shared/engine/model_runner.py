@@ -44,7 +44,7 @@ from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.shaping import History
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange
-from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding
+from baton.shared.kv.cache_spec import CacheGroup, Full, Latent, Sliding
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
@@ -444,6 +444,11 @@ class ModelRunner:
                     rows = [self._prompt_row(limit)] * min(num_rows, self._config.max_num_seqs)
                     if len(rows) > 1:
                         self._executor.launch(Batch(rows)).result()
+            # Those of few tokens behind a long prefix may be others again.
+            long = self._prompt_row(limit)
+            assert long.token_ids is not None
+            end = replace(long, token_ids=long.token_ids[-2:], position=max(0, limit - 2))
+            self._executor.launch(Batch([end])).result()
             if self.num_drafts:
                 prompt = self._prompt_row(min(16, limit))
                 guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
@@ -547,8 +552,12 @@ def _why_no_triton(device: torch.device) -> str | None:
 
 def _why_not_with_triton(model: ModelConfig) -> str | None:
     for spec in model.cache_specs:
-        # Of latents too, until there are kernels.
-        if spec is not None and not isinstance(spec, Full | Sliding):
+        if isinstance(spec, Latent):
+            from baton.kernels.latent_attention import why_no_latents
+
+            if (problem := why_no_latents(spec.rank, spec.rope_dim)) is not None:
+                return problem
+        elif spec is not None and not isinstance(spec, Full | Sliding):
             return f"its kernels know no layers that cache {type(spec).__name__}"
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)

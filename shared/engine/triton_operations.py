@@ -17,6 +17,9 @@ from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
+from baton.kernels.latent_attention import latent_chunk_attention, latent_decode_attention
+from baton.kernels.latent_expand import expand_latents, expands, heads_at_once
+from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import Routes
@@ -25,6 +28,7 @@ from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
+from baton.shared.engine.device_columns import Chunk
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
@@ -55,6 +59,12 @@ class DevicePlan:
     attended: Tensor | None = None
     """[T, num_heads, head_dim]: where attention goes, layer after layer. Tokens that are in no row
     and no tile keep what it holds. None: to new memory."""
+    chunks: tuple[Chunk, ...] = ()
+    """Of a group of latents, where in the step prompt chunks are."""
+    num_padding: int = 0
+    """How many of the tokens, at the end, are in no row and no tile."""
+    counting: Tensor | None = None
+    """int32 [max_blocks]: 0, 1, 2 and so on; where there are chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +160,20 @@ class TritonOperations:
         layer: int,
         plan: DevicePlan,
     ) -> None:
-        raise NotImplementedError("refused at start: no kernels for latents yet")
+        assert rope.positions is not None
+        rope_and_store_latent(
+            query,
+            latent,
+            norm.weight,
+            norm.eps,
+            rope.cos,
+            rope.sin,
+            rope.positions,
+            plan.slots,
+            kv,
+            layer,
+            pdl=self._overlaps,
+        )
 
     def latent_attention(
         self,
@@ -161,7 +184,29 @@ class TritonOperations:
         heads: LatentHeads,
         scale: float,
     ) -> Tensor:
-        raise NotImplementedError("refused at start: no kernels for latents yet")
+        out = query.new_empty(*query.shape[:2], heads.value.shape[2])
+        if plan.num_padding:
+            # Nobody reads what becomes of it, but numbers shall go on through the layers.
+            out[-plan.num_padding :].zero_()
+        key_dim = heads.key.shape[1]
+        if plan.rows is not None and plan.work is not None:
+            own = query[: len(plan.rows)]
+            attended = latent_decode_attention(
+                _absorbed(own, heads),
+                own[..., key_dim:],
+                kv,
+                layer,
+                plan.rows,
+                plan.block_tables,
+                plan.work,
+                scale,
+                pdl=self._overlaps,
+            )
+            _of_latents(attended, heads, out[: len(own)])
+        for chunk in plan.chunks:
+            attend = _attend_expanded if _expands(chunk, kv, heads) else _attend_absorbed
+            attend(query, kv, layer, plan, chunk, heads, scale, out)
+        return out
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
@@ -373,3 +418,99 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Te
     out = x.new_empty(x.shape[0], weight.shape[0])
     # With a beta of zero, what `out` holds is not read.
     return torch.addmm(out, x, weight.t(), beta=0, alpha=scale, out=out)
+
+
+def _absorbed(query: Tensor, heads: LatentHeads) -> Tensor:
+    """query [T, num_heads, key_dim + …] → [T, num_heads, rank], strided."""
+    own = query[..., : heads.key.shape[1]]
+    return torch.bmm(own.transpose(0, 1), heads.key).transpose(0, 1)
+
+
+def _of_latents(attended: Tensor, heads: LatentHeads, out: Tensor) -> None:
+    """attended [T, num_heads, rank] → out [T, num_heads, value_dim]."""
+    torch.bmm(attended.transpose(0, 1), heads.value, out=out.transpose(0, 1))
+
+
+def _expands(chunk: Chunk, kv: Tensor, heads: LatentHeads) -> bool:
+    num_heads, key_dim, rank = heads.key.shape
+    return expands(
+        chunk.num_tokens,
+        chunk.num_keys,
+        num_heads=num_heads,
+        rank=rank,
+        rope_dim=kv.shape[5] - rank,
+        key_dim=key_dim,
+        value_dim=heads.value.shape[2],
+        itemsize=kv.element_size(),
+    )
+
+
+def _attend_absorbed(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    plan: DevicePlan,
+    chunk: Chunk,
+    heads: LatentHeads,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """A chunk's tokens, into their places in `out`."""
+    assert plan.tiles is not None
+    own = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+    attended = query.new_empty(*query.shape[:2], heads.key.shape[2])
+    absorbed = torch.empty_like(attended)
+    absorbed[own] = _absorbed(query[own], heads)
+    latent_chunk_attention(
+        absorbed,
+        query[..., heads.key.shape[1] :],
+        kv,
+        layer,
+        plan.tiles[chunk.tiles],
+        plan.block_tables,
+        scale,
+        block_m=plan.block_m,
+        out=attended,
+    )
+    _of_latents(attended[own], heads, out[own])
+
+
+def _attend_expanded(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    plan: DevicePlan,
+    chunk: Chunk,
+    heads: LatentHeads,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Likewise; some heads after others, for their keys and values take room."""
+    assert plan.tiles is not None
+    own = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+    num_heads, value_dim = query.shape[1], heads.value.shape[2]
+    at_once = heads_at_once(num_heads)
+    for first in range(0, num_heads, at_once):
+        these = slice(first, first + at_once)
+        expanded = expand_latents(
+            kv,
+            layer,
+            plan.block_tables,
+            chunk.slot,
+            chunk.num_keys,
+            heads.key[these],
+            heads.value[these],
+        )
+        # Blocks one after another, whatever the slot.
+        assert plan.counting is not None
+        table = plan.counting[None].expand(len(plan.block_tables), -1)
+        attended = paged_prefill_attention(
+            query[:, these],
+            expanded,
+            0,
+            plan.tiles[chunk.tiles],
+            table,
+            scale,
+            block_m=plan.block_m,
+        )
+        out[own, these] = attended[own, :, :value_dim]

@@ -51,6 +51,8 @@ def main(model_dir: str, dtype: str) -> None:
         runner = _ready(model_dir, dtype)
         num_known = len(noted)
         for rows in _steps():
+            for row in rows:
+                row.block_tables = row.block_tables[: len(runner.groups)]
             runner.launch(Batch(rows))
     sys.stdout.write(json.dumps({"ready": num_known, "late": noted[num_known:]}) + "\n")
 
@@ -108,7 +110,8 @@ def _decode_rows(num_rows: int) -> list[BatchRow]:
 
 
 def _tables(length: int) -> list[list[int]]:
-    """Nothing is written: rows, and the model's two cache groups, may have the same blocks."""
+    """Nothing is written: rows, and cache groups, of which there are two at most, may have the same
+    blocks."""
     return [list(range(-(-length // BLOCK_SIZE)))] * 2
 
 

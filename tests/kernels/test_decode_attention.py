@@ -78,7 +78,7 @@ class Problem:
         self.soft_cap = soft_cap
         self.sinks: Tensor | None = None
 
-    def work(self, *, config: DecodeConfig | None = None, **kwargs: int) -> DecodeWork:
+    def work(self, *, config: DecodeConfig | None = None, **kwargs: Any) -> DecodeWork:
         num_rows, num_heads, head_dim = self.query.shape
         device = self.query.device
         work = make_work(

@@ -491,3 +491,50 @@ def test_masks_of_chunks_decode_rows_and_drafts(
 def _masked(handle: Any, *row: Any) -> BatchRow:
     token_ids, position, tables, params, draft_ids, masks = row
     return BatchRow(token_ids, position, tables, params, 0, handle, draft_ids, masks=masks)
+
+
+LATENT: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "max_position_embeddings": 160,
+    "eos_token_id": 2,
+}
+
+
+def test_latents_in_both_forms(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole prompts, a chunk behind a prefix, and a decode row beside it."""
+    asked: list[int] = []
+    forms = iter([True, False, False, True])
+
+    def expands(num_queries: int, num_keys: int, **_: int) -> bool:
+        asked.append(num_keys)
+        return next(forms)
+
+    monkeypatch.setattr("baton.shared.engine.triton_operations.expands", expands)
+    make = maker(tmp_path, LATENT)
+    both = [make("torch", torch.device("cpu")), make("triton", device)]
+    prompt = tokens(31, 1)
+    chunk = BatchRow(prompt[18:], 18, [[3, 1]])
+    steps = [
+        [BatchRow(prompt[:18], 0, [[3, 1]]), BatchRow(tokens(2, 4), 0, [[7]])],
+        [chunk, BatchRow([9], 2, [[7]])],
+        [chunk],
+    ]
+    for rows in steps:
+        expected, got = (runner.logits(Batch(rows)).cpu() for runner in both)
+        limit = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(got, expected, atol=limit, rtol=0)
+    assert asked == [18, 2, 31, 31], "in the last layer, tokens that are wanted are rows of one"

@@ -1,0 +1,212 @@
+"""Latent attention and its store against float64, at awkward shapes, over a pool full of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from baton.kernels.decode_plan import make_work, plan_decode
+from baton.kernels.latent_attention import (
+    latent_chunk_attention,
+    latent_decode_attention,
+    latent_decode_config,
+)
+from baton.kernels.latent_expand import expand_latents, expands
+from baton.kernels.latent_store import rope_and_store_latent
+from baton.kernels.prefill_attention import prefill_tiles
+
+Check = Callable[[Tensor, Tensor], None]
+Poisoned = Callable[..., Tensor]
+LAYERS, LAYER = 3, 1
+NOBODY = 0x7EADBEEF
+SHAPES = {
+    "aligned": (16, 32, 16, 16),
+    "odd": (5, 24, 6, 4),
+    "many heads": (66, 16, 2, 32),
+    "one head, blocks of one": (1, 33, 8, 1),
+}
+"""Heads, rank, what turns, tokens of a block."""
+
+
+class Cache:
+    """Rows of latents in shuffled blocks; what must not be used is NaN or an impossible id."""
+
+    def __init__(
+        self, lengths: list[int], rank: int, rope: int, size: int, dtype: torch.dtype, device: str
+    ) -> None:
+        num_slots = len(lengths) + 2
+        self.slots = torch.randperm(num_slots)[: len(lengths)].tolist()
+        width = max(-(-length // size) for length in lengths) + 1
+        tables = torch.full((num_slots, width), NOBODY, dtype=torch.int32)
+        lens = torch.full((num_slots,), NOBODY, dtype=torch.int32)
+        free = torch.randperm(sum(-(-length // size) for length in lengths) + 2).tolist()
+        kv = torch.full((len(free) + 1, 1, LAYERS, 1, size, rank + rope), torch.nan, dtype=dtype)
+        self.latents = []
+        for slot, length in zip(self.slots, lengths, strict=True):
+            own = torch.randn(length, rank + rope).to(dtype)
+            for first in range(0, length, size):
+                tables[slot, first // size] = free.pop()
+                part = own[first : first + size]
+                kv[tables[slot, first // size], 0, LAYER, 0, : len(part)] = part
+            lens[slot] = length
+            self.latents.append(own.double())
+        self.kv, self.tables, self.lens = (each.to(device) for each in (kv, tables, lens))
+
+
+def attended(query: Tensor, latents: Tensor, rank: int, scale: float) -> Tensor:
+    """query [heads, rank + rope] over latents [keys, rank + rope] → [heads, rank], in float64."""
+    weights = (query.double() @ latents.T * scale).softmax(-1)
+    return weights @ latents[:, :rank]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+    poisoned: Poisoned,
+) -> None:
+    heads, rank, rope, size = SHAPES[shape]
+    if dtype == torch.float32:
+        heads = min(heads, 20)
+    lengths = [1, 70, 33, 2]
+    cache = Cache(lengths, rank, rope, size, dtype, str(device))
+    rows = torch.tensor([*cache.slots[:2], -1, *cache.slots[2:]], dtype=torch.int32, device=device)
+    config = latent_decode_config(heads, cache.kv)
+    work = make_work(len(rows), 1, heads, rank, device, config=config, num_items=9)
+    work.partial.fill_(torch.nan)
+    plan_decode(rows, cache.lens, work)
+    # Views into wider rows, as products give them.
+    query = torch.randn(heads, len(rows), rank).to(dtype).to(device).transpose(0, 1)
+    turned = torch.randn(len(rows), heads, 7 + rope).to(dtype).to(device)[..., 7:]
+    out = poisoned(len(rows), heads, rank, dtype=dtype)
+    latent_decode_attention(query, turned, cache.kv, LAYER, rows, cache.tables, work, 0.3, out=out)
+    assert bool((out[2] == 0).all()), "padding becomes zero"
+    assert int(work.row_items[:, 1].max()) > 1, "a row was split"
+    whole = torch.cat((query, turned), -1).cpu()
+    for row, latents in zip((0, 1, 3, 4), cache.latents, strict=True):
+        assert_close(out[row], attended(whole[row], latents, rank, 0.3))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks(
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+    poisoned: Poisoned,
+) -> None:
+    heads, rank, rope, size = SHAPES[shape]
+    if dtype == torch.float32:
+        heads = min(heads, 20)
+    lengths, counts = [34, 3], [17, 3]
+    cache = Cache(lengths, rank, rope, size, dtype, str(device))
+    starts = np.array([2, 19, 22])
+    positions = np.array([length - n for length, n in zip(lengths, counts, strict=True)])
+    tiles = prefill_tiles(starts, np.array(cache.slots), positions, block_m=16)
+    tiles = np.concatenate((tiles, [[0, 0, 0, 0], [0, 3, -1, 0]]))
+    query = torch.randn(heads, 25, rank).to(dtype).to(device).transpose(0, 1)
+    turned = torch.randn(25, heads, rope).to(dtype).to(device)
+    out = poisoned(25, heads, rank, dtype=dtype)
+    latent_chunk_attention(
+        query,
+        turned,
+        cache.kv,
+        LAYER,
+        torch.from_numpy(tiles.astype(np.int32)).to(device),
+        cache.tables,
+        0.3,
+        block_m=16,
+        out=out,
+    )
+    whole = torch.cat((query, turned), -1).cpu()
+    for first, count, latents in zip(starts, counts, cache.latents, strict=False):
+        for token in range(count):
+            visible = latents[: len(latents) - count + token + 1]
+            expected = attended(whole[first + token], visible, rank, 0.3)
+            assert_close(out[first + token], expected)
+    assert bool(out[:2].isnan().all() and out[22:].isnan().all()), "nothing else is written"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_store(shape: str, dtype: torch.dtype, device: torch.device, assert_close: Check) -> None:
+    heads, rank, rope, size = SHAPES[shape]
+    key_dim, eps = 5, 1e-6
+    positions = torch.tensor([7, 0, 3, 2], dtype=torch.int32, device=device)
+    slots = torch.tensor([2 * size, 5 * size - 1, -1, 0], device=device)
+    kv = torch.full((6, 1, LAYERS, 1, size, rank + rope), torch.nan, dtype=dtype, device=device)
+    angles = torch.rand(9, rope // 2, device=device) * 6
+    query = torch.randn(4, heads, key_dim + rope).to(dtype).to(device)
+    wide = torch.randn(4, 3 + rank + rope).to(dtype).to(device)
+    norm = torch.rand(rank).to(dtype).to(device)
+    before = query.double().cpu()
+    cos, sin = angles.cos(), angles.sin()
+    rope_and_store_latent(query, wide[:, 3:], norm, eps, cos, sin, positions, slots, kv, LAYER)
+
+    at = angles.double().cpu()[positions.cpu().long()]
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        c, s = at.cos(), at.sin()
+        if x.dim() == 3:
+            c, s = c[:, None], s[:, None]
+        return torch.cat((first * c - second * s, second * c + first * s), -1)
+
+    assert torch.equal(query[..., :key_dim].double().cpu(), before[..., :key_dim])
+    assert_close(query[..., key_dim:], turned(before[..., key_dim:]))
+    latent = wide[:, 3 : 3 + rank].double().cpu()
+    latent = latent / (latent.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double().cpu()
+    kept = torch.cat((latent, turned(wide[:, 3 + rank :].double().cpu())), -1)
+    stored = slots >= 0
+    block, offset = slots[stored] // size, slots[stored] % size
+    assert_close(kv[block, 0, LAYER, 0, offset], kept[stored.cpu()])
+    kv[block, 0, LAYER, 0, offset] = torch.nan
+    assert bool(kv.isnan().all()), "nothing else is written"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_expansion(
+    shape: str, dtype: torch.dtype, device: torch.device, assert_close: Check
+) -> None:
+    _, rank, rope, size = SHAPES[shape]
+    heads, key_dim, value_dim, length = 3, 9, 7, 37
+    cache = Cache([5, length], rank, rope, size, dtype, str(device))
+    key = torch.randn(heads, key_dim, rank).to(dtype).to(device)
+    value = torch.randn(heads, rank, value_dim).to(dtype).to(device)
+    slot = cache.slots[1]
+    out = expand_latents(cache.kv, LAYER, cache.tables, slot, length, key, value).cpu()
+    assert out.shape == (-(-length // size), heads, 1, 2, size, key_dim + rope)
+    by_token = out[:, :, 0].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :length]
+    latents = cache.latents[1]
+    keys = torch.einsum("nr,hkr->hnk", latents[:, :rank], key.double().cpu())
+    values = torch.einsum("nr,hrv->hnv", latents[:, :rank], value.double().cpu())
+    turned = latents[:, rank:].expand(heads, -1, -1)
+    assert_close(by_token[0], torch.cat((keys, turned), -1))
+    assert_close(by_token[1][..., :value_dim], values)
+
+
+def test_which_form_is_cheaper() -> None:
+    """deepseek_v3's sizes: whole prompts and long chunks are expanded, few tokens behind a long
+    prefix are not; nor what there is no room for, or no kernel."""
+    sizes = {"num_heads": 128, "rank": 512, "rope_dim": 64, "itemsize": 2}
+    sizes |= {"key_dim": 128, "value_dim": 128}
+    assert expands(1, 1, **sizes) and expands(8192, 8192, **sizes)
+    assert expands(2048, 16384, **sizes) and not expands(32, 8192, **sizes)
+    assert not expands(2048, 60_000, **sizes)
+    assert not expands(512, 512, **{**sizes, "value_dim": 256, "key_dim": 64})
+    assert not expands(512, 512, **{**sizes, "key_dim": 300})
+
+
+def test_sizes_that_are_not_taken_are_named(device: torch.device) -> None:
+    query = torch.zeros(1, 2, 520, device=device)
+    turned = torch.zeros(1, 2, 8, device=device)
+    kv = torch.zeros(2, 1, 1, 1, 16, 528, device=device)
+    rows = torch.zeros(1, dtype=torch.int32, device=device)
+    work = make_work(1, 1, 2, 520, device)
+    with pytest.raises(ValueError, match="latents have 520 numbers, and the kernels take 512"):
+        latent_decode_attention(query, turned, kv, 0, rows, rows[None], work, 1.0)
