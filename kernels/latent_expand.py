@@ -80,8 +80,8 @@ def expand_latents(
         value: [heads, rank, value_dim], contiguous.
 
     Returns:
-        [blocks of the row, heads, 1, 2, block_size, key_dim + rope_dim]: what is behind a value's
-        numbers, and behind the last key, is not written.
+        [blocks of the row, heads, 1, 2, block_size, key_dim + rope_dim], zeros behind a value's
+        numbers; what is behind the last key is not written.
     """
     _, _, num_layers, _, block_size, width = kv.shape
     num_heads, key_dim, rank = key.shape
@@ -117,6 +117,7 @@ def expand_latents(
         BLOCK_T=triton.next_power_of_2(rope_dim),
         BLOCK_K=block_k,
         BLOCK_V=block_v,
+        BLOCK_Z=triton.next_power_of_2(max(1, head_dim - value_dim)),
         num_warps=8,
         num_stages=1 if is_wide else 3 if shared_bytes(kv.device) >= _ROOMY else 2,
     )
@@ -146,6 +147,7 @@ def _expand(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
 ):
     """BLOCK_N keys and values of one head."""
     WIDTH: tl.constexpr = RANK + ROPE
@@ -184,3 +186,7 @@ def _expand(
     tl.store(target + KEY + turn[None, :], turned, mask=exists & (turn < ROPE)[None, :])
     target += BLOCK_SIZE * HEAD
     tl.store(target + v_dim[None, :], values.to(dtype), mask=exists & (v_dim < VALUE)[None, :])
+    if VALUE < HEAD:
+        behind = VALUE + tl.arange(0, BLOCK_Z)
+        zeros = tl.zeros([BLOCK_N, BLOCK_Z], dtype)
+        tl.store(target + behind[None, :], zeros, mask=exists & (behind < HEAD)[None, :])

@@ -174,7 +174,7 @@ def test_expansion(
     shape: str, dtype: torch.dtype, device: torch.device, assert_close: Check
 ) -> None:
     _, rank, rope, size = SHAPES[shape]
-    heads, key_dim, value_dim, length = 3, 9, 7, 37
+    heads, key_dim, value_dim, length = 3, 9, 6, 37
     cache = Cache([5, length], rank, rope, size, dtype, str(device))
     key = torch.randn(heads, key_dim, rank).to(dtype).to(device)
     value = torch.randn(heads, rank, value_dim).to(dtype).to(device)
@@ -188,6 +188,7 @@ def test_expansion(
     turned = latents[:, rank:].expand(heads, -1, -1)
     assert_close(by_token[0], torch.cat((keys, turned), -1))
     assert_close(by_token[1][..., :value_dim], values)
+    assert bool((by_token[1][..., value_dim:] == 0).all())
 
 
 def test_which_form_is_cheaper() -> None:
