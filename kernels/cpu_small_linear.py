@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 96
-"""Of x, that are multiplied by what is stored. Measured with four bits of 3,072 x 576, on one thread
-with AVX-512: 96 rows take 7.4 ms, and 8.6 ms with expanding; 192 rows 16.7 and 12.5."""
+"""Of x, that are multiplied by what is stored. Measured with four bits of 3,072 x 576, one thread,
+AVX-512: 96 rows take 7.4 ms, and 8.6 ms with expanding; 192 rows 16.7 and 12.5."""
 _GROUPS = (256, 128, 64, 32)
 """Numbers of a row with one scale, as the kernel takes them."""
 _ROWS = 16
@@ -157,8 +157,8 @@ def four_bit_planes(
         beside = by_group(offset) + centre * (steps - steps.bfloat16().float())
     if num_bits <= 4:
         return (_four_bits(wide, steps, -middle, beside, group),)
-    # 16 · upper + lower = 16 · (upper + ½) + (lower − 8): both planes' results are small where their
-    # sum is, and lose little when they are rounded.
+    # 16 · upper + lower = 16 · (upper + ½) + (lower − 8): both planes' results are small where
+    # their sum is, and lose little when they are rounded.
     none = torch.zeros_like(steps)
     return (
         _four_bits(wide >> 4, 16 * steps, 0.5 - middle / 16, beside, group),
