@@ -5,7 +5,7 @@ from __future__ import annotations
 AUTO, NONE, HARMONY = "auto", "none", "harmony"
 
 TOOL_FORMATS = (
-    *(AUTO, NONE, HARMONY, "deepseek", "mistral", "glm", "qwen3-coder", "hermes", "pythonic"),
-    "llama3",
+    *(AUTO, NONE, HARMONY, "deepseek", "kimi", "mistral", "glm", "qwen3-coder", "granite"),
+    *("hermes", "pythonic", "llama3"),
 )
 REASONING_FORMATS = (AUTO, NONE, HARMONY, "mistral", "think")

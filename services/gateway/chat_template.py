@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.services.gateway.continued_message import continued
+from baton.services.gateway.formats import kimi
 from baton.services.gateway.formats.calls import ID_LENGTH, short_id
 from baton.services.gateway.template_probe import CallForm, TemplateProbe
 from baton.shared.model_files.fields import ModelError
@@ -43,6 +44,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._probe = TemplateProbe(self._render)
         self._wants_short_ids = _SHORT_IDS.search(source) is not None
+        self._wants_named_ids = kimi.ALL_BEGIN in source
         self._compiled: jinja2.Template | None = None
         self.fault = ""
         """Why it does not compile. Prompts can be served all the same."""
@@ -87,7 +89,8 @@ class ChatTemplate:
         Raises NoChatTemplate when it does not compile, InvalidField when it refuses the messages,
         or has no place for tools.
         """
-        *before, last = [self._as_taken(message) for message in messages]
+        ids = _named_ids(messages) if self._wants_named_ids else {}
+        *before, last = [self._as_taken(message, ids) for message in messages]
 
         def ending_with(message: Mapping[str, Any]) -> str:
             return self._render(
@@ -138,7 +141,8 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
         )
 
-    def _as_taken(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _as_taken(self, message: Mapping[str, Any], ids: Mapping[str, str]) -> dict[str, Any]:
+        """`ids`: of calls, what they are called here."""
         present = {key: value for key, value in message.items() if value is not None}
         reasoning = next((present[key] for key in _REASONING if key in present), None)
         if reasoning is not None:
@@ -150,18 +154,18 @@ class ChatTemplate:
         elif isinstance(content, list) and not takes.parts and _is_text_only(content):
             present["content"] = "\n".join(part["text"] for part in content)
         if "tool_call_id" in present:
-            present["tool_call_id"] = self._call_id(present["tool_call_id"])
+            present["tool_call_id"] = self._call_id(present["tool_call_id"], ids)
         if present.get("tool_calls"):
-            self._fit_calls(present)
+            self._fit_calls(present, ids)
         return present
 
-    def _fit_calls(self, message: dict[str, Any]) -> None:
+    def _fit_calls(self, message: dict[str, Any], ids: Mapping[str, str]) -> None:
         form = self._probe.call_form or CallForm(None, are_arguments_text=False)
         message["content"] = message.get("content") or form.empty_content
         message["tool_calls"] = [
             {
                 **call,
-                **({"id": self._call_id(call["id"])} if "id" in call else {}),
+                **({"id": self._call_id(call["id"], ids)} if "id" in call else {}),
                 "function": {
                     **call["function"],
                     "arguments": form.arguments(call["function"]["arguments"]),
@@ -170,8 +174,10 @@ class ChatTemplate:
             for call in message["tool_calls"]
         ]
 
-    def _call_id(self, call_id: str) -> str:
+    def _call_id(self, call_id: str, ids: Mapping[str, str]) -> str:
         """A client may have it from elsewhere, in a form that this model's template refuses."""
+        if call_id in ids:
+            return ids[call_id]
         is_fitting = len(call_id) == ID_LENGTH and call_id.isascii() and call_id.isalnum()
         return call_id if is_fitting or not self._wants_short_ids else short_id(call_id)
 
@@ -183,6 +189,16 @@ def template_variables(source: str) -> frozenset[str]:
         return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
     except Exception:  # what is no Jinja may fail in Jinja's lexer or in Python's
         return frozenset()
+
+
+def _named_ids(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By id, that which the template takes for a call's name."""
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    return {
+        call["id"]: kimi.named_id(call["function"]["name"], number)
+        for number, call in enumerate(calls)
+        if "id" in call
+    }
 
 
 def _is_text_only(content: Sequence[Any]) -> bool:

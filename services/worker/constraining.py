@@ -146,6 +146,11 @@ class Constraining:
         matcher.restart()
         return matcher.masks() if self._follows(part.sequence, matcher) else None
 
+    @property
+    def has_failures(self) -> bool:
+        """Whether there is one of any sequence."""
+        return bool(self._failures)
+
     def failure(self, sequence: Sequence) -> BatonError | None:
         """Why nothing that is drawn for it counts any more."""
         return self._failures.get(sequence)

@@ -59,19 +59,21 @@ class Part:
             sequence.token_slice(start, end) if end <= num_known else None,
             start,
             sequence.block_tables,
-            sequence.params if self.draws else None,
+            # As `draws` says.
+            sequence.params if end >= num_known else None,
             sequence.key.sample,
             handle,
             self.draft_ids,
             masks=self.masks,
-            prompt_logprobs=self.wanted_logprobs(),
+            prompt_logprobs=None
+            if sequence.params.prompt_logprobs is None
+            else self.wanted_logprobs(),
         )
 
     def wanted_logprobs(self) -> WantedLogprobs | None:
         """Of the client's prompt, what follows the part's tokens."""
         sequence, start = self.sequence, self.start
         num_top = sequence.params.prompt_logprobs
-        # Of most rows this is all there is to do.
         if num_top is None or start + 1 >= sequence.num_asked_tokens:
             return None
         end = min(self.end + 1, sequence.num_asked_tokens)

@@ -262,11 +262,12 @@ class Stepper:
         if in_flight.step is None:
             outcomes = [self._alone(part) for part in in_flight.parts]
         else:
-            drew = _outcomes(in_flight.parts, in_flight.step)
-            outcomes = [
-                self._constraining.failure(part.sequence) or outcome
-                for part, outcome in zip(in_flight.parts, drew, strict=True)
-            ]
+            outcomes = _outcomes(in_flight.parts, in_flight.step)
+            if self._constraining.has_failures:
+                outcomes = [
+                    self._constraining.failure(part.sequence) or outcome
+                    for part, outcome in zip(in_flight.parts, outcomes, strict=True)
+                ]
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
             if part.draft_ids and not isinstance(outcome, BatonError):
                 self._took_drafts(part, len(outcome))

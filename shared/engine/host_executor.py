@@ -153,7 +153,9 @@ class HostExecutor:
         self, logits: Tensor, rows: Sequence[BatchRow], drawing: Sequence[tuple[int, int]]
     ) -> None:
         """Changes the logits of rows that ask for it. `drawing`: (row, which of its tokens)."""
-        shapings = [self._shaping_of(row) for row in rows]
+        shapings = [
+            self._shaping_alone(row) if row.handle is None else row.handle.shaping for row in rows
+        ]
         if not any(shapings):
             return
         for place, (i, offset) in enumerate(drawing):
@@ -163,9 +165,7 @@ class HostExecutor:
                 drafts = row.draft_ids[: offset + 1 - row.num_known]
                 apply_shaping(logits[place], shaping, known_to, drafts)
 
-    def _shaping_of(self, row: BatchRow) -> Shaping | None:
-        if row.handle is not None:
-            return row.handle.shaping
+    def _shaping_alone(self, row: BatchRow) -> Shaping | None:
         return Shaping.of(row.sampling, row.history, self._eos_token_ids)
 
     def _stands(self, row: BatchRow, drawn: Sequence[Drawn]) -> Sequence[Drawn]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from baton.services.gateway.formats import (
     deepseek,
     glm,
+    granite,
     harmony,
     hermes,
+    kimi,
     llama3,
     mistral,
     pythonic,
@@ -47,6 +49,11 @@ TOOL_FORMATS = {
         ),
         _signs(deepseek.BEGIN),
     ),
+    "kimi": ToolFormat(
+        kimi.steps,
+        (kimi.ALL_BEGIN, kimi.ALL_END, kimi.BEGIN, kimi.SEPARATOR, kimi.END),
+        _signs(kimi.ALL_BEGIN),
+    ),
     "mistral": ToolFormat(
         mistral.steps,
         (mistral.BEGIN, mistral.CALL_ID, mistral.ARGUMENTS),
@@ -61,6 +68,9 @@ TOOL_FORMATS = {
         qwen3_coder.steps,
         (qwen3_coder.BEGIN, qwen3_coder.END),
         _signs(qwen3_coder.FUNCTION, qwen3_coder.KEY),
+    ),
+    "granite": ToolFormat(
+        granite.steps, (granite.BEGIN, granite.TEXT_BEGIN), _signs(granite.BEGIN)
     ),
     "hermes": ToolFormat(hermes.steps, (hermes.BEGIN, hermes.END), _signs(hermes.BEGIN)),
     "llama3": ToolFormat(

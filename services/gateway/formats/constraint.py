@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any, NamedTuple
 
-from baton.services.gateway.formats import deepseek, harmony, hermes, mistral
+from baton.services.gateway.formats import deepseek, granite, harmony, hermes, kimi, mistral
 from baton.shared.answer_formats import HARMONY
 from baton.shared.constraints.schema import written as written_schemas
 from baton.v1 import types_pb2
@@ -38,6 +38,12 @@ _FENCED_DEEPSEEK = Written(
     f"\n```{deepseek.END}{deepseek.ALL_END}",
     deepseek.ALL_BEGIN,
 )
+_KIMI = Written(
+    f"{kimi.ALL_BEGIN}{kimi.BEGIN}functions.{{}}:0{kimi.SEPARATOR}",
+    f"{kimi.END}{kimi.ALL_END}",
+    kimi.ALL_BEGIN,
+)
+_GRANITE = Written(f'{granite.BEGIN}[{{{{"name": "{{}}", "arguments": ', "}]", granite.BEGIN)
 _HARMONY = Written(
     f"{harmony.START}assistant{harmony.CHANNEL}commentary to=functions.{{}} "
     f"{harmony.CONSTRAIN}json{harmony.MESSAGE}",
@@ -56,6 +62,8 @@ _WRITTEN: dict[str, Callable[[str], Written]] = {
     "pythonic": lambda template: _LLAMA3,
     "mistral": lambda template: _MISTRAL if mistral.ARGUMENTS in template else _OLDER_MISTRAL,
     "deepseek": lambda template: _FENCED_DEEPSEEK if "```json" in template else _DEEPSEEK,
+    "kimi": lambda template: _KIMI,
+    "granite": lambda template: _GRANITE,
     HARMONY: lambda template: _HARMONY,
 }
 

@@ -10,43 +10,29 @@
 
 from __future__ import annotations
 
-from baton.services.gateway.answer_parts import Content
 from baton.services.gateway.formats.calls import Calls
 from baton.services.gateway.formats.json_text import arguments
+from baton.services.gateway.formats.sections import SectionMarkers, sections
 from baton.services.gateway.formats.source import (
     Source,
     Steps,
     literal,
     short_text_before,
     spaces,
-    texts_before,
 )
 
 ALL_BEGIN, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 BEGIN, SEPARATOR, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 _KIND = "function"
 _FENCE = "```"
+_MARKERS = SectionMarkers(ALL_BEGIN, ALL_END, BEGIN, END)
 
 
 def steps(source: Source, calls: Calls) -> Steps[None]:
-    marker = yield from texts_before(source, ALL_BEGIN, BEGIN)
-    while marker is not None:
-        source.begin_record(marker)
-        if marker == ALL_BEGIN:
-            yield from spaces(source)
-            marker = yield from literal(source, BEGIN)
-        is_call = marker == BEGIN and (yield from _call(source, calls))
-        yield Content(source.recorded())
-        if is_call:
-            marker = yield from texts_before(source, END, BEGIN, ALL_BEGIN, ALL_END)
-            if marker == END:
-                marker = yield from texts_before(source, BEGIN, ALL_BEGIN, ALL_END)
-        if not is_call or marker == ALL_END:
-            marker = yield from texts_before(source, ALL_BEGIN, BEGIN)
+    return sections(source, calls, _MARKERS, _call)
 
 
 def _call(source: Source, calls: Calls) -> Steps[bool]:
-    """False when it is none: nothing was yielded, and all of it is in the record."""
     head, marker = yield from short_text_before(source, SEPARATOR, END)
     name = head.strip()
     if marker != SEPARATOR:

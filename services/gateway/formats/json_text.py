@@ -87,6 +87,20 @@ def call_object(source: Source, calls: Calls, *ends: str, is_marked: bool = True
     return has_begun
 
 
+def call_objects(source: Source, calls: Calls, *ends: str) -> Steps[None]:
+    """One call or a list of them, marked as such. What of the record is no call stays in it."""
+    is_list = (yield from literal(source, "[")) is not None
+    yield from spaces(source)
+    while source.next == "{" and (yield from call_object(source, calls, *ends)):
+        yield from spaces(source)
+        if is_list and (yield from literal(source, "]")):
+            source.begin_record()
+            return
+        if (yield from literal(source, ",")) is None:
+            return
+        yield from spaces(source)
+
+
 def arguments(source: Source, calls: Calls, *ends: str) -> Steps[None]:
     """Of the call that has begun, whose `{` comes next."""
     value = _Value(ends)

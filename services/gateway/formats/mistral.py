@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from baton.services.gateway.answer_parts import Content
 from baton.services.gateway.formats.calls import Calls
-from baton.services.gateway.formats.json_text import arguments, call_object
+from baton.services.gateway.formats.json_text import arguments, call_objects
 from baton.services.gateway.formats.source import (
     Source,
     Steps,
@@ -26,24 +26,10 @@ def steps(source: Source, calls: Calls) -> Steps[None]:
         source.begin_record(BEGIN)
         yield from spaces(source)
         if source.next in ("[", "{"):
-            yield from _objects(source, calls)
+            yield from call_objects(source, calls, BEGIN)
         else:
             yield from _named(source, calls)
         yield Content(source.recorded())
-
-
-def _objects(source: Source, calls: Calls) -> Steps[None]:
-    """What of the record is no call stays in it."""
-    is_list = (yield from literal(source, "[")) is not None
-    yield from spaces(source)
-    while source.next == "{" and (yield from call_object(source, calls, BEGIN)):
-        yield from spaces(source)
-        if is_list and (yield from literal(source, "]")):
-            source.begin_record()
-            return
-        if (yield from literal(source, ",")) is None:
-            return
-        yield from spaces(source)
 
 
 def _named(source: Source, calls: Calls) -> Steps[None]:

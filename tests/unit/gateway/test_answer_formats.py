@@ -89,6 +89,11 @@ HARMONY = (
     '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Ulm"}'
     "<|call|><|start|>assistant to=functions.time<|channel|>commentary json<|message|>{}<|call|>"
 )
+KIMI = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+    '<|tool_call_argument_begin|>{"city": "Ulm"}<|tool_call_end|>\n<|tool_call_begin|>'
+    "functions.time:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+)
 HERMES = (
     '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
@@ -111,6 +116,16 @@ WELL_WRITTEN = {
     ),
     "mistral ": '[TOOL_CALLS]weather[ARGS]{"city": "Ulm"}[TOOL_CALLS]time[CALL_ID]c1[ARGS]{}',
     "deepseek": DEEPSEEK_V3,
+    "kimi": KIMI,
+    "kimi ": KIMI.replace("functions.", "").replace(":1", ""),
+    "granite": (
+        '<|tool_call|>[{"name": "weather", "arguments": {"city": "Ulm"}}, '
+        '{"name": "time", "arguments": {}}]'
+    ),
+    "granite ": (
+        '<tool_call>[{"name": "weather", "arguments": {"city": "Ulm"}}]'
+        '<tool_call>[{"name": "time", "arguments": {}}]'
+    ),
     "deepseek ": DEEPSEEK_V31,
     "glm": GLM,
     "qwen3-coder": QWEN3_CODER,
@@ -254,6 +269,8 @@ BADLY_WRITTEN: list[tuple[str, str, Told]] = [
         [("time", "{}"), ", no]"],
     ),
     ("deepseek", "<｜tool▁calls▁begin｜>no", ["<｜tool▁calls▁begin｜>no"]),
+    *kept("kimi", "<|tool_calls_section_begin|>no", KIMI[:60] + "<|tool_call_end|>"),
+    *kept("granite", "<|tool_call|>no", '<|tool_call|>[{"name": 3}]', "<tool_call>[]"),
     (
         "deepseek",
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>time<｜tool▁sep｜>no",
@@ -385,6 +402,7 @@ def test_what_is_cut_off_is_kept(name: str) -> None:
 
 FORMS = [
     *("hermes", "llama3", "pythonic", "mistral", "deepseek", "glm", "qwen3-coder", "harmony"),
+    *("kimi", "granite"),
 ]
 
 
@@ -466,6 +484,7 @@ def test_how_long_a_name_is_follows_from_no_cut() -> None:
             ("glm", f"<tool_call>{name}</tool_call>"),
             ("qwen3-coder", f"<tool_call><function={name}></function></tool_call>"),
             ("mistral", f"[TOOL_CALLS]{name}[ARGS]{{}}"),
+            ("kimi", KIMI.replace("functions.time:1", name)),
         ):
             expected = read(form, [text], reasoning="harmony" if form == "harmony" else "none")
             for pieces in cuts(text):

@@ -60,6 +60,12 @@ SHORT_IDS = """{% if tools is not none %}[AVAILABLE_TOOLS]{{ tools | tojson }}{%
 {% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}
 {{ raise_exception('ids have length 9') }}{% endif %}{{ m.content + m.tool_call_id }}
 {% else %}[INST]{{ m.content }}[THINK][/THINK]{% endif %}{% endfor %}"""
+KIMI = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_{{ m.role }}|>
+{% if m.role == 'tool' %}## Return of {{ m.tool_call_id }}
+{% endif %}{{ m.content or '' }}{% if m.tool_calls %}<|tool_calls_section_begin|>
+{% for c in m.tool_calls %}<|tool_call_begin|>{{ c.id }}<|tool_call_argument_begin|>
+{{ c.function.arguments | tojson }}<|tool_call_end|>{% endfor %}<|tool_calls_section_end|>
+{% endif %}{% endfor %}"""
 SWITCHED = """{% if tools and enable_thinking %}{{ tools[0].function.name }}{% endif %}
 {% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls }}{% endfor %}{{ effort }}
 <function=f><parameter=p>"""
@@ -121,6 +127,24 @@ def test_ids_from_elsewhere_fit() -> None:
     assert long in ChatTemplate(shown, {}).render(chat)
 
 
+def test_ids_that_are_a_calls_only_name_are_made() -> None:
+    """As Kimi's template has them, over all of the chat, wherever the client's come from."""
+    chat = [
+        CHAT[0],
+        {"role": "assistant", "tool_calls": [{**CALL, "id": "abcdefgh1"}, {**CALL, "id": "c2"}]},
+        {**CHAT[2], "tool_call_id": "c2"},
+        {**CHAT[2], "tool_call_id": "abcdefgh1"},
+        {"role": "assistant", "tool_calls": [{**CALL, "id": "c3"}]},
+        {**CHAT[2], "tool_call_id": "unknown"},
+    ]
+    name = CALL["function"]["name"]
+    calls = [f"functions.{name}:{number}" for number in range(3)]
+    text = ChatTemplate(KIMI, {}).render(chat)
+    assert [part.split("<")[0] for part in text.split("<|tool_call_begin|>")[1:]] == calls
+    returns = [part.split("\n")[0] for part in text.split("## Return of ")[1:]]
+    assert returns == [calls[1], calls[0], "unknown"]
+
+
 @pytest.mark.parametrize(
     ("source", "chat", "tools", "field"),
     [
@@ -151,6 +175,8 @@ def test_variables() -> None:
         (TEXT_AND_NONE, "deepseek", "think"),
         (SHORT_IDS, "mistral", "mistral"),
         (SWITCHED, "qwen3-coder", "none"),
+        (KIMI, "kimi", "none"),
+        ("answer with <|tool_call|> followed by a JSON list", "granite", "none"),
         (NONE, "none", "none"),
         ("{{ '<|channel|>' }}<tool_call>{{ '<|message|>' }}</think>", "harmony", "harmony"),
         ("<|python_tag|>", "llama3", "none"),
