@@ -27,6 +27,7 @@ TYPES = {
     "caches shared, experts": ("gemma4_text", "experts, caches shared"),
     "mixture": ("qwen3_moe", "as they come"),
     "mixture, windows, sinks": ("gpt_oss", "as they come"),
+    "latents": ("deepseek_v2", "as lite"),
 }
 """Type and case of tiny_models.py; they have no tokenizer."""
 

@@ -11,18 +11,11 @@ import pytest
 from tests.gpu.conftest import MakeRunner
 from tests.gpu.forced_routes import ForcedRoutes
 from tests.gpu.test_logits import TOLERANCE, compare, of_groups, random_tokens
-from tests.unit.engine.tiny_latents import TINY_LATENTS
 from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
 
 pytestmark = pytest.mark.gpu
 
-CASES = [
-    (model_type, case)
-    for model_type, cases in TINY_MODELS.items()
-    for case in cases
-    # Those are computed on a CPU alone.
-    if model_type not in TINY_LATENTS
-]
+CASES = [(model_type, case) for model_type, cases in TINY_MODELS.items() for case in cases]
 
 
 @pytest.mark.parametrize(("model_type", "case"), CASES)
