@@ -184,6 +184,44 @@ _GPT_OSS_20B = Shape(
         "sliding_window": 128,
     }
 )
+_DEEPSEEK_V2_LITE = Shape(
+    {
+        "model_type": "deepseek_v2",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "hidden_size": 2048,
+        "intermediate_size": 10_944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 102_400,
+        "max_position_embeddings": 163_840,
+        "rope_theta": 10_000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+        "rms_norm_eps": 1e-6,
+    }
+)
 _TINY: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -199,6 +237,7 @@ SHAPES = {
     "gemma3-12b": _GEMMA3_12B,
     "qwen3-30b-a3b": _QWEN3_30B_A3B,
     "gpt-oss-20b": _GPT_OSS_20B,
+    "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
     # For trials on a CPU.
     "tiny": _LLAMA_8B.but(**_TINY, num_hidden_layers=2, max_position_embeddings=16_384),
     "tiny-qwen3": _QWEN3_8B.of_layers(2).but(**_TINY),
@@ -211,6 +250,16 @@ SHAPES = {
     ),
     "tiny-gpt-oss": _GPT_OSS_20B.of_layers(2).but(
         **_TINY, num_local_experts=8, num_experts_per_tok=2, sliding_window=32
+    ),
+    "tiny-deepseek": _DEEPSEEK_V2_LITE.of_layers(2).but(
+        **{**_TINY, "num_key_value_heads": 4},
+        moe_intermediate_size=64,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
     ),
 }
 

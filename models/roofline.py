@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 
 _ITEM = 2
 """Bytes of a weight, a key's or a value's number: bfloat16."""
@@ -88,15 +88,14 @@ def num_head_weights(model: ModelConfig) -> int:
 def context_bytes(model: ModelConfig, context: int) -> int:
     """Keys and values that a token reads behind `context` − 1 others."""
     return sum(
-        2 * _ITEM * each.num_kv_heads * each.head_dim * min(context, each.window or context)
-        for each in model.layers
+        _ITEM * _num_kept(each) * min(context, each.window or context) for each in model.layers
     )
 
 
 def attention_flop(model: ModelConfig, num_tokens: int) -> int:
-    """Of a prompt's causal attention, in all layers."""
+    """Of a prompt's causal attention, in all layers; with latents, once they are expanded."""
     return sum(
-        4 * each.num_heads * each.head_dim * num_pairs(num_tokens, each.window)
+        2 * each.num_heads * sum(_head_dims(each)) * num_pairs(num_tokens, each.window)
         for each in model.layers
     )
 
@@ -107,13 +106,37 @@ def num_pairs(num_tokens: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 
 
+def _head_dims(layer: AttentionConfig) -> tuple[int, int]:
+    """Of a head's key and value."""
+    if layer.latent is None:
+        return layer.head_dim, layer.head_dim
+    return layer.latent.key_dim + layer.head_dim, layer.latent.value_dim
+
+
+def _num_kept(layer: AttentionConfig) -> int:
+    """Numbers that a layer reads of a token before."""
+    if layer.latent is None:
+        return 2 * layer.num_kv_heads * layer.head_dim
+    return layer.latent.rank + layer.head_dim
+
+
 def _num_attention_weights(model: ModelConfig) -> int:
     """Queries and output, and where a layer has its own, keys and values."""
-    heads = sum(
-        2 * each.head_dim * (each.num_heads + (each.num_kv_heads if each.source is None else 0))
-        for each in model.layers
-    )
-    return model.hidden_size * heads
+    return sum(_num_attention_weights_of(layer, model.hidden_size) for layer in model.layers)
+
+
+def _num_attention_weights_of(layer: AttentionConfig, hidden_size: int) -> int:
+    if layer.latent is None:
+        num_kv_heads = layer.num_kv_heads if layer.source is None else 0
+        return 2 * hidden_size * layer.head_dim * (layer.num_heads + num_kv_heads)
+    latent = layer.latent
+    key_dim, value_dim = _head_dims(layer)
+    queries = hidden_size * layer.num_heads * key_dim
+    if latent.query_rank is not None:
+        queries = latent.query_rank * (hidden_size + layer.num_heads * key_dim)
+    latents = hidden_size * (latent.rank + layer.head_dim)
+    of_heads = latent.rank * layer.num_heads * (latent.key_dim + value_dim)
+    return queries + latents + of_heads + layer.num_heads * value_dim * hidden_size
 
 
 def _num_mlp_weights(model: ModelConfig) -> int:

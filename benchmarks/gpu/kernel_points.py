@@ -19,6 +19,7 @@ from baton.kernels.linear_table import choose
 from benchmarks.gpu.attention_points import decode_attention, prefill_attention, rope_and_store
 from benchmarks.gpu.expert_points import experts_around, experts_product
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
+from benchmarks.gpu.latent_points import latent_decode, latent_heads, latent_prefill
 from benchmarks.gpu.linear_tune import FORMS, Data
 from benchmarks.gpu.shaping_points import shaping
 
@@ -194,5 +195,6 @@ POINTS: dict[str, Callable[[], Iterator[Point]]] = {
     for each in (
         linear, decode_attention, prefill_attention, rope_and_store, rms_norm, gated_mul,
         block_digest, sampling, shaping, begin_step, experts_product, experts_around,
+        latent_decode, latent_heads, latent_prefill,
     )
 }  # fmt: skip

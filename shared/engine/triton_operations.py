@@ -204,7 +204,7 @@ class TritonOperations:
             )
             _of_latents(attended, heads, out[: len(own)])
         for chunk in plan.chunks:
-            attend = _attend_expanded if _expands(chunk, kv, heads) else _attend_absorbed
+            attend = attend_expanded if _expands(chunk, kv, heads) else attend_absorbed
             attend(query, kv, layer, plan, chunk, heads, scale, out)
         return out
 
@@ -445,7 +445,7 @@ def _expands(chunk: Chunk, kv: Tensor, heads: LatentHeads) -> bool:
     )
 
 
-def _attend_absorbed(
+def attend_absorbed(
     query: Tensor,
     kv: Tensor,
     layer: int,
@@ -475,7 +475,7 @@ def _attend_absorbed(
     _of_latents(attended[own], heads, out[own])
 
 
-def _attend_expanded(
+def attend_expanded(
     query: Tensor,
     kv: Tensor,
     layer: int,

@@ -20,6 +20,7 @@ TRUE_SHAPES = {
     "gemma3-12b": "google--gemma-3-12b-it",
     "qwen3-30b-a3b": "Qwen--Qwen3-30B-A3B",
     "gpt-oss-20b": "openai--gpt-oss-20b",
+    "deepseek-v2-lite": "deepseek-ai--DeepSeek-V2-Lite",
 }
 
 

@@ -38,6 +38,16 @@ def config_of(name: str, directory: Path) -> ModelConfig:
         ("qwen3-30b-a3b", 48 * 56_885_248, 311_164_928, 60_466_659_328, 96 * MiB, 768 * MiB),
         # 2880 · 2 · 64 · 72 + 4 · 3 · 2880² + 32 · 2880; 2 KiB; half the layers see 128 tokens.
         ("gpt-oss-20b", 24 * 126_167_040, 579_133_440, 40_661_729_280, 27 * MiB, 195 * MiB),
+        # 2048 · (16 · 192 + 576 + 16 · 128) + 512 · 16 · 256 of attention; one layer of 3 · 2048 ·
+        # 10944, the others of 3 · 2048 · (2816 + 6 · 1408) + 64 · 2048; 1,152 bytes of latents.
+        (
+            "deepseek-v2-lite",
+            27 * 13_762_560 + 67_239_936 + 26 * 69_337_088,
+            209_715_200,
+            31_000_100_864,
+            27 * 1024 * 1152,
+            27 * 8192 * 1152,
+        ),
     ],
 )
 def test_what_a_step_reads_and_multiplies(

@@ -4,11 +4,13 @@ worker that dies and has few blocks."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
@@ -54,3 +56,41 @@ def check_chunks(runner: ModelRunner, prompt: list[int], whole: torch.Tensor) ->
         logits = runner.logits(Batch(rows))[0]
         start = end
     assert torch.equal(logits, whole)
+
+
+def test_fp8_blocks_are_expanded(tmp_path: Path) -> None:
+    """As deepseek_v3 is published: each matrix of linear layers and experts as 8-bit numbers with
+    `weight_scale_inv` for blocks, of which rows of fused projections begin in the middle."""
+    fields = TINY_LATENTS["deepseek_v3"]["as they come"]
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    make_tiny(plain, "deepseek_v3", fields)
+    size, tensors, expanded = 16, {}, {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if weight.dim() != 2 or name.endswith(
+            ("gate.weight", "embed_tokens.weight", "head.weight")
+        ):
+            tensors[name] = expanded[name] = weight
+            continue
+        scale = torch.rand(-(-weight.shape[0] // size), -(-weight.shape[1] // size)) + 0.5
+        by_number = scale.repeat_interleave(size, 0).repeat_interleave(size, 1)
+        by_number = by_number[: weight.shape[0], : weight.shape[1]]
+        tensors[name] = (weight / by_number).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+        expanded[name] = tensors[name].float() * by_number
+    packed.mkdir()
+    save_file(tensors, packed / "model.safetensors")
+    save_file(expanded, plain / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [size, size],
+    }
+    (packed / "config.json").write_text(json.dumps(config))
+    row = BatchRow(random.Random(3).choices(range(320), k=40), 0, [TABLE])
+    both = [
+        ModelRunner(EngineConfig(directory, num_blocks=16, **ENGINE)).logits(Batch([row]))
+        for directory in (plain, packed)
+    ]
+    torch.testing.assert_close(*both, atol=1e-5 * float(both[0].abs().max()), rtol=0)
