@@ -22,6 +22,7 @@ from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 from benchmarks.gpu.latent_points import latent_decode, latent_heads, latent_prefill
 from benchmarks.gpu.linear_tune import FORMS, Data
 from benchmarks.gpu.shaping_points import shaping
+from benchmarks.gpu.small_points import small_linear_points
 
 HIDDEN, FFN, VOCAB = 4096, 14336, 128256
 _BF16 = torch.bfloat16
@@ -197,4 +198,4 @@ POINTS: dict[str, Callable[[], Iterator[Point]]] = {
         block_digest, sampling, shaping, begin_step, experts_product, experts_around,
         latent_decode, latent_heads, latent_prefill,
     )
-}  # fmt: skip
+} | {"small_linear": small_linear_points}  # fmt: skip

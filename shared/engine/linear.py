@@ -147,6 +147,11 @@ class Linear:
     """See `LinearSpec`."""
 
     @property
+    def is_small(self) -> bool:
+        """Computed as it is stored."""
+        return False
+
+    @property
     def num_bytes(self) -> int:
         num_numbers = self.num_out * (self.num_in + (self.bias is not None))
         return num_numbers * self.weight.dtype.itemsize

@@ -27,7 +27,6 @@ from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.operations import Norm, Operations
 from baton.shared.engine.quantised import gguf
 from baton.shared.engine.quantised.scheme import Quantization
-from baton.shared.engine.quantised.small import SmallLinear
 from baton.shared.engine.weight_headers import FLOATS, Header
 from baton.shared.engine.weights import WeightSource
 from baton.shared.kv.cache_spec import CacheGroup, places_of_layers
@@ -109,7 +108,7 @@ class ModelLoader:
 
     def linear(self, spec: LinearSpec) -> Linear:
         layer = self.ops.load_linear(spec, self)
-        self.has_small |= isinstance(layer, SmallLinear)
+        self.has_small |= layer.is_small
         self.num_bytes += layer.num_bytes
         self.linear_shapes.add((layer.num_out, layer.num_in))
         return layer

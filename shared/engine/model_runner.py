@@ -581,7 +581,11 @@ def _operations(
             "long prompts are computed by the slower kernel of attention",
             message=problem,
         )
-    return TritonOperations(overlaps=capability >= (9, 0))
+    return TritonOperations(
+        overlaps=capability >= (9, 0),
+        keeps_small=dtype != torch.float32,
+        takes_float8=capability >= (8, 9),
+    )
 
 
 def _why_not_hopper(model: ModelConfig) -> str:

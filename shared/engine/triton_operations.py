@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels import experts as experts_kernels
-from baton.kernels import linear_table
+from baton.kernels import linear_table, small_linear
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
 from baton.kernels.gated_mul import gated_mul
@@ -31,8 +31,19 @@ from baton.kernels.soft_cap import soft_cap
 from baton.shared.engine.device_columns import Chunk
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
-from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks, Split, expand
+from baton.shared.engine.linear import (
+    Linear,
+    LinearSpec,
+    PartReader,
+    Ranks,
+    Split,
+    expand,
+    joined,
+    read_bias,
+    read_parts,
+)
 from baton.shared.engine.operations import Norm
+from baton.shared.engine.quantised.stored import StoredLinear, pack_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +98,46 @@ _NO_NORMS = HeadNorms(eps=0.0)
 class TritonOperations:
     """`use_skinny`: False leaves all matrix products to cuBLAS. `overlaps`: kernels start while the
     one before ends, and wait for its results by themselves (programmatic dependent launch, compute
-    capability 9.0)."""
+    capability 9.0). `keeps_small`: quantised weights are read as they are stored; `takes_float8`:
+    those of 8-bit floats are, too (compute capability 8.9)."""
 
     def __init__(
-        self, ranks: Ranks = _ALONE, *, use_skinny: bool = True, overlaps: bool = False
+        self,
+        ranks: Ranks = _ALONE,
+        *,
+        use_skinny: bool = True,
+        overlaps: bool = False,
+        keeps_small: bool = False,
+        takes_float8: bool = False,
     ) -> None:
         self.ranks = ranks
+        self.keeps_small = keeps_small
+        self._takes_float8 = takes_float8
         self._use_skinny = use_skinny
         self._overlaps = overlaps
         self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
 
-    keeps_small = False
-
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
-        layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
+        if self.keeps_small and not spec.is_wide:
+            layer = self._load_stored(spec, reader)
+        else:
+            layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
         return replace(layer, all_reduce=all_reduce)
+
+    def _load_stored(self, spec: LinearSpec, reader: PartReader) -> Linear:
+        parts = list(read_parts(spec, reader, self.ranks))
+        bias = read_bias(spec, reader, self.ranks)
+        stored = pack_stored(parts, takes_float8=self._takes_float8)
+        if stored is None:
+            weight = joined(parts, reader.dtype)
+            bias = None if bias is None else bias.to(weight.device)
+            return self.pack_linear(weight, bias, spec.scale)
+        weight = stored.codes.new_empty(0, dtype=reader.dtype)
+        bias = None if bias is None else bias.to(weight.device)
+        return StoredLinear(
+            weight, bias, stored.num_out, stored.num_in, scale=spec.scale, stored=stored
+        )
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
@@ -215,6 +250,8 @@ class TritonOperations:
         weight, bias = layer.weight, layer.bias
         if layer.all_reduce is not None:
             return self._reduced(x, layer, residual)
+        if isinstance(layer, StoredLinear):
+            return self._stored(x, layer, residual)
         config = self._choose(x, layer, fused=residual is not None)
         if config is not None:
             return skinny_linear(
@@ -235,7 +272,7 @@ class TritonOperations:
         return residual.addmm_(x, weight.t(), alpha=layer.scale)
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        config = self._choose(x, layer, fused=True)
+        config = None if layer.is_small else self._choose(x, layer, fused=True)
         if config is None:
             return self.linear(rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps), layer)
         return skinny_linear(
@@ -252,6 +289,9 @@ class TritonOperations:
     def norm_gate_up(
         self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
     ) -> Tensor:
+        if layer.is_small:
+            gate_up = self.norm_linear(x, norm, layer)
+            return gated_mul(gate_up, activation=activation, pdl=self._overlaps)
         weight, bias = layer.weight, layer.bias
         config = self._choose(x, layer, fused=True)
         if config is not None:
@@ -382,6 +422,18 @@ class TritonOperations:
                 out=out,
             )
         return out
+
+    def _stored(self, x: Tensor, layer: StoredLinear, residual: Tensor | None) -> Tensor:
+        stored = layer.stored
+        if len(x) <= small_linear.MOST_ROWS:
+            return small_linear.small_linear(
+                x, stored, layer.bias, residual=residual, scale=layer.scale, out=residual
+            )
+        if stored.columns is not None:
+            x = x.index_select(1, stored.columns)
+        weight = small_linear.expand(stored, x.dtype)
+        expanded = Linear(weight, layer.bias, layer.num_out, layer.num_in, scale=layer.scale)
+        return self.linear(x, expanded, residual)
 
     def _reduced(self, x: Tensor, layer: Linear, residual: Tensor | None) -> Tensor:
         """This rank's product, added to the others'; then bias and residual."""

@@ -42,6 +42,10 @@ class SmallLinear(Linear):
     pieces: tuple[Piece, ...]
 
     @property
+    def is_small(self) -> bool:
+        return True
+
+    @property
     def num_bytes(self) -> int:
         return sum(piece.num_bytes for piece in self.pieces) + 2 * self.num_out * (
             self.bias is not None
@@ -90,7 +94,7 @@ def _packed(parts: Sequence[QuantisedWeight]) -> Piece | None:
     if any(part.group_of is not None for part in parts):
         if len(parts) > 1:
             return None
-        ordered = _in_order(parts[0])
+        ordered = parts[0].in_order()
         if ordered is None:
             return None
         parts, columns = [ordered[0]], ordered[1]
@@ -151,13 +155,3 @@ def _by_group(parts: Sequence[tuple[QuantisedWeight, Tensor | None]], group: int
             repeated = numbers.float().repeat_interleave(count // numbers.shape[1], 1)
             rows.append(repeated.expand(part.num_out, count))
     return torch.cat(rows)
-
-
-def _in_order(part: QuantisedWeight) -> tuple[QuantisedWeight, Tensor] | None:
-    """Its columns sorted by group, and which these are; None: groups are of different sizes."""
-    assert part.group_of is not None
-    columns = part.group_of.argsort(stable=True)
-    sizes = part.group_of.bincount(minlength=part.scale.shape[1])
-    if len(set(sizes.tolist())) > 1:
-        return None
-    return part.with_columns(columns), columns

@@ -86,9 +86,16 @@ class QuantisedWeight:
             group_of=self.group_of if columns == WHOLE else group_of,
         )
 
-    def with_columns(self, columns: Tensor) -> QuantisedWeight:
-        """Those columns, int64 [in], in that order, by which their groups are equal runs."""
-        return replace(self, codes=self.codes.index_select(1, columns), group_of=None)
+    def in_order(self) -> tuple[QuantisedWeight, Tensor] | None:
+        """With columns sorted by group, and which these are, int64 [in]; None: groups are of
+        different sizes."""
+        group_of = self._group_of()
+        columns = group_of.argsort(stable=True)
+        sizes = group_of.bincount(minlength=self.scale.shape[1])
+        if len(set(sizes.tolist())) > 1:
+            return None
+        codes = self.codes.index_select(1, columns)
+        return replace(self, codes=codes, group_of=None), columns
 
     def take_rows(self, index: Tensor) -> QuantisedWeight:
         """Those rows, in that order: int64 [any]."""

@@ -1,0 +1,196 @@
+"""Products with weights of few bits, read as they are stored.
+
+    number = code · scale + offset
+
+Codes are multiplied as they are, which 16 bits hold exactly; a run's sum is scaled in float32. So
+nothing is rounded but the result. Few rows take one pass over the codes; for many the weight is
+expanded, and the library multiplies. All sums have a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from baton.kernels.small_linear_jit import add_splits_kernel, expand_kernel, small_linear_kernel
+
+MOST_ROWS = 256
+"""Of x, that are multiplied by what is stored: those of a decode step."""
+_PROGRAMS = 264
+"""Two for each processor of an H100 or H200."""
+_LEAST_STEPS = 8
+"""Of a split."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallWeight:
+    """[N, K], on the device that computes."""
+
+    codes: Tensor
+    """int8 or float8 [N, K]; of four bits uint8 [N, K / 2]: a byte has, plus 8, codes of columns
+    k (its lower half) and k + K / 2"""
+    scale: Tensor
+    """float32 [N, groups]"""
+    offset: Tensor | None
+    """float32 [N, groups]"""
+    num_in: int
+    columns: Tensor | None = None
+    """int64 [K]: which of x's columns stands where; None: they are in order."""
+
+    @property
+    def num_out(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def is_packed(self) -> bool:
+        return self.codes.dtype == torch.uint8
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.codes, self.scale, self.offset, self.columns)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def takes(num_out: int, num_in: int, num_groups: int, *, is_packed: bool) -> bool:
+    """Whether there is a kernel for so many equal runs of a row."""
+    if num_in % num_groups or (is_packed and num_in % 2):
+        return False
+    if num_groups == 1:
+        return True
+    size = num_in // num_groups
+    # Each half of a row has whole runs.
+    return size % 16 == 0 and (not is_packed or num_groups % 2 == 0)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int8 [N, K], from −8 to 7 → uint8 [N, K / 2], as `SmallWeight` has them."""
+    low, high = (codes + 8).to(torch.uint8).chunk(2, 1)
+    return (low | (high << 4)).contiguous()
+
+
+def small_linear(
+    x: Tensor,
+    weight: SmallWeight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    split_k: int | None = None,
+) -> Tensor:
+    """(x · weightᵀ + bias) · scale + residual, summed in float32 and rounded once.
+
+    Args:
+        x: [M, K], M up to about 256, of 16 or 32 bits; rows may be strided.
+        bias: [N].
+        residual: [M, N]; rows may be strided.
+        out: [M, N], may be `residual`, not x; rows may be strided.
+        split_k: programs that share the columns of a tile; a guess if not given.
+
+    Returns:
+        out, or a new tensor [M, N] of x's dtype.
+    """
+    rows, size_k = x.shape
+    size_n = weight.num_out
+    assert size_k == weight.num_in and x.stride(1) == 1
+    if out is None:
+        out = torch.empty((rows, size_n), dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out
+    if weight.columns is not None:
+        x = x.index_select(1, weight.columns)
+    group = _group(weight)
+    block_k = _block_k(group, x.element_size(), weight.is_packed)
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_n = 64
+    num_steps = triton.cdiv(size_k // 2 if weight.is_packed else size_k, block_k)
+    tiles = triton.cdiv(size_n, block_n), triton.cdiv(rows, block_m)
+    # Of all that are more than 64 the same: whatever is warmed up is all that there is.
+    split_k = split_k or _splits(tiles[0] * min(2, tiles[1]), num_steps)
+    steps = triton.cdiv(num_steps, split_k)
+    partial = None
+    if split_k > 1:
+        partial = torch.empty((split_k, rows, size_n), dtype=torch.float32, device=x.device)
+    ends: dict[str, Any] = {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "partial_ptr": partial,
+        "rows": rows,
+        "size_n": size_n,
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "out_stride": out.stride(0),
+        # Without a scale the kernel has none.
+        "scale": None if scale == 1 else scale,
+        "SPLIT_K": split_k,
+    }
+    small_linear_kernel[(*tiles, split_k)](
+        x,
+        **_stored(weight),
+        **ends,
+        size_k=size_k,
+        x_stride=x.stride(0),
+        steps_per_split=steps,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=8 if block_m > 32 else 4,
+        num_stages=3,
+    )
+    if split_k > 1:
+        add_splits_kernel[(triton.cdiv(size_n, 512), rows)](**ends, BLOCK_N=512, num_warps=4)
+    return out
+
+
+def expand(weight: SmallWeight, dtype: torch.dtype) -> Tensor:
+    """The numbers [N, K], of columns as x has them, if these are put in order."""
+    out = torch.empty((weight.num_out, weight.num_in), dtype=dtype, device=weight.codes.device)
+    grid = triton.cdiv(weight.num_out, 16), triton.cdiv(weight.num_in, 128)
+    expand_kernel[grid](
+        **_stored(weight),
+        out_ptr=out,
+        size_n=weight.num_out,
+        size_k=weight.num_in,
+        BLOCK_N=16,
+        BLOCK_K=128,
+        num_warps=4,
+    )
+    return out
+
+
+def _stored(weight: SmallWeight) -> dict[str, Any]:
+    is_float = weight.codes.dtype == torch.float8_e4m3fn
+    return {
+        "codes_ptr": weight.codes.view(torch.uint8) if is_float else weight.codes,
+        "scale_ptr": weight.scale,
+        # A pointer that is not read.
+        "offset_ptr": weight.scale if weight.offset is None else weight.offset,
+        "num_groups": weight.scale.shape[1],
+        "GROUP": _group(weight),
+        "IS_PACKED": weight.is_packed,
+        "IS_FLOAT": is_float,
+        "HAS_OFFSET": weight.offset is not None,
+    }
+
+
+def _group(weight: SmallWeight) -> int:
+    """Numbers with one scale; 0: all of a row."""
+    num_groups = weight.scale.shape[1]
+    return 0 if num_groups == 1 else weight.num_in // num_groups
+
+
+def _block_k(group: int, itemsize: int, is_packed: bool) -> int:
+    """Columns of a step, all of one group."""
+    most = 32 if itemsize == 4 else 64 if is_packed else 128
+    return most if not group else min(most, group & -group)
+
+
+def _splits(num_tiles: int, num_steps: int) -> int:
+    split = 1
+    while 2 * split * num_tiles <= _PROGRAMS and num_steps // (2 * split) >= _LEAST_STEPS:
+        split *= 2
+    return split
