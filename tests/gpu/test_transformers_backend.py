@@ -80,7 +80,7 @@ def split(prefill: ModelRunner, decode: ModelRunner, prompt: list[int]) -> list[
 def test_bfloat16_passes_what_is_compared_at_start(
     model_type: str, tmp_path: Path, make_gpu_runner: MakeRunner
 ) -> None:
-    make_tiny(tmp_path, model_type, MODELS[model_type])
+    make_tiny(tmp_path, model_type, MODELS[model_type], is_calm=True)
     runner = start(make_gpu_runner, tmp_path, "bfloat16")
     asked = prompts(runner.model_config.vocab_size)
     answers = PlainLoop(runner).generate(asked, [GREEDY] * len(asked), chunk=50)
