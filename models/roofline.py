@@ -28,16 +28,27 @@ class Rates:
     """Of the best kernels of attention over a prompt."""
 
 
+WEIGHT_ITEMS: dict[str | None, float] = {None: _ITEM, "fp8": 1, "int8": 1, "int4": 0.5 + 4 / 128}
+"""Bytes of a weight of attention or an MLP, by what makes it small; scales of rows do not count."""
+
+
 def decode_floor_s(
-    model: ModelConfig, batch: int, context: int, rates: Rates, *, experts_hit: float | None = None
+    model: ModelConfig,
+    batch: int,
+    context: int,
+    rates: Rates,
+    *,
+    experts_hit: float | None = None,
+    quantization: str | None = None,
 ) -> float:
     """Of a step in which `batch` sequences with so many tokens draw one each: weights are read
     once, or multiplied by, whichever takes longer; then keys and values are read.
 
     `experts_hit`: of a mixture, experts that are read, the mean of the layers; None: as many as
-    would be if all were chosen equally often.
+    would be if all were chosen equally often. `quantization`: of `WEIGHT_ITEMS`.
     """
-    read_s = step_weight_bytes(model, batch, experts_hit) / rates.bytes_per_s
+    num_bytes = step_weight_bytes(model, batch, experts_hit, quantization)
+    read_s = num_bytes / rates.bytes_per_s
     flop = 2 * batch * (num_weights_of_a_token(model) + num_head_weights(model))
     kv_bytes = batch * context_bytes(model, context)
     return max(read_s, flop / rates.flop_per_s) + kv_bytes / rates.bytes_per_s
@@ -52,11 +63,14 @@ def prefill_floor_s(model: ModelConfig, num_tokens: int, rates: Rates) -> float:
 
 
 def step_weight_bytes(
-    model: ModelConfig, num_tokens: int, experts_hit: float | None = None
+    model: ModelConfig,
+    num_tokens: int,
+    experts_hit: float | None = None,
+    quantization: str | None = None,
 ) -> float:
     """What a step of so many tokens reads of the weights, each once."""
-    num_dense = _num_attention_weights(model) + _num_mlp_weights(model) + num_head_weights(model)
-    num_bytes: float = _ITEM * num_dense
+    num_dense = _num_attention_weights(model) + _num_mlp_weights(model)
+    num_bytes: float = WEIGHT_ITEMS[quantization] * num_dense + _ITEM * num_head_weights(model)
     if model.mixture is not None:
         rule, num_layers = model.mixture.routing, sum(model.mixture.layers)
         if experts_hit is None:

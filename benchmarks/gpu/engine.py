@@ -182,7 +182,14 @@ def _decode_point(
         hits = figures["experts_hit"] = counter.mean
     # Contexts grow while it is measured.
     context = point.num_tokens + args.steps // 2
-    floor_s = decode_floor_s(runner.model_config, batch, context, ceilings.rates, experts_hit=hits)
+    floor_s = decode_floor_s(
+        runner.model_config,
+        batch,
+        context,
+        ceilings.rates,
+        experts_hit=hits,
+        quantization=runner.quantization,
+    )
     figures["floor_ms"] = floor_s * 1e3
     return f"decode {point}", figures
 

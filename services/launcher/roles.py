@@ -56,6 +56,8 @@ class StackConfig:
     dtype: str = "auto"
     model_impl: str = "auto"
     """Whose code computes the model."""
+    quantization: str | None = None
+    """How plain weights are made small."""
     redis_url: str | None = None
     cluster: str = "default"
     num_blocks: int | None = None
@@ -164,6 +166,8 @@ def _worker_argv(
     argv += ["--device", config.device, "--dtype", config.dtype]
     if config.model_impl != "auto":
         argv += ["--model-impl", config.model_impl]
+    if config.quantization is not None:
+        argv += ["--quantization", config.quantization]
     argv += ["--block-size", str(config.block_size), "--shm-dir", str(shm_dir)]
     if config.num_blocks is not None:
         argv += ["--num-blocks", str(config.num_blocks)]

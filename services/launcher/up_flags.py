@@ -8,7 +8,12 @@ from pathlib import Path
 from baton.services.launcher.flag_types import count, port, positive, seconds, utf8
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.shared.answer_formats import REASONING_FORMATS, TOOL_FORMATS
-from baton.shared.engine.config import MODEL_IMPL_HELP, MODEL_IMPLS
+from baton.shared.engine.config import (
+    MODEL_IMPL_HELP,
+    MODEL_IMPLS,
+    QUANTIZATION_HELP,
+    QUANTIZATIONS,
+)
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
 from baton.shared.speculation import HELP, METAVAR, speculation
@@ -69,6 +74,14 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         default=defaults.model_impl,
         choices=MODEL_IMPLS,
         help=MODEL_IMPL_HELP,
+    )
+    add_flag(
+        workers,
+        "--quantization",
+        type=str,
+        default=defaults.quantization,
+        choices=QUANTIZATIONS,
+        help=QUANTIZATION_HELP,
     )
     add_flag(
         workers,
@@ -198,6 +211,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         device=args.device,
         dtype=args.dtype,
         model_impl=args.model_impl,
+        quantization=args.quantization,
         redis_url=args.redis_url,
         cluster=args.cluster,
         num_blocks=args.num_blocks,

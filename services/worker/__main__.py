@@ -19,6 +19,8 @@ from baton.shared.engine.config import (
     LOAD_FORMATS,
     MODEL_IMPL_HELP,
     MODEL_IMPLS,
+    QUANTIZATION_HELP,
+    QUANTIZATIONS,
     EngineConfig,
 )
 from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
@@ -106,6 +108,14 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         default="auto",
         choices=MODEL_IMPLS,
         help=MODEL_IMPL_HELP,
+    )
+    add_flag(
+        parser,
+        "--quantization",
+        type=str,
+        default=None,
+        choices=QUANTIZATIONS,
+        help=QUANTIZATION_HELP,
     )
     add_flag(
         parser,
@@ -206,6 +216,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         max_num_seqs=args.max_num_seqs,
         kernels=args.kernels,
         model_impl=args.model_impl,
+        quantization=args.quantization,
         load_format=args.load_format,
         gpu_memory_utilization=args.gpu_memory_utilization,
         host_memory_mib=args.host_memory_mib,

@@ -21,6 +21,11 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "triton", "torch")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("fp8", "int8", "int4")
+QUANTIZATION_HELP = (
+    "makes plain weights of linear layers small while they are loaded: fp8 and int8 with a scale "
+    "for each row, int4 for each run of 128 (or 64, or 32) numbers of one"
+)
 MODEL_IMPLS = ("auto", "baton", "transformers")
 MODEL_IMPL_HELP = (
     "whose code computes the model; auto: Baton's own, and transformers' for types without it, "
@@ -41,6 +46,7 @@ class EngineConfig:
     `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
     `model_impl`: whose code computes the model, baton's or, over our cache, that of the library
     transformers; auto takes the latter for types that baton has none for.
+    `quantization`: how plain weights are made small while they are loaded.
     `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.
     `gpu_memory_utilization`: share of the GPU's memory that this engine may take, weights included.
     `host_memory_mib`: what this process may take of the host's memory on a CPU, weights and pool
@@ -62,6 +68,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     kernels: str = "auto"
     model_impl: str = "auto"
+    quantization: Literal["fp8", "int8", "int4"] | None = None
     load_format: str = "auto"
     gpu_memory_utilization: float = 0.9
     host_memory_mib: int | None = None
@@ -79,6 +86,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ModelError(f"{name}: must be one of {', '.join(choices)}, not {value!r}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ModelError(
+                f"quantization: must be one of {', '.join(QUANTIZATIONS)}, "
+                f"not {self.quantization!r}"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ModelError(
                 f"gpu_memory_utilization: must be above 0 and at most 1, "

@@ -11,15 +11,18 @@ import torch
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.executor import Executor, Model
 from baton.shared.engine.gguf_weights import GgufWeights
+from baton.shared.engine.model_digest import find_weight_files
 from baton.shared.engine.model_loader import ModelPlan, load_model, plan_model
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.quantised.leftovers import leave_out
+from baton.shared.engine.quantised.quantise import Method
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.model_files.fields import ModelError, shown
+from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.model_files.info import open_config
 
 Weights = WeightFiles | GgufWeights | DummyWeights
@@ -96,6 +99,8 @@ class OwnImplementation:
     model_type: ModelType
     config: ModelConfig
     name: str = "baton"
+    quantise: Method | None = None
+    """How plain weights are made small."""
     has_graphs: bool = True
 
     def check_steps(self, most_tokens: int) -> None:
@@ -108,7 +113,7 @@ class OwnImplementation:
         ops: Operations,
         dtype: torch.dtype,
     ) -> ModelPlan:
-        plan = plan_model(self.model_type, self.config, groups, weights, ops, dtype)
+        plan = plan_model(self.model_type, self.config, groups, weights, ops, dtype, self.quantise)
         self._check_all_taken(weights, plan)
         return plan
 
@@ -140,6 +145,7 @@ class OwnImplementation:
             num_positions=place.num_positions,
             ropes_made_for=place.ropes_made_for,
             on_read=on_read,
+            quantise=self.quantise,
         )
 
     def check(
@@ -150,6 +156,19 @@ class OwnImplementation:
         block_size: int,
     ) -> bool:
         return True
+
+
+def _own(config: EngineConfig) -> OwnImplementation:
+    model_type, model = registry.load_model_config(config.model_dir)
+    if config.quantization is None:
+        return OwnImplementation(model_type, model)
+    path = config.model_dir / "config.json"
+    if model.quantization is not None:
+        method = model.quantization.method
+        raise ModelError(f"quantization: the model is quantised already: {path} says {method}")
+    if config.load_format != "dummy" and find_weight_files(config.model_dir)[0].name == WEIGHTS:
+        raise ModelError(f"quantization: {config.model_dir / WEIGHTS} is quantised already")
+    return OwnImplementation(model_type, model, quantise=config.quantization)
 
 
 def find_implementation(config: EngineConfig) -> Implementation:
@@ -163,7 +182,9 @@ def find_implementation(config: EngineConfig) -> Implementation:
     name = fields.string("model_type")
     is_own = registry.has(name)
     if config.model_impl == "baton" or (config.model_impl == "auto" and is_own):
-        return OwnImplementation(*registry.load_model_config(config.model_dir))
+        return _own(config)
+    if config.quantization is not None:
+        raise ModelError("quantization: transformers' code takes no weights that are quantised")
     # Loaded only where it is needed: it takes seconds, and memory.
     from baton.shared.engine.transformers_backend.implementation import TransformersImplementation
     from baton.shared.engine.transformers_backend.library import why_not_there

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from baton.shared.engine.quantised.quantise import Method, quantise
 from baton.shared.engine.quantised.read import read_quantised
 from baton.shared.engine.quantised.scheme import Quantization
 from baton.shared.engine.quantised.weight import QuantisedWeight
@@ -99,6 +100,10 @@ class LinearSpec:
     """What the results are multiplied by, bias included, before a residual is added."""
     is_wide: bool = False
     """Weights and products are float32, whatever the activations are."""
+    stays_plain: bool = False
+    """Plain weights are not quantised here, whatever is asked for."""
+    quantise: Method | None = None
+    """Makes plain weights small; set by the loader."""
 
 
 class PartReader(Protocol):
@@ -202,7 +207,7 @@ def read_parts(
         columns = ranks.share(spec.num_in, spec.in_unit)
     for part in spec.parts:
         rows = _rows(part, spec.split, ranks)
-        weight = _weight(part, spec.num_in, rows, columns, reader, dtype_of(spec, reader))
+        weight = _weight(part, spec, rows, columns, reader)
         if isinstance(weight, Tensor):
             yield reordered(weight, part.order)
         elif part.order is None or weight.is_meta:
@@ -265,12 +270,19 @@ def _bias(part: Part, rows: slice, reader: PartReader, dtype: torch.dtype) -> Te
 
 
 def _weight(
-    part: Part, num_in: int, rows: slice, columns: slice, reader: PartReader, dtype: torch.dtype
+    part: Part, spec: LinearSpec, rows: slice, columns: slice, reader: PartReader
 ) -> Tensor | QuantisedWeight:
     """Rows and columns of a module's weight [module_out, num_in]."""
-    shape = (_module_out(part), num_in)
+    shape = (_module_out(part), spec.num_in)
     quantised = read_quantised(part.module, shape, reader)
     if quantised is not None:
         return quantised.part(rows, columns)
+    name = f"{part.module}.weight"
+    if spec.quantise is not None:
+        # Whole, so that the codes are the same however ranks share it.
+        whole = reader.read_float(name, shape, dtype=torch.float32)
+        made = quantise(whole, spec.quantise)
+        if made is not None:
+            return made.part(rows, columns)
     which = () if rows == columns == _WHOLE else (rows, columns)
-    return reader.read_float(f"{part.module}.weight", shape, which, dtype=dtype)
+    return reader.read_float(name, shape, which, dtype=dtype_of(spec, reader))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from baton.shared.engine.models.rope import rope_tables
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.operations import Norm, Operations
 from baton.shared.engine.quantised import gguf
+from baton.shared.engine.quantised.quantise import Method
 from baton.shared.engine.quantised.scheme import Quantization
 from baton.shared.engine.weight_headers import FLOATS, Header
 from baton.shared.engine.weights import WeightSource
@@ -63,14 +64,17 @@ class ModelLoader:
         num_positions: int,
         ropes_made_for: int,
         quantization: Quantization | None,
+        quantise: Method | None = None,
         groups: Sequence[CacheGroup] = (),
         on_read: Callable[[], None] = lambda: None,
     ) -> None:
-        """`num_positions`: length of rope tables; `ropes_made_for`: see `rope_tables`."""
+        """`num_positions`: length of rope tables; `ropes_made_for`: see `rope_tables`; `quantise`:
+        how plain weights of linear layers are made small."""
         self.ops = ops
         self.dtype = dtype
         self.places = places_of_layers(groups)
         self.quantization = quantization
+        self.quantise = quantise
         self.taken: dict[str, tuple[int, ...]] = {}
         self.linear_shapes: set[tuple[int, int]] = set()
         self.num_bytes = 0
@@ -107,6 +111,8 @@ class ModelLoader:
         return self._counted(self.read_float(name, (size,), dtype=dtype))
 
     def linear(self, spec: LinearSpec) -> Linear:
+        if self.quantise is not None and not spec.is_wide and not spec.stays_plain:
+            spec = replace(spec, quantise=self.quantise)
         layer = self.ops.load_linear(spec, self)
         self.has_small |= layer.is_small
         self.num_bytes += layer.num_bytes
@@ -246,6 +252,7 @@ def plan_model(
     source: WeightSource,
     ops: Operations,
     dtype: torch.dtype,
+    quantise: Method | None = None,
 ) -> ModelPlan:
     """Builds the model on paper.
 
@@ -266,6 +273,7 @@ def plan_model(
         num_positions=1,
         ropes_made_for=1,
         quantization=config.quantization,
+        quantise=quantise,
         groups=groups,
         on_read=count,
     )
@@ -286,6 +294,7 @@ def load_model(
     num_positions: int,
     ropes_made_for: int,
     on_read: Callable[[], None],
+    quantise: Method | None = None,
 ) -> Model:
     """Builds the model on its device; `on_read` is called `ModelPlan.num_reads` times.
 
@@ -300,6 +309,7 @@ def load_model(
         num_positions=num_positions,
         ropes_made_for=ropes_made_for,
         quantization=config.quantization,
+        quantise=quantise,
         groups=groups,
         on_read=on_read,
     )

@@ -81,6 +81,7 @@ class ModelRunner:
             different tokens although each is exact by itself.
         model_impl: whose code computes the model: `baton`, or the other library and its version;
             and that it is not replayed as CUDA graphs, where that would be.
+        quantization: how plain weights were made small; None: they were not.
         model_identity: tells models apart.
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of one step.
@@ -135,6 +136,7 @@ class ModelRunner:
         # The host computes rows of any length; a state never takes a token back.
         takes_many = self.kernels == "torch" and all(spec.grows for spec in specs)
         self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
+        self.quantization = config.quantization
         self._config = config
         self._implementation.check_steps(self._longest_step)
         self.arrangement: Arrangement = arrange(
@@ -283,7 +285,8 @@ class ModelRunner:
         choices = describe_choices(ropes, self._most_tokens)
         whose = "" if self.model_impl == "baton" else self._implementation.name
         small = "small weights" if self._has_small else ""
-        parts = (_numerics(self.device, self.kernels), whose, choices, small)
+        made = self.quantization or ""
+        parts = (_numerics(self.device, self.kernels), whose, choices, small, made)
         return " ".join(part for part in parts if part)
 
     @property

@@ -138,7 +138,7 @@ def _ends(config: ModelConfig, load: ModelLoader, names: Names) -> tuple[Tensor,
     size, scale = (config.vocab_size, config.hidden_size), config.logits_scale
     if not config.tie_word_embeddings:
         parts = (Part(names["head"], config.vocab_size),)
-        head = LinearSpec(config.hidden_size, parts, scale=scale)
+        head = LinearSpec(config.hidden_size, parts, scale=scale, stays_plain=True)
         return load.embedding(names["embedding"], *size), load.linear(head)
     # Of two names for one tensor, files may have kept either.
     module = names["embedding"]
