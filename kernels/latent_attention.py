@@ -5,6 +5,8 @@ absorbed queries of all heads of a program, and added up by their weights. Of up
 is one program for a stretch of keys; of more, the programs beside each other read the same latents
 at the same time, so that they come from memory once.
 
+On compute capability 9.0, many heads of deepseek's sizes go to kernels/hopper_latent_attention.py.
+
 `latent_decode_attention` takes rows of one token, cut into work items (kernels/decode_plan.py); a
 second kernel adds up the items of a row. `latent_chunk_attention` takes tiles of prompt chunks: few
 new tokens behind a long prefix. Longer ones are better expanded (kernels/latent_expand.py).
@@ -13,6 +15,7 @@ new tokens behind a long prefix. Longer ones are better expanded (kernels/latent
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton
@@ -22,6 +25,13 @@ from torch import Tensor
 from baton.kernels.decode_plan import ITEM_FIELDS, DecodeConfig, DecodeWork
 from baton.kernels.shared_memory import shared_bytes
 
+_hopper: ModuleType | None = None
+try:
+    from baton.kernels import hopper_latent_attention as _hopper
+except (ImportError, AttributeError):
+    # A release of Triton may be without the names that it uses.
+    _hopper = None
+
 _LOG2E = 1.4426950408889634
 MOST_RANK, MOST_ROPE_DIM = 512, 128
 """Numbers of a latent, and of what turns beside it, that the kernels take: the sums of a program's
@@ -29,6 +39,8 @@ heads are in its registers."""
 _ROOMY, _MIDDLING = 192 * 1024, 150 * 1024
 """Shared memory of a program from which on it holds two tiles beside 64 queries, or one; consumers'
 cards have less."""
+_HOPPER_KEYS = 64
+"""Of a tile; work that is cut so goes to the other kernel, where it is there."""
 _ADDED_HEADS = 4
 """Heads of a row that a program adds up."""
 
@@ -44,21 +56,23 @@ def why_no_latents(rank: int, rope_dim: int) -> str | None:
     return None
 
 
-def latent_decode_config(num_heads: int, kv: Tensor) -> DecodeConfig:
-    """How the keys of a step are cut; for `make_work` with one KV head."""
+def latent_decode_config(num_rows: int, num_heads: int, kv: Tensor) -> DecodeConfig:
+    """How the keys of a padded batch of `num_rows` are cut; for `make_work` with one KV head."""
     block_h = _block_h(num_heads, kv)
-    if kv.element_size() == 4:
-        return DecodeConfig(block_n=16, num_warps=8, num_stages=1, programs=132, fused=False)
-    num_blocks = triton.cdiv(num_heads, block_h)
     # Of few heads two programs fit a multiprocessor.
-    programs = 264 if block_h <= 16 else 132
-    return DecodeConfig(
-        block_n=32,
-        num_warps=4 if block_h <= 16 else 8,
-        num_stages=3 if shared_bytes(kv.device) >= _ROOMY else 2,
-        programs=max(1, programs // num_blocks),
-        fused=False,
-    )
+    at_once = max(1, (264 if block_h <= 16 else 132) // triton.cdiv(num_heads, block_h))
+    # Rows of one length then have as many items each, and all of them run at once.
+    programs = max(1, at_once // num_rows) * num_rows
+    if kv.element_size() == 4:
+        return DecodeConfig(16, num_warps=8, num_stages=1, programs=programs, fused=False)
+    if _is_for_hopper(num_heads, kv):
+        return DecodeConfig(_HOPPER_KEYS, 8, 2, programs, fused=False)
+    num_stages = 3 if shared_bytes(kv.device) >= _ROOMY else 2
+    return DecodeConfig(32, 4 if block_h <= 16 else 8, num_stages, programs, fused=False)
+
+
+def _is_for_hopper(num_heads: int, kv: Tensor) -> bool:
+    return _hopper is not None and _hopper.covers(num_heads, kv)
 
 
 def _block_h(num_heads: int, kv: Tensor) -> int:
@@ -103,13 +117,48 @@ def latent_decode_attention(
         ValueError: shapes that `work` was not made for, or that the kernel does not take.
     """
     num_rows, num_heads, rank = query.shape
-    _, _, num_layers, _, block_size, width = kv.shape
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_rows != work.num_rows or num_heads != work.num_heads or rows.shape != (num_rows,):
         raise ValueError(f"{num_rows} × {num_heads} heads are not what the work was made for")
-    if (problem := why_no_latents(rank, width - rank)) is not None:
+    if (problem := why_no_latents(rank, kv.shape[5] - rank)) is not None:
         raise ValueError(problem)
+    is_hopper = work.config.block_n == _HOPPER_KEYS and _is_for_hopper(num_heads, kv)
+    if is_hopper and _hopper is not None:
+        _hopper.attend_items(query, turned, kv, layer, block_tables, work, scale, out)
+    else:
+        _attend_items(query, turned, kv, layer, block_tables, work, scale, out, pdl=pdl)
+    _add_up[(triton.cdiv(num_heads, _ADDED_HEADS), num_rows)](
+        out,
+        work.row_items,
+        work.partial,
+        work.weight,
+        HEADS=num_heads,
+        RANK=rank,
+        BLOCK_H=_ADDED_HEADS,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        PDL=pdl,
+        num_warps=4,
+        launch_pdl=pdl,
+    )
+    return out
+
+
+def _attend_items(
+    query: Tensor,
+    turned: Tensor,
+    kv: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    work: DecodeWork,
+    scale: float,
+    out: Tensor,
+    *,
+    pdl: bool,
+) -> None:
+    """Items that are whole rows go to `out`, others to `work`."""
+    _, num_heads, rank = query.shape
+    _, _, num_layers, _, block_size, width = kv.shape
     config, num_items = work.config, work.items.shape[0]
     block_h = _block_h(num_heads, kv)
     _decode[(triton.cdiv(num_heads, block_h), num_items)](
@@ -143,20 +192,6 @@ def latent_decode_attention(
         num_stages=config.num_stages,
         launch_pdl=pdl,
     )
-    _add_up[(triton.cdiv(num_heads, _ADDED_HEADS), num_rows)](
-        out,
-        work.row_items,
-        work.partial,
-        work.weight,
-        HEADS=num_heads,
-        RANK=rank,
-        BLOCK_H=_ADDED_HEADS,
-        BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        PDL=pdl,
-        num_warps=4,
-        launch_pdl=pdl,
-    )
-    return out
 
 
 @dataclass(frozen=True, slots=True)

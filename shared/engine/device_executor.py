@@ -738,7 +738,7 @@ class DeviceExecutor:
             config = None
             if isinstance(spec, Latent):
                 head_dim = spec.rank
-                config = latent_decode_config(self._num_heads, kv)
+                config = latent_decode_config(num_rows, self._num_heads, kv)
             key = (num_kv_heads, head_dim, window)
             if key not in made:
                 made[key] = make_work(

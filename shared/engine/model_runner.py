@@ -37,7 +37,7 @@ from baton.shared.engine.model_digest import (
     identify_model,
 )
 from baton.shared.engine.model_loader import ModelPlan
-from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
@@ -525,6 +525,10 @@ def _kernels(name: str, device: torch.device, model: ModelConfig) -> str:
         return "triton"
     if name == "triton":
         raise DeviceError(f"kernels: triton was asked for, but {problem}")
+    if any(layer.latent is not None for layer in model.layers):
+        raise DeviceError(
+            f"kernels: {problem}; set kernels to torch for the reference, which is slow on a GPU"
+        )
     log_event(
         logger,
         logging.WARNING,
@@ -595,11 +599,18 @@ def _why_not_hopper(model: ModelConfig) -> str:
     """What keeps layers from the faster kernel; empty: nothing."""
     from baton.kernels.prefill_attention import why_not_hopper
 
-    kinds = {(layer.head_dim, layer.window or 0, layer.soft_cap) for layer in model.layers}
+    kinds = {
+        (_head_dim_of_prompts(layer), layer.window or 0, layer.soft_cap) for layer in model.layers
+    }
     has_sinks = model.style.has_sinks
     found = [why_not_hopper(*kind, has_sinks=has_sinks) for kind in kinds]
     reasons = {reason for reason in found if reason is not None}
     return "; ".join(sorted(reasons))
+
+
+def _head_dim_of_prompts(layer: AttentionConfig) -> int:
+    """With latents, of expanded keys."""
+    return layer.head_dim + (0 if layer.latent is None else layer.latent.key_dim)
 
 
 def _describe_length(choice: PoolChoice, most_tokens: int) -> str:
