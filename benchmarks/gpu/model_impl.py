@@ -15,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from baton.shared.engine.model_runner import ModelRunner
 from benchmarks.checkout import RESULTS
 from benchmarks.cpu.model_impl import IMPLEMENTATIONS, Row, print_rows, rows_to_json, write_config
 from benchmarks.in_process import InProcessEngine
+from models.dummy_model import SHAPES, given_or_dummy
 
 _DECODE = ((1, 1024), (8, 1024), (32, 1024))
 _PREFILL = (512, 2048)
@@ -35,9 +37,8 @@ _LONGEST = 2048
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
-    with tempfile.TemporaryDirectory() as directory:
-        write_config(Path(directory), args.hidden_size, args.layers, args.vocab_size)
-        runners = [_start(Path(directory), name, args.device) for name in IMPLEMENTATIONS]
+    with _model_dir(args) as directory:
+        runners = [_start(directory, name, args.device) for name in IMPLEMENTATIONS]
     engines = [InProcessEngine(runner, max_num_seqs=32) for runner in runners]
     rows: list[Row] = []
     try:
@@ -53,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What was measured is told, whatever came behind it.
         found: dict[str, Any] = {
             "environment": describe_environment(),
-            "hidden_size": args.hidden_size,
-            "layers": args.layers,
-            "vocab_size": args.vocab_size,
+            "shape": args.shape or f"qwen3, {args.hidden_size} wide, {args.layers} layers",
             "rounds": args.rounds,
             "model_impl": [runner.model_impl for runner in runners],
             "determinism": [runner.determinism for runner in runners],
@@ -64,6 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+@contextmanager
+def _model_dir(args: argparse.Namespace) -> Iterator[Path]:
+    if args.shape is not None:
+        with given_or_dummy(None, args.shape, has_tokenizer=False) as directory:
+            yield directory
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        write_config(Path(directory), args.hidden_size, args.layers, args.vocab_size)
+        yield Path(directory)
 
 
 class _Decode:
@@ -124,6 +134,11 @@ def _start(directory: Path, name: str, device: str) -> ModelRunner:
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.model_impl", description=__doc__
+    )
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="in place of the three that follow",
     )
     parser.add_argument(
         "--hidden-size", type=int, default=1024, help="Qwen3-0.6B's; others scale with it"
