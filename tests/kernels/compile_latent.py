@@ -2,8 +2,8 @@
 
     python -m tests.kernels.compile_latent [CAPABILITY [HEADS ...]]
 
-Prints, as JSON, what each takes of shared memory and spills of registers. Tensors have no memory. To
-be run without TRITON_INTERPRET.
+Prints, as JSON, what each takes of shared memory and spills of registers. Tensors have no memory.
+To be run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ def compile_all(capability: int, num_heads: int, rank: int = 512, rope: int = 64
     modules: list[Any] = [latent_attention, latent_expand, prefill_attention]
     for module in modules:
         module.shared_bytes = lambda _: SHARED_BYTES[capability]
-    hopper_latent_attention._processors = (  # type: ignore[assignment]
-        lambda _: 132 if capability == 90 else 0
-    )
+    hopper: Any = hopper_latent_attention
+    hopper._processors = lambda _: 132 if capability == 90 else 0
     is_hopper, key_dim, value_dim = capability == 90, 128, 128
     kv = _empty(9, 1, 27, 1, 16, rank + rope)
     tables, int32 = _empty(64, 64, dtype=torch.int32), torch.int32

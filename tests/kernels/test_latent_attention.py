@@ -31,7 +31,7 @@ SHAPES = {
 }
 """Heads, rank, what turns, tokens of a block."""
 if torch.cuda.is_available():
-    # For the interpreter these are too large; 40 and 128 heads have a kernel of their own on Hopper.
+    # Too large for the interpreter; 40 and 128 heads have a kernel of their own on Hopper.
     SHAPES |= {
         f"deepseek, {heads} heads, blocks of {size}": (heads, 512, 64, size)
         for heads, size in ((16, 16), (40, 64), (128, 16), (128, 32))
