@@ -8,15 +8,26 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from baton.kernels.reference import plan_attention
+from baton.shared.engine import model_runner
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.config import DeviceError, EngineConfig
+from baton.shared.engine.linear import Ranks
+from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.models.deepseek import NAMES
+from baton.shared.engine.models.latent_attention import LatentAttention
+from baton.shared.engine.models.registry import load_model_config
+from baton.shared.engine.operations import Norm
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.cache_spec import Latent
+from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.weights import WeightFiles
+from baton.shared.kv.cache_spec import Latent, cache_groups
 from baton.shared.sampling import SamplingParams
 from tests.device import ENGINE, ON_GPU
 from tests.unit.engine.tiny_latents import TINY_LATENTS
@@ -94,3 +105,52 @@ def test_fp8_blocks_are_expanded(tmp_path: Path) -> None:
         for directory in (plain, packed)
     ]
     torch.testing.assert_close(*both, atol=1e-5 * float(both[0].abs().max()), rtol=0)
+
+
+def test_ranks_share_heads_and_repeat_latents(tmp_path: Path) -> None:
+    """What two add up is what one computes, biases aside; both have the same latents."""
+    fields = {**TINY_LATENTS["deepseek_v3"]["as they come"], "attention_bias": False}
+    make_tiny(tmp_path, "deepseek_v3", fields)
+    _, config = load_model_config(tmp_path)
+    own = config.layers[0]
+    assert own.latent is not None
+    groups = cache_groups(config.cache_specs)
+    hidden, norm = torch.randn(20, config.hidden_size), Norm(torch.ones(config.hidden_size), 1e-6)
+    results = []
+    for ranks in (Ranks(), Ranks(0, 2, lambda _: None), Ranks(1, 2, lambda _: None)):
+        load = ModelLoader(
+            ReferenceOperations(ranks),
+            WeightFiles(tmp_path),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            num_positions=32,
+            ropes_made_for=32,
+            quantization=None,
+            groups=groups,
+        )
+        attention = LatentAttention(config, own.latent, load, NAMES, "model.layers.0.", 0)
+        kv = torch.zeros(3, *groups[0].block_shape(16))
+        plan = plan_attention(
+            np.array([0, 20]), np.array([20]), np.array([[0, 1]]), np.arange(20), kv,
+            num_heads=own.num_heads // ranks.size, min_rows=1,
+        )  # fmt: skip
+        rope = load.ops.take_rope(load.rope(own.rope, own.head_dim), torch.arange(20))
+        query = attention.query(hidden, norm, rope, kv, plan)
+        results.append((attention.attend(query, kv, plan), kv))
+    (whole, kept), (first, same), (second, same_too) = results
+    torch.testing.assert_close(first + second, whole, atol=1e-4, rtol=0)
+    assert torch.equal(same, kept) and torch.equal(same_too, kept)
+
+
+def test_what_no_kernel_takes_is_refused_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, even where kernels are chosen by the engine: the reference would be slow."""
+    fields = {"model_type": "kimi_k2", "kv_lora_rank": 640}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    _, config = load_model_config(tmp_path)
+    monkeypatch.setattr(model_runner, "_why_no_triton", lambda _: None)
+    for asked in ("auto", "triton"):
+        with pytest.raises(DeviceError, match="latents have 640 numbers, .* take 512"):
+            model_runner._kernels(asked, torch.device("cuda"), config)
+    assert model_runner._kernels("torch", torch.device("cuda"), config) == "torch"
