@@ -65,6 +65,7 @@ _MEASURED_TOKENS = 8192
 _GOOD_ENOUGH = 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
 _MIN_CAPABILITY = (8, 0)
+_WORD_BYTES = 4
 _MOST_WITH_TRITON = {"vocab_size": 1 << 20, "hidden_size": 1 << 14, "head_dim": 512}
 """Of the model's fields, what kernels take: sampling.py, rms_norm.py, the attentions."""
 
@@ -148,6 +149,7 @@ class ModelRunner:
             ahead_tokens=(1 + self.steps_ahead) * self._most_tokens_of_a_step,
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
+        _check_blocks(self.arrangement, config.block_size)
         self._ops = _operations(self.kernels, self.device, self.dtype, self.model_config)
 
         weights = self._find_weights()
@@ -611,6 +613,16 @@ def _why_not_hopper(model: ModelConfig) -> str:
 def _head_dim_of_prompts(layer: AttentionConfig) -> int:
     """With latents, of expanded keys."""
     return layer.head_dim + (0 if layer.latent is None else layer.latent.key_dim)
+
+
+def _check_blocks(arrangement: Arrangement, block_size: int) -> None:
+    """ModelError: a block is not made of whole words, of which digests are."""
+    for num_bytes in arrangement.block_bytes:
+        if num_bytes % _WORD_BYTES:
+            raise ModelError(
+                f"block_size: blocks of {block_size} have {num_bytes} bytes, which is no multiple "
+                f"of {_WORD_BYTES}; twice as many tokens make one"
+            )
 
 
 def _describe_length(choice: PoolChoice, most_tokens: int) -> str:

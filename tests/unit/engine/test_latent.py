@@ -28,6 +28,7 @@ from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import WeightFiles
 from baton.shared.kv.cache_spec import Latent, cache_groups
+from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from tests.device import ENGINE, ON_GPU
 from tests.unit.engine.tiny_latents import TINY_LATENTS
@@ -154,3 +155,12 @@ def test_what_no_kernel_takes_is_refused_on_a_gpu(
         with pytest.raises(DeviceError, match="latents have 640 numbers, .* take 512"):
             model_runner._kernels(asked, torch.device("cuda"), config)
     assert model_runner._kernels("torch", torch.device("cuda"), config) == "torch"
+
+
+def test_blocks_that_are_not_whole_words_are_refused(tmp_path: Path) -> None:
+    """An odd latent, one token a block, 16 bits: nothing else makes such blocks."""
+    fields = {"model_type": "deepseek_v3", "num_hidden_layers": 1, "kv_lora_rank": 27}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = EngineConfig(tmp_path, "cpu", "bfloat16", block_size=1, load_format="dummy")
+    with pytest.raises(ModelError, match="block_size: blocks of 1 have 182 bytes"):
+        ModelRunner(config)
