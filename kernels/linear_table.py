@@ -15,6 +15,7 @@ import torch
 
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows of x for which the table has entries."""
+TABLE = Path(__file__).with_name("linear_table.json")
 _SIMILAR = 1.25
 """N, K and M may differ by this factor from those of an entry that is used for them."""
 
@@ -125,5 +126,5 @@ _TABLE = tuple(
         fused=entry["fused"],
         config=None if entry["config"] is None else Config(**entry["config"]),
     )
-    for entry in load_table(Path(__file__).with_name("linear_table.json"))
+    for entry in load_table(TABLE)
 )

@@ -171,6 +171,7 @@ def _decode_point(
         "ms": statistics.mean(steps) * 1e3,
         "median_ms": statistics.median(steps) * 1e3,
         "p99_ms": sorted(steps)[int(0.99 * len(steps))] * 1e3,
+        "slowest_step": steps.index(max(steps)),
     }
     if idle_us is not None:
         figures["idle_us"] = idle_us

@@ -20,16 +20,17 @@ from benchmarks.gpu.attention_points import decode_attention, prefill_attention,
 from benchmarks.gpu.expert_points import experts_around, experts_product
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 from benchmarks.gpu.latent_points import latent_decode, latent_heads, latent_prefill
-from benchmarks.gpu.linear_tune import FORMS, Data
+from benchmarks.gpu.linear_tune import Data, forms_of
 from benchmarks.gpu.shaping_points import shaping
 from benchmarks.gpu.small_points import small_linear_points
+from models.dummy_model import SHAPES
 
 HIDDEN, FFN, VOCAB = 4096, 14336, 128256
 _BF16 = torch.bfloat16
 
 
 def linear() -> Iterator[Point]:
-    for plain, fused in FORMS:
+    for plain, fused in forms_of(SHAPES["llama-8b"].fields):
         data = Data(plain)
         for rows in (1, 8, 32, 64, 128, 256):
             for form in (plain, fused):

@@ -1,7 +1,7 @@
 """Each kernel against its floor and against the best library call, on one GPU.
 
     python -m benchmarks.gpu.kernels [--only NAME ...] [--output FILE_OR_DIRECTORY]
-    python -m benchmarks.gpu.kernels --tune | --tune-experts [--budget SECONDS]
+    python -m benchmarks.gpu.kernels --tune [--shape NAME,...] | --tune-experts [--budget SECONDS]
         [--output FILE_OR_DIRECTORY]
 
 A floor is the bytes that must move over the bandwidth of a large copy, or the operations over the
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu.kernels needs a GPU")
     if args.tune:
-        table = {"environment": describe_environment(), **linear_tune.tune(args.budget)}
+        table = {"environment": describe_environment(), **linear_tune.tune(args.budget, args.shape)}
         _write(result_path(args.output, "linear_table.json"), table)
     elif args.tune_experts:
         _tune_experts(args)
@@ -134,6 +134,14 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     tunes = parser.add_mutually_exclusive_group()
     tunes.add_argument("--tune", action="store_true", help="measure skinny_linear's table instead")
     tunes.add_argument("--tune-experts", action="store_true", help="or that of experts' products")
+    parser.add_argument(
+        "--shape",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="of --tune: well-known models whose products are added to the table that there is; "
+        "default: the table is made anew, of llama-8b's",
+    )
     parser.add_argument("--budget", type=float, default=230.0, help="seconds for a table")
     parser.add_argument(
         "--compile",

@@ -1,7 +1,9 @@
 """Which configuration of skinny_linear is fastest: `python -m benchmarks.gpu.kernels --tune`.
 
 Every shape and number of rows is measured as part of a layer (Form), without what precedes it
-(fused=False) and with it (fused=True). A configuration gets into the table only if it beats the
+(fused=False) and with it (fused=True): of Llama-3.1-8B, or with `--shape` of the well-known models
+that are named, as far as the table does not know their products yet; of those, at four numbers of
+rows. A configuration gets into the table only if it beats the
 library; where the norm is the question, if it beats a separate norm and the best way after it.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels.linear_table import M_BUCKETS, Config
+from baton.kernels.linear_table import M_BUCKETS, TABLE, Config, load_table
 from benchmarks.gpu.gpu_timing import num_sets_for, time_us
+from models.dummy_model import SHAPES
 
 _EPS = 1e-5
 _SMEM_BYTES = 227 * 1024
@@ -28,7 +31,7 @@ _NUM_FINALISTS = 6
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A product of a llama's layer: its weight [n, k] and what is done before and after it."""
+    """A product of a layer: its weight [n, k] and what is done before and after it."""
 
     name: str
     n: int
@@ -42,17 +45,39 @@ class Form:
         return self.norm or self.residual
 
 
-# (fused=False, fused=True) of each weight of Llama-3.1-8B.
-FORMS = [
-    (Form("qkv", 6144, 4096), Form("norm+qkv", 6144, 4096, norm=True)),
-    (Form("o", 4096, 4096), Form("o+residual", 4096, 4096, residual=True)),
-    (
-        Form("gate-up+silu", 28672, 4096, silu=True),
-        Form("norm+gate-up+silu", 28672, 4096, norm=True, silu=True),
-    ),
-    (Form("down", 4096, 14336), Form("down+residual", 4096, 14336, residual=True)),
-    (Form("head", 128256, 4096), Form("norm+head", 128256, 4096, norm=True)),
-]
+Forms = tuple[Form, Form]
+"""Of a weight: without what precedes it, and with that."""
+
+
+def forms_of(shape: Mapping[str, Any]) -> list[Forms]:
+    """Of the fields of a config.json. Experts' products have a table of their own."""
+    hidden, head_dim = shape["hidden_size"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    forms = [
+        _normed("qkv", (heads + 2 * kv_heads) * head_dim, hidden),
+        _added("o", hidden, heads * head_dim),
+    ]
+    if "num_experts_per_tok" not in shape:
+        size = shape["intermediate_size"]
+        forms += [
+            _normed("gate-up+silu", 2 * size, hidden, silu=True),
+            _added("down", hidden, size),
+        ]
+    return [*forms, _normed("head", shape["vocab_size"], hidden)]
+
+
+def _normed(name: str, n: int, k: int, *, silu: bool = False) -> Forms:
+    plain = Form(name, n, k, silu=silu)
+    return plain, replace(plain, name=f"norm+{name}", norm=True)
+
+
+def _added(name: str, n: int, k: int) -> Forms:
+    plain = Form(name, n, k)
+    return plain, replace(plain, name=f"{name}+residual", residual=True)
+
+
+_FEW_BUCKETS = (1, 32, 128, 8)
+"""Rows of well-known models beside the llama, most useful first."""
 
 
 class Data:
@@ -141,8 +166,28 @@ class Data:
         return x, [_random(rows, columns) for _ in range(self.num_sets)]
 
 
-def tune(budget_s: float) -> dict[str, Any]:
-    """Measures everything, most useful first, until the time is up → the table file's content."""
+def tune(budget_s: float, shapes: Sequence[str] = ()) -> dict[str, Any]:
+    """Measures everything, most useful first, until the time is up → the table file's content.
+
+    `shapes`: well-known models whose products are added to the table that there is; none: it is
+    made anew, of the llama's.
+    """
+    known = load_table(TABLE) if shapes else []
+    buckets = _FEW_BUCKETS if shapes else M_BUCKETS
+    forms = [each for name in shapes or ("llama-8b",) for each in forms_of(SHAPES[name].fields)]
+    sizes = {(entry["n"], entry["k"]) for entry in known}
+    # Each size once, whatever it is in a model.
+    forms = list({(plain.n, plain.k): (plain, fused) for plain, fused in forms
+                  if (plain.n, plain.k) not in sizes}.values())  # fmt: skip
+    entries = known + _measure(
+        forms, buckets, budget_s, num_finalists=3 if shapes else _NUM_FINALISTS
+    )
+    return {"device": torch.cuda.get_device_name(), "entries": entries}
+
+
+def _measure(
+    forms: Sequence[Forms], buckets: Sequence[int], budget_s: float, *, num_finalists: int
+) -> list[dict[str, Any]]:
     deadline = time.monotonic() + budget_s
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(16, (os.cpu_count() or 2) - 1))
@@ -151,34 +196,42 @@ def tune(budget_s: float) -> dict[str, Any]:
         # Everything of the first stage is compiled before anything is timed: both need the CPU.
         jobs = [
             (plain, rows, config)
-            for plain, _ in FORMS
-            for rows in M_BUCKETS
+            for plain, _ in forms
+            for rows in buckets
             for config in candidates(plain, rows)
         ]
-        _compile(pool, jobs, deadline - 0.45 * budget_s)
-        for plain, fused in FORMS:
-            if time.monotonic() > deadline:
-                print(f"out of time before {plain.name}")
-                break
-            data = Data(plain)
-            finalists = {rows: _best(data, plain, rows, candidates(plain, rows), deadline)
-                         for rows in M_BUCKETS}  # fmt: skip
-            with_pdl = {
-                rows: [replace(config, pdl=True) for _, config in best[:2]]
-                for rows, best in finalists.items()
-            }
-            second = {
-                rows: [config for _, config in best[:_NUM_FINALISTS]] + with_pdl[rows]
-                for rows, best in finalists.items()
-            }
-            jobs = [(plain, rows, each) for rows in M_BUCKETS for each in with_pdl[rows]]
-            jobs += [(fused, rows, each) for rows in M_BUCKETS for each in second[rows]]
+        _compile(pool, jobs, deadline - 0.55 * budget_s)
+        # All of the first number of rows before the next: who runs out of time has those.
+        for rows in buckets:
+            firsts, seconds = [], []
+            for plain, _ in forms:
+                data = Data(plain)
+                first = _best(data, plain, rows, candidates(plain, rows), deadline)
+                del data
+                with_pdl = [replace(config, pdl=True) for _, config in first[:2]]
+                firsts.append((first, with_pdl))
+                finalists = [config for _, config in first[:num_finalists]] + with_pdl
+                seconds.append(finalists)
+            jobs = []
+            for (plain, fused), (_, with_pdl), finalists in zip(
+                forms, firsts, seconds, strict=True
+            ):
+                jobs += [(plain, rows, each) for each in with_pdl]
+                jobs += [(fused, rows, each) for each in finalists]
             _compile(pool, jobs, deadline)
-            for rows in M_BUCKETS:
-                best = finalists[rows] + _best(data, plain, rows, with_pdl[rows], deadline)
-                entries += _entries(data, plain, fused, rows, best, second[rows], deadline)
-            del data
-    return {"device": torch.cuda.get_device_name(), "entries": entries}
+            for (plain, fused), (first, with_pdl), finalists in zip(
+                forms, firsts, seconds, strict=True
+            ):
+                data = Data(plain)
+                best = first + _best(data, plain, rows, with_pdl, deadline)
+                found = _entries(data, plain, fused, rows, best, finalists, deadline)
+                del data
+                if time.monotonic() > deadline:
+                    # What was cut short would say that the library is best.
+                    print(f"out of time before {plain.name} {plain.n} x {plain.k} of {rows} rows")
+                    return entries
+                entries += found
+    return entries
 
 
 def candidates(form: Form, rows: int) -> list[Config]:
@@ -255,8 +308,9 @@ def _entry(
 ) -> dict[str, Any]:
     us, config = best[0] if best else (float("inf"), None)
     wins = config is not None and us < rival_us
-    print(f"{form.name:18} {rows:4} {us:8.1f} µs, rival {rival_us:8.1f}, library {library_us:8.1f}"
-          f"  {config if wins else '-'}", flush=True)  # fmt: skip
+    print(f"{form.name:18} {form.n:6} x {form.k:5} {rows:4} {us:8.1f} µs, "
+          f"rival {rival_us:8.1f}, library {library_us:8.1f}  {config if wins else '-'}",
+          flush=True)  # fmt: skip
     return {
         "form": form.name,
         "m": rows,
@@ -311,12 +365,14 @@ def _compile(
 
 def _key(form: Form, rows: int, config: Config) -> tuple[Any, ...]:
     block_m = rows if config.variant == "fma" else config.block_m
-    return form.norm, form.silu, form.residual, block_m, replace(config, block_m=0)
+    columns = form.n // 2 if form.silu else form.n
+    even = columns % config.block_n == 0, form.k % config.block_k == 0
+    return form.norm, form.silu, form.residual, even, block_m, replace(config, block_m=0)
 
 
 def _compile_one(form: Form, rows: int, config: Config) -> None:
     """In a process of its own: runs the program once, on a small weight of equal divisibility."""
-    small = replace(form, n=512 if form.silu else 256, k=4096)
+    small = replace(form, n=512 + form.n % 512, k=4096 + form.k % 4096)
     try:
         Data(small, num_sets=1).skinny(small, rows, config)(0)
         torch.cuda.synchronize()
