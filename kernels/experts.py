@@ -6,6 +6,9 @@
     product     down of those rows ─► one row for each pair, where the token has it
     combine     Σ weight · row, in the order in which the token's experts were chosen
 
+With `pdl` each starts while the one before still runs, and waits for it; the second product has
+asked for its first weights by then.
+
 The host reads nothing: grids have as many programs as there may be tiles, and those that are not
 needed end at once. An expert without tokens is not read. Nothing is added by atomics.
 """
@@ -19,16 +22,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels import experts_table
-from baton.kernels.experts_table import UNSORTED_TOKENS, Tiles
+from baton.kernels.expert_order import Order, order_of
+from baton.kernels.experts_table import Tiles
 from baton.kernels.gated_mul import activate
+from baton.kernels.overlap import overlap
 from baton.kernels.reference_experts import ExpertActivation, Routes
-from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.kernels.routing import ClampedSwiglu
+from baton.kernels.skinny_linear_jit import prefetch_l2
 
-_CHUNK = 128
-"""Pairs that a program sorts."""
 _COMBINED = 1024
 
 
@@ -45,49 +50,14 @@ class ExpertWeights(NamedTuple):
     """[experts, hidden]"""
 
 
-def route(
-    logits: Tensor,
-    rule: RoutingRule,
-    choice_bias: Tensor | None = None,
-    expert_scale: Tensor | None = None,
-) -> Routes:
-    """As kernels.reference_experts.route; experts are int32."""
-    num_tokens, num_experts = logits.shape
-    assert num_experts == rule.num_experts and logits.stride(1) == 1
-    shape = (num_tokens, rule.top_k)
-    chosen = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    if num_tokens:
-        _route[(num_tokens,)](
-            chosen,
-            weights,
-            logits,
-            choice_bias,
-            expert_scale,
-            logits.stride(0),
-            NUM_EXPERTS=num_experts,
-            TOP_K=rule.top_k,
-            SCORING=rule.scoring,
-            NORMALISED=rule.is_normalised,
-            FLOOR=rule.floor,
-            SCALE=rule.scale,
-            GROUPS=rule.num_groups,
-            TOP_GROUPS=rule.top_groups,
-            GROUP_BEST=rule.group_best,
-            BLOCK=triton.next_power_of_2(num_experts),
-            BLOCK_K=triton.next_power_of_2(rule.top_k),
-            BLOCK_G=triton.next_power_of_2(rule.num_groups),
-            num_warps=1 if num_experts <= 128 else 4,
-        )
-    return Routes(chosen, weights)
-
-
 def experts(
     x: Tensor,
     routes: Routes,
     weights: ExpertWeights,
     activation: ExpertActivation,
     residual: Tensor | None = None,
+    *,
+    pdl: bool = False,
 ) -> Tensor:
     """Each token's experts, weighted and added up, plus the residual.
 
@@ -95,63 +65,25 @@ def experts(
         x: [T, hidden], the last dimension contiguous.
         routes: of `route`.
         residual: [T, hidden]; the result takes its memory.
+        pdl: see above.
     """
     num_tokens, hidden = x.shape
     num_pairs, size = routes.experts.numel(), weights.down.shape[2]
     if num_tokens == 0:
         return torch.empty_like(x) if residual is None else residual
-    order = order_of(routes, len(weights.down))
+    order = order_of(routes, len(weights.down), pdl=pdl)
     inner = torch.empty((num_pairs, size), dtype=x.dtype, device=x.device)
-    multiply_up(inner, x, weights, routes, order, activation)
+    multiply_up(inner, x, weights, routes, order, activation, pdl=pdl)
     rows = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    multiply_down(rows, inner, weights, routes, order)
-    return combine(rows, routes, residual)
+    multiply_down(rows, inner, weights, routes, order, pdl=pdl)
+    return combine(rows, routes, residual, pdl=pdl)
 
 
-def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None, *, pdl: bool = False) -> Tensor:
     """sigmoid(gate) · x + residual, in the residual's memory: x and residual [T, hidden], gate
     float32 [T, 1], whose rows may be strided."""
     out = torch.empty_like(x) if residual is None else residual
-    return _add_up(out, x, gate, residual, is_gate=True)
-
-
-class Order(NamedTuple):
-    """A step's pairs, sorted."""
-
-    pairs: Tensor
-    """int32 [T · top_k]: the pairs token · top_k + place, expert by expert, by rising number."""
-    ends: Tensor
-    """int32 [experts]: where each expert's end."""
-
-
-def order_of(routes: Routes, num_experts: int) -> Order | None:
-    """None: there are so few tokens that their pairs stay as they are."""
-    if len(routes.experts) <= UNSORTED_TOKENS:
-        return None
-    chosen = routes.experts
-    num_pairs = chosen.numel()
-    num_chunks = triton.cdiv(num_pairs, _CHUNK)
-    block = max(16, triton.next_power_of_2(num_experts))
-
-    def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=chosen.device)
-
-    counts = ints(num_chunks, block)
-    order = Order(ints(num_pairs), ints(num_experts))
-    _count[(num_chunks,)](counts, chosen, num_pairs, CHUNK=_CHUNK, BLOCK=block, num_warps=8)
-    _place[(num_chunks,)](
-        order.pairs,
-        order.ends,
-        counts,
-        chosen,
-        num_pairs,
-        num_chunks,
-        NUM_EXPERTS=num_experts,
-        CHUNK=_CHUNK,
-        BLOCK=block,
-        num_warps=8,
-    )
-    return order
+    return _add_up(out, x, gate, residual, is_gate=True, pdl=pdl)
 
 
 def multiply_up(
@@ -163,12 +95,15 @@ def multiply_up(
     activation: ExpertActivation,
     *,
     tiles: Tiles | None = None,
+    pdl: bool = False,
 ) -> None:
     """out [pairs, size], in their order: gate and up of x [T, hidden], activated.
 
     `tiles`: if they are not to be chosen here.
     """
-    _product(out, x, weights.gate_up, weights.gate_up_bias, routes, order, activation, tiles)
+    _product(
+        out, x, weights.gate_up, weights.gate_up_bias, routes, order, activation, tiles, pdl=pdl
+    )
 
 
 def multiply_down(
@@ -179,16 +114,19 @@ def multiply_down(
     order: Order | None,
     *,
     tiles: Tiles | None = None,
+    pdl: bool = False,
 ) -> None:
     """out [pairs, hidden], where the tokens have them, of what `multiply_up` made."""
-    _product(out, x, weights.down, weights.down_bias, routes, order, None, tiles)
+    _product(out, x, weights.down, weights.down_bias, routes, order, None, tiles, pdl=pdl)
 
 
-def combine(rows: Tensor, routes: Routes, residual: Tensor | None = None) -> Tensor:
+def combine(
+    rows: Tensor, routes: Routes, residual: Tensor | None = None, *, pdl: bool = False
+) -> Tensor:
     """Σ weight · row of each token's pairs, [pairs, hidden], plus the residual [T, hidden], whose
     memory the result takes."""
     out = rows.new_empty(len(routes.weights), rows.shape[1]) if residual is None else residual
-    return _add_up(out, rows, routes.weights, residual, is_gate=False)
+    return _add_up(out, rows, routes.weights, residual, is_gate=False, pdl=pdl)
 
 
 def _product(
@@ -200,6 +138,8 @@ def _product(
     order: Order | None,
     activation: ExpertActivation | None,
     tiles: Tiles | None,
+    *,
+    pdl: bool,
 ) -> None:
     """The rows of x times their experts' weights.
 
@@ -249,6 +189,7 @@ def _product(
         BLOCK_E=triton.next_power_of_2(num_experts),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **overlap(routes.experts, pdl=pdl),
     )
 
 
@@ -276,7 +217,13 @@ def _capability(device: torch.device) -> int:
 
 
 def _add_up(
-    out: Tensor, rows: Tensor, weights: Tensor, residual: Tensor | None, *, is_gate: bool
+    out: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    *,
+    is_gate: bool,
+    pdl: bool,
 ) -> Tensor:
     num_tokens, size = out.shape
     if num_tokens == 0:
@@ -296,132 +243,9 @@ def _add_up(
         IS_GATE=is_gate,
         BLOCK=block,
         num_warps=4,
+        **overlap(weights, pdl=pdl),
     )
     return out
-
-
-@triton.jit
-def _route(
-    experts_ptr,
-    weights_ptr,
-    logits_ptr,
-    bias_ptr,
-    scale_ptr,
-    stride,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCORING: tl.constexpr,
-    NORMALISED: tl.constexpr,
-    FLOOR: tl.constexpr,
-    SCALE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    GROUP_BEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
-    """One token."""
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK)
-    is_real = expert < NUM_EXPERTS
-    logit = tl.load(logits_ptr + token * stride + expert, mask=is_real, other=float("-inf"))
-    score = logit
-    if SCORING == "softmax":
-        exponential = tl.exp(logit - tl.max(logit, 0))
-        score = exponential / tl.sum(exponential, 0)
-    elif SCORING == "sigmoid":
-        score = 1.0 / (1.0 + tl.exp(-logit))
-    choice = score
-    if bias_ptr is not None:
-        choice += tl.load(bias_ptr + expert, mask=is_real, other=0.0)
-    choice = tl.where(is_real, choice, float("-inf"))
-    if GROUPS > 1:
-        group = expert // (NUM_EXPERTS // GROUPS)
-        place = tl.arange(0, BLOCK_G)
-        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        for number in tl.static_range(GROUPS):
-            own = tl.where(group == number, choice, float("-inf"))
-            highest = tl.max(own, 0)
-            if GROUP_BEST == 2:
-                first = tl.argmax(own, 0)
-                highest += tl.max(tl.where(expert == first, float("-inf"), own), 0)
-            best = tl.where(place == number, highest, best)
-        is_left = expert < 0
-        for _ in tl.static_range(TOP_GROUPS):
-            at = tl.argmax(best, 0)
-            is_left = is_left | (group == at)
-            best = tl.where(place == at, float("-inf"), best)
-        choice = tl.where(is_left, choice, float("-inf"))
-
-    place = tl.arange(0, BLOCK_K)
-    chosen = tl.zeros([BLOCK_K], tl.int32)
-    weight = tl.full([BLOCK_K], float("-inf"), tl.float32)
-    for number in tl.static_range(TOP_K):
-        # Of equal ones the first. Where there is no number at all, still an expert.
-        at = tl.minimum(tl.argmax(choice, 0), NUM_EXPERTS - 1)
-        own = tl.sum(tl.where(expert == at, score, 0.0), 0)
-        chosen = tl.where(place == number, at, chosen)
-        weight = tl.where(place == number, own, weight)
-        choice = tl.where(expert == at, float("-inf"), choice)
-    inside = place < TOP_K
-    if SCORING == "softmax_of_chosen":
-        weight = tl.exp(weight - tl.max(weight, 0))
-        weight = weight / tl.sum(weight, 0)
-    elif NORMALISED:
-        weight = weight / (tl.sum(tl.where(inside, weight, 0.0), 0) + FLOOR)
-    weight = weight * SCALE
-    if scale_ptr is not None:
-        weight = weight * tl.load(scale_ptr + chosen, mask=inside, other=1.0)
-    tl.store(experts_ptr + token * TOP_K + place, chosen, mask=inside)
-    tl.store(weights_ptr + token * TOP_K + place, weight, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def _count(counts_ptr, chosen_ptr, num_pairs, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of a chunk's pairs each expert has."""
-    chunk = tl.program_id(0)
-    pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    own = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1)
-    expert = tl.arange(0, BLOCK)
-    is_own = (own[:, None] == expert[None, :]).to(tl.int32)
-    tl.store(counts_ptr + chunk * BLOCK + expert, tl.sum(is_own, 0))
-
-
-@triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
-def _place(
-    pairs_ptr,
-    ends_ptr,
-    counts_ptr,
-    chosen_ptr,
-    num_pairs,
-    num_chunks,
-    NUM_EXPERTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Puts a chunk's pairs where they belong: behind those of lower experts, and behind those of
-    the same expert in earlier chunks."""
-    chunk = tl.program_id(0)
-    expert = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.int32)
-    before = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(0, num_chunks, 16):
-        other = first + tl.arange(0, 16)
-        at = counts_ptr + other[:, None] * BLOCK + expert[None, :]
-        count = tl.load(at, mask=(other < num_chunks)[:, None], other=0)
-        total += tl.sum(count, 0)
-        before += tl.sum(tl.where((other < chunk)[:, None], count, 0), 0)
-    end = tl.cumsum(total, 0)
-    start = end - total + before
-    pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    own = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1)
-    is_own = (own[:, None] == expert[None, :]).to(tl.int32)
-    rank = tl.cumsum(is_own, 0) - 1
-    place = tl.sum(is_own * (start[None, :] + rank), 1)
-    tl.store(pairs_ptr + place, pair, mask=pair < num_pairs)
-    if chunk == 0:
-        tl.store(ends_ptr + expert, end, mask=expert < NUM_EXPERTS)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -450,6 +274,7 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some columns of one tile of pairs, which have one expert. With an ACTIVATION it is gate and
     up, NUM_OUT of each."""
@@ -460,6 +285,14 @@ def _multiply(
     if tile >= num_tiles:
         return
     row = tl.arange(0, BLOCK_M)
+    if PDL:
+        if ACTIVATION is None and pairs_ptr is None:
+            # The product before this one has waited for the routes: they are there already.
+            own = tl.load(chosen_ptr + tile) * NUM_OUT + first_column + tl.arange(0, BLOCK_N)
+            own = tl.minimum(tl.maximum(own, 0), NUM_EXPERTS * NUM_OUT - 1).to(tl.int64)
+            _prefetch(weight_ptr + own * NUM_IN, NUM_IN, BLOCK_N, BLOCK_K)
+        gdc_wait()
+        gdc_launch_dependents()
     if pairs_ptr is None:
         expert = tl.load(chosen_ptr + tile)
         place = tile + row
@@ -532,6 +365,16 @@ def _multiply(
 
 
 @triton.jit
+def _prefetch(rows, NUM_IN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What the first steps read of BLOCK_N rows of the weight, to the L2 cache."""
+    item_bytes: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+    if NUM_IN * item_bytes % 16 == 0:
+        ahead: tl.constexpr = NUM_IN if NUM_IN < 2 * BLOCK_K else 2 * BLOCK_K
+        length: tl.constexpr = ahead * item_bytes
+        prefetch_l2(rows.to(tl.int64), tl.full([BLOCK_N], length, tl.int32))
+
+
+@triton.jit
 def _combine(
     out_ptr,
     rows_ptr,
@@ -545,8 +388,12 @@ def _combine(
     TOP_K: tl.constexpr,
     IS_GATE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some columns of one token."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE

@@ -265,14 +265,15 @@ def _prefetch(
     bytes_per_element: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     length = tl.maximum(tl.minimum(PIECE, end_k - k), 0) * bytes_per_element
     source = weight_ptr + n.to(tl.int64) * size_k + k
-    _prefetch_l2(source.to(tl.int64), length)
+    prefetch_l2(source.to(tl.int64), length)
     if TWICE:
         source += size_n.to(tl.int64) * size_k
-        _prefetch_l2(source.to(tl.int64), length)
+        prefetch_l2(source.to(tl.int64), length)
 
 
 @triton.jit
-def _prefetch_l2(address, length):
+def prefetch_l2(address, length):
+    """So many bytes at each address, multiples of 16 both; of no length nothing."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred some;

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels.experts import ExpertWeights, Order
+from baton.kernels.expert_order import Order
+from baton.kernels.experts import ExpertWeights
+from baton.kernels.experts_table import UNSORTED_TOKENS
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 from benchmarks.gpu.gpu_timing import Call, Point
@@ -50,7 +52,7 @@ class Mixture:
 
     def routes(self, num_tokens: int) -> Routes:
         """Of random logits: all experts are equally popular."""
-        from baton.kernels.experts import route
+        from baton.kernels.expert_routes import route
 
         logits = torch.randn(num_tokens, self.rule.num_experts, device="cuda")
         return route(logits, self.rule)
@@ -81,7 +83,7 @@ class Work:
 
     @classmethod
     def of(cls, mixture: Mixture, weights: ExpertWeights, num_tokens: int) -> Work:
-        from baton.kernels.experts import order_of
+        from baton.kernels.expert_order import order_of
 
         num_sets = 8 if num_tokens * mixture.rule.top_k <= _FEW_PAIRS else 2
         x = torch.randn(num_tokens, mixture.hidden, dtype=_BF16, device="cuda")
@@ -160,8 +162,11 @@ def _products(work: Work) -> Iterator[Point]:
 
 
 def experts_around() -> Iterator[Point]:
-    """What is around the products: routing, sorting, adding up."""
-    from baton.kernels import experts as own
+    """What is around the products: the router, for few tokens with the norm before it; routing,
+    sorting, adding up."""
+    from baton.kernels.expert_order import order_of
+    from baton.kernels.expert_routes import norm_scores, route
+    from baton.kernels.experts import combine
 
     for mixture in MIXTURES:
         rule = mixture.rule
@@ -169,9 +174,25 @@ def experts_around() -> Iterator[Point]:
             label = f"{mixture.name} {num_tokens}"
             pairs = num_tokens * rule.top_k
             logits = torch.randn(num_tokens, rule.num_experts, device="cuda")
-            routes = own.route(logits, rule)
+            routes = route(logits, rule)
             rows = torch.randn(pairs, mixture.hidden, dtype=_BF16, device="cuda")
             hidden = torch.randn(num_tokens, mixture.hidden, dtype=_BF16, device="cuda")
+
+            if num_tokens <= UNSORTED_TOKENS:
+                router = torch.randn(rule.num_experts, mixture.hidden, device="cuda")
+                gain = torch.ones(mixture.hidden, dtype=_BF16, device="cuda")
+
+                def torch_scores(_: int) -> object:
+                    x = torch.nn.functional.rms_norm(hidden, (mixture.hidden,), gain, 1e-6)
+                    return torch.mm(x.float(), router.t())
+
+                yield Point(
+                    f"norm, router {label}",
+                    lambda _: norm_scores(hidden, gain, 1e-6, router, None),
+                    num_bytes=4 * router.numel(),
+                    library={"rms_norm, mm": torch_scores},
+                    note="weights in the cache",
+                )
 
             def torch_route(_: int) -> object:
                 return logits.softmax(-1).topk(rule.top_k)
@@ -185,20 +206,20 @@ def experts_around() -> Iterator[Point]:
 
             yield Point(
                 f"route {label}",
-                lambda _: own.route(logits, rule),
+                lambda _: route(logits, rule),
                 num_bytes=4 * num_tokens * rule.num_experts + 8 * pairs,
                 library={"softmax, topk": torch_route},
             )
-            if own.order_of(routes, rule.num_experts) is not None:
+            if order_of(routes, rule.num_experts) is not None:
                 yield Point(
                     f"sort {label}",
-                    lambda _: own.order_of(routes, rule.num_experts),
+                    lambda _: order_of(routes, rule.num_experts),
                     num_bytes=8 * pairs,
                     library={"sort": torch_sort},
                 )
             yield Point(
                 f"combine {label}",
-                lambda _: own.combine(rows, routes, hidden),
+                lambda _: combine(rows, routes, hidden),
                 num_bytes=2 * mixture.hidden * (pairs + 2 * num_tokens),
                 library={"torch": torch_combine},
             )

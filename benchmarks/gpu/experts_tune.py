@@ -276,7 +276,8 @@ def _compile(pool: ProcessPoolExecutor, jobs: Sequence[Job], until_s: float) -> 
 def _compile_one(job: Job) -> None:
     """In a process of its own: runs the program once. All pairs are of the first expert, so that
     the others need no memory."""
-    from baton.kernels.experts import ExpertWeights, order_of
+    from baton.kernels.expert_order import order_of
+    from baton.kernels.experts import ExpertWeights
 
     mixture, rule = job.mixture, job.mixture.rule
     try:

@@ -445,9 +445,11 @@ class ModelRunner:
                 self._executor.launch(Batch([prompt])).result()
             if self.model_config.mixture is not None:
                 # Short prompts together make steps whose experts multiply in tiles of another size.
-                for num_rows in {budget // limit for budget in budgets if budget is not None}:
-                    rows = [self._prompt_row(limit)] * min(num_rows, self._config.max_num_seqs)
-                    if len(rows) > 1:
+                for budget in budgets:
+                    if budget is not None and budget > limit:
+                        lengths = [limit] * (budget // limit) + [budget % limit][: budget % limit]
+                        lengths = lengths[: self._config.max_num_seqs]
+                        rows = [self._prompt_row(length) for length in lengths]
                         self._executor.launch(Batch(rows)).result()
             # Those of few tokens behind a long prefix may be others again.
             long = self._prompt_row(limit)

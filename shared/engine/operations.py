@@ -100,6 +100,9 @@ class Operations(Protocol):
     def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) · up, of [T, size] each, whose rows may be strided → a new tensor."""
 
+    def norm_scores(self, x: Tensor, norm: Norm, layer: Linear) -> tuple[Tensor, Tensor]:
+        """norm(x), [T, in] each, and `linear` of it in float32 [T, out], as the layer is."""
+
     def route(
         self,
         logits: Tensor,

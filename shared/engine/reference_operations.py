@@ -122,6 +122,10 @@ class ReferenceOperations:
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
         return self.linear(self.norm(x, norm), layer)
 
+    def norm_scores(self, x: Tensor, norm: Norm, layer: Linear) -> tuple[Tensor, Tensor]:
+        normed = self.norm(x, norm)
+        return normed, self.linear(normed.float(), layer)
+
     def norm_gate_up(
         self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
     ) -> Tensor:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baton.kernels import expert_routes, linear_table, small_linear
 from baton.kernels import experts as experts_kernels
-from baton.kernels import linear_table, small_linear
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
+from baton.kernels.experts_table import UNSORTED_TOKENS
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
 from baton.kernels.latent_attention import latent_chunk_attention, latent_decode_attention
@@ -26,6 +27,7 @@ from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
+from baton.kernels.routing import RoutingRule
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
 from baton.shared.engine.device_columns import Chunk
@@ -152,8 +154,25 @@ class TritonOperations:
         """The kernel reads the table by position."""
         return replace(table, positions=positions)
 
-    route = staticmethod(experts_kernels.route)
-    gated_add = staticmethod(experts_kernels.gated_add)
+    def norm_scores(self, x: Tensor, norm: Norm, layer: Linear) -> tuple[Tensor, Tensor]:
+        if len(x) <= UNSORTED_TOKENS:
+            return expert_routes.norm_scores(
+                x, norm.weight, norm.eps, layer.weight, layer.bias, pdl=self._overlaps
+            )
+        normed = self.norm(x, norm)
+        return normed, self.linear(normed.float(), layer)
+
+    def route(
+        self,
+        logits: Tensor,
+        rule: RoutingRule,
+        choice_bias: Tensor | None = None,
+        expert_scale: Tensor | None = None,
+    ) -> Routes:
+        return expert_routes.route(logits, rule, choice_bias, expert_scale, pdl=self._overlaps)
+
+    def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+        return experts_kernels.gated_add(x, gate, residual, pdl=self._overlaps)
 
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
         tensors: list[Tensor | None] = []
@@ -177,10 +196,17 @@ class TritonOperations:
         self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
     ) -> Tensor:
         if layer.all_reduce is None:
-            return experts_kernels.experts(x, routes, layer.weights, layer.activation, residual)
-        y = experts_kernels.experts(x, routes, layer.weights, layer.activation)
+            return self._experts(x, routes, layer, residual)
+        y = self._experts(x, routes, layer, None)
         layer.all_reduce(y)
         return y if residual is None else residual.add_(y)
+
+    def _experts(
+        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None
+    ) -> Tensor:
+        return experts_kernels.experts(
+            x, routes, layer.weights, layer.activation, residual, pdl=self._overlaps
+        )
 
     def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
         return expand_latent_heads(spec, reader, self.ranks)

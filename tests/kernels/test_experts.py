@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from baton.kernels import expert_order, experts_table, reference_experts
 from baton.kernels import experts as kernels
-from baton.kernels import experts_table, reference_experts
-from baton.kernels.experts import ExpertWeights, experts, gated_add, route
+from baton.kernels.expert_order import order_of
+from baton.kernels.expert_routes import norm_scores, route
+from baton.kernels.experts import ExpertWeights, experts, gated_add
 from baton.kernels.experts_table import Tiles
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
@@ -50,6 +52,33 @@ def test_routes_are_those_of_the_reference(name: str, extras: bool, device: torc
     if rule.scoring == "softmax_of_chosen" or not extras:
         assert got.experts.tolist() == expected.experts.tolist()
     torch.testing.assert_close(got.weights, expected.weights, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_scores_of_a_norm(
+    has_bias: bool, device: torch.device, dtype: torch.dtype, assert_close: Check
+) -> None:
+    """Rows of a larger tensor, of a length that is no power of two."""
+    x = (torch.randn(3, 90) * 4).to(device, dtype)[:, :70]
+    gain, weight = torch.randn(70).to(device, dtype), torch.randn(13, 70, device=device)
+    bias = torch.randn(13, device=device) if has_bias else None
+    normed, scores = norm_scores(x, gain, 1e-3, weight, bias)
+    expected = torch.nn.functional.rms_norm(x.double(), (70,), gain.double(), 1e-3)
+    assert_close(normed, expected)
+    # Of what is stored, to the last bit.
+    product = normed.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), product, atol=1e-4, rtol=1e-5)
+
+
+def test_many_pairs_are_sorted(device: torch.device) -> None:
+    """More chunks than a program looks through itself."""
+    routes = random_routes(1500, 20, 2, device)
+    order = order_of(routes, 20)
+    assert order is not None
+    chosen = routes.experts.view(-1).cpu()
+    assert order.pairs.tolist() == chosen.argsort(stable=True).tolist()
+    assert order.ends.tolist() == chosen.bincount(minlength=20).cumsum(0).tolist()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -178,7 +207,7 @@ def test_results_do_not_depend_on_tiles(
         routes = random_routes(num_tokens, 5, 2, device)
         inner = torch.full((num_tokens * 2, 24), float("nan"), device=device).half()
         rows = torch.full((num_tokens * 2, 40), float("nan"), device=device).half()
-        order = kernels.order_of(routes, 5)
+        order = order_of(routes, 5)
         kernels.multiply_up(inner, x, weights, routes, order, "silu")
         kernels.multiply_down(rows, inner, weights, routes, order)
         pairs = torch.arange(num_tokens * 2) if order is None else order.pairs.cpu()
@@ -207,7 +236,7 @@ def test_tiles_are_as_many_as_there_may_be(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All pairs of one expert, and as many experts as pairs; in large tiles."""
-    monkeypatch.setattr(kernels, "UNSORTED_TOKENS", 0)
+    monkeypatch.setattr(expert_order, "UNSORTED_TOKENS", 0)
     monkeypatch.setattr(experts_table, "STEPS", (0, 1, 1024))
     weights = weights_of(9, 32, 16, device, torch.float32, bias=False)
     x = torch.randn(9, 32, device=device)

@@ -272,7 +272,7 @@ class MixtureBeside:
 
     def __call__(self, hidden: Tensor, of_mlp: Tensor) -> Tensor:
         """Of hidden and what the MLP makes of it, [T, hidden] each → the same shape."""
-        routes, _ = self._router(self._ops.norm(hidden, self._router_norm))
+        _, routes, _ = self._router(hidden, self._router_norm)
         of_experts = self._ops.experts(self._ops.norm(hidden, self._norm), routes, self._experts)
         of_mlp = self._ops.norm(of_mlp, self._beside_norm)
         return self._ops.norm_add(of_experts, self._post_norm, of_mlp)

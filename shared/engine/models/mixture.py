@@ -53,14 +53,15 @@ class Router:
         self._choice_bias = by_expert("choice_bias") if mixture.has_choice_bias else None
         self._expert_scale = by_expert("expert_scale") if "expert_scale" in names else None
 
-    def __call__(self, x: Tensor) -> tuple[Routes, Tensor]:
-        """Of x [T, hidden] → also the gate of the shared expert, float32 [T, 1] if there is one."""
-        outputs = self._ops.linear(x.float(), self._linear)
+    def __call__(self, hidden: Tensor, norm: Norm) -> tuple[Tensor, Routes, Tensor]:
+        """→ norm(hidden), [T, hidden] each; its routes; the gate of the shared expert, float32
+        [T, 1] if there is one."""
+        x, outputs = self._ops.norm_scores(hidden, norm, self._linear)
         num_experts = self._rule.num_experts
         routes = self._ops.route(
             outputs[:, :num_experts], self._rule, self._choice_bias, self._expert_scale
         )
-        return routes, outputs[:, num_experts:]
+        return x, routes, outputs[:, num_experts:]
 
 
 class Mixture:
@@ -89,8 +90,7 @@ class Mixture:
             )
 
     def __call__(self, hidden: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
-        x = self._ops.norm(hidden, norm)
-        routes, gate = self._router(x)
+        x, routes, gate = self._router(hidden, norm)
         if self._shared is not None and self._has_shared_gate:
             residual = self._ops.gated_add(self._shared(hidden, norm), gate, residual)
         elif self._shared is not None:
