@@ -375,9 +375,9 @@ def why_not_hopper(
     they have it."""
     if _hopper is None:
         return _import_error
-    if has_sinks:
-        return "it knows no sinks"
-    reason: str | None = _hopper.problem() or _hopper.not_covered(head_dim, window, soft_cap)
+    reason: str | None = _hopper.problem() or _hopper.not_covered(
+        head_dim, window, soft_cap, has_sinks=has_sinks
+    )
     return reason
 
 
@@ -426,11 +426,28 @@ def paged_prefill_attention(
         return out
     if (
         config is None
-        and sinks is None
         and _hopper is not None
-        and _hopper.covers(query, kv, block_m=block_m, window=window, soft_cap=soft_cap)
+        and _hopper.covers(
+            query,
+            kv,
+            block_m=block_m,
+            window=window,
+            soft_cap=soft_cap,
+            has_sinks=sinks is not None,
+        )
     ):
-        _hopper.paged_prefill_attention(query, kv, layer, tiles, block_tables, scale, out=out)
+        _hopper.paged_prefill_attention(
+            query,
+            kv,
+            layer,
+            tiles,
+            block_tables,
+            scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            out=out,
+        )
         return out
     if config is None:
         group, itemsize = num_heads // num_kv_heads, query.element_size()

@@ -181,8 +181,7 @@ def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, 
         ModelError: a tensor is missing, has another shape, or a form that is not served.
     """
     weight = joined(read_parts(spec, reader, ranks), dtype_of(spec, reader))
-    bias = read_bias(spec, reader, ranks)
-    return weight, None if bias is None else bias.to(weight.device)
+    return weight, read_bias(spec, reader, ranks)
 
 
 def joined(parts: Iterable[Tensor | QuantisedWeight], dtype: torch.dtype) -> Tensor:
@@ -220,13 +219,19 @@ def read_bias(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> Tensor | No
     """This rank's, [out]. ModelError: as of `expand`."""
     if not any(part.has_bias for part in spec.parts):
         return None
+    dtype = dtype_of(spec, reader)
+    biases: list[Tensor | None] = []
+    for part in spec.parts:
+        rows = _rows(part, spec.split, ranks)
+        bias = _bias(part, rows, reader, dtype) if part.has_bias else None
+        biases.append(bias if bias is None else reordered(bias, part.order))
+    device = next(bias.device for bias in biases if bias is not None)
     return _joined(
         [
-            reordered(
-                _bias(part, _rows(part, spec.split, ranks), reader, dtype_of(spec, reader)),
-                part.order,
-            )
-            for part in spec.parts
+            torch.zeros(_num_rows(part, spec.split, ranks), dtype=dtype, device=device)
+            if bias is None
+            else bias
+            for part, bias in zip(spec.parts, biases, strict=True)
         ]
     )
 
@@ -246,6 +251,10 @@ def _rows(part: Part, split: Split, ranks: Ranks) -> slice:
     return _WHOLE if rows == slice(0, _module_out(part)) else rows
 
 
+def _num_rows(part: Part, split: Split, ranks: Ranks) -> int:
+    return len(range(_module_out(part))[_rows(part, split, ranks)])
+
+
 def _module_out(part: Part) -> int:
     return part.num_out if part.module_out is None else part.module_out
 
@@ -262,9 +271,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _bias(part: Part, rows: slice, reader: PartReader, dtype: torch.dtype) -> Tensor:
-    num_rows = len(range(_module_out(part))[rows])
-    if not part.has_bias:
-        return torch.zeros(num_rows, dtype=dtype)
     which = () if rows == _WHOLE else (rows,)
     return reader.read_float(f"{part.module}.bias", (_module_out(part),), which, dtype=dtype)
 

@@ -133,7 +133,7 @@ def _room(config: EngineConfig, used_bytes: int, device: torch.device) -> _Room:
         limit = f"on a CPU pools take {_gib(_MAX_POOL_BYTES)} at most, unless num_blocks is set"
         return _Room(free, _MAX_POOL_BYTES, limit, f" ({host})")
     limit = f"pools take half of what weights leave of {host}"
-    return _Room(free, free // 2, limit, f" ({host})")
+    return _Room(free, min(free, free // 2), limit, f" ({host})")
 
 
 def _of_configured_blocks(
@@ -172,7 +172,8 @@ def _of_configured_blocks(
 
 
 def _too_long(sizes: PoolSizes, num_tokens: int, longest: int, room: _Room) -> ModelError:
-    usable_bytes = max(0, room.most_bytes - sum(sizes.arrangement.block_bytes))
+    # Below zero where the engine has no room for what it needs beside the pools.
+    usable_bytes = room.most_bytes - sum(sizes.arrangement.block_bytes)
     need_bytes = sizes.bytes_of(sizes.blocks_for(num_tokens))
     way_out = f"not even {sizes.block_size} tokens fit beside the weights"
     if longest:
@@ -182,7 +183,7 @@ def _too_long(sizes: PoolSizes, num_tokens: int, longest: int, room: _Room) -> M
         )
     return ModelError(
         f"max_model_len: a sequence of {num_tokens} tokens needs {_needs(sizes, num_tokens)}, "
-        f"the pool would have {_gib(usable_bytes)}{room.host}: "
+        f"the pool would have {_gib(max(0, usable_bytes))}{room.host}: "
         f"{_gib(max(0, need_bytes - usable_bytes))} missing; {way_out}"
     )
 

@@ -1,9 +1,10 @@
 """Compiles kernels/hopper_prefill_attention.py for capability 9.0, with or without a GPU.
 
-    python -m tests.kernels.compile_hopper_prefill [dtype head_dim block_size]
+    python -m tests.kernels.compile_hopper_prefill [dtype head_dim block_size [window cap sinks]]
 
-Prints, as JSON, the bytes of shared memory that it takes, and how many kernels steps of all kinds
-need. To be run without TRITON_INTERPRET: a kernel is compiled or interpreted for the whole process.
+Prints, as JSON, the bytes of shared memory that it takes, what its threads put into memory for want
+of registers, and how many kernels steps of all kinds need. To be run without TRITON_INTERPRET: a
+kernel is compiled or interpreted for the whole process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from baton.kernels import hopper_prefill_attention as hopper
+from tests.kernels.compiled import Compiled
 
 Kernel = Any
 
 
-def compile_all(dtype: torch.dtype, head_dim: int, block_size: int) -> list[Kernel]:
+def compile_all(
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    *,
+    has_sinks: bool = False,
+) -> list[Kernel]:
     """The kernels, by steps of one engine: of few tiles and many, in any layer."""
     pretend = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -40,6 +50,7 @@ def compile_all(dtype: torch.dtype, head_dim: int, block_size: int) -> list[Kern
 
     kernel.run = compile_only
     num_heads, num_kv_heads = 32, 8
+    sinks = torch.zeros(num_heads) if has_sinks else None
     kv = torch.zeros(9, num_kv_heads, 3, 2, block_size, head_dim, dtype=dtype)
     tables = torch.zeros(5, 7, dtype=torch.int32)
     for num_tiles, num_tokens, layer in ((1, 80, 0), (1, 128, 1), (3, 320, 2), (16, 2048, 1)):
@@ -47,13 +58,30 @@ def compile_all(dtype: torch.dtype, head_dim: int, block_size: int) -> list[Kern
         tiles = torch.zeros(num_tiles, 4, dtype=torch.int32)
         query = qkv[:, :num_heads]
         out = torch.empty(query.shape, dtype=dtype)
-        hopper.paged_prefill_attention(query, kv, layer, tiles, tables, 0.125, out=out)
+        hopper.paged_prefill_attention(
+            query, kv, layer, tiles, tables, 0.125,
+            window=window, soft_cap=soft_cap, sinks=sinks, out=out,
+        )  # fmt: skip
     return list(found.values())
 
 
-def main(dtype: str = "bfloat16", head_dim: str = "128", block_size: str = "16") -> None:
-    kernels = compile_all(getattr(torch, dtype), int(head_dim), int(block_size))
-    report = {"kernels": len(kernels), "shared": max(each.metadata.shared for each in kernels)}
+def main(
+    dtype: str = "bfloat16",
+    head_dim: str = "128",
+    block_size: str = "16",
+    window: str = "0",
+    soft_cap: str = "0",
+    sinks: str = "0",
+) -> None:
+    kernels = compile_all(
+        getattr(torch, dtype), int(head_dim), int(block_size), int(window), float(soft_cap),
+        has_sinks=sinks != "0",
+    )  # fmt: skip
+    report = {
+        "kernels": len(kernels),
+        "shared": max(each.metadata.shared for each in kernels),
+        "spilled": max(Compiled("", 90, each).spilled_bytes for each in kernels),
+    }
     sys.stdout.write(json.dumps(report) + "\n")
 
 

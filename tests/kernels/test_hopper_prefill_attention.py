@@ -19,12 +19,12 @@ from baton.kernels import hopper_prefill_attention as hopper
 from baton.kernels import prefill_attention
 from baton.kernels.prefill_attention import PrefillConfig, paged_prefill_attention
 from tests.device import ROOT, process_environment
+from tests.kernels import hopper_variants
+from tests.kernels.hopper_variants import CHUNKS, Variant
 from tests.kernels.prefill_cases import Check, PrefillCase, make_case
 
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _TRITON = PrefillConfig(1, 128, 8, 3)
-# Ends in the middle of tiles and blocks; a row of one token; a whole tile; nothing cached.
-_CHUNKS = [(0, 700), (1500, 513), (1000, 20), (63, 65), (127, 1), (0, 1), (128, 128), (37, 129)]
 
 
 def _inputs(
@@ -40,7 +40,8 @@ def _inputs(
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the kernel could run here."""
+    """As if the kernel could run here, and were chosen for plain layers only."""
+    monkeypatch.setattr(hopper, "CHOSEN", {64: (), 128: ()})
     monkeypatch.setattr(hopper, "_USABLE", True)
     monkeypatch.setattr(hopper, "_processors", lambda _: 132)
 
@@ -59,6 +60,7 @@ def test_covers(on_hopper: None, head_dim: int, block_size: int, dtype: torch.dt
         {"block_m": 64},
         {"window": 4096},
         {"soft_cap": 50.0},
+        {"has_sinks": True},
         {"query": torch.zeros(130, 8, 128, dtype=_FP16)},
         {"kv": torch.zeros(2**17 * 5 * 2 * 3 + 1, dtype=_BF16)[1:].view(-1, 2, 3, 2, 16, 128)[:5]},
         # More keys and values than an int32 can count.
@@ -70,13 +72,25 @@ def test_covers(on_hopper: None, head_dim: int, block_size: int, dtype: torch.dt
         _inputs(dtype=torch.float32),
     ],
     ids=[
-        "short tiles", "window", "soft cap", "mixed types", "unaligned", "huge pool", "head_dim 96",
-        "head_dim 256", "block_size 8", "block_size 256", "float32",
+        "short tiles", "window", "soft cap", "sinks", "mixed types", "unaligned", "huge pool",
+        "head_dim 96", "head_dim 256", "block_size 8", "block_size 256", "float32",
     ],
 )  # fmt: skip
 def test_does_not_cover(on_hopper: None, change: dict[str, Any]) -> None:
     assert hopper.covers(**_inputs())
     assert not hopper.covers(**{**_inputs(), **change})
+
+
+def test_traits_are_chosen_by_the_size_of_heads(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper, "CHOSEN", {64: ("window", "sinks"), 256: ("window", "soft cap")})
+    small, large = _inputs(head_dim=64), _inputs(head_dim=256)
+    assert hopper.covers(**{**small, "window": 128}, has_sinks=True)
+    assert not hopper.covers(**small, soft_cap=50.0)
+    assert hopper.covers(**{**large, "window": 128}, soft_cap=50.0)
+    assert not hopper.covers(**{**large, "window": 128}, has_sinks=True)
+    assert not hopper.covers(**_inputs(head_dim=128))
 
 
 def test_does_not_cover_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +105,10 @@ def test_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_says_why_it_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert prefill_attention.why_not_hopper(128, 0, 0.0) is None
+    monkeypatch.setattr(hopper, "CHOSEN", {64: (), 128: ()})
+    why = prefill_attention.why_not_hopper
+    assert why(128, 0, 0.0) is None
+    assert "have sinks" in (why(128, 0, 0.0, has_sinks=True) or "")
     assert "head_dim is 256" in (prefill_attention.why_not_hopper(256, 0, 0.0) or "")
     assert "sliding_window is 4096" in (prefill_attention.why_not_hopper(128, 4096, 0.0) or "")
     assert "cap of 50.0" in (prefill_attention.why_not_hopper(64, 0, 50.0) or "")
@@ -112,7 +129,7 @@ def test_a_given_configuration_is_that_of_the_other_kernel(
     seen: list[Any] = []
     other = SimpleNamespace(
         covers=lambda query, kv, *, block_m, **options: block_m == 16 and not any(options.values()),
-        paged_prefill_attention=lambda *args, out: seen.extend((*args, out)),
+        paged_prefill_attention=lambda *args, out, **options: seen.extend((*args, out, options)),
     )
     monkeypatch.setattr(prefill_attention, "_hopper", other)
     case.check(assert_close, 16, PrefillConfig(1, 16, 4, 2))
@@ -120,8 +137,10 @@ def test_a_given_configuration_is_that_of_the_other_kernel(
     tiles, out = case.tiles(16), torch.zeros_like(case.query)
     args = (case.query, case.kv, 1, tiles, case.tables, 0.25)
     assert paged_prefill_attention(*args, block_m=16, out=out) is out
+    options = seen.pop()
     assert len(seen) == 7
     assert all(given is got for given, got in zip((*args, out), seen, strict=True))
+    assert options == {"window": 0, "soft_cap": 0.0, "sinks": None}
 
 
 def test_a_triton_without_gluon_has_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,12 +155,14 @@ def test_a_triton_without_gluon_has_the_other_kernel(monkeypatch: pytest.MonkeyP
     assert fresh._hopper is None and prefill_attention._hopper is hopper
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 128), (128, 16)])
-def test_compiles_once_for_all_steps(head_dim: int, block_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant", [("64", "128"), ("128", "16"), ("256", "16", "1024", "50", "1")], ids="-".join
+)
+def test_compiles_once_for_all_steps(variant: tuple[str, ...], tmp_path: Path) -> None:
     """For a real GPU, though there may be none: not in this process, which interprets kernels."""
     command = [sys.executable, "-m", "tests.kernels.compile_hopper_prefill"]
     done = subprocess.run(
-        [*command, "bfloat16", str(head_dim), str(block_size)],
+        [*command, "bfloat16", *variant],
         env=process_environment(TRITON_CACHE_DIR=str(tmp_path)),
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
@@ -149,6 +170,7 @@ def test_compiles_once_for_all_steps(head_dim: int, block_size: int, tmp_path: P
     report = json.loads(done.stdout)
     assert report["kernels"] == 1
     assert report["shared"] <= 232_448
+    assert report["spilled"] <= 300
 
 
 def _check(case: PrefillCase, assert_close: Check, config: PrefillConfig | None = None) -> None:
@@ -177,7 +199,7 @@ def test_matches_the_reference(
     hopper_device: torch.device, assert_close: Check,
     head_dim: int, block_size: int, dtype: torch.dtype, config: PrefillConfig | None,
 ) -> None:  # fmt: skip
-    case = make_case(_CHUNKS, 8, 2, head_dim, block_size, hopper_device, dtype)
+    case = make_case(CHUNKS, 8, 2, head_dim, block_size, hopper_device, dtype)
     _check(case, assert_close, config)
 
 
@@ -187,7 +209,7 @@ def test_groups_of_heads(
     hopper_device: torch.device, assert_close: Check, heads: int, kv_heads: int
 ) -> None:
     """Of few items, and of numbers that the programs cannot share evenly."""
-    for chunks in ([(0, 1)], [(5, 128)], _CHUNKS):
+    for chunks in ([(0, 1)], [(5, 128)], CHUNKS):
         case = make_case(chunks, heads, kv_heads, 128, 16, hopper_device, _BF16)
         _check(case, assert_close)
 
@@ -219,8 +241,21 @@ def test_long_chunk_is_the_same_every_time(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", hopper_variants.VARIANTS, ids=str)
+def test_variants_match_the_reference(
+    hopper_device: torch.device,
+    assert_close: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: Variant,
+) -> None:
+    """Those too that are not chosen yet."""
+    monkeypatch.setattr(hopper, "CHOSEN", hopper_variants.ALL)
+    hopper_variants.check(variant, hopper_device, assert_close)
+
+
+@pytest.mark.gpu
 def test_idle_tiles_and_other_layers(hopper_device: torch.device, assert_close: Check) -> None:
-    case = make_case(_CHUNKS, 8, 2, 128, 32, hopper_device, _FP16, layers=5, layer=4)
+    case = make_case(CHUNKS, 8, 2, 128, 32, hopper_device, _FP16, layers=5, layer=4)
     tiles = case.tiles(128)
     out = torch.full((len(case.query) + 40, 8, 128), float("nan"), dtype=_FP16).to(hopper_device)
     query = torch.full_like(out, float("nan"))

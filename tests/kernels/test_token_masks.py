@@ -46,9 +46,11 @@ def test_a_token_that_was_banned_is_left_and_no_number_is_seen(device: torch.dev
             assert expected[0, 1] == torch.tensor(LEAST) and expected[0, 2].isnan()
 
 
-def test_no_mask_stays_behind_a_copy_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mask_stays_behind_a_copy_that_failed(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     """A later row at its place would be drawn under it."""
-    masks = DeviceMasks(4, 64, torch.device("cpu"))
+    masks = DeviceMasks(4, 64, device)
     constrained = BatchRow([5], 0, [[0]], masks=np.ones((1, 2), np.uint32))
     masks.send([constrained], [0, -1, -1, -1])
     with monkeypatch.context() as patched:
@@ -56,7 +58,7 @@ def test_no_mask_stays_behind_a_copy_that_failed(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(MemoryError):
             masks.send([BatchRow([6], 0, [[0]])], [0, -1, -1, -1])
     masks.send([BatchRow([7], 0, [[0]])], [0, -1, -1, -1])
-    logits = torch.zeros(4, 64)
+    logits = torch.zeros(4, 64, device=device)
     masks.apply(logits)
     assert not logits.any()
 

@@ -120,6 +120,13 @@ def test_a_refusal_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "auto" not in str(caught.value)
 
 
+def test_what_is_missing_is_not_the_pools_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is not even the room that the engine needs beside them."""
+    # 22 blocks with the zero block, and what goes beyond the 974 MiB that are free.
+    with pytest.raises(ModelError, match=r"would have 0\.00 GiB .*: 1\.02 GiB missing; not even"):
+        choose(50 - 1024, monkeypatch)
+
+
 @pytest.mark.parametrize("arrangement", [ONE_GROUP, TWO_POOLS])
 def test_auto_takes_what_would_not_be_refused(
     arrangement: Arrangement, monkeypatch: pytest.MonkeyPatch
