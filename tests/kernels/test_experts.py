@@ -35,6 +35,9 @@ RULES = {
         num_groups=6,
         top_groups=2,
     ),
+    "groups by their best": RoutingRule(
+        num_experts=20, top_k=3, scale=16.0, num_groups=5, top_groups=2, group_best=1
+    ),
 }
 
 
