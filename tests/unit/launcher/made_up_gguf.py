@@ -147,6 +147,36 @@ def write_llama(
     return stored
 
 
+def write_qwen(path: Path, model: Any, *, pre: str = "qwen2") -> None:
+    """Of qwen2 or qwen3. Rows are not turned there, and biases are stored."""
+    config, name = model.config, model.config.model_type
+    writer = gguf.GGUFWriter(path, name)
+    fields = {
+        f"{name}.context_length": config.max_position_embeddings,
+        f"{name}.embedding_length": config.hidden_size,
+        f"{name}.block_count": config.num_hidden_layers,
+        f"{name}.feed_forward_length": config.intermediate_size,
+        f"{name}.attention.head_count": config.num_attention_heads,
+        f"{name}.attention.head_count_kv": config.num_key_value_heads,
+        f"{name}.attention.key_length": config.hidden_size // config.num_attention_heads,
+        f"{name}.rope.freq_base": config.rope_parameters["rope_theta"],
+        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": SMOLLM_TOKENS,
+        "tokenizer.ggml.token_type": [_NORMAL] * len(SMOLLM_TOKENS),
+        "tokenizer.ggml.merges": _MERGES,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    _add_fields(writer, fields)
+    own_norms = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+    for full, values in _state(model).items():
+        *_, module, kind = full.split(".")
+        ours = own_norms.get(module) or _LLAMA_NAMES[module]
+        writer.add_tensor(_file_name(full, ours).replace(".weight", f".{kind}"), values)
+    _finish(writer)
+
+
 def write_gemma(path: Path, model: Gemma3ForCausalLM, metadata: Mapping[str, Any] = {}) -> None:
     config, writer = model.config, gguf.GGUFWriter(path, "gemma3")
     fields = {

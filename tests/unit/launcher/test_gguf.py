@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from argparse import ArgumentTypeError
@@ -9,11 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.engine.batch import Batch, BatchRow
@@ -21,8 +33,12 @@ from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.gguf_weights import GgufWeights, expanded_weights
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.models.registry import load_model_config
+from baton.shared.engine.quantised.gguf import KINDS
+from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.gguf.directory import directory_of, write_directory
+from baton.shared.model_files.gguf.file import GgufFile
+from baton.shared.model_files.gguf.vocabulary import read_vocabulary
 from baton.shared.model_files.named import model_dir
 from tests.unit.launcher.made_up_gguf import (
     F16,
@@ -35,6 +51,7 @@ from tests.unit.launcher.made_up_gguf import (
     llama,
     write_gemma,
     write_llama,
+    write_qwen,
 )
 
 IDS = torch.arange(3, 27)[None]
@@ -121,6 +138,66 @@ def test_a_gemma_is_what_it_was(tmp_path: Path) -> None:
     assert config["model_type"] == "gemma3_text"
     assert config["layer_types"] == original.config.layer_types
     assert (config["sliding_window"], config["rope_local_base_freq"]) == (8, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"), [(Qwen2ForCausalLM, Qwen2Config), (Qwen3ForCausalLM, Qwen3Config)]
+)
+def test_a_qwen_is_what_it_was(tmp_path: Path, model: Any, config: Any) -> None:
+    torch.manual_seed(6)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    made = config(vocab_size=len(SMOLLM_TOKENS), **sizes, **heads, tie_word_embeddings=True)
+    original = model(made).eval()
+    for weight in original.parameters():
+        if weight.dim() == 1:
+            # Biases and norms that all tell apart.
+            weight.data += torch.rand(weight.shape)
+    write_qwen(tmp_path / "m.gguf", original)
+    directory = expanded(tmp_path / "m.gguf", tmp_path / "made")
+    assert torch.equal(logits(from_directory(directory)), logits(original))
+    _, ours = load_model_config(directory)
+    assert ours.model_type == original.config.model_type and ours.head_dim == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_expanded_as_by_the_package_gguf(kind: str) -> None:
+    """Random bytes, with scales that are numbers."""
+    blocks, of_gguf = KINDS[kind], gguf.GGMLQuantizationType[kind]
+    assert gguf.GGML_QUANT_SIZES[of_gguf] == (blocks.size, blocks.num_bytes)
+    data = np.random.default_rng(1).integers(0, 256, (64, blocks.num_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(data, of_gguf)
+    are_numbers = np.isfinite(expected).all(axis=1)
+    assert are_numbers.sum() > 40
+    codes, scale, offset = blocks.take(torch.from_numpy(data[are_numbers]))
+    assert scale.shape[1] == blocks.size // blocks.run
+    weight = QuantisedWeight(codes, scale, blocks.num_bits, offset=offset)
+    assert np.array_equal(weight.expand(torch.float32).numpy(), expected[are_numbers])
+
+
+def test_words_of_other_tokenizers_are_those_of_transformers(tmp_path: Path) -> None:
+    texts = [*TEXTS, "It's 1234567 o'clock\n\n  I'LL   go!?\r\n\tnow  é"]
+    pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(SMOLLM_TOKENS),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    for pre, words in (("llama-bpe", pattern), ("qwen2", pattern.replace("{1,3}", ""))):
+        write_qwen(tmp_path / f"{pre}.gguf", model, pre=pre)
+        made = read_vocabulary(GgufFile(tmp_path / f"{pre}.gguf")).tokenizer
+        split = pre_tokenizers.Split(Regex(words), "isolated")
+        for text in texts:
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            both = pre_tokenizers.Sequence([split, byte_level])
+            assert made.pre_tokenizer.pre_tokenize_str(text) == both.pre_tokenize_str(text)
 
 
 @pytest.mark.parametrize("kind", ["smollm", "gemma"])
