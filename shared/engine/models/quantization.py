@@ -12,6 +12,8 @@ from collections.abc import Callable
 from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme, compiles
 from baton.shared.model_files.fields import Fields, shown
 
+_BESIDE = "hf_quant_config.json"
+"""Where ModelOpt says it, if not in config.json."""
 _MXFP4 = "mxfp4"
 _NVFP4_GROUP = 16
 _SCALED = ("naive-quantized", "int-quantized", "float-quantized")
@@ -47,7 +49,8 @@ def read_quantization(fields: Fields, *, experts_may_be_mxfp4: bool = False) -> 
     """
     outer = fields.object("quantization_config")
     if outer is None:
-        return None
+        beside = fields.path.with_name(_BESIDE)
+        return _modelopt(Fields.of_file(beside)) if beside.exists() else None
     method = outer.string("quant_method")
     if experts_may_be_mxfp4 and method == _MXFP4:
         outer.get("modules_to_not_convert")

@@ -270,6 +270,17 @@ def test_modelopts_nvfp4_is_that_of_others_under_other_names(load: Load) -> None
     torch.testing.assert_close(layer.weight, expanded, rtol=2**-7, atol=0)
 
 
+def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+    fields = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(fields))
+    read = read_quantization(Fields(tmp_path / "config.json", {}))
+    assert read is not None and read == config({"quant_method": "modelopt", "quant_algo": "FP8"})
+    fields["quantization"]["quant_algo"] = "W4A8"
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelError, match="hf_quant_config.json: quantization.quant_algo: only"):
+        read_quantization(Fields(tmp_path / "config.json", {}))
+
+
 # What is refused
 
 

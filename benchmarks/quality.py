@@ -1,0 +1,160 @@
+"""What small weights cost in quality: `python -m benchmarks.quality MODEL [--against MODEL]`.
+
+A text in windows, each a prompt of its own: the perplexity of every form, how far its distributions
+are from those of the reference (KL divergence, nats a token), and how often the first choice is the
+same. The reference is the model that MODEL, or `--against`, is in float32.
+
+A form is a dtype, with `+` and a method of `--quantization` if one is to be taken: bfloat16,
+float32+int4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from baton.loadtest.environment import describe_environment
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import DTYPES, QUANTIZATIONS, EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.model_files.fields import ModelError
+from baton.shared.model_files.named import model_dir
+from baton.shared.tokenizer.files import load_tokenizer
+from benchmarks.checkout import RESULTS, ROOT
+
+_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    form: str
+    perplexity: float
+    kl_mean: float
+    kl_largest: float
+    same_first: float
+    """Share of tokens whose likeliest one is the reference's."""
+    num_tokens: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        rows = list(_measure(args))
+    except ModelError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 1
+    output = args.output or RESULTS / f"quality_{args.model.name}.json"
+    result = {
+        "environment": describe_environment(),
+        "model": args.model.name,
+        "against": args.against.name if args.against else None,
+        "text": args.text.name,
+        "rows": [asdict(row) for row in rows],
+    }
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {output}")
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> Iterator[Row]:
+    windows = _windows(args)
+    print(f"{'form':24} {'perplexity':>10} {'KL':>9} {'largest':>8} {'same first':>10}")
+    against = args.against or args.model
+    reference = [logits.log_softmax(-1) for logits in _logits(args, against, "float32", windows)]
+    yield _row("reference, float32", windows, reference, reference)
+    for form in args.forms:
+        found = [logits.log_softmax(-1) for logits in _logits(args, args.model, form, windows)]
+        yield _row(form, windows, found, reference)
+
+
+def _row(form: str, windows: list[list[int]], found: list[Tensor], reference: list[Tensor]) -> Row:
+    surprises, divergences, same = [], [], []
+    for ids, ours, theirs in zip(windows, found, reference, strict=True):
+        following = torch.tensor(ids[1:])
+        surprises.append(-ours[:-1].gather(1, following[:, None]))
+        divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
+        same.append(ours.argmax(-1) == theirs.argmax(-1))
+    divergence = torch.cat(divergences)
+    row = Row(
+        form,
+        float(torch.cat(surprises).mean().exp()),
+        float(divergence.mean()),
+        float(divergence.max()),
+        float(torch.cat(same).float().mean()),
+        len(divergence),
+    )
+    print(
+        f"{row.form:24} {row.perplexity:10.3f} {row.kl_mean:9.5f} {row.kl_largest:8.4f} "
+        f"{row.same_first:10.4f}",
+        flush=True,
+    )
+    return row
+
+
+def _logits(
+    args: argparse.Namespace, directory: Path, form: str, windows: list[list[int]]
+) -> Iterator[Tensor]:
+    """float32 [tokens, vocab] of each window."""
+    dtype, _, quantization = form.partition("+")
+    num_blocks = -(-args.window // _BLOCK)
+    runner = ModelRunner(
+        EngineConfig(
+            directory,
+            args.device,
+            dtype=dtype,
+            block_size=_BLOCK,
+            num_blocks=num_blocks,
+            max_model_len=args.window,
+            token_budget=args.window,
+            quantization=quantization or None,  # type: ignore[arg-type]
+        )
+    )
+    for ids in windows:
+        row = BatchRow(ids, 0, [list(range(num_blocks)) for _ in runner.groups])
+        row.num_logits = len(ids)
+        yield runner.logits(Batch([row])).cpu()
+
+
+def _windows(args: argparse.Namespace) -> list[list[int]]:
+    tokenizer = load_tokenizer(args.model)
+    if tokenizer is None:
+        raise ModelError(f"{args.model}: it has no tokenizer")
+    ids = tokenizer.tokenizer.encode(args.text.read_text()).ids[: args.tokens]
+    starts = range(0, len(ids) - 1, args.window)
+    return [ids[start : start + args.window] for start in starts]
+
+
+def _form(text: str) -> str:
+    dtype, plus, quantization = text.partition("+")
+    if dtype not in DTYPES[1:] or (plus and quantization not in QUANTIZATIONS):
+        known = f"{', '.join(DTYPES[1:])}, and + one of {', '.join(QUANTIZATIONS)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
+    return text
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("model", type=model_dir, metavar="MODEL", help="directory, name or GGUF file")
+    add("--against", type=model_dir, metavar="MODEL", help="default: MODEL itself")
+    add("--text", type=Path, default=ROOT / "README.md", help="default: the project's README.md")
+    add("--forms", type=_form, nargs="+", default=["bfloat16"], help="default: bfloat16")
+    add("--tokens", type=int, default=2000)
+    add("--window", type=int, default=500, help="tokens of a prompt")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--threads", type=int, default=1)
+    add("--output", type=Path)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
