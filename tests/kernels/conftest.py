@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from baton.kernels import decode_plan
+from tests.kernels import closeness
 
 _HAS_GPU = torch.cuda.is_available()
 # The interpreter multiplies bfloat16 wrongly, and silently.
 _DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if _HAS_GPU else [])
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture
@@ -53,13 +53,4 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """max |error| / max |reference|, where the reference is float64."""
-
-    def check(actual: torch.Tensor, reference: torch.Tensor) -> None:
-        reference = reference.double().cpu()
-        error = (actual.double().cpu() - reference).abs().max()
-        assert not error.isnan(), "not every element was written, or a NaN got through"
-        limit = TOLERANCE[actual.dtype] * max(float(reference.abs().max()), 1e-6)
-        assert float(error) <= limit, f"max |error| {float(error):.3g} exceeds {limit:.3g}"
-
-    return check
+    return closeness.assert_close

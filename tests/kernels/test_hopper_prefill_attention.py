@@ -243,14 +243,11 @@ def test_long_chunk_is_the_same_every_time(
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", hopper_variants.VARIANTS, ids=str)
 def test_variants_match_the_reference(
-    hopper_device: torch.device,
-    assert_close: Check,
-    monkeypatch: pytest.MonkeyPatch,
-    variant: Variant,
+    hopper_device: torch.device, monkeypatch: pytest.MonkeyPatch, variant: Variant
 ) -> None:
     """Those too that are not chosen yet."""
     monkeypatch.setattr(hopper, "CHOSEN", hopper_variants.ALL)
-    hopper_variants.check(variant, hopper_device, assert_close)
+    hopper_variants.check(variant, hopper_device)
 
 
 @pytest.mark.gpu
