@@ -4,8 +4,9 @@
 
 The engine loop, as in benchmarks.gpu.engine, with rows that ask for nothing, for penalties, for the
 logprobs of 20 tokens, or that are constrained: then a stand-in for grammars takes so many ms of the
-host for all masks of a step together. What of that is hidden is how much shorter a step is than one
-without masks and the masks' own time, one after the other.
+host for all masks of a step together, of all rows or of one beside others without. What of that is
+hidden is how much shorter a step is than one without masks and the masks' own time, one after the
+other. Idle is the GPU's time between steps; a step that waits for its masks ends with their draw.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for batch in args.batches:
         prompts = engine.cached_prompts(batch, args.context)
-        plain_ms = _measure(engine, prompts, args.steps, GREEDY, None)["ms"]
-        for name, how, mask_ms in _features(args.mask_ms):
-            row = _measure(engine, prompts, args.steps, how, mask_ms)
+        plain_ms = _measure(engine, prompts, args.steps, GREEDY, None, 0)["ms"]
+        for name, how, mask_ms, num_masked in _features(args.mask_ms, batch):
+            row = _measure(engine, prompts, args.steps, how, mask_ms, num_masked)
             row = {"batch": batch, "rows ask for": name, **row, "more_ms": row["ms"] - plain_ms}
             if mask_ms:
                 row["mask_ms"] = mask_ms
@@ -95,15 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _features(mask_ms: Sequence[float]) -> list[tuple[str, SamplingParams, float | None]]:
-    """(name, parameters, ms of all masks of a step; None: no masks). The first one again says how
-    far the same is apart."""
-    return [
-        ("nothing", GREEDY, None),
-        ("penalties", _PENALTIES, None),
-        ("logprobs of 20", _LOGPROBS, None),
-        *((f"masks of {each:g} ms", GREEDY, each) for each in mask_ms),
+def _features(
+    mask_ms: Sequence[float], batch: int
+) -> list[tuple[str, SamplingParams, float | None, int]]:
+    """(name, parameters, ms of all masks of a step, number of rows with one; None: no masks). The
+    first one again says how far the same is apart."""
+    features: list[tuple[str, SamplingParams, float | None, int]] = [
+        ("nothing", GREEDY, None, 0),
+        ("penalties", _PENALTIES, None, 0),
+        ("logprobs of 20", _LOGPROBS, None, 0),
+        *((f"masks of {each:g} ms", GREEDY, each, batch) for each in mask_ms),
     ]
+    if mask_ms and batch > 1:
+        features.append((f"one a mask of {max(mask_ms):g} ms", GREEDY, max(mask_ms), 1))
+    return features
 
 
 def _measure(
@@ -112,14 +119,17 @@ def _measure(
     num_steps: int,
     how: SamplingParams,
     mask_ms: float | None,
+    num_masked: int,
 ) -> dict[str, Any]:
     runner = engine.runner
     more: Callable[[], dict[str, Any]] = dict
     if mask_ms is not None:
-        vocab_size, each_s = runner.model_config.vocab_size, mask_ms / len(prompts) / 1e3
+        vocab_size, each_s = runner.model_config.vocab_size, mask_ms / num_masked / 1e3
+        numbers = count()
 
         def more() -> dict[str, Any]:
-            return {"matcher": StandInMatcher(vocab_size, each_s)}
+            is_masked = next(numbers) % len(prompts) < num_masked
+            return {"matcher": StandInMatcher(vocab_size, each_s)} if is_masked else {}
 
     is_cuda = runner.device.type == "cuda"
     before = 0

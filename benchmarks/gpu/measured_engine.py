@@ -134,16 +134,16 @@ class HitCounter:
                 self._hits.append(torch.unique(routes.experts[: self._batch]))
             return routes
 
-        captured = [(each, each.graph) for each in getattr(executor, "_decode", {}).values()]
+        captured = [(each, each.graphs) for each in getattr(executor, "_decode", {}).values()]
         for each, _ in captured:
-            each.graph = None
+            each.graphs = None
         ops.route = counting_route
         try:
             yield
         finally:
             del ops.route
-            for each, graph in captured:
-                each.graph = graph
+            for each, graphs in captured:
+                each.graphs = graphs
 
     @property
     def mean(self) -> float:

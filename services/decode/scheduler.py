@@ -15,12 +15,12 @@ Lacking = Callable[[Sequence], Seq[int]]
 """By pool: blocks that a sequence lacks for the tokens that it computes next."""
 
 
-def running(hosted: Iterable[Sequence]) -> list[Sequence]:
+def running(hosted: Iterable[Sequence], *, masks_follow: bool = False) -> list[Sequence]:
     """Those of the sequences that decode here whose next token can be computed in the coming step.
 
     The last chunk of a prompt that stays here may be in flight: the token that it draws is on the
     device before the step that needs it begins. Where what may be drawn depends on it, the host has
-    to know it first.
+    to know it first; of what is constrained before the draw only, if `masks_follow`.
     """
     decoding, prefilling = SequenceState.DECODING, SequenceState.PREFILLING
     return [
@@ -36,7 +36,7 @@ def running(hosted: Iterable[Sequence]) -> list[Sequence]:
         # What may follow depends on the token that is being drawn.
         and not (
             sequence.num_steps_in_flight
-            and (sequence.needs_last_tokens or sequence.matcher is not None)
+            and (sequence.needs_last_tokens or not masks_follow and sequence.matcher is not None)
         )
     ]
 

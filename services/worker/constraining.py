@@ -2,12 +2,15 @@
 
     schedule   forced tokens become drafts, which always stand ─► other drafts ─► a mask for each
                draw, by the tokens that have been emitted and the drafts before it
+    draw       masks of those whose last token was drawn by a step in flight, which has been
+               collected since: their forward pass runs meanwhile
 
-A mask depends on every token before it. So a constrained sequence takes part in a step only when
-all its earlier steps have been collected (services/decode/scheduler.py).
+A mask depends on every token before it. Where the engine checks drafts, a constrained sequence
+takes part in a step only when all its earlier steps have been collected, for what must follow is
+known only then (services/decode/scheduler.py).
 
-What grammars take of a step is bounded: sequences beyond that sit it out, and come first in the
-next one.
+What grammars take of a step is bounded: sequences beyond that sit it out, or draw what does not
+count where their step has begun, and come first in the next one.
 """
 
 from __future__ import annotations
@@ -39,13 +42,15 @@ class Constraining:
     ) -> None:
         """`most_forced`: drafts that a row of one token may have. `observe` is told the seconds
         that a sequence's part of a step took here."""
-        self._most_forced = most_forced
+        self.most_forced = most_forced
         self._observe = observe
         self._clock = clock
         self._failures: dict[Sequence, BatonError] = {}
         self._waiting: dict[Sequence, None] = {}
         """Those that sat a step out, the longest wait first."""
         self._left_s = 0.0
+        self._num_made = 0
+        """Masks of this step, by sequence."""
         self._taken_s: dict[Sequence, float] = {}
 
     def add_forced(
@@ -56,7 +61,7 @@ class Constraining:
 
         `extend` finds room for so many tokens of a sequence; without it a part gets none.
         """
-        self._left_s, self._taken_s = _STEP_S, {}
+        self._left_s, self._taken_s, self._num_made = _STEP_S, {}, 0
         for part, matcher in self._in_turn(parts):
             if self._left_s <= 0:
                 return
@@ -65,7 +70,7 @@ class Constraining:
                     continue
                 # What is drawn last is not computed.
                 left = part.sequence.num_to_compute - part.end
-                forced = matcher.forced(max(0, min(self._most_forced, left, num_more)))
+                forced = matcher.forced(max(0, min(self.most_forced, left, num_more)))
             if forced and extend(part.sequence, part.end + len(forced)):
                 part.draft_ids, part.is_forced = forced, True
                 part.num_tokens += len(forced)
@@ -83,31 +88,50 @@ class Constraining:
             return matcher.num_allowed(token_ids)
 
     def add_masks(self, parts: Seq[Part]) -> list[Part]:
-        """To those that draw. Returns the parts without those that sit the step out; where any is
-        constrained, one of them at least does not, unless it has much to follow yet."""
-        out: set[Sequence] = set()
-        num_made = 0
+        """To those that draw, but for those that await theirs. Returns the parts without those that
+        sit the step out; where any is constrained, one of them at least does not, unless it has
+        much to follow yet."""
+        for part in parts:
+            if part.sequence.matcher is not None and part.follows_unknown:
+                part.awaits_mask = True
+        out = {part.sequence for part in self._unserved(parts)}
+        return [part for part in parts if part.sequence not in out] if out else list(parts)
+
+    def add_awaited_masks(self, parts: Seq[Part]) -> list[Part]:
+        """To those that await theirs, when all steps before have been collected. Returns those for
+        which grammars had no time left in the step: they are void."""
+        awaiting = [part for part in parts if part.awaits_mask]
+        for part in awaiting:
+            part.awaits_mask = False
+        void = self._unserved([part for part in awaiting if part.sequence.is_admitted])
+        for part in void:
+            part.is_void = True
+        return void
+
+    def _unserved(self, parts: Seq[Part]) -> list[Part]:
+        """Makes masks; returns those for whose there was no time."""
+        unserved = []
         for part, matcher in self._in_turn(parts):
             sequence = part.sequence
             is_served = False
-            if self._left_s > 0 or not num_made:
+            if self._left_s > 0 or not self._num_made:
                 with self._charged(sequence):
                     is_served = self._serve(part, matcher)
             if is_served:
-                num_made += 1
+                self._num_made += 1
                 self._waiting.pop(sequence, None)
                 self._observe(self._taken_s[sequence])
             else:
-                out.add(sequence)
+                unserved.append(part)
                 self._waiting.setdefault(sequence)
-        return [part for part in parts if part.sequence not in out] if out else list(parts)
+        return unserved
 
     def _in_turn(self, parts: Seq[Part]) -> list[tuple[Part, AnswerMatcher]]:
-        """The constrained parts that draw, those that have waited first."""
+        """The constrained parts that draw behind what is known, those that have waited first."""
         found = [
             (part, part.sequence.matcher)
             for part in parts
-            if part.sequence.matcher is not None and part.draws
+            if part.sequence.matcher is not None and part.draws and not part.follows_unknown
         ]
         if self._waiting:
             turns = {sequence: turn for turn, sequence in enumerate(self._waiting)}

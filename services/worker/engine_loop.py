@@ -7,7 +7,8 @@
                    (handoff.py)
 
 On a GPU a step is launched while the one before runs (`ModelRunner.steps_ahead`); on a CPU it is
-retired at once. A sequence that ends while a step in flight has a row for it gives its blocks back
+retired at once. Where its masks need what the one before draws, it begins, and draws when that has
+retired. A sequence that ends while a step in flight has a row for it gives its blocks back
 when that step has retired: until then the step may write to them.
 
 It owns every sequence, the block pool and both sides of the hand-off, so nothing here needs a
@@ -335,29 +336,38 @@ class EngineLoop:
         """Launches a step, retires those before it; whether there was anything to do."""
         planned_s = time.monotonic()
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
-        num_kept = 0
-        if parts:
-            launched = self._stepper.launch(parts, planned_s)
-            self._in_flight.append(launched)
-            self._start_sums(launched)
-            # After a failure nothing is planned before everything is known again.
-            num_kept = self._steps_ahead if launched.step is not None else 0
-        has_retired = False
+        if not parts:
+            return self._retire_all_but(0)
+        launched = self._stepper.launch(parts, planned_s)
+        self._in_flight.append(launched)
+        self._start_sums(launched)
+        # After a failure nothing is planned before everything is known again.
+        self._retire_all_but(0 if launched.has_failed else self._steps_ahead)
+        if launched.begun is not None:
+            # What the step before drew is known now, and this one computes meanwhile.
+            self._stepper.draw(launched)
+            if launched.has_failed:
+                self._retire_all_but(0)
+        return True
+
+    def _retire_all_but(self, num_kept: int) -> bool:
+        """Whether there were any."""
+        has_retired = len(self._in_flight) > num_kept
         while len(self._in_flight) > num_kept:
             self._retire(self._in_flight.popleft())
-            has_retired = True
-        return bool(parts) or has_retired
+        return has_retired
 
     def _start_sums(self, launched: InFlight) -> None:
         """What checks and seals prompts' blocks is made behind the step, before it is missed."""
-        if launched.step is None or not launched.chunks:
+        behind = launched.step or launched.begun
+        if behind is None or not launched.chunks:
             return
         wanted: list[list[int]] = [[] for _ in self._pools.groups]
         for part in launched.chunks:
             for group, block_ids in enumerate(wanted):
                 block_ids += self._blocks_to_sum(part, group)
         if any(wanted):
-            launched.sums = self._sealer.start_sums(wanted, launched.step)
+            launched.sums = self._sealer.start_sums(wanted, behind)
 
     def _blocks_to_sum(self, part: Part, group: int) -> list[int]:
         """Those that a chunk fills, and those that are checked when it is computed: behind the last

@@ -30,6 +30,10 @@ class Part:
     """The drafts are the client's own."""
     masks: TokenMasks | None = None
     """Of each draw, where the sequence is constrained."""
+    awaits_mask: bool = False
+    """It depends on a token that is being drawn, and is made while the step computes."""
+    is_void: bool = False
+    """There was no time for its mask: what it draws does not count, and is drawn again."""
     prompt_logprobs: Seq[TokenLogprobs] = ()
     """What the step told of the prompt's tokens, if they are wanted."""
 
@@ -46,6 +50,11 @@ class Part:
     def draws(self) -> bool:
         """It reaches the end of what is known of the sequence."""
         return self.end - len(self.draft_ids) >= self.sequence.num_tokens
+
+    @property
+    def follows_unknown(self) -> bool:
+        """Its token is drawn by a step in flight."""
+        return self.end - len(self.draft_ids) > self.sequence.num_tokens
 
     def drop_drafts(self) -> None:
         self.num_tokens -= len(self.draft_ids)

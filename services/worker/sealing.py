@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from baton.services.worker.failpoints import Failpoints
 from baton.shared.engine.block_sums import BlockSums, TakeSums
-from baton.shared.engine.executor import Step
+from baton.shared.engine.executor import BegunStep, Step
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv import digest as block_digest
 from baton.shared.kv.block_hash import chain_hashes, root_hash
@@ -84,7 +84,7 @@ class Sealer:
     def root(self, sequence: Sequence) -> bytes:
         return root_hash(self._capability_hash, salt=sequence.salt)
 
-    def start_sums(self, block_ids: Seq[Seq[int]], behind: Step) -> PendingSums:
+    def start_sums(self, block_ids: Seq[Seq[int]], behind: Step | BegunStep) -> PendingSums:
         """Of blocks by cache group, all at once: a start costs more than a sum."""
         return PendingSums(
             [

@@ -3,6 +3,10 @@
 A step is launched, and its result is collected later: on a GPU the next one is launched before, so
 that the device never waits for the host. What a sequence draws in a step in flight is on the
 device already; the host plans with `num_scheduled_tokens` and learns the token afterwards.
+
+    launch N + 1, up to its logits ─► collect N ─► masks by N's tokens ─► draw of N + 1
+
+Where masks depend on tokens that are being drawn, the step is begun first and draws later.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from baton.services.worker.part import Part
 from baton.services.worker.sealing import PendingSums
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle
-from baton.shared.engine.executor import Step
+from baton.shared.engine.executor import BegunStep, Step
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.block_pool import PoolExhausted
 from baton.shared.kv.drawn import BAD_LOGITS, NO_TOKEN, Drawn
@@ -53,17 +57,25 @@ class InFlight:
 
     parts: list[Part]
     step: Step | None
-    """None: it could not be launched; its parts are tried one by one."""
+    """None: it has not drawn yet (`begun`), or failed: its parts are tried one by one."""
     started_s: float
     planned_s: float
     """When its planning began."""
     decoding: list[Part] = field(default_factory=list)
     """Those of the parts that decode; the others are chunks of prompts."""
     chunks: list[Part] = field(default_factory=list)
+    begun: BegunStep | None = None
+    """Until it draws, where parts await masks."""
+    has_void: bool = False
+    """Some parts are (`Part.is_void`)."""
     sums: PendingSums | None = None
     """Of the blocks that the chunks fill, and of those that must be checked behind them."""
     orphans: list[list[BlockTable]] = field(default_factory=list)
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
+
+    @property
+    def has_failed(self) -> bool:
+        return self.step is None and self.begun is None
 
 
 Outcome = Seq[Drawn] | BatonError
@@ -90,6 +102,8 @@ class Stepper:
         self._constraining = constraining or Constraining(0)
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
+        self._masks_follow = drafting is None and not self._constraining.most_forced
+        """Constrained sequences may be a step ahead: nothing is lost with what they could guess."""
         self._keeps_states = not all(group.spec.grows for group in pools.groups)
 
     @property
@@ -198,7 +212,7 @@ class Stepper:
     ) -> list[Sequence]:
         """The running sequences of this step, each with room for its token."""
         max_rows = self._limits.max_num_seqs
-        running = decode_policy.running(self._table.decode_hosted())
+        running = self._running()
         rows = running[:max_rows]
         lacking = decode_policy.lacking_room(running)
         while lacking and decode_policy.is_short_of_blocks(
@@ -216,12 +230,16 @@ class Stepper:
                 )
                 break
             preempt(victim)
-            running = decode_policy.running(self._table.decode_hosted())
+            running = self._running()
             rows = running[:max_rows]
             lacking = decode_policy.lacking_room(running)
         for sequence in decode_policy.lacking_room(rows):
             self._pools.extend(sequence, sequence.num_scheduled_tokens + 1)
         return rows
+
+    def _running(self) -> list[Sequence]:
+        hosted = self._table.decode_hosted()
+        return decode_policy.running(hosted, masks_follow=self._masks_follow)
 
     def _num_lacking(self, sequence: Sequence) -> list[int]:
         return self._pools.num_lacking(sequence, sequence.num_scheduled_tokens + 1)
@@ -230,25 +248,59 @@ class Stepper:
         """Starts a step of all parts in one batch. `planned_s`: when its planning began."""
         self._failpoints.before_step()
         started_s = time.monotonic()
-        step = None
+        step: Step | None = None
+        begun: BegunStep | None = None
         try:
-            step = self._runner.launch(Batch(self._rows(parts)))
+            batch = Batch(self._rows(parts))
+            if any(part.awaits_mask for part in parts):
+                begun = self._runner.begin(batch)
+            else:
+                step = self._runner.launch(batch)
         except Exception:
-            log_event(
-                logger,
-                logging.ERROR,
-                "step failed, trying its rows one by one",
-                exc_info=True,
-                num_rows=len(parts),
-            )
-            self._runner.check_device()
+            self._step_failed(parts)
         for part in parts:
             part.sequence.num_scheduled_tokens += part.num_tokens
             part.sequence.num_steps_in_flight += 1
         by_kind: dict[bool, list[Part]] = {True: [], False: []}
         for part in parts:
             by_kind[part.is_chunk].append(part)
-        return InFlight(parts, step, started_s, planned_s, by_kind[False], by_kind[True])
+        return InFlight(parts, step, started_s, planned_s, by_kind[False], by_kind[True], begun)
+
+    def draw(self, in_flight: InFlight) -> None:
+        """The rest of a step that was begun: its masks, then what they are for.
+
+        All steps before it have been collected. Nobody hears of what is drawn for sequences that
+        have ended, or failed, since.
+        """
+        begun, in_flight.begun = in_flight.begun, None
+        assert begun is not None
+        self._add_awaited_masks(in_flight)
+        masks = {
+            row: part.masks for row, part in enumerate(in_flight.parts) if part.masks is not None
+        }
+        try:
+            in_flight.step = begun.draw(masks)
+        except Exception:
+            self._step_failed(in_flight.parts)
+            # Its rows are computed again, and by themselves: with other bits, it may be.
+            in_flight.sums = None
+
+    def _add_awaited_masks(self, in_flight: InFlight) -> None:
+        for part in self._constraining.add_awaited_masks(in_flight.parts):
+            in_flight.has_void = True
+            part.sequence.num_scheduled_tokens -= part.num_tokens
+            if part.sequence in self._handles:
+                self._handles[part.sequence].take_back()
+
+    def _step_failed(self, parts: Seq[Part]) -> None:
+        log_event(
+            logger,
+            logging.ERROR,
+            "step failed, trying its rows one by one",
+            exc_info=True,
+            num_rows=len(parts),
+        )
+        self._runner.check_device()
 
     def collect(self, in_flight: InFlight) -> Seq[Outcome]:
         """What each part drew, or why it could not.
@@ -260,9 +312,15 @@ class Stepper:
         for part in in_flight.parts:
             part.sequence.num_steps_in_flight -= 1
         if in_flight.step is None:
+            self._add_awaited_masks(in_flight)
             outcomes = [self._alone(part) for part in in_flight.parts]
         else:
             outcomes = _outcomes(in_flight.parts, in_flight.step)
+            if in_flight.has_void:
+                outcomes = [
+                    () if part.is_void else outcome
+                    for part, outcome in zip(in_flight.parts, outcomes, strict=True)
+                ]
             if self._constraining.has_failures:
                 outcomes = [
                     self._constraining.failure(part.sequence) or outcome
@@ -310,7 +368,7 @@ class Stepper:
         is not, once a token was applied to it: only a part that begins with none can be repeated.
         Others are computed to learn whose fault it was; who has none begins anew.
         """
-        if not part.sequence.is_admitted:
+        if not part.sequence.is_admitted or part.is_void:
             return ()
         failure = self._constraining.failure(part.sequence)
         if failure is not None:

@@ -47,6 +47,11 @@ class RowHandle:
     drawn_token: int = -1
     """That token, where the host knows it."""
 
+    def take_back(self) -> None:
+        """What was drawn last does not count: where the sequence is will be sent again."""
+        self.is_marked = False
+        self.context_len = self.drawn_at = -1
+
     def fell_short(self, num_tokens: int) -> None:
         """So many drafts of a step were not what was drawn: all that was launched since then is
         that many positions further back."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from baton.shared.engine.executor import Step
+from baton.shared.engine.executor import BegunStep, Step
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.digest import Uint64Array, block_sums
 
@@ -27,12 +27,12 @@ class BlockSums(Protocol):
         """[n, num_kv_heads] uint64 of blocks that nothing writes to; waits for the result."""
 
     def start(
-        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None
     ) -> TakeSums:
         """The same, waiting for nothing.
 
-        `behind`: a step that was launched and may still write to the blocks; its result is taken
-        before the sums are. Nothing else writes to them until then.
+        `behind`: a step that was begun or launched and may still write to the blocks; its result
+        is taken before the sums are. Nothing else writes to them until then.
         """
 
 
@@ -46,7 +46,7 @@ class HostBlockSums:
         return block_sums(self._cache.block_words(block_ids, group))
 
     def start(
-        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None
     ) -> TakeSums:
         if behind is not None:
             return partial(self, tuple(block_ids), group)
@@ -67,7 +67,7 @@ class DeviceBlockSums:
         return self.start(block_ids, group)()
 
     def start(
-        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | None = None
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None
     ) -> TakeSums:
         from baton.kernels.block_digest import block_sums as sums_of_blocks
 
@@ -95,9 +95,12 @@ class DeviceBlockSums:
         return take
 
 
-def _end_of(step: Step) -> torch.cuda.Event:
-    from baton.shared.engine.device_step import DeviceStep
+def _end_of(step: Step | BegunStep) -> torch.cuda.Event:
+    """When all its blocks are written."""
+    from baton.shared.engine.device_step import DeviceBegun, DeviceStep
 
-    if not isinstance(step, DeviceStep) or step.done is None:
-        raise TypeError(f"{type(step).__name__} is no step of this device")
-    return step.done
+    if isinstance(step, DeviceStep) and step.done is not None:
+        return step.done
+    if isinstance(step, DeviceBegun) and step.computed is not None:
+        return step.computed
+    raise TypeError(f"{type(step).__name__} is no step of this device")

@@ -4,7 +4,7 @@
       host    what changed of slots, block tables and rows      ─► updates    (batch_state.py)
               prompt chunks                                      ─► columns
       device  copy updates, scatter ─► begin_step ─► layers ─► logits ─► draw ─► tokens to the host
-                                       └────── one CUDA graph per padded batch size ──────┘
+                                       └──────── one CUDA graph ───────┘ └ one ┘ per padded batch
 
 Rows of one token may bring drafts along: then every row of the step has `width` tokens, K drafts
 behind its own, and short rows are padded. There are graphs for that width too; what of the drafts
@@ -12,13 +12,16 @@ stands is found out on the device, and the host learns it with the tokens.
 
 Nothing waits for the device: a decode row's token is where the step before left it, so step N + 1
 can be launched while N runs. `DeviceStep.result` waits for the copy of the tokens.
+
+A step may be begun without its draw (`begin`): masks depend on the token that step N draws, and are
+made while N + 1 computes. Until it has drawn no other step begins.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +40,13 @@ from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn, tell_of_prompt
 from baton.shared.engine.device_masks import DeviceMasks
-from baton.shared.engine.device_step import DecodeBuffers, DeviceStep, Layout, WantedRows
+from baton.shared.engine.device_step import (
+    DecodeBuffers,
+    DeviceBegun,
+    DeviceStep,
+    Layout,
+    WantedRows,
+)
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
@@ -125,6 +134,8 @@ class DeviceExecutor:
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._host = HostBuffers(aligned(max_wanted) + max_num_seqs, device)
+        self._has_begun = False
+        """A step has, and its draw is yet to come."""
         # What was made here was made on another stream than that of the steps.
         self.synchronize(everything=True)
         self.on_launch: Callable[[tuple[torch.cuda.Event, torch.cuda.Event]], None] | None = None
@@ -148,16 +159,32 @@ class DeviceExecutor:
     # Steps
 
     def launch(self, batch: Batch) -> DeviceStep:
-        with self._on_stream():
-            layout = Layout()
+        return self.begin(batch).draw({})
+
+    def begin(self, batch: Batch) -> DeviceBegun:
+        if self._has_begun:
+            raise RuntimeError("the step before has not drawn yet")
+        layout = Layout()
+        with self._stepping(layout):
             try:
                 self._lay_out(batch, layout)
-                return self._timed(self._launch, batch, layout)
-            except BaseException:
-                self._distrust_device(layout)
-                raise
+                started = self._measured_event()
+                draw = self._begin_step(batch, layout)
+                computed = self._event()
             finally:
                 self._close(layout.scratch)
+        self._has_begun = True
+
+        def finish() -> DeviceStep:
+            self._has_begun = False
+            with self._stepping(layout):
+                step = draw()
+                ended = self._measured_event()
+            if self.on_launch is not None and started is not None and ended is not None:
+                self.on_launch((started, ended))
+            return step
+
+        return DeviceBegun(batch.rows, finish, computed)
 
     def logits(self, batch: Batch) -> Tensor:
         with self._on_stream():
@@ -185,14 +212,18 @@ class DeviceExecutor:
             for buffers in sorted(
                 self._decode.values(), key=lambda each: each.size * each.width, reverse=True
             ):
-                self._decode_step(buffers)
+                self._decode_forward(buffers)
+                self._decode_draw(buffers)
                 self.synchronize()
                 if not graphs or self._stream is None:
                     continue
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                    self._decode_step(buffers)
-                buffers.graph, pool = graph, graph.pool()
+                forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(forward, pool=pool, stream=self._stream):
+                    self._decode_forward(buffers)
+                pool = forward.pool()
+                with torch.cuda.graph(draw, pool=pool, stream=self._stream):
+                    self._decode_draw(buffers)
+                buffers.graphs = forward, draw
 
     def synchronize(self, *, everything: bool = False) -> None:
         """Waits for the steps; for all that the device has to do if asked to."""
@@ -201,17 +232,29 @@ class DeviceExecutor:
                 torch.cuda.synchronize(self._device)
             self._stream.synchronize()
 
-    def _timed(
-        self, launch: Callable[[Batch, Layout], DeviceStep], batch: Batch, layout: Layout
-    ) -> DeviceStep:
+    @contextmanager
+    def _stepping(self, layout: Layout) -> Iterator[None]:
+        with self._on_stream():
+            try:
+                yield
+            except BaseException:
+                self._distrust_device(layout)
+                raise
+
+    def _event(self) -> torch.cuda.Event | None:
+        """What the stream has to do so far is done."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
+
+    def _measured_event(self) -> torch.cuda.Event | None:
         if self.on_launch is None:
-            return launch(batch, layout)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        step = launch(batch, layout)
-        end.record()
-        self.on_launch((start, end))
-        return step
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _lay_out(self, batch: Batch, layout: Layout) -> None:
         """Sorts rows into decode rows and chunks, and notes what the device does not know yet."""
@@ -326,7 +369,8 @@ class DeviceExecutor:
             handle.num_drafts = handle.num_bans = -1
         self._state.forget()
 
-    def _launch(self, batch: Batch, layout: Layout) -> DeviceStep:
+    def _begin_step(self, batch: Batch, layout: Layout) -> Callable[[], DeviceStep]:
+        """Launches the forward pass; returns what launches the draw."""
         rows = batch.rows
         # Behind a row of one token, and behind each of its drafts, or behind a chunk's last token.
         num_wanted = [
@@ -334,35 +378,66 @@ class DeviceExecutor:
             for row in rows
         ]
         if layout.chunks:
-            hidden, columns = self._compute(batch, layout, num_wanted)
-            results = self._make_results(len(hidden), layout.size)
-            if len(hidden):
-                logits = self._head(hidden)
-                self._masks.send(rows, layout.wanted)
-                num_guess_rows = layout.size * layout.width if layout.width > 1 else 0
-                drawn = results[: len(hidden)]
-                self._draw(logits, columns.rows, columns.back, drawn, num_guess_rows)
-                # There may be as many again.
-                del logits
-                if layout.width > 1:
-                    self._accept(self._state.rows[layout.size], results, len(hidden))
+            hidden, draw = self._begin_mixed(batch, layout, num_wanted)
         else:
-            buffers = self._decode[layout.size, layout.width]
-            layout.wanted = self._wanted_of_decode(layout, num_wanted)
-            self._host.send(self._state, None)
-            self._masks.send(rows, layout.wanted)
-            if buffers.graph is not None:
-                buffers.graph.replay()
-            else:
-                self._decode_step(buffers)
-            results = buffers.results
-            assert buffers.hidden is not None
-            hidden = buffers.hidden
+            hidden, draw = self._begin_decode(layout, num_wanted)
         wanted = [row if row >= 0 and num_wanted[row] else -1 for row in layout.wanted]
-        logprobs = self._tell_of_drawn(rows, wanted, hidden, results)
-        if layout.width == 1:
-            results = results[: len(wanted)]
-        return self._fetch(batch, layout, results, wanted, logprobs)
+
+        def finish() -> DeviceStep:
+            self._masks.send(rows, layout.wanted)
+            results = draw()
+            logprobs = self._tell_of_drawn(rows, wanted, hidden, results)
+            if layout.width == 1:
+                results = results[: len(wanted)]
+            return self._fetch(batch, layout, results, wanted, logprobs)
+
+        return finish
+
+    def _begin_mixed(
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Of a step with prompt chunks: the hidden states that tokens are drawn of, and what draws
+        them, once, into its results."""
+        hidden, columns = self._compute(batch, layout, num_wanted)
+        num_tokens = len(hidden)
+        results = self._make_results(num_tokens, layout.size)
+        if not num_tokens:
+            return hidden, lambda: results
+        undrawn = [self._head(hidden)]
+
+        def draw() -> Tensor:
+            num_guess_rows = layout.size * layout.width if layout.width > 1 else 0
+            # Nobody has them behind the draw: there may be as many again.
+            logits = undrawn.pop()
+            self._draw(logits, columns.rows, columns.back, results[:num_tokens], num_guess_rows)
+            del logits
+            if layout.width > 1:
+                self._accept(self._state.rows[layout.size], results, num_tokens)
+            return results
+
+        return hidden, draw
+
+    def _begin_decode(
+        self, layout: Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """As `_begin_mixed`, without chunks."""
+        buffers = self._decode[layout.size, layout.width]
+        layout.wanted = self._wanted_of_decode(layout, num_wanted)
+        self._host.send(self._state, None)
+        if buffers.graphs is not None:
+            buffers.graphs[0].replay()
+        else:
+            self._decode_forward(buffers)
+        assert buffers.hidden is not None
+
+        def draw() -> Tensor:
+            if buffers.graphs is not None:
+                buffers.graphs[1].replay()
+            else:
+                self._decode_draw(buffers)
+            return buffers.results
+
+        return buffers.hidden, draw
 
     def _tell_of_drawn(
         self, rows: Sequence[BatchRow], wanted: Sequence[int], hidden: Tensor, results: Tensor
@@ -384,14 +459,20 @@ class DeviceExecutor:
                 wanted[place * width + j] = row
         return wanted
 
-    def _decode_step(self, buffers: DecodeBuffers) -> None:
-        """All of a step without prompt chunks; reads and writes fixed addresses only."""
+    def _decode_forward(self, buffers: DecodeBuffers) -> None:
+        """A step without prompt chunks up to its logits; reads and writes fixed addresses only."""
         self._begin(buffers.input_ids, buffers, buffers.plans)
-        hidden = buffers.hidden = self._model.hidden_states(
+        buffers.hidden = self._model.hidden_states(
             buffers.input_ids, buffers.positions, self._caches, buffers.plans
         )
+        buffers.logits = self._model.logits(buffers.hidden)
+
+    def _decode_draw(self, buffers: DecodeBuffers) -> None:
+        """The rest of it, likewise."""
+        logits, buffers.logits = buffers.logits, None
+        assert logits is not None
         self._draw(
-            self._model.logits(hidden),
+            logits,
             buffers.token_rows,
             buffers.back,
             buffers.tokens,
@@ -704,10 +785,7 @@ class DeviceExecutor:
         logprobs: Told | None,
     ) -> DeviceStep:
         host = self._host.fetch(results)
-        done = None
-        if self._stream is not None:
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._stream)
+        done = self._event()
         drafted = []
         if layout.width > 1:
             counts = aligned(len(wanted))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from baton.shared.engine.batch import RowHandle
+from baton.shared.engine.batch import BatchRow, RowHandle
 from baton.shared.engine.device_logprobs import Told
 from baton.shared.engine.triton_operations import DevicePlan
 from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
+from baton.shared.token_masks import TokenMasks
 
 
 @dataclass(slots=True)
@@ -64,6 +65,22 @@ class DeviceStep:
 
 
 @dataclass(slots=True)
+class DeviceBegun:
+    """A step whose forward pass is in flight."""
+
+    rows: Sequence[BatchRow]
+    finish: Callable[[], DeviceStep]
+    computed: torch.cuda.Event | None
+    """When its blocks are written."""
+
+    @torch.inference_mode()
+    def draw(self, masks: Mapping[int, TokenMasks]) -> DeviceStep:
+        for row, of_row in masks.items():
+            self.rows[row].masks = of_row
+        return self.finish()
+
+
+@dataclass(slots=True)
 class DecodeBuffers:
     """What a decode step of one padded size and width reads and writes; a graph keeps their
     addresses."""
@@ -85,9 +102,13 @@ class DecodeBuffers:
     """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
     plans: list[DevicePlan]
     """By cache group."""
-    graph: torch.cuda.CUDAGraph | None = None
+    graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+    """Of the forward pass and of the draw. The second reads what the first left in memory that all
+    graphs share: no other is replayed between the two."""
     hidden: Tensor | None = None
     """[size · width, hidden], as the last step left it: what the head makes logits of."""
+    logits: Tensor | None = None
+    """[size · width, vocab], from the forward pass to the draw."""
 
     @property
     def tokens(self) -> Tensor:

@@ -7,7 +7,7 @@ Triton kernels. Both take the same batches and the same model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.shaping import History
 from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks
 
 Wanted = tuple[Tensor, Sequence[object]]
 """Which tokens of a step, int [R], and by cache group the plan of these alone."""
@@ -50,6 +51,16 @@ class Step(Protocol):
         be called behind `result`."""
 
 
+class BegunStep(Protocol):
+    """A step that was begun: its forward pass was launched, and nothing is drawn yet."""
+
+    def draw(self, masks: Mapping[int, TokenMasks]) -> Step:
+        """Launches the draw. `masks`: of rows that were begun without theirs.
+
+        To be called once, before another step is launched: that one may need what is drawn here.
+        """
+
+
 class Executor(Protocol):
     """Launches steps, one after another, over one model and one cache."""
 
@@ -73,6 +84,10 @@ class Executor(Protocol):
         Raises:
             ValueError: a row is empty, too long, or names blocks that do not exist.
         """
+
+    def begin(self, batch: Batch) -> BegunStep:
+        """Starts a step that draws later, so that masks can be made while it computes. Raises as
+        `launch` does."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Computes a step, draws nothing → float32 [logits, vocab]: at each row's last

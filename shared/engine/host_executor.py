@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -36,6 +36,7 @@ from baton.shared.engine.shaping import History, Shaping, apply_shaping
 from baton.shared.kv.cache_spec import window_of
 from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,21 @@ class DoneStep:
 
     def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
         return self.of_prompts[row]
+
+
+@dataclass(frozen=True, slots=True)
+class HostBegun:
+    """A step whose logits are known."""
+
+    rows: Sequence[BatchRow]
+    """As the batch has them."""
+    finish: Callable[[], DoneStep]
+
+    @torch.inference_mode()
+    def draw(self, masks: Mapping[int, TokenMasks]) -> DoneStep:
+        for row, of_row in masks.items():
+            self.rows[row].masks = of_row
+        return self.finish()
 
 
 class HostExecutor:
@@ -96,6 +112,9 @@ class HostExecutor:
         return 1 << 20
 
     def launch(self, batch: Batch) -> DoneStep:
+        return self.begin(batch).draw({})
+
+    def begin(self, batch: Batch) -> HostBegun:
         batch = Batch([_placed(row) for row in batch.rows])
         columns = self._columns(batch)
         rows = [batch.rows[i] for i in columns.order]
@@ -113,16 +132,22 @@ class HostExecutor:
         for i in asking:
             first = int(columns.query_start[i])
             of_prompts[columns.order[i]] = self._prompt_logprobs(hidden, first, rows[i])
-        result: list[Sequence[Drawn]] = [[] for _ in rows]
+        logits: Tensor | None = None
         if drawing:
             at_them = self._at(hidden, wanted) if asking else hidden
             logits = self._logits(at_them, len(wanted))
+
+        def finish() -> DoneStep:
+            drawn = [] if logits is None else self._draw(logits, rows, drawing)
             by_row: dict[int, list[Drawn]] = {}
-            for (i, _), drawn in zip(drawing, self._draw(logits, rows, drawing), strict=True):
-                by_row.setdefault(i, []).append(drawn)
+            for (i, _), each in zip(drawing, drawn, strict=True):
+                by_row.setdefault(i, []).append(each)
+            result: list[Sequence[Drawn]] = [[] for _ in rows]
             for i, of_row in by_row.items():
                 result[columns.order[i]] = self._stands(rows[i], of_row)
-        return DoneStep(result, of_prompts)
+            return DoneStep(result, of_prompts)
+
+        return HostBegun(batch.rows, finish)
 
     def _draw(
         self, logits: Tensor, rows: Sequence[BatchRow], drawing: Sequence[tuple[int, int]]

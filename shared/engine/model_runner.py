@@ -22,7 +22,7 @@ from baton.shared.engine.config import (
     EngineConfig,
     most_model_len,
 )
-from baton.shared.engine.executor import Executor, Model, Step
+from baton.shared.engine.executor import BegunStep, Executor, Model, Step
 from baton.shared.engine.gguf_weights import GgufWeights
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.implementation import Place, Weights, find_implementation
@@ -213,6 +213,12 @@ class ModelRunner:
             torch.OutOfMemoryError: the step needs more memory than there is; nothing was computed.
         """
         return self._executor.launch(batch)
+
+    @torch.inference_mode()
+    def begin(self, batch: Batch) -> BegunStep:
+        """As `launch`, but for the draw, which comes when it is asked for: rows' masks may be made
+        while the device computes."""
+        return self._executor.begin(batch)
 
     def forward(self, batch: Batch) -> list[Sequence[Drawn]]:
         """`launch` and its result: by row, what was drawn behind its last token."""

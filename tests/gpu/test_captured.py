@@ -6,8 +6,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import MakeRunner
@@ -55,3 +57,44 @@ def test_tokens_are_the_same(
         for prompt, each in zip(prompts, params, strict=True)
     ]
     assert together == alone
+
+
+def test_masks_that_come_while_a_captured_step_computes(
+    tmp_path: Path, make_gpu_runner: MakeRunner
+) -> None:
+    """Batches of all sizes in turn: the graphs of forward pass and draw share memory with those of
+    the others."""
+    make_tiny(tmp_path, "llama", TINY_MODELS["llama"]["grouped"])
+    captured, launched = (
+        make_gpu_runner(tmp_path, dtype="float32", cuda_graphs=graphs) for graphs in (True, False)
+    )
+    source = random.Random(8)
+    vocab_size, block_size = SIZES["vocab_size"], captured.kv_cache.block_size
+    answers = [source.choices(range(vocab_size), k=length) for length in LENGTHS]
+    first = 0
+    tables = []
+    for number, prompt in enumerate(answers):
+        num_blocks = -(-(len(prompt) + 32) // block_size)
+        tables.append([list(range(first, first + num_blocks))])
+        first += num_blocks
+        row = BatchRow(prompt, 0, tables[number], PARAMS[0])
+        [[token]] = captured.forward(Batch([row]))
+        assert launched.forward(Batch([row])) == [[token]]
+        prompt.append(token.token_id)
+    for step in range(20):
+        taking = source.sample(range(len(answers)), 1 + step % len(answers))
+        masks = {
+            place: np.array([source.choices(range(2**32), k=-(-vocab_size // 32))], np.uint32)
+            for place in range(0, len(taking), 2)
+        }
+        rows = [
+            BatchRow(answers[i][-1:], len(answers[i]) - 1, tables[i], PARAMS[i % 2]) for i in taking
+        ]
+        begun = captured.begin(Batch(rows))
+        captured.check_device()
+        drawn = begun.draw(masks).result()
+        for place, row in enumerate(rows):
+            row.masks = masks.get(place)
+        assert drawn == launched.forward(Batch(rows))
+        for i, [token] in zip(taking, drawn, strict=True):
+            answers[i].append(token.token_id)

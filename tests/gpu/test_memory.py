@@ -100,7 +100,7 @@ def test_more_blocks_than_memory(make_gpu_runner: MakeRunner) -> None:
         make_gpu_runner(DEMO, num_blocks=10**9)
 
 
-@pytest.mark.parametrize("where", ["launch", "_launch"], ids=["before the step", "within it"])
+@pytest.mark.parametrize("where", ["launch", "_begin_step"], ids=["before the step", "within it"])
 def test_a_step_without_memory_fails_one_request(
     where: str, make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from baton.shared.engine.batch import Batch, BatchRow, RowHandle
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import NO_TOKEN, Drawn
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks
 from tests.kernels.test_engine import CONFIG, Make, maker, tokens
 
 pytestmark = [
@@ -232,6 +235,61 @@ def test_all_is_told_again_after_a_launch_that_failed(
             runner.launch(Batch([a.next(), b.open(runner).chunk(0, 7)]))
     took((a,), runner.forward(Batch([a.next()])))
     assert a.drawn == expected[:3]
+
+
+def mask_of(answer: Answer) -> TokenMasks:
+    """A third of all tokens, by those that were drawn."""
+    mask = np.zeros((1, 3), np.uint32)
+    for token in Random(repr(answer.drawn)).sample(range(83), 28):
+        mask[0, token // 32] |= np.uint32(1 << token % 32)
+    return mask
+
+
+def test_masks_come_while_their_step_computes(
+    make: Make, reference: ModelRunner, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the token that the step before drew. One comes too late, and one draw fails: what was
+    counted, written and drawn by then is as if it had not been."""
+    runner = make("triton", device)
+    a = Answer(tokens(19, 5), [[5, 6, 7]], LOVES_ITSELF)
+    b = Answer(tokens(7, 6), [[0, 1]], PENALTIES)
+    free = b.expected(reference)
+    alone = replace(a, drawn=[]).open(reference)
+    row = alone.chunk(0, 19)
+    for _ in range(6):
+        row.masks = mask_of(alone)
+        took((alone,), reference.forward(Batch([row])))
+        row = alone.next()
+    a.open(runner), b.open(runner)
+    launched = runner.begin(Batch([a.chunk(0, 19), b.chunk(0, 7)])).draw({0: mask_of(a)})
+    begun = runner.begin(Batch([b.next(num_ahead=1), a.next(num_ahead=1)]))
+    with pytest.raises(RuntimeError, match="not drawn"):
+        runner.launch(Batch([b.next(num_ahead=2)]))
+    took((a, b), launched.result())
+    launched = begun.draw({1: mask_of(a)})
+    begun = runner.begin(Batch([a.next(num_ahead=1), b.next(num_ahead=1)]))
+    took((b, a), launched.result())
+    # Too late.
+    launched = begun.draw({})
+    assert a.handle is not None
+    a.handle.take_back()
+    begun = runner.begin(Batch([b.next(num_ahead=1), replace(a.next(), masks=mask_of(a))]))
+    took((b,), launched.result()[1:])
+    launched = begun.draw({})
+    begun = runner.begin(Batch([a.next(num_ahead=1), b.next(num_ahead=1)]))
+    took((b, a), launched.result())
+    marks = runner._executor._state.shaping.counting.marks[a.handle.slot]  # type: ignore[attr-defined]
+    assert a.handle.shaping is not None
+    counted = a.handle.shaping.fresh_marks(83, len(a.given) + len(a.drawn))
+    assert marks.tolist() == counted.tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr("baton.shared.engine.device_executor.draw", _fail)
+        with pytest.raises(MemoryError):
+            begun.draw({0: mask_of(a)})
+    for _ in range(2):
+        row = replace(a.next(), masks=mask_of(a))
+        took((a, b), runner.forward(Batch([row, b.next()])))
+    assert (a.drawn, b.drawn) == (alone.drawn[:5], free[:6])
 
 
 def test_nothing_left_to_draw_is_said(make: Make, device: torch.device) -> None:

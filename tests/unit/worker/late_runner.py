@@ -5,7 +5,7 @@ What a step may write to, and read from, must therefore stay as it was when it w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from baton.shared.engine.batch import Batch
 from baton.shared.engine.executor import Step
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn, TokenLogprobs
+from baton.shared.token_masks import TokenMasks
 
 
 @dataclass
@@ -30,18 +31,44 @@ class LateStep:
         return self.step.prompt_logprobs(row)
 
 
+@dataclass
+class LateBegun:
+    runner: LateRunner
+    batch: Batch
+
+    def draw(self, masks: Mapping[int, TokenMasks]) -> LateStep:
+        assert self.runner.begun is self, "others were launched behind it, or it has drawn"
+        self.runner.begun = None
+        for index, row in enumerate(self.batch.rows):
+            row.masks = masks.get(index, row.masks)
+            # The device knows: all steps before have run.
+            if row.token_ids is None and row.handle is not None:
+                row.token_ids = (row.handle.drawn_token,)
+        return LateStep(self.runner.engine, self.batch)
+
+
 class LateRunner:
     """Stands in for a ModelRunner that runs a step ahead."""
 
     steps_ahead = 1
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self.engine = runner
+        self.begun: LateBegun | None = None
+        """A step that has not drawn yet."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+        return getattr(self.engine, name)
 
     def launch(self, batch: Batch) -> LateStep:
+        return LateStep(self.engine, self._kept(batch))
+
+    def begin(self, batch: Batch) -> LateBegun:
+        self.begun = LateBegun(self, self._kept(batch))
+        return self.begun
+
+    def _kept(self, batch: Batch) -> Batch:
+        assert self.begun is None, "what it draws may be needed"
         # The device has its own block tables and token ids: those of the host go on meanwhile.
         rows = [
             replace(
@@ -51,4 +78,4 @@ class LateRunner:
             )
             for row in batch.rows
         ]
-        return LateStep(self._runner, Batch(rows))
+        return Batch(rows)

@@ -172,13 +172,17 @@ def test_who_runs() -> None:
     assert scheduler.running([decoding, ahead, filling, over, waiting]) == [decoding, ahead]
 
 
-def test_a_constrained_sequence_waits_for_the_token_that_its_mask_depends_on() -> None:
+def test_a_constrained_sequence_waits_for_its_last_token_unless_its_mask_follows() -> None:
     free, constrained = (sequence(8, num_computed=8, name=name) for name in "ab")
     free.state = constrained.state = SequenceState.DECODING
     constrained.matcher = object()  # type: ignore[assignment]
     assert scheduler.running([free, constrained]) == [free, constrained]
     free.num_steps_in_flight = constrained.num_steps_in_flight = 1
     assert scheduler.running([free, constrained]) == [free]
+    assert scheduler.running([free, constrained], masks_follow=True) == [free, constrained]
+    # Bad words have no such way.
+    constrained.needs_last_tokens = True
+    assert scheduler.running([free, constrained], masks_follow=True) == [free]
 
 
 def test_a_sequence_lacks_room_when_its_next_token_has_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,9 +27,10 @@ from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
 from baton.shared.rpc.errors import BatonError, EngineFailure, from_failure
 from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
+from baton.shared.token_masks import TokenMasks
 from baton.v1 import worker_service_pb2
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
-from tests.unit.worker.late_runner import LateRunner, LateStep
+from tests.unit.worker.late_runner import LateBegun, LateRunner, LateStep
 
 NUM_BLOCKS = 24
 PROMPTS = [(5, 9, 13, 7, 40), (11, 3, 8), (21, 30, 4, 4, 17, 9, 33)]
@@ -55,6 +57,21 @@ class LoggedStep:
         return self.step.prompt_logprobs(row)
 
 
+@dataclass
+class LoggedBegun:
+    begun: LateBegun
+    log: list[str]
+    fails: bool
+
+    def draw(self, masks: Mapping[int, TokenMasks]) -> LoggedStep:
+        step = self.begun.draw(masks)
+        if self.fails:
+            self.log.append("refused to draw")
+            raise RuntimeError("planted")
+        self.log.append("draw")
+        return LoggedStep(step, self.log)
+
+
 class FlakyRunner(LateRunner):
     """Notes what is asked of it; steps with a row of `BAD_SEED` at `bad_from` or later fail."""
 
@@ -64,6 +81,7 @@ class FlakyRunner(LateRunner):
         self.ends: defaultdict[int, list[int]] = defaultdict(list)
         """By seed, the context lengths of the rows that were launched."""
         self.bad_from = 1 << 30
+        self.fails_to_begin = self.fails_to_draw = False
         self._num_alone = 0
         """Rows of a step that was refused, which are yet to come one by one."""
 
@@ -71,14 +89,26 @@ class FlakyRunner(LateRunner):
         if self._num_alone:
             self._num_alone -= 1
             return self._launch_alone(batch)
+        self._note(batch)
+        self.log.append("launch")
+        return LoggedStep(super().launch(batch), self.log)
+
+    def begin(self, batch: Batch) -> LoggedBegun:  # type: ignore[override]
+        self._note(batch)
+        self.log.append("begin")
+        begun = LoggedBegun(super().begin(batch), self.log, self.fails_to_draw)
+        self._num_alone = len(batch.rows) if begun.fails else 0
+        return begun
+
+    def _note(self, batch: Batch) -> None:
         self._num_alone = len(batch.rows)
+        if self.fails_to_begin:
+            raise RuntimeError("planted")
         self._refuse_bad("refused", batch)
         self._num_alone = 0
         for row in batch.rows:
             if row.sampling is not None:
                 self.ends[row.sampling.seed].append(row.context_len)
-        self.log.append("launch")
-        return LoggedStep(super().launch(batch), self.log)
 
     def _launch_alone(self, batch: Batch) -> LoggedStep:
         self.log.append("alone")

@@ -1,5 +1,5 @@
 """The engine loop a step ahead, with everything at once: small pools, common prefixes, stop tokens,
-cancels, lost gateways, launches that fail.
+cancels, lost gateways, launches that fail, masks that take long.
 
 Whatever happens to a sequence, each token that it brings is the one that its prompt alone would
 have brought.
@@ -11,19 +11,21 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
 from baton.services.worker import messages as msg
 from baton.services.worker.part import Part
-from baton.services.worker.stepper import Outcome
+from baton.services.worker.stepper import InFlight, Outcome
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, FinishReason
 from baton.shared.rpc.errors import InvalidField, Preempted
 from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
-from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench, LoggedStep, sampling
+from tests.unit.worker.test_constraining import OnlyOne
+from tests.unit.worker.test_steps_ahead import NUM_BLOCKS, Bench, sampling
 
 NUM_EPISODES = 20
 POOLS = (6, 9, 14, NUM_BLOCKS)
@@ -32,6 +34,7 @@ VOCABULARY = range(3, 60)
 MAX_LIVE = 8
 
 Prompt = tuple[int, ...]
+Launch = Callable[[Batch], Any]
 
 
 class Alone:
@@ -71,11 +74,15 @@ class Episode:
         self._stems = [tuple(self._random.choices(VOCABULARY, k=40)) for _ in range(2)]
         self._refused_share = self._random.choice(REFUSED_SHARES)
         self._is_alone = False
+        self._now_s = 0.0
 
     def run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         bench = self._bench
-        monkeypatch.setattr(bench.runner, "launch", self._refusing(bench.runner.launch))
+        for name in ("launch", "begin"):
+            monkeypatch.setattr(bench.runner, name, self._refusing(getattr(bench.runner, name)))
         stepper = bench.engine._stepper
+        monkeypatch.setattr(stepper._constraining, "_clock", lambda: self._now_s)
+        monkeypatch.setattr(stepper, "draw", self._upsetting(stepper.draw))
         monkeypatch.setattr(stepper, "_alone", self._sparing(stepper._alone))
         for _ in range(self._random.randrange(10, 60)):
             self._meddle()
@@ -97,8 +104,26 @@ class Episode:
 
         return tried
 
-    def _refusing(self, launch: Callable[[Batch], LoggedStep]) -> Callable[[Batch], LoggedStep]:
-        def refuse_or_launch(batch: Batch) -> LoggedStep:
+    def _upsetting(self, draw: Callable[[InFlight], None]) -> Callable[[InFlight], None]:
+        """Some steps fail to draw."""
+
+        def upset(in_flight: InFlight) -> None:
+            begun: Any = in_flight.begun
+            if self._random.random() < self._refused_share / 2:
+                self.happened["not drawn"] += 1
+                begun.fails = True
+            draw(in_flight)
+            if any(part.is_void for part in in_flight.parts):
+                self.happened["void"] += 1
+
+        return upset
+
+    def _take_time(self) -> None:
+        """Masks do, now and then all that they may."""
+        self._now_s += self._random.choice((0.0, 0.001, 0.03, 0.08))
+
+    def _refusing(self, launch: Launch) -> Launch:
+        def refuse_or_launch(batch: Batch) -> Any:
             if not self._is_alone and self._random.random() < self._refused_share:
                 self.happened["refused"] += 1
                 raise RuntimeError("planted")
@@ -130,13 +155,20 @@ class Episode:
         params = sampling(draw.randrange(1, 4), draw.randrange(1, 24))
         if draw.random() < 0.3:
             params = replace(params, frequency_penalty=-0.5, repetition_penalty=1.25)
-        expected, reason = self._alone(prompt, params), FinishReason.LENGTH
+        matcher: Any = None
+        if draw.random() < 0.3:
+            vocab_size = self._bench.runner.model_config.vocab_size
+            matcher = OnlyOne(vocab_size, on_mask=self._take_time)
+            expected = matcher.answer(params.max_tokens)
+        else:
+            expected = self._alone(prompt, params)
+        reason = FinishReason.LENGTH
         if draw.random() < 0.4:
             stop = draw.choice(expected)
             params = replace(params, stop_token_ids=frozenset({stop}))
             expected, reason = expected[: expected.index(stop) + 1], FinishReason.STOP
         fits = self._bench.pools.capacity.holds(len(prompt) + params.max_tokens)
-        sequence = self._bench.start(len(self._asked), prompt, params)
+        sequence = self._bench.start(len(self._asked), prompt, params, matcher=matcher)
         self._asked.append(Asked(sequence.key, expected, reason, fits))
         return self._asked[-1]
 
@@ -178,4 +210,5 @@ def test_whatever_happens_tokens_are_those_of_the_prompt_alone(
             raise
         happened += episode.happened
     kinds = {"refused", "cancelled", "gateway lost", "Preempted", "InvalidField", "LENGTH", "STOP"}
+    kinds |= {"void", "not drawn"}
     assert set(happened) == kinds, "an episode in which nothing happens shows nothing"
