@@ -15,7 +15,7 @@ from baton.shared.engine.quantised.quantise import Method, quantise
 from baton.shared.model_files.fields import ModelError
 from tests.unit.engine.conftest import MakeLlama
 
-LOST: dict[Method, float] = {"fp8": 0.03, "int8": 0.01, "int4": 0.095}
+LOST: dict[Method, float] = {"fp8": 0.03, "int8": 0.01, "int4": 0.11}
 """The norm of what is lost, over that of normally distributed weights."""
 
 
@@ -33,9 +33,7 @@ def test_the_nearest_codes(method: Method) -> None:
     assert paper is not None
     assert (paper.shape, paper.scale.shape[1]) == (made.shape, made.scale.shape[1])
     assert paper.codes.dtype == made.codes.dtype
-    if method == "int4":
-        return
-    # What is farthest from zero in a row is a code of its own.
+    # What is farthest from zero in a run is a code of its own.
     runs = weight.view(48, made.scale.shape[1], -1)
     at = runs.abs().argmax(-1, keepdim=True)
     kept = numbers.view_as(runs).gather(-1, at)
