@@ -49,8 +49,8 @@ _RINGS = {64: (128, 2), 128: (128, 3), 256: (64, 2)}
 tiles of 128 take 229,696 of the 232,448 bytes that a program may have. With 256 dimensions the sums
 of a team take 128 of a thread's registers, and scores of 64 keys are what fits beside them."""
 TRAITS = ("window", "soft cap", "sinks")
-"""What layers may have that the kernel was not first written for."""
-CHOSEN: dict[int, tuple[str, ...]] = {64: (), 128: ()}
+"""What layers may have beside causal attention to all that is before."""
+CHOSEN: dict[int, tuple[str, ...]] = {64: TRAITS, 128: TRAITS, 256: TRAITS}
 """Heads, with which of the TRAITS, that come here: those whose results and times were seen on a
 GPU."""
 _LAYOUT: Any = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -17,7 +17,7 @@ M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows of x for which the table has entries."""
 TABLE = Path(__file__).with_name("linear_table.json")
 _SIMILAR = 1.25
-"""N, K and M may differ by this factor from those of an entry that is used for them."""
+"""N and K may differ by this factor from those of an entry that is used for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool) -> Config
         without one (ask again with fused=False) take less time. An activation is part of it
         either way.
 
-    Known shapes (or similar ones) get the entry of the nearest M; others a guess.
+    Known shapes (or similar ones) get the entry of the nearest M that is no less; others a guess.
     """
     if dtype not in (torch.bfloat16, torch.float16) or M > M_BUCKETS[-1] or K % 8:
         return None
@@ -86,7 +86,8 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool) -> Config
             _ratio(entry.n, N) * _ratio(entry.k, K),
         ),
     )
-    if best.rows < M and best.config is not None and best.config.variant == "fma":
+    if best.rows < M:
+        # Measured with fewer rows only, which says little: with 128 the library may be faster.
         return guess(M, N, K, fused=fused)
     return best.config
 

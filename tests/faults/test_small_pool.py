@@ -83,15 +83,19 @@ def test_samples_of_one_prompt_that_outgrow_the_pool_are_preempted_and_complete(
 ) -> None:
     # A block of the prompt is shared; seven each beside it in the end: three fit.
     sampling = {"max_tokens": 88, "temperature": 1.0, "seed": 5}
-    num_before = _num_preemptions(stack)
-    stream = Background(stack, make_prompt("samples", 30), n=4, **sampling)
-
-    results = stream.results()
-    expected = [oracle(stream.prompt, sample=sample, **sampling) for sample in range(4)]
-    assert [result.token_ids for result in results] == expected
-    assert _num_preemptions(stack) > num_before
-    attempts = [result.attempts for result in results]
-    assert 1 in attempts and max(attempts) > 1
+    prompt = make_prompt("samples", 30)
+    expected = [oracle(prompt, sample=sample, **sampling) for sample in range(4)]
+    # A busy machine may end the first before the last begins, which the next time has its prompt
+    # in the cache.
+    for _ in range(5):
+        num_before = _num_preemptions(stack)
+        results = Background(stack, prompt, n=4, **sampling).results()
+        assert [result.token_ids for result in results] == expected
+        attempts = [result.attempts for result in results]
+        if _num_preemptions(stack) > num_before and 1 in attempts and max(attempts) > 1:
+            break
+    else:
+        raise AssertionError("no sample had to yield")
     stack.assert_idle()
 
 

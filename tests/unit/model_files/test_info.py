@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from baton.shared.model_files.fields import Fields, ModelError
 from baton.shared.model_files.info import ModelInfo, load_media_tokens, load_model_info, served_name
 from baton.shared.model_files.type_defaults import DEFAULTS
+from tests.unit.engine.tiny_latents import ALIASES
 
 BASE: dict[str, Any] = {
     "model_type": "whatever",
@@ -130,7 +131,7 @@ def test_where_a_multimodal_model_would_see_and_hear(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_defaults_are_those_of_transformers(model_type: str) -> None:
-    config = CONFIG_MAPPING[model_type]()
+    config = CONFIG_MAPPING[ALIASES.get(model_type, model_type)]()
     # Of those of gemma4 that some of its layers have otherwise.
     config.allow_global_per_layer_attribute_access = True
     for name, value in DEFAULTS[model_type].items():
