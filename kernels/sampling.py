@@ -1,13 +1,16 @@
 """Drawing the next token of every row: see reference_sampling.sample for what is drawn.
 
-Three launches, and no sort. A token's weight is its probability over that of the most likely one,
+No sort. A token's weight is its probability over that of the most likely one,
 as an integer, so that sums do not depend on their order and any number of programs may share a row.
 
 1. `_maxima`: the most likely token of every part of a row.
-2. `limits` (sampling_limits): that of the row, which ends greedy rows; then the least likely value
-   that top-k and top-p keep. Every program adds up its part's tokens to a few fixed values; the
-   last one of a row then searches between two of them.
+2. `limits` (sampling_limits): that of the row, which ends greedy rows; of rows with top-k or top-p,
+   how many tokens are at least as likely as each of a few values.
 3. `_race`: the first arrival in every part of a row; the last program of a row finds the winner.
+   Of a row with limits the tokens that may be kept are gathered instead. Where they are too many,
+   those that are surely kept race where they are, and only the others are gathered.
+4. `_end`: one program for each row with limits finds out which of the gathered tokens are kept, and
+   races those: random bits are made for them alone. Where they were too many it reads the row.
 """
 
 from __future__ import annotations
@@ -23,23 +26,48 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.block_digest import mix64
 from baton.kernels.reference_sampling import NOTHING_LEFT
-from baton.kernels.sampling_limits import changed_row, first_best, limits, row_logits, scaled_logits
+from baton.kernels.sampling_limits import (
+    bracket,
+    changed_row,
+    find_limits,
+    first_best,
+    limits,
+    row_logits,
+    weight_of,
+)
 
 _MAX_SPLITS = 128
 MAX_VOCAB = 1 << 20
 _FINEST = 44  # bits of a weight
+_MAX_WAYS = 32
 _PROGRAMS = 8 * 132
-_LIMIT_PROGRAMS = 2 * 132  # as many as fit at once
 
 
 class DrawConfig(NamedTuple):
-    """Tokens at a time: of the three launches, and of the last program in a row's search."""
+    """Tokens at a time: of the launches, and of the end of a row's search.
+
+    Attributes:
+        count_unroll: blocks of the second launch that are read at once.
+        ways: thresholds of the second launch, at most 32.
+        room: tokens of a row that can be gathered.
+        end_warps: of the fourth launch; 0: the last program of a row in the third ends it.
+        count_registers, race_registers: at most, for each thread of the second and the third.
+    """
 
     max_block: int
     count_block: int
     race_block: int
     search_block: int
-    skip: bool = True  # the race passes over parts of which no token was kept
+    count_unroll: int = 4
+    ways: int = 16
+    room: int = 16384
+    max_warps: int = 4
+    race_warps: int = 4
+    end_warps: int = 8
+    end_block: int = 1024
+    programs: int = _PROGRAMS
+    count_registers: int | None = 80
+    race_registers: int | None = 96
 
 
 @dataclass(frozen=True)
@@ -49,22 +77,30 @@ class SamplingScratch:
     Attributes:
         part_value: float32 [rows, 128], part_token: int32 [rows, 128], the best of each part.
         row_value: float32 [rows, 2], the maximum and the lowest kept (+inf: nothing to draw).
-        arrivals: int32 [rows, 2], programs that are done, of the last two launches.
-        counts: int32 [rows, 16], weights: int64 [rows, 16], sums up to each fixed value.
-        candidates: int32 [rows, c], tokens among which the search ends.
+        arrivals: int32 [rows, 2], tokens gathered; programs that are done, of the last launch.
+        thresholds: float32 [rows, 32]; counts: int32 [rows, 32] and weights: int64 [rows, 34], sums
+            of the tokens that have at least each, then of all, and of those surely kept.
+        distances, tokens: int32 [rows, room], what is gathered.
+        near: int32 [rows, c], distances among which the search ends.
     """
 
     part_value: Tensor
     part_token: Tensor
     row_value: Tensor
     arrivals: Tensor
+    thresholds: Tensor
     counts: Tensor
     weights: Tensor
-    candidates: Tensor
+    distances: Tensor
+    tokens: Tensor
+    near: Tensor
 
 
-def make_sampling_scratch(max_rows: int, vocab: int, device: torch.device) -> SamplingScratch:
+def make_sampling_scratch(
+    max_rows: int, vocab: int, device: torch.device, config: DrawConfig | None = None
+) -> SamplingScratch:
     """Work for `draw` with at most so many rows and tokens."""
+    config = config or _config(max_rows, vocab)
 
     def empty(columns: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(max_rows, columns, dtype=dtype, device=device)
@@ -74,9 +110,12 @@ def make_sampling_scratch(max_rows: int, vocab: int, device: torch.device) -> Sa
         part_token=empty(_MAX_SPLITS, torch.int32),
         row_value=empty(2, torch.float32),
         arrivals=empty(2, torch.int32),
-        counts=empty(16, torch.int32),
-        weights=empty(16, torch.int64),
-        candidates=empty(_config(max_rows, vocab).search_block, torch.int32),
+        thresholds=empty(_MAX_WAYS, torch.float32),
+        counts=empty(_MAX_WAYS, torch.int32),
+        weights=empty(_MAX_WAYS + 2, torch.int64),
+        distances=empty(config.room, torch.int32),
+        tokens=empty(config.room, torch.int32),
+        near=empty(config.search_block, torch.int32),
     )
 
 
@@ -130,12 +169,15 @@ def draw(
         out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
         return out
-    work = work or make_sampling_scratch(num_rows, vocab, logits.device)
     config = config or _config(num_rows, vocab)
-    options = {"launch_pdl": True} if pdl else {}
-    max_splits, max_span = _splits(num_rows, vocab, config.max_block)
+    work = work or make_sampling_scratch(num_rows, vocab, logits.device, config)
+    options: dict[str, int | bool] = {"launch_pdl": True} if pdl else {}
+    max_splits, blocks = _splits(num_rows, vocab, config.max_block, config.programs)
     parts = (work.part_value, work.part_token)
+    sums = (work.thresholds, work.counts, work.weights)
     changed_stride = 0 if changed is None else changed.stride(0)
+    of_changed = (changed, is_changed, changed_stride)
+    shape = (vocab, logits.stride(0))
     _maxima[(num_rows, max_splits)](
         logits,
         rows,
@@ -143,19 +185,19 @@ def draw(
         work.arrivals,
         work.counts,
         work.weights,
-        vocab,
-        logits.stride(0),
-        max_span,
-        changed,
-        is_changed,
-        changed_stride,
+        *shape,
+        blocks,
+        *of_changed,
         BLOCK=config.max_block,
+        WAYS=config.ways,
+        MAX_WAYS=_MAX_WAYS,
         MAX_SPLITS=_MAX_SPLITS,
         PDL=pdl,
-        num_warps=4,
+        num_warps=config.max_warps,
         **options,
     )
-    splits, span = _splits(num_rows, vocab, config.count_block, _LIMIT_PROGRAMS)
+    span = config.count_block * config.count_unroll
+    splits, blocks = _splits(num_rows, vocab, span, config.programs)
     limits[(num_rows, splits)](
         logits,
         rows,
@@ -165,56 +207,100 @@ def draw(
         min_p,
         *parts,
         work.row_value,
-        work.arrivals,
-        work.counts,
-        work.weights,
-        work.candidates,
+        *sums,
         token_ids,
         out,
-        vocab,
-        logits.stride(0),
-        span,
+        *shape,
+        blocks,
         max_splits,
-        work.candidates.stride(0),
-        changed,
-        is_changed,
-        changed_stride,
+        *of_changed,
         BLOCK=config.count_block,
-        SEARCH=config.search_block,
+        UNROLL=config.count_unroll,
+        SAMPLE=min(1024, triton.next_power_of_2(vocab)),
+        WAYS=config.ways,
         ONE=largest_weight(vocab),
+        MAX_WAYS=_MAX_WAYS,
         MAX_SPLITS=_MAX_SPLITS,
         NOTHING_LEFT=NOTHING_LEFT,
         PDL=pdl,
         num_warps=8,
+        maxnreg=config.count_registers,
         **options,
     )
-    splits, span = _splits(num_rows, vocab, config.race_block)
+    splits, blocks = _splits(num_rows, vocab, config.race_block, config.programs)
+    if config.race_registers:
+        options["maxnreg"] = config.race_registers
     _race[(num_rows, splits)](
         logits,
         rows,
         temperature,
+        top_k,
+        top_p,
         stream,
         context_lens,
         back,
         *parts,
         work.row_value,
         work.arrivals,
+        *sums,
+        work.distances,
+        work.tokens,
+        work.near,
         token_ids,
         out,
-        vocab,
-        logits.stride(0),
-        span,
-        changed,
-        is_changed,
-        changed_stride,
+        *shape,
+        blocks,
+        work.distances.stride(0),
+        work.near.stride(0),
+        *of_changed,
         BLOCK=config.race_block,
+        SEARCH=config.search_block,
+        WAYS=config.ways,
+        ONE=largest_weight(vocab),
+        MAX_WAYS=_MAX_WAYS,
         MAX_SPLITS=_MAX_SPLITS,
-        SKIP=config.skip,
         HAS_BACK=back is not None,
+        ENDS_LIMITED=config.end_warps == 0,
         PDL=pdl,
-        num_warps=4,
+        num_warps=config.race_warps,
         **options,
     )
+    if config.end_warps:
+        options.pop("maxnreg", None)
+        _end[(num_rows,)](
+            logits,
+            rows,
+            temperature,
+            top_k,
+            top_p,
+            stream,
+            context_lens,
+            back,
+            *parts,
+            work.row_value,
+            work.arrivals,
+            *sums,
+            work.distances,
+            work.tokens,
+            work.near,
+            token_ids,
+            out,
+            *shape,
+            splits,
+            work.distances.stride(0),
+            work.near.stride(0),
+            *of_changed,
+            BLOCK=config.end_block,
+            SEARCH=config.search_block,
+            WAYS=config.ways,
+            ONE=largest_weight(vocab),
+            MAX_WAYS=_MAX_WAYS,
+            MAX_SPLITS=_MAX_SPLITS,
+            HAS_BACK=back is not None,
+            PDL=pdl,
+            num_warps=config.end_warps,
+            **options,
+        )
     return out
 
 
@@ -228,20 +314,23 @@ def _config(num_rows: int, vocab: int) -> DrawConfig:
     return DrawConfig(
         max_block=min(most, 1024 if num_rows <= 4 else 2048),
         count_block=min(most, 256),
+        count_unroll=4 if most >= 1024 else 1,
         race_block=min(most, 1024),
-        search_block=min(most, 4096),  # in registers, of which two programs share a processor's
+        search_block=min(most, 4096),
+        room=min(most, 16384),
+        end_block=min(most, 1024),
     )
 
 
-def _splits(num_rows: int, vocab: int, block: int, programs: int = _PROGRAMS) -> tuple[int, int]:
-    """Into how many parts a row is split, and how many tokens each has (of whole blocks)."""
+def _splits(num_rows: int, vocab: int, block: int, programs: int) -> tuple[int, int]:
+    """Into how many parts a row is split, and how many blocks each has."""
     blocks = triton.cdiv(vocab, block)
     wanted = max(1, min(_MAX_SPLITS, blocks, triton.cdiv(programs, num_rows)))
-    span = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, span), span * block
+    each = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, each), each
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["blocks"])
 def _maxima(
     logits,
     rows,
@@ -252,11 +341,13 @@ def _maxima(
     weights,
     vocab,
     stride,
-    span,
+    blocks,
     changed,
     is_changed,
     changed_stride,
     BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
+    MAX_WAYS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -268,16 +359,19 @@ def _maxima(
     slot = tl.load(rows + row)
     if slot >= 0:
         if split == 0:
-            ways = tl.arange(0, 16)
+            ways = tl.arange(0, WAYS)
             tl.store(arrivals + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
-            tl.store(counts + row * 16 + ways, tl.zeros((16,), tl.int32))
-            tl.store(weights + row * 16 + ways, tl.zeros((16,), tl.int64))
+            tl.store(counts + row * MAX_WAYS + ways, tl.zeros((WAYS,), tl.int32))
+            zeros = tl.zeros((WAYS,), tl.int64)
+            tl.store(weights + row * (MAX_WAYS + 2) + ways, zeros)
+            tl.store(weights + row * (MAX_WAYS + 2) + ways + 2, zeros)
         source = logits + row.to(tl.int64) * stride
         other = changed_row(changed, is_changed, slot, row, changed_stride)
         best = tl.full((BLOCK,), float("-inf"), tl.float32)
         best_token = tl.zeros((BLOCK,), tl.int32)
-        start = split * span
-        for first in range(start, min(start + span, vocab), BLOCK):
+        # Said in blocks, so that the compiler knows that they are aligned.
+        start = split * blocks * BLOCK
+        for first in range(start, min(start + blocks * BLOCK, vocab), BLOCK):
             token = first + tl.arange(0, BLOCK)
             x = row_logits(source, other, token, vocab)
             x = tl.where(x != x, float("inf"), x)  # as unusable as an infinite maximum
@@ -288,11 +382,13 @@ def _maxima(
         tl.store(part_token + row * MAX_SPLITS + split, token)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["blocks"])
 def _race(
     logits,
     rows,
     temperature,
+    top_k,
+    top_p,
     stream,
     context_lens,
     back,
@@ -300,18 +396,30 @@ def _race(
     part_token,
     row_value,
     arrivals,
+    thresholds,
+    counts,
+    weights,
+    distances,
+    tokens,
+    near,
     token_ids,
     out,
     vocab,
     stride,
-    span,
+    blocks,
+    room,
+    near_stride,
     changed,
     is_changed,
     changed_stride,
     BLOCK: tl.constexpr,
+    SEARCH: tl.constexpr,
+    WAYS: tl.constexpr,
+    ONE: tl.constexpr,
+    MAX_WAYS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    SKIP: tl.constexpr,
     HAS_BACK: tl.constexpr,
+    ENDS_LIMITED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -324,6 +432,8 @@ def _race(
         most = tl.load(row_value + row * 2)
         slot = tl.load(rows + row)
         heat = tl.load(temperature + slot)
+        k = tl.load(top_k + slot)
+        p = tl.load(top_p + slot)
         position = tl.load(context_lens + slot)
         if HAS_BACK:
             position -= tl.load(back + row)
@@ -331,38 +441,271 @@ def _race(
         key = mix64(tl.load(stream + slot).to(tl.uint64, bitcast=True) + draw)
         source = logits + row.to(tl.int64) * stride
         other = changed_row(changed, is_changed, slot, row, changed_stride)
-        best = tl.full((BLOCK,), float("-inf"), tl.float32)
-        best_token = tl.zeros((BLOCK,), tl.int32)
-        start = split * span
-        for first in range(start, min(start + span, vocab), BLOCK):
-            token = first + tl.arange(0, BLOCK)
-            scaled = scaled_logits(source, other, token, vocab, most, heat)
-            nearest = tl.max(scaled, 0) if SKIP else 0.0
-            if nearest >= lowest:
-                score = scaled - tl.log(_exponential(key, token))
-                score = tl.where(scaled < lowest, float("-inf"), score)
-                best_token = tl.where(score > best, token, best_token)
-                best = tl.maximum(best, score)
-        value, winner = first_best(best, best_token)
-        tl.store(part_value + row * MAX_SPLITS + split, value)
-        tl.store(part_token + row * MAX_SPLITS + split, winner)
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + row * 2 + 1, 1) == tl.num_programs(1) - 1:
+        distances += row.to(tl.int64) * room
+        tokens += row.to(tl.int64) * room
+        near += row.to(tl.int64) * near_stride
+        weights += row * (MAX_WAYS + 2)
+        sure, maybe, few, of_sure, reads_row, k, every = _plan(
+            thresholds + row * MAX_WAYS, counts + row * MAX_WAYS, weights,
+            k, p, vocab, most, room, WAYS,
+        )  # fmt: skip
+        limited = maybe < float("inf")
+        gathers = limited & ~reads_row
+        races = sure < float("inf")
+        start = split * blocks * BLOCK
+        end = min(start + blocks * BLOCK, vocab)
+        if races:
+            best = tl.full((BLOCK,), float("-inf"), tl.float32)
+            best_token = tl.zeros((BLOCK,), tl.int32)
+            for first in range(start, end, BLOCK):
+                token = first + tl.arange(0, BLOCK)
+                x = row_logits(source, other, token, vocab)
+                scaled = tl.div_rn(x - most, heat)
+                is_sure = (x >= sure) & (scaled >= lowest)
+                if tl.max(is_sure.to(tl.int32), 0) > 0:
+                    score = tl.where(is_sure, _score(key, token, scaled), float("-inf"))
+                    best_token = tl.where(score > best, token, best_token)
+                    best = tl.maximum(best, score)
+            value, winner = first_best(best, best_token)
+            tl.store(part_value + row * MAX_SPLITS + split, value)
+            tl.store(part_token + row * MAX_SPLITS + split, winner)
+        if gathers:
+            light = tl.full((), 0, tl.int64)
+            for first in range(start, end, BLOCK):
+                token = first + tl.arange(0, BLOCK)
+                x = row_logits(source, other, token, vocab)
+                if races:
+                    scaled = tl.div_rn(x - most, heat)
+                    light += tl.sum(tl.where(x >= sure, weight_of(scaled, ONE), 0), 0)
+                is_open = (x < sure) & (x >= maybe) & (x > float("-inf"))
+                number = tl.sum(is_open.to(tl.int32), 0)
+                if number > 0:
+                    at = tl.atomic_add(arrivals + row * 2, number, sem="relaxed") - 1
+                    at += tl.cumsum(is_open.to(tl.int32), 0)
+                    fits = is_open & (at < room)
+                    distance = tl.abs(tl.div_rn(x - most, heat)).to(tl.int32, bitcast=True)
+                    tl.store(distances + at, distance, mask=fits)
+                    tl.store(tokens + at, token, mask=fits)
+            if races:
+                tl.atomic_add(weights + WAYS + 1, light, sem="relaxed")
+        if (limited == 0) | ENDS_LIMITED:
             tl.debug_barrier()
-            part = tl.arange(0, MAX_SPLITS)
-            some = part < tl.num_programs(1)
-            values = tl.load(
-                part_value + row * MAX_SPLITS + part,
-                mask=some,
-                other=float("-inf"),
-                cache_modifier=".cg",
-            )
-            tokens = tl.load(
-                part_token + row * MAX_SPLITS + part, mask=some, other=0, cache_modifier=".cg"
-            )
-            value, winner = first_best(values, tokens)
-            tl.store(out + row, winner)
-            tl.store(token_ids + slot, winner)
+            if tl.atomic_add(arrivals + row * 2 + 1, 1) == tl.num_programs(1) - 1:
+                tl.debug_barrier()
+                parts = tl.where(races, tl.num_programs(1), 0)
+                value, winner = _best_part(part_value, part_token, row, parts, MAX_SPLITS)
+                if ENDS_LIMITED:
+                    if limited:
+                        number = tl.load(arrivals + row * 2, cache_modifier=".cg")
+                        winner = _end_limited(
+                            source, other, distances, tokens, near, weights, number, room,
+                            reads_row, of_sure, maybe, few, k, every, p, vocab, most, heat, lowest,
+                            key, value, winner, WAYS, ONE, SEARCH, BLOCK,
+                        )  # fmt: skip
+                tl.store(out + row, winner)
+                tl.store(token_ids + slot, winner)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _end(
+    logits,
+    rows,
+    temperature,
+    top_k,
+    top_p,
+    stream,
+    context_lens,
+    back,
+    part_value,
+    part_token,
+    row_value,
+    arrivals,
+    thresholds,
+    counts,
+    weights,
+    distances,
+    tokens,
+    near,
+    token_ids,
+    out,
+    vocab,
+    stride,
+    parts,
+    room,
+    near_stride,
+    changed,
+    is_changed,
+    changed_stride,
+    BLOCK: tl.constexpr,
+    SEARCH: tl.constexpr,
+    WAYS: tl.constexpr,
+    ONE: tl.constexpr,
+    MAX_WAYS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    HAS_BACK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    lowest = tl.load(row_value + row * 2 + 1)
+    if lowest < float("inf"):
+        slot = tl.load(rows + row)
+        k = tl.load(top_k + slot)
+        p = tl.load(top_p + slot)
+        if ((k > 0) & (k < vocab)) | (p < 1):
+            most = tl.load(row_value + row * 2)
+            heat = tl.load(temperature + slot)
+            position = tl.load(context_lens + slot)
+            if HAS_BACK:
+                position -= tl.load(back + row)
+            draw = (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+            key = mix64(tl.load(stream + slot).to(tl.uint64, bitcast=True) + draw)
+            source = logits + row.to(tl.int64) * stride
+            other = changed_row(changed, is_changed, slot, row, changed_stride)
+            weights += row * (MAX_WAYS + 2)
+            sure, maybe, few, of_sure, reads_row, k, every = _plan(
+                thresholds + row * MAX_WAYS, counts + row * MAX_WAYS, weights,
+                k, p, vocab, most, room, WAYS,
+            )  # fmt: skip
+            if maybe < float("inf"):
+                parts = tl.where(sure < float("inf"), parts, 0)
+                value, winner = _best_part(part_value, part_token, row, parts, MAX_SPLITS)
+                winner = _end_limited(
+                    source, other, distances + row.to(tl.int64) * room,
+                    tokens + row.to(tl.int64) * room, near + row.to(tl.int64) * near_stride,
+                    weights, tl.load(arrivals + row * 2), room, reads_row, of_sure, maybe, few, k,
+                    every, p, vocab, most, heat, lowest, key, value, winner,
+                    WAYS, ONE, SEARCH, BLOCK,
+                )  # fmt: skip
+                tl.store(out + row, winner)
+                tl.store(token_ids + slot, winner)
+
+
+@triton.jit
+def _plan(thresholds, counts, weights, k, p, vocab, most, room, WAYS: tl.constexpr):
+    """What of a row races where it is (down to `sure`), what is gathered (down to `maybe`)."""
+    # Of a row without limits all tokens race where they are.
+    sure = tl.full((), float("-inf"), tl.float32)
+    maybe = tl.full((), float("inf"), tl.float32)
+    few = tl.full((), 0, tl.int32)
+    every = tl.full((), 0, tl.int32)
+    reads_row = tl.full((), False, tl.int1)
+    of_sure = sure
+    if ((k > 0) & (k < vocab)) | (p < 1):
+        of_sure, maybe, few, num_maybe, k, every = bracket(
+            thresholds, counts, weights, k, p, vocab, WAYS
+        )
+        sure = of_sure
+        if maybe < float("inf"):
+            reads_row = num_maybe - few > room
+            if (num_maybe <= room) | reads_row:
+                sure = tl.full((), float("inf"), tl.float32)
+                few = tl.full((), 0, tl.int32)
+            # Logits so near each other can have the same distance.
+            maybe -= (most - maybe) * 1e-6
+    return sure, maybe, few, of_sure, reads_row, k, every
+
+
+@triton.jit
+def _best_part(part_value, part_token, row, parts, MAX_SPLITS: tl.constexpr):
+    part = tl.arange(0, MAX_SPLITS)
+    values = tl.load(
+        part_value + row * MAX_SPLITS + part,
+        mask=part < parts,
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
+    tokens = tl.load(
+        part_token + row * MAX_SPLITS + part, mask=part < parts, other=0, cache_modifier=".cg"
+    )
+    return first_best(values, tokens)
+
+
+@triton.jit
+def _end_limited(
+    source,
+    other,
+    distances,
+    tokens,
+    near,
+    weights,
+    number,
+    room,
+    reads_row,
+    of_sure,
+    maybe,
+    few,
+    k,
+    every,
+    p,
+    vocab,
+    most,
+    heat,
+    lowest,
+    key,
+    value,
+    winner,
+    WAYS: tl.constexpr,
+    ONE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The token that arrives first of those that raced, `winner` at `value`, and those gathered."""
+    overflows = number > room
+    reads_row = reads_row | overflows
+    few = tl.where(overflows, 0, few)
+    light = tl.load(weights + WAYS + 1, cache_modifier=".cg")
+    lo = tl.abs(tl.div_rn(of_sure - most, heat)).to(tl.int32, bitcast=True) - 1
+    kept = find_limits(
+        source,
+        other,
+        distances,
+        number,
+        reads_row,
+        vocab,
+        most,
+        heat,
+        tl.where(of_sure < float("inf"), lo, -1),
+        tl.abs(tl.div_rn(maybe - most, heat)).to(tl.int32, bitcast=True),
+        few,
+        tl.where(few > 0, light, 0),
+        k,
+        k < every,
+        p,
+        tl.load(weights + WAYS),
+        near,
+        ONE,
+        SEARCH,
+    )
+    lowest = tl.maximum(lowest, -kept.to(tl.float32, bitcast=True))
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+    number = tl.where(reads_row, vocab, number)
+    for first in range(0, number, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        listed = (token < number) & ~reads_row
+        distance = tl.load(distances + token, mask=listed, other=0, cache_modifier=".cg")
+        x = row_logits(source, other, token, tl.where(reads_row, vocab, 0))
+        scaled = -distance.to(tl.float32, bitcast=True)
+        scaled = tl.where(reads_row, tl.div_rn(x - most, heat), scaled)
+        token = tl.load(tokens + token, mask=listed, other=token, cache_modifier=".cg")
+        is_kept = (listed | reads_row) & (scaled >= lowest)
+        if tl.max(is_kept.to(tl.int32), 0) > 0:
+            score = tl.where(is_kept, _score(key, token, scaled), float("-inf"))
+            # They are gathered in any order.
+            better = (score > best) | ((score == best) & (token < best_token))
+            best_token = tl.where(better, token, best_token)
+            best = tl.maximum(best, score)
+    score, token = first_best(best, best_token)
+    return tl.where((score > value) | ((score == value) & (token < winner)), token, winner)
+
+
+@triton.jit
+def _score(key, token, scaled):
+    """Highest of the token that arrives first."""
+    return scaled - tl.log(_exponential(key, token))
 
 
 @triton.jit

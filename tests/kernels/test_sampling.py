@@ -21,7 +21,7 @@ from baton.kernels.sampling import (
 from baton.shared.engine.sampler import draw_key, draw_stream
 
 # Many parts, searches over more tokens than fit, blocks that end before the row.
-_SMALL = DrawConfig(64, 32, 64, 32)
+_SMALL = DrawConfig(64, 32, 64, 32, 2, room=48, end_block=32, programs=12)
 
 
 @dataclass
@@ -146,6 +146,25 @@ def test_tokens_as_likely_as_the_last_kept_are_kept(device: torch.device, values
         drawn |= set(_batch(logits, top_k=2, temperature=3.0).check(_SMALL).tolist())
     assert len(drawn) > 2
     _batch(logits, top_p=0.1, top_k=70).check(_SMALL)
+
+
+@pytest.mark.parametrize(("room", "end_warps"), [(8, 8), (40, 8), (128, 8), (40, 0)])
+def test_more_or_less_may_be_kept_than_is_gathered(
+    device: torch.device, room: int, end_warps: int
+) -> None:
+    """All that may be kept; what is not sure to be; not even that."""
+    logits = _logits(6, 200, device)
+    logits[2:4] *= 0.01
+    logits[5, 3:195] = float("-inf")
+    batch = _batch(logits)
+    slots = batch.rows.long()
+    top_k = torch.tensor([0, 5, 0, 50, 150, 9], dtype=torch.int32)
+    batch.top_k[slots] = top_k.to(device)
+    batch.top_p[slots] = torch.tensor([0.9, 0.9, 0.5, 1, 0.95, 1], device=device)
+    batch.min_p[slots] = torch.tensor([0, 0, 0.01, 0, 0, 0.05], device=device)
+    batch.check(
+        DrawConfig(64, 16, 64, 32, 2, room=room, end_warps=end_warps, end_block=32, programs=24)
+    )
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
