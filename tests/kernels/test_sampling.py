@@ -148,7 +148,7 @@ def test_tokens_as_likely_as_the_last_kept_are_kept(device: torch.device, values
     _batch(logits, top_p=0.1, top_k=70).check(_SMALL)
 
 
-@pytest.mark.parametrize(("room", "end_warps"), [(8, 8), (40, 8), (128, 8), (40, 0)])
+@pytest.mark.parametrize(("room", "end_warps"), [(8, 8), (40, 8), (40, 0)])
 def test_more_or_less_may_be_kept_than_is_gathered(
     device: torch.device, room: int, end_warps: int
 ) -> None:
