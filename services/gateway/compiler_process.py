@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import struct
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton.shared.rpc.errors import (
@@ -34,13 +37,50 @@ _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """By which a process ends that did nothing wrong: where the machine has no memory left, say."""
 
 
+@dataclass(frozen=True)
+class _Child:
+    """A process, and the socket that is its input and output."""
+
+    process: subprocess.Popen[bytes]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def start(cls, arguments: Sequence[str]) -> _Child:
+        """Not as event loops start one: uvloop's forks, and gRPC's handlers of a fork, which have
+        threads to start again, may end the child before it is another program. subprocess has no
+        handlers run. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                end = theirs.fileno()
+                process = subprocess.Popen(
+                    arguments, stdin=end, stdout=end, stderr=subprocess.DEVNULL
+                )
+            ours.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            # A process of which this is the input ends by itself.
+            ours.close()
+            raise
+        return cls(process, reader, writer)
+
+    async def wait(self) -> int:
+        return await asyncio.to_thread(self.process.wait)
+
+    async def end(self) -> None:
+        self.process.kill()
+        self.writer.close()
+        await self.wait()
+
+
 class CompilerProcess:
     def __init__(self, model_dir: Path, vocab_size: int) -> None:
         self._arguments = [
             *(sys.executable, "-m", "baton.services.gateway.constraint_check"),
             *("--model", str(model_dir), "--vocab-size", str(vocab_size)),
         ]
-        self._process: Process | None = None
+        self._child: _Child | None = None
         self._is_fresh = True
         """It has compiled nothing yet."""
 
@@ -49,7 +89,7 @@ class CompilerProcess:
         which say nothing about it."""
         while True:
             try:
-                if self._process is None:
+                if self._child is None:
                     error = await self._start()
                     if error is not None:
                         return error
@@ -79,33 +119,28 @@ class CompilerProcess:
                 raise
 
     async def end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await process.wait()
+        child, self._child = self._child, None
+        if child is not None:
+            await child.end()
 
     async def _ended(self) -> int:
         """The status of a process that has closed its output. It ends by itself: a signal now
         could hide how."""
-        process = self._process
-        assert process is not None
+        child = self._child
+        assert child is not None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_S):
-                await process.wait()
+                await child.wait()
         await self.end()
-        return await process.wait()
+        return await child.wait()
 
     async def _start(self) -> BatonError | None:
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._arguments, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
-            )
+            self._child = await _Child.start(self._arguments)
             async with asyncio.timeout(_START_S):
                 error = await self._receive()
         except (asyncio.IncompleteReadError, OSError):  # TimeoutError is one
+            await self.end()
             raise EngineFailure(
                 "constraints cannot be compiled: no process for it starts"
             ) from None
@@ -115,17 +150,17 @@ class CompilerProcess:
         return error
 
     async def _send(self, message: bytes) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(LENGTH.pack(len(message)) + message)
-        await self._process.stdin.drain()
+        assert self._child is not None
+        self._child.writer.write(LENGTH.pack(len(message)) + message)
+        await self._child.writer.drain()
 
     async def _receive(self) -> BatonError | None:
-        assert self._process is not None and self._process.stdout is not None
-        stdout = self._process.stdout
-        (length,) = LENGTH.unpack(await stdout.readexactly(LENGTH.size))
+        assert self._child is not None
+        reader = self._child.reader
+        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
         if not length:
             return None
-        return from_failure(error_details_pb2.Failure.FromString(await stdout.readexactly(length)))
+        return from_failure(error_details_pb2.Failure.FromString(await reader.readexactly(length)))
 
 
 def _verdict(status: int, field: str) -> InvalidField:

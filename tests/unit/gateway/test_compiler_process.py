@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import uvloop
 
 from baton.services.gateway import compiler_process, constraints
 from baton.services.gateway.constraints import ConstraintChecker
@@ -191,3 +192,18 @@ async def test_what_is_too_large_is_neither_compiled_nor_kept(compilers: Compile
     await compilers.check("x" * MAX_BYTES)
     [key] = compilers.checker._known
     assert len(key) == 32
+
+
+def test_no_handler_of_a_fork_runs() -> None:
+    """gRPC's could end the process before it is another program."""
+    forks: list[None] = []
+    os.register_at_fork(before=lambda: forks.append(None))
+
+    async def start() -> bytes:
+        child = await compiler_process._Child.start([sys.executable, "-c", "print('there')"])
+        said = await child.reader.read()
+        await child.end()
+        return said
+
+    assert uvloop.run(start()) == b"there\n"
+    assert not forks
