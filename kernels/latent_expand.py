@@ -22,14 +22,22 @@ _MOST_DIM = 256
 """Of a head's key or value: a program has the sums of both in its registers."""
 _ROOMY = 225_000
 """Shared memory of a program for large tiles, in three stages."""
-_ABSORBED_COST = 1.0
-"""What a product of the absorbed form takes, as a share of one of the expanded."""
+_PRODUCTS_OF_A_KEY = 4_800_000
+"""Products of the expanded form in the time that a program of the absorbed form takes for a key, of
+however few queries: 88 ns on an H200 (benchmarks/results/kernels_latent_h200.json). Few heads with
+few queries make few programs, and are better off expanded."""
 
 
 def heads_at_once(num_heads: int) -> int:
     """Heads that are expanded together, the same number for every chunk: kernels are compiled for
     it."""
     return max(each for each in range(1, _MOST_HEADS + 1) if num_heads % each == 0)
+
+
+def _tile_of(rank: int) -> int:
+    """Numbers of a latent that are multiplied at once."""
+    tile: int = min(64, max(16, triton.next_power_of_2(rank)))
+    return tile
 
 
 def expands(
@@ -46,6 +54,8 @@ def expands(
     """Whether the expanded form is the cheaper one for a chunk of `num_queries` tokens, the last of
     `num_keys`, and there is room for it."""
     head_dim = key_dim + rope_dim
+    if rank % _tile_of(rank):
+        return False
     if value_dim > head_dim or max(head_dim, value_dim) > 2 * _MOST_DIM:
         return False
     if max(key_dim, value_dim) > _MOST_DIM:
@@ -54,10 +64,11 @@ def expands(
         return False
     pairs = num_queries * (num_keys - (num_queries - 1) / 2)
     of_a_latent = rank * (key_dim + value_dim)
-    absorbed = pairs * (2 * rank + rope_dim) + num_queries * of_a_latent
+    absorbed = num_heads * (pairs * (2 * rank + rope_dim) + num_queries * of_a_latent)
+    absorbed = max(absorbed, num_keys * _PRODUCTS_OF_A_KEY)
     # Values lie in room for keys, and are computed with as such.
-    expanded = pairs * 2 * head_dim + num_keys * of_a_latent
-    return expanded <= absorbed * _ABSORBED_COST
+    expanded = num_heads * (pairs * 2 * head_dim + num_keys * of_a_latent)
+    return expanded <= absorbed
 
 
 def expand_latents(
@@ -76,7 +87,9 @@ def expand_latents(
         layer: which layer of `kv`.
         block_tables: int32 [slots, ≥ blocks of the row].
         slot: of the row.
-        key: [heads, key_dim, rank], contiguous; a product with a latent is a key's first part.
+        key: [heads, key_dim, rank], contiguous, whose rank is made of whole tiles, as every real
+            model's is: with part of one, values were wrong on an H200 (Triton 3.6.0) while the
+            interpreter has them right. A product with a latent is a key's first part.
         value: [heads, rank, value_dim], contiguous.
 
     Returns:
@@ -85,6 +98,7 @@ def expand_latents(
     """
     _, _, num_layers, _, block_size, width = kv.shape
     num_heads, key_dim, rank = key.shape
+    assert rank % _tile_of(rank) == 0
     value_dim, rope_dim = value.shape[2], width - rank
     head_dim = key_dim + rope_dim
     num_blocks = triton.cdiv(num_keys, block_size)
@@ -113,7 +127,7 @@ def expand_latents(
         KEY=key_dim,
         VALUE=value_dim,
         BLOCK_N=block_n,
-        BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))),
+        BLOCK_R=_tile_of(rank),
         BLOCK_T=triton.next_power_of_2(rope_dim),
         BLOCK_K=block_k,
         BLOCK_V=block_v,

@@ -18,6 +18,8 @@ M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TABLE = Path(__file__).with_name("linear_table.json")
 _SIMILAR = 1.25
 """N and K may differ by this factor from those of an entry that is used for them."""
+_MORE_ROWS = 4
+"""Times M, an entry may have rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +65,23 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool) -> Config
         without one (ask again with fused=False) take less time. An activation is part of it
         either way.
 
-    Known shapes (or similar ones) get the entry of the nearest M that is no less; others a guess.
+    Known shapes (or similar ones) get the entry of the least M that is no less; others a guess.
     """
     if dtype not in (torch.bfloat16, torch.float16) or M > M_BUCKETS[-1] or K % 8:
         return None
+    # The same tile that covers M rows in one program: no entry for fewer rows, which would say
+    # little of more, nor for many more.
     similar = [
         entry
         for entry in _TABLE
         if entry.fused == fused
+        and M <= entry.rows <= _MORE_ROWS * M
         and _ratio(entry.n, N) <= _SIMILAR
         and _ratio(entry.k, K) <= _SIMILAR
     ]
     if not similar:
         return guess(M, N, K, fused=fused)
-    # The same tile that covers M rows in one program: never an entry for fewer rows, if there is
-    # one for more.
-    best = min(
-        similar,
-        key=lambda entry: (
-            entry.rows < M,
-            _ratio(entry.rows, M),
-            _ratio(entry.n, N) * _ratio(entry.k, K),
-        ),
-    )
-    if best.rows < M:
-        # Measured with fewer rows only, which says little: with 128 the library may be faster.
-        return guess(M, N, K, fused=fused)
+    best = min(similar, key=lambda entry: (entry.rows, _ratio(entry.n, N) * _ratio(entry.k, K)))
     return best.config
 
 

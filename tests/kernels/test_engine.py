@@ -524,9 +524,9 @@ def test_latents_in_both_forms(
         asked.append(num_keys)
         return next(forms)
 
-    monkeypatch.setattr("baton.shared.engine.triton_operations.expands", expands)
     make = maker(tmp_path, LATENT)
     both = [make("torch", torch.device("cpu")), make("triton", device)]
+    monkeypatch.setattr("baton.shared.engine.triton_operations.expands", expands)
     prompt = tokens(31, 1)
     chunk = BatchRow(prompt[18:], 18, [[3, 1]])
     steps = [

@@ -160,15 +160,16 @@ def test_choices_are_possible(rows: int, shape: tuple[int, int], fused: bool) ->
             assert block & (block - 1) == 0
 
 
-def test_what_was_measured_with_fewer_rows_is_not_chosen_for_more(
+def test_what_was_measured_with_fewer_rows_or_far_more_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured = Config("dot", 128, 64)
     entries = tuple(linear_table._Entry(rows, 4096, 4096, False, measured) for rows in (8, 32))
     monkeypatch.setattr(linear_table, "_TABLE", entries)
-    chosen = {M: choose(M, 4096, 4096, torch.bfloat16, fused=False) for M in (1, 9, 32, 33, 128)}
-    assert chosen[1] == chosen[9] == chosen[32] == measured
-    assert chosen[33] == guess(33, 4096, 4096) and chosen[128] is None
+    chosen = {M: choose(M, 4096, 4096, torch.bfloat16, fused=False) for M in (1, 2, 9, 32, 33, 128)}
+    assert chosen[2] == chosen[9] == chosen[32] == measured
+    assert chosen[1] == guess(1, 4096, 4096) and chosen[33] == guess(33, 4096, 4096)
+    assert chosen[128] is None
 
 
 def test_small_and_wide_products_are_left_to_the_library() -> None:
