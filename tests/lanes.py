@@ -1,9 +1,9 @@
-"""Two lanes of tests side by side, each in its own order and its own process: `pytest -n 2`.
+"""Two lanes of tests side by side, each in its own process: `pytest -n 2`.
 
-One starts whole stacks, and waits for them most of the time. The other does all the rest: first
-what waits too, then what computes, kernels in Triton's interpreter and engines. That steps back
-wherever somebody else wants a core, and takes one thread, so that it disturbs no stack. Without
-`-n` all run one after the other.
+One starts whole stacks, and waits for them most of the time. The other does what waits too, then
+what computes: kernels in Triton's interpreter, engines, workers. That steps back wherever somebody
+else wants a core, and takes one thread, so that it disturbs no stack. Whichever lane is through
+first takes engines or workers next. Without `-n` all run one after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import pytest
 import torch
 
 _STACKS = ("tests/e2e/", "tests/faults/", "tests/http/")
-_COMPUTING = ("tests/kernels/", "tests/unit/engine/", "tests/unit/kv/", "tests/unit/worker/")
+_ENGINES = "tests/unit/engine/"
+_WORKERS = ("tests/unit/kv/", "tests/unit/worker/")
+_COMPUTING = ("tests/kernels/", _ENGINES, *_WORKERS)
 _NICE = 5
 
 
@@ -27,8 +29,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         """What is of one scope runs in one process."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return "stacks" if nodeid.startswith(_STACKS) else "the rest"
+            if nodeid.startswith(_STACKS):
+                return "stacks"
+            if nodeid.startswith(_ENGINES):
+                return "engines"
+            return "workers" if nodeid.startswith(_WORKERS) else "the rest"
 
+    # Scopes begin in the order of their first tests, not the one with most tests first.
+    config.option.loadscopereorder = False
     return Lanes(config, log)
 
 
