@@ -55,7 +55,8 @@ def stack(model: Path, tmp_path: Path) -> Iterator[Stack]:
         tmp_path,
         WORKERS,
         worker_module="tests.recurrent_worker",
-        # The decode worker has blocks enough for about two, and slots for four.
+        # The decode worker has blocks enough for about two, and slots for four: whether one yields is
+        # left to when they come (tests/unit/worker/test_states.py plans it).
         flags=[
             *("--num-blocks", "48", "--token-budget", "48", "--max-model-len", "640"),
             *("--max-num-seqs", str(NUM_SLOTS)),
@@ -94,6 +95,5 @@ def test_split_equals_together(stack: Stack, model: Path) -> None:
     states = [stack.state(name) for name in WORKERS]
     counters = [state.counters for state in (*states, killed)]
     assert sum(each.num_digest_mismatches for each in counters) >= 1
-    assert sum(each.num_preemptions for each in counters) >= 1
     assert [state.num_free_blocks_by_pool[1] for state in states] == [NUM_SLOTS] * 2
     stack.assert_idle()
