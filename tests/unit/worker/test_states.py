@@ -93,6 +93,27 @@ def test_a_slot_is_handed_over_behind_the_blocks(
     assert (counters["cached_prompt_tokens"], counters["computed_prompt_tokens"]) == (0, 52)
 
 
+def test_one_that_yields_comes_again_with_a_state_from_its_beginning(
+    make_runner: MakeRunner, clock: Clock
+) -> None:
+    """Either has room enough alone, in the end, and both at first."""
+    long = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    prompts = (PROMPT, OTHER)
+    loop = PlainLoop(make_runner(128, "states"))
+    expected = [loop.generate([prompt], [long])[0] for prompt in prompts]
+    few = -(-(len(PROMPT) + 60) // BLOCK_SIZE) + 1
+    runners = {"prefill": make_runner(40, "states"), "decode": make_runner(few, "states")}
+    cluster = Cluster(runners, clock)
+    requests = [
+        cluster.submit(prompt, long, answer)
+        for prompt, answer in zip(prompts, expected, strict=True)
+    ]
+    cluster.settle()
+    assert [request.token_ids for request in requests] == expected
+    assert sorted(request.num_attempts for request in requests) == [1, 2]
+    assert cluster.network.workers["decode"].counters["preemptions"] == 1
+
+
 def swap(slots: torch.Tensor, mine: int, other: int, earlier: torch.Tensor) -> None:
     slots[[mine, other]] = slots[[other, mine]]
 
