@@ -55,8 +55,8 @@ def stack(model: Path, tmp_path: Path) -> Iterator[Stack]:
         tmp_path,
         WORKERS,
         worker_module="tests.recurrent_worker",
-        # The decode worker has blocks enough for about two, and slots for four: whether one yields is
-        # left to when they come (tests/unit/worker/test_states.py plans it).
+        # The decode worker has blocks enough for about two, and slots for four: whether one yields
+        # is left to when they come (tests/unit/worker/test_states.py plans it).
         flags=[
             *("--num-blocks", "48", "--token-budget", "48", "--max-model-len", "640"),
             *("--max-num-seqs", str(NUM_SLOTS)),
