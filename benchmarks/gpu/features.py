@@ -157,13 +157,14 @@ def _measure(
 
 def _resident_mib(executor: Any) -> dict[str, float]:
     """What is there for features whether rows ask for them or not."""
-    if not hasattr(executor, "_masks"):
+    if not hasattr(executor, "_context"):
         return {}
-    shaping, masks = executor._state.shaping, executor._masks
+    context = executor._context
+    shaping, masks = context.state.shaping, context.draw.masks
     parts = {
         "marks of each slot's tokens, for penalties and bans": [shaping.counting.marks],
         "biases and bans of each slot": [shaping.bias_tokens, shaping.biases, shaping.bans],
-        "logits that change, in float32": [executor._changed],
+        "logits that change, in float32": [context.draw._changed],
         "masks": [masks._rows, masks._masks],
     }
     return {

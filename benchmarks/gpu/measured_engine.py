@@ -134,7 +134,8 @@ class HitCounter:
                 self._hits.append(torch.unique(routes.experts[: self._batch]))
             return routes
 
-        captured = [(each, each.graphs) for each in getattr(executor, "_decode", {}).values()]
+        steps = getattr(executor, "_decode", None)
+        captured = [(each, each.graphs) for each in steps.buffers.values()] if steps else []
         for each, _ in captured:
             each.graphs = None
         ops.route = counting_route

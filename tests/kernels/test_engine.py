@@ -232,7 +232,7 @@ def test_a_step_that_was_not_launched_leaves_nothing_behind(
         scatter(state, sent)
 
     with monkeypatch.context() as patch:
-        patch.setattr("baton.shared.engine.device_executor.chunk_columns", _fail)
+        patch.setattr("baton.shared.engine.launched_steps.chunk_columns", _fail)
         with pytest.raises(MemoryError):
             runner.launch(Batch([decode(0, 0), prompt_of(2)]))
     monkeypatch.setattr("baton.shared.engine.host_buffers.scatter", remember)
@@ -351,7 +351,7 @@ def test_logprobs_of_drawn_tokens_and_of_prompts(
     """In chunks, decode rows and drafts, of the rows that ask and of no others; a prompt's own in
     slices; steps launched ahead."""
     runner = make("triton", device, num_drafts=3, cuda_graphs=True)
-    monkeypatch.setattr(runner._executor, "_rows_at_once", 8)
+    monkeypatch.setattr(runner._executor._launched, "rows_at_once", 8)  # type: ignore[attr-defined]
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=12)
     asks = replace(params, logprobs=3)
     prompt, other = tokens(33, 5), tokens(9, 6)

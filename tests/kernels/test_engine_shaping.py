@@ -230,7 +230,7 @@ def test_all_is_told_again_after_a_launch_that_failed(
     took((a.open(runner),), runner.forward(Batch([a.chunk(0, 19)])))
     took((a,), runner.forward(Batch([a.next()])))
     with monkeypatch.context() as patch:
-        patch.setattr("baton.shared.engine.device_executor.chunk_columns", _fail)
+        patch.setattr("baton.shared.engine.launched_steps.chunk_columns", _fail)
         with pytest.raises(MemoryError):
             runner.launch(Batch([a.next(), b.open(runner).chunk(0, 7)]))
     took((a,), runner.forward(Batch([a.next()])))
@@ -279,12 +279,13 @@ def test_masks_come_while_their_step_computes(
     launched = begun.draw({})
     begun = runner.begin(Batch([a.next(num_ahead=1), b.next(num_ahead=1)]))
     took((b, a), launched.result())
-    marks = runner._executor._state.shaping.counting.marks[a.handle.slot]  # type: ignore[attr-defined]
+    state = runner._executor._context.state  # type: ignore[attr-defined]
+    marks = state.shaping.counting.marks[a.handle.slot]
     assert a.handle.shaping is not None
     counted = a.handle.shaping.fresh_marks(83, len(a.given) + len(a.drawn))
     assert marks.tolist() == counted.tolist()
     with monkeypatch.context() as patch:
-        patch.setattr("baton.shared.engine.device_executor.draw", _fail)
+        patch.setattr("baton.shared.engine.device_draw.draw", _fail)
         with pytest.raises(MemoryError):
             begun.draw({0: mask_of(a)})
     for _ in range(2):

@@ -1,0 +1,132 @@
+"""Steps without prompt chunks: fixed buffers for every padded size, and CUDA graphs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from baton.shared.engine.device_context import DeviceContext
+from baton.shared.engine.device_step import DecodeBuffers, Layout
+from baton.shared.engine.graphs import Graphs
+from baton.shared.engine.triton_operations import DevicePlan
+
+
+class DecodeSteps:
+    def __init__(self, context: DeviceContext) -> None:
+        self._context = context
+        shapes = [(size, width) for size in context.sizes for width in context.widths]
+        self.work = {
+            (size, width): context.make_work(size * width)
+            for size, width in sorted(shapes, key=lambda shape: -shape[0] * shape[1])
+        }
+        self.buffers = {shape: self._make_buffers(*shape) for shape in shapes}
+        """By padded size and width."""
+
+    def begin(
+        self, layout: Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Launches the forward pass. The hidden states that tokens are drawn of, and what draws
+        them, once, into its results."""
+        buffers = self.buffers[layout.size, layout.width]
+        layout.wanted = _wanted(layout, num_wanted)
+        self._context.host.send(self._context.state, None)
+        if buffers.graphs is not None:
+            buffers.graphs[0].replay()
+        else:
+            self._forward(buffers)
+        assert buffers.hidden is not None
+
+        def draw() -> Tensor:
+            if buffers.graphs is not None:
+                buffers.graphs[1].replay()
+            else:
+                self._draw(buffers)
+            return buffers.results
+
+        return buffers.hidden, draw
+
+    def capture(self, graphs: Graphs | None) -> None:
+        """Compiles the kernels; captures a graph for every padded size and width if there is what
+        they are captured by."""
+        # The largest first: the smaller ones find room in its memory.
+        for buffers in sorted(
+            self.buffers.values(), key=lambda each: each.size * each.width, reverse=True
+        ):
+            self._forward(buffers)
+            self._draw(buffers)
+            if graphs is None:
+                continue
+            forward = graphs.capture(partial(self._forward, buffers))
+            buffers.graphs = forward, graphs.capture(partial(self._draw, buffers))
+
+    def _forward(self, buffers: DecodeBuffers) -> None:
+        """A step up to its logits; reads and writes fixed addresses only."""
+        context = self._context
+        context.begin_rows(buffers.input_ids, buffers, buffers.plans)
+        buffers.hidden = context.model.hidden_states(
+            buffers.input_ids, buffers.positions, context.caches, buffers.plans
+        )
+        buffers.logits = context.model.logits(buffers.hidden)
+
+    def _draw(self, buffers: DecodeBuffers) -> None:
+        """The rest of it, likewise."""
+        logits, buffers.logits = buffers.logits, None
+        assert logits is not None
+        self._context.draw.draw(
+            logits,
+            buffers.token_rows,
+            buffers.back,
+            buffers.tokens,
+            buffers.size * buffers.width if buffers.width > 1 else 0,
+        )
+        if buffers.width > 1:
+            num_tokens = buffers.size * buffers.width
+            self._context.draw.accept(buffers.rows, buffers.results, num_tokens)
+
+    def _make_buffers(self, size: int, width: int) -> DecodeBuffers:
+        context, num_tokens = self._context, size * width
+        state = context.state
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=context.device)
+
+        slots = zeros(len(context.caches), num_tokens, dtype=torch.int64)
+        token_rows = state.rows[size] if width == 1 else zeros(num_tokens)
+        plans = [
+            DevicePlan(
+                slots=slots[group],
+                context_lens=state.context_lens,
+                block_tables=state.block_tables[group],
+                rows=token_rows,
+                work=work,
+                tiles=None,
+                block_m=0,
+                window=context.windows[group],
+            )
+            for group, work in enumerate(self.work[size, width])
+        ]
+        return DecodeBuffers(
+            size,
+            width,
+            zeros(num_tokens),
+            zeros(num_tokens),
+            slots,
+            state.rows[size],
+            token_rows,
+            None if width == 1 else zeros(num_tokens),
+            context.make_results(num_tokens, size),
+            plans,
+        )
+
+
+def _wanted(layout: Layout, num_wanted: Sequence[int]) -> list[int]:
+    """Row of the batch for each token of the decode rows; −1 for padding."""
+    width = layout.width
+    wanted = [-1] * (layout.size * width)
+    for place, row in enumerate(layout.decode):
+        for j in range(max(1, num_wanted[row])):
+            wanted[place * width + j] = row
+    return wanted

@@ -1,0 +1,163 @@
+"""What all kinds of steps on the device share: the model, its caches, the sequences' state."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from baton.kernels.batch_state import begin_step
+from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
+from baton.kernels.decode_plan import Scratch
+from baton.kernels.drafts import begin_drafted_step
+from baton.kernels.latent_attention import latent_decode_config
+from baton.shared.engine.batch_state import BatchState, aligned
+from baton.shared.engine.device_draw import DeviceDraw
+from baton.shared.engine.device_step import DecodeBuffers
+from baton.shared.engine.executor import Model
+from baton.shared.engine.host_buffers import HostBuffers
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.kv.cache_spec import Latent, window_of
+
+
+def padded_sizes(max_num_seqs: int) -> list[int]:
+    """The sizes that decode batches are padded to; a few per cent are wasted at most from 16 up."""
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128]
+    sizes += range(160, max(max_num_seqs, 160) + 32, 32)
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def padded(num_rows: int, sizes: Sequence[int]) -> int:
+    return sizes[bisect_left(sizes, num_rows)]
+
+
+class DeviceContext:
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: KvCache,
+        device: torch.device,
+        *,
+        num_heads: int,
+        vocab_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        num_drafts: int = 0,
+    ) -> None:
+        """`num_drafts`: the most that a row may bring along."""
+        self.model = model
+        self.device = device
+        self.num_heads = num_heads
+        self.vocab_size = vocab_size
+        self.block_size = kv_cache.block_size
+        self.caches = kv_cache.padded_tensors
+        self.windows = [window_of(group.spec) or 0 for group in kv_cache.groups]
+        self.specs = [group.spec for group in kv_cache.groups]
+        self.are_latents = [isinstance(spec, Latent) for spec in self.specs]
+        self.sizes = padded_sizes(max_num_seqs)
+        """Of decode rows."""
+        self.widths = [1, 1 + num_drafts] if num_drafts else [1]
+        # Sequences beyond those of one step may be waiting for their turn.
+        num_slots = 2 * max_num_seqs + 16
+        self.state = BatchState(
+            num_slots,
+            -(-max_model_len // self.block_size),
+            self.sizes,
+            device,
+            zero_blocks=[len(tensor) for tensor in kv_cache.tensors],
+            num_drafts=num_drafts,
+            vocab_size=vocab_size,
+        )
+        width = self.state.block_tables[0].shape[1]
+        self.counting = torch.arange(width, dtype=torch.int32, device=device)
+        # Decode rows of the widest step, padded, and as many chunks beside them as there are rows.
+        max_wanted = max_num_seqs * (1 + self.widths[-1] if num_drafts else 1)
+        self.drawn_sizes = padded_sizes(max_wanted)
+        """Of rows of logits."""
+        self.draw = DeviceDraw(self.state, max_wanted, vocab_size, device)
+        self.host = HostBuffers(aligned(max_wanted) + max_num_seqs, device)
+        self._scratch = Scratch()
+
+    def make_results(self, num_tokens: int, num_rows: int) -> Tensor:
+        """int32: drawn tokens, then, aligned, how many stand of each row."""
+        num_words = aligned(num_tokens) + num_rows
+        return torch.empty(num_words, dtype=torch.int32, device=self.device)
+
+    def make_work(self, num_rows: int) -> list[DecodeWork]:
+        """By cache group; groups whose work is cut alike share it, for layers run one by one. Ask
+        for the largest first, in whose scratch the others lie."""
+        made: dict[tuple[int, ...], DecodeWork] = {}
+        work = []
+        for kv, window, spec in zip(self.caches, self.windows, self.specs, strict=True):
+            _, num_kv_heads, _, _, _, head_dim = kv.shape
+            config = None
+            if isinstance(spec, Latent):
+                head_dim = spec.rank
+                config = latent_decode_config(num_rows, self.num_heads, kv)
+            key = (num_kv_heads, head_dim, window)
+            if key not in made:
+                made[key] = make_work(
+                    num_rows,
+                    num_kv_heads,
+                    self.num_heads,
+                    head_dim,
+                    self.device,
+                    config=config,
+                    scratch=self._scratch if config is not None else None,
+                )
+            work.append(made[key])
+        return work
+
+    def plan_work(
+        self,
+        rows: Tensor,
+        work: DecodeWork | None,
+        back: Tensor | None,
+        planned: Sequence[DevicePlan],
+    ) -> None:
+        """Lists the items of a group's decode attention, unless an earlier group has the same."""
+        if work is None or any(plan.work is work for plan in planned):
+            return
+        window = self.windows[len(planned)]
+        plan_decode(rows, self.state.context_lens, work, back=back, window=window)
+
+    def begin_rows(
+        self, input_ids: Tensor, buffers: DecodeBuffers, plans: Sequence[DevicePlan]
+    ) -> None:
+        """Fills in the decode rows' tokens and places, and moves their lengths on."""
+        state = self.state
+        rows = state.rows[buffers.size]
+        if buffers.width == 1:
+            begin_step(
+                rows,
+                state.token_ids,
+                state.context_lens,
+                state.block_tables,
+                input_ids,
+                buffers.positions,
+                buffers.slots,
+                block_size=self.block_size,
+                counting=state.shaping.counting,
+            )
+        else:
+            assert buffers.back is not None
+            begin_drafted_step(
+                rows,
+                state.token_ids,
+                state.context_lens,
+                state.block_tables,
+                state.draft_ids,
+                state.num_drafts,
+                input_ids,
+                buffers.positions,
+                buffers.slots,
+                buffers.token_rows,
+                buffers.back,
+                block_size=self.block_size,
+                counting=state.shaping.counting,
+            )
+        for number, plan in enumerate(plans):
+            self.plan_work(buffers.token_rows, plan.work, buffers.back, plans[:number])
