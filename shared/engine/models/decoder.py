@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,29 @@ MakeLayer = Callable[[int], Layer]
 ExtraInputs = Callable[[Tensor, Tensor], Tensor]
 """Of token ids [T] and embeddings [T, hidden], scaled: what each layer gets of a token beside its
 input, [T, num_layers, any size]."""
+
+
+class Halfway(NamedTuple):
+    """Tokens of a step in the middle of the last layer that stores anything: from here on, those
+    that nobody wants may be left out."""
+
+    query: Tensor
+    """[T, num_heads, head_dim]"""
+    hidden: Tensor
+    """[T, hidden], the layer's input."""
+    positions: Tensor
+    """int [T]"""
+    extra: Tensor | None
+    """[T, num_layers, any size], of `ExtraInputs`."""
+
+    def at(self, tokens: Tensor) -> Halfway:
+        """Of these tokens, int [R], alone."""
+        return Halfway(
+            self.query.index_select(0, tokens),
+            self.hidden.index_select(0, tokens),
+            self.positions.index_select(0, tokens),
+            None if self.extra is None else self.extra.index_select(0, tokens),
+        )
 
 
 class Decoder:
@@ -92,25 +115,67 @@ class Decoder:
             plans: by cache group, where the step's tokens are stored and what they attend to, or
                 which slots their rows have.
         """
-        ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
+        halfway = self.begin(input_ids, positions, caches, plans)
+        if wanted is not None:
+            tokens, plans = wanted
+            if not len(tokens):
+                return halfway.hidden[:0]
+            halfway = halfway.at(tokens)
+        return self.finish(halfway, caches, plans)
+
+    def begin(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[Any],
+        plans: Sequence[Any],
+    ) -> Halfway:
+        """As far as anything is stored; arguments as of `hidden_states`."""
+        ropes = self._take_ropes(positions)
         hidden = self._embed(input_ids)
         extra = None if self._extra_inputs is None else self._extra_inputs(input_ids, hidden)
-        for index, layer in enumerate(self._layers):
-            group = self._group_of[index]
-            kv, rope = caches[group], ropes[self._rope_of[index]]
-            query = layer.query(hidden, rope, kv, plans[group])
-            if wanted is not None and index == self._last_to_store:
-                tokens, plans = wanted
-                if not len(tokens):
-                    return hidden[:0]
-                query, hidden = query.index_select(0, tokens), hidden.index_select(0, tokens)
-                extra = None if extra is None else extra.index_select(0, tokens)
-                if index + 1 < len(self._layers):
-                    positions = positions.index_select(0, tokens)
-                    ropes = [self._ops.take_rope(table, positions) for table in self._ropes]
+        for index in range(self._last_to_store):
             own = None if extra is None else extra[:, index]
-            hidden = layer.finish(hidden, query, kv, plans[group], own)
+            hidden = self._run(index, hidden, ropes, caches, plans, own)
+        layer, group, rope = self._parts_of(self._last_to_store)
+        query = layer.query(hidden, ropes[rope], caches[group], plans[group])
+        return Halfway(query, hidden, positions, extra)
+
+    def finish(self, halfway: Halfway, caches: Sequence[Any], plans: Sequence[Any]) -> Tensor:
+        """The rest of the layers, of tokens as they are after `begin` → [R, hidden]. `plans`: of
+        these tokens alone."""
+        query, hidden, positions, extra = halfway
+        first = self._last_to_store
+        layer, group, _ = self._parts_of(first)
+        own = None if extra is None else extra[:, first]
+        hidden = layer.finish(hidden, query, caches[group], plans[group], own)
+        if first + 1 < len(self._layers):
+            ropes = self._take_ropes(positions)
+        for index in range(first + 1, len(self._layers)):
+            own = None if extra is None else extra[:, index]
+            hidden = self._run(index, hidden, ropes, caches, plans, own)
         return hidden
+
+    def _run(
+        self,
+        index: int,
+        hidden: Tensor,
+        ropes: Sequence[Any],
+        caches: Sequence[Any],
+        plans: Sequence[Any],
+        extra: Tensor | None,
+    ) -> Tensor:
+        """A whole layer."""
+        layer, group, rope = self._parts_of(index)
+        query = layer.query(hidden, ropes[rope], caches[group], plans[group])
+        return layer.finish(hidden, query, caches[group], plans[group], extra)
+
+    def _parts_of(self, index: int) -> tuple[Layer, int, int]:
+        """A layer, its cache group and its kind of rope."""
+        return self._layers[index], self._group_of[index], self._rope_of[index]
+
+    def _take_ropes(self, positions: Tensor) -> list[Any]:
+        return [self._ops.take_rope(table, positions) for table in self._ropes]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, hidden] of `hidden_states` → [R, vocab]."""
