@@ -102,9 +102,12 @@ class Stepper:
         self._constraining = constraining or Constraining(0)
         self.pacing = Pacing(limits.tpot_goal_s)
         self._handles: dict[Sequence, RowHandle] = {}
-        self._masks_follow = drafting is None and not self._constraining.most_forced
-        """Constrained sequences may be a step ahead: nothing is lost with what they could guess."""
         self._keeps_states = not all(group.spec.grows for group in pools.groups)
+        self._masks_follow = not (
+            drafting is not None or self._constraining.most_forced or self._keeps_states
+        )
+        """Constrained sequences may be a step ahead: nothing is lost with what they could guess,
+        and a step whose mask came too late can be taken again, which a state would not stand."""
 
     @property
     def accepted_by_position(self) -> Seq[int]:

@@ -17,14 +17,14 @@ MOST_AT_ONCE = 1024
 """Blocks that one launch sums."""
 
 TakeSums = Callable[[], Uint64Array]
-"""Waits for sums that were started → [n, num_kv_heads] uint64. To be called once."""
+"""Waits for sums that were started → [n, num_pieces] uint64. To be called once."""
 
 
 class BlockSums(Protocol):
     """Used by one thread only."""
 
     def __call__(self, block_ids: Sequence[int], group: int = 0) -> Uint64Array:
-        """[n, num_kv_heads] uint64 of blocks that nothing writes to; waits for the result."""
+        """[n, num_pieces] uint64 of blocks that nothing writes to; waits for the result."""
 
     def start(
         self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None

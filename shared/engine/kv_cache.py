@@ -45,10 +45,11 @@ class KvCache:
         pools: by pool, where its blocks lie in it.
         tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; of a
             group of latents [num_blocks, 1, num_layers, 1, block_size, rank + rope_dim]; of a
-            group of states uint8 [num_slots, num_kv_heads, num_layers, bytes].
+            group of states uint8 [num_slots, num_layers, num_kv_heads, bytes].
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
         caches: by group, what a model's layers take: the padded tensor; of a group of states
-            name → [num_slots + 1, num_kv_heads, num_layers, *shape], in the tensor's own dtype.
+            name → [num_slots + 1, num_kv_heads, num_layers, *shape], in the tensor's own dtype;
+            one layer's heads lie one after another.
     """
 
     def __init__(
@@ -113,13 +114,13 @@ class KvCache:
         return [tensor[:-1] for tensor in tensors]
 
     def words(self, group: int) -> torch.Tensor:
-        """A group's blocks as 32-bit words: int32 [num_blocks + 1, num_kv_heads, words], a view."""
-        num_heads = self.groups[group].spec.num_kv_heads
+        """A group's blocks as 32-bit words: int32 [num_blocks + 1, num_pieces, words], a view."""
+        num_pieces = self.groups[group].num_pieces
         blocks = self._bytes_of(group).view(torch.int32)
-        return blocks.view(self.pool_of(group).num_blocks + 1, num_heads, -1)
+        return blocks.view(self.pool_of(group).num_blocks + 1, num_pieces, -1)
 
     def block_words(self, block_ids: Sequence[int], group: int = 0) -> torch.Tensor:
-        """A copy of blocks as 32-bit words: int32 [len(block_ids), num_kv_heads, words]."""
+        """A copy of blocks as 32-bit words: int32 [len(block_ids), num_pieces, words]."""
         words = self.words(group)
         index = torch.tensor(list(block_ids), dtype=torch.int64, device=words.device)
         return words.index_select(0, index)
@@ -153,11 +154,11 @@ class KvCache:
 
 
 def _state_views(spec: State, slots: torch.Tensor) -> dict[str, torch.Tensor]:
-    """slots: uint8 [num_slots + 1, num_kv_heads, num_layers, bytes]."""
+    """slots: uint8 [num_slots + 1, num_layers, num_kv_heads, bytes]."""
     views = {}
     for tensor, start in zip(spec.tensors, spec.offsets_bytes(), strict=False):
         part = slots[..., start : start + tensor.num_bytes].view(getattr(torch, tensor.dtype))
-        views[tensor.name] = part.view(*slots.shape[:-1], *tensor.shape)
+        views[tensor.name] = part.view(*slots.shape[:-1], *tensor.shape).transpose(1, 2)
     return views
 
 

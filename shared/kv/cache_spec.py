@@ -28,7 +28,7 @@ class CacheSpec(Protocol):
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads that lie one after another in a block: one digest each."""
+        """Heads that each have their share of a block."""
 
     @property
     def reads_everything(self) -> bool:
@@ -47,6 +47,9 @@ class CacheSpec(Protocol):
 
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
         """Bytes of a block. `itemsize_bytes`: of an element, where the spec has none of its own."""
+
+    def num_pieces(self, num_layers: int) -> int:
+        """Equal parts that lie one after another in a block: one digest each."""
 
     def of_rank(self, rank: int, num_ranks: int) -> Self:
         """What one of several tensor-parallel ranks caches. ValueError: it cannot be sliced so."""
@@ -74,6 +77,9 @@ class Full:
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
         return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
 
+    def num_pieces(self, num_layers: int) -> int:
+        return self.num_kv_heads
+
     def of_rank(self, rank: int, num_ranks: int) -> Full:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
 
@@ -100,6 +106,9 @@ class Sliding:
 
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
         return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+
+    def num_pieces(self, num_layers: int) -> int:
+        return self.num_kv_heads
 
     def of_rank(self, rank: int, num_ranks: int) -> Sliding:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
@@ -135,6 +144,9 @@ class Latent:
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
         return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
 
+    def num_pieces(self, num_layers: int) -> int:
+        return self.num_kv_heads
+
     def of_rank(self, rank: int, num_ranks: int) -> Latent:
         return self
 
@@ -146,6 +158,8 @@ _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, by the dtype's name."""
 _STATE_ALIGNMENT_BYTES = 16
 """Of what each tensor has of one head in one layer: kernels read so much at once."""
+_PIECE_BYTES = 2 << 20
+"""The most that one digest of a state is of: transports are fastest with pieces of that size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +190,9 @@ class StateTensor:
 class State:
     """A state of constant size: tensors that every token of a sequence changes in place.
 
-    A slot has the heads one after another; of each the layers; of each the tensors, in order.
-    A sequence's first token finds zeros, whatever the slot held before.
+    A slot has the layers one after another; of each the heads; of each the tensors, in order.
+    A sequence's first token finds zeros, whatever the slot held before. Its pieces are as many of a
+    layer's heads as have 2 MiB at most; of larger heads, parts of one.
     """
 
     num_kv_heads: int
@@ -203,13 +218,24 @@ class State:
 
     def axes(self, num_layers: int, block_size: int) -> dict[str, int]:
         return {
-            "kv_head": self.num_kv_heads,
             "layer": num_layers,
+            "kv_head": self.num_kv_heads,
             "byte": self.offsets_bytes()[-1],
         }
 
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
         return math.prod(self.axes(num_layers, block_size).values())
+
+    def num_pieces(self, num_layers: int) -> int:
+        head_bytes = self.offsets_bytes()[-1]
+        of_head = head_bytes // _STATE_ALIGNMENT_BYTES
+        if head_bytes > _PIECE_BYTES:
+            cuts = (n for n in range(1, of_head + 1) if of_head % n == 0)
+            fewest = next(n for n in cuts if head_bytes // n <= _PIECE_BYTES)
+            return num_layers * self.num_kv_heads * fewest
+        cuts = (n for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0)
+        fewest = next(n for n in cuts if self.num_kv_heads // n * head_bytes <= _PIECE_BYTES)
+        return num_layers * fewest
 
     def of_rank(self, rank: int, num_ranks: int) -> State:
         return replace(self, num_kv_heads=len(self.heads_of_rank(rank, num_ranks)))
@@ -273,6 +299,11 @@ class CacheGroup:
     def block_bytes(self, block_size: int, itemsize_bytes: int) -> int:
         num_layers = len(self.layer_ids) + self.num_padding_layers
         return self.spec.block_bytes(num_layers, block_size, itemsize_bytes)
+
+    @property
+    def num_pieces(self) -> int:
+        """Equal parts of a block, one digest each."""
+        return self.spec.num_pieces(len(self.layer_ids) + self.num_padding_layers)
 
     @property
     def constant_bytes(self) -> int:

@@ -29,7 +29,8 @@ class BlockCopy(NamedTuple):
 class GroupBlocks:
     """Where a cache group's blocks lie in the memory; the heads of a block lie one after another.
 
-    Groups that share a pool of blocks have equal numbers, but for the heads.
+    Of a slot, the block of a group of states, its pieces stand for heads. Groups that share a pool
+    of blocks have equal numbers, but for the heads.
     """
 
     offset_bytes: int

@@ -21,7 +21,13 @@ import numpy.typing as npt
 import torch
 
 from baton.shared.telemetry import log_event
-from baton.shared.transfer.interface import BlockCopy, LocalPool, TransferError, check_layout
+from baton.shared.transfer.interface import (
+    BlockCopy,
+    GroupBlocks,
+    LocalPool,
+    TransferError,
+    check_layout,
+)
 from baton.shared.transfer.nixl_agent import Agent, set_defaults
 from baton.v1 import kv_service_pb2
 
@@ -37,6 +43,9 @@ _MEASURED_S = 0.02
 _SLOW_BYTES_PER_S = 5e9
 # The library expects 260 GB/s and more of NVLink, 11.7 of the host's memory, 0.01 of its network.
 _DETOUR_BYTES_PER_S = 20e9
+
+# Larger blocks are read in parts: pieces of this size come fastest.
+_PART_BYTES = 2 << 20
 
 # First connections between many GPUs have been seen to take half a minute.
 _CONNECT_S = 30.0
@@ -120,11 +129,14 @@ class _Local:
         self.description = kv_service_pb2.PoolDescription(
             incarnation=pool.incarnation, groups=[group.describe() for group in pool.groups]
         )
-        # The path is measured with blocks of the first group.
+        self.num_parts = [_num_parts(group) for group in pool.groups]
+        # The path is measured with parts of the first group's blocks.
         measured = pool.groups[0]
-        self.num_scratch = max(1, min(measured.num_blocks, _MEASURED_BYTES // measured.block_bytes))
+        self.part_bytes = measured.block_bytes // self.num_parts[0]
+        num_parts = measured.num_blocks * self.num_parts[0]
+        self.num_scratch = max(1, min(num_parts, _MEASURED_BYTES // self.part_bytes))
         self.scratch = torch.empty(
-            self.num_scratch * measured.block_bytes, dtype=torch.uint8, device=self.device
+            self.num_scratch * self.part_bytes, dtype=torch.uint8, device=self.device
         )
         self.connections = count(1)
 
@@ -175,8 +187,10 @@ class NixlConnection:
             raise TransferError(
                 f"block {remote_id} of {ends[0]} to block {local_id} of {ends[1]}: no such block"
             )
-        block_ids = ids.astype(np.int32)
-        return self._start(group, self._blocks[group], block_ids[:, 1], block_ids[:, 0], _STALLED_S)
+        num_parts = self._local.num_parts[group]
+        parts = ids.T[:, :, None] * num_parts + np.arange(num_parts)
+        remote_ids, local_ids = parts.reshape(2, -1).astype(np.int32)
+        return self._start(group, self._blocks[group], local_ids, remote_ids, _STALLED_S)
 
     def close(self) -> None:
         """Ends the agent, and with it whatever is under way: sockets and queue pairs are closed,
@@ -204,28 +218,36 @@ class NixlConnection:
         groups = local.pool.groups
         # Groups that share a pool share the lists of its blocks.
         local_blocks = {
-            each.offset_bytes: agent.local_blocks(
-                local.memory[each.offset_bytes :], each.num_blocks, each.block_bytes
+            (each.offset_bytes, num_parts): agent.local_blocks(
+                local.memory[each.offset_bytes :],
+                each.num_blocks * num_parts,
+                each.block_bytes // num_parts,
             )
-            for each in groups
+            for each, num_parts in zip(groups, local.num_parts, strict=True)
         }
-        self._blocks = [local_blocks[each.offset_bytes] for each in groups]
-        self._scratch = agent.local_blocks(local.scratch, local.num_scratch, groups[0].block_bytes)
+        self._blocks = [
+            local_blocks[each.offset_bytes, num_parts]
+            for each, num_parts in zip(groups, local.num_parts, strict=True)
+        ]
+        self._scratch = agent.local_blocks(local.scratch, local.num_scratch, local.part_bytes)
         name = agent.add_peer(peer.nixl.agent_metadata)
         if name != peer.nixl.agent_name:
             raise TransferError(f"said to be {peer.nixl.agent_name}'s, and is {name}'s")
         remote_blocks = {
-            each.offset_bytes: agent.peer_blocks(
+            (each.offset_bytes, num_parts): agent.peer_blocks(
                 name,
                 peer.nixl.base_address + each.offset_bytes,
-                each.num_blocks,
-                each.block_bytes,
+                each.num_blocks * num_parts,
+                each.block_bytes // num_parts,
                 peer.nixl.device_id,
                 is_device_memory=peer.nixl.is_device_memory,
             )
-            for each in peer.groups
+            for each, num_parts in zip(peer.groups, local.num_parts, strict=True)
         }
-        self._remote_blocks = [remote_blocks[each.offset_bytes] for each in peer.groups]
+        self._remote_blocks = [
+            remote_blocks[each.offset_bytes, num_parts]
+            for each, num_parts in zip(peer.groups, local.num_parts, strict=True)
+        ]
 
     def _start(
         self,
@@ -239,7 +261,8 @@ class NixlConnection:
             raise TransferError(f"pool {self._peer.incarnation} is disconnected")
         if self._pending is not None:
             raise RuntimeError("a read is under way already")
-        num_bytes = len(local_ids) * self._local.pool.groups[group].block_bytes
+        part_bytes = self._local.pool.groups[group].block_bytes // self._local.num_parts[group]
+        num_bytes = len(local_ids) * part_bytes
         read = _Read(self, self._agent, stalled_s + num_bytes / _STALLED_BYTES_PER_S)
         if not len(local_ids):
             return read
@@ -270,7 +293,7 @@ class NixlConnection:
             self._start(0, self._scratch, local_ids, remote_ids, _CONNECT_S).wait(give_up)
             elapsed_s = time.perf_counter() - started_s
             best_s, left_s = min(best_s, elapsed_s), left_s - elapsed_s
-        return len(local_ids) * self._local.pool.groups[0].block_bytes / max(best_s, 1e-9)
+        return len(local_ids) * self._local.part_bytes / max(best_s, 1e-9)
 
     def _expected_rate(self) -> float | None:
         """Bytes per second by what the library says of the path: other traffic, and how small
@@ -285,14 +308,15 @@ class NixlConnection:
         except TransferError as error:
             log_event(log, logging.DEBUG, "path not known", message=error)
             return None
-        num_bytes = len(local_ids) * self._local.pool.groups[0].block_bytes
+        num_bytes = len(local_ids) * self._local.part_bytes
         return None if expected_s is None else num_bytes / expected_s
 
     def _measured_ids(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Blocks of the scratch memory, and of the peer's first group, over and over."""
-        num_pieces = _MEASURED_BYTES // self._local.pool.groups[0].block_bytes
+        """Parts of the scratch memory, and of the peer's first group, over and over."""
+        num_pieces = _MEASURED_BYTES // self._local.part_bytes
         ids = np.arange(max(1, min(num_pieces, _MEASURED_PIECES)), dtype=np.int32)
-        return ids % self._local.num_scratch, ids % self._peer.groups[0].num_blocks
+        num_there = self._peer.groups[0].num_blocks * self._local.num_parts[0]
+        return ids % self._local.num_scratch, ids % num_there
 
     def _log_rate(self) -> None:
         here = self._local.device.type
@@ -386,6 +410,14 @@ class _Read:
             # Other threads must have the interpreter, the engine's above all.
             time.sleep(0 if waited_s < _SPIN_S else _SLEEP_S)
         return True
+
+
+def _num_parts(group: GroupBlocks) -> int:
+    """Equal parts of a block that are read by themselves: whole heads, or pieces of a slot."""
+    for num_parts in range(1, group.num_heads):
+        if group.num_heads % num_parts == 0 and group.block_bytes // num_parts <= _PART_BYTES:
+            return num_parts
+    return group.num_heads
 
 
 def _check_peer(local: _Local, peer: kv_service_pb2.PoolDescription) -> None:

@@ -92,10 +92,10 @@ def test_pools_and_layout(tmp_path: Path, make_runner: MakeRunner) -> None:
     cache = runner.kv_cache
     assert [tuple(view.shape) for view in cache.typed(1)] == [(6, 4, 2, 10), (6, 4, 2, 2, 10)]
     assert [view.dtype for view in cache.typed(1)] == [torch.float32, torch.bfloat16]
-    assert cache.words(1).shape == (7, 4, 48)
+    assert cache.words(1).shape == (7, 2, 96), "a piece is of one layer"
     cache.typed(1)[1][2, 3, 1, 1, 9] = 1.0
-    [(slot, head, _)] = cache.words(1).nonzero().tolist()
-    assert (slot, head) == (2, 3), "a head's words are its own, in all layers and tensors"
+    [(slot, layer, word)] = cache.words(1).nonzero().tolist()
+    assert (slot, layer, word // 24) == (2, 1, 3), "a head's words in a layer are its own"
 
 
 def test_another_state_is_another_layout(tmp_path: Path, make_runner: MakeRunner) -> None:

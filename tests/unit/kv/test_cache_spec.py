@@ -129,7 +129,31 @@ def test_a_slot_is_as_large_whatever_the_block_size_and_the_dtype_of_caches() ->
     assert STATE.offsets_bytes() == (0, 192, 208)
     assert group.block_bytes(16, 2) == group.block_bytes(1, 4) == 4 * 2 * 208
     assert group.constant_bytes == 4 * 2 * 208 and CacheGroup(FULL, (0,)).constant_bytes == 0
-    assert group.block_shape(16) == (4, 2, 208)
+    assert group.block_shape(16) == (2, 4, 208)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "shape", "num_pieces"),
+    [
+        # Qwen3.5-35B-A3B: 30 layers of 2 MiB, and what a convolution keeps.
+        (32, (128, 128), 30 * 1),
+        (32, (132, 128), 30 * 2),
+        # Mamba2-2.7B, whose heads all belong to one group: 2.5 MiB a layer.
+        (1, (80, 64, 128), 30 * 2),
+        (7, (3, 5), 30 * 1),
+        (7, (1 << 17,), 30 * 7),
+        (6, (1 << 20,), 30 * 6 * 2),
+    ],
+)
+def test_a_slot_is_cut_into_pieces_of_2_mib_at_most(
+    num_heads: int, shape: tuple[int, ...], num_pieces: int
+) -> None:
+    """Each of whole heads of one layer, or a part of one."""
+    group = CacheGroup(State(num_heads, (StateTensor("sum", shape, "float32"),)), tuple(range(30)))
+    assert group.num_pieces == num_pieces
+    assert group.constant_bytes % num_pieces == 0
+    assert group.constant_bytes // num_pieces <= 2 << 20
+    assert CacheGroup(WIDE, (0, 1)).num_pieces == WIDE.num_kv_heads
 
 
 def test_nothing_before_the_last_token_is_left_of_a_state() -> None:

@@ -275,13 +275,19 @@ def test_small_pools_are_measured_by_many_reads(
     transport.close()
 
 
+@pytest.mark.parametrize("part_bytes", [2 << 20, WIDE_BYTES // WIDE_HEADS])
 def test_blocks_of_other_groups_arrive_in_their_own_places(
-    transport: NixlTransport, pool: LocalPool, start_peer: Callable[..., Peer]
+    part_bytes: int,
+    transport: NixlTransport,
+    pool: LocalPool,
+    start_peer: Callable[..., Peer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The peer's pools have other sizes, and so begin elsewhere."""
+    """The peer's pools have other sizes, and so begin elsewhere. Large blocks come in parts."""
+    monkeypatch.setattr("baton.shared.transfer.nixl._PART_BYTES", part_bytes)
     peer = start_peer(groups=groups_of(NUM_BLOCKS + 3, 12))
     connection = transport.connect(peer.description)
-    for group, num_blocks in ((WIDE, 9), (SHARING, NUM_BLOCKS)):
+    for group, num_blocks in ((WIDE, 9), (NARROW, NUM_BLOCKS), (SHARING, NUM_BLOCKS)):
         pool.memory.fill_(0xA5)
         copies = random_copies(num_blocks, num_blocks)
         connection.read(group, copies)

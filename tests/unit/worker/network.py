@@ -242,7 +242,7 @@ class Network:
     def _pull(self, worker: SimWorker, job: PullJob, corrupt: bool) -> PullResult:
         now, group = self.clock.now, job.group
         number = worker.runner.arrangement.pools[group]
-        num_heads = worker.runner.groups[group].spec.num_kv_heads
+        num_heads = worker.runner.groups[group].num_pieces
         if not self.is_alive(job.peer.incarnation):
             sums = block_sums(torch.empty(0, num_heads, 1, dtype=torch.int32))
             return PullResult(job.job_id, (), sums, "the pool is gone", now, now)

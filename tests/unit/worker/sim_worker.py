@@ -80,7 +80,7 @@ class SimWorker:
                     offset_bytes=cache.pool_of(number).offset_bytes,
                     num_blocks=cache.pool_of(number).num_blocks,
                     block_bytes=cache.pool_of(number).block_bytes,
-                    num_heads=group.spec.num_kv_heads,
+                    num_heads=group.num_pieces,
                 )
                 for number, group in enumerate(cache.groups)
             ],

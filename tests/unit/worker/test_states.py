@@ -123,7 +123,7 @@ def make_stale(slots: torch.Tensor, mine: int, other: int, earlier: torch.Tensor
 
 
 def corrupt(slots: torch.Tensor, mine: int, other: int, earlier: torch.Tensor) -> None:
-    slots[mine, 1, 0, 3] ^= 1
+    slots[mine, 0, 1, 3] ^= 1
 
 
 @pytest.mark.parametrize(("tamper", "num_wrong"), [(swap, 2), (make_stale, 1), (corrupt, 1)])
