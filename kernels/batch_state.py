@@ -38,6 +38,7 @@ def begin_step(
     slots: Tensor,
     *,
     block_size: int,
+    num_slot_groups: int = 0,
     counting: Counting | None = None,
     pdl: bool = False,
 ) -> None:
@@ -52,7 +53,9 @@ def begin_step(
         token_ids, context_lens: int32 [S].
         block_tables: int32 [G, S, max_blocks], by cache group; blocks of a row adjacent.
         input_ids, positions: int32 [≥ B], out.
-        slots: int64 [G, ≥ B], out: block_id · block_size + offset.
+        slots: int64 [G, ≥ B], out: block_id · block_size + offset; of a group of states the row's
+            slot, the first entry of its table.
+        num_slot_groups: how many groups are of states; they come last.
         pdl: launched to overlap the end of the kernel before.
     """
     count = rows.numel()
@@ -74,7 +77,8 @@ def begin_step(
         slots.stride(0),
         *(counting or (None, None, None)),
         0 if counting is None else counting.marks.shape[1],
-        GROUPS=block_tables.shape[0],
+        GROUPS=block_tables.shape[0] - num_slot_groups,
+        SLOT_GROUPS=num_slot_groups,
         BLOCK_SIZE=block_size,
         COUNTS=counting is not None,
         BLOCK=_BLOCK,
@@ -111,6 +115,7 @@ def _begin_step(
     counts_from,
     vocab,
     GROUPS: tl.constexpr,
+    SLOT_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -134,6 +139,11 @@ def _begin_step(
         block = tl.load(entry, mask=placed, other=0)
         place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         tl.store(out, tl.where(placed, place, -1), mask=i < count)
+        entry += group_stride
+        out += slots_stride
+    entry += -page
+    for _ in tl.static_range(SLOT_GROUPS):
+        tl.store(out, tl.load(entry, mask=real, other=-1).to(tl.int64), mask=i < count)
         entry += group_stride
         out += slots_stride
     if COUNTS:

@@ -79,6 +79,7 @@ def begin_step_reference(
     slots: Tensor,
     *,
     block_size: int,
+    num_slot_groups: int = 0,
     pdl: bool = False,
 ) -> None:
     """See kernels.batch_state.begin_step; `pdl` is not used."""
@@ -89,6 +90,8 @@ def begin_step_reference(
         position = int(context_lens[slot])
         input_ids[i], positions[i] = token_ids[slot], position
         slots[:, i] = _places(block_tables[:, slot], position, block_size)
+        if num_slot_groups:
+            slots[-num_slot_groups:, i] = block_tables[-num_slot_groups:, slot, 0].long()
         context_lens[slot] = position + 1
 
 

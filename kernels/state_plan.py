@@ -3,19 +3,57 @@ told beside its tokens.
 
 Such an operation goes through a row's tokens one after another. It begins with what the row's slot
 holds, or with zeros where the row's first token is its sequence's first; what it has behind the
-row's last token it leaves in the slot. So a row must not be computed twice. Tokens behind those of
-the last row are padding, and touch no slot.
+row's last token it leaves in the slot. So a row must not be computed twice. The state behind other
+tokens of a row may be wanted too: it goes to a slot of its own, whatever that held. Tokens that
+belong to no row are padding, and touch no slot; so do rows whose slot is NO_SLOT, which begin with
+zeros.
+
+An operation takes one of the layer's tensors, [num_slots + 1, heads, layers, …] (`KvCache.caches`),
+which of the layers it is, and a plan: `StatePlan` for the torch reference, which walks `rows`;
+`DeviceStatePlan` for kernels, which have one program, or several, a row of one token, and take the
+others tile by tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_SLOT = -1
+TILE_TOKENS = 64
+"""The most of a tile: chunks of the scans' matrix form."""
+ROW_FIELDS, TILE_FIELDS = 8, 4
+
 Ints = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+
+
+class Kept(NamedTuple):
+    """A state that is wanted in the middle of a row, or at its end for somebody else."""
+
+    row: int
+    num_tokens: int
+    """Of the row's tokens, those behind which it is."""
+    slot: int
+
+
+class StateRow(NamedTuple):
+    """A row as the torch reference takes it."""
+
+    tokens: slice
+    slot: int
+    is_first: bool
+    """It begins with zeros."""
+    stores: Sequence[tuple[int, int]]
+    """(how many of its tokens, the slot that the state behind them goes to), ascending; the row's
+    own slot is the last, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +66,77 @@ class StatePlan:
     """[R]: of each row's first token."""
     slots: Ints
     """[R]"""
+    kept: Sequence[Kept] = ()
+    """By row, those of a row in the order of its tokens."""
 
-    def rows(self) -> Iterator[tuple[slice, int, bool]]:
-        """By row: its tokens, its slot, and whether it begins with zeros."""
+    def rows(self) -> Iterator[StateRow]:
         for row, slot in enumerate(self.slots.tolist()):
-            tokens = slice(int(self.query_start[row]), int(self.query_start[row + 1]))
-            yield tokens, slot, not self.first_positions[row]
+            first, end = int(self.query_start[row]), int(self.query_start[row + 1])
+            begins = not self.first_positions[row] or slot == NO_SLOT
+            stores = [(each.num_tokens, each.slot) for each in self.kept if each.row == row]
+            if slot != NO_SLOT:
+                stores.append((end - first, slot))
+            yield StateRow(slice(first, end), slot, begins, stores)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatePlan:
+    """B rows of one token, padding among them; then the tokens of other rows, cut into tiles; then
+    padding. No shape and no address here depends on what the first B rows are: their part of a step
+    may be a graph."""
+
+    slots: Tensor
+    """int64 [≥ B]: by row of one token; NO_SLOT for padding."""
+    positions: Tensor
+    """int32 [≥ B]: of these tokens; one at 0 begins with zeros."""
+    num_singles: int
+    """B"""
+    rows: Tensor | None = None
+    """int32 [R, 8]: of each other row its first token, its number of tokens, its slot, whether it
+    begins with zeros (1, or 0), its first tile, its number of tiles; two unused. None: there are
+    no others."""
+    tiles: Tensor | None = None
+    """int32 [N, 4]: first token, number of tokens (1 to TILE_TOKENS), row, and the slot that the
+    state behind its last token goes to beside the row's, or NO_SLOT; in the order of tokens."""
+    num_padding: int = 0
+    """How many of the step's tokens, at the end, are in no row."""
+    has_kept: bool = False
+    """Some tile names a slot."""
+
+
+def state_tiles(
+    starts: Sequence[int],
+    first_positions: Sequence[int],
+    slots: Sequence[int],
+    kept: Sequence[Kept] = (),
+) -> tuple[Int32s, Int32s]:
+    """Rows [R, 8] and tiles [N, 4] of `DeviceStatePlan`.
+
+    Args:
+        starts: [R + 1], ascending: tokens starts[i] … starts[i + 1] − 1 are row i's.
+        first_positions, slots: [R]; what is in NO_SLOT begins with zeros.
+        kept: as of `StatePlan`.
+    """
+    rows = np.zeros((len(slots), ROW_FIELDS), np.int32)
+    tiles: list[tuple[int, int, int, int]] = []
+    for row, (slot, position) in enumerate(zip(slots, first_positions, strict=True)):
+        first, num_tokens = starts[row], starts[row + 1] - starts[row]
+        first_tile = len(tiles)
+        for start, stop, kept_in in _cuts(num_tokens, row, kept, TILE_TOKENS):
+            tiles.append((first + start, stop - start, row, kept_in))
+        begins = not position or slot == NO_SLOT
+        rows[row, :6] = first, num_tokens, slot, begins, first_tile, len(tiles) - first_tile
+    return rows, np.array(tiles, np.int32).reshape(-1, TILE_FIELDS)
+
+
+def _cuts(
+    num_tokens: int, row: int, kept: Sequence[Kept], most: int
+) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, slot) of stretches of a row, of `most` tokens, or up to where one is kept."""
+    ends = {each.num_tokens: each.slot for each in kept if each.row == row}
+    start = 0
+    for end in sorted({*ends, num_tokens}):
+        for first in range(start, end, most):
+            stop = min(first + most, end)
+            yield first, stop, ends.get(stop, NO_SLOT)
+        start = end

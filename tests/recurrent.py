@@ -99,18 +99,24 @@ class RecurrentLayer:
         values = values.view(len(hidden), self._heads, -1)
         sums, befores = kv["sum"][:, :, self._place], kv["before"][:, :, self._place]
         decays, mixed = _decays(self._heads), torch.zeros_like(values)
-        for tokens, slot, is_first in plan.rows():
+        for tokens, slot, is_first, stores in plan.rows():
             if is_first:
                 sums[slot] = befores[slot] = 0
-            total = sums[slot].clone()
-            for token, value in zip(mixed[tokens], values[tokens], strict=True):
+            total, wanted = sums[slot].clone(), {number for number, _ in stores}
+            kept_sums: dict[int, Tensor] = {}
+            for number, (token, value) in enumerate(
+                zip(mixed[tokens], values[tokens], strict=True), 1
+            ):
                 token.copy_(total.mul_(decays).add_(value))
-            sums[slot] = total
+                if number in wanted:
+                    kept_sums[number] = total.clone()
             kept = torch.cat((befores[slot].transpose(0, 1), values[tokens].to(befores.dtype)))
             for back, weight in enumerate(_WEIGHTS_BEFORE, 1):
                 first = _NUM_BEFORE - back
                 mixed[tokens] += kept[first : len(kept) - back].float() * weight
-            befores[slot] = kept[-_NUM_BEFORE:].transpose(0, 1)
+            for number, to in stores:
+                sums[to] = kept_sums[number]
+                befores[to] = kept[number : number + _NUM_BEFORE].transpose(0, 1)
         return mixed
 
     def finish(

@@ -9,7 +9,9 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from baton.kernels.state_plan import Kept
 from baton.shared.engine.shaping import History, Shaping
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.sampling import SamplingParams
 from baton.shared.token_masks import TokenMasks
 
@@ -103,6 +105,9 @@ class BatchRow:
     """Of a row without a handle, where `sampling` asks what was before."""
     prompt_logprobs: WantedLogprobs | None = None
     """Wanted of a chunk of a prompt, whether it draws a token or not."""
+    keeps: Sequence[tuple[int, Sequence[int]]] = ()
+    """(how many of the row's tokens, by cache group a slot or NO_BLOCK): the states behind these
+    tokens go there too, whatever is there; ascending."""
 
     @property
     def num_known(self) -> int:
@@ -166,6 +171,8 @@ class BatchColumns:
     slot_mapping: list[Ints]
     """By group, [T]: block id · block_size + offset at which each token's KV is stored. Of a group
     of states the row's slot."""
+    kept: Sequence[Sequence[Kept]] = ()
+    """By group, of groups of states, what rows keep; by row."""
 
 
 def _columns(
@@ -215,7 +222,18 @@ def _columns(
             else table[row_of_token, block_of_token] * block_size + offset
             for group, table in enumerate(block_tables)
         ],
+        kept=[kept_states(ordered, group) for group in range(len(block_tables))],
     )
+
+
+def kept_states(rows: Sequence[BatchRow], group: int) -> list[Kept]:
+    """What rows keep of a group of states."""
+    return [
+        Kept(number, num_tokens, slots[group])
+        for number, row in enumerate(rows)
+        for num_tokens, slots in row.keeps
+        if slots[group] != NO_BLOCK
+    ]
 
 
 def _token_ids(row: BatchRow) -> Sequence[int]:

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.device_context import DeviceContext
 from baton.shared.engine.device_step import DecodeBuffers, Layout
 from baton.shared.engine.graphs import Graphs
-from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
 
 
 class DecodeSteps:
@@ -95,7 +96,8 @@ class DecodeSteps:
 
         slots = zeros(len(context.caches), num_tokens, dtype=torch.int64)
         token_rows = state.rows[size] if width == 1 else zeros(num_tokens)
-        plans = [
+        positions = zeros(num_tokens)
+        plans: list[GroupPlan] = [
             DevicePlan(
                 slots=slots[group],
                 context_lens=state.context_lens,
@@ -108,11 +110,15 @@ class DecodeSteps:
             )
             for group, work in enumerate(self.work[size, width])
         ]
+        plans += [
+            DeviceStatePlan(of_group, positions, num_tokens)
+            for of_group in slots[context.num_growing :]
+        ]
         return DecodeBuffers(
             size,
             width,
             zeros(num_tokens),
-            zeros(num_tokens),
+            positions,
             slots,
             state.rows[size],
             token_rows,

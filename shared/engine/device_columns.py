@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from baton.kernels.prefill_attention import block_m_for, prefill_tiles
-from baton.shared.engine.batch import BatchRow
+from baton.kernels.state_plan import ROW_FIELDS, TILE_FIELDS, state_tiles
+from baton.shared.engine.batch import BatchRow, kept_states
 from baton.shared.engine.batch_state import aligned
 
 Int32s = npt.NDArray[np.int32]
@@ -40,9 +41,10 @@ class ChunkColumns:
     """T tokens: decode rows (filled in on the device), chunks, padding. R of them are wanted.
 
     packed: int32, one after another, each from a multiple of 16 bytes on, for kernels are compiled
-        for aligned pointers: slots [G, T] as int64, input_ids [T], positions [T], tiles [NT, 4],
-        wanted [R] (which token), rows [R] (which slot, −1 = padding), back [R] (how many of the
-        slot's tokens come behind it).
+        for aligned pointers: slots [G, T] as int64, input_ids [T], positions [T], tiles [NT, 4], of
+        each group of states rows [C, 8] and tiles [N, 4] (state_plan.py), wanted [R] (which token),
+        rows [R] (which slot, −1 = padding), back [R] (how many of the slot's tokens come behind
+        it).
     """
 
     packed: Int32s
@@ -55,6 +57,12 @@ class ChunkColumns:
     num_groups: int
     chunks: tuple[Chunk, ...]
     """Where the tiles of each stand together; else none."""
+    num_state_tiles: tuple[int, ...]
+    """Of each group of states."""
+    num_rows: int
+    """Chunks."""
+    keeps_states: bool
+    """Some are kept in the middle of a chunk."""
 
     def unpack(self, sent: Tensor) -> SentColumns:
         """sent: `packed`, on the device."""
@@ -62,12 +70,21 @@ class ChunkColumns:
         slots, rest = sent[: 2 * num_slots], sent[2 * num_slots :]
         input_ids, positions = rest[: 2 * num_tokens].view(2, num_tokens)
         tiles, rest = rest[2 * num_tokens :][: 4 * self.num_tiles], rest[2 * num_tokens :]
-        wanted = rest[tiles.numel() :].view(3, -1)[:, : self.num_wanted]
+        rest = rest[tiles.numel() :]
+        states = []
+        for count in self.num_state_tiles:
+            num_words = ROW_FIELDS * self.num_rows
+            of_group, rest = rest[:num_words], rest[num_words:]
+            num_words = TILE_FIELDS * count
+            of_tiles, rest = rest[:num_words], rest[num_words:]
+            states.append((of_group.view(-1, ROW_FIELDS), of_tiles.view(-1, TILE_FIELDS)))
+        wanted = rest.view(3, -1)[:, : self.num_wanted]
         return SentColumns(
             slots.view(torch.int64).view(self.num_groups, num_tokens),
             input_ids,
             positions,
             tiles.view(-1, 4),
+            states,
             *wanted,
         )
 
@@ -83,6 +100,8 @@ class SentColumns(NamedTuple):
     """int32 [T]"""
     tiles: Tensor
     """int32 [NT, 4]"""
+    states: list[tuple[Tensor, Tensor]]
+    """Of each group of states its rows, int32 [C, 8], and tiles, int32 [N, 4]."""
     wanted: Tensor
     """int32 [R]: which tokens."""
     rows: Tensor
@@ -98,6 +117,7 @@ def chunk_columns(
     num_wanted: int,
     *,
     num_groups: int,
+    num_slot_groups: int = 0,
     block_size: int,
     head_dim: int,
     itemsize: int,
@@ -111,6 +131,7 @@ def chunk_columns(
         wanted: (token, slot, tokens behind it) of those whose logits are wanted; the tokens of
             chunk c begin at num_decode + the tokens of those before it.
         num_wanted: R, at least as many as are wanted.
+        num_slot_groups: how many groups are of states; they come last.
         head_dim: the largest of any group.
         itemsize: bytes of an element of the cache.
         by_chunk: a chunk's tiles stand together, for kernels that take one chunk after another.
@@ -128,21 +149,34 @@ def chunk_columns(
         tiles = tiles[np.argsort(np.searchsorted(starts, tiles[:, 0], "right"), kind="stable")]
         places = tuple(_chunks(starts, chunks, block_m))
 
+    states = [
+        state_tiles(
+            starts,
+            [row.position for _, row in chunks],
+            [row.block_tables[group][0] for _, row in chunks],
+            kept_states([row for _, row in chunks], group),
+        )
+        for group in range(num_groups - num_slot_groups, num_groups)
+    ]
+    of_states = [part.reshape(-1) for pair in states for part in pair]
+
     num_columns = aligned(num_wanted)
     slots_words = 2 * num_groups * num_tokens
-    packed = np.zeros(slots_words + 2 * num_tokens + tiles.size + 3 * num_columns, np.int32)
+    num_words = tiles.size + sum(part.size for part in of_states)
+    packed = np.zeros(slots_words + 2 * num_tokens + num_words + 3 * num_columns, np.int32)
     slots = packed[:slots_words].view(np.int64).reshape(num_groups, num_tokens)
     slots[:, :num_decode] = slots[:, num_real:] = -1
+    slots[num_groups - num_slot_groups :] = -1
     input_ids, positions = packed[slots_words:][: 2 * num_tokens].reshape(2, num_tokens)
     behind = packed[slots_words + 2 * num_tokens :]
-    behind[: tiles.size] = tiles.reshape(-1)
+    behind[:num_words] = np.concatenate((tiles.reshape(-1), *of_states))
     for (_, row), first, end in zip(chunks, starts[:-1], starts[1:], strict=True):
         assert row.token_ids is not None
         input_ids[first:end] = np.frombuffer(array("i", row.token_ids), np.int32)
         positions[first:end] = np.arange(row.position, row.context_len, dtype=np.int32)
-        for group in range(num_groups):
+        for group in range(num_groups - num_slot_groups):
             slots[group, first:end] = _slots(row, group, block_size)
-    columns = behind[tiles.size :].reshape(3, num_columns)
+    columns = behind[num_words:].reshape(3, num_columns)
     columns[1] = -1
     if wanted:
         columns[:, : len(wanted)] = np.array(wanted, np.int32).T
@@ -155,6 +189,9 @@ def chunk_columns(
         block_m,
         num_groups,
         places,
+        tuple(len(of_tiles) for _, of_tiles in states),
+        len(chunks),
+        any(row.keeps for _, row in chunks),
     )
 
 

@@ -13,13 +13,14 @@ from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
 from baton.kernels.decode_plan import Scratch
 from baton.kernels.drafts import begin_drafted_step
 from baton.kernels.latent_attention import latent_decode_config
+from baton.kernels.state_plan import NO_SLOT
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_draw import DeviceDraw
 from baton.shared.engine.device_step import DecodeBuffers
 from baton.shared.engine.executor import Model
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
 from baton.shared.kv.cache_spec import Latent, window_of
 
 
@@ -53,7 +54,13 @@ class DeviceContext:
         self.num_heads = num_heads
         self.vocab_size = vocab_size
         self.block_size = kv_cache.block_size
-        self.caches = kv_cache.padded_tensors
+        self.caches = kv_cache.caches
+        self.cache_dtype = kv_cache.dtype
+        self.num_slot_groups = sum(not group.spec.grows for group in kv_cache.groups)
+        self.num_growing = len(self.caches) - self.num_slot_groups
+        """Groups that grow; those of states come behind them."""
+        self.kv = kv_cache.padded_tensors[: self.num_growing]
+        """Of the groups that grow."""
         self.windows = [window_of(group.spec) or 0 for group in kv_cache.groups]
         self.specs = [group.spec for group in kv_cache.groups]
         self.are_latents = [isinstance(spec, Latent) for spec in self.specs]
@@ -67,7 +74,10 @@ class DeviceContext:
             -(-max_model_len // self.block_size),
             self.sizes,
             device,
-            zero_blocks=[len(tensor) for tensor in kv_cache.tensors],
+            zero_blocks=[
+                len(tensor) if group.spec.grows else NO_SLOT
+                for tensor, group in zip(kv_cache.tensors, kv_cache.groups, strict=True)
+            ],
             num_drafts=num_drafts,
             vocab_size=vocab_size,
         )
@@ -87,11 +97,11 @@ class DeviceContext:
         return torch.empty(num_words, dtype=torch.int32, device=self.device)
 
     def make_work(self, num_rows: int) -> list[DecodeWork]:
-        """By cache group; groups whose work is cut alike share it, for layers run one by one. Ask
-        for the largest first, in whose scratch the others lie."""
+        """By cache group that grows; groups whose work is cut alike share it, for layers run one by
+        one. Ask for the largest first, in whose scratch the others lie."""
         made: dict[tuple[int, ...], DecodeWork] = {}
         work = []
-        for kv, window, spec in zip(self.caches, self.windows, self.specs, strict=True):
+        for kv, window, spec in zip(self.kv, self.windows, self.specs, strict=False):
             _, num_kv_heads, _, _, _, head_dim = kv.shape
             config = None
             if isinstance(spec, Latent):
@@ -125,7 +135,7 @@ class DeviceContext:
         plan_decode(rows, self.state.context_lens, work, back=back, window=window)
 
     def begin_rows(
-        self, input_ids: Tensor, buffers: DecodeBuffers, plans: Sequence[DevicePlan]
+        self, input_ids: Tensor, buffers: DecodeBuffers, plans: Sequence[GroupPlan]
     ) -> None:
         """Fills in the decode rows' tokens and places, and moves their lengths on."""
         state = self.state
@@ -140,10 +150,11 @@ class DeviceContext:
                 buffers.positions,
                 buffers.slots,
                 block_size=self.block_size,
+                num_slot_groups=self.num_slot_groups,
                 counting=state.shaping.counting,
             )
         else:
-            assert buffers.back is not None
+            assert buffers.back is not None and not self.num_slot_groups
             begin_drafted_step(
                 rows,
                 state.token_ids,
@@ -159,5 +170,6 @@ class DeviceContext:
                 block_size=self.block_size,
                 counting=state.shaping.counting,
             )
-        for number, plan in enumerate(plans):
-            self.plan_work(buffers.token_rows, plan.work, buffers.back, plans[:number])
+        attention = [plan for plan in plans if isinstance(plan, DevicePlan)]
+        for number, plan in enumerate(attention):
+            self.plan_work(buffers.token_rows, plan.work, buffers.back, attention[:number])

@@ -72,6 +72,7 @@ class DeviceExecutor:
         self._rows = DeviceRows(
             context.state,
             num_blocks=[len(tensor) for tensor in kv_cache.tensors],
+            num_slot_groups=self._context.num_slot_groups,
             block_size=kv_cache.block_size,
             max_model_len=max_model_len,
             num_drafts=num_drafts,

@@ -17,14 +17,17 @@ class DeviceRows:
         state: BatchState,
         *,
         num_blocks: Sequence[int],
+        num_slot_groups: int,
         block_size: int,
         max_model_len: int,
         num_drafts: int,
         vocab_size: int,
         eos_token_ids: Sequence[int],
     ) -> None:
-        """`num_blocks`: by cache group, how many there are."""
+        """`num_blocks`: by cache group, how many there are; `num_slot_groups`: how many of the
+        groups, the last ones, are of states."""
         self._state = state
+        self._num_growing = len(num_blocks) - num_slot_groups
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._max_model_len = max_model_len
@@ -59,15 +62,16 @@ class DeviceRows:
         handle = row.handle
         num_known = 0 if handle is None else handle.num_blocks
         first_written = row.position // self._block_size
-        for table, num_blocks in zip(row.block_tables, self._num_blocks, strict=True):
-            if len(table) * self._block_size < row.context_len:
+        for group, table in enumerate(row.block_tables):
+            grows = group < self._num_growing
+            if len(table) * self._block_size < row.context_len if grows else len(table) != 1:
                 raise ValueError("a block table is shorter than its row's context")
             new = table[num_known:]
             if not new:
                 continue
-            if min(new) < NO_BLOCK or max(new) >= num_blocks:
+            if min(new) < NO_BLOCK or max(new) >= self._num_blocks[group]:
                 raise ValueError("a block table names a block that does not exist")
-            if min(new) == NO_BLOCK and NO_BLOCK in table[first_written:]:
+            if grows and min(new) == NO_BLOCK and NO_BLOCK in table[first_written:]:
                 raise ValueError("a row's tokens have no block")
         if row.token_ids is None and (handle is None or handle.drawn_at != row.position):
             raise ValueError("a row without tokens, for which none was drawn")

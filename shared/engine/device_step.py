@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baton.shared.engine.batch import BatchRow, RowHandle
 from baton.shared.engine.device_logprobs import Told
-from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.engine.triton_operations import GroupPlan
 from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 from baton.shared.token_masks import TokenMasks
 
@@ -100,7 +100,7 @@ class DecodeBuffers:
     """int32 [size · width]; None where the width is 1."""
     results: Tensor
     """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
-    plans: list[DevicePlan]
+    plans: list[GroupPlan]
     """By cache group."""
     graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
     """Of the forward pass and of the draw. The second reads what the first left in memory that all

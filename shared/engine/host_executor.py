@@ -280,6 +280,7 @@ class HostExecutor:
             columns.query_start,
             columns.positions[columns.query_start[:-1]],
             columns.block_tables[group][:, 0],
+            columns.kept[group] if columns.kept else (),
         )
 
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:

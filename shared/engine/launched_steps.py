@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.decode_attention import DecodeWork
+from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.decode_steps import DecodeSteps
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
@@ -17,7 +18,7 @@ from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import tell_of_prompt
 from baton.shared.engine.device_step import Layout, WantedRows
 from baton.shared.engine.logprobs import rows_at_once
-from baton.shared.engine.triton_operations import DevicePlan
+from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
 
 
 class LaunchedSteps:
@@ -136,22 +137,24 @@ class LaunchedSteps:
             places,
             num_padded,
             num_groups=len(context.caches),
+            num_slot_groups=context.num_slot_groups,
             block_size=context.block_size,
-            head_dim=max(kv.shape[5] for kv in context.caches),
-            itemsize=context.caches[0].element_size(),
+            head_dim=max((kv.shape[5] for kv in context.kv), default=1),
+            itemsize=context.cache_dtype.itemsize,
             by_chunk=any(context.are_latents),
         )
         return columns, any(behind for _, _, behind in places)
 
-    def _plan(self, layout: Layout, columns: ChunkColumns, sent: SentColumns) -> list[DevicePlan]:
-        """By cache group: where a step's tokens are stored and what they attend to."""
+    def _plan(self, layout: Layout, columns: ChunkColumns, sent: SentColumns) -> list[GroupPlan]:
+        """By cache group: where a step's tokens are stored and what they attend to, or where the
+        states of its rows are."""
         context = self._context
         rows: Tensor | None = None
-        work: Sequence[DecodeWork | None] = [None] * len(context.caches)
+        work: Sequence[DecodeWork | None] = [None] * context.num_growing
         if layout.size:
             rows = self._decode.buffers[layout.size, layout.width].token_rows
             work = self._decode.work[layout.size, layout.width]
-        return [
+        attention = [
             DevicePlan(
                 slots=sent.slots[group],
                 context_lens=context.state.context_lens,
@@ -163,8 +166,21 @@ class LaunchedSteps:
                 window=context.windows[group],
                 **self._of_chunks(columns, group),
             )
-            for group in range(len(context.caches))
+            for group in range(context.num_growing)
         ]
+        states = [
+            DeviceStatePlan(
+                slots=sent.slots[context.num_growing + number],
+                positions=sent.positions,
+                num_singles=layout.size * layout.width,
+                rows=of_rows,
+                tiles=tiles,
+                num_padding=columns.num_padding,
+                has_kept=columns.keeps_states,
+            )
+            for number, (of_rows, tiles) in enumerate(sent.states)
+        ]
+        return [*attention, *states]
 
     def _of_chunks(self, columns: ChunkColumns, group: int) -> dict[str, Any]:
         """What a plan says of chunks and padding."""
@@ -208,17 +224,19 @@ class LaunchedSteps:
                 layout.wanted.append(i)
         return places
 
-    def _plans_of(self, wanted: WantedRows, plans: Sequence[DevicePlan]) -> list[DevicePlan]:
-        """What the wanted tokens attend to: as in a decode step, the slot's keys up to them."""
+    def _plans_of(self, wanted: WantedRows, plans: Sequence[GroupPlan]) -> list[GroupPlan]:
+        """What the wanted tokens attend to: as in a decode step, the slot's keys up to them. States
+        have changed by then, and are not asked for."""
         context = self._context
         num_rows = len(wanted.rows)
         drawn: list[DevicePlan] = []
-        for group, plan in enumerate(plans):
+        attention = [plan for plan in plans if isinstance(plan, DevicePlan)]
+        for group, plan in enumerate(attention):
             work = self._drawn_work[num_rows][group] if num_rows else None
             context.plan_work(wanted.rows, work, wanted.back, drawn)
             alone = replace(plan, rows=wanted.rows, work=work, tiles=None, attended=None)
             drawn.append(replace(alone, chunks=(), num_padding=0))
-        return drawn
+        return [*drawn, *plans[len(drawn) :]]
 
     def _attended(self, columns: ChunkColumns, group: int) -> Tensor:
         """Nobody reads what becomes of the padding, but numbers shall go on through the layers."""
@@ -226,8 +244,8 @@ class LaunchedSteps:
         attended = torch.empty(
             columns.num_tokens,
             context.num_heads,
-            context.caches[group].shape[5],
-            dtype=context.caches[group].dtype,
+            context.kv[group].shape[5],
+            dtype=context.cache_dtype,
             device=context.device,
         )
         attended[-columns.num_padding :].zero_()

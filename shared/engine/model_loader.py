@@ -105,10 +105,10 @@ class ModelLoader:
             weight += 1
         return Norm(self._counted(weight), eps)
 
-    def numbers(self, name: str, size: int, *, is_wide: bool = False) -> Tensor:
-        """[size], of a tensor that belongs to no module; `is_wide`: in float32."""
+    def numbers(self, name: str, *shape: int, is_wide: bool = False) -> Tensor:
+        """A tensor that belongs to no module; `is_wide`: in float32."""
         dtype = torch.float32 if is_wide else self.dtype
-        return self._counted(self.read_float(name, (size,), dtype=dtype))
+        return self._counted(self.read_float(name, shape, dtype=dtype))
 
     def linear(self, spec: LinearSpec) -> Linear:
         if self.quantise is not None and not spec.is_wide and not spec.stays_plain:

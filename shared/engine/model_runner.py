@@ -44,7 +44,8 @@ from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.shaping import History
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.kv.arrangement import Arrangement, arrange
-from baton.shared.kv.cache_spec import CacheGroup, Full, Latent, Sliding
+from baton.shared.kv.block_pool import NO_BLOCK
+from baton.shared.kv.cache_spec import CacheGroup, Full, Latent, Sliding, State
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
@@ -434,11 +435,13 @@ class ModelRunner:
         with torch.inference_mode():
             self._executor.capture(graphs=has_graphs)
             # As if no group had a window: the prompts of this have all their blocks.
-            blocks_each = min(
+            blocks_each = [
                 num_blocks // self.arrangement.pools.count(pool)
                 for pool, num_blocks in enumerate(self.num_blocks)
-            )
-            limit = min(self.max_model_len, blocks_each * self._config.block_size)
+                if pool not in self.arrangement.slot_pools
+            ]
+            most = min(blocks_each, default=self.max_model_len) * self._config.block_size
+            limit = min(self.max_model_len, most)
             budgets = [self._config.token_budget] if self._config.token_budget else _TOKEN_BUDGETS
             usable = [min(budget, limit) for budget in budgets if budget is not None]
             # The kernels of short chunks are others than those of long ones.
@@ -501,12 +504,16 @@ class ModelRunner:
         return num_tokens / (time.perf_counter() - started_s)
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:
-        """Of random tokens: products of equal rows would be done faster, at less power."""
+        """Of random tokens: products of equal rows would be done faster, at less power. It touches
+        no slot."""
         draw = random.Random(num_tokens)
         token_ids = draw.choices(range(self.model_config.vocab_size), k=num_tokens)
         taken = [0] * self.arrangement.num_pools
         tables = []
         for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
+            if not group.spec.grows:
+                tables.append([NO_BLOCK])
+                continue
             count = group.num_blocks_for(num_tokens, self._config.block_size)
             tables.append(list(range(taken[pool], taken[pool] + count)))
             taken[pool] += count
@@ -574,7 +581,7 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 
             if (problem := why_no_latents(spec.rank, spec.rope_dim)) is not None:
                 return problem
-        elif spec is not None and not isinstance(spec, Full | Sliding):
+        elif spec is not None and not isinstance(spec, Full | Sliding | State):
             return f"its kernels know no layers that cache {type(spec).__name__}"
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference import Activation, HeadNorms
+from baton.kernels.reference_conv import Conv
 from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.routing import RoutingRule
@@ -174,3 +175,9 @@ class Operations(Protocol):
     ) -> Tensor: ...
 
     def soft_cap(self, x: Tensor, cap: float) -> Tensor: ...
+
+    # Of layers that keep a state: `state` is one of its tensors, `plan` what kernels/state_plan.py
+    # says of the step's rows.
+
+    def causal_conv(self, x: Tensor, conv: Conv, state: Tensor, layer: int, plan: Any) -> Tensor:
+        """See kernels/reference_conv.py."""

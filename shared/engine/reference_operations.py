@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from baton.kernels import reference, reference_experts, reference_latent
+from baton.kernels import reference, reference_conv, reference_experts, reference_latent
 from baton.kernels.reference import Activation, AttentionPlan, HeadNorms, Rope
 from baton.kernels.reference_experts import ExpertWeights, Routes
 from baton.kernels.reference_latent import LatentHeads
@@ -46,6 +46,7 @@ class ReferenceOperations:
     paged_attention = staticmethod(reference.paged_attention)
     latent_attention = staticmethod(reference_latent.latent_attention)
     soft_cap = staticmethod(reference.soft_cap)
+    causal_conv = staticmethod(reference_conv.causal_conv)
     route = staticmethod(reference_experts.route)
     gated_add = staticmethod(reference_experts.gated_add)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from baton.kernels import expert_routes, linear_table, small_linear
+from baton.kernels import causal_conv, expert_routes, linear_table, small_linear
 from baton.kernels import experts as experts_kernels
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
@@ -23,6 +23,7 @@ from baton.kernels.latent_expand import expand_latents, expands, heads_at_once
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
+from baton.kernels.reference_conv import Conv
 from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
@@ -30,6 +31,7 @@ from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.routing import RoutingRule
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
+from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.device_columns import Chunk
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
@@ -78,6 +80,10 @@ class DevicePlan:
     """How many of the tokens, at the end, are in no row and no tile."""
     counting: Tensor | None = None
     """int32 [max_blocks]: 0, 1, 2 and so on; where there are chunks."""
+
+
+GroupPlan = DevicePlan | DeviceStatePlan
+"""Of a cache group that grows, or of one of states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +409,11 @@ class TritonOperations:
 
     def soft_cap(self, x: Tensor, cap: float) -> Tensor:
         return soft_cap(x, cap, pdl=self._overlaps)
+
+    def causal_conv(
+        self, x: Tensor, conv: Conv, state: Tensor, layer: int, plan: DeviceStatePlan
+    ) -> Tensor:
+        return causal_conv.causal_conv(x, conv, state, layer, plan, pdl=self._overlaps)
 
     def paged_attention(
         self,

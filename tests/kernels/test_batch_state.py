@@ -27,13 +27,16 @@ def test_scatter_writes_only_the_given_offsets(device: torch.device, num_updates
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
-@pytest.mark.parametrize(("num_rows", "num_groups"), [(1, 1), (5, 3), (128, 1), (131, 2)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_groups", "num_slot_groups"), [(1, 1, 0), (5, 3, 2), (128, 1, 1), (131, 2, 0)]
+)
 def test_begin_step(
     device: torch.device,
     poisoned: Callable[..., Tensor],
     block_size: int,
     num_rows: int,
     num_groups: int,
+    num_slot_groups: int,
 ) -> None:
     num_slots, max_blocks = num_rows + 9, 4
     rows = torch.randperm(num_slots)[:num_rows].to(torch.int32)
@@ -54,7 +57,11 @@ def test_begin_step(
             poisoned(num_rows + 2, dtype=torch.int32),
             poisoned(num_groups, num_rows + 2, dtype=torch.int64),
         ]
-        function(rows, tokens, context_lens, tables, *outputs, block_size=block_size)
+        function(
+            *(rows, tokens, context_lens, tables, *outputs),
+            block_size=block_size,
+            num_slot_groups=num_slot_groups,
+        )
         results.append((*outputs, context_lens))
     for expected, actual in zip(*results, strict=True):
         assert torch.equal(actual, expected)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.config import DeviceError
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.capacity import GroupShare
 from baton.shared.model_files.fields import ModelError
@@ -110,11 +109,8 @@ def test_another_state_is_another_layout(tmp_path: Path, make_runner: MakeRunner
 
 
 def test_what_cannot_serve_a_state_is_refused_by_name(
-    tmp_path: Path, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_runner: MakeRunner
 ) -> None:
     make_recurrent(tmp_path, FIELDS)
     with pytest.raises(ModelError, match="num_drafts: .* state"):
         make_runner(tmp_path, num_drafts=2)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(DeviceError, match="triton .* layers that cache State"):
-        make_runner(tmp_path, kernels="triton")

@@ -1,0 +1,91 @@
+"""causal_conv against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from baton.kernels import reference_conv
+from baton.kernels.causal_conv import causal_conv
+from baton.kernels.reference_conv import Conv, conv_places
+from tests.kernels.state_cases import CASES, poisoned_state
+
+# Where exp(−x) overflows, the result is zero.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+def in_float64(x: Tensor, conv: Conv, before: Tensor) -> Tensor:
+    """Of one sequence; before: [K − 1, C]."""
+    inputs = torch.cat((before, x)).double().t()[None]
+    sums = torch.nn.functional.conv1d(
+        inputs,
+        conv.weight.double()[:, None],
+        None if conv.bias is None else conv.bias.double(),
+        groups=len(conv.weight),
+    )[0].t()
+    return sums if conv.activation is None else torch.nn.functional.silu(sums)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "units", "kernel", "has_bias", "state_dtype"),
+    [
+        (3, (8, 8, 24), 4, False, torch.float32),
+        (1, (70, 5, 5), 2, True, torch.float16),
+        (2, (130,), 3, True, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_causal_conv(
+    name: str,
+    num_heads: int,
+    units: tuple[int, ...],
+    kernel: int,
+    has_bias: bool,
+    state_dtype: torch.dtype,
+    device: torch.device,
+    dtype: torch.dtype,
+    poisoned: Callable[..., Tensor],
+    assert_close: Callable[[Tensor, Tensor], None],
+) -> None:
+    """The sums, and the states behind rows; both as the reference has them, which float64 checks
+    too. Nothing else is written."""
+    case, width = CASES[name], sum(units)
+    num_channels = num_heads * width
+    conv = Conv(
+        torch.randn(num_channels, kernel, device=device),
+        torch.randn(num_channels, device=device) if has_bias else None,
+        conv_places(num_heads, units).to(device),
+        None if kernel == 3 else "silu",
+    )
+    x = torch.randn(case.num_tokens, num_channels + 8, device=device).to(dtype)[:, :num_channels]
+    layer, shape = 1, (num_heads, 3, kernel - 1, width)
+    state = poisoned_state(case, *shape, dtype=state_dtype, device=device)
+    of_reference = state.clone()
+    places = conv.places.long()
+    befores = []
+    for row in case.rows:
+        before = x.new_zeros(kernel - 1, num_channels, dtype=torch.float32)
+        if row.position and row.slot >= 0:
+            before = state[row.slot, :, layer].transpose(0, 1).reshape(kernel - 1, -1)[:, places]
+        befores.append(before.float())
+
+    expected = reference_conv.causal_conv(x, conv, of_reference, layer, case.plan())
+    out = poisoned(case.num_tokens, num_channels + 4, dtype=dtype)[:, :num_channels]
+    assert causal_conv(x, conv, state, layer, case.device_plan(device), out=out) is out
+    first = 0
+    for row, before in zip(case.rows, befores, strict=True):
+        own = x[first : first + row.num_tokens].float()
+        reference = in_float64(own, conv, before)
+        for each in (out, expected):
+            assert_close(each[first : first + row.num_tokens], reference)
+        first += row.num_tokens
+    assert not out[first:].any(), "padding is zeros"
+    assert torch.equal(state.view(torch.uint8), of_reference.view(torch.uint8))
+
+
+def test_places() -> None:
+    """Two heads: of each section the first has the first half."""
+    assert conv_places(2, (2, 1)).tolist() == [0, 1, 3, 4, 2, 5]
