@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baton.kernels.routing import RoutingRule
-from baton.shared.engine.models import decoder, glm4_moe
+from baton.shared.engine.models import glm4_moe
 from baton.shared.engine.models.mixture_config import (
     MixtureConfig,
     read_first_dense,
@@ -23,7 +23,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_head_dim,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.models.rope_fields import RopeRules, read_rope
 from baton.shared.model_files.fields import Fields, shown
@@ -138,9 +138,9 @@ def configure_with_sigmoids(fields: Fields) -> ModelConfig:
 
 
 DEEPSEEK_V2 = ModelType(
-    "deepseek_v2", _configure_v2, decoder.build, (NAMES,), ignores_layers_ahead=True
+    "deepseek_v2", _configure_v2, build_decoder, (NAMES,), ignores_layers_ahead=True
 )
 DEEPSEEK_V3 = ModelType(
-    "deepseek_v3", _configure_v3, decoder.build, (NAMES,), ignores_layers_ahead=True
+    "deepseek_v3", _configure_v3, build_decoder, (NAMES,), ignores_layers_ahead=True
 )
 KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")

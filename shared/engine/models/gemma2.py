@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder, llama
+from baton.shared.engine.models import llama
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
     LayerStyle,
@@ -16,7 +16,7 @@ from baton.shared.engine.models.model_config import (
     read_heads,
     read_layer_types,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import read_rope
 from baton.shared.engine.models.windows import every_nth_full, read_window_of
 from baton.shared.model_files.fields import Fields
@@ -62,4 +62,4 @@ def read_style(fields: Fields) -> LayerStyle:
     )
 
 
-GEMMA2 = ModelType("gemma2", configure, decoder.build, (NAMES,))
+GEMMA2 = ModelType("gemma2", configure, build_decoder, (NAMES,))

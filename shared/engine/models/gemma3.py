@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder, gemma2
+from baton.shared.engine.models import gemma2
 from baton.shared.engine.models.gemma2 import read_style
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -15,7 +15,7 @@ from baton.shared.engine.models.model_config import (
     read_heads,
     read_layer_types,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.multimodal import text_part_of
 from baton.shared.engine.models.rope_fields import RopeRules, read_ropes
 from baton.shared.engine.models.windows import every_nth_full, read_window_of
@@ -69,7 +69,7 @@ def _layer_types(fields: Fields) -> list[str]:
     return types
 
 
-GEMMA3_TEXT = ModelType("gemma3_text", configure, decoder.build, (NAMES,))
+GEMMA3_TEXT = ModelType("gemma3_text", configure, build_decoder, (NAMES,))
 GEMMA3 = text_part_of(
     "gemma3", [GEMMA3_TEXT], ignored_modules=["vision_tower", "multi_modal_projector"]
 )

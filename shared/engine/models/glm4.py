@@ -3,9 +3,9 @@ neighbours."""
 
 from __future__ import annotations
 
-from baton.shared.engine.models import decoder, llama
+from baton.shared.engine.models import llama
 from baton.shared.engine.models.model_config import LayerStyle, ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import RopeRules
 from baton.shared.model_files.fields import Fields
 
@@ -24,4 +24,4 @@ def configure(fields: Fields) -> ModelConfig:
     return llama.configure(fields, _ROPE, style)
 
 
-GLM4 = ModelType("glm4", configure, decoder.build, (NAMES,))
+GLM4 = ModelType("glm4", configure, build_decoder, (NAMES,))

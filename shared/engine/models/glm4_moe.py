@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder, llama, qwen3, qwen3_moe
+from baton.shared.engine.models import llama, qwen3, qwen3_moe
 from baton.shared.engine.models.mixture_config import read_first_dense, read_sigmoid_mixture
 from baton.shared.engine.models.model_config import LayerStyle, ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import RopeRules
 from baton.shared.model_files.fields import Fields
 
@@ -33,4 +33,4 @@ def configure(fields: Fields) -> ModelConfig:
     return replace(config, mixture=mixture)
 
 
-GLM4_MOE = ModelType("glm4_moe", configure, decoder.build, (NAMES,), ignores_layers_ahead=True)
+GLM4_MOE = ModelType("glm4_moe", configure, build_decoder, (NAMES,), ignores_layers_ahead=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder, deepseek
+from baton.shared.engine.models import deepseek
 from baton.shared.engine.models.mixture_config import read_sigmoid_mixture
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.model_files.fields import Fields, shown
 
 _KINDS = ("dense", "sparse")
@@ -40,5 +40,5 @@ def _read_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
 
 
 GLM4_MOE_LITE = ModelType(
-    "glm4_moe_lite", configure, decoder.build, (deepseek.NAMES,), ignores_layers_ahead=True
+    "glm4_moe_lite", configure, build_decoder, (deepseek.NAMES,), ignores_layers_ahead=True
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
-from baton.shared.engine.models import decoder, llama
+from baton.shared.engine.models import llama
 from baton.shared.engine.models.mixture_config import MixtureConfig, read_num_experts, read_top_k
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -16,7 +16,7 @@ from baton.shared.engine.models.model_config import (
     read_heads,
     read_layer_types,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import RopeRules, read_rope
 from baton.shared.engine.models.windows import every_nth_full, read_window_of
 from baton.shared.model_files.fields import Fields
@@ -86,4 +86,4 @@ def _mixture(fields: Fields, size: int, num_layers: int) -> MixtureConfig:
     )
 
 
-GPT_OSS = ModelType("gpt_oss", configure, decoder.build, (NAMES,))
+GPT_OSS = ModelType("gpt_oss", configure, build_decoder, (NAMES,))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder, llama
+from baton.shared.engine.models import llama
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.model_files.fields import Fields
 
 
@@ -22,4 +22,4 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-GRANITE = ModelType("granite", configure, decoder.build, (llama.NAMES,))
+GRANITE = ModelType("granite", configure, build_decoder, (llama.NAMES,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from baton.shared.engine.models import decoder
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
     LayerStyle,
@@ -10,7 +9,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import LLAMA_RULES, RopeRules, read_rope
 from baton.shared.engine.models.windows import refuse_windows
 from baton.shared.model_files.fields import Fields
@@ -54,4 +53,4 @@ def _read_style(fields: Fields) -> LayerStyle:
     return LayerStyle(qkv_bias=has_bias, output_bias=has_bias, mlp_bias=fields.boolean("mlp_bias"))
 
 
-LLAMA = ModelType("llama", configure, decoder.build, (NAMES,))
+LLAMA = ModelType("llama", configure, build_decoder, (NAMES,))

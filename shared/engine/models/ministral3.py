@@ -3,10 +3,10 @@ a mistral."""
 
 from __future__ import annotations
 
-from baton.shared.engine.models import decoder, mistral
+from baton.shared.engine.models import mistral
 from baton.shared.engine.models.llama import NAMES
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.multimodal import text_part_of
 from baton.shared.engine.models.rope_fields import RopeRules
 from baton.shared.model_files.fields import Fields
@@ -31,7 +31,7 @@ def configure(fields: Fields) -> ModelConfig:
     return mistral.configure(fields, _ROPE)
 
 
-MINISTRAL3 = ModelType("ministral3", configure, decoder.build, (NAMES,))
+MINISTRAL3 = ModelType("ministral3", configure, build_decoder, (NAMES,))
 MISTRAL3 = text_part_of(
     "mistral3",
     [mistral.MISTRAL, MINISTRAL3],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from baton.shared.engine.models import decoder
 from baton.shared.engine.models.llama import NAMES
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -10,7 +9,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import LLAMA_RULES, RopeRules, read_rope
 from baton.shared.engine.models.windows import read_window
 from baton.shared.model_files.fields import Fields
@@ -28,4 +27,4 @@ def configure(fields: Fields, rope_rules: RopeRules = LLAMA_RULES) -> ModelConfi
     return ModelConfig(**common, layers=(attention,) * num_layers)
 
 
-MISTRAL = ModelType("mistral", configure, decoder.build, (NAMES,))
+MISTRAL = ModelType("mistral", configure, build_decoder, (NAMES,))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baton.kernels.routing import RoutingRule
-from baton.shared.engine.models import decoder, llama, mistral
+from baton.shared.engine.models import llama, mistral
 from baton.shared.engine.models.mixture_config import MixtureConfig, read_num_experts, read_top_k
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import RopeRules
 from baton.shared.model_files.fields import Fields
 
@@ -39,4 +39,4 @@ def configure(fields: Fields) -> ModelConfig:
     return replace(config, mixture=mixture)
 
 
-MIXTRAL = ModelType("mixtral", configure, decoder.build, (NAMES,))
+MIXTRAL = ModelType("mixtral", configure, build_decoder, (NAMES,))

@@ -1,4 +1,7 @@
-"""What a model type tells the engine of itself."""
+"""What a model type tells the engine of itself.
+
+Reading a config.json needs no torch: what builds a model is imported when one is built.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +47,10 @@ class ModelType:
             return True
         layer = _LAYER.match(tensor)
         return self.ignores_layers_ahead and layer is not None and int(layer[1]) >= num_layers
+
+
+def build_decoder(config: ModelConfig, load: ModelLoader, names: Names) -> Model:
+    """A decoder all of whose layers are alike, as `config.style` says."""
+    from baton.shared.engine.models import decoder
+
+    return decoder.build(config, load, names)

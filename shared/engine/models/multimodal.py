@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
-from baton.shared.engine.models.blocks import Names
 from baton.shared.engine.models.model_config import ModelConfig, read_dtype
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
 from baton.shared.model_files.type_defaults import TEXT_TYPES, text_part
+
+if TYPE_CHECKING:
+    from baton.shared.engine.models.blocks import Names
 
 _PLACES = (
     ("model.language_model.", "lm_head"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from baton.shared.engine.models import decoder, llama, mistral
+from baton.shared.engine.models import llama, mistral
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import RopeRules
 from baton.shared.model_files.fields import Fields
 
@@ -29,4 +29,4 @@ def configure(fields: Fields) -> ModelConfig:
     return config
 
 
-PHI3 = ModelType("phi3", configure, decoder.build, (NAMES,))
+PHI3 = ModelType("phi3", configure, build_decoder, (NAMES,))

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from baton.shared.engine.models import decoder
 from baton.shared.engine.models.llama import NAMES
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -15,7 +14,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.multimodal import text_part_of
 from baton.shared.engine.models.rope_fields import LLAMA_RULES, RopeRules, read_rope
 from baton.shared.engine.models.windows import read_upper_windows
@@ -46,10 +45,10 @@ def configure_vl(fields: Fields) -> ModelConfig:
     return configure(fields, RopeRules(theta=1e6))
 
 
-QWEN2 = ModelType("qwen2", configure, decoder.build, (NAMES,))
+QWEN2 = ModelType("qwen2", configure, build_decoder, (NAMES,))
 QWEN2_5_VL = text_part_of(
     "qwen2_5_vl",
-    [ModelType("qwen2_5_vl_text", configure_vl, decoder.build, (NAMES,))],
+    [ModelType("qwen2_5_vl_text", configure_vl, build_decoder, (NAMES,))],
     ignored_modules=["visual"],
     text_may_tie=True,
     may_be_flat=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder, llama, qwen3_moe
+from baton.shared.engine.models import llama, qwen3_moe
 from baton.shared.engine.models.mixture_config import MixtureConfig, read_sparse_layers
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -14,7 +14,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import read_rope
 from baton.shared.engine.models.windows import read_windows
 from baton.shared.model_files.fields import Fields
@@ -59,4 +59,4 @@ def configure(fields: Fields) -> ModelConfig:
     )
 
 
-QWEN2_MOE = ModelType("qwen2_moe", configure, decoder.build, (NAMES,))
+QWEN2_MOE = ModelType("qwen2_moe", configure, build_decoder, (NAMES,))

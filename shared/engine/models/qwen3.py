@@ -3,9 +3,9 @@ one whose layers are all full."""
 
 from __future__ import annotations
 
-from baton.shared.engine.models import decoder, llama
+from baton.shared.engine.models import llama
 from baton.shared.engine.models.model_config import LayerStyle, ModelConfig, read_decoder
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.multimodal import text_part_of
 from baton.shared.engine.models.qwen2 import read_layers
 from baton.shared.engine.models.rope_fields import RopeRules
@@ -29,9 +29,9 @@ def _style(fields: Fields) -> LayerStyle:
     return LayerStyle(qkv_bias=has_bias, output_bias=has_bias, has_qk_norm=True)
 
 
-QWEN3 = ModelType("qwen3", configure, decoder.build, (NAMES,))
+QWEN3 = ModelType("qwen3", configure, build_decoder, (NAMES,))
 QWEN3_VL = text_part_of(
     "qwen3_vl",
-    [ModelType("qwen3_vl_text", configure_vl, decoder.build, (NAMES,))],
+    [ModelType("qwen3_vl_text", configure_vl, build_decoder, (NAMES,))],
     ignored_modules=["visual"],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.kernels.routing import RoutingRule
-from baton.shared.engine.models import decoder, qwen3
+from baton.shared.engine.models import qwen3
 from baton.shared.engine.models.mixture_config import (
     MixtureConfig,
     read_num_experts,
@@ -17,7 +17,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_fields import read_rope
 from baton.shared.engine.models.windows import read_window_if_used
 from baton.shared.model_files.fields import Fields
@@ -67,4 +67,4 @@ def read_routing(fields: Fields) -> RoutingRule:
     )
 
 
-QWEN3_MOE = ModelType("qwen3_moe", configure, decoder.build, (NAMES,))
+QWEN3_MOE = ModelType("qwen3_moe", configure, build_decoder, (NAMES,))

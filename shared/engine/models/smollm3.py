@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from baton.shared.engine.models import decoder
 from baton.shared.engine.models.llama import NAMES
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
@@ -13,7 +12,7 @@ from baton.shared.engine.models.model_config import (
     read_decoder,
     read_heads,
 )
-from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.model_type import ModelType, build_decoder
 from baton.shared.engine.models.rope_config import NO_ROPE
 from baton.shared.engine.models.rope_fields import RopeRules, read_rope
 from baton.shared.engine.models.windows import read_windows
@@ -59,4 +58,4 @@ def _read_has_rope(fields: Fields, num_layers: int) -> list[bool]:
     return [each == 1 for each in given[:num_layers]]
 
 
-SMOLLM3 = ModelType("smollm3", configure, decoder.build, (NAMES,))
+SMOLLM3 = ModelType("smollm3", configure, build_decoder, (NAMES,))
