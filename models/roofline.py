@@ -102,7 +102,7 @@ def num_head_weights(model: ModelConfig) -> int:
 def context_bytes(model: ModelConfig, context: int) -> int:
     """Keys and values that a token reads behind `context` − 1 others."""
     return sum(
-        _ITEM * _num_kept(each) * min(context, each.window or context) for each in model.layers
+        _ITEM * _num_kept(each) * min(context, each.window or context) for each in model.attentions
     )
 
 
@@ -110,7 +110,7 @@ def attention_flop(model: ModelConfig, num_tokens: int) -> int:
     """Of a prompt's causal attention, in all layers; with latents, once they are expanded."""
     return sum(
         2 * each.num_heads * sum(_head_dims(each)) * num_pairs(num_tokens, each.window)
-        for each in model.layers
+        for each in model.attentions
     )
 
 
@@ -136,7 +136,7 @@ def _num_kept(layer: AttentionConfig) -> int:
 
 def _num_attention_weights(model: ModelConfig) -> int:
     """Queries and output, and where a layer has its own, keys and values."""
-    return sum(_num_attention_weights_of(layer, model.hidden_size) for layer in model.layers)
+    return sum(_num_attention_weights_of(layer, model.hidden_size) for layer in model.attentions)
 
 
 def _num_attention_weights_of(layer: AttentionConfig, hidden_size: int) -> int:

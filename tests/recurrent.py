@@ -73,7 +73,7 @@ class Config(ModelConfig):
     def cache_specs(self) -> list[CacheSpec | None]:
         return [
             self.state_spec if is_recurrent else layer.cache_spec
-            for layer, is_recurrent in zip(self.layers, self.is_recurrent, strict=True)
+            for layer, is_recurrent in zip(self.attentions, self.is_recurrent, strict=True)
         ]
 
 

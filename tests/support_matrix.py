@@ -205,7 +205,7 @@ def accepted(model_type: str) -> Iterator[tuple[ModelConfig, frozenset[str]]]:
                 config = configured(model_type, text_type, fields)
                 if config is None:
                     continue
-                types = {layer.rope.rope_type for layer in config.layers}
+                types = {layer.rope.rope_type for layer in config.attentions}
                 if name == "dynamic" or name in types:
                     yield config, frozenset({name})
 
@@ -269,7 +269,7 @@ ROPE_NEEDED: dict[str, dict[str, Any]] = {
 
 def features_of(config: ModelConfig) -> frozenset[str]:
     """What of COLUMNS a model has, but for the names of its ropes."""
-    style, layers = config.style, config.layers
+    style, layers = config.style, config.attentions
     ropes = {layer.rope for layer in layers}
     turning = {rope for rope in ropes if rope.rope_type != "none"}
     is_windowed = {layer.window is not None for layer in layers}
@@ -380,7 +380,7 @@ def render(found: Iterable[Row]) -> str:
             reasons[name] = str(error).removeprefix(f"{path}: ")
             continue
         del reasons[name]
-        kinds = {layer.window is not None for layer in model.layers}
+        kinds = {layer.window is not None for layer in model.attentions}
         kinds_named = "; ".join("windowed" if each else "full" for each in sorted(kinds))
         longest = model.max_position_embeddings
         lines.append(f"| {name} | `{model.model_type}` | {kinds_named} | {longest:,} |")

@@ -27,10 +27,10 @@ _MAX_WEIGHT_ELEMENTS = 2**20
 
 def min_attention_rows(config: ModelConfig) -> int | None:
     """The fewest rows from which on a row of attention's products keeps its bits; None: unknown."""
-    dims = {_dims_of_heads(layer) for layer in config.layers}
+    dims = {_dims_of_heads(layer) for layer in config.attentions}
     fewest = [_min_rows_of_heads(*each) for each in sorted(dims)]
     known = [rows for rows in fewest if rows is not None]
-    return max(known) if len(known) == len(fewest) else None
+    return max(known, default=1) if len(known) == len(fewest) else None
 
 
 def _dims_of_heads(layer: AttentionConfig) -> tuple[int, int]:
@@ -63,7 +63,7 @@ def latents_are_stable(config: ModelConfig) -> bool:
     """Whether what each head makes of latents keeps its bits, from MIN_LINEAR_ROWS rows on."""
     generator = torch.Generator().manual_seed(0)
     shapes = set()
-    for layer in config.layers:
+    for layer in config.attentions:
         if (latent := layer.latent) is not None:
             shapes.add((layer.num_heads, latent.key_dim, latent.rank))
             shapes.add((layer.num_heads, latent.rank, latent.value_dim))

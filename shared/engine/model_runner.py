@@ -290,7 +290,7 @@ class ModelRunner:
         return "exact", min_rows
 
     def _describe_numerics(self) -> str:
-        ropes = [layer.rope for layer in self.model_config.layers]
+        ropes = [layer.rope for layer in self.model_config.attentions]
         choices = describe_choices(ropes, self._most_tokens)
         whose = "" if self.model_impl == "baton" else self._implementation.name
         small = "small weights" if self._has_small else ""
@@ -542,7 +542,7 @@ def _kernels(name: str, device: torch.device, model: ModelConfig) -> str:
         return "triton"
     if name == "triton":
         raise DeviceError(f"kernels: triton was asked for, but {problem}")
-    if any(layer.latent is not None for layer in model.layers):
+    if any(layer.latent is not None for layer in model.attentions):
         raise DeviceError(
             f"kernels: {problem}; set kernels to torch for the reference, which is slow on a GPU"
         )
@@ -617,7 +617,8 @@ def _why_not_hopper(model: ModelConfig) -> str:
     from baton.kernels.prefill_attention import why_not_hopper
 
     kinds = {
-        (_head_dim_of_prompts(layer), layer.window or 0, layer.soft_cap) for layer in model.layers
+        (_head_dim_of_prompts(layer), layer.window or 0, layer.soft_cap)
+        for layer in model.attentions
     }
     has_sinks = model.style.has_sinks
     found = [why_not_hopper(*kind, has_sinks=has_sinks) for kind in kinds]

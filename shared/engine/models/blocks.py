@@ -88,6 +88,7 @@ class Attention:
         """Of layer `index`. `names`: q, k, v, output; with norms of heads q_norm and k_norm; with
         sinks sinks. v may be missing: values are what keys are before norm and rotation, then."""
         own, style = config.layers[index], config.style
+        assert own is not None
         self._ops = load.ops
         self._has_cache = own.source is None
         _, self._place = load.places[index if own.source is None else own.source]

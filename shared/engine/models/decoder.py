@@ -20,15 +20,17 @@ from baton.shared.engine.models.model_config import ModelConfig
 class Layer(Protocol):
     """One decoder layer, in two halves: between them, tokens that nobody wants may be left out.
 
-    `rope`, `kv` and `plan` are those of the layer: of its kind of rope and its cache group.
+    `rope`, `kv` and `plan` are those of the layer: of its kind of rope and its cache group. Of a
+    layer that attends and keeps a state, too, `kv` and `plan` are pairs, the attention's first; of
+    one that does neither they are None.
     """
 
-    def query(self, hidden: Tensor, rope: Any, kv: Tensor, plan: Any) -> Tensor:
-        """hidden [T, hidden] → [T, num_heads, head_dim]; keys and values, or states, go to the
-        cache."""
+    def query(self, hidden: Tensor, rope: Any, kv: Any, plan: Any) -> Tensor:
+        """hidden [T, hidden] → [T, num_heads, head_dim], or [T, …] of whatever else the second half
+        needs; keys and values, or states, go to the cache."""
 
     def finish(
-        self, hidden: Tensor, query: Tensor, kv: Tensor, plan: Any, extra: Tensor | None = None
+        self, hidden: Tensor, query: Tensor, kv: Any, plan: Any, extra: Tensor | None = None
     ) -> Tensor:
         """The layer's output [R, hidden], from its input and the queries of the same tokens.
 
@@ -84,17 +86,17 @@ class Decoder:
         self._embedding_scale = rounded(config.embedding_scale, load.dtype)
         self.embedding, self._head = _ends(config, load, names)
         self._norm = load_norm(config, load, names["norm"])
-        sources = [
-            index if layer.source is None else layer.source
+        self._groups_of = [_groups_of(index, config, load) for index in range(config.num_layers)]
+        self._last_to_store = max(
+            index
             for index, layer in enumerate(config.layers)
-        ]
-        self._group_of = [load.places[source][0] for source in sources]
-        self._last_to_store = max(sources)
+            if self._groups_of[index] and (layer is None or layer.source is None)
+        )
         self._layers = [make_layer(index) for index in range(config.num_layers)]
-        kinds = [(layer.rope, layer.head_dim) for layer in config.layers]
-        distinct = list(dict.fromkeys(kinds))
+        kinds = [None if layer is None else (layer.rope, layer.head_dim) for layer in config.layers]
+        distinct = [kind for kind in dict.fromkeys(kinds) if kind is not None]
         self._ropes = [load.rope(*kind) for kind in distinct]
-        self._rope_of = [distinct.index(kind) for kind in kinds]
+        self._rope_of = [None if kind is None else distinct.index(kind) for kind in kinds]
 
     def hidden_states(
         self,
@@ -137,8 +139,8 @@ class Decoder:
         for index in range(self._last_to_store):
             own = None if extra is None else extra[:, index]
             hidden = self._run(index, hidden, ropes, caches, plans, own)
-        layer, group, rope = self._parts_of(self._last_to_store)
-        query = layer.query(hidden, ropes[rope], caches[group], plans[group])
+        layer, groups, rope = self._parts_of(self._last_to_store)
+        query = layer.query(hidden, _of_kind(ropes, rope), _of(caches, groups), _of(plans, groups))
         return Halfway(query, hidden, positions, extra)
 
     def finish(self, halfway: Halfway, caches: Sequence[Any], plans: Sequence[Any]) -> Tensor:
@@ -146,9 +148,9 @@ class Decoder:
         these tokens alone."""
         query, hidden, positions, extra = halfway
         first = self._last_to_store
-        layer, group, _ = self._parts_of(first)
+        layer, groups, _ = self._parts_of(first)
         own = None if extra is None else extra[:, first]
-        hidden = layer.finish(hidden, query, caches[group], plans[group], own)
+        hidden = layer.finish(hidden, query, _of(caches, groups), _of(plans, groups), own)
         if first + 1 < len(self._layers):
             ropes = self._take_ropes(positions)
         for index in range(first + 1, len(self._layers)):
@@ -166,13 +168,14 @@ class Decoder:
         extra: Tensor | None,
     ) -> Tensor:
         """A whole layer."""
-        layer, group, rope = self._parts_of(index)
-        query = layer.query(hidden, ropes[rope], caches[group], plans[group])
-        return layer.finish(hidden, query, caches[group], plans[group], extra)
+        layer, groups, rope = self._parts_of(index)
+        kv, plan = _of(caches, groups), _of(plans, groups)
+        query = layer.query(hidden, _of_kind(ropes, rope), kv, plan)
+        return layer.finish(hidden, query, kv, plan, extra)
 
-    def _parts_of(self, index: int) -> tuple[Layer, int, int]:
-        """A layer, its cache group and its kind of rope."""
-        return self._layers[index], self._group_of[index], self._rope_of[index]
+    def _parts_of(self, index: int) -> tuple[Layer, list[int], int | None]:
+        """A layer, its cache groups and its kind of rope."""
+        return self._layers[index], self._groups_of[index], self._rope_of[index]
 
     def _take_ropes(self, positions: Tensor) -> list[Any]:
         return [self._ops.take_rope(table, positions) for table in self._ropes]
@@ -185,6 +188,25 @@ class Decoder:
     def _embed(self, input_ids: Tensor) -> Tensor:
         hidden = self.embedding.index_select(0, input_ids)
         return hidden if self._embedding_scale == 1 else hidden.mul_(self._embedding_scale)
+
+
+def _groups_of(index: int, config: ModelConfig, load: ModelLoader) -> list[int]:
+    """The cache groups of a layer: of what it attends to, then of its state."""
+    own = config.layers[index]
+    attended = index if own is None or own.source is None else own.source
+    ids = (attended, config.num_layers + index)
+    return [load.places[each][0] for each in ids if each in load.places]
+
+
+def _of(each: Sequence[Any], groups: Sequence[int]) -> Any:
+    """What of each group is a layer's."""
+    if len(groups) == 1:
+        return each[groups[0]]
+    return tuple(each[group] for group in groups) if groups else None
+
+
+def _of_kind(ropes: Sequence[Any], rope: int | None) -> Any:
+    return None if rope is None else ropes[rope]
 
 
 def build(config: ModelConfig, load: ModelLoader, names: Names) -> Decoder:

@@ -15,7 +15,7 @@ def configure(fields: Fields) -> ModelConfig:
     scale = fields.number("attention_multiplier")
     return replace(
         config,
-        layers=tuple(replace(layer, scale=scale) for layer in config.layers),
+        layers=tuple(replace(layer, scale=scale) for layer in config.attentions),
         style=replace(config.style, residual_scale=fields.number("residual_multiplier")),
         embedding_scale=fields.number("embedding_multiplier"),
         logits_scale=1 / fields.number("logits_scaling"),

@@ -35,6 +35,7 @@ class LatentAttention:
         by), latent_norm, heads, output; query, or where queries have a latent query_latent,
         query_norm and query_of_latent."""
         own, style = config.layers[index], config.style
+        assert own is not None
         self._ops = load.ops
         _, self._place = load.places[index]
         assert own.scale is not None

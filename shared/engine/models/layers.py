@@ -19,10 +19,10 @@ def load_attention(
     config: ModelConfig, load: ModelLoader, names: Names, prefix: str, index: int
 ) -> Attention | LatentAttention:
     """What layer `index` attends by."""
-    latent = config.layers[index].latent
-    if latent is None:
+    own = config.layers[index]
+    if own is None or own.latent is None:
         return Attention(config, load, names, prefix, index)
-    return LatentAttention(config, latent, load, names, prefix, index)
+    return LatentAttention(config, own.latent, load, names, prefix, index)
 
 
 class PreNormLayer:

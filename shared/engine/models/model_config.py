@@ -15,7 +15,7 @@ from baton.shared.engine.models.mixture_config import MixtureConfig
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.engine.models.rope_config import RopeConfig
 from baton.shared.engine.quantised.scheme import Quantization
-from baton.shared.kv.cache_spec import CacheSpec, Full, Latent, Sliding
+from baton.shared.kv.cache_spec import CacheSpec, Full, Latent, Sliding, State
 from baton.shared.model_files.fields import Fields, shown
 from baton.shared.model_files.info import read_model_info
 
@@ -133,7 +133,11 @@ class ModelConfig:
     """Of the checkpoint's weights, as its authors say."""
     quantization: Quantization | None
     """How linear layers may be stored; None: as plain numbers."""
-    layers: tuple[AttentionConfig, ...]
+    layers: tuple[AttentionConfig | None, ...]
+    """By layer its attention; None: it has none."""
+    states: tuple[State | None, ...] = ()
+    """By layer the state that it keeps, None for none; empty: no layer keeps one. It may be beside
+    an attention."""
     style: LayerStyle = LayerStyle()
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
@@ -147,20 +151,27 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def attentions(self) -> list[AttentionConfig]:
+        """Of the layers that have one."""
+        return [layer for layer in self.layers if layer is not None]
+
+    @property
     def num_heads(self) -> int:
-        """Query heads, the same number in every layer."""
-        [num_heads] = {layer.num_heads for layer in self.layers}
+        """Query heads, the same number in every layer that has any; 0: none has."""
+        [num_heads] = {layer.num_heads for layer in self.attentions} or {0}
         return num_heads
 
     @property
     def head_dim(self) -> int:
-        """The largest of all layers."""
-        return max(layer.head_dim for layer in self.layers)
+        """The largest of all layers; 0: no layer attends."""
+        return max((layer.head_dim for layer in self.attentions), default=0)
 
     @property
     def cache_specs(self) -> list[CacheSpec | None]:
-        """What each layer caches; None: nothing."""
-        return [layer.cache_spec for layer in self.layers]
+        """What each layer's attention caches; then, of a model that keeps states, what each layer
+        keeps as one. None: nothing."""
+        attended = [None if layer is None else layer.cache_spec for layer in self.layers]
+        return [*attended, *self.states]
 
 
 def read_decoder(
@@ -171,15 +182,24 @@ def read_decoder(
     Args:
         reads_itself: fields that say nothing for other types.
     """
+    return {
+        **read_ends(fields, reads_itself, experts_may_be_mxfp4=experts_may_be_mxfp4),
+        "max_position_embeddings": fields.integer("max_position_embeddings"),
+        "intermediate_size": fields.integer("intermediate_size"),
+        "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
+    }
+
+
+def read_ends(
+    fields: Fields, reads_itself: Collection[str] = (), *, experts_may_be_mxfp4: bool = False
+) -> dict[str, Any]:
+    """Of what `read_decoder` gives, what says nothing of layers; a longest sequence may be None."""
     for name, neutral in _READ_BY_EVERY_TYPE.items():
         if name not in reads_itself:
             fields.only(name, *neutral)
     return {
         **asdict(read_model_info(fields)),
-        "max_position_embeddings": fields.integer("max_position_embeddings"),
         "hidden_size": fields.integer("hidden_size"),
-        "intermediate_size": fields.integer("intermediate_size"),
-        "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings"),
         "dtype": read_dtype(fields),
         "quantization": read_quantization(fields, experts_may_be_mxfp4=experts_may_be_mxfp4),

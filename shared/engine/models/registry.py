@@ -134,5 +134,5 @@ def configure(fields: Fields) -> tuple[ModelType, ModelConfig]:
     # A slip of the pen would take all memory before any tensor is missed.
     text.integer("num_hidden_layers", most=_MOST_LAYERS)
     config = model_type.configure(fields)
-    check_ropes(text, {(layer.rope, layer.head_dim) for layer in config.layers})
+    check_ropes(text, {(layer.rope, layer.head_dim) for layer in config.attentions})
     return model_type, config

@@ -134,7 +134,7 @@ def described(config: ModelConfig) -> str:
         shared = "" if layer.source is None else ", shared"
         return f"({heads} {layer.rope.rope_type}{window}{shared})"
 
-    layers = [f"{count} x {each}" for each, count in Counter(map(kind, config.layers)).items()]
+    layers = [f"{count} x {each}" for each, count in Counter(map(kind, config.attentions)).items()]
     if config.mixture is not None:
         rule, size = config.mixture.routing, config.mixture.expert_size
         layers.append(f"{rule.top_k} of {rule.num_experts} experts of {size}")
@@ -191,7 +191,7 @@ def test_it_is_what_transformers_reads(name: str, model_dir: Path) -> None:
     layer_types = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.num_layers
     if theirs.model_type in ("mistral", "mixtral") and theirs.sliding_window is not None:
         layer_types = ["sliding_attention"] * ours.num_layers
-    for layer, layer_type in zip(ours.layers, layer_types, strict=True):
+    for layer, layer_type in zip(ours.attentions, layer_types, strict=True):
         window = theirs.sliding_window if layer_type == "sliding_attention" else None
         # What is never left is none.
         assert layer.window == (window if (window or 0) < ours.max_position_embeddings else None)
@@ -204,7 +204,7 @@ def check_ropes(ours: ModelConfig, theirs: Any, layer_types: list[str]) -> None:
     positions = torch.arange(64)
     hidden = torch.zeros(1, len(positions), 1)
     by_kind = "full_attention" in theirs.rope_parameters
-    for layer, layer_type in dict(zip(ours.layers, layer_types, strict=True)).items():
+    for layer, layer_type in dict(zip(ours.attentions, layer_types, strict=True)).items():
         if layer.rope.rope_type == "none":
             continue
         cos, sin, _ = rope_tables(layer.rope, layer.head_dim, len(positions), len(positions))

@@ -33,13 +33,13 @@ def read(tmp_path: Path) -> Read:
 
 
 def windows(config: ModelConfig) -> list[int | None]:
-    return [layer.window for layer in config.layers]
+    return [layer.window for layer in config.attentions]
 
 
 def test_a_file_that_says_nothing_is_as_the_class_in_transformers(read: Read) -> None:
     config = read("gemma2")
     assert windows(config) == [4096, None] * 13
-    [layer] = {layer for layer in config.layers if layer.window is None}
+    [layer] = {layer for layer in config.attentions if layer.window is None}
     assert (layer.num_heads, layer.num_kv_heads, layer.head_dim) == (8, 4, 256)
     assert (layer.scale, layer.soft_cap, config.logits_soft_cap) == (1 / 16, 50.0, 30.0)
     assert (config.embedding_scale, config.tie_word_embeddings) == (48.0, True)
@@ -47,17 +47,17 @@ def test_a_file_that_says_nothing_is_as_the_class_in_transformers(read: Read) ->
 
     config = read("gemma3_text")
     assert windows(config) == [None if i % 6 == 5 else 4096 for i in range(26)]
-    assert {layer.rope.theta for layer in config.layers if layer.window} == {1e4}
-    assert {layer.rope.theta for layer in config.layers if not layer.window} == {1e6}
-    assert {layer.soft_cap for layer in config.layers} | {config.logits_soft_cap} == {0.0}
+    assert {layer.rope.theta for layer in config.attentions if layer.window} == {1e4}
+    assert {layer.rope.theta for layer in config.attentions if not layer.window} == {1e6}
+    assert {layer.soft_cap for layer in config.attentions} | {config.logits_soft_cap} == {0.0}
 
     config = read("gemma4_text")
     assert isinstance(config, Gemma4Config)
     assert windows(config) == [None if i % 6 == 5 else 512 for i in range(30)]
-    assert {(layer.num_kv_heads, layer.head_dim) for layer in config.layers if layer.window} == {
-        (4, 256)
-    }
-    [full] = {layer for layer in config.layers if not layer.window}
+    assert {
+        (layer.num_kv_heads, layer.head_dim) for layer in config.attentions if layer.window
+    } == {(4, 256)}
+    [full] = {layer for layer in config.attentions if not layer.window}
     assert (full.num_kv_heads, full.head_dim, full.scale) == (4, 512, 1.0)
     assert (full.rope.rope_type, full.rope.partial_rotary_factor) == ("proportional", 0.25)
     assert (config.extra_size, config.extra_vocab_size) == (256, 262144)
@@ -78,8 +78,8 @@ def test_a_gemma3_as_it_is_published_says_little(read: Read) -> None:
     )
     assert (config.vocab_size, config.eos_token_ids) == (262208, (1, 106))
     assert windows(config).count(None) == 5
-    assert {layer.rope.factor for layer in config.layers if layer.window is None} == {8.0}
-    assert {layer.rope.rope_type for layer in config.layers if layer.window} == {"default"}
+    assert {layer.rope.factor for layer in config.attentions if layer.window is None} == {8.0}
+    assert {layer.rope.rope_type for layer in config.attentions if layer.window} == {"default"}
 
 
 def test_shared_layers_read_the_last_of_their_kind_and_cache_nothing(read: Read) -> None:
@@ -93,7 +93,7 @@ def test_shared_layers_read_the_last_of_their_kind_and_cache_nothing(read: Read)
         intermediate_size=100,
     )
     assert isinstance(config, Gemma4Config)
-    assert [layer.source for layer in config.layers] == [None, None, None, 1, 1, 2]
+    assert [layer.source for layer in config.attentions] == [None, None, None, 1, 1, 2]
     assert config.intermediate_sizes == (100, 100, 100, 200, 200, 200)
     windowed, full = cache_groups(config.cache_specs)
     assert (windowed.spec, windowed.layer_ids) == (Sliding(4, 256, 512), (0, 1))
@@ -117,7 +117,7 @@ def test_the_heads_of_a_gemma4s_full_layers(
     read: Read, fields: dict[str, Any], heads: tuple[int, int]
 ) -> None:
     config = read("gemma4_text", num_hidden_layers=2, layer_types=[SLIDING, FULL], **fields)
-    found = [(layer.num_kv_heads, layer.head_dim) for layer in config.layers]
+    found = [(layer.num_kv_heads, layer.head_dim) for layer in config.attentions]
     assert found == [(4, 256), heads]
 
 

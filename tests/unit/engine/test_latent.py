@@ -113,7 +113,7 @@ def test_ranks_share_heads_and_repeat_latents(tmp_path: Path) -> None:
     fields = {**TINY_LATENTS["deepseek_v3"]["as they come"], "attention_bias": False}
     make_tiny(tmp_path, "deepseek_v3", fields)
     _, config = load_model_config(tmp_path)
-    own = config.layers[0]
+    own = config.attentions[0]
     assert own.latent is not None
     groups = cache_groups(config.cache_specs)
     hidden, norm = torch.randn(20, config.hidden_size), Norm(torch.ones(config.hidden_size), 1e-6)

@@ -121,7 +121,7 @@ def test_sizes_and_what_experts_do(read: Read) -> None:
 def test_windows(
     read: Read, model_type: str, changes: dict[str, Any], windows: list[int | None]
 ) -> None:
-    assert [layer.window for layer in read(model_type, **changes).layers] == windows
+    assert [layer.window for layer in read(model_type, **changes).attentions] == windows
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def ignored_fields(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_missing_fields_take_the_defaults_of_transformers(read: Read) -> None:
     config = read(num_key_value_heads=None, rms_norm_eps=None)
-    [layer] = set(config.layers)
+    [layer] = set(config.attentions)
     assert (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window) == (4, 4, 16, None)
     assert layer.rope == RopeConfig(theta=10000.0, rope_type="default")
     assert (config.tie_word_embeddings, config.style) == (False, LayerStyle())
@@ -77,8 +77,8 @@ def test_missing_fields_take_the_defaults_of_transformers(read: Read) -> None:
 def test_a_mistral_has_defaults_of_its_own(read: Read) -> None:
     heads = {"num_attention_heads": 16, "model_type": "mistral", "sliding_window": None}
     config = read("num_key_value_heads", "max_position_embeddings", **heads)
-    assert (config.layers[0].num_kv_heads, config.max_position_embeddings) == (8, 131072)
-    assert read(**heads, num_key_value_heads=None).layers[0].num_kv_heads == 16
+    assert (config.attentions[0].num_kv_heads, config.max_position_embeddings) == (8, 131072)
+    assert read(**heads, num_key_value_heads=None).attentions[0].num_kv_heads == 16
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_mistral_has_defaults_of_its_own(read: Read) -> None:
 )
 def test_the_window_of_a_mistral(read: Read, fields: dict[str, Any], window: int | None) -> None:
     config = read(model_type="mistral", **fields)
-    assert {layer.window for layer in config.layers} == {window}
+    assert {layer.window for layer in config.attentions} == {window}
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_both_spellings_of_rope(read: Read, fields: dict[str, Any]) -> None:
         if value in fields:
             fields = {**fields, value: {**fields[value], "original_max_position_embeddings": 64}}
     expected = RopeConfig(500.0, "llama3", 8.0, 1.0, 4.0, 64)
-    assert read(**fields).layers[0].rope == expected
+    assert read(**fields).attentions[0].rope == expected
     # transformers gives the one outside precedence.
     outside = read(**fields, original_max_position_embeddings=32)
-    assert outside.layers[0].rope.original_max_position == 32
+    assert outside.attentions[0].rope.original_max_position == 32
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_neighbours_is_the_same_model(
         is_interleaved = fields.boolean("is_interleaved")
         layers = [
             replace(layer, rope=replace(layer.rope, is_interleaved=is_interleaved))
-            for layer in config.layers
+            for layer in config.attentions
         ]
         style = replace(config.style, has_qk_norm=True)
         return replace(config, layers=tuple(layers), style=style)

@@ -91,7 +91,7 @@ def read(tmp_path: Path) -> Read:
 def test_windows(
     read: Read, model_type: str, changes: dict[str, Any], windows: list[int | None]
 ) -> None:
-    assert [layer.window for layer in read(model_type, **changes).layers] == windows
+    assert [layer.window for layer in read(model_type, **changes).attentions] == windows
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_windows(
     ],
 )
 def test_layers_without_rope(read: Read, changes: dict[str, Any], with_rope: list[bool]) -> None:
-    layers = read("smollm3", **changes).layers
+    layers = read("smollm3", **changes).attentions
     assert [layer.rope.rope_type != "none" for layer in layers] == with_rope
     assert {layer.rope.theta for layer in layers if layer.rope.rope_type != "none"} <= {2e6}
 
@@ -138,10 +138,10 @@ def test_what_layers_have(
 def test_a_granite_without_its_fields_scales_nothing_but_attention(read: Read) -> None:
     config = read("granite")
     # As its class in transformers has it; not by the size of heads.
-    assert {layer.scale for layer in config.layers} == {1.0}
+    assert {layer.scale for layer in config.attentions} == {1.0}
     assert (config.embedding_scale, config.logits_scale) == (1, 1)
     scaled = read("granite", attention_multiplier=0.5, embedding_multiplier=12, logits_scaling=8)
-    assert {layer.scale for layer in scaled.layers} == {0.5}
+    assert {layer.scale for layer in scaled.attentions} == {0.5}
     assert (scaled.embedding_scale, scaled.logits_scale) == (12, 0.125)
 
 
@@ -174,7 +174,7 @@ def test_a_text_part_is_read_wherever_it_stands(read: Read) -> None:
     assert (nested.model_type, nested.eos_token_ids) == ("qwen2_5_vl", (3, 4))
     text = {"model_type": "ministral3", "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}
     config = read("mistral3", text_config=text, dtype="bfloat16")
-    assert config.layers[0].rope.query_scale_beta == 0.1 and config.dtype == "bfloat16"
+    assert config.attentions[0].rope.query_scale_beta == 0.1 and config.dtype == "bfloat16"
     assert read("mistral3", text_config={"dtype": "float16"}).dtype == "float16"
 
 

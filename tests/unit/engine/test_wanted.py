@@ -51,7 +51,7 @@ def row(length: int, sampling: SamplingParams | None, first: int = 0) -> BatchRo
 def test_only_what_is_wanted_reaches_layers_without_a_cache(
     runner: ModelRunner, num_rows: list[int]
 ) -> None:
-    assert [layer.source for layer in runner.model_config.layers] == [None, None, 0, 0, 1]
+    assert [layer.source for layer in runner.model_config.attentions] == [None, None, 0, 0, 1]
     # Behind the second layer's keys and values there is nothing to compute.
     runner.forward(Batch([row(100, None)]))
     assert num_rows == [100]
