@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baton.kernels.decode_plan import ITEM_FIELDS, DecodeConfig, DecodeWork
+from baton.kernels.latent_heads import ADDED_ROWS, add_splits, add_up_values, of_latents
 from baton.kernels.shared_memory import shared_bytes
 
 _hopper: ModuleType | None = None
@@ -41,8 +42,10 @@ _ROOMY, _MIDDLING = 192 * 1024, 150 * 1024
 cards have less."""
 _HOPPER_KEYS = 64
 """Of a tile; work that is cut so goes to the other kernel, where it is there."""
-_ADDED_HEADS = 4
-"""Heads of a row that a program adds up."""
+_ADDED = 512
+"""Numbers of a head's sum that a program makes."""
+_MOST_SPLITS = 64
+"""Of a row: what more of them save in reading, adding them up costs."""
 
 
 def why_no_latents(rank: int, rope_dim: int) -> str | None:
@@ -62,7 +65,7 @@ def latent_decode_config(num_rows: int, num_heads: int, kv: Tensor) -> DecodeCon
     # Of few heads two programs fit a multiprocessor.
     at_once = max(1, (264 if block_h <= 16 else 132) // triton.cdiv(num_heads, block_h))
     # Rows of one length then have as many items each, and all of them run at once.
-    programs = max(1, at_once // num_rows) * num_rows
+    programs = max(1, min(_MOST_SPLITS, at_once // num_rows)) * num_rows
     if kv.element_size() == 4:
         return DecodeConfig(16, num_warps=8, num_stages=1, programs=programs, fused=False)
     if _is_for_hopper(num_heads, kv):
@@ -92,10 +95,12 @@ def latent_decode_attention(
     work: DecodeWork,
     scale: float,
     *,
+    value: Tensor | None = None,
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """One token a row, over the row's latents → [B, num_heads, rank].
+    """One token a row, over the row's latents → [B, num_heads, rank], or with `value` of each head
+    [B, num_heads, value_dim].
 
     `plan_decode` has been called with the same rows. A row of −1 becomes zero.
 
@@ -109,7 +114,9 @@ def latent_decode_attention(
         block_tables: int32 [slots, ≥ blocks of the context]; what follows them is not read.
         work: of `make_work` with one KV head of `rank` numbers, and `latent_decode_config`.
         scale: of the products of query and key.
-        out: where the result goes, every element; contiguous.
+        value: [num_heads, rank, value_dim], contiguous, as `covers` of latent_heads.py takes it;
+            for at most its `MOST_ROWS` rows.
+        out: where sums of latents go, every element; contiguous.
         pdl: start while the kernel before still runs. It may write queries and `kv`, but neither
             the plan nor the block tables.
 
@@ -128,20 +135,23 @@ def latent_decode_attention(
         _hopper.attend_items(query, turned, kv, layer, block_tables, work, scale, out)
     else:
         _attend_items(query, turned, kv, layer, block_tables, work, scale, out, pdl=pdl)
-    _add_up[(triton.cdiv(num_heads, _ADDED_HEADS), num_rows)](
+    if value is not None and num_rows <= ADDED_ROWS:
+        return add_up_values(out, value, work, pdl=pdl)
+    block_r = min(_ADDED, max(16, triton.next_power_of_2(rank)))
+    _add_up[(triton.cdiv(rank, block_r), num_heads, num_rows)](
         out,
         work.row_items,
         work.partial,
         work.weight,
         HEADS=num_heads,
         RANK=rank,
-        BLOCK_H=_ADDED_HEADS,
-        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_S=8,
+        BLOCK_R=block_r,
         PDL=pdl,
         num_warps=4,
         launch_pdl=pdl,
     )
-    return out
+    return out if value is None else of_latents(out, value, pdl=pdl)
 
 
 def _attend_items(
@@ -434,37 +444,27 @@ def _add_up(
     weight,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_H heads of one row of several items."""
-    row = tl.program_id(1)
-    first_item = tl.load(row_items + row * 2)
+    """BLOCK_R numbers of one head of one row of several items, BLOCK_S items at a time."""
+    head, row = tl.program_id(1), tl.program_id(2)
+    first_item = tl.load(row_items + row * 2).to(tl.int64)
     num_splits = tl.load(row_items + row * 2 + 1)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if num_splits == 1:
         return
-    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    dim = tl.arange(0, BLOCK_R)
-    is_real = (head < HEADS)[:, None] & (dim < RANK)[None, :]
-    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-    for split in tl.range(0, num_splits):
-        at = (first_item + split).to(tl.int64) * HEADS + head
-        w = tl.load(weight + at, mask=head < HEADS, other=0.0)
-        part = tl.load(partial + at[:, None] * RANK + dim[None, :], mask=is_real, other=0.0)
-        above = tl.maximum(highest, w)
-        share = tl.exp2(w - above)
-        fade = tl.exp2(highest - above)
-        total = total * fade + share
-        acc = acc * fade[:, None] + part * share[:, None]
-        highest = above
-    target = out + (row.to(tl.int64) * HEADS + head)[:, None] * RANK + dim[None, :]
-    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=is_real)
+    dim = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_real = dim < RANK
+    sums = add_splits(
+        partial, weight, first_item * HEADS + head, num_splits, dim, is_real,
+        HEADS, RANK, BLOCK_S, BLOCK_R,
+    )  # fmt: skip
+    target = out + (row.to(tl.int64) * HEADS + head) * RANK + dim
+    tl.store(target, sums.to(out.dtype.element_ty), mask=is_real)
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride", "parts"])

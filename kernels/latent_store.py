@@ -27,7 +27,7 @@ def rope_and_store_latent(
     """Turns the end of each query in its place; stores latents, normalised, and turned keys.
 
     Args:
-        query: [T, num_heads, key_dim + rope_dim], contiguous.
+        query: [T, num_heads, key_dim + rope_dim]; rows may be strided.
         latent: [T, rank + rope_dim]; rows may be strided.
         norm: [rank], of any float dtype: the weight of an RMSNorm with `eps`.
         cos, sin: float32 [max position, rope_dim / 2]: of the pair (i, i + rope_dim / 2).
@@ -54,6 +54,7 @@ def rope_and_store_latent(
         kv,
         layer,
         eps,
+        query.stride(0),
         latent.stride(0),
         HEADS=num_heads,
         UNIT=unit,
@@ -82,6 +83,7 @@ def _rope_and_store_latent(
     kv,
     layer,
     eps,
+    query_stride,
     latent_stride,
     HEADS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -96,9 +98,55 @@ def _rope_and_store_latent(
 ):
     """Of each token one program stores, and others turn AT_ONCE queries each."""
     groups: tl.constexpr = 1 + (HEADS + AT_ONCE - 1) // AT_ONCE
-    WIDTH: tl.constexpr = RANK + 2 * HALF
     token = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
+    if group == 0:
+        store_latent(
+            latent, norm, cos, sin, positions, slots, kv, layer, eps, token, latent_stride,
+            RANK, HALF, LAYERS, BLOCK_SIZE, BLOCK_R, BLOCK_P, PDL,
+        )  # fmt: skip
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        pair = tl.arange(0, BLOCK_P)
+        angle = tl.load(positions + token).to(tl.int64) * HALF + pair
+        c = tl.load(cos + angle, mask=pair < HALF, other=0.0)
+        s = tl.load(sin + angle, mask=pair < HALF, other=0.0)
+        head = (group - 1) * AT_ONCE + tl.arange(0, AT_ONCE)
+        exists = (head < HEADS)[:, None] & (pair < HALF)[None, :]
+        place = query + token * query_stride + head[:, None] * UNIT
+        place += (UNIT - 2 * HALF) + pair[None, :]
+        u = tl.load(place, mask=exists, other=0.0).to(tl.float32)
+        v = tl.load(place + HALF, mask=exists, other=0.0).to(tl.float32)
+        as_query = query.dtype.element_ty
+        tl.store(place, (u * c[None, :] - v * s[None, :]).to(as_query), mask=exists)
+        tl.store(place + HALF, (v * c[None, :] + u * s[None, :]).to(as_query), mask=exists)
+
+
+@triton.jit
+def store_latent(
+    latent,
+    norm,
+    cos,
+    sin,
+    positions,
+    slots,
+    kv,
+    layer,
+    eps,
+    token,
+    latent_stride,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    LAYERS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Of one token; `latent` is the first one's. Waits for the kernel before."""
+    WIDTH: tl.constexpr = RANK + 2 * HALF
     dim = tl.arange(0, BLOCK_R)
     pair = tl.arange(0, BLOCK_P)
     # No kernel before this one writes weights.
@@ -106,31 +154,21 @@ def _rope_and_store_latent(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    angle = tl.load(positions + token).to(tl.int64) * HALF + pair
-    c = tl.load(cos + angle, mask=pair < HALF, other=0.0)
-    s = tl.load(sin + angle, mask=pair < HALF, other=0.0)
-    if group == 0:
-        slot = tl.load(slots + token)
-        if slot >= 0:
-            source = latent + token * latent_stride
-            x = tl.load(source + dim, mask=dim < RANK, other=0.0).to(tl.float32)
-            x = x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * weight
-            first = tl.load(source + RANK + pair, mask=pair < HALF, other=0.0).to(tl.float32)
-            behind = source + RANK + HALF + pair
-            second = tl.load(behind, mask=pair < HALF, other=0.0).to(tl.float32)
-            run = (slot // BLOCK_SIZE * LAYERS + layer) * BLOCK_SIZE + slot % BLOCK_SIZE
-            target = kv + run * WIDTH
-            as_kept = kv.dtype.element_ty
-            tl.store(target + dim, x.to(as_kept), mask=dim < RANK)
-            end = target + RANK + pair
-            tl.store(end, (first * c - second * s).to(as_kept), mask=pair < HALF)
-            tl.store(end + HALF, (second * c + first * s).to(as_kept), mask=pair < HALF)
-    else:
-        head = (group - 1) * AT_ONCE + tl.arange(0, AT_ONCE)
-        exists = (head < HEADS)[:, None] & (pair < HALF)[None, :]
-        place = query + (token * HEADS + head)[:, None] * UNIT + (UNIT - 2 * HALF) + pair[None, :]
-        u = tl.load(place, mask=exists, other=0.0).to(tl.float32)
-        v = tl.load(place + HALF, mask=exists, other=0.0).to(tl.float32)
-        as_query = query.dtype.element_ty
-        tl.store(place, (u * c[None, :] - v * s[None, :]).to(as_query), mask=exists)
-        tl.store(place + HALF, (v * c[None, :] + u * s[None, :]).to(as_query), mask=exists)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        angle = tl.load(positions + token).to(tl.int64) * HALF + pair
+        c = tl.load(cos + angle, mask=pair < HALF, other=0.0)
+        s = tl.load(sin + angle, mask=pair < HALF, other=0.0)
+        source = latent + token * latent_stride
+        x = tl.load(source + dim, mask=dim < RANK, other=0.0).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * weight
+        first = tl.load(source + RANK + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+        behind = source + RANK + HALF + pair
+        second = tl.load(behind, mask=pair < HALF, other=0.0).to(tl.float32)
+        run = (slot // BLOCK_SIZE * LAYERS + layer) * BLOCK_SIZE + slot % BLOCK_SIZE
+        target = kv + run * WIDTH
+        as_kept = kv.dtype.element_ty
+        tl.store(target + dim, x.to(as_kept), mask=dim < RANK)
+        end = target + RANK + pair
+        tl.store(end, (first * c - second * s).to(as_kept), mask=pair < HALF)
+        tl.store(end + HALF, (second * c + first * s).to(as_kept), mask=pair < HALF)

@@ -161,8 +161,10 @@ class Operations(Protocol):
         kv: Tensor,
         layer: int,
         plan: Any,
-    ) -> None:
-        """See kernels/reference_latent.py, as of the next."""
+        heads: LatentHeads,
+    ) -> Tensor:
+        """See kernels/reference_latent.py, as of the next, which takes what this returns: queries,
+        perhaps absorbed."""
 
     def latent_attention(
         self,

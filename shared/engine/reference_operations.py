@@ -94,10 +94,12 @@ class ReferenceOperations:
         kv: Tensor,
         layer: int,
         plan: AttentionPlan,
-    ) -> None:
+        heads: LatentHeads,
+    ) -> Tensor:
         reference_latent.rope_and_store_latent(
             query, latent, norm.weight, norm.eps, rope, kv, layer, plan
         )
+        return query
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return reference.rms_norm(x, norm.weight, norm.eps)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from baton.kernels import causal_conv, expert_routes, linear_table, small_linear
+from baton.kernels import causal_conv, expert_routes, latent_heads, linear_table, small_linear
 from baton.kernels import experts as experts_kernels
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
@@ -226,21 +226,18 @@ class TritonOperations:
         kv: Tensor,
         layer: int,
         plan: DevicePlan,
-    ) -> None:
+        heads: LatentHeads,
+    ) -> Tensor:
         assert rope.positions is not None
-        rope_and_store_latent(
-            query,
-            latent,
-            norm.weight,
-            norm.eps,
-            rope.cos,
-            rope.sin,
-            rope.positions,
-            plan.slots,
-            kv,
-            layer,
-            pdl=self._overlaps,
-        )
+        positions, slots, pdl = rope.positions, plan.slots, self._overlaps
+        angles = (rope.cos, rope.sin)
+        own = (latent, norm.weight, norm.eps, *angles, positions, slots, kv, layer)
+        # Of a step without chunks, and without what pads it to the length of one.
+        is_decode = plan.rows is not None and len(query) == len(plan.rows)
+        if is_decode and len(query) <= latent_heads.MOST_ROWS and latent_heads.covers(*heads):
+            return latent_heads.store_and_absorb(query, *own, heads.key, pdl=pdl)
+        rope_and_store_latent(query, *own, pdl=pdl)
+        return query
 
     def latent_attention(
         self,
@@ -251,11 +248,25 @@ class TritonOperations:
         heads: LatentHeads,
         scale: float,
     ) -> Tensor:
+        _, key_dim, rank = heads.key.shape
+        if query.shape[2] == kv.shape[5] and latent_heads.covers(*heads):
+            assert plan.rows is not None and plan.work is not None
+            return latent_decode_attention(
+                query[..., :rank],
+                query[..., rank:],
+                kv,
+                layer,
+                plan.rows,
+                plan.block_tables,
+                plan.work,
+                scale,
+                value=heads.value,
+                pdl=self._overlaps,
+            )
         out = query.new_empty(*query.shape[:2], heads.value.shape[2])
         if plan.num_padding:
             # Nobody reads what becomes of it, but numbers shall go on through the layers.
             out[-plan.num_padding :].zero_()
-        key_dim = heads.key.shape[1]
         if plan.rows is not None and plan.work is not None:
             own = query[: len(plan.rows)]
             attended = latent_decode_attention(

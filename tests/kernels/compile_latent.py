@@ -19,11 +19,12 @@ from baton.kernels import (
     hopper_latent_attention,
     latent_attention,
     latent_expand,
+    latent_heads,
     prefill_attention,
 )
 from baton.kernels.decode_plan import make_work
 from baton.kernels.latent_store import rope_and_store_latent
-from tests.kernels.compiled import SHARED_BYTES, Compiled, recording
+from tests.kernels.compiled import SHARED_BYTES, Compiled, on_gpu, recording
 
 _META, _BF16 = torch.device("meta"), torch.bfloat16
 _SCALE = 0.1
@@ -58,6 +59,19 @@ def compile_all(capability: int, num_heads: int, rank: int = 512, rope: int = 64
             _empty(_ROWS, dtype=int32), tables,
             make_work(_ROWS, 1, num_heads, rank, _META, config=config), _SCALE, pdl=is_hopper,
         )  # fmt: skip
+        key, value = _empty(num_heads, key_dim, rank), _empty(num_heads, rank, value_dim)
+        for num_rows in (1, 9, _ROWS, latent_heads.MOST_ROWS):
+            latent_heads.store_and_absorb(
+                on_gpu(_empty(num_rows, num_heads, key_dim + rope)),
+                _empty(num_rows, rank + rope), _empty(rank), 1e-6, angles, angles,
+                _empty(num_rows, dtype=int32), _empty(num_rows, dtype=torch.int64), kv, 3, key,
+                pdl=is_hopper,
+            )  # fmt: skip
+            attended = on_gpu(_empty(num_rows, num_heads, rank))
+            latent_heads.of_latents(attended, value, pdl=is_hopper)
+        work = make_work(1, 1, num_heads, rank, _META, config=config)
+        attended = on_gpu(_empty(1, num_heads, rank))
+        latent_heads.add_up_values(attended, value, work, pdl=is_hopper)
         tiles = _empty(3, 4, dtype=int32)
         latent_attention.latent_chunk_attention(
             _empty(_TOKENS, num_heads, rank), turned, kv, 3, tiles, tables, _SCALE, block_m=16,

@@ -504,10 +504,10 @@ LATENT: dict[str, Any] = {
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
     "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 4,
-    "v_head_dim": 10,
+    "v_head_dim": 32,
     "max_position_embeddings": 160,
     "eos_token_id": 2,
 }
@@ -516,7 +516,8 @@ LATENT: dict[str, Any] = {
 def test_latents_in_both_forms(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole prompts, a chunk behind a prefix, and a decode row beside it."""
+    """Whole prompts, a chunk behind a prefix, and a decode row beside it; then decode rows alone,
+    whose queries are absorbed as they are stored."""
     asked: list[int] = []
     forms = iter([True, False, False, True])
 
@@ -533,6 +534,7 @@ def test_latents_in_both_forms(
         [BatchRow(prompt[:18], 0, [[3, 1]]), BatchRow(tokens(2, 4), 0, [[7]])],
         [chunk, BatchRow([9], 2, [[7]])],
         [chunk],
+        [BatchRow([8], 31, [[3, 1]]), BatchRow([9], 3, [[7]])],
     ]
     for rows in steps:
         expected, got = (runner.logits(Batch(rows)).cpu() for runner in both)

@@ -16,6 +16,7 @@ from baton.kernels.latent_attention import (
     latent_decode_config,
 )
 from baton.kernels.latent_expand import expand_latents, expands
+from baton.kernels.latent_heads import covers, store_and_absorb
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import prefill_tiles
 
@@ -98,6 +99,70 @@ def test_decode(
     whole = torch.cat((query, turned), -1).cpu()
     for row, latents in zip((0, 1, 3, 4), cache.latents, strict=True):
         assert_close(out[row], attended(whole[row], latents, rank, 0.3))
+
+
+@pytest.mark.parametrize("num_rows", [2, 4, 5, 33])
+def test_decode_with_what_is_around_it(
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+    poisoned: Poisoned,
+) -> None:
+    """Queries absorbed and what heads make of it, in both ways of adding up."""
+    heads, key_dim, value_dim, rank, rope, size = 3, 32, 64, 64, 6, 4
+    like = torch.empty(2, 1, 1, 1, size, rank + rope, dtype=dtype, device=device)
+    config = latent_decode_config(num_rows, heads, like)
+    lengths = [3 * config.block_n + 6, *range(1, num_rows - 1)]
+    cache = Cache(lengths, rank, rope, size, dtype, str(device))
+    rows = torch.tensor([-1, *cache.slots], dtype=torch.int32, device=device)
+    work = make_work(num_rows, 1, heads, rank, device, config=config, num_items=num_rows + 40)
+    work.partial.fill_(torch.nan)
+    plan_decode(rows, cache.lens, work)
+    assert int(work.row_items[:, 1].max()) > 1, "a row was split"
+    query = torch.randn(num_rows, 5 + heads * (key_dim + rope)).to(dtype).to(device)[:, 5:]
+    query = query.view(num_rows, heads, key_dim + rope)
+    before = query.clone()
+    key = (torch.randn(heads, key_dim, rank) / 4).to(dtype).to(device)
+    value = (torch.randn(heads, rank, value_dim) / 4).to(dtype).to(device)
+    assert covers(key, value) and not covers(key[:, :, :33], value)
+    angles = torch.rand(9, rope // 2, device=device) * 6
+    positions = torch.arange(num_rows, dtype=torch.int32, device=device) % 9
+    latent = torch.randn(num_rows, rank + rope).to(dtype).to(device)
+    norm = torch.rand(rank).to(dtype).to(device)
+    # Two tokens are stored, by the side of what is attended to.
+    slots = torch.full((num_rows,), -1, device=device)
+    slots[:2] = torch.tensor([7, 2], device=device)
+    stored, expected = (
+        torch.full((3, 1, LAYERS, 1, size, rank + rope), torch.nan, dtype=dtype, device=device)
+        for _ in range(2)
+    )
+    own = (latent, norm, 1e-6, angles.cos(), angles.sin(), positions, slots)
+    absorbed = store_and_absorb(query, *own, stored, LAYER, key)
+    turned = query.clone()
+    rope_and_store_latent(turned, *own, expected, LAYER)
+    assert torch.equal(query, before)
+    assert torch.equal(stored.nan_to_num(77.0), expected.nan_to_num(77.0))
+    assert torch.equal(absorbed[..., rank:], turned[..., key_dim:])
+    by_key = torch.einsum("thk,hkr->thr", before[..., :key_dim].double().cpu(), key.double().cpu())
+    assert_close(absorbed[..., :rank], by_key)
+
+    out = latent_decode_attention(
+        absorbed[..., :rank],
+        absorbed[..., rank:],
+        cache.kv,
+        LAYER,
+        rows,
+        cache.tables,
+        work,
+        0.1,
+        value=value,
+        out=poisoned(num_rows, heads, rank, dtype=dtype),
+    )
+    assert bool((out[0] == 0).all()), "padding becomes zero"
+    for row, latents in enumerate(cache.latents, 1):
+        sums = attended(absorbed[row].cpu(), latents, rank, 0.1)
+        assert_close(out[row], torch.einsum("hr,hrv->hv", sums, value.double().cpu()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -40,22 +40,34 @@ class LatentAttention:
         _, self._place = load.places[index]
         assert own.scale is not None
         self._scale = own.scale
-        rope_dim, self._query_rank = own.head_dim, latent.query_rank or 0
+        rope_dim = own.head_dim
         order = rope_order(own.rope, rope_dim)
-        pieces = [Piece("latent", latent.rank, style.qkv_bias)]
-        pieces.append(Piece("turned_key", rope_dim, style.qkv_bias, order=order))
-        query_in, query_name = config.hidden_size, "query"
-        self._query_norm = None
-        if latent.query_rank is not None:
-            query_in, query_name = latent.query_rank, "query_of_latent"
-            pieces.insert(0, Piece("query_latent", query_in, style.qkv_bias))
-            module = prefix + names["query_norm"]
-            self._query_norm = load.norm(module, query_in, latent.eps)
-        self._latents = load.linear(LinearSpec(config.hidden_size, parts(names, prefix, *pieces)))
-        self._norm = load.norm(prefix + names["latent_norm"], latent.rank, latent.eps)
         self._unit = unit = latent.key_dim + rope_dim
+        latents = [
+            Piece("latent", latent.rank, style.qkv_bias),
+            Piece("turned_key", rope_dim, style.qkv_bias, order=order),
+        ]
+        query_name = "query" if latent.query_rank is None else "query_of_latent"
         query = Piece(query_name, own.num_heads * unit, unit=unit, order=_behind(latent, order))
-        self._query = load.linear(LinearSpec(query_in, parts(names, prefix, query), Split.COLUMNS))
+        # What is in front of the latents in their product.
+        ahead: Piece | None = None
+        self._query_norm = self._query = None
+        if latent.query_rank is not None:
+            ahead = Piece("query_latent", latent.query_rank, style.qkv_bias)
+            module = prefix + names["query_norm"]
+            self._query_norm = load.norm(module, latent.query_rank, latent.eps)
+        elif load.ops.ranks.size == 1:
+            ahead = query
+        self._ahead = 0 if ahead is None else ahead.num_out
+        own_pieces = latents if ahead is None else [ahead, *latents]
+        self._latents = load.linear(
+            LinearSpec(config.hidden_size, parts(names, prefix, *own_pieces))
+        )
+        if ahead is not query:
+            query_in = latent.query_rank or config.hidden_size
+            spec = LinearSpec(query_in, parts(names, prefix, query), Split.COLUMNS)
+            self._query = load.linear(spec)
+        self._norm = load.norm(prefix + names["latent_norm"], latent.rank, latent.eps)
         self._heads = load.latent_heads(
             LatentHeadsSpec(
                 module=prefix + names["heads"],
@@ -70,18 +82,26 @@ class LatentAttention:
         self._output = load.linear(LinearSpec(size, output, Split.ROWS, in_unit=latent.value_dim))
 
     def query(self, hidden: Tensor, norm: Norm, rope: Any, kv: Tensor, plan: Any) -> Tensor:
-        """Of norm(hidden [T, hidden]) → [T, num_heads, key_dim + rope_dim]; stores latents."""
+        """Of norm(hidden [T, hidden]), for `attend` → [T, num_heads, numbers]; stores latents."""
         latents = self._ops.norm_linear(hidden, norm, self._latents)
-        if self._query_norm is None:
+        ahead = latents[:, : self._ahead]
+        if self._query is None:
+            query = ahead
+        elif self._query_norm is None:
             query = self._ops.norm_linear(hidden, norm, self._query)
         else:
-            own = latents[:, : self._query_rank]
-            query = self._ops.norm_linear(own, self._query_norm, self._query)
+            query = self._ops.norm_linear(ahead, self._query_norm, self._query)
         heads = query.view(len(hidden), -1, self._unit)
-        self._ops.rope_and_store_latent(
-            heads, latents[:, self._query_rank :], self._norm, rope, kv, self._place, plan
+        return self._ops.rope_and_store_latent(
+            heads,
+            latents[:, self._ahead :],
+            self._norm,
+            rope,
+            kv,
+            self._place,
+            plan,
+            self._heads,
         )
-        return heads
 
     def attend(
         self, query: Tensor, kv: Tensor, plan: Any, residual: Tensor | None = None
