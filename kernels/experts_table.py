@@ -16,6 +16,7 @@ STEPS = (8, 64, 1024)
 All four are met while warming up."""
 UNSORTED_TOKENS = STEPS[0]
 """Up to so many, each pair is a tile of its own: experts that several have come from the cache."""
+TABLE = Path(__file__).with_name("experts_table.json")
 _SIMILAR = 1.3
 """Sizes may differ by this factor from those of an entry that is used for them."""
 
@@ -111,5 +112,5 @@ _TABLE = tuple(
         k=entry["k"],
         tiles=Tiles(**entry["tiles"]),
     )
-    for entry in load_table(Path(__file__).with_name("experts_table.json"))
+    for entry in load_table(TABLE)
 )

@@ -37,7 +37,7 @@ class Mixture:
     has_bias: bool = False
 
     def weights(self) -> ExpertWeights:
-        """1.2 or 1.6 GB."""
+        """1.1 to 1.6 GB."""
         count, device = self.rule.num_experts, torch.device("cuda")
 
         def draw(*shape: int) -> Tensor:
@@ -67,6 +67,7 @@ MIXTURES = (
         RoutingRule(num_experts=32, top_k=4, scoring="softmax_of_chosen"),
         ClampedSwiglu(1.702, 7.0), has_bias=True,
     ),
+    Mixture("deepseek-v2-lite", 2048, 1408, RoutingRule(num_experts=64, top_k=6)),
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Which tiles the products of experts are fastest in: `python -m benchmarks.gpu.kernels
 --tune-experts`.
 
-Both products of two well-known mixtures, in every kind of step (kernels/experts_table.py). A
-configuration's time is that of several steps of its kind, each over what the present choice takes.
+Both products of well-known mixtures, in every kind of step (kernels/experts_table.py): of all, or
+with `--shape` of those that are named, beside what the table has of the others. A configuration's
+time is that of several steps of its kind, each over what the present choice takes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels.experts_table import Tiles, choose
+from baton.kernels.experts_table import TABLE, Tiles, choose, load_table
 from baton.kernels.reference_experts import Routes, gated
 from benchmarks.gpu.expert_points import MIXTURES, Mixture, Work
 from benchmarks.gpu.gpu_timing import time_us
@@ -28,8 +29,8 @@ _BF16 = torch.bfloat16
 _TIMED = ((1, 8), (32, 64), (128, 512), (2048, 4096))
 """Tokens of the steps that each kind is measured in."""
 _CHECKED = (3, 20, 100, 1100)
-_KINDS = (3, 0, 1, 2)
-"""Prompts first, then single sequences."""
+_KINDS = (0, 1, 3, 2)
+"""Steps that decode a few sequences first, then prompts."""
 _SMEM_BYTES = 227 * 1024
 _MOST_ERROR = 2e-2
 
@@ -46,22 +47,29 @@ class Job:
         return f"{self.mixture.name} {'up' if self.is_up else 'down'} {self.kind}"
 
 
-def compile_all(budget_s: float) -> None:
+def compile_all(budget_s: float, shapes: Sequence[str] = ()) -> None:
     """Fills the compiler's cache with all that is tried, in parallel: before anything is timed,
     since both need the CPU."""
     deadline = time.monotonic() + budget_s
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(16, (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        _compile(pool, _jobs(), deadline)
+        _compile(pool, _jobs(_named(shapes)), deadline)
 
 
-def tune(budget_s: float) -> dict[str, Any]:
-    """Measures until the time is up, prompts first → the table file's content."""
+def tune(budget_s: float, shapes: Sequence[str] = ()) -> dict[str, Any]:
+    """Measures until the time is up, few tokens first → the table file's content. `shapes`: the
+    mixtures that are measured; of the others the table keeps what it has. None: all."""
     deadline = time.monotonic() + budget_s
-    jobs = _jobs()
-    entries: list[dict[str, Any]] = []
-    for mixture in MIXTURES:
+    mixtures = _named(shapes)
+    jobs = _jobs(mixtures)
+    measured = {(each.rule.num_experts, each.hidden) for each in mixtures}
+    entries: list[dict[str, Any]] = [
+        each
+        for each in load_table(TABLE)
+        if (each["experts"], each["k"] if each["is_up"] else each["n"]) not in measured
+    ]
+    for mixture in mixtures:
         data = Data(mixture)
         for kind in _KINDS:
             for is_up in (True, False):
@@ -76,10 +84,14 @@ def tune(budget_s: float) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name(), "entries": entries}
 
 
-def _jobs() -> list[Job]:
+def _named(shapes: Sequence[str]) -> list[Mixture]:
+    return [each for each in MIXTURES if not shapes or each.name in shapes]
+
+
+def _jobs(mixtures: Sequence[Mixture]) -> list[Job]:
     return [
         Job(mixture, kind, is_up, tiles)
-        for mixture in MIXTURES
+        for mixture in mixtures
         for kind in _KINDS
         for is_up in (True, False)
         for tiles in candidates(kind, is_up=is_up)

@@ -1,8 +1,8 @@
 """Each kernel against its floor and against the best library call, on one GPU.
 
     python -m benchmarks.gpu.kernels [--only NAME ...] [--output FILE_OR_DIRECTORY]
-    python -m benchmarks.gpu.kernels --tune [--shape NAME,...] | --tune-experts [--budget SECONDS]
-        [--output FILE_OR_DIRECTORY]
+    python -m benchmarks.gpu.kernels --tune | --tune-experts [--shape NAME,...]
+        [--budget SECONDS] [--output FILE_OR_DIRECTORY]
 
 A floor is the bytes that must move over the bandwidth of a large copy, or the operations over the
 rate of a large matrix product, whichever takes longer; both are measured in the same run. Under
@@ -49,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _tune_experts(args: argparse.Namespace) -> None:
     if args.compile != "skip":
-        experts_tune.compile_all(args.budget / 2)
+        experts_tune.compile_all(args.budget / 2, args.shape)
     if args.compile != "only":
-        table = {"environment": describe_environment(), **experts_tune.tune(args.budget)}
+        table = {
+            "environment": describe_environment(),
+            **experts_tune.tune(args.budget, args.shape),
+        }
         _write(result_path(args.output, "experts_table.json"), table)
 
 
@@ -139,8 +142,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,...",
-        help="of --tune: well-known models whose products are added to the table that there is; "
-        "default: the table is made anew, of llama-8b's",
+        help="well-known models whose products are added to the table that there is; default: the "
+        "table is made anew, of llama-8b's products, of all known experts",
     )
     parser.add_argument("--budget", type=float, default=230.0, help="seconds for a table")
     parser.add_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -23,37 +24,42 @@ _BF16 = torch.bfloat16
 
 
 def latent_decode() -> Iterator[Point]:
-    """The absorbed form: attention alone, without the products of heads around it. Of the longest
-    batch other tiles and splits too, so that the next table can be chosen."""
+    """The absorbed form: attention alone, without the products of heads around it; launched as
+    decode steps do, so that it starts while the call before ends. Of some batches other tiles and
+    splits too, so that the next table can be chosen."""
     from baton.kernels.decode_plan import make_work, plan_decode
     from baton.kernels.latent_attention import latent_decode_attention, latent_decode_config
 
     device = torch.device("cuda")
     for num_heads in HEADS:
-        for batch, context in ((32, 8192), (1, 8192), (32, 1024), (128, 1024)):
+        for batch, context in ((32, 8192), (1, 8192), (1, 1024), (32, 1024), (128, 1024)):
             kv, tables, num_bytes = _pool([context] * batch)
-            query = torch.randn(num_heads, batch, RANK, dtype=_BF16, device=device).transpose(0, 1)
-            turned = torch.randn(batch, num_heads, ROPE_DIM, dtype=_BF16, device=device)
+            query = torch.randn(batch, num_heads, RANK + ROPE_DIM, dtype=_BF16, device=device)
             rows = torch.arange(batch, dtype=torch.int32, device=device)
             context_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
             out = torch.empty(batch, num_heads, RANK, dtype=_BF16, device=device)
             chosen = latent_decode_config(batch, num_heads, kv)
-            tried = [chosen]
-            if (batch, context) == (32, 8192):
-                others = _OTHERS[num_heads]
-                tried += [
-                    replace(
-                        chosen, block_n=n, num_warps=warps, num_stages=stages, programs=programs
-                    )
-                    for n, warps, stages, programs in others
-                ]
+            others = _OTHERS.get((num_heads, batch, context), [])
+            tried = [chosen] + [
+                replace(chosen, block_n=n, num_warps=warps, num_stages=stages, programs=programs)
+                for n, warps, stages, programs in others
+            ]
             for config in tried:
                 work = make_work(batch, 1, num_heads, RANK, device, config=config)
                 plan_decode(rows, context_lens, work)
 
                 def attend(i: int) -> None:
                     latent_decode_attention(
-                        query, turned, kv, i, rows, tables, work, SCALE, out=out
+                        query[..., :RANK],
+                        query[..., RANK:],
+                        kv,
+                        i,
+                        rows,
+                        tables,
+                        work,
+                        SCALE,
+                        out=out,
+                        pdl=True,
                     )
 
                 note = f"{config.block_n} keys, {config.num_warps} warps, "
@@ -69,28 +75,50 @@ def latent_decode() -> Iterator[Point]:
 
 
 _OTHERS = {
-    16: [(32, 4, 4, 256), (32, 4, 3, 512), (32, 8, 3, 256), (64, 8, 3, 128), (16, 4, 4, 256)],
-    128: [(64, 8, 2, 32), (64, 8, 2, 128), (32, 8, 3, 64), (32, 8, 2, 64)],
-}
+    (16, 32, 8192): [
+        (32, 4, 4, 256), (64, 8, 3, 128), (64, 4, 3, 128), (32, 8, 4, 128), (64, 4, 2, 256),
+    ],
+    (16, 1, 8192): [(32, 4, 3, each) for each in (16, 32, 128, 256)],
+    (16, 1, 1024): [(32, 4, 3, 16), (16, 4, 3, 64)],
+    (128, 32, 8192): [(64, 8, 2, 128), (64, 8, 2, 32)],
+}  # fmt: skip
 """Keys of a tile, warps, stages, programs: beside those that are chosen. Of 128 heads, tiles of 64
 go to the kernel for Hopper, others to that in Triton."""
 
 
 def latent_heads() -> Iterator[Point]:
-    """What is around it in a decode step: queries absorbed, and values made of what was attended
-    to."""
+    """What is around it in a decode step: queries absorbed and latents stored, and values made of
+    what was attended to; and what the library needs for the products alone."""
+    from baton.kernels.latent_heads import MOST_ROWS, of_latents, store_and_absorb
+
+    device = torch.device("cuda")
+    angles = torch.rand(64, ROPE_DIM // 2, device=device)
+    norm = torch.rand(RANK, dtype=_BF16, device=device)
     for num_heads in HEADS:
-        for batch in (1, 32, 128):
-            query = torch.randn(batch, num_heads, KEY_DIM + ROPE_DIM, dtype=_BF16, device="cuda")
-            attended = torch.randn(batch, num_heads, RANK, dtype=_BF16, device="cuda")
+        for batch in (1, 32, MOST_ROWS):
+            query = torch.randn(batch, num_heads, KEY_DIM + ROPE_DIM, dtype=_BF16, device=device)
+            latent = torch.randn(batch, RANK + ROPE_DIM, dtype=_BF16, device=device)
+            attended = torch.randn(batch, num_heads, RANK, dtype=_BF16, device=device)
+            kv = torch.empty(
+                batch, 1, 1, 1, BLOCK_SIZE, RANK + ROPE_DIM, dtype=_BF16, device=device
+            )
+            positions = torch.arange(batch, dtype=torch.int32, device=device)
+            slots = positions.long()
             num_bytes = 4 * num_heads * RANK * KEY_DIM
             num_sets = num_sets_for(num_bytes)
             shape = (num_sets, num_heads, KEY_DIM, RANK)
-            key = torch.randn(shape, dtype=_BF16, device="cuda")
-            value = torch.randn(shape, dtype=_BF16, device="cuda").transpose(2, 3).contiguous()
-            out = torch.empty(batch, num_heads, VALUE_DIM, dtype=_BF16, device="cuda")
+            key = torch.randn(shape, dtype=_BF16, device=device)
+            value = torch.randn(shape, dtype=_BF16, device=device).transpose(2, 3).contiguous()
+            out = torch.empty(batch, num_heads, VALUE_DIM, dtype=_BF16, device=device)
 
             def both(i: int) -> None:
+                store_and_absorb(
+                    query, latent, norm, 1e-6, angles, angles, positions, slots, kv, 0, key[i],
+                    pdl=True,
+                )  # fmt: skip
+                of_latents(attended, value[i], pdl=True)
+
+            def library(i: int) -> None:
                 torch.bmm(query[..., :KEY_DIM].transpose(0, 1), key[i])
                 torch.bmm(attended.transpose(0, 1), value[i], out=out.transpose(0, 1))
 
@@ -100,6 +128,7 @@ def latent_heads() -> Iterator[Point]:
                 num_bytes=num_bytes,
                 flop=4.0 * batch * num_heads * RANK * KEY_DIM,
                 num_sets=num_sets,
+                library={"bmm, no store": library},
             )
 
 
@@ -107,7 +136,7 @@ def latent_prefill() -> Iterator[Point]:
     """Both forms of a chunk behind a prefix, with all that each needs of a layer behind the store:
     the floor is that of the expanded one."""
     for num_heads in HEADS:
-        for chunk, before in ((2048, 0), (512, 6144), (128, 8064), (32, 8160)):
+        for chunk, before in product((16, 64, 256, 1024, 4096), (0, 4096, 16384)):
             total = chunk + before
             kv, tables, _ = _pool([total])
             pairs = chunk * before + chunk * (chunk + 1) / 2

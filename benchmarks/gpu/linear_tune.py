@@ -51,19 +51,35 @@ Forms = tuple[Form, Form]
 
 def forms_of(shape: Mapping[str, Any]) -> list[Forms]:
     """Of the fields of a config.json. Experts' products have a table of their own."""
+    hidden = shape["hidden_size"]
+    forms = _latent_forms(shape) if "kv_lora_rank" in shape else _attention_forms(shape)
+    sizes = [shape["intermediate_size"]] if "num_experts_per_tok" not in shape else []
+    if "n_shared_experts" in shape:
+        sizes = [shape["n_shared_experts"] * shape["moe_intermediate_size"]]
+    for size in sizes:
+        forms.append(_normed("gate-up+silu", 2 * size, hidden, silu=True))
+        forms.append(_added("down", hidden, size))
+    return [*forms, _normed("head", shape["vocab_size"], hidden)]
+
+
+def _attention_forms(shape: Mapping[str, Any]) -> list[Forms]:
     hidden, head_dim = shape["hidden_size"], shape["head_dim"]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    forms = [
-        _normed("qkv", (heads + 2 * kv_heads) * head_dim, hidden),
-        _added("o", hidden, heads * head_dim),
-    ]
-    if "num_experts_per_tok" not in shape:
-        size = shape["intermediate_size"]
-        forms += [
-            _normed("gate-up+silu", 2 * size, hidden, silu=True),
-            _added("down", hidden, size),
-        ]
-    return [*forms, _normed("head", shape["vocab_size"], hidden)]
+    qkv = _normed("qkv", (heads + 2 * kv_heads) * head_dim, hidden)
+    return [qkv, _added("o", hidden, heads * head_dim)]
+
+
+def _latent_forms(shape: Mapping[str, Any]) -> list[Forms]:
+    """Queries, or their latents, share a product with the latents."""
+    hidden, heads, rope_dim = (
+        shape[name] for name in ("hidden_size", "num_attention_heads", "qk_rope_head_dim")
+    )
+    latent = shape["kv_lora_rank"] + rope_dim
+    queries, query_rank = heads * (shape["qk_nope_head_dim"] + rope_dim), shape["q_lora_rank"]
+    forms = [_normed("latents", latent + (query_rank or queries), hidden)]
+    if query_rank is not None:
+        forms.append(_normed("queries", queries, query_rank))
+    return [*forms, _added("o", hidden, heads * shape["v_head_dim"])]
 
 
 def _normed(name: str, n: int, k: int, *, silu: bool = False) -> Forms:

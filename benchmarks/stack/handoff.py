@@ -41,7 +41,7 @@ from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullRes
 from baton.v1.kv_service_pb2 import PoolDescription
 from benchmarks.checkout import RESULTS, ROOT, set_import_path
 from benchmarks.stack.handoff_served import measure_served
-from models.dummy_model import given_or_dummy
+from models.dummy_model import SHAPES, given_or_dummy
 
 NUM_HEADS = 8
 GROUP = 0
@@ -104,7 +104,8 @@ def _served(args: argparse.Namespace) -> list[dict[str, Any]]:
     flags = ["--token-budget", "1024"]
     if torch.cuda.device_count() == 1:
         flags += ["--gpu-memory-utilization", "0.4"]
-    with given_or_dummy(args.model, "llama-8b" if has_cuda else "tiny") as model_dir:
+    shape = args.shape or ("llama-8b" if has_cuda else "tiny")
+    with given_or_dummy(args.model, shape) as model_dir:
         return measure_served(
             model_dir,
             args.prompts,
@@ -342,8 +343,9 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=int, nargs="*", default=[1024, 8192], help="prompt lengths when served"
     )
+    parser.add_argument("--model", type=model_dir, help="served; default: a dummy")
     parser.add_argument(
-        "--model", type=model_dir, help="served; default: a dummy, Llama-3.1-8B on a GPU"
+        "--shape", choices=list(SHAPES), help="of the dummy; default: llama-8b, tiny on a CPU"
     )
     parser.add_argument("--owner", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference_experts
+from baton.kernels.reference import AttentionPlan
 from baton.kernels.reference_experts import Routes
 from baton.kernels.routing import RoutingRule
 from baton.shared.engine.model_runner import ModelRunner
 
 _SURE = 1e4
 """Above all scores: experts that have it are chosen."""
-Token = tuple[int, int]
-"""Its id and its position, which tell the tokens of a step apart."""
+Token = tuple[int, int] | None
+"""Its id and its position, which tell the tokens of a step apart; None: padding, which keeps the
+experts that it has."""
 
 
 @dataclass
@@ -52,7 +54,8 @@ class ForcedRoutes:
             routes = reference_experts.route(logits, rule, *more)
             scores = _scores(logits, rule, *more)
             for token, *choice in zip(tokens, routes.experts, scores, strict=True):
-                self._choices[layer, token] = Choice(*choice)
+                if token is not None:
+                    self._choices[layer, token] = Choice(*choice)
             return routes
 
         _watch(reference, route, self._choices.clear)
@@ -64,7 +67,6 @@ class ForcedRoutes:
             layer: int, tokens: list[Token], logits: Tensor, rule: RoutingRule, *more: Tensor | None
         ) -> Routes:
             own = choose(logits, rule, *more)
-            # Padding, which the reference does not have, keeps its own.
             experts = own.experts.long().cpu()
             for place, token in enumerate(tokens):
                 choice = self._choices.get((layer, token))
@@ -110,6 +112,25 @@ def _weights_of(
     return routes.weights
 
 
+def _without_padding(tokens: list[Token], is_real: Tensor) -> list[Token]:
+    return [token if is_it else None for token, is_it in zip(tokens, is_real.tolist(), strict=True)]
+
+
+def _are_stored(plans: Any, num_tokens: int) -> Tensor:
+    """Which tokens of a step some group stores; others are padding."""
+    if isinstance(plans[0], AttentionPlan):
+        return torch.arange(num_tokens) < plans[0].num_tokens
+    return torch.stack([plan.slots[:num_tokens] >= 0 for plan in plans]).any(0)
+
+
+def _have_rows(plans: Any, num_tokens: int) -> Tensor:
+    """The same of tokens that are wanted: each is a row of its own."""
+    if isinstance(plans[0], AttentionPlan):
+        return torch.arange(num_tokens) < plans[0].num_tokens
+    rows: Tensor = plans[0].rows
+    return rows >= 0
+
+
 def _watch(runner: ModelRunner, route: Any, begin: Any) -> None:
     """Has `route` choose, told of the layer and the tokens; `begin` is called before each step."""
     model: Any = runner._model
@@ -123,8 +144,11 @@ def _watch(runner: ModelRunner, route: Any, begin: Any) -> None:
         input_ids: Tensor, positions: Tensor, caches: Any, plans: Any, wanted: Any = None
     ) -> Tensor:
         begin()
-        tokens = list(zip(input_ids.tolist(), positions.tolist(), strict=True))
-        left = tokens if wanted is None else [tokens[place] for place in wanted[0].tolist()]
+        tokens: list[Token] = list(zip(input_ids.tolist(), positions.tolist(), strict=True))
+        tokens = left = _without_padding(tokens, _are_stored(plans, len(tokens)))
+        if wanted is not None and len(wanted[0]):
+            left = [tokens[place] for place in wanted[0].tolist()]
+            left = _without_padding(left, _have_rows(wanted[1], len(left)))
         coming[:] = [(index, left if index >= model._last_to_store else tokens) for index in layers]
         hidden: Tensor = compute(input_ids, positions, caches, plans, wanted)
         return hidden

@@ -50,7 +50,10 @@ TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma4, caches shared, drafts": ("gemma4_text", "experts, caches shared", {}),
     "qwen3_moe": ("qwen3_moe", "as they come", {}),
     "gpt_oss, drafts": ("gpt_oss", "as they come", {}),
-    "latents, drafts": ("deepseek_v3", "as they come", {}),
+    "latents, drafts": (
+        "deepseek_v3", "as they come",
+        {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    ),
 }  # fmt: skip
 """Models of which kernels have not seen the like in the demo: type and case of tiny_models.py, and
 what is changed of it."""
