@@ -40,6 +40,7 @@ def begin_step(
     block_size: int,
     num_slot_groups: int = 0,
     counting: Counting | None = None,
+    leaves_padding: bool = False,
     pdl: bool = False,
 ) -> None:
     """Gives every decode row its last token, that token's position and its place in the KV pool.
@@ -56,6 +57,7 @@ def begin_step(
         slots: int64 [G, ≥ B], out: block_id · block_size + offset; of a group of states the row's
             slot, the first entry of its table.
         num_slot_groups: how many groups are of states; they come last.
+        leaves_padding: of padding rows nothing is written: their places are others'.
         pdl: launched to overlap the end of the kernel before.
     """
     count = rows.numel()
@@ -81,6 +83,7 @@ def begin_step(
         SLOT_GROUPS=num_slot_groups,
         BLOCK_SIZE=block_size,
         COUNTS=counting is not None,
+        LEAVES_PADDING=leaves_padding,
         BLOCK=_BLOCK,
         PDL=pdl,
         num_warps=_BLOCK // 32,
@@ -118,6 +121,7 @@ def _begin_step(
     SLOT_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     COUNTS: tl.constexpr,
+    LEAVES_PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -131,19 +135,20 @@ def _begin_step(
     token = tl.load(token_ids + slot, mask=real, other=0)
     page = position // BLOCK_SIZE
     placed = real & (page < max_blocks)
-    tl.store(input_ids + i, token, mask=i < count)
-    tl.store(positions + i, position, mask=i < count)
+    written = real if LEAVES_PADDING else i < count
+    tl.store(input_ids + i, token, mask=written)
+    tl.store(positions + i, position, mask=written)
     entry = block_tables + slot.to(tl.int64) * stride + page
     out = slots + i
     for _ in tl.static_range(GROUPS):
         block = tl.load(entry, mask=placed, other=0)
         place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        tl.store(out, tl.where(placed, place, -1), mask=i < count)
+        tl.store(out, tl.where(placed, place, -1), mask=written)
         entry += group_stride
         out += slots_stride
     entry += -page
     for _ in tl.static_range(SLOT_GROUPS):
-        tl.store(out, tl.load(entry, mask=real, other=-1).to(tl.int64), mask=i < count)
+        tl.store(out, tl.load(entry, mask=real, other=-1).to(tl.int64), mask=written)
         entry += group_stride
         out += slots_stride
     if COUNTS:

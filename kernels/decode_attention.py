@@ -60,7 +60,7 @@ def paged_decode_attention(
     """One query token a row, over the row's keys in the pool → [B, num_heads, head_dim].
 
     `plan_decode` has been called with the same rows, context_lens and window; what those say is
-    taken from the plan. A row of −1 becomes zero.
+    taken from the plan. A row of −1 becomes zero, unless it was planned that padding is left.
 
     Args:
         query: [B, num_heads, head_dim], the last dimension contiguous.

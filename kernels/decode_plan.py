@@ -134,6 +134,7 @@ def plan_decode(
     *,
     back: Tensor | None = None,
     window: int = 0,
+    leaves_padding: bool = False,
 ) -> None:
     """Lists the items of a step in `work`, for all layers with this window.
 
@@ -143,6 +144,7 @@ def plan_decode(
         back: int32 [B], fewer than the context: how many keys at its end a row does not see, for
             its token is not the slot's last one. None: it sees them all.
         window: a row sees its last `window` keys only; 0 means all of them.
+        leaves_padding: rows of −1 have no items, and nothing is written for them.
     """
     num_rows, num_items = work.num_rows, work.items.shape[0]
     if rows.shape != (num_rows,):
@@ -162,6 +164,7 @@ def plan_decode(
         ITEMS=_PLANNED_AT_ONCE,
         FIELDS=ITEM_FIELDS,
         HAS_BACK=back is not None,
+        LEAVES_PADDING=leaves_padding,
         num_warps=4,
     )
 
@@ -181,6 +184,7 @@ def _plan(
     ITEMS: tl.constexpr,
     FIELDS: tl.constexpr,
     HAS_BACK: tl.constexpr,
+    LEAVES_PADDING: tl.constexpr,
 ):
     """Writes ITEMS entries of the list; every program finds out by itself where rows begin."""
     row = tl.arange(0, ROWS)
@@ -192,7 +196,11 @@ def _plan(
     tiles = tl.cdiv(length, TILE) - first_key // TILE
     # The sum over rows of ceil(tiles / per_item) is at most (num_items − num_rows) + num_rows.
     per_item = tl.maximum(tl.cdiv(tl.sum(tiles), num_items - num_rows), 1)
-    splits = tl.where(row < num_rows, tl.maximum(tl.cdiv(tiles, per_item), 1), 0)
+    has_items = slot >= 0 if LEAVES_PADDING else row < num_rows
+    splits = tl.where(has_items, tl.maximum(tl.cdiv(tiles, per_item), 1), 0)
+    if LEAVES_PADDING:
+        # Nor is there anything to add up, whatever an earlier step had here.
+        tl.store(row_items + row * 2 + 1, 0, mask=(row < num_rows) & (slot < 0))
     ends = tl.cumsum(splits)[None, :]
 
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)

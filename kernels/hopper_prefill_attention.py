@@ -420,11 +420,11 @@ def _ring(dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["layer", "table_stride", "num_items", "window"])
 def _hopper_prefill_attention(
-    query, rows, tiles, block_tables, out, sinks, window, layer, scale,
+    query, rows, tiles, num_tiles, block_tables, out, sinks, window, layer, scale,
     query_token_stride, query_head_stride, out_token_stride, out_head_stride, table_stride,
     num_items, num_heads: gl.constexpr, num_kv_heads: gl.constexpr, num_layers: gl.constexpr,
     block_size: gl.constexpr, head_dim: gl.constexpr, WINDOWED: gl.constexpr, KEYS: gl.constexpr,
-    PLACES: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
+    PLACES: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """On a grid of at most as many programs as run at once; `_item` says what each works on."""
     dtype: gl.constexpr = rows.dtype
@@ -434,6 +434,8 @@ def _hopper_prefill_attention(
     values = _ring(dtype, [PLACES, KEYS, head_dim], layout)
     fence_async_shared()
     strides = ((query_token_stride, query_head_stride), (out_token_stride, out_head_stride))
+    if COUNTED:
+        num_items = gl.load(num_tiles) * num_heads
     gl.warp_specialize(
         [
             (_attend, (
@@ -499,8 +501,13 @@ def paged_prefill_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor,
+    num_tiles: Tensor | None = None,
 ) -> Tensor:
-    """As that of prefill_attention.py, with block_m 128, where it `covers` the arguments."""
+    """As that of prefill_attention.py, with block_m 128, where it `covers` the arguments.
+
+    `num_tiles`: int32 [1], on the device: how many of the tiles count; the others have no tokens.
+    None: all.
+    """
     _, num_heads, head_dim = query.shape
     _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
     num_items = tiles.shape[0] * num_heads
@@ -508,11 +515,12 @@ def paged_prefill_attention(
     shape, part = [kv.numel() // head_dim, head_dim], [min(block_size, num_keys), head_dim]
     rows = TensorDescriptor(kv, shape, [head_dim, 1], part, _LAYOUT)
     _hopper_prefill_attention[(min(num_items, _processors(query.device)),)](
-        query, rows, tiles, block_tables, out, query if sinks is None else sinks,
+        query, rows, tiles, tiles if num_tiles is None else num_tiles, block_tables, out,
+        query if sinks is None else sinks,
         window, layer, scale * _LOG2E,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_tables.stride(0),
         num_items, num_heads, num_kv_heads, num_layers, block_size, head_dim,
         WINDOWED=window > 0, KEYS=num_keys, PLACES=places, SOFT_CAP=soft_cap * _LOG2E,
-        SINKS=sinks is not None, num_warps=4,
+        SINKS=sinks is not None, COUNTED=num_tiles is not None, num_warps=4,
     )  # fmt: skip
     return out

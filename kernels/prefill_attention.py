@@ -273,7 +273,7 @@ def _prefill_attention(
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
-    """How the kernel runs; see `_config` for what is chosen when none is given."""
+    """How the kernel runs; see `prefill_config` for what is chosen when none is given."""
 
     pack: int
     """Heads of a KV head among the rows of a product."""
@@ -290,7 +290,9 @@ class PrefillConfig:
     """Of a tile, that a program takes at most, if not all; divides a `block_m` that is larger."""
 
 
-def _config(block_m: int, group: int, head_dim: int, itemsize: int, shared: int) -> PrefillConfig:
+def prefill_config(
+    block_m: int, group: int, head_dim: int, itemsize: int, shared: int
+) -> PrefillConfig:
     """`group`: query heads per KV head. `shared`: bytes of shared memory that a program may have.
 
     Chosen so that nothing spills on compute capability 9.0.
@@ -451,7 +453,7 @@ def paged_prefill_attention(
         return out
     if config is None:
         group, itemsize = num_heads // num_kv_heads, query.element_size()
-        config = _config(block_m, group, head_dim, itemsize, shared_bytes(query.device))
+        config = prefill_config(block_m, group, head_dim, itemsize, shared_bytes(query.device))
     rows: Any = kv
     if config.descriptor:
         num_rows = num_blocks * num_kv_heads * num_layers * 2 * block_size
