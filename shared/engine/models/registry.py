@@ -107,16 +107,21 @@ def load_model_config(model_dir: Path) -> tuple[ModelType, ModelConfig]:
     """
     fields = open_config(model_dir)
     model_type, config = configure(fields)
-    ignored = fields.unread(_BOOKKEEPING)
+    ignored = ignored_fields(fields)
     if ignored:
         log_event(
             logger,
             logging.INFO,
             "fields of the model's config that change nothing here are ignored",
             file=str(fields.path),
-            fields=" ".join(sorted(ignored)),
+            fields=" ".join(ignored),
         )
     return model_type, config
+
+
+def ignored_fields(fields: Fields) -> list[str]:
+    """Of a file that `configure` has read: what it does not know, by name."""
+    return sorted(fields.unread(_BOOKKEEPING))
 
 
 def configure(fields: Fields) -> tuple[ModelType, ModelConfig]:
