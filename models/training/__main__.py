@@ -1,10 +1,15 @@
-"""Makes the demo model: prepare the text, train on a GPU, export, evaluate, sample.
+"""Makes the demo models: prepare the text, train on a GPU, export, evaluate, sample.
 
 python -m models.training prepare --text-root ROOT --data DIR
 python -m models.training train --data DIR --out RUN
 python -m models.training export --data DIR --run RUN --out models/demo
 python -m models.training evaluate --data DIR --model models/demo [--transformers]
 python -m models.training sample --model models/demo --prompt TEXT
+
+The draft model learns from the demo:
+
+python -m models.training train --data DIR --out RUN --teacher models/demo
+python -m models.training agree --data DIR --model models/demo --draft models/demo-draft
 """
 
 from __future__ import annotations
@@ -20,8 +25,16 @@ from pathlib import Path
 
 import torch
 
-from models.training.llama import LlamaShape, hf_config, load_model
-from models.training.loop import HELD_OUT, Recipe, bits_per_byte, load_stream, token_losses, train
+from models.training.llama import DRAFT_SHAPE, LlamaShape, hf_config, load_model
+from models.training.loop import (
+    HELD_OUT,
+    Recipe,
+    agreement,
+    bits_per_byte,
+    load_stream,
+    token_losses,
+    train,
+)
 
 log = logging.getLogger("demo_model")
 
@@ -164,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     step.add_argument("--out", type=Path, required=True, help="folder for weights and log")
     step.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train")
     step.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    step.add_argument("--teacher", type=Path, help="make a draft model, which learns from this one")
     for name, default in asdict(Recipe()).items():
         flag = "--" + name.replace("_", "-")
         step.add_argument(flag, type=type(default), default=default, help=RECIPE_HELP[name])
@@ -177,6 +191,13 @@ def build_parser() -> argparse.ArgumentParser:
     step.add_argument("--data", type=Path, required=True, help="folder that prepare wrote")
     step.add_argument("--model", type=Path, required=True, help="model directory")
     step.add_argument("--transformers", action="store_true", help="compare with transformers too")
+
+    step = command("agree", "how often drafts would be what the model draws, on held-out text")
+    step.add_argument("--data", type=Path, required=True, help="folder that prepare wrote")
+    step.add_argument("--model", type=Path, required=True, help="model directory")
+    step.add_argument("--draft", type=Path, required=True, help="the draft model's directory")
+    step.add_argument("--windows", type=int, default=8, help="of each source")
+    step.add_argument("--context", type=int, default=1024, help="tokens of a window")
 
     step = command("sample", "continue a prompt")
     step.add_argument("--model", type=Path, required=True, help="model directory")
@@ -203,11 +224,30 @@ def run_command(args: argparse.Namespace) -> None:
         write_streams(args.text_root, args.data, args.seed)
     elif args.command == "train":
         recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
-        train(args.data, args.out, recipe, args.device, compiled=not args.no_compile)
+        teacher = None
+        if args.teacher is not None:
+            teacher = load_model(args.teacher, device=args.device)
+        train(
+            args.data,
+            args.out,
+            recipe,
+            args.device,
+            compiled=not args.no_compile,
+            shape=LlamaShape() if teacher is None else DRAFT_SHAPE,
+            teacher=teacher,
+        )
     elif args.command == "export":
         export(args.data, args.run, args.out)
     elif args.command == "evaluate":
         evaluate(args.data, args.model, transformers=args.transformers)
+    elif args.command == "agree":
+        model, draft = load_model(args.model), load_model(args.draft)
+        for source in HELD_OUT:
+            stream = load_stream(args.data, f"heldout_{source}", "cpu")
+            shares = agreement(draft, model, stream, args.context, most=args.windows)
+            log.info(
+                "%-7s greedy: %.3f, temperature 1: %.3f", source, shares.greedy, shares.sampled
+            )
     else:
         text = sample(
             args.model,

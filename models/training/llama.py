@@ -29,6 +29,17 @@ class LlamaShape:
     rope_theta: float = 10000.0
 
 
+DRAFT_SHAPE = LlamaShape(
+    hidden_size=128,
+    intermediate_size=640,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+"""A quarter of the demo's parameters, and a third of its layers: a step of so small a model takes
+as long as it has layers."""
+
+
 class RmsNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -105,6 +105,39 @@ def bits_per_byte(model: torch.nn.Module, stream: Tensor, num_bytes: int, contex
     return nats / math.log(2) / num_bytes
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Shares of tokens for which a draft of one model is what the other draws behind the same text,
+    with the same noise."""
+
+    greedy: float
+    sampled: float
+    """At temperature 1."""
+
+
+def agreement(
+    draft: torch.nn.Module, target: torch.nn.Module, stream: Tensor, context: int, *, most: int
+) -> Agreement:
+    """Over the first `most` windows of `stream`, one at a time."""
+    greedy, sampled = [], []
+    for start in range(0, min(most * context, len(stream) - context), context):
+        window = stream[None, start : start + context].long()
+        with torch.no_grad():
+            guessed, drawn = draft(window)[0].float(), target(window)[0].float()
+        greedy.append((guessed.argmax(-1) == drawn.argmax(-1)).double().mean())
+        sampled.append(_chance_of_equal(guessed, drawn))
+    return Agreement(*(round(float(torch.stack(each).mean()), 4) for each in (greedy, sampled)))
+
+
+def _chance_of_equal(first: Tensor, second: Tensor) -> Tensor:
+    """Mean over rows that races of exponential clocks, at the rates that softmax makes of two rows
+    of logits [tokens, vocab], have one winner. The clocks are shared: each is one random number
+    over its rate."""
+    generator = torch.Generator(first.device).manual_seed(0)
+    clocks = torch.empty_like(first).exponential_(generator=generator).log()
+    return ((first - clocks).argmax(-1) == (second - clocks).argmax(-1)).double().mean()
+
+
 def parameter_groups(model: DemoLlama, recipe: Recipe) -> list[dict[str, object]]:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -123,15 +156,28 @@ def learning_rate(progress: float, recipe: Recipe) -> float:
     return recipe.peak_lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0))))
 
 
-def train(data: Path, out: Path, recipe: Recipe, device: str, *, compiled: bool) -> None:
-    """Writes model.safetensors, run.json and log.jsonl to `out`."""
+def train(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    device: str,
+    *,
+    compiled: bool,
+    shape: LlamaShape | None = None,
+    teacher: DemoLlama | None = None,
+) -> None:
+    """Writes model.safetensors, run.json and log.jsonl to `out`.
+
+    With a teacher the model learns what that would say of each token's successor, instead of what
+    came in the text.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     meta = json.loads((data / "meta.json").read_text())
     streams = {source: load_stream(data, f"train_{source}", device) for source in MIX}
     held_out = {source: load_stream(data, f"heldout_{source}", device) for source in HELD_OUT}
-    shape = LlamaShape()
+    shape = shape or LlamaShape()
     model = DemoLlama(shape, recipe.dropout).to(device)
     num_parameters = sum(p.numel() for p in model.parameters())
     log.info("%d parameters, torch %s, %s", num_parameters, torch.__version__, device)
@@ -140,8 +186,16 @@ def train(data: Path, out: Path, recipe: Recipe, device: str, *, compiled: bool)
         logits = model(windows[:, :-1]).float()
         return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
+    def teacher_loss(windows: Tensor) -> Tensor:
+        assert teacher is not None
+        with torch.no_grad():
+            chances = torch.softmax(teacher(windows[:, :-1]).float(), -1)
+        logits = model(windows[:, :-1]).float()
+        return functional.cross_entropy(logits.flatten(0, 1), chances.flatten(0, 1))
+
+    wanted = next_token_loss if teacher is None else teacher_loss
     # One graph per context: torch 2.11 failed to compile this with a symbolic length.
-    loss_of = torch.compile(next_token_loss, dynamic=False) if compiled else next_token_loss
+    loss_of = torch.compile(wanted, dynamic=False) if compiled else wanted
     fused = device == "cuda"
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.95), fused=fused)
     sampler = Sampler(streams, recipe.seed)
@@ -188,6 +242,14 @@ def train(data: Path, out: Path, recipe: Recipe, device: str, *, compiled: bool)
                     "train_nats": round(loss.item(), 4),
                     "heldout_bits_per_byte": {k: round(v, 4) for k, v in evaluate(context).items()},
                 }
+                if teacher is not None:
+                    model.eval()
+                    with autocast:
+                        entry["accepted"] = {
+                            source: asdict(agreement(model, teacher, stream, context, most=8))
+                            for source, stream in held_out.items()
+                        }
+                    model.train()
                 journal.write(json.dumps(entry) + "\n")
                 journal.flush()
                 log.info("%3.0f %%  %s", 100 * progress, json.dumps(entry))
