@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-KINDS = ("ngram",)
+NGRAM, DRAFT_MODEL = KINDS = ("ngram", "draft-model")
 MAX_DRAFTS = 15
 """Of a sequence in a step: with the token before them, the rows that small products are padded to
 on a CPU anyway."""
@@ -14,8 +15,13 @@ DEFAULT_DRAFTS = 7
 METAVAR = f"{'|'.join(KINDS)}[:K]"
 HELP = (
     f"decode guesses tokens and verifies several in a step, K at most (1 to {MAX_DRAFTS}, default "
-    f"{DEFAULT_DRAFTS}), fewer where fewer pay; answers stay the same. ngram: as prompt and answer "
-    "went on before; default: none"
+    f"{DEFAULT_DRAFTS}), fewer where fewer pay; answers stay the same. {NGRAM}: as prompt and "
+    f"answer went on before; {DRAFT_MODEL}: as the smaller model of --draft-model does; default: "
+    "none"
+)
+DRAFT_MODEL_HELP = (
+    f"of --speculate {DRAFT_MODEL}: directory, or name, of the model that guesses; its vocabulary "
+    "is the model's"
 )
 
 
@@ -49,3 +55,14 @@ def speculation(text: str) -> Any:
             f"{number!r} drafts: must be a number from 1 to {MAX_DRAFTS}"
         )
     return Speculation(kind, int(number))
+
+
+def why_not_together(speculate: Speculation | None, draft_model: Path | None) -> str | None:
+    """One line for two flags that want each other."""
+    wants_model = speculate is not None and speculate.kind == DRAFT_MODEL
+    if wants_model and draft_model is None:
+        return f"--speculate {speculate} needs --draft-model, the model that guesses"
+    if draft_model is not None and not wants_model:
+        said = "none" if speculate is None else str(speculate)
+        return f"--draft-model is for --speculate {DRAFT_MODEL}, not for {said}"
+    return None

@@ -188,6 +188,15 @@ class DraftLengths:
         most_s = self._extra_s(num_rows, 0, self._most)
         self._allowance_s = min(self._allowance_s + _PROBE_SHARE * seconds, max(most_s, seconds))
 
+    def expects(self, num_rows: int) -> bool:
+        """Whether guesses of a sequence of which none were checked may pay beside so many rows."""
+        price = self._lowest_price(max(num_rows, 1))
+        return price < 1 and self._longest(self._all.value(_FIRST_CHANCE), price) > 0
+
+    def spent(self, seconds: float) -> None:
+        """On guesses that are not expected to pay."""
+        self._allowance_s -= seconds
+
     def forget(self, sequence: Hashable) -> None:
         self._chances.pop(sequence, None)
 

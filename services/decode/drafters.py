@@ -6,7 +6,6 @@ chain. So a drafter may be as wrong as it likes; it costs time, and changes no t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol
 
@@ -36,11 +35,37 @@ class Draft(NamedTuple):
 class Drafter(Protocol):
     """Guesses chains."""
 
+    def is_behind(self, sequence: Sequence) -> bool:
+        """It has to catch up with the sequence's tokens before it guesses any."""
+
+    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
+        """Does so for as many tokens at most, of the first sequences first → how many."""
+
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         """For each sequence guesses of the tokens behind those that are known, at most so many."""
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence takes part in no further step."""
+
+
+class Predictions:
+    """Guesses what the client predicted of the answer, where that goes on as the answer does."""
+
+    def __init__(self) -> None:
+        self._predictions: dict[Sequence, _Prediction] = {}
+
+    def draft(self, sequence: Sequence, most: int) -> Draft | None:
+        """At most so many guesses; None: it has nothing to say."""
+        if not sequence.prediction_token_ids:
+            return None
+        prediction = self._predictions.get(sequence)
+        if prediction is None:
+            prediction = self._predictions[sequence] = _Prediction(sequence)
+        predicted = prediction.goes_on(sequence, most)
+        return Draft(predicted, is_predicted=True) if predicted else None
+
+    def forget(self, sequence: Sequence) -> None:
+        self._predictions.pop(sequence, None)
 
 
 class NgramDrafter:
@@ -49,23 +74,25 @@ class NgramDrafter:
 
     def __init__(self) -> None:
         self._histories: dict[Sequence, _History] = {}
-        self._predictions: dict[Sequence, _Prediction] = {}
+        self._predictions = Predictions()
+
+    def is_behind(self, sequence: Sequence) -> bool:
+        return False
+
+    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
+        return 0
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         return [self._draft(sequence, most) for sequence, most in wanted]
 
     def forget(self, sequence: Sequence) -> None:
         self._histories.pop(sequence, None)
-        self._predictions.pop(sequence, None)
+        self._predictions.forget(sequence)
 
     def _draft(self, sequence: Sequence, most: int) -> Draft:
-        if sequence.prediction_token_ids:
-            prediction = self._predictions.get(sequence)
-            if prediction is None:
-                prediction = self._predictions[sequence] = _Prediction(sequence)
-            predicted = prediction.goes_on(sequence, most)
-            if predicted:
-                return Draft(predicted, is_predicted=True)
+        predicted = self._predictions.draft(sequence, most)
+        if predicted is not None:
+            return predicted
         history = self._histories.get(sequence)
         if history is None:
             history = self._histories[sequence] = _History(sequence)
@@ -137,7 +164,3 @@ def behind(tokens: Tokens, place: int, most: int) -> tuple[int, ...]:
     while period and len(found) < most:
         found.append(found[-period])
     return tuple(found)
-
-
-DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
-"""By the kinds of shared/speculation.py."""

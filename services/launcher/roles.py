@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from baton.shared.speculation import Speculation
+from baton.shared.speculation import Speculation, why_not_together
 
 GATEWAY = "gateway"
 DEFAULT_HTTP_PORT = 8000
@@ -67,6 +67,8 @@ class StackConfig:
     """What each worker may take of the host's memory."""
     speculate: Speculation | None = None
     """Of the workers that decode."""
+    draft_model_dir: Path | None = None
+    """Who guesses for them, where a model does."""
     reflection: bool = False
     generation_config: str | None = None
     """`auto` or `none`: whether the model's sampling defaults count."""
@@ -82,6 +84,8 @@ class StackConfig:
         """Raises UsageError when no request could ever succeed."""
         if self.num_gateways < 1:
             raise UsageError("--gateways must be at least 1")
+        if problem := why_not_together(self.speculate, self.draft_model_dir):
+            raise UsageError(problem)
         if self.redis_url is None and not self.counts.can_serve_alone:
             raise UsageError(
                 "no route: give --prefill and --decode, or --both"
@@ -177,4 +181,6 @@ def _worker_argv(
         argv += ["--host-memory-mib", str(config.host_memory_mib)]
     if config.speculate is not None and role != "prefill":
         argv += ["--speculate", str(config.speculate)]
+        if config.draft_model_dir is not None:
+            argv += ["--draft-model", str(config.draft_model_dir)]
     return tuple(argv)

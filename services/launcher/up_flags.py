@@ -16,7 +16,7 @@ from baton.shared.engine.config import (
 )
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto, optional_port
-from baton.shared.speculation import HELP, METAVAR, speculation
+from baton.shared.speculation import DRAFT_MODEL_HELP, HELP, METAVAR, speculation
 
 UP_HELP = """\
 Starts every role on this machine, each as its own process, and prints one line
@@ -107,6 +107,13 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         "default: the model's",
     )
     add_flag(workers, "--speculate", type=speculation, metavar=METAVAR, help=HELP)
+    add_flag(
+        workers,
+        "--draft-model",
+        type=model_dir,
+        metavar="DIR",
+        help=DRAFT_MODEL_HELP,
+    )
     gateway = parser.add_argument_group("gateway")
     add_flag(gateway, "--host", type=str, default=defaults.host, help="address to listen on")
     add_flag(
@@ -218,6 +225,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         block_size=args.block_size,
         max_model_len=args.max_model_len,
         speculate=args.speculate,
+        draft_model_dir=args.draft_model,
         reflection=args.reflection,
         generation_config=args.generation_config,
         tool_format=args.tool_format,

@@ -28,7 +28,13 @@ from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import served_name
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto
-from baton.shared.speculation import HELP, METAVAR, speculation
+from baton.shared.speculation import (
+    DRAFT_MODEL_HELP,
+    HELP,
+    METAVAR,
+    speculation,
+    why_not_together,
+)
 from baton.shared.telemetry import add_log_flags, configure_logging
 
 logger = logging.getLogger("worker")
@@ -167,6 +173,13 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
     )
     add_flag(
         parser,
+        "--draft-model",
+        type=model_dir,
+        metavar="DIR",
+        help=DRAFT_MODEL_HELP,
+    )
+    add_flag(
+        parser,
         "--tpot-goal-ms",
         type=_positive_ms,
         help="prompts wait while streams get their tokens more slowly than that on average, but "
@@ -191,8 +204,10 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
     args = parser.parse_args(argv)
     args.model_name = args.model_name or served_name(args.model)
     args.worker_id = args.worker_id or f"{args.role}-{secrets.token_hex(4)}"
+    if problem := why_not_together(args.speculate, args.draft_model):
+        parser.error(problem)
     if args.role == "prefill":
-        args.speculate = None
+        args.speculate = args.draft_model = None
     args.tpot_goal_s = None if args.tpot_goal_ms is None else args.tpot_goal_ms / 1e3
     return args
 
@@ -222,6 +237,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         host_memory_mib=args.host_memory_mib,
         cuda_graphs=not args.no_cuda_graphs,
         num_drafts=args.speculate.num_drafts if args.speculate is not None else 0,
+        draft_model_dir=args.draft_model,
     )
 
 

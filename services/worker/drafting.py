@@ -9,15 +9,22 @@ stands exactly while it is what would have been drawn without it, and the answer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import time
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from baton.services.decode.draft_lengths import DraftLengths
-from baton.services.decode.drafters import DRAFTERS, Draft, Drafter
+from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
+from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.part import Part
+from baton.shared.engine.draft_model import DraftModel
 from baton.shared.kv.sequence import Sequence
 from baton.shared.speculation import Speculation
+
+_CATCH_UP = 512
+_CATCH_UP_BESIDE = 128
+"""Tokens that a drafter catches up with before a step; the same where others wait for it."""
 
 
 class Lengths(Protocol):
@@ -32,6 +39,10 @@ class Lengths(Protocol):
     def checked(self, sequence: Hashable, num_checked: int, num_stood: int) -> None: ...
 
     def took_step(self, seconds: float, *, num_rows: int, num_guesses: int) -> None: ...
+
+    def expects(self, num_rows: int) -> bool: ...
+
+    def spent(self, seconds: float) -> None: ...
 
     def forget(self, sequence: Hashable) -> None: ...
 
@@ -48,11 +59,48 @@ class Drafting:
         self._lengths = lengths
         self._num_drafts = num_drafts
         self.accepted_by_position = [0] * num_drafts
+        self._missed: dict[Sequence, None] = {}
+        """Those for which guesses were wanted while the drafter was behind."""
+        self._has_caught_up = False
+        """Before the step that is being planned."""
 
     @classmethod
-    def of(cls, speculation: Speculation) -> Drafting:
+    def of(cls, speculation: Speculation, model: DraftModel | None = None) -> Drafting:
+        """`model`: of the kind that has one."""
+        drafter = NgramDrafter() if model is None else ModelDrafter(model)
         num_drafts = speculation.num_drafts
-        return cls(DRAFTERS[speculation.kind](), DraftLengths(num_drafts), num_drafts)
+        return cls(drafter, DraftLengths(num_drafts), num_drafts)
+
+    def is_behind(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether there is anything to catch up with for any of them."""
+        return any(
+            sequence.params.speculate and self._drafter.is_behind(sequence)
+            for sequence in sequences
+        )
+
+    def catch_up(self, sequences: Iterable[Sequence], num_decoding: int) -> bool:
+        """Lets the drafter see what it has not seen of them, some of it: of all where guesses are
+        expected to pay, else of those for which some were wanted. Whether there was any.
+
+        `num_decoding`: sequences whose next tokens wait meanwhile.
+        """
+        self._has_caught_up = False
+        pays = self._lengths.expects(num_decoding)
+        behind = [
+            sequence
+            for sequence in sequences
+            if sequence.params.speculate
+            and (pays or sequence in self._missed)
+            and self._drafter.is_behind(sequence)
+        ]
+        if not behind:
+            return False
+        started_s = time.monotonic()
+        most = _CATCH_UP_BESIDE if num_decoding else _CATCH_UP
+        self._has_caught_up = self._drafter.catch_up(behind, most) > 0
+        if not pays:
+            self._lengths.spent(time.monotonic() - started_s)
+        return self._has_caught_up
 
     def add(
         self,
@@ -105,6 +153,9 @@ class Drafting:
         if not wanted:
             return []
         drafts = self._drafter.drafts([(part.sequence, most) for part, most in wanted])
+        self._missed = {
+            part.sequence: None for part, _ in wanted if self._drafter.is_behind(part.sequence)
+        }
         offers = [
             (part, draft._replace(token_ids=draft.token_ids[:most]))
             for (part, _), draft in zip(wanted, drafts, strict=True)
@@ -129,11 +180,14 @@ class Drafting:
 
     def took_step(self, seconds: float, parts: Seq[Part]) -> None:
         """Of a step without chunks of prompts, planning included."""
+        if self._has_caught_up:
+            return
         num_guesses = sum(len(part.draft_ids) for part in parts)
         self._lengths.took_step(seconds, num_rows=len(parts), num_guesses=num_guesses)
 
     def forget(self, sequence: Sequence) -> None:
         self._drafter.forget(sequence)
+        self._missed.pop(sequence, None)
         self._lengths.forget(sequence)
 
 

@@ -328,16 +328,19 @@ class EngineLoop:
 
     def _can_step(self) -> bool:
         computing = (SequenceState.PREFILLING, SequenceState.DECODING)
-        return bool(self._in_flight) or any(
-            sequence.state in computing for sequence in self._table.all()
+        return (
+            bool(self._in_flight)
+            or any(sequence.state in computing for sequence in self._table.all())
+            or self._stepper.drafter_is_behind()
         )
 
     def _step(self) -> bool:
         """Launches a step, retires those before it; whether there was anything to do."""
+        has_caught_up = self._stepper.let_drafter_catch_up()
         planned_s = time.monotonic()
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         if not parts:
-            return self._retire_all_but(0)
+            return self._retire_all_but(0) or has_caught_up
         launched = self._stepper.launch(parts, planned_s)
         self._in_flight.append(launched)
         self._start_sums(launched)

@@ -59,6 +59,9 @@ class SequenceTable:
         """In order of arrival; not to be kept."""
         return self._recipients.keys()
 
+    def decode_hosted_in(self, state: SequenceState) -> list[Sequence]:
+        return [sequence for sequence in self._recipients if sequence.state is state]
+
     def of_gateway(self, gateway: str) -> list[Sequence]:
         return [
             sequence

@@ -114,6 +114,20 @@ class Stepper:
         """By place in its chain, drafted tokens that stood; empty where nobody drafts."""
         return () if self._drafting is None else self._drafting.accepted_by_position
 
+    def drafter_is_behind(self) -> bool:
+        """Whether there is anything for it to do while blocks are on their way."""
+        return self._drafting is not None and self._drafting.is_behind(
+            self._table.decode_hosted_in(SequenceState.TRANSFERRING)
+        )
+
+    def let_drafter_catch_up(self) -> bool:
+        """Whether it had anything to catch up with."""
+        if self._drafting is None:
+            return False
+        decoding = self._table.decode_hosted_in(SequenceState.DECODING)
+        coming = self._table.decode_hosted_in(SequenceState.TRANSFERRING)
+        return self._drafting.catch_up([*decoding, *coming], len(decoding))
+
     def schedule(
         self, preempt: Callable[[Sequence], None], blocks_are_coming: Callable[[], bool]
     ) -> list[Part]:

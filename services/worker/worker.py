@@ -111,8 +111,6 @@ class Worker:
         self._ready = ready
         self._metrics_address = metrics_address
         self._counters = Counters()
-        speculation = args.speculate
-        self._drafting = None if speculation is None else Drafting.of(speculation)
         self._failpoints = Failpoints.from_environment()
         self._state = worker_service_pb2.GetWorkerStateResponse()
         self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
@@ -146,6 +144,10 @@ class Worker:
         except BaseException:
             self._transport.close()
             raise
+        speculation = args.speculate
+        self._drafting = (
+            None if speculation is None else Drafting.of(speculation, self._runner.draft)
+        )
         self._grammars = self._load_grammars()
         cache = self._runner.kv_cache
         self._transport_pool = LocalPool(
@@ -404,6 +406,7 @@ class Worker:
             model_impl=self._runner.model_impl,
             capability=self._capability.hash()[:12],
             speculate=str(self._args.speculate or "none"),
+            draft_model=str(self._args.draft_model or "none"),
         )
         metrics = f" metrics={self._metrics_address}" if self._metrics_address else ""
         print(f"READY grpc={address}{metrics}", flush=True)  # noqa: T201

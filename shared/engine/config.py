@@ -53,6 +53,7 @@ class EngineConfig:
     included; None: what is free.
     `cuda_graphs`: decode steps are captured once and replayed.
     `num_drafts`: the most drafts (guesses of the next tokens) that a step checks for a sequence.
+    `draft_model_dir`: the model that makes them; None: no model does.
 
     Raises:
         ModelError: a value is out of range.
@@ -74,6 +75,7 @@ class EngineConfig:
     host_memory_mib: int | None = None
     cuda_graphs: bool = True
     num_drafts: int = 0
+    draft_model_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -158,6 +158,15 @@ class OwnImplementation:
         return True
 
 
+def find_weights(config: EngineConfig, model: ModelConfig) -> Weights:
+    """Raises ModelError when there are none."""
+    if config.load_format == "dummy":
+        return DummyWeights(are_tokens_apart=model.mixture is not None)
+    if find_weight_files(config.model_dir)[0].name == WEIGHTS:
+        return GgufWeights(config.model_dir)
+    return WeightFiles(config.model_dir)
+
+
 def _own(config: EngineConfig) -> OwnImplementation:
     model_type, model = registry.load_model_config(config.model_dir)
     if config.quantization is None:

@@ -46,6 +46,28 @@ def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.dev
         )
 
 
+def check_draft_fits(
+    config: EngineConfig, draft_bytes: int, target_bytes: int, device: torch.device
+) -> None:
+    """Before a draft model is loaded whose weights take so much beside the model's.
+
+    Raises:
+        ModelError: there is no room for both.
+    """
+    if device.type == "cuda":
+        room = _gpu_room(config, device)
+        where = f"of the GPU (gpu_memory_utilization {config.gpu_memory_utilization:g})"
+    else:
+        host = free_host_memory(config)
+        room, where = host.free_bytes, f"of {host}"
+    left = max(0, room - target_bytes)
+    if draft_bytes > left:
+        raise ModelError(
+            f"draft_model: its weights take {_gib(draft_bytes)}, {_gib(left)} {where} are left "
+            f"beside the model's: {_gib(draft_bytes - left)} missing"
+        )
+
+
 def _way_out(config: EngineConfig, weight_bytes: int, device: torch.device) -> str:
     """Which settings would make weights fit that do not."""
     whole = _gpu_room(replace(config, gpu_memory_utilization=1.0), device)
@@ -71,6 +93,7 @@ def choose_pools(
     most_tokens: int,
     used_bytes: int,
     device: torch.device,
+    share: float = 1.0,
 ) -> PoolChoice:
     """The configured number of blocks, else what the machine can spare; and how long sequences may
     be.
@@ -85,12 +108,13 @@ def choose_pools(
         most_tokens: of the longest sequence; with max_model_len auto, the one that fits may be
             shorter.
         used_bytes: what weights and the largest step take beside the pools.
+        share: of what is left, that these pools may have; the rest is for a draft model's.
 
     Raises:
         ModelError: not even one sequence of that length fits, or the configured number does not
             fit into memory.
     """
-    room = _room(config, used_bytes, device)
+    room = _room(config, used_bytes, device, share)
     if config.num_blocks is not None:
         return _of_configured_blocks(config, config.num_blocks, sizes, most_tokens, room)
 
@@ -116,24 +140,25 @@ class _Room:
     limit: str
     """What keeps them from being larger."""
     host: str
-    """What the host has free; empty on a GPU."""
+    """What the host has free, and what of it is for another; may be empty on a GPU."""
 
 
-def _room(config: EngineConfig, used_bytes: int, device: torch.device) -> _Room:
+def _room(config: EngineConfig, used_bytes: int, device: torch.device, share: float) -> _Room:
+    beside = "" if share == 1 else f", {1 - share:.0%} of it for the draft model's cache"
     if device.type == "cuda":
-        free = _gpu_room(config, device) - used_bytes - GPU_MARGIN_BYTES
+        free = int((_gpu_room(config, device) - used_bytes - GPU_MARGIN_BYTES) * share)
         limit = (
             f"{_gib(max(0, free))} are left of the GPU "
             f"(gpu_memory_utilization {config.gpu_memory_utilization:g})"
         )
-        return _Room(free, free, limit, "")
+        return _Room(free, free, limit + beside, beside)
     host = free_host_memory(config)
-    free = host.free_bytes - used_bytes
+    free = int((host.free_bytes - used_bytes) * share)
     if free // 2 > _MAX_POOL_BYTES:
         limit = f"on a CPU pools take {_gib(_MAX_POOL_BYTES)} at most, unless num_blocks is set"
-        return _Room(free, _MAX_POOL_BYTES, limit, f" ({host})")
-    limit = f"pools take half of what weights leave of {host}"
-    return _Room(free, min(free, free // 2), limit, f" ({host})")
+        return _Room(free, _MAX_POOL_BYTES, limit, f" ({host}{beside})")
+    limit = f"pools take half of what weights leave of {host}{beside}"
+    return _Room(free, min(free, free // 2), limit, f" ({host}{beside})")
 
 
 def _of_configured_blocks(

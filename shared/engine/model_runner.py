@@ -22,17 +22,21 @@ from baton.shared.engine.config import (
     EngineConfig,
     most_model_len,
 )
+from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.executor import BegunStep, Executor, Model, Step
-from baton.shared.engine.gguf_weights import GgufWeights
 from baton.shared.engine.host_executor import HostExecutor
-from baton.shared.engine.implementation import Place, Weights, find_implementation
+from baton.shared.engine.implementation import (
+    Place,
+    Weights,
+    find_implementation,
+    find_weights,
+)
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
 from baton.shared.engine.model_digest import (
     ModelIdentity,
     Progress,
     ProgressReport,
-    find_weight_files,
     identify_dummy,
     identify_model,
 )
@@ -42,14 +46,13 @@ from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.shaping import History
-from baton.shared.engine.weights import DummyWeights, WeightFiles
+from baton.shared.engine.weights import DummyWeights
 from baton.shared.kv.arrangement import Arrangement, arrange
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.cache_spec import CacheGroup, Full, Latent, Sliding, State
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
-from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.sampling import MOST_TOP_LOGPROBS, SamplingParams
 from baton.shared.telemetry import log_event
 
@@ -90,6 +93,7 @@ class ModelRunner:
         steps_ahead: how many steps may be launched before the result of the first is taken.
         num_drafts: the most drafts that a row of one token may have.
         most_forced: as `num_drafts`, of tokens that a constraint allows no others for.
+        draft: the model that guesses, where one does.
         max_model_len: tokens of the longest sequence, prompt and answer together.
         capacity: what sequences take of the block pools.
     """
@@ -135,6 +139,8 @@ class ModelRunner:
                 "num_drafts: --speculate is not for a model whose layers keep a state: "
                 "drafts that do not stand would change it"
             )
+        if config.draft_model_dir is not None and not self.num_drafts:
+            raise ModelError("draft_model: num_drafts is 0, so nothing is guessed")
         # The host computes rows of any length; a state never takes a token back.
         takes_many = self.kernels == "torch" and all(spec.grows for spec in specs)
         self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
@@ -153,16 +159,20 @@ class ModelRunner:
         _check_blocks(self.arrangement, config.block_size)
         self._ops = _operations(self.kernels, self.device, self.dtype, self.model_config)
 
-        weights = self._find_weights()
+        weights = find_weights(config, self.model_config)
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
         self._has_small = plan.keeps_small
         check_weights_fit(config, plan.num_bytes, self.device)
+        self.draft = self._plan_draft(plan.num_bytes)
         if self.device.type == "cpu":
-            self._choose_pools(plan.num_bytes, progress)
+            draft_bytes = 0 if self.draft is None else self.draft.weight_bytes
+            self._choose_pools(plan.num_bytes + draft_bytes, progress)
         self.model_identity = self._identify(weights, progress)
         on_identity(self.model_identity)
         self._model = self._load(weights, plan, progress)
         weights.close()
+        if self.draft is not None:
+            self.draft.load(progress)
 
         self.determinism, self._min_rows = self._measure_determinism(plan)
         with torch.inference_mode():
@@ -186,6 +196,9 @@ class ModelRunner:
         )
         self._executor: Executor = self._make_executor(self.kv_cache)
         self._warm_up(progress)
+        if self.draft is not None:
+            self.draft.take_memory(self._num_longest)
+            self.draft.warm_up(progress)
 
     def open_row(
         self, sampling: SamplingParams, sample_index: int, history: History | None = None
@@ -244,13 +257,6 @@ class ModelRunner:
         """Computes a step → float32 [logits, vocab], the logits at each row's last `num_logits`
         tokens, row by row."""
         return self._executor.logits(batch)
-
-    def _find_weights(self) -> Weights:
-        if self._config.load_format == "dummy":
-            return DummyWeights(are_tokens_apart=self.model_config.mixture is not None)
-        if find_weight_files(self._config.model_dir)[0].name == WEIGHTS:
-            return GgufWeights(self._config.model_dir)
-        return WeightFiles(self._config.model_dir)
 
     def _identify(self, weights: Weights, progress: Progress) -> ModelIdentity:
         model_dir = self._config.model_dir
@@ -317,6 +323,29 @@ class ModelRunner:
         """Tokens that are computed, or may be, before a windowed group gives blocks back."""
         return (1 + self.steps_ahead) * max(self._most_tokens_of_a_step, 1 + self.num_drafts)
 
+    def _plan_draft(self, target_bytes: int) -> DraftModel | None:
+        """`target_bytes`: of this model's weights."""
+        if self._config.draft_model_dir is None:
+            return None
+        # Its guesses follow from tokens, which the host knows when a step's result was taken.
+        self.steps_ahead = 0
+        return DraftModel(
+            self._config,
+            self.model_config,
+            max_model_len=self._most_tokens,
+            device=self.device,
+            dtype=self.dtype,
+            kernels=self.kernels,
+            target_bytes=target_bytes,
+            make_operations=self._draft_operations,
+        )
+
+    def _draft_operations(self, model: ModelConfig) -> Operations:
+        problem = _why_not_with_triton(model) if self.kernels == "triton" else None
+        if problem is not None:
+            raise ModelError(f"draft_model: {self._config.draft_model_dir}: {problem}")
+        return _operations(self.kernels, self.device, self.dtype, model)
+
     def _choose_pools(self, used_bytes: int, progress: Progress) -> None:
         sizes = PoolSizes(
             self.arrangement,
@@ -325,13 +354,17 @@ class ModelRunner:
             in_flight_tokens=(1 + self.steps_ahead) * (1 + self.num_drafts),
             max_num_seqs=self._config.max_num_seqs,
         )
+        longest_bytes = sizes.bytes_of(sizes.blocks_for(self._most_tokens))
+        of_draft = 0 if self.draft is None else self.draft.longest_bytes
         choice = choose_pools(
             self._config,
             sizes,
             most_tokens=self._most_tokens,
             used_bytes=used_bytes,
             device=self.device,
+            share=longest_bytes / (longest_bytes + of_draft),
         )
+        self._num_longest = sizes.bytes_of(choice.num_blocks) / longest_bytes
         self.num_blocks, self.max_model_len = choice.num_blocks, choice.max_model_len
         self.capacity = sizes.capacity(self.num_blocks, self.max_model_len)
         num_slots = [self.num_blocks[pool] for pool in self.arrangement.slot_pools]
@@ -404,6 +437,8 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         with torch.inference_mode():
             executor = self._make_executor(cache)
+            # What the draft model's keeps of rows; its steps are smaller, and not at once.
+            beside = None if self.draft is None else self.draft.make_executor()
             prompt = self._prompt_row(num_tokens)
             assert prompt.token_ids is not None
             # Logprobs take room, too.
@@ -411,7 +446,7 @@ class ModelRunner:
             executor.launch(Batch([prompt])).result()
         pool_bytes = cache.memory.numel()
         peak = torch.cuda.max_memory_allocated(self.device) - pool_bytes
-        del executor, cache
+        del executor, cache, beside
         torch.cuda.empty_cache()
         return int(peak)
 

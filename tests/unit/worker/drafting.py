@@ -22,6 +22,12 @@ class Planned:
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         return [Draft(tuple(self._guess(sequence, most))) for sequence, most in wanted]
 
+    def is_behind(self, sequence: Sequence) -> bool:
+        return False
+
+    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
+        return 0
+
     def forget(self, sequence: Sequence) -> None:
         pass
 
@@ -46,6 +52,12 @@ class AllOfThem:
         pass
 
     def took_step(self, seconds: float, *, num_rows: int, num_guesses: int) -> None:
+        pass
+
+    def expects(self, num_rows: int) -> bool:
+        return True
+
+    def spent(self, seconds: float) -> None:
         pass
 
     def forget(self, sequence: Hashable) -> None:

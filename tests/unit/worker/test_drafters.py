@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
 from baton.services.decode.drafters import Draft, NgramDrafter
+from baton.services.launcher.roles import RoleCounts, StackConfig, UsageError, worker_specs
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
-from baton.shared.speculation import DEFAULT_DRAFTS, MAX_DRAFTS, Speculation, speculation
+from baton.shared.speculation import (
+    DEFAULT_DRAFTS,
+    MAX_DRAFTS,
+    Speculation,
+    speculation,
+    why_not_together,
+)
 
 PARAMS = SamplingParams(max_tokens=64)
 
@@ -53,7 +62,7 @@ def test_it_follows_a_sequence_as_it_grows() -> None:
     sequence.output_token_ids += [3, 9, 1]
     assert drafter.drafts([(sequence, 3)]) == [Draft((2, 3, 9))]
     drafter.forget(sequence)
-    assert not drafter._histories and not drafter._predictions
+    assert not drafter._histories and not drafter._predictions._predictions
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,7 @@ def test_what_an_earlier_attempt_emitted_is_answer_too() -> None:
         ("ngram", Speculation("ngram", DEFAULT_DRAFTS)),
         ("ngram:1", Speculation("ngram", 1)),
         (f"ngram:{MAX_DRAFTS}", Speculation("ngram", MAX_DRAFTS)),
+        ("draft-model:3", Speculation("draft-model", 3)),
         ("none", None),
     ],
 )
@@ -118,10 +128,37 @@ def test_the_flag(text: str, meant: Speculation | None) -> None:
         ("ngram:-1", f"'-1' drafts: must be a number from 1 to {MAX_DRAFTS}"),
         ("ngram:²", f"'²' drafts: must be a number from 1 to {MAX_DRAFTS}"),
         ("ngram:" + "9" * 5000, "drafts: must be a number"),
-        ("eagle3:4", "'eagle3' is no kind of drafts; choose from ngram, none"),
-        ("", "'' is no kind of drafts; choose from ngram, none"),
+        ("eagle3:4", "'eagle3' is no kind of drafts; choose from ngram, draft-model, none"),
+        ("", "'' is no kind of drafts; choose from ngram, draft-model, none"),
     ],
 )
 def test_what_the_flag_refuses(text: str, problem: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=problem):
         speculation(text)
+
+
+@pytest.mark.parametrize(
+    ("speculate", "draft_model", "problem"),
+    [
+        (Speculation("draft-model", 3), None, "--speculate draft-model:3 needs --draft-model"),
+        (Speculation("ngram", 3), Path("m"), "--draft-model is for .*, not for ngram:3"),
+        (None, Path("m"), "--draft-model is for --speculate draft-model, not for none"),
+    ],
+)
+def test_flags_that_want_each_other(
+    speculate: Speculation | None, draft_model: Path | None, problem: str
+) -> None:
+    assert re.match(problem, why_not_together(speculate, draft_model) or "")
+    counts = RoleCounts(prefill=1, decode=1, both=0)
+    config = StackConfig(Path("m"), counts, speculate=speculate, draft_model_dir=draft_model)
+    with pytest.raises(UsageError, match=problem):
+        config.check()
+
+
+def test_only_workers_that_decode_get_the_draft_model() -> None:
+    counts = RoleCounts(prefill=1, decode=1, both=1)
+    speculate = Speculation("draft-model", 3)
+    config = StackConfig(Path("m"), counts, speculate=speculate, draft_model_dir=Path("d"))
+    config.check()
+    specs = worker_specs(config, "redis://", Path("/dev/shm"))
+    assert ["--draft-model" in spec.argv for spec in specs] == [False, True, True]

@@ -1,0 +1,223 @@
+"""DraftModel: a smaller model of the same vocabulary, which guesses for a larger one.
+
+It has a cache of its own, of which no other worker knows: blocks that are handed over are the
+larger model's alone, so workers that guess and workers that do not go together. What it computes
+changes no token, so its rows are not padded to keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.executor import Executor, Step
+from baton.shared.engine.host_executor import HostExecutor
+from baton.shared.engine.implementation import Place, find_implementation, find_weights
+from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.memory import check_draft_fits
+from baton.shared.engine.model_digest import Progress, ProgressReport
+from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.operations import Operations
+from baton.shared.kv.arrangement import arrange
+from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
+from baton.shared.model_files.fields import ModelError
+from baton.shared.sampling import SamplingParams
+from baton.shared.tokenizer.compare import different_token
+
+CHUNK = 512
+"""Tokens that it computes at once, when it catches up."""
+
+
+class DraftModel:
+    """
+    Attributes:
+        config: the model's.
+        executor: computes it; there once `take_memory` was called, as is `capacity`.
+        capacity: what sequences take of its block pools.
+        max_rows: of a step.
+        computes_tokens_singly: several tokens of a row take longer than as many steps of one.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        target: ModelConfig,
+        *,
+        max_model_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: str,
+        target_bytes: int,
+        make_operations: Callable[[ModelConfig], Operations],
+    ) -> None:
+        """Loads nothing yet.
+
+        `engine`: how the larger model, `target`, is run, whose weights take `target_bytes`;
+        `max_model_len`: the longest sequence that may be; `kernels`: torch or triton.
+
+        Raises:
+            ModelError: it cannot guess for that model, or does not fit beside it.
+        """
+        assert engine.draft_model_dir is not None
+        own = replace(
+            engine,
+            model_dir=engine.draft_model_dir,
+            draft_model_dir=None,
+            num_drafts=0,
+            model_impl="auto",
+            quantization=None,
+        )
+        self._implementation = find_implementation(own)
+        self.config = self._implementation.config
+        _check(own, self.config, engine, target, max_model_len)
+        self._engine = engine
+        self._device, self._dtype, self._kernels = device, dtype, kernels
+        self._max_model_len = max_model_len
+        self.max_rows = engine.max_num_seqs
+        self.computes_tokens_singly = kernels == "triton"
+        self._arrangement = arrange(
+            self.config.cache_specs,
+            block_size=engine.block_size,
+            itemsize=dtype.itemsize,
+            max_model_len=max_model_len,
+            ahead_tokens=CHUNK,
+        )
+        self.groups = self._arrangement.groups
+        self._sizes = PoolSizes(
+            self._arrangement,
+            engine.block_size,
+            ahead_tokens=CHUNK,
+            in_flight_tokens=1 + engine.num_drafts,
+            max_num_seqs=engine.max_num_seqs,
+        )
+        self._ops = make_operations(self.config)
+        self._weights = find_weights(own, self.config)
+        self._plan = self._implementation.plan(self._weights, self.groups, self._ops, dtype)
+        check_draft_fits(engine, self._plan.num_bytes, target_bytes, device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._plan.num_bytes
+
+    def load(self, progress: Progress) -> None:
+        """Reads its weights. ModelError: a file cannot be read."""
+        num_reads = self._plan.num_reads
+        report = ProgressReport(progress, "loading the draft model's weights", num_reads)
+        most = self._max_model_len
+        place = Place(self._ops, self._dtype, self._device, num_positions=most, ropes_made_for=most)
+        with torch.inference_mode():
+            self._model = self._implementation.load(
+                self._weights, self.groups, place, on_read=lambda: report.advance(1)
+            )
+        self._weights.close()
+
+    @property
+    def longest_bytes(self) -> int:
+        """Of its cache, for the longest sequence."""
+        return self._sizes.bytes_of(self._sizes.blocks_for(self._max_model_len))
+
+    def take_memory(self, num_longest: float) -> None:
+        """Allocates its cache, for so many of the longest sequences."""
+        need = self._sizes.blocks_for(self._max_model_len)
+        num_blocks: NumBlocks = tuple(max(1, int(num_longest * count)) for count in need)
+        self.capacity = self._sizes.capacity(num_blocks, self._max_model_len)
+        self.executor = self.make_executor(num_blocks)
+
+    def make_executor(self, num_blocks: NumBlocks | None = None) -> Executor:
+        """Over a cache of its own, with so many blocks by pool; without, just enough of them."""
+        cache = KvCache(
+            self._arrangement,
+            num_blocks or [1] * self._arrangement.num_pools,
+            self._engine.block_size,
+            self._dtype,
+            device=self._device,
+        )
+        shape = {
+            "num_heads": self.config.num_heads,
+            "vocab_size": self.config.vocab_size,
+            "max_model_len": self._max_model_len,
+        }
+        if self._kernels == "torch":
+            return HostExecutor(
+                self._model,
+                cache,
+                self._device,
+                **shape,
+                min_rows=1,
+                min_linear_rows=1,
+                eos_token_ids=self.config.eos_token_ids,
+            )
+        from baton.shared.engine.device_executor import DeviceExecutor
+
+        return DeviceExecutor(
+            self._model,
+            cache,
+            self._device,
+            **shape,
+            max_num_seqs=self._engine.max_num_seqs,
+            eos_token_ids=self.config.eos_token_ids,
+        )
+
+    @torch.inference_mode()
+    def launch(self, rows: Sequence[BatchRow]) -> Step:
+        """Starts a step. Raises as `Executor.launch` does."""
+        return self.executor.launch(Batch(rows))
+
+    def warm_up(self, progress: Progress) -> None:
+        """On a GPU: compiles kernels and captures graphs."""
+        if self._kernels != "triton" or self._device.type != "cuda":
+            return
+        from baton.shared.engine.device_executor import DeviceExecutor
+
+        assert isinstance(self.executor, DeviceExecutor)
+        progress("compiling the draft model's kernels")
+        with torch.inference_mode():
+            has_graphs = self._engine.cuda_graphs and self._implementation.has_graphs
+            self.executor.capture(graphs=has_graphs)
+            most = min(CHUNK, self.capacity.longest)
+            for num_tokens in (2, 17, 40, 65, CHUNK):
+                self.executor.launch(Batch([self._prompt_row(min(num_tokens, most))])).result()
+
+    def _prompt_row(self, num_tokens: int) -> BatchRow:
+        taken = [0] * self._arrangement.num_pools
+        tables = []
+        for group, pool in zip(self.groups, self._arrangement.pools, strict=True):
+            count = group.num_blocks_for(num_tokens, self._engine.block_size)
+            tables.append(list(range(taken[pool], taken[pool] + count)))
+            taken[pool] += count
+        return BatchRow([0] * num_tokens, 0, tables, SamplingParams(temperature=0.0))
+
+
+def _check(
+    own: EngineConfig,
+    config: ModelConfig,
+    engine: EngineConfig,
+    target: ModelConfig,
+    max_model_len: int,
+) -> None:
+    """Raises ModelError for a model that cannot guess for `target`."""
+    draft_dir, model_dir = own.model_dir, engine.model_dir
+    if config.vocab_size != target.vocab_size:
+        raise ModelError(
+            f"draft_model: {draft_dir} has a vocabulary of {config.vocab_size}, "
+            f"{model_dir} one of {target.vocab_size}"
+        )
+    different = different_token(draft_dir, model_dir)
+    if different is not None:
+        token_id, of_draft, of_model = different
+        raise ModelError(
+            f"draft_model: token {token_id} is {of_draft} in {draft_dir}, {of_model} in {model_dir}"
+        )
+    if config.max_position_embeddings < max_model_len:
+        raise ModelError(
+            f"draft_model: {draft_dir} knows {config.max_position_embeddings} positions, "
+            f"sequences may have {max_model_len}; set max_model_len to as many at most"
+        )
+    if not all(spec is None or spec.grows for spec in config.cache_specs):
+        raise ModelError(
+            f"draft_model: layers of {draft_dir} keep a state, which guesses that fall would change"
+        )
