@@ -13,9 +13,12 @@ from baton.kernels.reference import Activation
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """x · sigmoid(x), or x · sigmoid(2u), which is GELU by tanh(u); of a float32 block."""
-    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu_tanh")
-    if ACTIVATION == "silu":
+    """x · sigmoid(x), or x · sigmoid(2u), which is GELU by tanh(u), or sigmoid(x) alone; of a
+    float32 block."""
+    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "sigmoid")
+    if ACTIVATION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "silu":
         return x / (1.0 + tl.exp(-x))
     else:
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)

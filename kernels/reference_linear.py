@@ -92,6 +92,8 @@ def _normalised(wide: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _gated(wide: Tensor, activation: Activation) -> Tensor:
     gate, up = wide.chunk(2, -1)
+    if activation == "sigmoid":
+        return torch.sigmoid(gate) * up
     if activation == "silu":
         return gate * torch.sigmoid(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh") * up

@@ -19,6 +19,7 @@ from typing import Any
 
 from baton.kernels.routing import ClampedSwiglu
 from baton.shared.engine.models import registry
+from baton.shared.engine.models.delta_config import DeltaModelConfig
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.rope_config import RopeConfig, num_turning_pairs
 from baton.shared.engine.transformers_backend import config as foreign
@@ -63,6 +64,7 @@ PROBES: tuple[dict[str, Any], ...] = (
     {"sliding_window": None},
     {"sliding_window": WINDOW},
     {"sliding_window": WINDOW, "layer_types": LAYERS},
+    *({"layer_types": [kind] * NUM_LAYERS} for kind in (FULL, "linear_attention")),
     *(
         {"sliding_window": WINDOW, "layer_types": [kind] * NUM_LAYERS, "num_kv_shared_layers": 0}
         for kind in (FULL, SLIDING)
@@ -125,7 +127,7 @@ class Row:
 
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "attention": ("full", "windowed", "both in one model", "latent"),
+    "attention": ("full", "windowed", "both in one model", "latent", "gated delta rule"),
     "rope": (
         *ROPES,
         "part of a head",
@@ -162,6 +164,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "MXFP4",
     ),
     "beside": (
+        "output gate",
         "sinks",
         "layers without a cache of their own",
         "keys that are values",
@@ -301,6 +304,9 @@ def features_of(config: ModelConfig) -> frozenset[str]:
         "attention soft cap": any(layer.soft_cap for layer in layers),
         "logits soft cap": bool(config.logits_soft_cap),
         style.activation: True,
+        "gated delta rule": isinstance(config, DeltaModelConfig)
+        and any(state is not None for state in config.states),
+        "output gate": style.has_output_gate,
         "sinks": style.has_sinks,
         **features_of_experts(config),
         "layers without a cache of their own": any(layer.source is not None for layer in layers),

@@ -85,6 +85,18 @@ class Part:
     """Ranks share the outputs in runs of so many, as a head."""
     order: Order = None
     """Of the outputs of each run."""
+    between: tuple[int, int] | None = None
+    """Of a module whose parts alternate: how many of its rows each unit is among, and where in them
+    it begins. None: the part's rows stand together."""
+
+    @property
+    def taken(self) -> tuple[Order, int]:
+        """Which rows of each run of the module are taken, None for all as they are, and how long
+        such a run is."""
+        if self.between is None:
+            return self.order, self.unit
+        num_rows, start = self.between
+        return tuple(start + place for place in self.order or range(self.unit)), num_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +174,18 @@ class Linear:
         return num_numbers * self.weight.dtype.itemsize
 
 
-def reordered(numbers: Tensor, order: Order) -> Tensor:
-    """numbers [n · len(order), …], every run of rows in that order."""
-    # On paper only the shape counts, and to index there loads torch's compiler.
-    if order is None or numbers.is_meta:
+def reordered(numbers: Tensor, order: Order, run: int | None = None) -> Tensor:
+    """numbers [n · run, …], of every run of rows these, in that order; if nothing else is said, a
+    run is as long as the order."""
+    if order is None:
         return numbers
+    run = run or len(order)
+    if numbers.is_meta:
+        # On paper only the shape counts, and to index there loads torch's compiler.
+        return numbers[: len(numbers) // run * len(order)]
     index = torch.tensor(order, device=numbers.device)
-    runs = numbers.view(-1, len(order), *numbers.shape[1:])
-    return runs.index_select(1, index).view(numbers.shape)
+    runs = numbers.view(-1, run, *numbers.shape[1:])
+    return runs.index_select(1, index).view(-1, *numbers.shape[1:])
 
 
 def expand(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
@@ -207,12 +223,16 @@ def read_parts(
     for part in spec.parts:
         rows = _rows(part, spec.split, ranks)
         weight = _weight(part, spec, rows, columns, reader)
+        order, run = part.taken
         if isinstance(weight, Tensor):
-            yield reordered(weight, part.order)
-        elif part.order is None or weight.is_meta:
+            yield reordered(weight, order, run)
+        elif order is None:
             yield weight
+        elif weight.is_meta:
+            yield weight.part(slice(0, weight.num_out // run * len(order)), _WHOLE)
         else:
-            yield weight.take_rows(_index(part.order, weight.num_out).to(weight.codes.device))
+            index = _index(order, run, weight.num_out)
+            yield weight.take_rows(index.to(weight.codes.device))
 
 
 def read_bias(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> Tensor | None:
@@ -224,7 +244,7 @@ def read_bias(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> Tensor | No
     for part in spec.parts:
         rows = _rows(part, spec.split, ranks)
         bias = _bias(part, rows, reader, dtype) if part.has_bias else None
-        biases.append(bias if bias is None else reordered(bias, part.order))
+        biases.append(bias if bias is None else reordered(bias, *part.taken))
     device = next(bias.device for bias in biases if bias is not None)
     return _joined(
         [
@@ -236,9 +256,9 @@ def read_bias(spec: LinearSpec, reader: PartReader, ranks: Ranks) -> Tensor | No
     )
 
 
-def _index(order: tuple[int, ...], num_rows: int) -> Tensor:
-    """int64 [num_rows]: the rows of every run in that order."""
-    starts = torch.arange(0, num_rows, len(order))
+def _index(order: tuple[int, ...], run: int, num_rows: int) -> Tensor:
+    """int64: of every run of rows these, in that order."""
+    starts = torch.arange(0, num_rows, run)
     return (starts[:, None] + torch.tensor(order)).flatten()
 
 
@@ -247,12 +267,16 @@ def _rows(part: Part, split: Split, ranks: Ranks) -> slice:
     own = slice(0, part.num_out)
     if split is Split.COLUMNS:
         own = ranks.share(part.num_out, part.unit)
+    if part.between is not None:
+        run = part.between[0]
+        own = slice(own.start // part.unit * run, own.stop // part.unit * run)
     rows = slice(part.first + own.start, part.first + own.stop)
     return _WHOLE if rows == slice(0, _module_out(part)) else rows
 
 
 def _num_rows(part: Part, split: Split, ranks: Ranks) -> int:
-    return len(range(_module_out(part))[_rows(part, split, ranks)])
+    num_rows = len(range(_module_out(part))[_rows(part, split, ranks)])
+    return num_rows if part.between is None else num_rows // part.between[0] * part.unit
 
 
 def _module_out(part: Part) -> int:

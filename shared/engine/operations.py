@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
+from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.routing import RoutingRule
@@ -183,3 +184,17 @@ class Operations(Protocol):
 
     def causal_conv(self, x: Tensor, conv: Conv, state: Tensor, layer: int, plan: Any) -> Tensor:
         """See kernels/reference_conv.py."""
+
+    def gated_delta(
+        self,
+        qkv: Tensor,
+        strength: Tensor,
+        decay: Tensor,
+        gates: DeltaGates,
+        state: Tensor,
+        layer: int,
+        plan: Any,
+    ) -> Tensor:
+        """See kernels/reference_delta.py, as of the next."""
+
+    def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor: ...

@@ -7,7 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from baton.kernels import reference, reference_conv, reference_experts, reference_latent
+from baton.kernels import (
+    reference,
+    reference_conv,
+    reference_delta,
+    reference_experts,
+    reference_latent,
+)
 from baton.kernels.reference import Activation, AttentionPlan, HeadNorms, Rope
 from baton.kernels.reference_experts import ExpertWeights, Routes
 from baton.kernels.reference_latent import LatentHeads
@@ -47,6 +53,7 @@ class ReferenceOperations:
     latent_attention = staticmethod(reference_latent.latent_attention)
     soft_cap = staticmethod(reference.soft_cap)
     causal_conv = staticmethod(reference_conv.causal_conv)
+    gated_delta = staticmethod(reference_delta.gated_delta)
     route = staticmethod(reference_experts.route)
     gated_add = staticmethod(reference_experts.gated_add)
 
@@ -149,6 +156,9 @@ class ReferenceOperations:
 
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         return reference.norm_add(x, norm.weight, norm.eps, residual)
+
+    def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor:
+        return reference_delta.norm_gate(x, norm.weight, norm.eps, gate)
 
     def rope_query(self, query: Tensor, rope: Rope, norms: HeadNorms | None = None) -> Tensor:
         return reference.rope_query(query, rope, norms)

@@ -24,6 +24,7 @@ from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
+from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
@@ -425,6 +426,21 @@ class TritonOperations:
         self, x: Tensor, conv: Conv, state: Tensor, layer: int, plan: DeviceStatePlan
     ) -> Tensor:
         return causal_conv.causal_conv(x, conv, state, layer, plan, pdl=self._overlaps)
+
+    def gated_delta(
+        self,
+        qkv: Tensor,
+        strength: Tensor,
+        decay: Tensor,
+        gates: DeltaGates,
+        state: Tensor,
+        layer: int,
+        plan: DeviceStatePlan,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def paged_attention(
         self,

@@ -30,6 +30,25 @@ _QWEN_MEDIA = {
     "video_token_id": 151656,
     "vision_start_token_id": 151652,
 }
+_QWEN_DELTA = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_QWEN3_5_MEDIA = {
+    "image_token_id": 248056,
+    "video_token_id": 248057,
+    "vision_start_token_id": 248053,
+    "vision_end_token_id": 248054,
+}
 _LATENT = {
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
@@ -329,8 +348,41 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
     },
+    "qwen3_next": {
+        **_QWEN_DELTA,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 48,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts_per_tok": 10,
+        "num_experts": 512,
+        "norm_topk_prob": True,
+    },
+    "qwen3_5_text": {
+        **_QWEN_DELTA,
+        "vocab_size": 248320,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+    },
+    "qwen3_5_moe_text": {
+        **_QWEN_DELTA,
+        "vocab_size": 248320,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts_per_tok": 8,
+        "num_experts": 256,
+    },
     "qwen2_5_vl": _QWEN_MEDIA,
     "qwen3_vl": _QWEN_MEDIA,
+    "qwen3_5": _QWEN3_5_MEDIA,
+    "qwen3_5_moe": _QWEN3_5_MEDIA,
     "mistral3": {
         "tie_word_embeddings": True,
         "image_token_index": 10,
@@ -384,6 +436,8 @@ TEXT_TYPES: Mapping[str, tuple[str, ...]] = {
     "mistral3": ("mistral", "ministral3"),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 """Types that have a language model in `text_config` → what that may be. Of several it is the one
 that it says, by default the first; where there is one, it is that, whatever it says."""

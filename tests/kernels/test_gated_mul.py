@@ -18,7 +18,7 @@ Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "sigmoid"])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 1500), (3, 70), (9, 1030), (70, 2100)])
 def test_gated_mul(
     rows: int,

@@ -40,6 +40,8 @@ class Piece:
     """Ranks share the outputs in runs of so many."""
     order: Order = None
     """Of the outputs of a run; see `Part`."""
+    between: tuple[int, int] | None = None
+    """Of a module whose pieces alternate; see `Part`."""
 
 
 def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
@@ -48,8 +50,12 @@ def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
     first = []
     for piece in pieces:
         module = names[piece.name]
-        first.append(rows[module])
-        rows[module] += piece.num_out
+        if piece.between is None:
+            first.append(rows[module])
+            rows[module] += piece.num_out
+        else:
+            first.append(0)
+            rows[module] = piece.num_out // piece.unit * piece.between[0]
     return tuple(
         Part(
             module=prefix + names[piece.name],
@@ -59,6 +65,7 @@ def parts(names: Names, prefix: str, *pieces: Piece) -> tuple[Part, ...]:
             module_out=rows[names[piece.name]],
             unit=piece.unit,
             order=piece.order,
+            between=piece.between,
         )
         for piece, start in zip(pieces, first, strict=True)
     )
@@ -99,7 +106,9 @@ class Attention:
         share = load.ops.ranks.share(q_size, head_dim)
         self._num_heads = (share.stop - share.start) // head_dim
         order = rope_order(own.rope, head_dim)
-        pieces = [Piece("q", q_size, style.qkv_bias, head_dim, order)]
+        # Each head's query is before its gate.
+        between = (2 * head_dim, 0) if style.has_output_gate else None
+        pieces = [Piece("q", q_size, style.qkv_bias, head_dim, order, between)]
         if self._has_cache:
             pieces.append(Piece("k", kv_size, style.qkv_bias, head_dim, order))
         if self._has_cache and "v" in names:
@@ -145,13 +154,23 @@ class Attention:
         )
 
     def attend(
-        self, query: Tensor, kv: Tensor, plan: Any, residual: Tensor | None = None
+        self,
+        query: Tensor,
+        kv: Tensor,
+        plan: Any,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """What the queries attend to, projected → [T, hidden], plus the residual of that shape."""
+        """What the queries attend to, projected → [T, hidden], plus the residual of that shape.
+
+        gate: [T, num_heads · head_dim]; what is projected is multiplied by its sigmoid.
+        """
         attended = self._ops.paged_attention(
             query, kv, self._place, plan, self._scale, self._soft_cap, self._sinks
-        )
-        return self._ops.linear(attended.view(len(query), -1), self._output, residual)
+        ).view(len(query), -1)
+        if gate is not None:
+            attended = self._ops.activate_and_mul(gate, attended, "sigmoid")
+        return self._ops.linear(attended, self._output, residual)
 
 
 class GatedMlp:

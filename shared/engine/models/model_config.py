@@ -112,6 +112,8 @@ class LayerStyle:
     """Norms multiply by their weight in float32, before they round."""
     norm_plus_one: bool = False
     """Norms multiply by 1 + weight, in float32."""
+    has_output_gate: bool = False
+    """What each head attends to is multiplied by a sigmoid of the token."""
     has_sinks: bool = False
     """Each head has a score beside those of the keys, whose value is zero."""
 

@@ -24,7 +24,14 @@ from baton.shared.engine.models.phi3 import PHI3
 from baton.shared.engine.models.qwen2 import QWEN2, QWEN2_5_VL
 from baton.shared.engine.models.qwen2_moe import QWEN2_MOE
 from baton.shared.engine.models.qwen3 import QWEN3, QWEN3_VL
+from baton.shared.engine.models.qwen3_5 import (
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_5_MOE_TEXT,
+    QWEN3_5_TEXT,
+)
 from baton.shared.engine.models.qwen3_moe import QWEN3_MOE
+from baton.shared.engine.models.qwen3_next import QWEN3_NEXT
 from baton.shared.engine.models.rope_fields import check_ropes
 from baton.shared.engine.models.smollm3 import SMOLLM3
 from baton.shared.model_files.fields import Fields, shown
@@ -60,7 +67,12 @@ _TYPES = {
         QWEN2_5_VL,
         QWEN2_MOE,
         QWEN3,
+        QWEN3_5,
+        QWEN3_5_MOE,
+        QWEN3_5_MOE_TEXT,
+        QWEN3_5_TEXT,
         QWEN3_MOE,
+        QWEN3_NEXT,
         QWEN3_VL,
         SMOLLM3,
     )

@@ -98,7 +98,7 @@ def check_ropes(fields: Fields, ropes: Iterable[tuple[RopeConfig, int]]) -> None
         ModelError: one does not.
     """
     for rope, head_dim in ropes:
-        _check_sections(fields, head_dim)
+        _check_sections(fields, int(head_dim * rope.partial_rotary_factor))
         try:
             check_fit(rope, head_dim)
         except ValueError as error:
@@ -106,7 +106,7 @@ def check_ropes(fields: Fields, ropes: Iterable[tuple[RopeConfig, int]]) -> None
             raise fields.error(where, str(error)) from None
 
 
-def _check_sections(fields: Fields, head_dim: int) -> None:
+def _check_sections(fields: Fields, turning_dim: int) -> None:
     """Sections change nothing for text, but a file in which they do not fit is not to be trusted
     in what does."""
     for name in _SPELLINGS:
@@ -114,10 +114,10 @@ def _check_sections(fields: Fields, head_dim: int) -> None:
         sections = None if rope is None else rope.integers("mrope_section")
         if rope is None or sections is None:
             continue
-        if min(sections, default=-1) < 0 or sum(sections) != head_dim // 2:
+        if min(sections, default=-1) < 0 or sum(sections) != turning_dim // 2:
             raise rope.error(
                 "mrope_section",
-                f"{shown(sections)} do not add up to the {head_dim // 2} pairs of a head",
+                f"{shown(sections)} do not add up to the {turning_dim // 2} pairs of a head",
             )
 
 

@@ -21,17 +21,6 @@ from torch import Tensor
 from baton.kernels.reference import Activation
 from baton.kernels.reference_conv import Conv, conv_places
 from baton.shared.engine.model_loader import ModelLoader
-from baton.shared.kv.cache_spec import StateTensor
-
-
-def conv_state(units: Sequence[int], kernel: int) -> StateTensor:
-    """The inputs of the last tokens, of a head; float32, for no config says what activations are.
-
-    Args:
-        units: channels that a head has of each section, one section after another.
-        kernel: tokens that a sum goes over, at least 2.
-    """
-    return StateTensor("conv", (kernel - 1, sum(units)), "float32")
 
 
 def load_conv(

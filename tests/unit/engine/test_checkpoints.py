@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from baton.shared.engine.models.delta_config import DeltaModelConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 from baton.shared.engine.models.registry import load_model_config
 from baton.shared.engine.models.rope import rope_tables
@@ -78,6 +79,9 @@ SERVED = {
     "openai/gpt-oss-20b": (
         "12 x (64 / 8 x 64 yarn, 128), 12 x (64 / 8 x 64 yarn), 4 of 32 experts of 2880"
     ),
+    "Qwen/Qwen3.5-27B": (
+        "48 x (48 of 16 key heads, 128 to 128, delta rule), 16 x (24 / 4 x 256 default)"
+    ),
     "Qwen/Qwen3-235B-A22B": "94 x (64 / 4 x 128 default), 8 of 128 experts of 1536",
     "zai-org/GLM-4.5-Air": "46 x (96 / 8 x 128 default), 8 of 128 experts of 1408",
     "Qwen/Qwen3-30B-A3B": "48 x (32 / 4 x 128 default), 8 of 128 experts of 768",
@@ -119,7 +123,6 @@ REFUSED = {
     "meta-llama/Llama-4-Scout-17B-16E-Instruct": 'model_type: "llama4" is not supported',
     "microsoft/Phi-3.5-vision-instruct": 'model_type: "phi3_v" is not supported',
     "Qwen/Qwen3-VL-30B-A3B-Instruct": 'model_type: "qwen3_vl_moe" is not supported',
-    "Qwen/Qwen3.5-27B": 'model_type: "qwen3_5" is not supported',
     "XiaomiMiMo/MiMo-7B-Base": 'model_type: "mimo" is not supported',
 }
 
@@ -135,6 +138,11 @@ def described(config: ModelConfig) -> str:
         return f"({heads} {layer.rope.rope_type}{window}{shared})"
 
     layers = [f"{count} x {each}" for each, count in Counter(map(kind, config.attentions)).items()]
+    if isinstance(config, DeltaModelConfig):
+        own, count = config.delta, config.num_layers - len(config.attentions)
+        heads = f"{own.num_value_heads} of {own.num_key_heads} key heads"
+        sizes = f"{own.key_dim} to {own.value_dim}"
+        layers.insert(0, f"{count} x ({heads}, {sizes}, delta rule)")
     if config.mixture is not None:
         rule, size = config.mixture.routing, config.mixture.expert_size
         layers.append(f"{rule.top_k} of {rule.num_experts} experts of {size}")
@@ -191,6 +199,10 @@ def test_it_is_what_transformers_reads(name: str, model_dir: Path) -> None:
     layer_types = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.num_layers
     if theirs.model_type in ("mistral", "mixtral") and theirs.sliding_window is not None:
         layer_types = ["sliding_attention"] * ours.num_layers
+    assert [each == "linear_attention" for each in layer_types] == [
+        layer is None for layer in ours.layers
+    ]
+    layer_types = [each for each in layer_types if each != "linear_attention"]
     for layer, layer_type in zip(ours.attentions, layer_types, strict=True):
         window = theirs.sliding_window if layer_type == "sliding_attention" else None
         # What is never left is none.

@@ -257,6 +257,23 @@ def test_a_text_part_is_read_wherever_it_stands(read: Read) -> None:
         ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["sparse"]}, "mlp_layer_types: has 1"),
         ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["moe"] * 4}, 'mlp_layer_types: "moe"'),
         ("glm4_moe_lite", {**LATENT, "first_k_dense_replace": 2}, "first_k_dense_replace: 2 con"),
+        ("qwen3_next", {"layer_types": [FULL]}, "layer_types: has 1 entries for 4 hidden layers"),
+        ("qwen3_next", {"layer_types": [SLIDING] * 4}, 'layer_types: "sliding_attention"'),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "linear_num_value_heads: 32 is no multiple"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim: must be at least 2"),
+        ("qwen3_next", {"linear_key_head_dim": 0}, "linear_key_head_dim: must be at least 1"),
+        ("qwen3_next", {"num_experts": 0}, "num_experts: must be at least 1"),
+        ("qwen3_next", {"hidden_act": "gelu"}, "hidden_act: only"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate: only true"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval: must be at"),
+        ("qwen3_5", {}, "text_config: missing"),
+        ("qwen3_5", {"text_config": {"head_dim": 7}}, "text_config.head_dim"),
+        (
+            "qwen3_5",
+            {"text_config": {"rope_parameters": {"mrope_section": [11, 11, 10, 1]}}},
+            "text_config.rope_parameters.mrope_section",
+        ),
+        ("qwen3_5_moe", {"text_config": {"num_experts_per_tok": 257}}, "257 of 256 experts"),
     ],
 )
 def test_what_is_refused(

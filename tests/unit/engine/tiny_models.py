@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
+from tests.unit.engine.tiny_deltas import TINY_DELTAS
 from tests.unit.engine.tiny_foreign import TINY_FOREIGN
 from tests.unit.engine.tiny_gemmas import TINY_GEMMAS
 from tests.unit.engine.tiny_latents import ALIASES, TINY_LATENTS
@@ -44,6 +45,13 @@ VISION: dict[str, Fields] = {
     "gemma4": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
     "mistral3": {"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 8},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+    "qwen3_5": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
+    "qwen3_5_moe": {
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    },
     "qwen3_vl": {
         "depth": 1,
         "num_heads": 2,
@@ -63,6 +71,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
     **TINY_GEMMAS,
     **TINY_MIXTURES,
     **TINY_LATENTS,
+    **TINY_DELTAS,
 }
 """Of types that are served by their own file."""
 ALL_TINY = {**TINY_MODELS, **TINY_FOREIGN}
@@ -103,6 +112,7 @@ def make_tiny(
     # Embeddings are scaled by the root of their size, and a head that they are tied to is not.
     has_small_head = model_type.startswith("gemma") and model.config.tie_word_embeddings
     adds_one = model_type in ("gemma", "gemma2") or model_type.startswith("gemma3")
+    adds_one |= model_type in TINY_DELTAS
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_calm and _LOUD.search(name):
@@ -112,7 +122,8 @@ def make_tiny(
             elif has_small_head and name.endswith("model.norm.weight"):
                 parameter.uniform_(6, 8)
             elif "norm" in name:
-                parameter.uniform_(0.5, 1.5).sub_(1.0 if adds_one else 0.0)
+                is_plain = not adds_one or "linear_attn.norm" in name
+                parameter.uniform_(0.5, 1.5).sub_(0.0 if is_plain else 1.0)
             elif has_small_head and "embed_tokens" in name:
                 parameter.normal_(std=token_std / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
