@@ -104,12 +104,6 @@ def test_names_of_code_are_there(page: Path) -> None:
             assert all(part in words_of_code() for part in code.split(".")), code
 
 
-def test_the_smallest_model_is_shown_as_it_is() -> None:
-    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
-    source = (ROOT / "shared/engine/models/granite.py").read_text(encoding="utf-8")
-    assert f"```python\n{source}```" in page
-
-
 def check_command(words: list[str]) -> None:
     """Of what is ours: its target, module or subcommand, and its flags."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]

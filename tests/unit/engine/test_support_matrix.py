@@ -1,4 +1,5 @@
-"""docs/models.md says what the registry serves, and what is compared with transformers."""
+"""docs/models.md says what the registry serves, and what is compared with transformers; README what
+goes with what."""
 
 from __future__ import annotations
 
@@ -10,7 +11,18 @@ from transformers import AutoConfig
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.registry import load_model_config
 from baton.shared.model_files.type_defaults import TEXT_TYPES
-from tests.support_matrix import COLUMNS, PAGE, ROPES, Row, features_of, page, rows
+from tests import feature_matrix
+from tests.support_matrix import (
+    COLUMNS,
+    PAGE,
+    README,
+    ROPES,
+    Row,
+    between,
+    features_of,
+    page,
+    rows,
+)
 from tests.unit.engine.tiny_latents import ALIASES
 from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, VISION, Fields, rename_alias
 
@@ -23,6 +35,11 @@ TESTED = {each for names in COLUMNS.values() for each in names} - COMPARED_ELSEW
 def test_the_page_is_what_is_generated() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert page(text) == text, "make support-matrix"
+
+
+def test_the_readme_is_what_small_engines_do() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert between(text, feature_matrix.render()) == text, "make support-matrix"
 
 
 def test_every_type_has_a_row() -> None:

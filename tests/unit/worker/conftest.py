@@ -68,11 +68,29 @@ STATES = {
     "state_num_heads": 3,
     "state_head_dim": 5,
 }
+LATENTS = {
+    **CONFIG,
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": CONFIG,
     "windowed": WINDOWED,
     "one pool": ALTERNATING,
     "two pools": UNEQUAL,
+    "latents": LATENTS,
     "states": {**STATES, "layer_types": ["recurrent", "full_attention"]},
     "states alone": {**STATES, "layer_types": ["recurrent", "recurrent"]},
 }
@@ -80,6 +98,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
+    return runners(tmp_path_factory.mktemp)
+
+
+def runners(new_directory: Callable[[str], Path]) -> MakeRunner:
     """Given the size of its pool in blocks, and one of CONFIGS, a runner on one CPU thread, of the
     class `exact`; further arguments are those of EngineConfig."""
     torch.set_num_threads(1)
@@ -88,7 +110,7 @@ def make_runner(tmp_path_factory: pytest.TempPathFactory) -> MakeRunner:
     @recurrent.known()
     def make(num_blocks: int, kind: str = "full", **how: Any) -> ModelRunner:
         if kind not in directories:
-            directories[kind] = tmp_path_factory.mktemp("tiny")
+            directories[kind] = new_directory("tiny")
             _write_model(directories[kind], CONFIGS[kind])
         runner = ModelRunner(
             EngineConfig(
