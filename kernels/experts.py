@@ -6,6 +6,9 @@
     product     down of those rows ─► one row for each pair, where the token has it
     combine     Σ weight · row, in the order in which the token's experts were chosen
 
+An MLP that every token has goes along in steps of few tokens, as experts that each of them chose
+with a weight of one: two launches less, and more that is read at a time.
+
 With `pdl` each starts while the one before still runs, and waits for it; the second product has
 asked for its first weights by then.
 
@@ -27,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels import experts_table
 from baton.kernels.expert_order import Order, order_of
-from baton.kernels.experts_table import Tiles
+from baton.kernels.experts_table import UNSORTED_TOKENS, Tiles
 from baton.kernels.gated_mul import activate
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_experts import ExpertActivation, Routes
@@ -50,6 +53,21 @@ class ExpertWeights(NamedTuple):
     """[experts, hidden]"""
 
 
+class SharedWeights(NamedTuple):
+    """Of an MLP as large as some experts, without biases; contiguous."""
+
+    gate_up: Tensor
+    """[2 · (their number · size), hidden]: the gate's rows, then up's."""
+    down: Tensor
+    """[hidden, their number · size]"""
+
+
+def takes_shared(num_tokens: int, size: int, shared_size: int) -> bool:
+    """Whether `experts` of `size` take an MLP of `shared_size` along, in a step of so many
+    tokens."""
+    return num_tokens <= UNSORTED_TOKENS and shared_size % size == 0
+
+
 def experts(
     x: Tensor,
     routes: Routes,
@@ -57,6 +75,7 @@ def experts(
     activation: ExpertActivation,
     residual: Tensor | None = None,
     *,
+    shared: SharedWeights | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Each token's experts, weighted and added up, plus the residual.
@@ -65,25 +84,29 @@ def experts(
         x: [T, hidden], the last dimension contiguous.
         routes: of `route`.
         residual: [T, hidden]; the result takes its memory.
+        shared: what every token has besides; see `takes_shared`.
         pdl: see above.
     """
     num_tokens, hidden = x.shape
-    num_pairs, size = routes.experts.numel(), weights.down.shape[2]
+    size = weights.down.shape[2]
     if num_tokens == 0:
         return torch.empty_like(x) if residual is None else residual
+    num_shared = 0 if shared is None else shared.down.shape[1] // size
+    num_pairs = num_tokens * (routes.experts.shape[1] + num_shared)
     order = order_of(routes, len(weights.down), pdl=pdl)
+    assert shared is None or order is None
     inner = torch.empty((num_pairs, size), dtype=x.dtype, device=x.device)
-    multiply_up(inner, x, weights, routes, order, activation, pdl=pdl)
+    multiply_up(inner, x, weights, routes, order, activation, shared=shared, pdl=pdl)
     rows = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    multiply_down(rows, inner, weights, routes, order, pdl=pdl)
-    return combine(rows, routes, residual, pdl=pdl)
+    multiply_down(rows, inner, weights, routes, order, shared=shared, pdl=pdl)
+    return combine(rows, routes, residual, num_shared=num_shared, pdl=pdl)
 
 
 def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None, *, pdl: bool = False) -> Tensor:
     """sigmoid(gate) · x + residual, in the residual's memory: x and residual [T, hidden], gate
     float32 [T, 1], whose rows may be strided."""
     out = torch.empty_like(x) if residual is None else residual
-    return _add_up(out, x, gate, residual, is_gate=True, pdl=pdl)
+    return _add_up(out, x, gate, residual, 0, is_gate=True, pdl=pdl)
 
 
 def multiply_up(
@@ -94,6 +117,7 @@ def multiply_up(
     order: Order | None,
     activation: ExpertActivation,
     *,
+    shared: SharedWeights | None = None,
     tiles: Tiles | None = None,
     pdl: bool = False,
 ) -> None:
@@ -102,8 +126,9 @@ def multiply_up(
     `tiles`: if they are not to be chosen here.
     """
     _product(
-        out, x, weights.gate_up, weights.gate_up_bias, routes, order, activation, tiles, pdl=pdl
-    )
+        out, x, weights.gate_up, weights.gate_up_bias, None if shared is None else shared.gate_up,
+        routes, order, activation, tiles, pdl=pdl,
+    )  # fmt: skip
 
 
 def multiply_down(
@@ -113,20 +138,29 @@ def multiply_down(
     routes: Routes,
     order: Order | None,
     *,
+    shared: SharedWeights | None = None,
     tiles: Tiles | None = None,
     pdl: bool = False,
 ) -> None:
     """out [pairs, hidden], where the tokens have them, of what `multiply_up` made."""
-    _product(out, x, weights.down, weights.down_bias, routes, order, None, tiles, pdl=pdl)
+    _product(
+        out, x, weights.down, weights.down_bias, None if shared is None else shared.down,
+        routes, order, None, tiles, pdl=pdl,
+    )  # fmt: skip
 
 
 def combine(
-    rows: Tensor, routes: Routes, residual: Tensor | None = None, *, pdl: bool = False
+    rows: Tensor,
+    routes: Routes,
+    residual: Tensor | None = None,
+    *,
+    num_shared: int = 0,
+    pdl: bool = False,
 ) -> Tensor:
     """Σ weight · row of each token's pairs, [pairs, hidden], plus the residual [T, hidden], whose
-    memory the result takes."""
+    memory the result takes. The last `num_shared` of a token's pairs have a weight of one."""
     out = rows.new_empty(len(routes.weights), rows.shape[1]) if residual is None else residual
-    return _add_up(out, rows, routes.weights, residual, is_gate=False, pdl=pdl)
+    return _add_up(out, rows, routes.weights, residual, num_shared, is_gate=False, pdl=pdl)
 
 
 def _product(
@@ -134,6 +168,7 @@ def _product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    shared: Tensor | None,
     routes: Routes,
     order: Order | None,
     activation: ExpertActivation | None,
@@ -168,6 +203,7 @@ def _product(
         weight,
         descriptor,
         bias,
+        shared,
         routes.experts,
         None if order is None else order.pairs,
         None if order is None else order.ends,
@@ -178,6 +214,7 @@ def _product(
         NUM_IN=num_in,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
+        SHARED=0 if shared is None else num_pairs // num_tokens - top_k,
         ACTIVATION="clamped" if clamped is not None else activation,
         SLOPE=0.0 if clamped is None else clamped.slope,
         LIMIT=0.0 if clamped is None else clamped.limit,
@@ -221,6 +258,7 @@ def _add_up(
     rows: Tensor,
     weights: Tensor,
     residual: Tensor | None,
+    num_shared: int,
     *,
     is_gate: bool,
     pdl: bool,
@@ -240,6 +278,7 @@ def _add_up(
         0 if residual is None else residual.stride(0),
         SIZE=size,
         TOP_K=weights.shape[1],
+        SHARED=num_shared,
         IS_GATE=is_gate,
         BLOCK=block,
         num_warps=4,
@@ -255,6 +294,7 @@ def _multiply(
     weight_ptr,
     descriptor,
     bias_ptr,
+    shared_ptr,
     chosen_ptr,
     pairs_ptr,
     ends_ptr,
@@ -265,6 +305,7 @@ def _multiply(
     NUM_IN: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -277,7 +318,10 @@ def _multiply(
     PDL: tl.constexpr,
 ):
     """Some columns of one tile of pairs, which have one expert. With an ACTIVATION it is gate and
-    up, NUM_OUT of each."""
+    up, NUM_OUT of each. Of a token's pairs the last SHARED are of what every token has: these read
+    their part of one weight, as if it were an expert's."""
+    IS_UP: tl.constexpr = ACTIVATION is not None
+    PAIRS: tl.constexpr = TOP_K + SHARED
     program = tl.program_id(0)
     within = program % (GROUP * COLUMNS)
     tile = program // (GROUP * COLUMNS) * GROUP + within % GROUP
@@ -285,16 +329,32 @@ def _multiply(
     if tile >= num_tiles:
         return
     row = tl.arange(0, BLOCK_M)
+    column = first_column + tl.arange(0, BLOCK_N)
+    # Of pairs that are not sorted: which of the token's it is, and where its expert stands.
+    number = tile % PAIRS
+    chosen_at = chosen_ptr + tile // PAIRS * TOP_K + tl.minimum(number, TOP_K - 1)
     if PDL:
-        if ACTIVATION is None and pairs_ptr is None:
+        if not IS_UP and pairs_ptr is None:
             # The product before this one has waited for the routes: they are there already.
-            own = tl.load(chosen_ptr + tile) * NUM_OUT + first_column + tl.arange(0, BLOCK_N)
+            own = tl.load(chosen_at) * NUM_OUT + column
             own = tl.minimum(tl.maximum(own, 0), NUM_EXPERTS * NUM_OUT - 1).to(tl.int64)
-            _prefetch(weight_ptr + own * NUM_IN, NUM_IN, BLOCK_N, BLOCK_K)
+            ahead = weight_ptr + own * NUM_IN
+            if SHARED > 0:
+                theirs = tl.minimum(column, NUM_OUT - 1).to(tl.int64) * (SHARED * NUM_IN)
+                theirs = shared_ptr + theirs + (number - TOP_K) * NUM_IN
+                ahead = tl.where(number >= TOP_K, theirs, ahead)
+            _prefetch(ahead, NUM_IN, BLOCK_N, BLOCK_K)
+        if IS_UP and SHARED > 0:
+            if number >= TOP_K:
+                # This depends on no route.
+                own = tl.minimum(column, NUM_OUT - 1) + (number - TOP_K) * NUM_OUT
+                ahead = shared_ptr + own.to(tl.int64) * NUM_IN
+                _prefetch(ahead, NUM_IN, BLOCK_N, BLOCK_K)
+                _prefetch(ahead + SHARED * NUM_OUT * NUM_IN, NUM_IN, BLOCK_N, BLOCK_K)
         gdc_wait()
         gdc_launch_dependents()
     if pairs_ptr is None:
-        expert = tl.load(chosen_ptr + tile)
+        expert = tl.load(chosen_at)
         place = tile + row
         is_real = row == 0
         pair = place
@@ -314,40 +374,44 @@ def _multiply(
         place = first + row
         is_real = place < tl.sum(tl.where(is_it, end, 0), 0)
         pair = tl.load(pairs_ptr + place, mask=is_real, other=0)
-    if ACTIVATION is not None:
-        source, target = pair // TOP_K, place
+    if IS_UP:
+        source, target = pair // PAIRS, place
     else:
         source, target = place, pair
 
-    column = first_column + tl.arange(0, BLOCK_N)
     inside = column < NUM_OUT
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + source.to(tl.int64)[:, None] * x_stride + k[None, :]
-    rows_each: tl.constexpr = NUM_OUT if ACTIVATION is None else 2 * NUM_OUT
-    weight_at = weight_ptr + expert.to(tl.int64) * (rows_each * NUM_IN)
-    weight_at = weight_at + column[None, :] * NUM_IN + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for begin in tl.range(0, NUM_IN, BLOCK_K):
-        if NUM_IN % BLOCK_K == 0:
-            x = tl.load(x_at + begin, mask=is_real[:, None], other=0.0)
-            is_weight = inside[None, :]
+    rows_each: tl.constexpr = 2 * NUM_OUT if IS_UP else NUM_OUT
+    first_row = expert * rows_each + first_column
+    weight = weight_ptr + expert.to(tl.int64) * (rows_each * NUM_IN)
+    weight_stride, up_distance = NUM_IN, NUM_OUT * NUM_IN
+    if SHARED > 0:
+        # As a choice between numbers: two loops would have two rings in shared memory.
+        is_own = number < TOP_K
+        share = (number - TOP_K).to(tl.int64) * ((NUM_OUT if IS_UP else 1) * NUM_IN)
+        weight = tl.where(is_own, weight, shared_ptr + share)
+        if IS_UP:
+            up_distance = tl.where(is_own, NUM_OUT * NUM_IN, SHARED * NUM_OUT * NUM_IN)
         else:
-            is_in = begin + k < NUM_IN
-            x = tl.load(x_at + begin, mask=is_real[:, None] & is_in[None, :], other=0.0)
-            is_weight = is_in[:, None] & inside[None, :]
-        if descriptor is not None:
-            # Beyond the sum it gives zeros, beyond an expert's rows what is not stored.
-            weight = descriptor.load([expert * rows_each + first_column, begin]).T
+            weight_stride = tl.where(is_own, NUM_IN, SHARED * NUM_IN)
+    weight_at = weight + column[None, :] * weight_stride + k[:, None]
+    if SHARED > 0 and descriptor is not None:
+        if number < TOP_K:
+            acc, up_acc = _sums(
+                x_at, is_real, weight_at, up_distance, descriptor, first_row, inside,
+                NUM_OUT, NUM_IN, IS_UP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         else:
-            weight = tl.load(weight_at + begin, mask=is_weight, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
-        if ACTIVATION is not None:
-            if descriptor is not None:
-                weight = descriptor.load([expert * rows_each + NUM_OUT + first_column, begin]).T
-            else:
-                weight = tl.load(weight_at + NUM_OUT * NUM_IN + begin, mask=is_weight, other=0.0)
-            up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+            acc, up_acc = _sums(
+                x_at, is_real, weight_at, up_distance, None, first_row, inside,
+                NUM_OUT, NUM_IN, IS_UP, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        acc, up_acc = _sums(
+            x_at, is_real, weight_at, up_distance, descriptor, first_row, inside,
+            NUM_OUT, NUM_IN, IS_UP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     if bias_ptr is not None:
         bias_at = bias_ptr + expert * rows_each + column
         acc += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -362,6 +426,41 @@ def _multiply(
         acc = activate(acc, ACTIVATION) * up_acc
     out_at = out_ptr + target.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=is_real[:, None] & inside[None, :])
+
+
+@triton.jit
+def _sums(
+    x_at, is_real, weight_at, up_distance, descriptor, first_row, inside,
+    NUM_OUT: tl.constexpr, NUM_IN: tl.constexpr, IS_UP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products of BLOCK_M rows with BLOCK_N rows of a weight, and with those of up, which are
+    `up_distance` numbers further on. With a descriptor the copy engine brings the weight, from
+    `first_row` on, and from NUM_OUT rows further on."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin in tl.range(0, NUM_IN, BLOCK_K):
+        if NUM_IN % BLOCK_K == 0:
+            x = tl.load(x_at + begin, mask=is_real[:, None], other=0.0)
+            is_weight = inside[None, :]
+        else:
+            is_in = begin + k < NUM_IN
+            x = tl.load(x_at + begin, mask=is_real[:, None] & is_in[None, :], other=0.0)
+            is_weight = is_in[:, None] & inside[None, :]
+        if descriptor is not None:
+            # Beyond the sum it gives zeros, beyond an expert's rows what is not stored.
+            weight = descriptor.load([first_row, begin]).T
+        else:
+            weight = tl.load(weight_at + begin, mask=is_weight, other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        if IS_UP:
+            if descriptor is not None:
+                weight = descriptor.load([first_row + NUM_OUT, begin]).T
+            else:
+                weight = tl.load(weight_at + up_distance + begin, mask=is_weight, other=0.0)
+            up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+    return acc, up_acc
 
 
 @triton.jit
@@ -386,6 +485,7 @@ def _combine(
     residual_stride,
     SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
     IS_GATE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -398,12 +498,15 @@ def _combine(
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     acc = tl.zeros([BLOCK], tl.float32)
-    for number in tl.static_range(TOP_K):
-        weight = tl.load(weights_ptr + token * weights_stride + number)
-        if IS_GATE:
-            weight = 1.0 / (1.0 + tl.exp(-weight))
-        row = rows_ptr + (token * TOP_K + number) * rows_stride + column
-        acc += weight * tl.load(row, mask=inside, other=0.0).to(tl.float32)
+    for number in tl.static_range(TOP_K + SHARED):
+        row = rows_ptr + (token * (TOP_K + SHARED) + number) * rows_stride + column
+        own = tl.load(row, mask=inside, other=0.0).to(tl.float32)
+        if number < TOP_K:
+            weight = tl.load(weights_ptr + token * weights_stride + number)
+            if IS_GATE:
+                weight = 1.0 / (1.0 + tl.exp(-weight))
+            own *= weight
+        acc += own
     if residual_ptr is not None:
         source = residual_ptr + token * residual_stride + column
         acc += tl.load(source, mask=inside, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ model is written once, over this interface.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ class Norm:
     """[hidden], in the activations' dtype, or in float32: then it is applied before rounding."""
     eps: float
     """Added to the mean of squares."""
+
+
+class GatedLinears(NamedTuple):
+    """The products of a gated MLP."""
+
+    gate_up: Linear
+    down: Linear
 
 
 class Operations(Protocol):
@@ -114,11 +121,21 @@ class Operations(Protocol):
     ) -> Routes:
         """See kernels/reference_experts.py."""
 
+    def joins_shared(self, num_tokens: int, layer: Experts, mlp: GatedLinears) -> bool:
+        """Whether `experts` takes such an MLP, of the same activation, along in a step of so many
+        tokens."""
+
     def experts(
-        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        routes: Routes,
+        layer: Experts,
+        residual: Tensor | None = None,
+        shared: GatedLinears | None = None,
     ) -> Tensor:
         """Each token's experts of x [T, hidden], weighted and added up, plus the residual of that
-        shape. The residual's memory may be taken for the result."""
+        shape, and what `shared` makes of x, where `joins_shared`. The residual's memory may be
+        taken for the result."""
 
     def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
         """sigmoid(gate) · x + residual: x and residual [T, hidden], gate float32 [T, 1]. The

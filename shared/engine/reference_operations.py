@@ -31,7 +31,7 @@ from baton.shared.engine.linear import (
     read_bias,
     read_parts,
 )
-from baton.shared.engine.operations import Norm
+from baton.shared.engine.operations import GatedLinears, Norm
 from baton.shared.engine.quantised.small import SmallLinear, pack_small
 
 _ALONE = Ranks()
@@ -144,9 +144,18 @@ class ReferenceOperations:
     def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         return reference.activate(gate, activation).mul_(up)
 
+    def joins_shared(self, num_tokens: int, layer: Experts, mlp: GatedLinears) -> bool:
+        return False
+
     def experts(
-        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        routes: Routes,
+        layer: Experts,
+        residual: Tensor | None = None,
+        shared: GatedLinears | None = None,
     ) -> Tensor:
+        assert shared is None
         y = reference_experts.experts(
             x, routes, layer.weights, layer.activation, min_rows=MIN_LINEAR_ROWS
         )

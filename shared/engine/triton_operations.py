@@ -47,7 +47,7 @@ from baton.shared.engine.linear import (
     read_bias,
     read_parts,
 )
-from baton.shared.engine.operations import Norm
+from baton.shared.engine.operations import GatedLinears, Norm
 from baton.shared.engine.quantised.stored import StoredLinear, pack_stored
 
 
@@ -199,20 +199,52 @@ class TritonOperations:
         weights = ExpertWeights(gate_up, down, *biases)
         return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
 
+    def joins_shared(self, num_tokens: int, layer: Experts, mlp: GatedLinears) -> bool:
+        gate_up, down = mlp
+        if gate_up.is_small or down.is_small or self.ranks.size > 1:
+            return False
+        if (
+            gate_up.bias is not None
+            or down.bias is not None
+            or (gate_up.scale, down.scale) != (1, 1)
+        ):
+            return False
+        size = layer.weights.down.shape[2]
+        return experts_kernels.takes_shared(num_tokens, size, down.num_in)
+
     def experts(
-        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        routes: Routes,
+        layer: Experts,
+        residual: Tensor | None = None,
+        shared: GatedLinears | None = None,
     ) -> Tensor:
         if layer.all_reduce is None:
-            return self._experts(x, routes, layer, residual)
-        y = self._experts(x, routes, layer, None)
+            return self._experts(x, routes, layer, residual, shared)
+        y = self._experts(x, routes, layer, None, shared)
         layer.all_reduce(y)
         return y if residual is None else residual.add_(y)
 
     def _experts(
-        self, x: Tensor, routes: Routes, layer: Experts, residual: Tensor | None
+        self,
+        x: Tensor,
+        routes: Routes,
+        layer: Experts,
+        residual: Tensor | None,
+        shared: GatedLinears | None,
     ) -> Tensor:
+        weights = None
+        if shared is not None:
+            weights = experts_kernels.SharedWeights(shared.gate_up.weight, shared.down.weight)
         return experts_kernels.experts(
-            x, routes, layer.weights, layer.activation, residual, pdl=self._overlaps
+            x,
+            routes,
+            layer.weights,
+            layer.activation,
+            residual,
+            shared=weights,
+            pdl=self._overlaps,
         )
 
     def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:

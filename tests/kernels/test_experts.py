@@ -12,7 +12,13 @@ from baton.kernels import expert_order, experts_table, reference_experts
 from baton.kernels import experts as kernels
 from baton.kernels.expert_order import order_of
 from baton.kernels.expert_routes import norm_scores, route
-from baton.kernels.experts import ExpertWeights, experts, gated_add
+from baton.kernels.experts import (
+    ExpertWeights,
+    SharedWeights,
+    experts,
+    gated_add,
+    takes_shared,
+)
 from baton.kernels.experts_table import Tiles
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
@@ -158,6 +164,36 @@ def test_experts(
         x.double(), Routes(routes.experts.long(), routes.weights), wide, activation, min_rows=1
     )
     assert_close(got, expected + residual.double())
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_every_token_has_goes_along(
+    copies: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    assert_close: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An MLP of the size of two experts, beside one of each token's own."""
+    size, hidden, num_tokens = 24, 40, 3
+    assert takes_shared(num_tokens, size, 2 * size)
+    assert not takes_shared(num_tokens, size, size + 8) and not takes_shared(20, size, size)
+    if dtype != torch.float32:
+        tiles = Tiles(16, 16, 32, copies=copies)
+        monkeypatch.setattr(experts_table, "choose", lambda *_, **__: tiles)
+    weights = weights_of(5, hidden, size, device, dtype, bias=False)
+    gate_up, down = (
+        (torch.randn(shape) * 0.3).to(device, dtype)
+        for shape in ((4 * size, hidden), (hidden, 2 * size))
+    )
+    x, residual = (torch.randn(num_tokens, hidden).to(device, dtype) for _ in range(2))
+    routes = random_routes(num_tokens, 5, 1, device)
+    mine = residual.clone()
+    got = experts(x, routes, weights, "silu", mine, shared=SharedWeights(gate_up, down))
+    assert got is mine
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, 1)
+    alone = (torch.nn.functional.silu(gate) * up) @ down.double().T
+    assert_close(got, alone + experts(x, routes, weights, "silu", residual.clone()).double())
 
 
 def test_an_expert_without_tokens_is_not_read(device: torch.device) -> None:

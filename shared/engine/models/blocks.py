@@ -19,7 +19,7 @@ from baton.shared.engine.linear import LinearSpec, Order, Part, Split, reordered
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.rope_config import rope_order
-from baton.shared.engine.operations import Norm
+from baton.shared.engine.operations import GatedLinears, Norm
 
 Names = Mapping[str, str]
 """What a block calls a weight → the checkpoint's module, within the layer or as a whole.
@@ -195,6 +195,10 @@ class GatedMlp:
         self._gate_up = load.linear(LinearSpec(config.hidden_size, gate_up, Split.COLUMNS))
         down = parts(names, prefix, Piece("down", config.hidden_size, style.mlp_bias))
         self._down = load.linear(LinearSpec(size, down, Split.ROWS, scale=style.residual_scale))
+
+    @property
+    def linears(self) -> GatedLinears:
+        return GatedLinears(self._gate_up, self._down)
 
     def __call__(self, hidden: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
         """mlp(norm(hidden)) + residual, [T, hidden] each."""

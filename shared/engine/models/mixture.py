@@ -82,6 +82,7 @@ class Mixture:
         self._router = Router(config, mixture, load, names, prefix)
         self._experts = load.experts(experts_spec(config, mixture, names, prefix))
         self._has_shared_gate = mixture.has_shared_gate
+        self._may_join = mixture.activation == config.style.activation
         self._shared = None
         if mixture.shared_size:
             own = {name: names[f"shared_mlp_{name}"] for name in ("gate", "up", "down")}
@@ -94,6 +95,9 @@ class Mixture:
         if self._shared is not None and self._has_shared_gate:
             residual = self._ops.gated_add(self._shared(hidden, norm), gate, residual)
         elif self._shared is not None:
+            mlp = self._shared.linears
+            if self._may_join and self._ops.joins_shared(len(x), self._experts, mlp):
+                return self._ops.experts(x, routes, self._experts, residual, mlp)
             residual = self._shared(hidden, norm, residual)
         return self._ops.experts(x, routes, self._experts, residual)
 
