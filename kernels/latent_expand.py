@@ -40,6 +40,19 @@ def _tile_of(rank: int) -> int:
     return tile
 
 
+def why_never_expanded(rank: int, rope_dim: int, key_dim: int, value_dim: int) -> str | None:
+    """What keeps prompts of such sizes from the expanded form, however long they are; None:
+    nothing."""
+    if rank % _tile_of(rank):
+        return f"latents have {rank} numbers, which are no whole tiles of {_tile_of(rank)}"
+    for what, size in (("keys", key_dim), ("values", value_dim)):
+        if size > _MOST_DIM:
+            return f"heads make {what} of {size} numbers of a latent, and {_MOST_DIM} are the most"
+    if value_dim > key_dim + rope_dim:
+        return f"values have {value_dim} numbers, more than keys with {key_dim + rope_dim}"
+    return None
+
+
 def expands(
     num_queries: int,
     num_keys: int,
@@ -54,11 +67,7 @@ def expands(
     """Whether the expanded form is the cheaper one for a chunk of `num_queries` tokens, the last of
     `num_keys`, and there is room for it."""
     head_dim = key_dim + rope_dim
-    if rank % _tile_of(rank):
-        return False
-    if value_dim > head_dim or max(head_dim, value_dim) > 2 * _MOST_DIM:
-        return False
-    if max(key_dim, value_dim) > _MOST_DIM:
+    if why_never_expanded(rank, rope_dim, key_dim, value_dim) is not None:
         return False
     if 2 * head_dim * heads_at_once(num_heads) * num_keys * itemsize > _MOST_BYTES:
         return False

@@ -18,7 +18,7 @@ from torch import Tensor
 from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.executor import Model
 from baton.shared.engine.experts import Experts, ExpertsSpec
-from baton.shared.engine.latent import LatentHeadsSpec
+from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
 from baton.shared.engine.linear import Linear, LinearSpec, Part
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
@@ -128,7 +128,7 @@ class ModelLoader:
         return layer
 
     def latent_heads(self, spec: LatentHeadsSpec) -> LatentHeads:
-        heads = self.ops.load_latent_heads(spec, self)
+        heads = expand_latent_heads(spec, self, self.ops.ranks)
         for weight in heads:
             self._counted(weight)
         return heads

@@ -642,6 +642,13 @@ def _operations(
             "long prompts are computed by the slower kernel of attention",
             message=problem,
         )
+    if problem := _why_not_expanded(model):
+        log_event(
+            logger,
+            logging.WARNING,
+            "long prompts are computed by the slower form of latent attention",
+            message=problem,
+        )
     return TritonOperations(
         overlaps=capability >= (9, 0),
         keeps_small=dtype != torch.float32,
@@ -661,6 +668,19 @@ def _why_not_hopper(model: ModelConfig) -> str:
     found = [why_not_hopper(*kind, has_sinks=has_sinks) for kind in kinds]
     reasons = {reason for reason in found if reason is not None}
     return "; ".join(sorted(reasons))
+
+
+def _why_not_expanded(model: ModelConfig) -> str:
+    """What keeps layers with latents from it; empty: nothing."""
+    from baton.kernels.latent_expand import why_never_expanded
+
+    kinds = {(layer.latent, layer.head_dim) for layer in model.attentions}
+    found = [
+        why_never_expanded(latent.rank, rope_dim, latent.key_dim, latent.value_dim)
+        for latent, rope_dim in kinds
+        if latent is not None
+    ]
+    return "; ".join(sorted({reason for reason in found if reason is not None}))
 
 
 def _head_dim_of_prompts(layer: AttentionConfig) -> int:

@@ -20,7 +20,6 @@ from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.kernels.routing import RoutingRule
 from baton.shared.engine.experts import Experts, ExpertsSpec
-from baton.shared.engine.latent import LatentHeadsSpec
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks
 
 
@@ -76,13 +75,6 @@ class Operations(Protocol):
 
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
         """The experts of a layer, this rank's share of each.
-
-        Raises:
-            ModelError: as of `load_linear`.
-        """
-
-    def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
-        """What each head makes of latents, of this rank's heads.
 
         Raises:
             ModelError: as of `load_linear`.

@@ -19,7 +19,6 @@ from baton.kernels.reference_experts import ExpertWeights, Routes
 from baton.kernels.reference_latent import LatentHeads
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
-from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
 from baton.shared.engine.linear import (
     Linear,
     LinearSpec,
@@ -88,9 +87,6 @@ class ReferenceOperations:
             packed.append((gate_up, down, expert.gate_up_bias, expert.down_bias))
         weights = ExpertWeights(*(list(each) for each in zip(*packed, strict=True)))
         return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
-
-    def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
-        return expand_latent_heads(spec, reader, self.ranks)
 
     def rope_and_store_latent(
         self,

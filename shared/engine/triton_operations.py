@@ -35,7 +35,6 @@ from baton.kernels.soft_cap import soft_cap
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.device_columns import Chunk
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
-from baton.shared.engine.latent import LatentHeadsSpec, expand_latent_heads
 from baton.shared.engine.linear import (
     Linear,
     LinearSpec,
@@ -246,9 +245,6 @@ class TritonOperations:
             shared=weights,
             pdl=self._overlaps,
         )
-
-    def load_latent_heads(self, spec: LatentHeadsSpec, reader: PartReader) -> LatentHeads:
-        return expand_latent_heads(spec, reader, self.ranks)
 
     def rope_and_store_latent(
         self,

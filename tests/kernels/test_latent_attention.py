@@ -15,7 +15,7 @@ from baton.kernels.latent_attention import (
     latent_decode_attention,
     latent_decode_config,
 )
-from baton.kernels.latent_expand import expand_latents, expands
+from baton.kernels.latent_expand import expand_latents, expands, why_never_expanded
 from baton.kernels.latent_heads import covers, store_and_absorb
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import prefill_tiles
@@ -274,6 +274,14 @@ def test_which_form_is_cheaper() -> None:
     assert not expands(2048, 60_000, **sizes)
     assert not expands(512, 512, **{**sizes, "value_dim": 256, "key_dim": 64})
     assert not expands(512, 512, **{**sizes, "key_dim": 300})
+
+
+def test_what_is_never_expanded_is_named() -> None:
+    assert why_never_expanded(512, 64, 192, 256) is None, "glm4_moe_lite's"
+    assert "latents have 38 numbers" in str(why_never_expanded(38, 6, 14, 13))
+    assert "heads make keys of 300 numbers" in str(why_never_expanded(512, 64, 300, 128))
+    assert "heads make values of 300 numbers" in str(why_never_expanded(512, 64, 256, 300))
+    assert "values have 256 numbers" in str(why_never_expanded(512, 64, 64, 256))
 
 
 def test_sizes_that_are_not_taken_are_named(device: torch.device) -> None:

@@ -157,6 +157,20 @@ def test_what_no_kernel_takes_is_refused_on_a_gpu(
     assert model_runner._kernels("torch", torch.device("cuda"), config) == "torch"
 
 
+def test_prompts_that_take_the_slower_form_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank, reason in ((512, ""), (38, "latents have 38 numbers")):
+        fields = {"model_type": "kimi_k2", "kv_lora_rank": rank}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        _, config = load_model_config(tmp_path)
+        caplog.clear()
+        model_runner._operations("triton", torch.device("cpu"), torch.bfloat16, config)
+        warned = "slower form of latent attention" in caplog.text
+        assert warned == bool(reason)
+        assert model_runner._why_not_expanded(config).startswith(reason)
+
+
 def test_blocks_that_are_not_whole_words_are_refused(tmp_path: Path) -> None:
     """An odd latent, one token a block, 16 bits: nothing else makes such blocks."""
     fields = {"model_type": "deepseek_v3", "num_hidden_layers": 1, "kv_lora_rank": 27}
