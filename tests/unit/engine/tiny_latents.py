@@ -108,7 +108,35 @@ TINY_LATENTS: dict[str, dict[str, Fields]] = {
             "routed_scaling_factor": 1.0,
         },
     },
-    "kimi_k2": {"as it comes": _AS_KIMI},
+    "kimi_k2": {
+        "as it comes": _AS_KIMI,
+        "groups, queries without a latent": {
+            **_AS_KIMI,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "q_lora_rank": None,
+        },
+        "two dense, tied, halves": {
+            **_AS_KIMI,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 2,
+            "rope_interleave": False,
+            "tie_word_embeddings": True,
+            "n_shared_experts": 2,
+        },
+        "no layer dense, odd sizes, biases": {
+            **_AS_KIMI,
+            "first_k_dense_replace": 0,
+            "kv_lora_rank": 30,
+            "q_lora_rank": 21,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 22,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+        },
+    },
     "glm4_moe_lite": {
         "as they come": {**_SIZES, "qk_nope_head_dim": 24, "v_head_dim": 32},
         "groups, yarn": {

@@ -75,19 +75,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
 }
 """Of types that are served by their own file."""
 ALL_TINY = {**TINY_MODELS, **TINY_FOREIGN}
-ALONE = [
-    (model_type, case)
-    for model_type, cases in TINY_LATENTS.items()
-    for case in cases
-    if (model_type, case) != ("deepseek_v3", "as they come")
-]
-"""Those that test_latent.py compares, and test_model_types.py does not."""
-CASES = [
-    (model_type, case)
-    for model_type, cases in ALL_TINY.items()
-    for case in cases
-    if (model_type, case) not in ALONE
-]
+CASES = [(model_type, case) for model_type, cases in ALL_TINY.items() for case in cases]
 
 
 def make_tiny(
