@@ -94,7 +94,7 @@ class Part:
         """Which rows of each run of the module are taken, None for all as they are, and how long
         such a run is."""
         if self.between is None:
-            return self.order, self.unit
+            return self.order, len(self.order or ()) or self.unit
         num_rows, start = self.between
         return tuple(start + place for place in self.order or range(self.unit)), num_rows
 
