@@ -152,6 +152,13 @@ class InProcessEngine:
             self.submit(prompt, 1)
         return self.run_until_idle().at_s[-1] - started_s
 
+    def prefill_behind(self, prefix: Seq[int], num_tokens: int) -> float:
+        """As `prefill`, of a prompt whose first tokens are in the prefix cache."""
+        [rest] = random_prompts(1, num_tokens, self.runner.model_config.vocab_size)
+        started_s = time.perf_counter()
+        self.submit([*prefix, *rest], 1)
+        return self.run_until_idle().at_s[-1] - started_s
+
     def _take(self, messages: list[msg.Outgoing]) -> None:
         for message in messages:
             if not isinstance(message, msg.ToGateway):

@@ -383,6 +383,11 @@ def why_not_hopper(
     return reason
 
 
+def is_wide(kv: Tensor, window: int) -> bool:
+    """Whether layers over that pool may have the kernel for compute capability 9.0."""
+    return _hopper is not None and _hopper.covers(kv, kv, block_m=128, window=window)
+
+
 def paged_prefill_attention(
     query: Tensor,
     kv: Tensor,
@@ -396,6 +401,7 @@ def paged_prefill_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    num_tiles: Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
     """Causal attention of chunk tokens over their row's blocks, which hold their own keys already.
@@ -415,6 +421,8 @@ def paged_prefill_attention(
         sinks: float32 [num_heads]: of each head a score beside those of the keys, of a value that
             is zero.
         out: like `query`; only tokens in tiles are written.
+        num_tiles: int32 [1], on the device: how many of the tiles count; the others have no tokens.
+            None: all.
         config: for measurements: how the kernel of this file runs, which then does it everywhere.
 
     Returns:
@@ -449,6 +457,7 @@ def paged_prefill_attention(
             soft_cap=soft_cap,
             sinks=sinks,
             out=out,
+            num_tiles=num_tiles,
         )
         return out
     if config is None:

@@ -111,7 +111,7 @@ def _num_programs(device: torch.device) -> int:
 
 
 def _product_rows(config: ItemConfig) -> int:
-    return max(16, triton.next_power_of_2(config.block_m * config.pack))
+    return max(16, int(triton.next_power_of_2(config.block_m * config.pack)))
 
 
 def split_prefill_attention(

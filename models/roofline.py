@@ -62,6 +62,29 @@ def prefill_floor_s(model: ModelConfig, num_tokens: int, rates: Rates) -> float:
     return max(flop / rates.flop_per_s, read_s) + attention_s
 
 
+def behind_floor_s(model: ModelConfig, num_tokens: int, num_cached: int, rates: Rates) -> float:
+    """As `prefill_floor_s`, of tokens behind others that are cached: keys and values of these are
+    read, or attended to, whichever takes longer."""
+    whole, cached = (attention_flop(model, n) for n in (num_cached + num_tokens, num_cached))
+    read_s = context_bytes(model, num_cached) / rates.bytes_per_s
+    own_s = attention_flop(model, num_tokens) / rates.attention_flop_per_s
+    attention_s = max((whole - cached) / rates.attention_flop_per_s, read_s)
+    return prefill_floor_s(model, num_tokens, rates) - own_s + attention_s
+
+
+def mixed_floor_s(
+    model: ModelConfig, batch: int, context: int, num_tokens: int, rates: Rates
+) -> float:
+    """Of a step in which `batch` sequences with so many tokens draw one each, beside a prompt's
+    chunk of `num_tokens`."""
+    num_rows = batch + num_tokens
+    flop = 2 * (num_weights_of_a_token(model) * num_rows + num_head_weights(model) * (batch + 1))
+    read_s = step_weight_bytes(model, num_rows) / rates.bytes_per_s
+    attention_s = attention_flop(model, num_tokens) / rates.attention_flop_per_s
+    kv_s = batch * context_bytes(model, context) / rates.bytes_per_s
+    return max(flop / rates.flop_per_s, read_s) + attention_s + kv_s
+
+
 def step_weight_bytes(
     model: ModelConfig,
     num_tokens: int,

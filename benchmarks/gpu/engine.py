@@ -2,12 +2,14 @@
 
     python -m benchmarks.gpu.engine [--shape NAME[,NAME ...] | --model DIR]
         [--decode 1x1024,32x1024] [--prefill 1x8192] [--digest 1x8192]
+        [--behind 64x8192] [--mixed 32x512]
 
 Well-known shapes with random weights, each in a process of its own. Floors (models/roofline.py): a
 decode step reads all weights once, of a mixture's experts those that were counted, or multiplies by
 them, whichever takes longer, then reads keys and values within the layers' windows; a prompt is
 matrix products at the measured rate plus causal attention at 600 TFLOP/s (what the best kernels
-reach). `python -m benchmarks.gpu.tables FILE` renders what was written.
+reach). Of prompts it also prints how long they take without graphs (`launched_ms`), on the same
+engine. `python -m benchmarks.gpu.tables FILE` renders what was written.
 
 Kernels are compiled on the first start on a machine. `--compile-only --layers 6 --num-blocks 1100`
 of several shapes at the same time, with the `--max-num-seqs` of what follows, makes that short.
@@ -42,14 +44,18 @@ from benchmarks.gpu.measured_engine import (
     add_engine_flags,
     make_runner,
     points,
+    without_prompt_graphs,
 )
+from benchmarks.gpu.prompt_points import behind_point, mixed_point
 from benchmarks.gpu.results import result_path, results_name
 from benchmarks.in_process import InProcessEngine
 from models.dummy_model import SHAPES
 from models.roofline import decode_floor_s, prefill_floor_s
 
 _DECODE = "1x1024,8x1024,32x1024,64x1024,128x1024,256x1024,1x8192,32x8192"
-_PREFILL = "1x512,1x2048,1x8192,16x1024"
+_PREFILL = "1x64,1x128,1x256,1x512,1x2048,1x8192,16x1024"
+_BEHIND = "64x8192,64x32768"
+_MIXED = "32x512"
 _DIGEST = "1x8192,16x1024"
 _VLLM_ON = ("llama-8b", "NVIDIA H200")
 _VLLM_MS = {
@@ -118,7 +124,8 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     ceilings = measure_ceilings(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    largest = max((point.batch for point in args.decode), default=_FEWEST_SEQS)
+    most = [point.batch for point in args.decode] + [1 + point.batch for point in args.mixed]
+    largest = max(most, default=_FEWEST_SEQS)
     max_num_seqs = args.max_num_seqs or max(_FEWEST_SEQS, largest)
     started_s = time.monotonic()
     runner = make_runner(args, shape, max_num_seqs, args.model)
@@ -147,7 +154,10 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
         return run
     plans = [(_decode_point, point) for point in args.decode]
     plans += [(_prefill_point, point) for point in args.prefill]
+    plans += [(_behind_point, point) for point in args.behind]
     plans += [(_digest_point, point) for point in args.digest]
+    # Last: it writes to blocks that are the prefix cache's.
+    plans += [(_mixed_point, point) for point in args.mixed]
     for measure, point in plans:
         try:
             label, own = measure(engine, point, ceilings, args)
@@ -198,13 +208,31 @@ def _decode_point(
 def _prefill_point(
     engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
 ) -> tuple[str, Figures]:
-    engine.prefill(point.batch, point.num_tokens)
-    times = [engine.prefill(point.batch, point.num_tokens) for _ in range(args.prefills)]
+    def measure() -> list[float]:
+        engine.prefill(point.batch, point.num_tokens)
+        return [engine.prefill(point.batch, point.num_tokens) for _ in range(args.prefills)]
+
+    times = measure()
+    with without_prompt_graphs(engine.runner):
+        launched = measure()
     return f"prefill {point}", {
         "ms": statistics.median(times) * 1e3,
         "min_ms": min(times) * 1e3,
+        "launched_ms": statistics.median(launched) * 1e3,
         "floor_ms": _prefill_floor_ms(engine.runner, point, ceilings),
     }
+
+
+def _behind_point(
+    engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[str, Figures]:
+    return behind_point(engine, point, ceilings, args.prefills)
+
+
+def _mixed_point(
+    engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[str, Figures]:
+    return mixed_point(engine, point, ceilings, args.prefills)
 
 
 def _digest_point(
@@ -258,6 +286,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=model_dir, help="a model directory in place of a shape")
     add("--decode", type=points, default=points(_DECODE), metavar="BATCHxTOKENS,...")
     add("--prefill", type=points, default=points(_PREFILL), metavar="BATCHxTOKENS,...")
+    add("--behind", type=points, default=points(_BEHIND), metavar="NEWxCACHED,...")
+    add("--mixed", type=points, default=points(_MIXED), metavar="ROWSxTOKENS,...")
     add("--digest", type=points, default=points(_DIGEST), metavar="BATCHxTOKENS,...")
     add("--steps", type=int, default=128, help="of each decode point")
     add("--prefills", type=int, default=_PREFILLS, help="of each other point")

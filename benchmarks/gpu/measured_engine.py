@@ -55,7 +55,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for trials")
     add("--block-size", type=int, default=16)
     add("--token-budget", type=int)
-    add("--max-model-len", type=length_or_auto, default=16_384)
+    add("--max-model-len", type=length_or_auto, default=36_864)
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--layers", type=int, help="only so many of a shape's, for trials")
     add("--quantization", choices=QUANTIZATIONS, help="make the weights small")
@@ -87,6 +87,18 @@ def make_runner(
             print(f"{time.monotonic() - started_s:7.1f} s  {line}", flush=True)
 
         return ModelRunner(config, progress=progress)
+
+
+@contextmanager
+def without_prompt_graphs(runner: ModelRunner) -> Iterator[None]:
+    """Steps with prompt chunks are launched kernel by kernel meanwhile."""
+    executor: Any = runner._executor
+    steps = getattr(executor, "_prompts", None)
+    executor._prompts = None
+    try:
+        yield
+    finally:
+        executor._prompts = steps
 
 
 class GapMeter:

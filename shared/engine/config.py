@@ -51,7 +51,8 @@ class EngineConfig:
     `gpu_memory_utilization`: share of the GPU's memory that this engine may take, weights included.
     `host_memory_mib`: what this process may take of the host's memory on a CPU, weights and pool
     included; None: what is free.
-    `cuda_graphs`: decode steps are captured once and replayed.
+    `cuda_graphs`: steps are captured once and replayed; `prompt_graphs`: those with chunks of
+    prompts, too.
     `num_drafts`: the most drafts (guesses of the next tokens) that a step checks for a sequence.
     `draft_model_dir`: the model that makes them; None: no model does.
 
@@ -74,6 +75,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     host_memory_mib: int | None = None
     cuda_graphs: bool = True
+    prompt_graphs: bool = True
     num_drafts: int = 0
     draft_model_dir: Path | None = None
 

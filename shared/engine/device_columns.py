@@ -175,7 +175,7 @@ def chunk_columns(
         input_ids[first:end] = np.frombuffer(array("i", row.token_ids), np.int32)
         positions[first:end] = np.arange(row.position, row.context_len, dtype=np.int32)
         for group in range(num_groups - num_slot_groups):
-            slots[group, first:end] = _slots(row, group, block_size)
+            slots[group, first:end] = slots_of_row(row, group, block_size)
     columns = behind[num_words:].reshape(3, num_columns)
     columns[1] = -1
     if wanted:
@@ -205,7 +205,7 @@ def _chunks(
         first_tile = end
 
 
-def _slots(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:
+def slots_of_row(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:
     """Where the group's pool has the row's tokens."""
     first, end = row.position // block_size, -(-row.context_len // block_size)
     blocks = np.array(row.block_tables[group][first:end], np.int64) * block_size

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,14 +33,25 @@ from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn
 from baton.shared.engine.device_rows import DeviceRows
 from baton.shared.engine.device_step import DeviceBegun, DeviceStep, Layout
-from baton.shared.engine.executor import Model
+from baton.shared.engine.executor import HalvesModel, Model
 from baton.shared.engine.graphs import Graphs
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.launched_steps import LaunchedSteps
+from baton.shared.engine.prompt_steps import PromptSteps, sizes_up_to
 from baton.shared.engine.shaping import History
 from baton.shared.sampling import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """Steps with prompt chunks, since the start."""
+
+    captured: int = 0
+    """By graphs."""
+    launched: int = 0
+    """Kernel by kernel."""
 
 
 class DeviceExecutor:
@@ -81,6 +93,8 @@ class DeviceExecutor:
         )
         self._decode = DecodeSteps(context)
         self._launched = LaunchedSteps(context, self._decode)
+        self._prompts = self._make_prompt_steps(model)
+        self.num_prompt_steps = StepCounts()
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
         self._has_begun = False
@@ -159,6 +173,26 @@ class DeviceExecutor:
             stream = self._stream if graphs else None
             self._decode.capture(None if stream is None else Graphs(stream))
 
+    def capture_prompts(self, most_tokens: int, graphs: Graphs | None = None) -> None:
+        """Captures graphs of steps with prompt chunks, of so many tokens at most, where the model
+        allows it. `graphs`: what captures them, if not the device."""
+        if self._prompts is None:
+            return
+        with self._on_stream():
+            if graphs is None and self._stream is not None:
+                graphs = Graphs(self._stream)
+            if graphs is not None:
+                self._prompts.capture(graphs, sizes_up_to(most_tokens))
+
+    def _make_prompt_steps(self, model: Model) -> PromptSteps | None:
+        """None: its steps with prompt chunks are launched."""
+        context = self._context
+        if context.num_slot_groups or any(context.are_latents) or not context.kv:
+            return None
+        if not isinstance(model, HalvesModel):
+            return None
+        return PromptSteps(context, model, self._launched.drawn_work)
+
     def synchronize(self, *, everything: bool = False) -> None:
         """Waits for the steps; for all that the device has to do if asked to."""
         if self._stream is not None:
@@ -227,7 +261,7 @@ class DeviceExecutor:
             for row in rows
         ]
         if layout.chunks:
-            hidden, draw = self._launched.begin(batch, layout, num_wanted)
+            hidden, draw = self._begin_prompts(batch, layout, num_wanted)
         else:
             hidden, draw = self._decode.begin(layout, num_wanted)
         wanted = [row if row >= 0 and num_wanted[row] else -1 for row in layout.wanted]
@@ -241,6 +275,18 @@ class DeviceExecutor:
             return self._fetch(batch, layout, results, wanted, logprobs)
 
         return finish
+
+    def _begin_prompts(
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """By a graph, if there is one for such a step."""
+        if self._prompts is not None:
+            begun = self._prompts.begin(batch, layout, num_wanted)
+            if begun is not None:
+                self.num_prompt_steps.captured += 1
+                return begun
+        self.num_prompt_steps.launched += 1
+        return self._launched.begin(batch, layout, num_wanted)
 
     def _tell_of_drawn(
         self, rows: Sequence[BatchRow], wanted: Sequence[int], hidden: Tensor, results: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from baton.shared.engine.batch import BatchRow, RowHandle
 from baton.shared.engine.device_logprobs import Told
+from baton.shared.engine.graphs import Graph
 from baton.shared.engine.triton_operations import GroupPlan
 from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 from baton.shared.token_masks import TokenMasks
@@ -102,7 +103,7 @@ class DecodeBuffers:
     """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
     plans: list[GroupPlan]
     """By cache group."""
-    graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+    graphs: tuple[Graph, Graph] | None = None
     """Of the forward pass and of the draw. The second reads what the first left in memory that all
     graphs share: no other is replayed between the two."""
     hidden: Tensor | None = None

@@ -8,7 +8,7 @@ Triton kernels. Both take the same batches and the same model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -36,6 +36,46 @@ class Model(Protocol):
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class HalvesModel(Model, Protocol):
+    """One whose forward pass has two halves, as that of shared/engine/models/decoder.py."""
+
+    def begin(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        caches: Sequence[object],
+        plans: Sequence[object],
+    ) -> Halfway: ...
+
+    def finish(
+        self, halfway: Halfway, caches: Sequence[object], plans: Sequence[object]
+    ) -> Tensor: ...
+
+
+class Halfway(NamedTuple):
+    """Tokens of a step in the middle of the last layer that stores anything: from here on, those
+    that nobody wants may be left out."""
+
+    query: Tensor
+    """[T, num_heads, head_dim]"""
+    hidden: Tensor
+    """[T, hidden], the layer's input."""
+    positions: Tensor
+    """int [T]"""
+    extra: Tensor | None
+    """[T, num_layers, any size]: what layers get beside their input."""
+
+    def at(self, tokens: Tensor) -> Halfway:
+        """Of these tokens, int [R], alone."""
+        return Halfway(
+            self.query.index_select(0, tokens),
+            self.hidden.index_select(0, tokens),
+            self.positions.index_select(0, tokens),
+            None if self.extra is None else self.extra.index_select(0, tokens),
+        )
 
 
 class Step(Protocol):

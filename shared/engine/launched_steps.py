@@ -28,7 +28,7 @@ class LaunchedSteps:
         self._decode = decode
         self.rows_at_once = rows_at_once(context.vocab_size)
         sizes = reversed(context.drawn_sizes)
-        self._drawn_work = {size: context.make_work(size) for size in sizes}
+        self.drawn_work = {size: context.make_work(size) for size in sizes}
 
     def begin(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
@@ -232,7 +232,7 @@ class LaunchedSteps:
         drawn: list[DevicePlan] = []
         attention = [plan for plan in plans if isinstance(plan, DevicePlan)]
         for group, plan in enumerate(attention):
-            work = self._drawn_work[num_rows][group] if num_rows else None
+            work = self.drawn_work[num_rows][group] if num_rows else None
             context.plan_work(wanted.rows, work, wanted.back, drawn)
             alone = replace(plan, rows=wanted.rows, work=work, tiles=None, attended=None)
             drawn.append(replace(alone, chunks=(), num_padding=0))

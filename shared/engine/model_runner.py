@@ -66,6 +66,8 @@ _DTYPES = {
 _MOST_FORCED_ON_HOST = 16
 _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
+MOST_CAPTURED_TOKENS = 2048
+"""Of a step that comes from a graph; longer ones keep a GPU busy for as long as launching takes."""
 _GOOD_ENOUGH = 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
 _MIN_CAPABILITY = (8, 0)
@@ -407,6 +409,10 @@ class ModelRunner:
             eos_token_ids=self.model_config.eos_token_ids,
         )
 
+    @property
+    def _captures(self) -> bool:
+        return self._config.cuda_graphs and self._implementation.has_graphs
+
     def _make_scratch_executor(self, num_blocks: int, num_rows: int) -> Executor:
         """Over a cache of its own, with so many blocks in each pool; for so many rows."""
         cache = KvCache(
@@ -439,13 +445,18 @@ class ModelRunner:
             executor = self._make_executor(cache)
             # What the draft model's keeps of rows; its steps are smaller, and not at once.
             beside = None if self.draft is None else self.draft.make_executor()
+            resident = torch.cuda.memory_allocated(self.device)
             prompt = self._prompt_row(num_tokens)
             assert prompt.token_ids is not None
             # Logprobs take room, too.
             prompt.prompt_logprobs = WantedLogprobs(0, prompt.token_ids, MOST_TOP_LOGPROBS)
             executor.launch(Batch([prompt])).result()
         pool_bytes = cache.memory.numel()
-        peak = torch.cuda.max_memory_allocated(self.device) - pool_bytes
+        peak = torch.cuda.max_memory_allocated(self.device)
+        if self._captures and self._config.prompt_graphs:
+            # What graphs compute in is theirs alone.
+            peak += (peak - resident) * min(num_tokens, MOST_CAPTURED_TOKENS) // num_tokens
+        peak -= pool_bytes
         del executor, cache, beside
         torch.cuda.empty_cache()
         return int(peak)
@@ -457,7 +468,7 @@ class ModelRunner:
         from baton.shared.engine.device_executor import DeviceExecutor
 
         assert isinstance(self._executor, DeviceExecutor)
-        has_graphs = self._config.cuda_graphs and self._implementation.has_graphs
+        has_graphs = self._captures
         if not self._implementation.has_graphs:
             log_event(
                 logger,
@@ -504,6 +515,9 @@ class ModelRunner:
                 prompt = self._prompt_row(min(16, limit))
                 guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
                 self._executor.launch(Batch([guess, prompt])).result()
+            if has_graphs and self._config.prompt_graphs:
+                # Behind the launched steps, whose memory is theirs by now.
+                self._executor.capture_prompts(min(max(usable), MOST_CAPTURED_TOKENS))
             measured = min(_MEASURED_TOKENS, limit)
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
             for budget in usable:

@@ -7,6 +7,7 @@ faster than cuBLAS; there the norm before and the activation or residual behind 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.routing import RoutingRule
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
+from baton.kernels.split_prefill_attention import ItemWork, split_prefill_attention
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.device_columns import Chunk
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
@@ -48,6 +50,16 @@ from baton.shared.engine.linear import (
 )
 from baton.shared.engine.operations import GatedLinears, Norm
 from baton.shared.engine.quantised.stored import StoredLinear, pack_stored
+
+
+class ChunkItems(NamedTuple):
+    """Chunks that share their keys among programs; see split_prefill_attention.py."""
+
+    items: Tensor
+    """int32 [N, 9]"""
+    num_items: Tensor
+    """int32 [1]: how many of them there are."""
+    work: ItemWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,10 @@ class DevicePlan:
     """How many of the tokens, at the end, are in no row and no tile."""
     counting: Tensor | None = None
     """int32 [max_blocks]: 0, 1, 2 and so on; where there are chunks."""
+    num_tiles: Tensor | None = None
+    """int32 [1]: how many of the tiles count; None: all."""
+    items: ChunkItems | None = None
+    """Of chunks whose tokens are in no tile."""
 
 
 GroupPlan = DevicePlan | DeviceStatePlan
@@ -508,6 +524,22 @@ class TritonOperations:
                 plan.block_tables,
                 scale,
                 block_m=plan.block_m,
+                window=plan.window,
+                soft_cap=cap,
+                sinks=sinks,
+                out=out,
+                num_tiles=plan.num_tiles,
+            )
+        if plan.items is not None:
+            split_prefill_attention(
+                query,
+                kv,
+                layer,
+                plan.items.items,
+                plan.items.num_items,
+                plan.block_tables,
+                plan.items.work,
+                scale,
                 window=plan.window,
                 soft_cap=cap,
                 sinks=sinks,

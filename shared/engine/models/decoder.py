@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from baton.shared.engine.executor import Wanted
+from baton.shared.engine.executor import Halfway, Wanted
 from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Names, load_norm
@@ -44,29 +44,6 @@ MakeLayer = Callable[[int], Layer]
 ExtraInputs = Callable[[Tensor, Tensor], Tensor]
 """Of token ids [T] and embeddings [T, hidden], scaled: what each layer gets of a token beside its
 input, [T, num_layers, any size]."""
-
-
-class Halfway(NamedTuple):
-    """Tokens of a step in the middle of the last layer that stores anything: from here on, those
-    that nobody wants may be left out."""
-
-    query: Tensor
-    """[T, num_heads, head_dim]"""
-    hidden: Tensor
-    """[T, hidden], the layer's input."""
-    positions: Tensor
-    """int [T]"""
-    extra: Tensor | None
-    """[T, num_layers, any size], of `ExtraInputs`."""
-
-    def at(self, tokens: Tensor) -> Halfway:
-        """Of these tokens, int [R], alone."""
-        return Halfway(
-            self.query.index_select(0, tokens),
-            self.hidden.index_select(0, tokens),
-            self.positions.index_select(0, tokens),
-            None if self.extra is None else self.extra.index_select(0, tokens),
-        )
 
 
 class Decoder:

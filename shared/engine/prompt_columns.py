@@ -1,0 +1,191 @@
+"""The columns of a captured step with prompt chunks: like those of device_columns.py, but where
+each begins depends on nothing but the graph that reads them.
+
+    wanted   int32 [Rmax]  tokens whose logits are wanted
+    rows     int32 [Rmax]  their slots, −1 = padding
+    decode   int32 [Dmax]  slots of the decode rows, −1 = padding
+    counts   int32 [1 + K] how many wide tiles there are, and how many items of each kind
+    slots    int64 [G, T]  then input_ids, positions [T], of decode rows filled in on the device
+    tiles    int32 [NT, 4] wide tiles
+    items    int32 [N, 9]  of each kind
+
+Tokens are decode rows, chunks, padding: token 0, position 0, stored nowhere and attended to by
+nobody.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from baton.kernels.prefill_attention import prefill_tiles
+from baton.kernels.prefill_items import ITEM_FIELDS, cut_items, most_items
+from baton.shared.engine.batch import BatchRow
+from baton.shared.engine.batch_state import aligned
+from baton.shared.engine.device_columns import slots_of_row
+
+Int32s = npt.NDArray[np.int32]
+
+WIDE_TOKENS = 128
+"""Of a wide tile."""
+_FEW_TOKENS, _MANY_KEYS = 128, 1024
+"""Chunks of at most so many tokens that see more keys than that are cut into items beside wide
+tiles, too: one alone would keep its programs when all others are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemKind:
+    """How cache groups cut chunks: those that do it alike share a list."""
+
+    block_m: int
+    block_n: int
+    most_cuts: int
+    window: int
+    has_wide: bool
+    """Wide tiles take what is not few tokens behind many."""
+
+
+class PromptViews(NamedTuple):
+    """The columns on the device."""
+
+    wanted: Tensor
+    rows: Tensor
+    decode: Tensor
+    counts: Tensor
+    slots: Tensor
+    input_ids: Tensor
+    positions: Tensor
+    tiles: Tensor
+    items: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLayout:
+    """Where columns of steps of so many tokens are. All layouts of an engine begin alike."""
+
+    num_tokens: int
+    num_groups: int
+    most_wanted: int
+    most_decode: int
+    most_rows: int
+    """Of chunks."""
+    kinds: tuple[ItemKind, ...]
+
+    @property
+    def most_tiles(self) -> int:
+        return self.num_tokens // WIDE_TOKENS + self.most_rows
+
+    @property
+    def num_words(self) -> int:
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Words of each column; all begin at 16 bytes, for kernels are compiled for that."""
+        sizes = [
+            *(self.most_wanted, self.most_wanted, self.most_decode, 1 + len(self.kinds)),
+            *(2 * self.num_groups * self.num_tokens, self.num_tokens, self.num_tokens),
+            4 * self.most_tiles,
+            *(ITEM_FIELDS * self._most_items(kind) for kind in self.kinds),
+        ]
+        return [aligned(size) for size in sizes]
+
+    def _most_items(self, kind: ItemKind) -> int:
+        return most_items(self.num_tokens, self.most_rows, kind.block_m, kind.most_cuts)
+
+    def views(self, words: Tensor) -> PromptViews:
+        """words: int32 [≥ num_words], on the device."""
+        parts = torch.split(words[: self.num_words], self._sizes())
+        wanted, rows, decode, counts, slots, input_ids, positions, tiles, *items = parts
+        num_slots = self.num_groups * self.num_tokens
+        return PromptViews(
+            wanted[: self.most_wanted],
+            rows[: self.most_wanted],
+            decode[: self.most_decode],
+            counts,
+            slots.view(torch.int64)[:num_slots].view(self.num_groups, self.num_tokens),
+            input_ids[: self.num_tokens],
+            positions[: self.num_tokens],
+            tiles.view(-1, 4)[: self.most_tiles],
+            [
+                each[: ITEM_FIELDS * self._most_items(kind)].view(-1, ITEM_FIELDS)
+                for each, kind in zip(items, self.kinds, strict=True)
+            ],
+        )
+
+    def pack(
+        self,
+        decode: Sequence[int],
+        chunks: Sequence[tuple[int, BatchRow]],
+        wanted: Sequence[tuple[int, int]],
+        block_size: int,
+    ) -> Int32s:
+        """The columns of a step.
+
+        Args:
+            decode: slots of the decode rows.
+            chunks: (slot, row) of each; their block tables are long enough.
+            wanted: (token of the step, slot) of those whose logits are wanted.
+        """
+        packed = np.zeros(self.num_words, np.int32)
+        columns = np.split(packed, np.cumsum(self._sizes())[:-1])
+        of_wanted, of_rows, of_decode, counts, slots_words, input_ids, positions, tiles = columns[
+            :8
+        ]
+        of_rows[:] = of_decode[:] = -1
+        if wanted:
+            of_wanted[: len(wanted)], of_rows[: len(wanted)] = np.array(wanted, np.int32).T
+        of_decode[: len(decode)] = decode
+        num_slots = self.num_groups * self.num_tokens
+        slots = slots_words.view(np.int64)[:num_slots].reshape(self.num_groups, self.num_tokens)
+        starts = list(accumulate((row.num_tokens for _, row in chunks), initial=len(decode)))
+        slots[:, : len(decode)] = slots[:, starts[-1] :] = -1
+        for (_, row), first, end in zip(chunks, starts[:-1], starts[1:], strict=True):
+            assert row.token_ids is not None
+            input_ids[first:end] = np.frombuffer(array("i", row.token_ids), np.int32)
+            positions[first:end] = np.arange(row.position, row.context_len, dtype=np.int32)
+            for group in range(self.num_groups):
+                slots[group, first:end] = slots_of_row(row, group, block_size)
+        cut = _Cut(chunks, starts)
+        if any(kind.has_wide for kind in self.kinds):
+            own = cut.tiles(WIDE_TOKENS, cut.is_wide)
+            tiles[: own.size] = own.reshape(-1)
+            counts[0] = len(own)
+        for number, (kind, column) in enumerate(zip(self.kinds, columns[8:], strict=True)):
+            which = ~cut.is_wide if kind.has_wide else np.ones(len(chunks), bool)
+            if not which.any():
+                continue
+            items = cut_items(
+                cut.tiles(kind.block_m, which),
+                block_n=kind.block_n,
+                most_cuts=kind.most_cuts,
+                window=kind.window,
+            )
+            column[: items.size] = items.reshape(-1)
+            counts[1 + number] = len(items)
+        return packed
+
+
+class _Cut:
+    """Chunks of a step and which tiles they are cut into."""
+
+    def __init__(self, chunks: Sequence[tuple[int, BatchRow]], starts: Sequence[int]) -> None:
+        """`starts`: where the tokens of each begin, and where the last end."""
+        self._slots = np.array([slot for slot, _ in chunks], np.int64)
+        self._positions = np.array([row.position for _, row in chunks], np.int64)
+        self._starts = np.array(starts, np.int64)
+        counts = np.diff(self._starts)
+        self.is_wide = (counts > _FEW_TOKENS) | (self._positions + counts <= _MANY_KEYS)
+
+    def tiles(self, block_m: int, which: npt.NDArray[np.bool_]) -> Int32s:
+        """Of some of the chunks."""
+        tiles = prefill_tiles(self._starts, self._slots, self._positions, block_m=block_m)
+        row = np.searchsorted(self._starts, tiles[:, 0], "right") - 1
+        return tiles[which[row]]

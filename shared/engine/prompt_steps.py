@@ -1,0 +1,387 @@
+"""Steps with prompt chunks from CUDA graphs, whatever the number and lengths of chunks and of the
+decode rows beside them.
+
+    columns (prompt_columns.py) ─► begin ─► layers ─► the wanted tokens ─► rest ─► logits ─► draw
+                                   └─ a graph by tokens and decode rows ─┘ └ by wanted ┘ └ by wanted
+
+A graph has a grid, and buffers, for the most that its size may hold; what there is to do stands in
+lists on the device. Its tokens are padded: padding is stored nowhere and attended to by nobody. A
+step that no graph is for is launched kernel by kernel (launched_steps.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from baton.kernels.batch_state import begin_step
+from baton.kernels.decode_attention import DecodeWork, plan_decode
+from baton.kernels.prefill_attention import is_wide
+from baton.kernels.split_prefill_attention import ItemConfig, ItemWork, item_config, make_item_work
+from baton.shared.engine.batch import Batch
+from baton.shared.engine.batch_state import aligned
+from baton.shared.engine.device_context import DeviceContext, padded
+from baton.shared.engine.device_step import Layout
+from baton.shared.engine.executor import Halfway, HalvesModel
+from baton.shared.engine.graphs import Graph, Graphs
+from baton.shared.engine.prompt_columns import (
+    WIDE_TOKENS,
+    ItemKind,
+    PromptLayout,
+    PromptViews,
+)
+from baton.shared.engine.triton_operations import ChunkItems, DevicePlan
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
+
+SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+"""Tokens of a step, padded: where a step is as long as its products, not as its weights, tiles of
+128 tokens take as long as they do full."""
+_FEW_DECODE_ROWS = 64
+_ITEMS_ONLY = 256
+"""In steps of so many tokens all chunks are cut into items: there are fewer tiles than a GPU has
+processors."""
+
+
+def sizes_up_to(most_tokens: int) -> list[int]:
+    """Those for steps of so many tokens at most, as far as any are for them."""
+    return [
+        size for size, before in zip(SIZES, (0, *SIZES[:-1]), strict=True) if before < most_tokens
+    ]
+
+
+@dataclass(slots=True)
+class _Step:
+    """Of one padded number of tokens, and of decode rows at most."""
+
+    layout: PromptLayout
+    views: PromptViews
+    num_decode: int
+    plans: list[DevicePlan]
+    head_dims: list[int]
+    """By group."""
+    graph: Graph | None = None
+
+
+@dataclass(slots=True)
+class _Rest:
+    """Of one padded number of wanted tokens: what is left of the layers, the logits, the draw."""
+
+    rows: Tensor
+    results: Tensor
+    plans: list[DevicePlan]
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    graphs: tuple[Graph, Graph] | None = None
+
+
+class PromptSteps:
+    def __init__(
+        self,
+        context: DeviceContext,
+        model: HalvesModel,
+        work: Mapping[int, list[DecodeWork]],
+    ) -> None:
+        """`work`: for attention of so many tokens that are wanted, by cache group."""
+        self._context = context
+        self._model = model
+        self._most_rows = max_num_seqs = context.sizes[-1]
+        self._item_work: dict[tuple[ItemConfig, int], ItemWork] = {}
+        self._decode_work = dict(work)
+        self._steps: dict[tuple[int, int], _Step] = {}
+        """By tokens and decode rows."""
+        self._rest: dict[int, _Rest] = {}
+        self._arena = torch.zeros(0, dtype=torch.int32, device=context.device)
+        self._halfway: Halfway | None = None
+        """Of the wanted tokens, [max_num_seqs, …] each."""
+        self._results = context.make_results(max_num_seqs, 0)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(tokens, decode rows) that there are graphs for."""
+        return sorted(self._steps)
+
+    def begin(
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
+    ) -> tuple[Tensor, Callable[[], Tensor]] | None:
+        """As `DecodeSteps.begin`; None: no graph is for such a step, and nothing was done."""
+        step = self._step_for(batch, layout)
+        if step is None:
+            return None
+        context, rows = self._context, batch.rows
+        wanted: list[tuple[int, int]] = []
+        for place, row in enumerate(layout.decode):
+            if num_wanted[row]:
+                wanted.append((place, layout.handles[row].slot))
+                layout.wanted.append(row)
+        token = len(layout.decode)
+        for row in layout.chunks:
+            token += rows[row].num_tokens
+            if num_wanted[row]:
+                wanted.append((token - 1, layout.handles[row].slot))
+                layout.wanted.append(row)
+        packed = step.layout.pack(
+            [layout.handles[row].slot for row in layout.decode],
+            [(layout.handles[row].slot, rows[row]) for row in layout.chunks],
+            wanted,
+            context.block_size,
+        )
+        sent = context.host.send(context.state, packed)
+        assert sent is not None and self._halfway is not None
+        self._arena[: len(sent)].copy_(sent)
+        _run(step.graph, partial(self._forward, step))
+        if not wanted:
+            none = self._results[:0]
+            return self._halfway.hidden[:0], lambda: none
+        rest = self._rest[padded(len(wanted), list(self._rest))]
+        layout.wanted += [-1] * (len(rest.rows) - len(wanted))
+        _run(rest.graphs and rest.graphs[0], partial(self._finish, rest))
+        assert rest.hidden is not None
+
+        def draw() -> Tensor:
+            _run(rest.graphs and rest.graphs[1], partial(self._draw, rest))
+            return rest.results
+
+        return rest.hidden, draw
+
+    def _step_for(self, batch: Batch, layout: Layout) -> _Step | None:
+        if layout.width > 1 or any(
+            batch.rows[row].prompt_logprobs is not None for row in layout.chunks
+        ):
+            return None
+        num_tokens, num_decode = batch.num_tokens, len(layout.decode)
+        fitting = [
+            (step.layout.num_tokens, step.num_decode)
+            for step in self._steps.values()
+            if step.layout.num_tokens >= num_tokens
+            and step.num_decode >= num_decode
+            and step.layout.most_rows >= len(layout.chunks)
+        ]
+        return self._steps[min(fitting)] if fitting else None
+
+    def capture(self, graphs: Graphs, sizes: Sequence[int]) -> None:
+        """Makes a graph for every size, without decode rows beside chunks, with a few, and with as
+        many as there may be; of those that there is memory for."""
+        started_s = time.monotonic()
+        context = self._context
+        most = (0, min(_FEW_DECODE_ROWS, self._most_rows), self._most_rows)
+        shapes = sorted({(size, min(rows, size)) for size, rows in product(sizes, most)})
+        layouts = {size: self._layout(size) for size in sizes}
+        num_words = max((layout.num_words for layout in layouts.values()), default=0)
+        self._arena = torch.zeros(aligned(num_words), dtype=torch.int32, device=context.device)
+        refused = []
+        # The largest first: the smaller ones find room in its memory.
+        for size, num_decode in reversed(shapes):
+            step = self._make_step(layouts[size], num_decode)
+            nothing = step.layout.pack([], [], [], context.block_size)
+            self._arena[: len(nothing)].copy_(torch.from_numpy(nothing))
+            graph = graphs.capture_if_room(partial(self._forward, step))
+            if graph is None:
+                refused.append((size, num_decode))
+                continue
+            step.graph = graph
+            self._steps[size, num_decode] = step
+        for size in reversed(context.sizes if self._steps else []):
+            rest = self._make_rest(size)
+            self._finish(rest)
+            self._draw(rest)
+            first = graphs.capture(partial(self._finish, rest))
+            rest.graphs = first, graphs.capture(partial(self._draw, rest))
+            self._rest[size] = rest
+        self._rest = dict(sorted(self._rest.items()))
+        self._log(refused, graphs.num_bytes, time.monotonic() - started_s)
+
+    def _log(self, refused: Sequence[tuple[int, int]], num_bytes: int, seconds: float) -> None:
+        shown = " ".join(f"{size}+{rows}" if rows else f"{size}" for size, rows in self.sizes)
+        log_event(
+            logger,
+            logging.INFO,
+            "prompt steps are captured as CUDA graphs",
+            sizes=shown,
+            num_bytes=num_bytes,
+            seconds=round(seconds, 2),
+        )
+        if refused:
+            log_event(
+                logger,
+                logging.WARNING,
+                "too little memory for CUDA graphs of all sizes of prompt steps: others are "
+                "launched kernel by kernel",
+                missing=" ".join(f"{size}+{rows}" for size, rows in sorted(refused)),
+            )
+
+    # What is captured: fixed addresses only
+
+    def _forward(self, step: _Step) -> None:
+        context, views, state = self._context, step.views, self._context.state
+        plans = step.plans
+        if step.num_decode:
+            decode = views.decode[: step.num_decode]
+            begin_step(
+                decode,
+                state.token_ids,
+                state.context_lens,
+                state.block_tables,
+                views.input_ids,
+                views.positions,
+                views.slots,
+                block_size=context.block_size,
+                counting=state.shaping.counting,
+                leaves_padding=True,
+            )
+            for number, plan in enumerate(plans):
+                if any(plan.work is before.work for before in plans[:number]):
+                    continue
+                assert plan.work is not None
+                plan_decode(
+                    decode, state.context_lens, plan.work, window=plan.window, leaves_padding=True
+                )
+        # Nobody reads what becomes of the padding, but numbers shall go on through the layers.
+        attended = {
+            head_dim: torch.zeros(
+                step.layout.num_tokens,
+                context.num_heads,
+                head_dim,
+                dtype=context.cache_dtype,
+                device=context.device,
+            )
+            for head_dim in set(step.head_dims)
+        }
+        plans = [
+            replace(plan, attended=attended[head_dim])
+            for plan, head_dim in zip(plans, step.head_dims, strict=True)
+        ]
+        halfway = self._model.begin(views.input_ids, views.positions, context.caches, plans)
+        if self._halfway is None:
+            self._halfway = _like(halfway, self._most_rows)
+        for whole, own in zip(halfway, self._halfway, strict=True):
+            if whole is not None and own is not None:
+                torch.index_select(whole, 0, views.wanted, out=own)
+
+    def _finish(self, rest: _Rest) -> None:
+        assert self._halfway is not None
+        for number, plan in enumerate(rest.plans):
+            self._context.plan_work(rest.rows, plan.work, None, rest.plans[:number])
+        num_rows = len(rest.rows)
+        halfway = Halfway(*(_first(each, num_rows) for each in self._halfway))  # type: ignore[arg-type]
+        rest.hidden = self._model.finish(halfway, self._context.caches, rest.plans)
+        rest.logits = self._model.logits(rest.hidden)
+
+    def _draw(self, rest: _Rest) -> None:
+        logits, rest.logits = rest.logits, None
+        assert logits is not None
+        self._context.draw.draw(logits, rest.rows, None, rest.results)
+
+    # Buffers
+
+    def _layout(self, num_tokens: int) -> PromptLayout:
+        kinds = dict.fromkeys(self._kind(num_tokens, group) for group in self._groups)
+        context = self._context
+        return PromptLayout(
+            num_tokens=num_tokens,
+            num_groups=len(context.kv),
+            most_wanted=self._most_rows,
+            most_decode=self._most_rows,
+            # A chunk has two tokens at least.
+            most_rows=min(self._most_rows, max(num_tokens // 2, 1)),
+            kinds=tuple(kinds),
+        )
+
+    @property
+    def _groups(self) -> range:
+        return range(len(self._context.kv))
+
+    def _kind(self, num_tokens: int, group: int) -> ItemKind:
+        work, window = self._work_of(num_tokens, group), self._context.windows[group]
+        has_wide = num_tokens > _ITEMS_ONLY and is_wide(self._context.kv[group], window)
+        config = work.config
+        return ItemKind(config.block_m, config.block_n, work.most_cuts, window, has_wide)
+
+    def _work_of(self, num_tokens: int, group: int) -> ItemWork:
+        context, kv = self._context, self._context.kv[group]
+        _, num_kv_heads, _, _, _, head_dim = kv.shape
+        config = item_config(num_tokens, context.num_heads, num_kv_heads, head_dim, kv)
+        key = (config, head_dim)
+        if key not in self._item_work:
+            self._item_work[key] = make_item_work(
+                config, context.num_heads, head_dim, context.device
+            )
+        return self._item_work[key]
+
+    def _make_step(self, layout: PromptLayout, num_decode: int) -> _Step:
+        context, size = self._context, layout.num_tokens
+        views = layout.views(self._arena)
+        if num_decode and num_decode not in self._decode_work:
+            self._decode_work[num_decode] = context.make_work(num_decode)
+        plans = []
+        for group in self._groups:
+            kind = self._kind(size, group)
+            number = layout.kinds.index(kind)
+            plans.append(
+                DevicePlan(
+                    slots=views.slots[group],
+                    context_lens=context.state.context_lens,
+                    block_tables=context.state.block_tables[group],
+                    rows=views.decode[:num_decode] if num_decode else None,
+                    work=self._decode_work[num_decode][group] if num_decode else None,
+                    tiles=views.tiles if kind.has_wide else None,
+                    block_m=WIDE_TOKENS,
+                    window=context.windows[group],
+                    num_tiles=views.counts[:1],
+                    items=ChunkItems(
+                        views.items[number],
+                        views.counts[1 + number :][:1],
+                        self._work_of(size, group),
+                    ),
+                )
+            )
+        return _Step(layout, views, num_decode, plans, [kv.shape[5] for kv in context.kv])
+
+    def _make_rest(self, num_rows: int) -> _Rest:
+        context = self._context
+        views = next(iter(self._steps.values())).views
+        rows = views.rows[:num_rows]
+        if num_rows not in self._decode_work:
+            self._decode_work[num_rows] = context.make_work(num_rows)
+        plans = [
+            DevicePlan(
+                slots=views.slots[group],
+                context_lens=context.state.context_lens,
+                block_tables=context.state.block_tables[group],
+                rows=rows,
+                work=self._decode_work[num_rows][group],
+                tiles=None,
+                block_m=0,
+                window=context.windows[group],
+            )
+            for group in self._groups
+        ]
+        return _Rest(rows, self._results[:num_rows], plans)
+
+
+def _run(graph: Graph | None, launch: Callable[[], None]) -> None:
+    if graph is None:
+        launch()
+    else:
+        graph.replay()
+
+
+def _like(halfway: Halfway, num_rows: int) -> Halfway:
+    return Halfway(
+        *(
+            None if each is None else each.new_zeros(num_rows, *each.shape[1:])  # type: ignore[arg-type]
+            for each in halfway
+        )
+    )
+
+
+def _first(tensor: Tensor | None, num_rows: int) -> Tensor | None:
+    return None if tensor is None else tensor[:num_rows]

@@ -1,0 +1,162 @@
+"""Steps with prompt chunks from graphs, in the interpreter with a stand-in for the graphs, against
+the torch reference; on a GPU with graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.graphs import Graph
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.drawn import Drawn
+from baton.shared.sampling import SamplingParams
+from tests.kernels.test_engine import SMALL, Make, maker, tokens
+
+pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
+]
+MOST_TOKENS = 32
+SHAPED = SamplingParams(
+    temperature=0.8, seed=4, max_tokens=9, repetition_penalty=1.3, logit_bias=((5, 1.0),)
+)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=9)
+
+
+class Again:
+    def __init__(self, launch: Callable[[], None]) -> None:
+        self._launch = launch
+
+    def replay(self) -> None:
+        self._launch()
+
+
+class Graphs:
+    """What is launched again is what was captured, with the same arguments."""
+
+    num_bytes = 0
+
+    def __init__(self, num_refused: int = 0) -> None:
+        """`num_refused`: so many find no memory."""
+        self._num_refused = num_refused
+
+    def capture(self, launch: Callable[[], None]) -> Graph:
+        return Again(launch)
+
+    def capture_if_room(self, launch: Callable[[], None]) -> Graph | None:
+        launch()
+        self._num_refused -= 1
+        return None if self._num_refused >= 0 else Again(launch)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    return maker(tmp_path_factory.mktemp("tiny"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def reference(make: Make) -> ModelRunner:
+    return make("torch", torch.device("cpu"))
+
+
+@pytest.fixture
+def runner(make: Make, device: torch.device) -> ModelRunner:
+    made = make("triton", device)
+    if device.type == "cpu":
+        captured(made, Graphs())
+    return made
+
+
+def captured(runner: ModelRunner, graphs: Graphs) -> None:
+    executor: Any = runner._executor
+    with torch.inference_mode():
+        executor.capture_prompts(MOST_TOKENS, graphs)
+
+
+class Answer:
+    """A sequence, and what the reference says of it."""
+
+    def __init__(
+        self, reference: ModelRunner, number: int, length: int, sampling: SamplingParams
+    ) -> None:
+        self.prompt = tokens(length, number)
+        self.sampling = sampling
+        self.table = [list(range(5 * number, 5 * number + 5))]
+        self.expected: list[Drawn] = []
+        self.handle: RowHandle | None = None
+        handle = reference.open_row(sampling, 0, Known(self.prompt, self.expected))
+        row = BatchRow(self.prompt, 0, self.table, sampling, 0, handle)
+        for _ in range(5):
+            [[drawn]] = reference.forward(Batch([row]))
+            self.expected.append(drawn)
+            at = length + len(self.expected) - 1
+            row = BatchRow([drawn.token_id], at, self.table, sampling, 0, handle)
+        reference.close_row(handle)
+        self.drawn: list[Drawn] = []
+
+    def open(self, runner: ModelRunner) -> Answer:
+        self.handle = runner.open_row(self.sampling, 0, Known(self.prompt, self.drawn))
+        return self
+
+    def chunk(self, start: int, end: int) -> BatchRow:
+        draws = self.sampling if end == len(self.prompt) else None
+        return BatchRow(self.prompt[start:end], start, self.table, draws, 0, self.handle)
+
+    def next(self, num_ahead: int = 0) -> BatchRow:
+        at = len(self.prompt) + len(self.drawn) - 1 + num_ahead
+        return BatchRow(None, at, self.table, self.sampling, 0, self.handle)
+
+
+class Known:
+    num_asked_tokens = 0
+    banned_sequences = ()
+
+    def __init__(self, prompt: list[int], drawn: list[Drawn]) -> None:
+        self._prompt, self._drawn = prompt, drawn
+        self.num_asked_tokens = len(prompt)
+
+    def token_slice(self, start: int, end: int) -> list[int]:
+        return [*self._prompt, *(each.token_id for each in self._drawn)][start:end]
+
+
+def test_chunks_and_decode_rows_of_any_mixture(runner: ModelRunner, reference: ModelRunner) -> None:
+    """Whole prompts, chunks behind prefixes, decode rows with penalties and without, steps launched
+    ahead; a step whose chunk draws nothing; one that is longer than any graph."""
+    a = Answer(reference, 0, 45, GREEDY).open(runner)
+    b = Answer(reference, 1, 7, SHAPED).open(runner)
+    c = Answer(reference, 2, 19, SamplingParams(temperature=0.9, top_k=20, seed=3)).open(runner)
+    d = Answer(reference, 3, 20, SHAPED).open(runner)
+    steps: list[list[tuple[Answer, BatchRow]]] = [
+        [(a, a.chunk(0, 16))],
+        [(b, b.chunk(0, 7)), (a, a.chunk(16, 33))],
+        [(a, a.chunk(33, 45)), (b, b.next(1))],
+        [(b, b.next(2)), (c, c.chunk(0, 3)), (a, a.next(1))],
+        [(c, c.chunk(3, 19)), (a, a.next(2)), (b, b.next(3))],
+        [(d, d.chunk(0, 20)), (c, c.next(1)), (b, b.next(4)), (a, a.next(3))],
+    ]
+    in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
+    for step in steps:
+        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
+        if len(in_flight) > 1:
+            took(*in_flight.pop(0))
+    took(*in_flight.pop(0))
+    counts = runner._executor.num_prompt_steps  # type: ignore[attr-defined]
+    assert (counts.captured, counts.launched) == (6, 0)
+    # Which a graph has no room for.
+    e = Answer(reference, 4, 44, GREEDY).open(runner)
+    took([(a, a.next()), (e, e.chunk(0, 44))], runner.launch(Batch([a.next(), e.chunk(0, 44)])))
+    asks = e.next()
+    took([(e, asks)], runner.launch(Batch([asks])))
+    assert counts.launched == (runner.device.type == "cpu")
+    for each in (a, b, c, d, e):
+        assert each.drawn == each.expected[: len(each.drawn)] and each.drawn
+
+
+def took(step: list[tuple[Answer, BatchRow]], launched: Any) -> None:
+    for (answer, _), drawn in zip(step, launched.result(), strict=True):
+        answer.drawn += drawn
