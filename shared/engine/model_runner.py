@@ -465,7 +465,7 @@ class ModelRunner:
         """Compiles kernels and captures graphs; nobody's first request waits for that."""
         if self.kernels != "triton" or self.device.type != "cuda":
             return
-        from baton.shared.engine.device_executor import DeviceExecutor
+        from baton.shared.engine.device_executor import DeviceExecutor, StepCounts
 
         assert isinstance(self._executor, DeviceExecutor)
         has_graphs = self._captures
@@ -527,6 +527,7 @@ class ModelRunner:
             for group, pool in enumerate(self.arrangement.pools):
                 for exponent in range(self.num_blocks[pool].bit_length()):
                     sums(range(min(2**exponent, MOST_AT_ONCE)), group)
+            self._executor.num_prompt_steps = StepCounts()
         best = max(rates.values())
         self.token_budget = min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
         shown = ", ".join(f"{b}: {rate:.0f}" for b, rate in rates.items())

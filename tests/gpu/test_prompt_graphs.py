@@ -1,0 +1,113 @@
+"""Steps with prompt chunks in captured graphs against the same steps launched kernel by kernel: in
+float32 they draw the same tokens, whatever is mixed and however long it is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.drawn import Drawn
+from baton.shared.sampling import SamplingParams
+from tests.gpu.conftest import MakeRunner
+from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, make_tiny
+
+pytestmark = pytest.mark.gpu
+
+CASES = [
+    ("llama", "grouped"),
+    ("mistral", "windowed"),
+    ("gemma4_text", "experts, caches shared"),
+    ("gpt_oss", "as they come"),
+]
+NUM_TOKENS = 640
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+DRAWN = SamplingParams(temperature=0.9, top_k=30, seed=3, max_tokens=8)
+NUM_ANSWER = 6
+
+
+@pytest.mark.parametrize(("model_type", "case"), CASES)
+def test_mixtures_of_chunks_and_decode_rows(
+    model_type: str, case: str, tmp_path: Path, make_gpu_runner: MakeRunner
+) -> None:
+    """Prompts of awkward lengths, some behind long prefixes, one step ahead of what is known."""
+    fields = {**TINY_MODELS[model_type][case], "max_position_embeddings": 2048}
+    make_tiny(tmp_path, model_type, fields)
+    captured, launched = (
+        make_gpu_runner(
+            tmp_path,
+            dtype="float32",
+            prompt_graphs=graphs,
+            num_blocks=800,
+            max_num_seqs=16,
+            token_budget=NUM_TOKENS,
+        )
+        for graphs in (True, False)
+    )
+    source = random.Random(8)
+    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300, 1100, 1500]
+    prompts = [source.choices(range(SIZES["vocab_size"]), k=length) for length in lengths]
+    plan = _plan(source, lengths)
+    answers = [_run(runner, prompts, plan) for runner in (captured, launched)]
+    assert answers[0] == answers[1]
+    counts: Any = captured._executor
+    assert counts.num_prompt_steps.captured > 10
+    assert counts.num_prompt_steps.launched == 0
+
+
+def _plan(source: random.Random, lengths: list[int]) -> list[list[tuple[int, int, int]]]:
+    """Steps of (prompt, first token, end); one token behind the prompt decodes."""
+    at = [0] * len(lengths)
+    ends = [length + NUM_ANSWER for length in lengths]
+    plan = []
+    while any(place < end for place, end in zip(at, ends, strict=True)):
+        step, room = [], NUM_TOKENS
+        open_ones = [i for i, end in enumerate(ends) if at[i] < end]
+        for i in source.sample(open_ones, source.randint(1, len(open_ones))):
+            most = 1 if at[i] >= lengths[i] else lengths[i] - at[i]
+            taken = min(most, room, source.choice([1, 2, 16, 40, 200, 600]))
+            if taken:
+                step.append((i, at[i], at[i] + taken))
+                at[i] += taken
+                room -= taken
+        plan.append(step)
+    return plan
+
+
+def _run(
+    runner: ModelRunner, prompts: list[list[int]], plan: list[list[tuple[int, int, int]]]
+) -> list[list[Drawn]]:
+    block_size, num_groups = runner.kv_cache.block_size, len(runner.groups)
+    tables, first = [], 0
+    for prompt in prompts:
+        count = -(-(len(prompt) + NUM_ANSWER) // block_size)
+        tables.append([list(range(first, first + count))] * num_groups)
+        first += count
+    params = [(GREEDY, DRAWN)[number % 2] for number in range(len(prompts))]
+    handles = [runner.open_row(each, 0) for each in params]
+    drawn: list[list[Drawn]] = [[] for _ in prompts]
+    in_flight: list[tuple[list[int], Any]] = []
+
+    def take() -> None:
+        rows, step = in_flight.pop(0)
+        for i, tokens in zip(rows, step.result(), strict=True):
+            drawn[i] += tokens
+
+    for step in plan:
+        rows = []
+        for i, start, end in step:
+            prompt = prompts[i]
+            token_ids = prompt[start:end] if start < len(prompt) else None
+            draws = params[i] if end >= len(prompt) else None
+            rows.append(BatchRow(token_ids, start, tables[i], draws, 0, handles[i]))
+        in_flight.append(([i for i, _, _ in step], runner.launch(Batch(rows))))
+        if len(in_flight) > 1:
+            take()
+    take()
+    for handle in handles:
+        runner.close_row(handle)
+    return drawn
