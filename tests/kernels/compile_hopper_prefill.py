@@ -33,7 +33,8 @@ def compile_all(
     *,
     has_sinks: bool = False,
 ) -> list[Kernel]:
-    """The kernels, by steps of one engine: of few tiles and many, in any layer."""
+    """The kernels, by steps of one engine: of few tiles and many, in any layer. How many tiles
+    count is found on the device, which takes the most of the kernel's code."""
     pretend = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
@@ -60,7 +61,7 @@ def compile_all(
         out = torch.empty(query.shape, dtype=dtype)
         hopper.paged_prefill_attention(
             query, kv, layer, tiles, tables, 0.125,
-            window=window, soft_cap=soft_cap, sinks=sinks, out=out,
+            window=window, soft_cap=soft_cap, sinks=sinks, out=out, num_tiles=tiles[0, :1],
         )  # fmt: skip
     return list(found.values())
 

@@ -274,3 +274,24 @@ def test_huge_scores(hopper_device: torch.device, assert_close: Check) -> None:
     case.kv[:, :, :, 0] = case.kv[:, :, :, 0].sign()
     case.query = case.query.sign() * 60
     _check(case, assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tiles", [0, 1, 3, 100])
+def test_tiles_that_are_counted_on_the_device(
+    hopper_device: torch.device, assert_close: Check, num_tiles: int
+) -> None:
+    """A grid for more of them than there are: the others have no tokens."""
+    case = make_case(CHUNKS, 8, 2, 128, 16, hopper_device, _BF16)
+    tiles = case.tiles(128)
+    count = min(num_tiles, len(tiles))
+    padded = torch.zeros(len(tiles) + 20, 4, dtype=torch.int32, device=hopper_device)
+    padded[:count] = tiles[:count]
+    counted = torch.tensor([count], dtype=torch.int32, device=hopper_device)
+    out, expected = (torch.full_like(case.query, float("nan")) for _ in range(2))
+    given = (case.query, case.kv, 1)
+    hopper.paged_prefill_attention(*given, padded, case.tables, 0.1, out=out, num_tiles=counted)
+    if count:
+        hopper.paged_prefill_attention(*given, tiles[:count], case.tables, 0.1, out=expected)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
