@@ -264,7 +264,11 @@ def render() -> str:
 
 
 def served() -> Iterator[str]:
-    names = ", ".join(f"`{each.name}`" for each in registry.model_types())
+    known = [each.name for each in registry.model_types()]
+    # The text parts of types that see images stand beside these.
+    names = ", ".join(
+        each for each in known if each.removesuffix("_text") not in set(known) - {each}
+    )
     methods = ", ".join([*quantization._METHODS, quantization._MXFP4])
     flags = flags_of_roles()
     absent = [name for name, parts in ABSENT.items() if not any(each in flags for each in parts)]
