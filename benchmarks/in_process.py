@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from baton.services.worker import messages as msg
+from baton.services.worker.drafting import Drafting
 from baton.services.worker.engine_loop import EngineLoop
 from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
@@ -58,11 +59,30 @@ class Steps:
 
     at_s: list[float] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
+    num_streams: list[int] = field(default_factory=list)
+    """Sequences whose tokens these are."""
+
+    def full(self, batch: int, num_steps: int) -> list[int]:
+        """The first `num_steps` + 1 steps in which so many sequences had tokens.
+
+        Raises:
+            RuntimeError: there were fewer.
+        """
+        full = [i for i, num in enumerate(self.num_streams) if num == batch]
+        if len(full) < num_steps + 1:
+            raise RuntimeError(f"only {len(full)} steps had all {batch} sequences")
+        return full[: num_steps + 1]
 
 
 class InProcessEngine:
     def __init__(
-        self, runner: ModelRunner, *, max_num_seqs: int = 256, with_digests: bool = True
+        self,
+        runner: ModelRunner,
+        *,
+        max_num_seqs: int = 256,
+        token_budget: int | None = None,
+        with_digests: bool = True,
+        drafting: Drafting | None = None,
     ) -> None:
         self.runner = runner
         self.max_num_seqs = max_num_seqs
@@ -77,13 +97,14 @@ class InProcessEngine:
             self.pools,
             Sealer(self.pools, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
             identity=msg.Peer("benchmark", "ab" * 16, ""),
-            limits=BatchLimits(runner.token_budget, max_num_seqs),
+            limits=BatchLimits(token_budget or runner.token_budget, max_num_seqs),
             inbox=self._inbox,
             submit_pull=lambda job: None,
             deliver=self._take,
             failpoints=failpoints,
             counters=Counters(),
             trace=Trace(None, "benchmark"),
+            drafting=drafting,
         )
         self._names = count(1)
         self.steps = Steps()
@@ -91,13 +112,14 @@ class InProcessEngine:
 
     def submit(
         self, prompt: Seq[int], max_tokens: int, how: SamplingParams = GREEDY, **more: Any
-    ) -> None:
+    ) -> Sequence:
         """Local prefill, nothing ends early. `more`: other fields of the sequence."""
         number = next(self._names)
         params = replace(how, max_tokens=max_tokens, ignore_eos=True)
         key = AttemptKey(f"benchmark-{number}", 0, 1)
         sequence = Sequence(key, tuple(prompt), params, **more)
         self._inbox.put(msg.StartDecode(sequence, Recipient(_GATEWAY, number), None))
+        return sequence
 
     def run_until_idle(self) -> Steps:
         """Runs all that was submitted → when tokens came, and how many at a time."""
@@ -138,10 +160,7 @@ class InProcessEngine:
         for prompt in prompts:
             self.submit(prompt, num_starting + num_steps, how, **more())
         steps = self.run_until_idle()
-        full = [i for i, num in enumerate(steps.num_tokens) if num == batch]
-        if len(full) < num_steps + 1:
-            raise RuntimeError(f"only {len(full)} steps had all {batch} sequences")
-        times = [steps.at_s[i] for i in full[: num_steps + 1]]
+        times = [steps.at_s[i] for i in steps.full(batch, num_steps)]
         return [b - a for a, b in zip(times[:-1], times[1:], strict=True)]
 
     def prefill(self, batch: int, num_tokens: int) -> float:
@@ -167,6 +186,7 @@ class InProcessEngine:
             if response.HasField("step"):
                 self.steps.at_s.append(time.perf_counter())
                 self.steps.num_tokens.append(len(response.step.slots))
+                self.steps.num_streams.append(len(set(response.step.slots)))
             elif response.HasField("failed"):
                 self.failures.append(response.failed.failure.message)
 

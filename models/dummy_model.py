@@ -67,6 +67,13 @@ _LLAMA_8B = Shape(
         "rms_norm_eps": 1e-5,
     }
 )
+_LLAMA_1B = _LLAMA_8B.but(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 _QWEN3_8B = Shape(
     {
         "model_type": "qwen3",
@@ -232,6 +239,7 @@ _TINY: dict[str, Any] = {
 }
 SHAPES = {
     "llama-8b": _LLAMA_8B,  # Llama 3.1
+    "llama-1b": _LLAMA_1B,  # Llama 3.2
     "qwen3-8b": _QWEN3_8B,
     "mistral-7b": _MISTRAL_7B,  # 0.1, the one with windows
     "gemma3-12b": _GEMMA3_12B,
@@ -240,6 +248,7 @@ SHAPES = {
     "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
     # For trials on a CPU.
     "tiny": _LLAMA_8B.but(**_TINY, num_hidden_layers=2, max_position_embeddings=16_384),
+    "tiny-draft": _LLAMA_8B.but(**_TINY, num_hidden_layers=1, max_position_embeddings=16_384),
     "tiny-qwen3": _QWEN3_8B.of_layers(2).but(**_TINY),
     "tiny-mistral": _MISTRAL_7B.of_layers(2).but(**_TINY, sliding_window=64),
     "tiny-gemma3": _GEMMA3_12B.of_layers(6).but(

@@ -63,9 +63,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_runner(
-    args: argparse.Namespace, shape: str, max_num_seqs: int, model: Path | None = None
+    args: argparse.Namespace,
+    shape: str,
+    max_num_seqs: int,
+    model: Path | None = None,
+    **more: Any,
 ) -> ModelRunner:
-    """Of a model directory, else of a shape with random weights."""
+    """Of a model directory, else of a shape with random weights. `more`: of EngineConfig."""
     dummy = given_or_dummy(model, shape, num_layers=args.layers, has_tokenizer=False)
     with dummy as directory:
         config = EngineConfig(
@@ -80,7 +84,7 @@ def make_runner(
             max_model_len=args.max_model_len,
             gpu_memory_utilization=args.gpu_memory_utilization,
             quantization=args.quantization,
-            prompt_graphs=True,
+            **{"prompt_graphs": True, **more},
         )
         started_s = time.monotonic()
 

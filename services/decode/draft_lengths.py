@@ -9,7 +9,7 @@ are where batches are full and guesses cost what they bring, or where nearly all
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -190,8 +190,12 @@ class DraftLengths:
 
     def expects(self, num_rows: int) -> bool:
         """Whether guesses of a sequence of which none were checked may pay beside so many rows."""
+        return self._all.value(_FIRST_CHANCE) >= self._lowest_price(max(num_rows, 1))
+
+    def pays(self, num_rows: int, sequences: Iterable[Hashable]) -> bool:
+        """Whether guesses of any of them may pay in a step of so many rows."""
         price = self._lowest_price(max(num_rows, 1))
-        return price < 1 and self._longest(self._all.value(_FIRST_CHANCE), price) > 0
+        return any(self._chance(each) >= price for each in sequences)
 
     def spent(self, seconds: float) -> None:
         """On guesses that are not expected to pay."""

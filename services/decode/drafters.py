@@ -35,6 +35,10 @@ class Draft(NamedTuple):
 class Drafter(Protocol):
     """Guesses chains."""
 
+    @property
+    def needs_known(self) -> bool:
+        """Its guesses are worth waiting for the tokens that steps in flight draw."""
+
     def is_behind(self, sequence: Sequence) -> bool:
         """It has to catch up with the sequence's tokens before it guesses any."""
 
@@ -71,6 +75,8 @@ class Predictions:
 class NgramDrafter:
     """Looks for the last tokens elsewhere, and guesses what came behind them there: in what the
     client predicted of the answer, then in prompt and answer. No model."""
+
+    needs_known = False
 
     def __init__(self) -> None:
         self._histories: dict[Sequence, _History] = {}

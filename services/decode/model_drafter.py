@@ -74,6 +74,8 @@ class _Guessing:
 
 
 class ModelDrafter:
+    needs_known = True
+
     def __init__(self, model: DraftModel) -> None:
         self._model = model
         self._pools = Pools(model.groups, model.capacity)

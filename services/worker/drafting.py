@@ -42,6 +42,8 @@ class Lengths(Protocol):
 
     def expects(self, num_rows: int) -> bool: ...
 
+    def pays(self, num_rows: int, sequences: Iterable[Hashable]) -> bool: ...
+
     def spent(self, seconds: float) -> None: ...
 
     def forget(self, sequence: Hashable) -> None: ...
@@ -70,6 +72,13 @@ class Drafting:
         drafter = NgramDrafter() if model is None else ModelDrafter(model)
         num_drafts = speculation.num_drafts
         return cls(drafter, DraftLengths(num_drafts), num_drafts)
+
+    def must_know_all(self, decoding: Seq[Sequence]) -> bool:
+        """Whether guesses are worth more than a step that is launched ahead."""
+        if not self._drafter.needs_known:
+            return False
+        asking = (each for each in decoding if each.params.speculate)
+        return self._lengths.pays(len(decoding), asking)
 
     def is_behind(self, sequences: Iterable[Sequence]) -> bool:
         """Whether there is anything to catch up with for any of them."""

@@ -336,11 +336,14 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """Launches a step, retires those before it; whether there was anything to do."""
+        has_retired = False
+        if self._in_flight and self._stepper.must_know_all():
+            has_retired = self._retire_all_but(0)
         has_caught_up = self._stepper.let_drafter_catch_up()
         planned_s = time.monotonic()
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         if not parts:
-            return self._retire_all_but(0) or has_caught_up
+            return self._retire_all_but(0) or has_retired or has_caught_up
         launched = self._stepper.launch(parts, planned_s)
         self._in_flight.append(launched)
         self._start_sums(launched)

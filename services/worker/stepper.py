@@ -114,6 +114,12 @@ class Stepper:
         """By place in its chain, drafted tokens that stood; empty where nobody drafts."""
         return () if self._drafting is None else self._drafting.accepted_by_position
 
+    def must_know_all(self) -> bool:
+        """Whether the next step has to wait for those in flight, so that guesses are good ones."""
+        return self._drafting is not None and self._drafting.must_know_all(
+            self._table.decode_hosted_in(SequenceState.DECODING)
+        )
+
     def drafter_is_behind(self) -> bool:
         """Whether there is anything for it to do while blocks are on their way."""
         return self._drafting is not None and self._drafting.is_behind(

@@ -329,8 +329,6 @@ class ModelRunner:
         """`target_bytes`: of this model's weights."""
         if self._config.draft_model_dir is None:
             return None
-        # Its guesses follow from tokens, which the host knows when a step's result was taken.
-        self.steps_ahead = 0
         return DraftModel(
             self._config,
             self.model_config,

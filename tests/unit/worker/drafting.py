@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
+from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.drafting import Drafting
+from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import Sequence
 
 Guess = Callable[[Sequence, int], Seq[int]]
@@ -15,6 +17,8 @@ Guess = Callable[[Sequence, int], Seq[int]]
 
 class Planned:
     """`guess`: a sequence and a number → guesses of its next tokens, at most so many."""
+
+    needs_known = False
 
     def __init__(self, guess: Guess) -> None:
         self._guess = guess
@@ -57,6 +61,9 @@ class AllOfThem:
     def expects(self, num_rows: int) -> bool:
         return True
 
+    def pays(self, num_rows: int, sequences: Iterable[Hashable]) -> bool:
+        return True
+
     def spent(self, seconds: float) -> None:
         pass
 
@@ -75,3 +82,23 @@ class DraftingRunner:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
+
+
+class GuessingRunner:
+    """Stands in for a runner whose worker lets its draft model guess, every guess checked."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        assert runner.draft is not None
+        self._runner = runner
+        self.drafter = ModelDrafter(runner.draft)
+        self.drafting = Drafting(self.drafter, AllOfThem(runner.num_drafts), runner.num_drafts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def check(self) -> None:
+        """Nobody holds blocks of the draft model's when every answer is over."""
+        self.drafter.check_integrity()
+        pools = self.drafter._pools
+        assert pools.num_free == [pool.num_blocks for pool in pools.by_number]
+        assert not self.drafter._known and not self.drafting._missed

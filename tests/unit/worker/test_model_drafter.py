@@ -19,15 +19,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.drafting import Drafting
-from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from baton.shared.tokenizer.compare import different_token
 from tests.unit.worker.conftest import MakeRunner
-from tests.unit.worker.drafting import AllOfThem
+from tests.unit.worker.drafting import AllOfThem, GuessingRunner
+from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock
 from tests.unit.worker.simulation import Cluster
 from tests.unit.worker.test_speculation import COPYING, PARAMS, PLAIN, Answers, OneWorker
@@ -73,26 +72,6 @@ def draft_dir(make_draft: MakeDraft) -> Path:
     return make_draft()
 
 
-class GuessingRunner:
-    """Stands in for a runner whose worker lets its draft model guess, every guess checked."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        assert runner.draft is not None
-        self._runner = runner
-        self.drafter = ModelDrafter(runner.draft)
-        self.drafting = Drafting(self.drafter, AllOfThem(runner.num_drafts), runner.num_drafts)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def check(self) -> None:
-        """Nobody holds blocks of the draft model's when every answer is over."""
-        self.drafter.check_integrity()
-        pools = self.drafter._pools
-        assert pools.num_free == [pool.num_blocks for pool in pools.by_number]
-        assert not self.drafter._known and not self.drafting._missed
-
-
 @pytest.fixture
 def make_guessing(make_runner: MakeRunner, draft_dir: Path) -> Callable[..., Any]:
     def make(num_blocks: int, *, num_drafts: int = 5, **how: Any) -> Any:
@@ -112,6 +91,7 @@ def submit_all(cluster: Cluster, answers: Answers) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("num_blocks", [120, 16], ids=["", "too few blocks"])
 def test_mixed_batches_in_every_way_of_drawing(
     make_runner: MakeRunner,
@@ -119,10 +99,13 @@ def test_mixed_batches_in_every_way_of_drawing(
     answers: Answers,
     clock: Clock,
     num_blocks: int,
+    runs_ahead: bool,
 ) -> None:
     """Chunked prompts, hits, answers that give way and come again; prompts that are handed over
     are seen before they are there."""
     decode = make_guessing(num_blocks)
+    if runs_ahead:
+        decode._runner = LateRunner(decode._runner)
     cluster = Cluster({"prefill": make_runner(num_blocks), "decode": decode}, clock)
     requests = submit_all(cluster, answers)
     cluster.settle()
@@ -221,21 +204,25 @@ def test_it_catches_up_after_steps_without_guesses(
     """As with k = 0 for a while, and only where guesses may pay or are wanted."""
 
     class Moody(AllOfThem):
-        num_steps, pays, told = 0, False, 0.0
+        num_steps, is_paying, has_begun, told = 0, False, False, 0
 
         def wanted(self, num_rows: int, sequences: Any) -> list[int]:
             self.num_steps += 1
-            return [self._most if self.num_steps > 12 else 0] * len(sequences)
+            self.has_begun = self.num_steps > 12
+            return [self._most if self.has_begun else 0] * len(sequences)
 
         def expects(self, num_rows: int) -> bool:
-            return self.pays
+            return self.is_paying
+
+        def pays(self, num_rows: int, sequences: Any) -> bool:
+            return self.has_begun
 
         def spent(self, seconds: float) -> None:
             self.told += 1
 
     for pays in (False, True):
         runner, lengths = make_guessing(64), Moody(5)
-        lengths.pays = pays
+        lengths.is_paying = pays
         runner.drafting = Drafting(runner.drafter, lengths, 5)
         worker = OneWorker(runner)
         sequence = Sequence(AttemptKey("r", 0, 1), PLAIN, PARAMS[0])

@@ -1,0 +1,76 @@
+"""A smaller model guesses over the Triton kernels: each guess goes on from where the one before
+lies, and answers are those without guesses."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from baton.services.worker import messages as msg
+from baton.services.worker.sequence_table import Recipient
+from baton.services.worker.stepper import BatchLimits
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.sampling import SamplingParams
+from tests.kernels.test_engine import SMALL, maker
+from tests.unit.worker.drafting import GuessingRunner
+from tests.unit.worker.sim_worker import SimWorker
+
+# As in test_engine.py.
+pytestmark = [
+    pytest.mark.usefixtures("few_programs"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning"),
+]
+
+WAYS = [
+    SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_k=20, max_tokens=9, ignore_eos=True, seed=4),
+    SamplingParams(
+        temperature=0.9, presence_penalty=1.0, max_tokens=9, ignore_eos=True, seed=5, logprobs=2
+    ),
+]
+LENGTHS = (3, 18, 6)
+
+
+def twin_of(model_dir: Path, directory: Path, noise: float) -> Path:
+    shutil.copytree(model_dir, directory)
+    weights = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for weight in weights.values():
+        weight += noise * torch.randn(weight.shape, generator=generator)
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def test_answers_are_those_without(tmp_path: Path, device: torch.device) -> None:
+    (tmp_path / "model").mkdir()
+    make = maker(tmp_path / "model", SMALL)
+    draft_dir = twin_of(tmp_path / "model", tmp_path / "draft", 0.02)
+    prompts = [random.Random(n).choices(range(SMALL["vocab_size"]), k=n) for n in LENGTHS]
+    runner = make("triton", device, num_drafts=3, draft_model_dir=draft_dir)
+    expected = PlainLoop(runner).generate(prompts, WAYS)
+
+    guessing = GuessingRunner(runner)
+    limits = BatchLimits(token_budget=32, max_num_seqs=4)
+    worker = SimWorker("w", "ab" * 16, guessing, lambda _, mail: None, limits)  # type: ignore[arg-type]
+    sequences = [
+        Sequence(AttemptKey(f"r{number}", 0, 1), tuple(prompt), params)
+        for number, (prompt, params) in enumerate(zip(prompts, WAYS, strict=True))
+    ]
+    for number, sequence in enumerate(sequences):
+        worker.inbox.put(msg.StartDecode(sequence, Recipient(worker.gateway_stream, number), None))
+    for _ in range(40):
+        worker.engine.run_once(may_wait=False)
+        if all(sequence.finish_reason for sequence in sequences) and not worker.engine.is_busy:
+            break
+    assert [sequence.output_token_ids for sequence in sequences] == expected
+    assert worker.leftovers == {}
+    guessing.check()
+    counters = worker.counters
+    assert counters["drafted_tokens"] > counters["accepted_tokens"] > 8
