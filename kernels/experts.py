@@ -44,7 +44,8 @@ class ExpertWeights(NamedTuple):
     """Of all experts of a layer, contiguous."""
 
     gate_up: Tensor
-    """[experts, 2 · size, hidden]: the gate's rows, then up's."""
+    """[experts, 2 · size, hidden]: the gate's rows, then up's; without a gate [experts, size,
+    hidden]."""
     down: Tensor
     """[experts, hidden, size]"""
     gate_up_bias: Tensor | None
@@ -318,9 +319,10 @@ def _multiply(
     PDL: tl.constexpr,
 ):
     """Some columns of one tile of pairs, which have one expert. With an ACTIVATION it is gate and
-    up, NUM_OUT of each. Of a token's pairs the last SHARED are of what every token has: these read
-    their part of one weight, as if it were an expert's."""
+    up, NUM_OUT of each, or up alone where it has no gate. Of a token's pairs the last SHARED are of
+    what every token has: these read their part of one weight, as if it were an expert's."""
     IS_UP: tl.constexpr = ACTIVATION is not None
+    IS_GATED: tl.constexpr = IS_UP and ACTIVATION != "relu2"
     PAIRS: tl.constexpr = TOP_K + SHARED
     program = tl.program_id(0)
     within = program % (GROUP * COLUMNS)
@@ -350,7 +352,8 @@ def _multiply(
                 own = tl.minimum(column, NUM_OUT - 1) + (number - TOP_K) * NUM_OUT
                 ahead = shared_ptr + own.to(tl.int64) * NUM_IN
                 _prefetch(ahead, NUM_IN, BLOCK_N, BLOCK_K)
-                _prefetch(ahead + SHARED * NUM_OUT * NUM_IN, NUM_IN, BLOCK_N, BLOCK_K)
+                if IS_GATED:
+                    _prefetch(ahead + SHARED * NUM_OUT * NUM_IN, NUM_IN, BLOCK_N, BLOCK_K)
         gdc_wait()
         gdc_launch_dependents()
     if pairs_ptr is None:
@@ -382,7 +385,7 @@ def _multiply(
     inside = column < NUM_OUT
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + source.to(tl.int64)[:, None] * x_stride + k[None, :]
-    rows_each: tl.constexpr = 2 * NUM_OUT if IS_UP else NUM_OUT
+    rows_each: tl.constexpr = 2 * NUM_OUT if IS_GATED else NUM_OUT
     first_row = expert * rows_each + first_column
     weight = weight_ptr + expert.to(tl.int64) * (rows_each * NUM_IN)
     weight_stride, up_distance = NUM_IN, NUM_OUT * NUM_IN
@@ -391,7 +394,7 @@ def _multiply(
         is_own = number < TOP_K
         share = (number - TOP_K).to(tl.int64) * ((NUM_OUT if IS_UP else 1) * NUM_IN)
         weight = tl.where(is_own, weight, shared_ptr + share)
-        if IS_UP:
+        if IS_GATED:
             up_distance = tl.where(is_own, NUM_OUT * NUM_IN, SHARED * NUM_OUT * NUM_IN)
         else:
             weight_stride = tl.where(is_own, NUM_IN, SHARED * NUM_IN)
@@ -405,23 +408,25 @@ def _multiply(
         else:
             acc, up_acc = _sums(
                 x_at, is_real, weight_at, up_distance, None, first_row, inside,
-                NUM_OUT, NUM_IN, IS_UP, BLOCK_M, BLOCK_N, BLOCK_K,
+                NUM_OUT, NUM_IN, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         acc, up_acc = _sums(
             x_at, is_real, weight_at, up_distance, descriptor, first_row, inside,
-            NUM_OUT, NUM_IN, IS_UP, BLOCK_M, BLOCK_N, BLOCK_K,
+            NUM_OUT, NUM_IN, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if bias_ptr is not None:
         bias_at = bias_ptr + expert * rows_each + column
         acc += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION is not None:
+        if IS_GATED:
             up_bias = tl.load(bias_at + NUM_OUT, mask=inside, other=0.0)
             up_acc += up_bias.to(tl.float32)[None, :]
     if ACTIVATION == "clamped":
         gate = tl.minimum(acc, LIMIT)
         up = tl.minimum(tl.maximum(up_acc, -LIMIT), LIMIT)
         acc = gate / (1.0 + tl.exp(-SLOPE * gate)) * (up + 1.0)
+    elif ACTIVATION == "relu2":
+        acc = activate(acc, "relu") * acc
     elif ACTIVATION is not None:
         acc = activate(acc, ACTIVATION) * up_acc
     out_at = out_ptr + target.to(tl.int64)[:, None] * out_stride + column[None, :]
@@ -431,7 +436,7 @@ def _multiply(
 @triton.jit
 def _sums(
     x_at, is_real, weight_at, up_distance, descriptor, first_row, inside,
-    NUM_OUT: tl.constexpr, NUM_IN: tl.constexpr, IS_UP: tl.constexpr,
+    NUM_OUT: tl.constexpr, NUM_IN: tl.constexpr, IS_GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Products of BLOCK_M rows with BLOCK_N rows of a weight, and with those of up, which are
@@ -454,7 +459,7 @@ def _sums(
         else:
             weight = tl.load(weight_at + begin, mask=is_weight, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision="ieee")
-        if IS_UP:
+        if IS_GATED:
             if descriptor is not None:
                 weight = descriptor.load([first_row + NUM_OUT, begin]).T
             else:

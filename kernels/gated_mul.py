@@ -13,13 +13,15 @@ from baton.kernels.reference import Activation
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """x · sigmoid(x), or x · sigmoid(2u), which is GELU by tanh(u), or sigmoid(x) alone; of a
-    float32 block."""
-    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "sigmoid")
+    """x · sigmoid(x), or x · sigmoid(2u), which is GELU by tanh(u), or sigmoid(x) alone, or
+    max(x, 0); of a float32 block."""
+    tl.static_assert(ACTIVATION in ["silu", "gelu_tanh", "sigmoid", "relu"])
     if ACTIVATION == "sigmoid":
         return 1.0 / (1.0 + tl.exp(-x))
     elif ACTIVATION == "silu":
         return x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
     else:
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x / (1.0 + tl.exp(-2.0 * u))

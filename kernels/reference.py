@@ -38,7 +38,7 @@ lengths fill, in two caches: its own, and that of the layer between it and torch
 _GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBE = 0.044715
 
-Activation = Literal["silu", "gelu_tanh", "sigmoid"]
+Activation = Literal["silu", "gelu_tanh", "sigmoid", "relu"]
 
 _linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -99,9 +99,11 @@ def activate_and_mul(x: Tensor, activation: Activation = "silu") -> Tensor:
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Both are x · sigmoid(c): c is x of silu, and 2 · √(2/π) · (x + 0.044715 x³) of gelu's
-    approximation by tanh, since (1 + tanh(u)) / 2 = sigmoid(2u). sigmoid is that alone. → a new
-    tensor."""
+    """silu and gelu are x · sigmoid(c): c is x of silu, and 2 · √(2/π) · (x + 0.044715 x³) of
+    gelu's approximation by tanh, since (1 + tanh(u)) / 2 = sigmoid(2u). sigmoid is that alone, relu
+    max(x, 0). → a new tensor."""
+    if activation == "relu":
+        return x.clamp(min=0)
     if activation == "sigmoid":
         if x.dtype != torch.float32:
             return torch.sigmoid(x)

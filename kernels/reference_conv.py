@@ -77,7 +77,9 @@ def causal_conv(x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePla
         out[tokens] = sums.to(out.dtype)
         for num_tokens, to in stores:
             last = inputs[num_tokens : num_tokens + num_before]
-            of_heads = torch.empty_like(last).index_copy_(1, places, last)
+            # More than the channels, where these are not shared out evenly.
+            of_heads = last.new_zeros(num_before, state.shape[1] * state.shape[4])
+            of_heads.index_copy_(1, places, last)
             of_heads = of_heads.view(num_before, state.shape[1], -1).transpose(0, 1)
             state[to, :, layer] = of_heads.to(state.dtype)
     return out

@@ -7,15 +7,16 @@ enough rows, and a token's results are added in the order of the experts' number
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from baton.kernels.reference import Activation, activate_and_mul, linear
+from baton.kernels.reference import Activation, activate, activate_and_mul, linear
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 
-ExpertActivation = Activation | ClampedSwiglu
+ExpertActivation = Activation | ClampedSwiglu | Literal["relu2"]
+"""`relu2` is that of experts without a gate: relu(up)²."""
 
 
 class Routes(NamedTuple):
@@ -31,7 +32,7 @@ class ExpertWeights(NamedTuple):
     """Of all experts of a layer, by their number; each in a form that `linear` takes."""
 
     gate_up: Sequence[Tensor]
-    """[2 · size, hidden]: the gate's rows, then up's."""
+    """[2 · size, hidden]: the gate's rows, then up's; without a gate [size, hidden]."""
     down: Sequence[Tensor]
     """[hidden, size]"""
     gate_up_bias: Sequence[Tensor | None]
@@ -105,7 +106,9 @@ def experts(
 
 
 def gated(gate_up: Tensor, activation: ExpertActivation) -> Tensor:
-    """What experts make of (gate, up) [T, 2 · size] → [T, size]."""
+    """What experts make of (gate, up) [T, 2 · size], or of up [T, size] alone → [T, size]."""
+    if activation == "relu2":
+        return activate(gate_up, "relu").mul_(gate_up)
     if not isinstance(activation, ClampedSwiglu):
         return activate_and_mul(gate_up, activation)
     gate, up = gate_up.chunk(2, -1)

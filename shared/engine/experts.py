@@ -42,7 +42,7 @@ class ExpertNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsSpec:
-    """Gated MLPs of one shape, as a model wants them."""
+    """MLPs of one shape, as a model wants them; of the activation `relu2` they have no gate."""
 
     names: ExpertNames
     num_experts: int
@@ -54,6 +54,11 @@ class ExpertsSpec:
     alternates: bool = False
     """Fused tensors are [experts, in, out], and gate and up alternate."""
     may_be_mxfp4: bool = False
+
+    @property
+    def num_up(self) -> int:
+        """Rows of an expert's first product: gate and up, or up alone."""
+        return self.size if self.activation == "relu2" else 2 * self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Expert(NamedTuple):
     """One of them, this rank's share."""
 
     gate_up: Tensor
-    """[2 · size, hidden]"""
+    """[2 · size, hidden]; without a gate [size, hidden]"""
     down: Tensor
     """[hidden, size]"""
     gate_up_bias: Tensor | None
@@ -98,7 +103,7 @@ def expand_experts(spec: ExpertsSpec, reader: PartReader, ranks: Ranks) -> Itera
         if not spec.may_be_mxfp4:
             raise reader.error(blocks, "MXFP4, but config.json has no such quantization_config")
         form = _mxfp4
-    elif names.gate and reader.header(names.fused_gate_up) is None:
+    elif names.up and reader.header(names.fused_gate_up) is None:
         form = _separate
     for index in range(spec.num_experts):
         yield form(spec, index, reader, ranks)
@@ -109,7 +114,9 @@ def _separate(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -
         return Part(name.format(index), num_out, has_bias=spec.has_bias)
 
     names = spec.names
-    gate_up = (part(names.gate, spec.size), part(names.up, spec.size))
+    gate_up: tuple[Part, ...] = (part(names.up, spec.size),)
+    if spec.num_up > spec.size:
+        gate_up = (part(names.gate, spec.size), *gate_up)
     down = (part(names.down, spec.num_in),)
     up_weight, up_bias = expand(LinearSpec(spec.num_in, gate_up, Split.COLUMNS), reader, ranks)
     down_weight, down_bias = expand(LinearSpec(spec.size, down, Split.ROWS), reader, ranks)
@@ -123,7 +130,7 @@ def _fused(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> E
         return own.t() if spec.alternates and not own.is_meta else own.view(num_out, num_in)
 
     names = spec.names
-    gate_up = read(names.fused_gate_up, 2 * spec.size, spec.num_in)
+    gate_up = read(names.fused_gate_up, spec.num_up, spec.num_in)
     down = read(names.fused_down, spec.num_in, spec.size)
     return _shared_out(spec, index, gate_up, down, reader, ranks)
 
@@ -174,7 +181,7 @@ def _shared_out(
     bias = down_bias = None
     if spec.has_bias:
         names, count = spec.names, spec.num_experts
-        of_gate_up = (count, 2 * spec.size)
+        of_gate_up = (count, spec.num_up)
         bias = _one(reader.read_float, f"{names.fused_gate_up}_bias", of_gate_up, index)
         of_down = (count, spec.num_in)
         down_bias = _one(reader.read_float, f"{names.fused_down}_bias", of_down, index)
@@ -190,6 +197,8 @@ def _shared_out(
 def _rows(gate_up: Tensor, own: slice, spec: ExpertsSpec) -> Tensor:
     """The rows of gate and up that this rank has, one above the other."""
     num_own = own.stop - own.start
+    if spec.num_up == spec.size:
+        return gate_up if num_own == spec.size else gate_up[own]
     if gate_up.is_meta:
         # To join on paper loads torch's compiler.
         return gate_up.new_empty((2 * num_own, *gate_up.shape[1:]))

@@ -124,7 +124,8 @@ class ModelLoader:
         self.num_bytes += layer.num_bytes
         size = self.ops.ranks.share(spec.size, 1)
         num_own = size.stop - size.start
-        self.linear_shapes |= {(2 * num_own, spec.num_in), (spec.num_in, num_own)}
+        num_up = spec.num_up // spec.size * num_own
+        self.linear_shapes |= {(num_up, spec.num_in), (spec.num_in, num_own)}
         return layer
 
     def latent_heads(self, spec: LatentHeadsSpec) -> LatentHeads:

@@ -17,7 +17,9 @@ from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
 from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_experts import Routes
+from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.reference_latent import LatentHeads
+from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.routing import RoutingRule
 from baton.shared.engine.experts import Experts, ExpertsSpec
 from baton.shared.engine.linear import Linear, LinearSpec, PartReader, Ranks
@@ -207,3 +209,11 @@ class Operations(Protocol):
         """See kernels/reference_delta.py, as of the next."""
 
     def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor: ...
+
+    def ssd(
+        self, x: Tensor, dt: Tensor, weights: SsdWeights, state: Tensor, layer: int, plan: Any
+    ) -> Tensor:
+        """See kernels/reference_ssd.py."""
+
+    def gated_norm(self, x: Tensor, gate: Tensor, norm: GatedNorm) -> Tensor:
+        """See kernels/reference_gated_norm.py."""

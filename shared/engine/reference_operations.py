@@ -12,11 +12,15 @@ from baton.kernels import (
     reference_conv,
     reference_delta,
     reference_experts,
+    reference_gated_norm,
     reference_latent,
+    reference_ssd,
 )
 from baton.kernels.reference import Activation, AttentionPlan, HeadNorms, Rope
 from baton.kernels.reference_experts import ExpertWeights, Routes
 from baton.kernels.reference_latent import LatentHeads
+from baton.kernels.reference_ssd import SsdWeights
+from baton.kernels.state_plan import StatePlan
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
 from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
 from baton.shared.engine.linear import (
@@ -53,6 +57,7 @@ class ReferenceOperations:
     soft_cap = staticmethod(reference.soft_cap)
     causal_conv = staticmethod(reference_conv.causal_conv)
     gated_delta = staticmethod(reference_delta.gated_delta)
+    gated_norm = staticmethod(reference_gated_norm.gated_norm)
     route = staticmethod(reference_experts.route)
     gated_add = staticmethod(reference_experts.gated_add)
 
@@ -103,6 +108,14 @@ class ReferenceOperations:
             query, latent, norm.weight, norm.eps, rope, kv, layer, plan
         )
         return query
+
+    def ssd(
+        self, x: Tensor, dt: Tensor, weights: SsdWeights, state: Tensor, layer: int, plan: StatePlan
+    ) -> Tensor:
+        """Token by token where the class `exact` is at stake; else in the faster form."""
+        may_be_exact = x.dtype == torch.float32 and x.device.type == "cpu"
+        form = reference_ssd.ssd if may_be_exact else reference_ssd.ssd_in_chunks
+        return form(x, dt, weights, state, layer, plan)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return reference.rms_norm(x, norm.weight, norm.eps)

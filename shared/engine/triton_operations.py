@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from baton.kernels import causal_conv, expert_routes, latent_heads, linear_table, small_linear
+from baton.kernels import (
+    causal_conv,
+    expert_routes,
+    gated_norm,
+    latent_heads,
+    linear_table,
+    small_linear,
+    ssd_scan,
+)
 from baton.kernels import experts as experts_kernels
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
@@ -27,7 +35,9 @@ from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
 from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_experts import Routes
+from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.reference_latent import LatentHeads
+from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.routing import RoutingRule
@@ -485,6 +495,20 @@ class TritonOperations:
 
     def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def ssd(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        weights: SsdWeights,
+        state: Tensor,
+        layer: int,
+        plan: DeviceStatePlan,
+    ) -> Tensor:
+        return ssd_scan.ssd(x, dt, weights, state, layer, plan, pdl=self._overlaps)
+
+    def gated_norm(self, x: Tensor, gate: Tensor, norm: GatedNorm) -> Tensor:
+        return gated_norm.gated_norm(x, gate, norm, pdl=self._overlaps)
 
     def paged_attention(
         self,

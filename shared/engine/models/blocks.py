@@ -184,15 +184,19 @@ class GatedMlp:
         prefix: str,
         *,
         intermediate_size: int | None = None,
+        input_scale: float = 1.0,
     ) -> None:
-        """`names`: gate, up, down. `intermediate_size`: if it is not the model's."""
+        """`names`: gate, up, down. `intermediate_size`: if it is not the model's. `input_scale`: of
+        gate and of up."""
         style, size = config.style, intermediate_size or config.intermediate_size
         self._ops = load.ops
         self._activation = style.activation
         gate_up = parts(
             names, prefix, Piece("gate", size, style.mlp_bias), Piece("up", size, style.mlp_bias)
         )
-        self._gate_up = load.linear(LinearSpec(config.hidden_size, gate_up, Split.COLUMNS))
+        self._gate_up = load.linear(
+            LinearSpec(config.hidden_size, gate_up, Split.COLUMNS, scale=input_scale)
+        )
         down = parts(names, prefix, Piece("down", config.hidden_size, style.mlp_bias))
         self._down = load.linear(LinearSpec(size, down, Split.ROWS, scale=style.residual_scale))
 

@@ -119,7 +119,7 @@ def experts_spec(
             **one_by_one,
         ),
         num_experts=mixture.routing.num_experts,
-        num_in=config.hidden_size,
+        num_in=mixture.input_size or config.hidden_size,
         size=mixture.expert_size,
         activation=mixture.activation,
         has_bias=mixture.has_bias,

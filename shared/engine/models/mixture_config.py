@@ -22,6 +22,8 @@ class MixtureConfig:
     layers: tuple[bool, ...]
     """Which have one; the others have an MLP."""
     activation: ExpertActivation = "silu"
+    input_size: int | None = None
+    """Of what experts take and give; None: of hidden states."""
     has_bias: bool = False
     """The router and both products of experts."""
     has_choice_bias: bool = False

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from baton.shared.engine.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
+from baton.shared.engine.models.falcon_h1 import FALCON_H1
 from baton.shared.engine.models.gemma2 import GEMMA2
 from baton.shared.engine.models.gemma3 import GEMMA3, GEMMA3_TEXT
 from baton.shared.engine.models.gemma4 import GEMMA4, GEMMA4_TEXT
@@ -14,12 +15,15 @@ from baton.shared.engine.models.glm4_moe import GLM4_MOE
 from baton.shared.engine.models.glm4_moe_lite import GLM4_MOE_LITE
 from baton.shared.engine.models.gpt_oss import GPT_OSS
 from baton.shared.engine.models.granite import GRANITE
+from baton.shared.engine.models.granitemoehybrid import GRANITEMOEHYBRID
 from baton.shared.engine.models.llama import LLAMA
+from baton.shared.engine.models.mamba2 import MAMBA2
 from baton.shared.engine.models.ministral3 import MINISTRAL3, MISTRAL3
 from baton.shared.engine.models.mistral import MISTRAL
 from baton.shared.engine.models.mixtral import MIXTRAL
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.models.nemotron_h import NEMOTRON_H
 from baton.shared.engine.models.phi3 import PHI3
 from baton.shared.engine.models.qwen2 import QWEN2, QWEN2_5_VL
 from baton.shared.engine.models.qwen2_moe import QWEN2_MOE
@@ -46,6 +50,7 @@ _TYPES = {
     for each in (
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        FALCON_H1,
         GEMMA2,
         GEMMA3,
         GEMMA3_TEXT,
@@ -56,12 +61,15 @@ _TYPES = {
         GLM4_MOE_LITE,
         GPT_OSS,
         GRANITE,
+        GRANITEMOEHYBRID,
         KIMI_K2,
         LLAMA,
+        MAMBA2,
         MINISTRAL3,
         MISTRAL,
         MISTRAL3,
         MIXTRAL,
+        NEMOTRON_H,
         PHI3,
         QWEN2,
         QWEN2_5_VL,
@@ -149,7 +157,8 @@ def configure(fields: Fields) -> tuple[ModelType, ModelConfig]:
         raise fields.error("model_type", f"{shown(name)} is not supported; supported are {known}")
     text = text_part(fields)
     # A slip of the pen would take all memory before any tensor is missed.
-    text.integer("num_hidden_layers", most=_MOST_LAYERS)
+    if text.get("num_hidden_layers") is not None:
+        text.integer("num_hidden_layers", most=_MOST_LAYERS)
     config = model_type.configure(fields)
     check_ropes(text, {(layer.rope, layer.head_dim) for layer in config.attentions})
     return model_type, config

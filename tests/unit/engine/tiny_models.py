@@ -19,6 +19,7 @@ from tests.unit.engine.tiny_foreign import TINY_FOREIGN
 from tests.unit.engine.tiny_gemmas import TINY_GEMMAS
 from tests.unit.engine.tiny_latents import ALIASES, TINY_LATENTS
 from tests.unit.engine.tiny_llamas import TINY_LLAMAS
+from tests.unit.engine.tiny_mambas import TINY_MAMBAS
 from tests.unit.engine.tiny_mixtures import TINY_MIXTURES
 from tests.unit.engine.tiny_qwens import TINY_QWENS
 
@@ -72,6 +73,7 @@ TINY_MODELS: dict[str, dict[str, Fields]] = {
     **TINY_MIXTURES,
     **TINY_LATENTS,
     **TINY_DELTAS,
+    **TINY_MAMBAS,
 }
 """Of types that are served by their own file."""
 ALL_TINY = {**TINY_MODELS, **TINY_FOREIGN}
@@ -116,7 +118,7 @@ def make_tiny(
                 parameter.normal_(std=token_std / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=std / 0.7)
-            elif "embed_tokens" in name:
+            elif "embed" in name:
                 parameter.normal_(std=token_std)
             elif "lm_head" in name:
                 parameter.normal_(std=std)
