@@ -149,7 +149,8 @@ class _Inputs:
 
     def added(self, tokens: slice | Tensor) -> Tensor:
         """[n, H, head_dim, state_size]: what they add to the state."""
-        return self.stepped[tokens, :, :, None] * self._of_heads(self._b, tokens)[:, :, None]
+        stepped: Tensor = self.stepped[tokens, :, :, None]
+        return stepped * self._of_heads(self._b, tokens)[:, :, None]
 
     def through(self, state: Tensor, tokens: slice) -> Tensor:
         """Takes the state through these tokens, in place → [n, H, head_dim, state_size], what it is

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from baton.shared.engine.models.granitemoehybrid import read_mamba
 from baton.shared.engine.models.mamba2 import MIXER_NAMES
-from baton.shared.engine.models.mamba_config import HybridConfig
+from baton.shared.engine.models.mamba_config import HybridConfig, skip
 from baton.shared.engine.models.model_config import (
     AttentionConfig,
     LayerStyle,
@@ -64,6 +64,7 @@ def configure(fields: Fields) -> FalconH1Config:
     scale = fields.number("key_multiplier") * heads["head_dim"] ** -0.5
     rope = read_rope(fields, common["max_position_embeddings"])
     attention = AttentionConfig(**heads, rope=rope, scale=scale)
+    skip(fields, "num_logits_to_keep", "mamba_expand")
     inner = fields.get("mamba_d_ssm")
     if inner is None:
         inner = fields.integer("mamba_expand") * common["hidden_size"]

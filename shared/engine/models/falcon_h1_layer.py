@@ -35,7 +35,7 @@ class FalconH1Layer:
         )
         own = config.layers[index]
         assert own is not None
-        self._sizes = (own.num_heads * own.head_dim, config.mamba.inner_size)
+        self._sizes = [own.num_heads * own.head_dim, config.mamba.inner_size]
         self._head_dim = own.head_dim
 
     def query(self, hidden: Tensor, rope: Any, kv: Any, plan: Any) -> Tensor:
@@ -48,8 +48,8 @@ class FalconH1Layer:
         self, hidden: Tensor, query: Tensor, kv: Any, plan: Any, extra: Tensor | None = None
     ) -> Tensor:
         assert extra is None
-        heads, mixed = query.split(self._sizes, 1)
-        heads = heads.unflatten(1, (-1, self._head_dim))
+        heads, mixed = torch.split(query, self._sizes, 1)
+        heads = heads.reshape(len(heads), -1, self._head_dim)
         hidden = self._attention.attend(heads, kv[0], plan[0], hidden)
         hidden = self._mixer.attend(mixed, kv[1], plan[1], hidden)
         return self._mlp(hidden, self._mlp_norm, hidden)

@@ -18,6 +18,7 @@ from baton.shared.engine.models.mamba_config import (
     read_head_dim,
     read_kinds,
     read_step_limit,
+    skip,
 )
 from baton.shared.engine.models.mixture_config import MixtureConfig, read_top_k
 from baton.shared.engine.models.model_config import (
@@ -68,6 +69,7 @@ def configure(fields: Fields) -> HybridConfig:
     kinds = kinds or [MAMBA] * fields.integer("num_hidden_layers")
     check_num_layers(fields, name, kinds)
     has_rope = fields.get("position_embedding_type") == "rope"
+    skip(fields, "rope_parameters", "rope_theta", "rope_scaling")
     rope = read_rope(fields, common["max_position_embeddings"]) if has_rope else NO_ROPE
     attention = AttentionConfig(
         **read_heads(fields, common["hidden_size"]),
@@ -92,6 +94,7 @@ def configure(fields: Fields) -> HybridConfig:
 
 def read_mamba(fields: Fields, inner: int, *, has_norm: bool = True) -> MambaConfig:
     """Of what this type and falcon_h1 call alike. `inner`: the inner size."""
+    skip(fields, "mamba_chunk_size")
     num_heads = fields.integer("mamba_n_heads")
     head_dim = read_head_dim(fields, "mamba_d_head", "mamba_n_heads", inner, num_heads)
     num_groups = fields.integer("mamba_n_groups")

@@ -34,7 +34,7 @@ class MambaMixer:
         own = config.mamba
         self._ops = load.ops
         _, self._place = load.places[config.num_layers + index]
-        self._sizes = (own.inner_size, own.conv_size, own.num_heads)
+        self._sizes = [own.inner_size, own.conv_size, own.num_heads]
         self._input_scale = own.input_scale
         made = parts(names, prefix, Piece("input", sum(self._sizes), own.has_input_bias))
         self._input = load.linear(LinearSpec(config.hidden_size, made))
@@ -61,7 +61,7 @@ class MambaMixer:
         """Of norm(hidden [T, hidden]) → [T, inner size]; moves the rows' states on."""
         norm = scaled_norm(norm, self._input_scale)
         made = self._ops.norm_linear(hidden, norm, self._input)
-        gate, x, dt = made.split(self._sizes, -1)
+        gate, x, dt = torch.split(made, self._sizes, -1)
         x = self._ops.causal_conv(x, self._conv, state["conv"], self._place, plan)
         y = self._ops.ssd(x, dt, self._ssd, state["ssm"], self._place, plan)
         return self._ops.gated_norm(y.flatten(1), gate, self._gated_norm)
@@ -89,8 +89,8 @@ def _load_conv(own: MambaConfig, load: ModelLoader, module: str) -> Conv:
     places = _conv_places(own)
     if not weight.is_meta:
         _, *scales, _ = own.input_scales
-        sizes = (own.inner_size, own.group_width, own.group_width)
-        for part, scale in zip(weight.split(sizes), scales, strict=True):
+        sizes = [own.inner_size, own.group_width, own.group_width]
+        for part, scale in zip(torch.split(weight, sizes), scales, strict=True):
             part.mul_(scale)
         places = places.to(weight.device)
     return Conv(weight.view(own.conv_size, own.conv_kernel), bias, places, own.activation)
@@ -105,7 +105,7 @@ def _conv_places(own: MambaConfig) -> Tensor:
     of_group = torch.arange(2 * own.state_size)
     first_heads = torch.arange(own.num_groups)[:, None] * heads_each
     of_both = (first_heads + of_group // share) * width + own.head_dim + of_group % share
-    of_b, of_c = of_both.split(own.state_size, 1)
+    of_b, of_c = torch.split(of_both, own.state_size, 1)
     return torch.cat([each.flatten() for each in (of_x, of_b, of_c)]).int()
 
 

@@ -10,6 +10,7 @@ from baton.shared.engine.models.mamba_config import (
     check_inner_size,
     check_shape,
     read_step_limit,
+    skip,
 )
 from baton.shared.engine.models.model_config import read_activation, read_ends
 from baton.shared.engine.models.model_type import ModelType
@@ -50,6 +51,8 @@ def configure(fields: Fields) -> HybridConfig:
         common["max_position_embeddings"] = _MOST_TOKENS
     # Between layers: here the residual is of the activations' type, whichever that is.
     fields.boolean("residual_in_fp32")
+    drawn = ("time_step_rank", "time_step_min", "time_step_max", "time_step_floor")
+    skip(fields, "chunk_size", "rescale_prenorm_residual", *drawn)
     num_layers = fields.integer("num_hidden_layers")
     num_heads, head_dim = fields.integer("num_heads"), fields.integer("head_dim")
     num_groups = fields.integer("n_groups")

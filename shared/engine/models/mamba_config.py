@@ -144,7 +144,7 @@ def read_head_dim(fields: Fields, name: str, heads: str, inner: int, num_heads: 
     return inner // num_heads
 
 
-def read_step_limit(fields: Fields, name: str = "time_step_limit") -> dict[str, float]:
+def read_step_limit(fields: Fields, name: str = "time_step_limit") -> dict[str, Any]:
     """`dt_min` and `dt_max`: a list of two numbers, of which the second may be infinity, as JSON of
     Python says it or transformers; null: none."""
     value = fields.get(name)
@@ -165,6 +165,12 @@ def read_state_dtype(fields: Fields, name: str = "mamba_ssm_cache_dtype") -> str
     if dtype not in _STATE_DTYPES:
         raise fields.error(name, f"must be one of {', '.join(_STATE_DTYPES)}, not {shown(dtype)}")
     return dtype
+
+
+def skip(fields: Fields, *names: str) -> None:
+    """Fields that say how weights were drawn, or how others cut the work up."""
+    for name in names:
+        fields.get(name)
 
 
 def _number(value: Any) -> float | None:

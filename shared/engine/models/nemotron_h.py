@@ -18,6 +18,7 @@ from baton.shared.engine.models.mamba_config import (
     check_shape,
     read_kinds,
     read_state_dtype,
+    skip,
 )
 from baton.shared.engine.models.mixture_config import read_sigmoid_mixture
 from baton.shared.engine.models.model_config import (
@@ -77,6 +78,15 @@ _OLD_NAMES = {
 }
 
 
+_SAYING_NOTHING = (
+    *("attention_bias", "chunk_size", "expand", "hidden_dropout", "mamba_proj_bias"),
+    *("moe_shared_expert_overlap", "mtp_layers_block_type", "num_logits_to_keep"),
+    *("num_nextn_predict_layers", "rescale_prenorm_residual", "residual_in_fp32"),
+    *("time_step_floor", "time_step_limit", "time_step_max", "use_mamba_kernels"),
+)
+"""What transformers writes, and its code does not read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NemotronHConfig(HybridConfig):
     kinds: tuple[str, ...]
@@ -97,6 +107,7 @@ def configure(fields: Fields) -> NemotronHConfig:
     # transformers ties nothing, whatever the file says.
     fields.only("tie_word_embeddings", False)
     fields.only("mlp_hidden_act", "relu2")
+    skip(fields, *_SAYING_NOTHING)
     kinds = _read_kinds(fields)
     num_heads = fields.integer("num_attention_heads")
     attention = AttentionConfig(
