@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
 from baton.shared.engine.graphs import Graph
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
@@ -66,7 +66,7 @@ def reference(make: Make) -> ModelRunner:
 
 @pytest.fixture
 def runner(make: Make, device: torch.device) -> ModelRunner:
-    made = make("triton", device)
+    made = make("triton", device, prompt_graphs=True)
     if device.type == "cpu":
         captured(made, Graphs())
     return made
@@ -160,3 +160,41 @@ def test_chunks_and_decode_rows_of_any_mixture(runner: ModelRunner, reference: M
 def took(step: list[tuple[Answer, BatchRow]], launched: Any) -> None:
     for (answer, _), drawn in zip(step, launched.result(), strict=True):
         answer.drawn += drawn
+
+
+def test_what_no_graph_is_for(
+    make: Make, reference: ModelRunner, device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too little memory for the larger graphs; logprobs of a prompt; rows with drafts beside it."""
+    runner = make("triton", device, num_drafts=2, prompt_graphs=False)
+    with caplog.at_level("INFO"):
+        captured(runner, Graphs(num_refused=2))
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert fields_of(caplog.records[0])["sizes"] == "16 16+4"
+    assert fields_of(caplog.records[1])["missing"] == "32+0 32+4"
+    executor: Any = runner._executor
+    a = Answer(reference, 0, 19, GREEDY).open(runner)
+    b = Answer(reference, 1, 7, GREEDY).open(runner)
+
+    def run(*rows: tuple[Answer, BatchRow], by_graph: bool) -> None:
+        before = executor.num_prompt_steps.captured
+        took(list(rows), runner.launch(Batch([row for _, row in rows])))
+        assert executor.num_prompt_steps.captured - before == by_graph
+
+    run((b, b.chunk(0, 7)), by_graph=True)
+    asks = a.chunk(0, 6)
+    asks.prompt_logprobs = WantedLogprobs(0, a.prompt[1:6], 1)
+    run((a, asks), (b, b.next()), by_graph=False)
+    guesses = b.next()
+    guesses.draft_ids = [b.expected[2].token_id]
+    run((a, a.chunk(6, 10)), (b, guesses), by_graph=False)
+    run((a, a.chunk(10, 19)), (b, b.next()), by_graph=True)
+    e = Answer(reference, 2, 18, GREEDY).open(runner)
+    run((e, e.chunk(0, 18)), (a, a.next()), by_graph=False)
+    for each in (a, b, e):
+        assert each.drawn == each.expected[: len(each.drawn)] and each.drawn
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = record.fields
+    return fields
