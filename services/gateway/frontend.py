@@ -255,6 +255,8 @@ class Frontend:
             num_drafted_tokens=workers["num_drafted_tokens"],
             num_accepted_tokens=workers["num_accepted_tokens"],
             num_accepted_by_position=_by_position(workers),
+            num_captured_prompt_steps=workers["num_captured_prompt_steps"],
+            num_launched_prompt_steps=workers["num_launched_prompt_steps"],
         )
 
 

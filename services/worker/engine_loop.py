@@ -105,6 +105,7 @@ class EngineLoop:
             runner, pools, self._table, limits, failpoints, drafting, constraining
         )
         self._steps_ahead = runner.steps_ahead
+        self._runner = runner
         self._in_flight: deque[InFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
         self._guard = CorruptionGuard(pools, sealer, self._table, self._fail, counters)
@@ -195,6 +196,9 @@ class EngineLoop:
                 state = snapshot(self._table, self._pools, self._counters, check_integrity, orphans)
                 state.num_claims = len(self._claims)
                 state.num_accepted_by_position.extend(self._stepper.accepted_by_position)
+                counts = self._runner.num_prompt_steps
+                state.counters.num_captured_prompt_steps = counts.captured
+                state.counters.num_launched_prompt_steps = counts.launched
                 reply(state)
             case msg.Drain():
                 self._is_draining = True

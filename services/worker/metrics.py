@@ -47,6 +47,8 @@ _COUNTERS = {
     "drafts": "Chains of drafts that decode steps checked",
     "drafted_tokens": "Tokens in them",
     "accepted_tokens": "Of these, tokens that were what was drawn",
+    "captured_prompt_steps": "On a GPU, steps with prompt chunks that came from a CUDA graph",
+    "launched_prompt_steps": "On a GPU, those that were launched kernel by kernel",
     "preemptions": "Sequences that gave way because no block was free",
     "aborted_sequences": "Sequences that were ended early: cancelled, preempted or failed",
 }

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn
 from baton.shared.engine.device_rows import DeviceRows
 from baton.shared.engine.device_step import DeviceBegun, DeviceStep, Layout
-from baton.shared.engine.executor import HalvesModel, Model
+from baton.shared.engine.executor import HalvesModel, Model, StepCounts
 from baton.shared.engine.graphs import Graphs
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.launched_steps import LaunchedSteps
@@ -42,16 +41,6 @@ from baton.shared.engine.shaping import History
 from baton.shared.sampling import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclass(slots=True)
-class StepCounts:
-    """Steps with prompt chunks, since the start."""
-
-    captured: int = 0
-    """By graphs."""
-    launched: int = 0
-    """Kernel by kernel."""
 
 
 class DeviceExecutor:

@@ -8,6 +8,7 @@ Triton kernels. Both take the same batches and the same model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -101,10 +102,21 @@ class BegunStep(Protocol):
         """
 
 
+@dataclass(slots=True)
+class StepCounts:
+    """Steps with prompt chunks, since the start."""
+
+    captured: int = 0
+    """By graphs."""
+    launched: int = 0
+    """Kernel by kernel."""
+
+
 class Executor(Protocol):
     """Launches steps, one after another, over one model and one cache."""
 
     kv_cache: KvCache
+    num_prompt_steps: StepCounts
 
     def open_row(
         self, sampling: SamplingParams, sample_index: int, history: History | None = None

@@ -23,7 +23,7 @@ from baton.shared.engine.batch import (
     Ints,
     RowHandle,
 )
-from baton.shared.engine.executor import Model, Wanted
+from baton.shared.engine.executor import Model, StepCounts, Wanted
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.logprobs import (
     log_probabilities,
@@ -86,6 +86,7 @@ class HostExecutor:
         """`min_rows`: attention's matrix products get at least as many rows; `min_linear_rows`:
         all others do."""
         self.kv_cache = kv_cache
+        self.num_prompt_steps = StepCounts()
         self._model = model
         self._device = device
         self._num_heads = num_heads

@@ -23,7 +23,7 @@ from baton.shared.engine.config import (
     most_model_len,
 )
 from baton.shared.engine.draft_model import DraftModel
-from baton.shared.engine.executor import BegunStep, Executor, Model, Step
+from baton.shared.engine.executor import BegunStep, Executor, Model, Step, StepCounts
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.implementation import (
     Place,
@@ -239,6 +239,11 @@ class ModelRunner:
     def forward(self, batch: Batch) -> list[Sequence[Drawn]]:
         """`launch` and its result: by row, what was drawn behind its last token."""
         return self.launch(batch).result()
+
+    @property
+    def num_prompt_steps(self) -> StepCounts:
+        """By kernels of a GPU; elsewhere none are counted."""
+        return self._executor.num_prompt_steps
 
     def block_sums(self) -> BlockSums:
         """What sums the pool's blocks; one for each thread that asks."""
@@ -463,7 +468,7 @@ class ModelRunner:
         """Compiles kernels and captures graphs; nobody's first request waits for that."""
         if self.kernels != "triton" or self.device.type != "cuda":
             return
-        from baton.shared.engine.device_executor import DeviceExecutor, StepCounts
+        from baton.shared.engine.device_executor import DeviceExecutor
 
         assert isinstance(self._executor, DeviceExecutor)
         has_graphs = self._captures

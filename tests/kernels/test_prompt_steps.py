@@ -145,7 +145,7 @@ def test_chunks_and_decode_rows_of_any_mixture(runner: ModelRunner, reference: M
         if len(in_flight) > 1:
             took(*in_flight.pop(0))
     took(*in_flight.pop(0))
-    counts = runner._executor.num_prompt_steps  # type: ignore[attr-defined]
+    counts = runner.num_prompt_steps
     assert (counts.captured, counts.launched) == (6, 0)
     # Which a graph has no room for.
     e = Answer(reference, 4, 44, GREEDY).open(runner)

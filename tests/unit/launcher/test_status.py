@@ -14,8 +14,11 @@ def test_how_far_drafts_went() -> None:
     counters = info.counters
     counters.num_drafts, counters.num_drafted_tokens, counters.num_accepted_tokens = 10, 24, 9
     counters.num_accepted_by_position.extend([6, 3, 0])
+    counters.num_captured_prompt_steps, counters.num_launched_prompt_steps = 70, 2
     state = to_json(info)
     lines = to_text(state).splitlines()
     assert "drafts: 1.90 tokens a step on average; accepted by position 60%, 30%, 0%" in lines
     assert [line.split() for line in lines if "drafted" in line] == [["drafted", "tokens", "24"]]
+    steps = [line.split() for line in lines if "prompt steps" in line]
+    assert steps == [["captured", "prompt", "steps", "70"], ["launched", "prompt", "steps", "2"]]
     assert json.loads(json.dumps(state))["counters"]["num_accepted_by_position"] == [6, 3, 0]

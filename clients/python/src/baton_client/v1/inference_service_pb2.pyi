@@ -263,7 +263,7 @@ class LedgerStageCount(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., num_entries: _Optional[int] = ...) -> None: ...
 
 class ServerCounters(_message.Message):
-    __slots__ = ("num_requests", "num_extra_attempts", "num_cancelled", "num_preemptions", "num_digest_mismatches", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_pulled_blocks", "num_drafts", "num_drafted_tokens", "num_accepted_tokens", "num_accepted_by_position")
+    __slots__ = ("num_requests", "num_extra_attempts", "num_cancelled", "num_preemptions", "num_digest_mismatches", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_pulled_blocks", "num_drafts", "num_drafted_tokens", "num_accepted_tokens", "num_accepted_by_position", "num_captured_prompt_steps", "num_launched_prompt_steps")
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXTRA_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_CANCELLED_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,8 @@ class ServerCounters(_message.Message):
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_BY_POSITION_FIELD_NUMBER: _ClassVar[int]
+    NUM_CAPTURED_PROMPT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAUNCHED_PROMPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     num_requests: int
     num_extra_attempts: int
     num_cancelled: int
@@ -288,4 +290,6 @@ class ServerCounters(_message.Message):
     num_drafted_tokens: int
     num_accepted_tokens: int
     num_accepted_by_position: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_requests: _Optional[int] = ..., num_extra_attempts: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_digest_mismatches: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_pulled_blocks: _Optional[int] = ..., num_drafts: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_by_position: _Optional[_Iterable[int]] = ...) -> None: ...
+    num_captured_prompt_steps: int
+    num_launched_prompt_steps: int
+    def __init__(self, num_requests: _Optional[int] = ..., num_extra_attempts: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_digest_mismatches: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_pulled_blocks: _Optional[int] = ..., num_drafts: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_by_position: _Optional[_Iterable[int]] = ..., num_captured_prompt_steps: _Optional[int] = ..., num_launched_prompt_steps: _Optional[int] = ...) -> None: ...
