@@ -45,7 +45,7 @@ from models.dummy_model import SHAPES, given_or_dummy
 from models.roofline import decode_floor_s
 
 _FEWEST_SEQS = 16
-_FEWEST_CHAINS = 512
+_FEWEST_CHAINS = 256
 """That are measured."""
 
 

@@ -126,19 +126,15 @@ class Drafting:
         asking = [part for part in parts if part.sequence.params.speculate and not part.draft_ids]
         if not asking or num_more < 1:
             return
-        limits = self._lengths.wanted(len(parts), [part.sequence for part in asking])
-        offers = self._offers(asking, limits, num_allowed)
-        if not offers:
-            return
-        chosen = self._lengths.choose(
-            len(parts),
-            [
-                (part.sequence, len(draft.token_ids) - _num_supposed(part), _num_supposed(part))
-                for part, draft in offers
-            ],
-            num_more,
-        )
-        for (part, draft), length in zip(offers, chosen, strict=True):
+        wanted = self._wanted(len(parts), asking)
+        if self._drafter.needs_known:
+            # Guesses that nobody checks would cost as much.
+            wanted = self._choose(len(parts), wanted, num_more)
+        drafts = self._drafts(wanted, num_allowed)
+        offers = [(part, len(draft.token_ids) - _num_supposed(part)) for part, draft in drafts]
+        if not self._drafter.needs_known:
+            offers = self._choose(len(parts), offers, num_more)
+        for (part, draft), (_, length) in zip(drafts, offers, strict=True):
             if length and extend(part.sequence, part.end + length):
                 first = _num_supposed(part)
                 part.supposed_ids = draft.token_ids[:first]
@@ -147,32 +143,48 @@ class Drafting:
                 part.is_predicted = draft.is_predicted
                 part.num_tokens += length
 
-    def _offers(
-        self,
-        asking: Seq[Part],
-        limits: Seq[int],
-        num_allowed: Callable[[Sequence, Seq[int]], int],
-    ) -> list[tuple[Part, Draft]]:
+    def _wanted(self, num_rows: int, asking: Seq[Part]) -> list[tuple[Part, int]]:
+        """Whose drafts may pay, and how many at most."""
+        limits = self._lengths.wanted(num_rows, [part.sequence for part in asking])
         wanted = []
         for part, limit in zip(asking, limits, strict=True):
             # What is drawn last is not computed.
             length = min(limit, self._num_drafts, part.sequence.num_to_compute - part.end)
             if length > 0:
-                wanted.append((part, _num_supposed(part) + length))
+                wanted.append((part, length))
+        return wanted
+
+    def _choose(
+        self, num_rows: int, offers: Seq[tuple[Part, int]], num_more: int
+    ) -> list[tuple[Part, int]]:
+        """How many of so many drafts are checked."""
+        if not offers:
+            return []
+        asked = [(part.sequence, length, _num_supposed(part)) for part, length in offers]
+        chosen = self._lengths.choose(num_rows, asked, num_more)
+        return [(part, length) for (part, _), length in zip(offers, chosen, strict=True)]
+
+    def _drafts(
+        self,
+        wanted: Seq[tuple[Part, int]],
+        num_allowed: Callable[[Sequence, Seq[int]], int],
+    ) -> list[tuple[Part, Draft]]:
+        """As far as they may be drawn, what is supposed first; those without any are left out."""
+        wanted = [(part, length) for part, length in wanted if length]
         if not wanted:
             return []
-        drafts = self._drafter.drafts([(part.sequence, most) for part, most in wanted])
+        drafts = self._drafter.drafts(
+            [(part.sequence, _num_supposed(part) + length) for part, length in wanted]
+        )
         self._missed = {
             part.sequence: None for part, _ in wanted if self._drafter.is_behind(part.sequence)
         }
-        offers = [
+        made = [
             (part, draft._replace(token_ids=draft.token_ids[:most]))
             for (part, _), draft in zip(wanted, drafts, strict=True)
             for most in [num_allowed(part.sequence, draft.token_ids)]
         ]
-        return [
-            (part, draft) for part, draft in offers if len(draft.token_ids) > _num_supposed(part)
-        ]
+        return [(part, draft) for part, draft in made if len(draft.token_ids) > _num_supposed(part)]
 
     def took(self, part: Part, num_stood: int) -> None:
         """How many of a part's drafts stood. What the steps before drew is known by now."""
