@@ -160,6 +160,36 @@ _QWEN3_30B_A3B = Shape(
     }
 )
 # Experts in the activations' dtype, as MXFP4 is expanded.
+_QWEN3_5_35B_A3B = Shape(
+    {
+        "model_type": "qwen3_5_moe_text",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "vocab_size": 248_320,
+        "max_position_embeddings": 262_144,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        "rms_norm_eps": 1e-6,
+    }
+)
 _GPT_OSS_20B = Shape(
     {
         "model_type": "gpt_oss",
@@ -246,6 +276,7 @@ SHAPES = {
     "qwen3-30b-a3b": _QWEN3_30B_A3B,
     "gpt-oss-20b": _GPT_OSS_20B,
     "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
+    "qwen3.5-35b-a3b": _QWEN3_5_35B_A3B,
     # For trials on a CPU.
     "tiny": _LLAMA_8B.but(**_TINY, num_hidden_layers=2, max_position_embeddings=16_384),
     "tiny-draft": _LLAMA_8B.but(**_TINY, num_hidden_layers=1, max_position_embeddings=16_384),
@@ -256,6 +287,17 @@ SHAPES = {
     ),
     "tiny-qwen3-moe": _QWEN3_30B_A3B.of_layers(2).but(
         **_TINY, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=4
+    ),
+    "tiny-qwen3.5": _QWEN3_5_35B_A3B.of_layers(4).but(
+        **_TINY,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_experts=16,
+        num_experts_per_tok=4,
     ),
     "tiny-gpt-oss": _GPT_OSS_20B.of_layers(2).but(
         **_TINY, num_local_experts=8, num_experts_per_tok=2, sliding_window=32

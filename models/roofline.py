@@ -2,13 +2,15 @@
 
 What is counted: weights of linear layers, experts and the head; keys and values, within the window
 where a layer has one. What is not: norms, biases, activations, routing, the draw, the embedding.
-Of models whose layers are an attention and an MLP, or a mixture of experts.
+States are read and written. Of models whose layers are an attention, or a gated delta rule, and an
+MLP, or a mixture of experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.shared.engine.models.delta_config import DeltaModelConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 
 _ITEM = 2
@@ -42,7 +44,8 @@ def decode_floor_s(
     quantization: str | None = None,
 ) -> float:
     """Of a step in which `batch` sequences with so many tokens draw one each: weights are read
-    once, or multiplied by, whichever takes longer; then keys and values are read.
+    once, or multiplied by, whichever takes longer; then keys and values are read, and states are
+    read and written.
 
     `experts_hit`: of a mixture, experts that are read, the mean of the layers; None: as many as
     would be if all were chosen equally often. `quantization`: of `WEIGHT_ITEMS`.
@@ -50,7 +53,7 @@ def decode_floor_s(
     num_bytes = step_weight_bytes(model, batch, experts_hit, quantization)
     read_s = num_bytes / rates.bytes_per_s
     flop = 2 * batch * (num_weights_of_a_token(model) + num_head_weights(model))
-    kv_bytes = batch * context_bytes(model, context)
+    kv_bytes = batch * (context_bytes(model, context) + 2 * state_bytes(model))
     return max(read_s, flop / rates.flop_per_s) + kv_bytes / rates.bytes_per_s
 
 
@@ -129,6 +132,11 @@ def context_bytes(model: ModelConfig, context: int) -> int:
     )
 
 
+def state_bytes(model: ModelConfig) -> int:
+    """What a sequence's layers keep as states."""
+    return sum(state.block_bytes(1, 1, _ITEM) for state in model.states if state is not None)
+
+
 def attention_flop(model: ModelConfig, num_tokens: int) -> int:
     """Of a prompt's causal attention, in all layers; with latents, once they are expanded."""
     return sum(
@@ -158,8 +166,22 @@ def _num_kept(layer: AttentionConfig) -> int:
 
 
 def _num_attention_weights(model: ModelConfig) -> int:
-    """Queries and output, and where a layer has its own, keys and values."""
-    return sum(_num_attention_weights_of(layer, model.hidden_size) for layer in model.attentions)
+    """Queries and output, and where a layer has its own, keys and values; and of layers with a
+    gated delta rule, all that they multiply by."""
+    num_weights = sum(
+        _num_attention_weights_of(layer, model.hidden_size) for layer in model.attentions
+    )
+    if model.style.has_output_gate:
+        num_weights += model.hidden_size * sum(
+            layer.num_heads * layer.head_dim for layer in model.attentions
+        )
+    if isinstance(model, DeltaModelConfig):
+        own = model.delta
+        of_layer = own.num_key_heads * sum(own.units)
+        of_layer += own.num_value_heads * (2 * own.value_dim + 2)
+        num_linear = model.num_layers - len(model.attentions)
+        num_weights += num_linear * of_layer * model.hidden_size
+    return num_weights
 
 
 def _num_attention_weights_of(layer: AttentionConfig, hidden_size: int) -> int:

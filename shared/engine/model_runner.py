@@ -634,8 +634,6 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 
             if (problem := why_no_latents(spec.rank, spec.rope_dim)) is not None:
                 return problem
-        elif isinstance(spec, State) and any(each.name == "delta" for each in spec.tensors):
-            return "its kernels know no gated delta rule"
         elif spec is not None and not isinstance(spec, Full | Sliding | State):
             return f"its kernels know no layers that cache {type(spec).__name__}"
     for field, most in _MOST_WITH_TRITON.items():

@@ -25,11 +25,13 @@ from baton.kernels import experts as experts_kernels
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
 from baton.kernels.experts_table import UNSORTED_TOKENS
+from baton.kernels.gated_delta import gated_delta
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
 from baton.kernels.latent_attention import latent_chunk_attention, latent_decode_attention
 from baton.kernels.latent_expand import expand_latents, expands, heads_at_once
 from baton.kernels.latent_store import rope_and_store_latent
+from baton.kernels.norm_gate import norm_gate
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
@@ -491,10 +493,10 @@ class TritonOperations:
         layer: int,
         plan: DeviceStatePlan,
     ) -> Tensor:
-        raise NotImplementedError
+        return gated_delta(qkv, strength, decay, gates, state, layer, plan, pdl=self._overlaps)
 
     def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor:
-        raise NotImplementedError
+        return norm_gate(x, norm.weight, norm.eps, gate, out=x, pdl=self._overlaps)
 
     def ssd(
         self,

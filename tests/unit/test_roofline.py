@@ -48,6 +48,16 @@ def config_of(name: str, directory: Path) -> ModelConfig:
             27 * 1024 * 1152,
             27 * 8192 * 1152,
         ),
+        # 2048 · (16 · 512 + 32 · 258) of a delta rule; 2048 · (2 · 256 · 18 + 16 · 256) of
+        # attention; 3 · 2048 · 512 an expert, 9 of them, and 256 · 2048; 2 KiB, of 10 layers.
+        (
+            "qwen3.5-35b-a3b",
+            30 * 33_685_504 + 10 * 27_262_976 + 40 * 28_835_840,
+            508_559_360,
+            68_343_562_240,
+            20 * MiB,
+            160 * MiB,
+        ),
     ],
 )
 def test_what_a_step_reads_and_multiplies(
@@ -68,9 +78,16 @@ def test_what_a_step_reads_and_multiplies(
     assert roofline.context_bytes(model, 8192) == of_8192
     one = roofline.decode_floor_s(model, 1, 1024, RATES, experts_hit=all_experts)
     # Reading takes at least as long as multiplying: two bytes a weight, two operations.
-    assert one == pytest.approx((weight_bytes + of_1024) / 1e9)
+    states = 2 * roofline.state_bytes(model)
+    assert one == pytest.approx((weight_bytes + of_1024 + states) / 1e9)
     many = roofline.decode_floor_s(model, 10**4, 8192, RATES, experts_hit=all_experts)
-    assert many == pytest.approx((2 * 10**4 * (active + head) + 10**4 * of_8192) / 1e9)
+    assert many == pytest.approx((2 * 10**4 * (active + head) + 10**4 * (of_8192 + states)) / 1e9)
+
+
+def test_a_state_is_read_and_written(tmp_path: Path) -> None:
+    """30 layers of 16 heads: 2 maps of 128 · 128, and 3 tokens of 512 channels, in float32."""
+    model = config_of("qwen3.5-35b-a3b", tmp_path)
+    assert roofline.state_bytes(model) == 30 * 16 * 4 * (2 * 128 * 128 + 3 * 512)
 
 
 def test_a_mixture_reads_the_experts_that_are_hit(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Compiles the gated delta rule and the convolution before it for GPUs that need not be there, at
+qwen3_5's sizes.
+
+    python -m tests.kernels.compile_delta [CAPABILITY [DTYPE ...]]
+
+Prints, as JSON, what each takes of shared memory and spills of registers. Tensors have no memory.
+To be run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from baton.kernels.causal_conv import causal_conv
+from baton.kernels.gated_delta import gated_delta
+from baton.kernels.norm_gate import norm_gate
+from baton.kernels.reference_conv import Conv
+from baton.kernels.reference_delta import DeltaGates
+from baton.kernels.state_plan import DeviceStatePlan
+from tests.kernels.compiled import SHARED_BYTES, Compiled, on_gpu, recording
+
+_META = torch.device("meta")
+_KEY_HEADS, _EACH, _KEY_DIM, _VALUE_DIM, _KERNEL = 16, 2, 128, 128, 4
+_TOKENS = 96
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return on_gpu(torch.empty(shape, dtype=dtype, device=_META))
+
+
+def compile_all(capability: int, dtype: torch.dtype) -> list[Compiled]:
+    num_heads, wide, int32 = _KEY_HEADS * _EACH, torch.float32, torch.int32
+    units = (_KEY_DIM, _KEY_DIM, _EACH * _VALUE_DIM)
+    size, width = _KEY_HEADS * sum(units), sum(units)
+    x = _empty(_TOKENS, size + num_heads * (_VALUE_DIM + 2), dtype=dtype)
+    gates = DeltaGates(_empty(num_heads, dtype=wide), _empty(num_heads, dtype=wide))
+    conv = Conv(_empty(size, _KERNEL, dtype=wide), None, _empty(size, dtype=int32))
+    conv_state = _empty(5, _KEY_HEADS, 30, _KERNEL - 1, width, dtype=wide)
+    state = _empty(5, _KEY_HEADS, 30, _EACH, _KEY_DIM, _VALUE_DIM, dtype=wide)
+    slots, positions = _empty(_TOKENS, dtype=torch.int64), _empty(_TOKENS, dtype=int32)
+    rows, tiles = _empty(3, 8, dtype=int32), _empty(4, 4, dtype=int32)
+    plans = [
+        DeviceStatePlan(slots, positions, 2),
+        DeviceStatePlan(slots, positions, 32, rows, tiles, has_kept=True),
+        DeviceStatePlan(slots, positions, 0, rows, tiles),
+    ]
+    pdl = capability == 90
+    with recording(capability) as kernels:
+        for plan in plans:
+            qkv = causal_conv(x[:, :size], conv, conv_state, 3, plan, pdl=pdl)
+            strength, decay = x[:, -2 * num_heads : -num_heads], x[:, -num_heads:]
+            y = gated_delta(qkv, strength, decay, gates, state, 3, plan, pdl=pdl)
+        gate = x[:, size : size + num_heads * _VALUE_DIM].view(y.shape)
+        for num_tokens in (2, _TOKENS):
+            weight = _empty(_VALUE_DIM, dtype=wide)
+            norm_gate(y[:num_tokens], weight, 1e-6, gate[:num_tokens], pdl=pdl)
+    return kernels
+
+
+def main() -> int:
+    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+    for name in sys.argv[2:] or ["bfloat16", "float32"]:
+        started_s = time.monotonic()
+        kernels = compile_all(capability, getattr(torch, name))
+        found = [
+            {
+                "name": each.name,
+                "shared_bytes": each.shared,
+                "spilled_bytes": each.spilled_bytes,
+                "fits": each.shared <= SHARED_BYTES[capability],
+            }
+            for each in kernels
+        ]
+        seconds = round(time.monotonic() - started_s, 1)
+        text = json.dumps({"dtype": name, "seconds": seconds, "kernels": found}, indent=1)
+        print(text)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

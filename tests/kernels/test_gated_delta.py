@@ -1,0 +1,165 @@
+"""gated_delta and norm_gate against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from baton.kernels import reference_delta
+from baton.kernels.gated_delta import gated_delta
+from baton.kernels.norm_gate import norm_gate
+from baton.kernels.reference_delta import UNIT_EPS, DeltaGates
+from tests.kernels.state_cases import CASES, Case, Row, poisoned_state
+
+# Where exp(−x) overflows, the result is zero.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+Check = Callable[[Tensor, Tensor], None]
+Poisoned = Callable[..., Tensor]
+STATE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def in_float64(
+    qkv: Tensor, strength: Tensor, decay: Tensor, gates: DeltaGates, s: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Of one sequence; s: [num_key_heads, value heads of each, key_dim, value_dim]. What comes out,
+    and the state behind each token."""
+    num_key_heads, num_each, key_dim, value_dim = s.shape
+    key_size = num_key_heads * key_dim
+    sizes = [key_size, key_size, num_key_heads * num_each * value_dim]
+    q, k, v = torch.split(qkv.double(), sizes, 1)
+    q, k = q.view(-1, num_key_heads, 1, key_dim), k.view(-1, num_key_heads, 1, key_dim)
+    q, k = (x / (x.square().sum(-1, keepdim=True) + UNIT_EPS).sqrt() for x in (q, k))
+    v = v.view(-1, num_key_heads, num_each, value_dim)
+    heads = (-1, num_key_heads, num_each, 1)
+    beta = strength.double().sigmoid().view(heads)
+    log = torch.nn.functional.softplus(decay.double() + gates.bias.double())
+    forget = (-gates.rate.double() * log).exp().view(*heads, 1)
+    s, out, states = s.double(), [], []
+    for token in range(len(qkv)):
+        s = s * forget[token]
+        change = beta[token] * (
+            v[token] - torch.einsum("gjkv,gjk->gjv", s, k[token].expand(-1, num_each, -1))
+        )
+        s = s + k[token][..., None] * change[..., None, :]
+        out.append(torch.einsum("gjkv,gjk->gjv", s, q[token].expand(-1, num_each, -1)))
+        states.append(s)
+    return torch.stack(out).flatten(1, 2) * key_dim**-0.5, states
+
+
+def draw(
+    case: Case, state: Tensor, dtype: torch.dtype, device: torch.device, same_keys: bool = False
+) -> tuple[Tensor, Tensor, Tensor, DeltaGates]:
+    """Inputs whose rows are strided. Heads forget at once, or hardly."""
+    _, num_key_heads, _, num_each, key_dim, value_dim = state.shape
+    num_heads = num_key_heads * num_each
+    size = 2 * num_key_heads * key_dim + num_heads * value_dim
+    x = torch.randn(case.num_tokens, size + 2 * num_heads + 8, device=device)
+    if same_keys:
+        x[:, num_key_heads * key_dim :][:, : num_key_heads * key_dim] = 1.0
+        x[:, size : size + num_heads] = 20.0
+    x = x.to(dtype)
+    qkv, strength, decay, _ = torch.split(x, [size, num_heads, num_heads, 8], 1)
+    rates = torch.logspace(-3, 1, num_heads, device=device)
+    return qkv, strength, decay, DeltaGates(rates, torch.randn(num_heads, device=device))
+
+
+def check_state(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    error = (actual.double() - expected).abs().max()
+    limit = STATE_TOLERANCE[dtype] * float(expected.abs().max())
+    assert float(error) <= limit, f"state: max |error| {float(error):.3g} exceeds {limit:.3g}"
+
+
+def check(
+    case: Case,
+    state: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    out: Tensor,
+    assert_close: Check,
+    *,
+    same_keys: bool = False,
+) -> None:
+    qkv, strength, decay, gates = draw(case, state, dtype, device, same_keys)
+    layer, before, of_reference = 1, state.clone(), state.clone()
+    expected = reference_delta.gated_delta(
+        qkv, strength, decay, gates, of_reference, layer, case.plan()
+    )
+    plan = case.device_plan(device)
+    assert gated_delta(qkv, strength, decay, gates, state, layer, plan, out=out) is out
+    first, written = 0, torch.zeros(len(state), dtype=torch.bool)
+    for row in case.rows:
+        tokens = slice(first, first + row.num_tokens)
+        s = before[row.slot, :, layer]
+        if not row.position or row.slot < 0:
+            s = torch.zeros_like(s)
+        wanted, states = in_float64(qkv[tokens], strength[tokens], decay[tokens], gates, s)
+        assert_close(out[tokens], wanted)
+        assert_close(expected[tokens], wanted)
+        stores = [*row.keeps, *([(row.num_tokens, row.slot)] if row.slot >= 0 else [])]
+        for num_tokens, slot in stores:
+            check_state(state[slot, :, layer], states[num_tokens - 1], dtype)
+            check_state(of_reference[slot, :, layer], states[num_tokens - 1], torch.float32)
+            written[slot] = True
+        first += row.num_tokens
+    assert not out[first:].any(), "padding is zeros"
+    untouched = state.clone()
+    untouched[written, :, layer] = before[written, :, layer]
+    assert torch.equal(untouched.view(torch.int32), before.view(torch.int32)), "what is not its own"
+
+
+@pytest.mark.parametrize(
+    ("num_key_heads", "num_each", "key_dim", "value_dim"), [(2, 2, 16, 16), (1, 3, 20, 12)]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_gated_delta(
+    name: str,
+    num_key_heads: int,
+    num_each: int,
+    key_dim: int,
+    value_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    poisoned: Poisoned,
+    assert_close: Check,
+) -> None:
+    """What comes out and the states, kept ones too, of the kernels and of the reference. Nothing
+    else is written."""
+    case, shape = CASES[name], (num_key_heads, 2, num_each, key_dim, value_dim)
+    state = poisoned_state(case, *shape, dtype=torch.float32, device=device)
+    out = poisoned(case.num_tokens, num_key_heads * num_each, value_dim, dtype=dtype)
+    check(case, state, dtype, device, out, assert_close)
+
+
+def test_keys_that_repeat(device: torch.device, poisoned: Poisoned, assert_close: Check) -> None:
+    """At full strength: powers of the matrix that is inverted would have numbers of 18 digits."""
+    dtype = torch.float32
+    case = Case([Row(128, 0, 0)], 1)
+    state = poisoned_state(case, 1, 2, 2, 32, 16, dtype=torch.float32, device=device)
+    out = poisoned(128, 2, 16, dtype=dtype)
+    check(case, state, dtype, device, out, assert_close, same_keys=True)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 3, 12), (9, 4, 128), (2, 33, 64)])
+def test_norm_gate(
+    tokens: int,
+    heads: int,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    poisoned: Poisoned,
+    assert_close: Check,
+) -> None:
+    x = torch.randn(tokens, heads, size, device=device).to(dtype)
+    whole = torch.randn(tokens, heads * size + 8, device=device).to(dtype)
+    gate = whole[:, 4:][:, : heads * size].view(tokens, heads, size)
+    weight = torch.rand(size, device=device) + 0.5
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    expected = expected * torch.nn.functional.silu(gate.double())
+    out = poisoned(tokens, heads, size, dtype=dtype)
+    assert norm_gate(x, weight, 1e-6, gate, out=out) is out
+    assert_close(out, expected)
+    assert_close(reference_delta.norm_gate(x, weight, 1e-6, gate), expected)
