@@ -61,7 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="URL",
         help="grpc://, http:// or https://HOST:PORT; HOST:PORT is gRPC",
     )
-    parser.add_argument("--model", default="", help="must be served there; default: any")
+    parser.add_argument(
+        "--model", default="", metavar="NAME", help="which must be served there; default: any"
+    )
     _add_arrivals(parser.add_argument_group("when"))
     _add_lengths(parser.add_argument_group("what"))
     _add_trace(parser.add_argument_group("traces"))
@@ -73,12 +75,19 @@ def _add_arrivals(group: Any) -> None:
     add = group.add_argument
     add("--rate", metavar="R[,R]", help="conversations a second; several: one after another")
     add("--arrivals", choices=("poisson", "constant", "bursty"), default="poisson")
-    add("--burstiness", type=float, default=2.0, help="of bursty: gaps' sd / mean; Poisson has 1")
-    add("--streams", type=int, default=1, help="clients of a closed loop")
-    add("--requests", type=int, help="in all; of a trace: the first ones")
+    add(
+        "--burstiness",
+        type=float,
+        metavar="X",
+        default=2.0,
+        help="of bursty: gaps' sd / mean; Poisson has 1",
+    )
+    add("--streams", type=int, metavar="N", default=1, help="clients of a closed loop")
+    add("--requests", type=int, metavar="N", help="in all; of a trace: the first ones")
     add(
         "--duration",
         type=float,
+        metavar="S",
         help=f"seconds of arrivals (default: {DEFAULT_DURATION_S:g}, if not --requests or a trace)",
     )
 
@@ -86,15 +95,39 @@ def _add_arrivals(group: Any) -> None:
 def _add_lengths(group: Any) -> None:
     add = group.add_argument
     add("--prompt-tokens", default="512", metavar="LENGTH", help=FORMS)
-    add("--output-tokens", default="64", metavar="LENGTH", help="likewise")
-    add("--prefixes", type=int, default=0, help="groups of prompts with a common beginning")
-    add("--prefix-tokens", type=int, default=256, help="of such a beginning")
-    add("--turns", type=int, default=1, help="of a conversation; answers are part of what follows")
-    add("--think-time", type=float, default=0.0, help="seconds from an answer to the next turn")
-    add("--vocab-size", type=int, help="prompts draw from it; default: the model's, else 1024")
+    add("--output-tokens", default="64", metavar="LENGTH", help="of answers, in the same forms")
+    add(
+        "--prefixes",
+        type=int,
+        metavar="N",
+        default=0,
+        help="groups of prompts with a common beginning",
+    )
+    add("--prefix-tokens", type=int, metavar="N", default=256, help="tokens of such a beginning")
+    add(
+        "--turns",
+        type=int,
+        metavar="N",
+        default=1,
+        help="of a conversation; answers are part of what follows",
+    )
+    add(
+        "--think-time",
+        type=float,
+        metavar="S",
+        default=0.0,
+        help="seconds from an answer to the next turn",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="prompts draw from it; default: the model's, else 1024",
+    )
     add(
         "--seed",
         type=int,
+        metavar="N",
         help="the same prompts again, which caches may still hold; default: drawn, and told",
     )
 
@@ -102,11 +135,22 @@ def _add_lengths(group: Any) -> None:
 def _add_trace(group: Any) -> None:
     add = group.add_argument
     add("--trace", metavar="FILE", help="Mooncake's JSON lines, or Azure's CSV")
-    add("--time-scale", type=float, default=1.0, help="0.1 replays ten times as fast")
+    add("--time-scale", type=float, metavar="X", default=1.0, help="0.1 replays ten times as fast")
     add("--window", metavar="FROM:TO", help="seconds, in the trace's own time")
-    add("--length-scale", type=float, default=1.0, help="of prompts, their blocks, and answers")
-    add("--max-prompt", type=int, help="tokens; longer ones keep their beginning")
-    add("--max-output", type=int, help="tokens")
+    add(
+        "--length-scale",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="of prompts, their blocks, and answers",
+    )
+    add(
+        "--max-prompt",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt, at most; longer ones keep their beginning",
+    )
+    add("--max-output", type=int, metavar="N", help="tokens of an answer, at most")
 
 
 def _add_rest(group: Any) -> None:
@@ -117,10 +161,10 @@ def _add_rest(group: Any) -> None:
         metavar="TTFT:TPOT",
         help=f"seconds; may be repeated (default: {DEFAULT_SLOS[0]})",
     )
-    add("--clients", type=int, default=1, help="generator processes")
-    add("--drain", type=float, default=30.0, help="seconds that the last ones get")
-    add("--timeout", type=float, default=600.0, help="seconds, for one request")
-    add("--warm-up", type=int, default=1, help="requests before the clock starts")
+    add("--clients", type=int, metavar="N", default=1, help="generator processes")
+    add("--drain", type=float, metavar="S", default=30.0, help="seconds that the last requests get")
+    add("--timeout", type=float, metavar="S", default=600.0, help="seconds, for one request")
+    add("--warm-up", type=int, metavar="N", default=1, help="requests before the clock starts")
     add("--output", type=Path, metavar="DIR", help="report.html, report.json, requests.csv")
     add(
         "--metrics",

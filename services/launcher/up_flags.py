@@ -27,7 +27,8 @@ when a request has been answered. SIGTERM or Ctrl-C drains; once more kills. A r
 reported and started again. Without --prefill, --decode and --both: one prefill, one decode.
 
 What a worker or the gateway takes beyond these flags is passed on through the environment
-(BATON_TOKEN_BUDGET=1024, say; see python -m baton.services.worker --help).
+(BATON_TOKEN_BUDGET=1024, say; see python -m baton.services.worker --help, or .gateway --help).
+`baton models DIR` tells before the start what a model needs. More is in docs/operations.md.
 """
 
 
@@ -39,14 +40,14 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         type=model_dir,
         required=True,
         metavar="DIR",
-        help="model directory, or the name of a model that was fetched (baton fetch)",
+        help="model directory, GGUF file, or the name of a model that was fetched (baton fetch)",
     )
     add_flag(
         parser,
         "--model-name",
         type=utf8,
         metavar="NAME",
-        help="what requests call the model; default: the directory's name",
+        help="what requests call the model; default: its directory's name",
     )
     workers = parser.add_argument_group("workers")
     for role in ("prefill", "decode", "both"):
@@ -65,7 +66,7 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=defaults.dtype,
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on CPU, bfloat16 on GPU",
+        help="of activations and cache; auto: float32 on a CPU, bfloat16 on a GPU",
     )
     add_flag(
         workers,
@@ -88,7 +89,7 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         "--num-blocks",
         type=positive,
         metavar="N",
-        help="blocks of each worker's pool; default: chosen by the worker",
+        help="blocks of each worker's pool; default: as many as memory has room for",
     )
     add_flag(
         workers,
@@ -130,7 +131,7 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         type=optional_port,
         default=DEFAULT_HTTP_PORT,
         metavar="N",
-        help="port of the OpenAI endpoint; 0 picks a free one, none is without",
+        help="port of HTTP (OpenAI, Anthropic); 0 picks a free one, none is without",
     )
     add_flag(
         gateway,
@@ -138,7 +139,7 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=defaults.num_gateways,
         metavar="N",
-        help="processes behind these ports",
+        help="gateways behind these ports",
     )
     add_flag(
         gateway,
@@ -146,7 +147,7 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=defaults.drain_s,
         metavar="S",
-        help="time that running answers get at SIGTERM",
+        help="seconds that running answers get at SIGTERM",
     )
     add_flag(
         gateway,

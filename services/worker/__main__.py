@@ -40,10 +40,18 @@ from baton.shared.telemetry import add_log_flags, configure_logging
 logger = logging.getLogger("worker")
 
 
+_DESCRIPTION = """\
+One worker: it holds a model and its blocks, and computes. Of role prefill it computes prompts, of
+role decode answers, of role both either. `baton up` starts workers by itself; start them so across
+machines, and on several GPUs. Every flag may be given as the variable behind it. The pages
+docs/operations.md and docs/engine.md say more.
+"""
+
+
 def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> argparse.Namespace:
     """`role`: of a program that has one role only, and no flag for it."""
     if role is None:
-        prog, description = "python -m baton.services.worker", __doc__
+        prog, description = "python -m baton.services.worker", _DESCRIPTION
     else:
         prog, description = f"python -m baton.services.{role}", f"A worker of role {role}."
     parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -63,13 +71,13 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         "--model",
         type=model_dir,
         required=True,
-        help="Hugging Face model directory, or the name of a model that was fetched",
+        help="model directory, GGUF file, or the name of a model that was fetched",
     )
     add_flag(
         parser,
         "--model-name",
         type=str,
-        help="what metrics call the model; default: the directory's name",
+        help="what metrics call the model; default: its directory's name",
     )
     add_flag(
         parser,
@@ -97,7 +105,7 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         type=str,
         default="auto",
         choices=DTYPES,
-        help="auto: float32 on CPU, bfloat16 on CUDA",
+        help="of activations and cache; auto: float32 on a CPU, bfloat16 on a GPU",
     )
     add_flag(
         parser,
@@ -105,7 +113,7 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         type=str,
         default="auto",
         choices=KERNELS,
-        help="what to compute with; auto: Triton on CUDA, the torch reference on CPU",
+        help="what to compute with; auto: Triton on a GPU, the torch reference on a CPU",
     )
     add_flag(
         parser,
@@ -143,27 +151,32 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         "--host-memory-mib",
         type=int,
         metavar="N",
-        help="host memory that this worker may take on a CPU, weights and KV pool included; "
+        help="host memory that this worker may take on a CPU, weights and pool included; "
         "default: what the machine and its control groups leave free",
     )
-    add_switch(parser, "--no-cuda-graphs", help="launch every kernel by itself, to debug with")
-    add_flag(parser, "--num-blocks", type=int, help="size of the KV pool; default: from memory")
-    add_flag(parser, "--block-size", type=int, default=16, help="tokens per block")
+    add_switch(parser, "--no-cuda-graphs", help="launch every kernel by itself, to look for faults")
+    add_flag(
+        parser,
+        "--num-blocks",
+        type=int,
+        help="blocks of the pool; default: as many as memory has room for",
+    )
+    add_flag(parser, "--block-size", type=int, default=16, help="tokens of a block")
     add_flag(
         parser,
         "--max-model-len",
         type=length_or_auto,
         metavar="N|auto",
-        help="tokens of prompt and answer; auto: the most for which the KV pool has room; default: "
+        help="tokens of prompt and answer; auto: the most for which the pool has room; default: "
         "the model's",
     )
     add_flag(
         parser,
         "--token-budget",
         type=int,
-        help="tokens per engine step; default: 512 on CPU, measured at start on CUDA",
+        help="tokens of a step, at most; default: 512 on a CPU, measured at start on a GPU",
     )
-    add_flag(parser, "--max-num-seqs", type=int, default=256, help="sequences per engine step")
+    add_flag(parser, "--max-num-seqs", type=int, default=256, help="rows of a step, at most")
     add_flag(
         parser,
         "--speculate",
@@ -182,8 +195,8 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         parser,
         "--tpot-goal-ms",
         type=_positive_ms,
-        help="prompts wait while streams get their tokens more slowly than that on average, but "
-        "for a chunk a second; default: they never wait",
+        help="milliseconds a token: prompts wait while streams are slower than that on average, "
+        "but for a chunk a second; default: they never wait",
     )
     add_flag(parser, "--threads", type=int, default=1, help="CPU threads of the engine")
     add_flag(
@@ -192,13 +205,28 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         type=str,
         default="auto",
         choices=("auto", "shm", "nixl"),
-        help="how blocks move between workers; auto: shm for CPU pools, nixl for GPU pools",
+        help="how blocks move between workers; auto: shm between CPUs, nixl between GPUs",
     )
     add_flag(
-        parser, "--shm-dir", type=Path, default=Path("/dev/shm"), help="where CPU pools are shared"
+        parser,
+        "--shm-dir",
+        type=Path,
+        default=Path("/dev/shm"),
+        help="folder of the pools of CPU workers",
     )
-    add_flag(parser, "--trace-dir", type=Path, help="write a trace of events there")
-    add_flag(parser, "--drain-s", type=float, default=30.0, help="time to finish after SIGTERM")
+    add_flag(
+        parser,
+        "--trace-dir",
+        type=Path,
+        help="folder to write a trace of events to; default: none is written",
+    )
+    add_flag(
+        parser,
+        "--drain-s",
+        type=float,
+        default=30.0,
+        help="seconds that running answers get at SIGTERM",
+    )
     add_metrics_flag(parser)
     add_log_flags(parser)
     args = parser.parse_args(argv)

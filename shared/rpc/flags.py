@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _ADDRESS_OF_A_SERVICE = re.compile(r"(tcp|udp|sctp)://[^/\s]+:\d+", re.IGNORECASE)
+_METAVARS = {"model": "DIR", "dir": "DIR", "url": "URL", "host": "HOST", "s": "S", "ms": "MS"}
+"""What a flag's value is called, by the flag's last word."""
+_METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
 _SWITCH_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -58,7 +61,7 @@ def add_flag(
         default=default if given is None else given,
         choices=choices,
         required=required and given is None,
-        metavar=metavar,
+        metavar=metavar or (None if choices else _metavar(flag, type)),
         help=_with_variable(help, variable, default),
     )
 
@@ -81,6 +84,11 @@ def add_switch(
         default=False if given is None else given,
         help=_with_variable(help, variable, None),
     )
+
+
+def _metavar(flag: str, type: Callable[[str], Any]) -> str:
+    by_name = _METAVARS.get(flag.rpartition("-")[2])
+    return by_name or _METAVARS_BY_TYPE.get(type, "N")
 
 
 def optional_port(text: str) -> Any:
