@@ -22,8 +22,7 @@ from baton.services.worker.failpoints import Failpoints
 from baton.services.worker.sealing import Sealer
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
-from baton.shared.engine.block_sums import BlockSums, TakeSums
-from baton.shared.engine.executor import BegunStep, Step
+from baton.shared.engine.block_sums import BlockSums, TakeSums, Writes
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.cache_spec import CacheGroup
 from baton.shared.kv.digest import Uint64Array
@@ -47,7 +46,7 @@ class NoBlockSums:
         return np.zeros((len(block_ids), self._groups[group].spec.num_kv_heads), np.uint64)
 
     def start(
-        self, block_ids: Seq[int], group: int = 0, *, behind: Step | BegunStep | None = None
+        self, block_ids: Seq[int], group: int = 0, *, behind: Writes | None = None
     ) -> TakeSums:
         sums = self(block_ids, group)
         return lambda: sums

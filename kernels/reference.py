@@ -228,6 +228,12 @@ class AttentionPlan:
     [blocks · num_kv_heads · num_layers · 2 · block_size, head_dim]. Where latents are kept, which
     are both, there is 1 in the place of 2, here and below."""
     units: list[QueryUnits]
+    stored: Tensor | None = None
+    """int64: which of the tokens `slots` is of; None: all of them, else T is how many they are."""
+
+    def tokens_to_store(self, column: Tensor) -> Tensor:
+        """Of [≥ num_tokens, …] the rows of those tokens."""
+        return column[: self.num_tokens] if self.stored is None else column[self.stored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +287,7 @@ def plan_attention(
         query_start: [R + 1], rows of one token first, longest context first (see BatchColumns).
         context_lens: [R].
         block_table: [R, blocks], −1 in holes, which read as zeros, and beyond a row's context.
-        slot_mapping: [T].
+        slot_mapping: [T]; below zero: nothing is stored.
         kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; the last block is zero.
             Of latents there is 1 in the place of 2.
         num_heads: query heads.
@@ -295,7 +301,9 @@ def plan_attention(
         _plan_units(span, block_table[span.rows], kv, num_heads, min_rows, window)
         for span in _spans(query_start, context_lens, scores_bytes, keys_bytes, window)
     ]
-    blocks, offsets = np.divmod(slot_mapping, block_size)
+    is_stored = slot_mapping >= 0
+    stored = None if is_stored.all() else _to(kv, np.flatnonzero(is_stored))
+    blocks, offsets = np.divmod(slot_mapping[is_stored], block_size)
     heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
     slots = heads * (num_layers * num_kinds * block_size) + offsets[:, None]
     layers = np.arange(num_layers * num_kinds).reshape(num_layers, num_kinds, 1) * block_size
@@ -303,6 +311,7 @@ def plan_attention(
         num_tokens=int(query_start[-1]),
         slots=_to(kv, slots.reshape(-1) + layers),
         units=units,
+        stored=stored,
     )
 
 
@@ -438,7 +447,7 @@ def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: Attention
     """
     rows = kv.view(-1, kv.shape[5])
     for which, column in enumerate((key, value)):
-        tokens = column[: plan.num_tokens].reshape(-1, kv.shape[5])
+        tokens = plan.tokens_to_store(column).reshape(-1, kv.shape[5])
         rows.index_copy_(0, plan.slots[layer, which], tokens)
 
 

@@ -53,7 +53,7 @@ def rope_and_store_latent(
     key = reference.rotary(latent[:, None, rank:], rope.cos, rope.sin)[:, 0]
     kept = torch.cat((reference.rms_norm(latent[:, :rank], norm, eps), key), 1)
     rows = kv.view(-1, kv.shape[5])
-    rows.index_copy_(0, plan.slots[layer, 0], kept[: plan.num_tokens])
+    rows.index_copy_(0, plan.slots[layer, 0], plan.tokens_to_store(kept))
 
 
 def latent_attention(

@@ -236,6 +236,7 @@ class Frontend:
                 determinism=record.capability.determinism,
                 max_model_len=record.capacity.longest,
                 model_impl=record.model.model_impl,
+                num_checkpoints=record.load.counters.get("num_checkpoints", 0),
             )
             for record in self.cluster.records()
         ]
@@ -257,6 +258,8 @@ class Frontend:
             num_accepted_by_position=_by_position(workers),
             num_captured_prompt_steps=workers["num_captured_prompt_steps"],
             num_launched_prompt_steps=workers["num_launched_prompt_steps"],
+            num_kept_states=workers["num_kept_states"],
+            num_restored_states=workers["num_restored_states"],
         )
 
 

@@ -81,6 +81,11 @@ def to_text(state: dict[str, Any]) -> str:
         for worker in state["workers"]
         if worker["model_impl"] not in ("", "baton")
     ]
+    lines += [
+        f"{worker['id']} keeps {worker['num_checkpoints']} states for later prompts"
+        for worker in state["workers"]
+        if worker["num_checkpoints"]
+    ]
     stages = ", ".join(f"{stage} {count}" for stage, count in state["ledger"].items()) or "empty"
     lines += ["", f"ledger: {stages}", f"prefix index: {state['num_prefix_entries']} entries"]
     defaults = ", ".join(f"{name} {value}" for name, value in state["default_sampling"].items())
@@ -112,6 +117,7 @@ def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
         "determinism": worker.determinism,
         "max_model_len": worker.max_model_len,
         "model_impl": worker.model_impl,
+        "num_checkpoints": worker.num_checkpoints,
     }
 
 

@@ -176,7 +176,22 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         type=int,
         help="tokens of a step, at most; default: 512 on a CPU, measured at start on a GPU",
     )
-    add_flag(parser, "--max-num-seqs", type=int, default=256, help="rows of a step, at most")
+    add_flag(
+        parser,
+        "--max-num-seqs",
+        type=int,
+        help="rows of a step, at most; default: 256, or fewer where layers keep states and there is "
+        "no memory for so many",
+    )
+    add_flag(
+        parser,
+        "--state-checkpoints",
+        type=int,
+        metavar="N",
+        help="where layers keep states: how many there is room for beside those of sequences, to "
+        "be kept for later prompts; 0: none are kept; default: a quarter of --max-num-seqs, and 0 "
+        "for workers of role decode, which compute no prompts",
+    )
     add_flag(
         parser,
         "--speculate",
@@ -236,6 +251,8 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         parser.error(problem)
     if args.role == "prefill":
         args.speculate = args.draft_model = None
+    if args.role == "decode" and args.state_checkpoints is None:
+        args.state_checkpoints = 0
     args.tpot_goal_s = None if args.tpot_goal_ms is None else args.tpot_goal_ms / 1e3
     return args
 
@@ -257,6 +274,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         max_model_len=args.max_model_len,
         token_budget=args.token_budget,
         max_num_seqs=args.max_num_seqs,
+        state_checkpoints=args.state_checkpoints,
         kernels=args.kernels,
         model_impl=args.model_impl,
         quantization=args.quantization,

@@ -3,15 +3,21 @@
 Who computes a prompt needs a prefix that every cache group has; who reads it from another worker
 leaves out what it holds, group by group. Two prompts with a common prefix that arrive together
 compute (or pull) it once: the second one waits for the first one's blocks, then finds them in the
-cache. A state is nobody else's: it takes a slot each time, and where some layers keep one, who
-computes begins at the beginning, and waits for no prefix. So does who is to tell of the prompt how
-likely it was.
+cache. Who is to tell of the prompt how likely it was computes all of it, and waits for no prefix.
+
+A state is nobody else's: it takes a slot each time. Where layers keep one, who computes begins with
+a copy of a checkpoint, and waits for another that is about to keep one of its own prefix. Blocks
+that are found behind the checkpoint are shared all the same: of their tokens states are computed
+anew, and nothing is stored. Where a chunk has to end for a state to be kept (`Sequence.stops`) is
+said here: at the last block edge that a later prompt with this one before it can begin from, and
+where prompts branch, which is seen when the second comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 from baton.services.prefill.scheduler import Admission, admission
 from baton.services.worker.sealing import Corrupt, Sealer
@@ -19,7 +25,10 @@ from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import BlockTable, Place, Sequence
+from baton.shared.kv.sequence import BlockTable, Place, Sequence, SequenceState
+
+_LEAST_GAIN_BLOCKS = 2
+"""A state is not kept for less than so many blocks behind the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +37,16 @@ class _Found:
 
     depth: int
     """Blocks at the front that need not be computed, or read."""
+    num_stored: int
+    """The same, but that states may have to be computed."""
     blocks: list[list[int]]
     """By group, from `first` on: a block, or NO_BLOCK where a new one is needed."""
     first: list[int]
     """By group: the first block that is needed."""
+    sources: dict[int, int] = field(default_factory=dict)
+    """By group of states: the checkpoint to begin with."""
+    num_seen: int = 0
+    """Blocks at the front that another prompt had, as far as is known."""
 
 
 class Admitter:
@@ -41,19 +56,22 @@ class Admitter:
         sealer: Sealer,
         table: SequenceTable,
         on_dropped: Callable[[Corrupt], None],
+        *,
+        keeps_states: bool = False,
     ) -> None:
-        """`on_dropped`: told of blocks that failed their check."""
+        """`on_dropped`: told of blocks that failed their check. `keeps_states`: checkpoints are
+        taken where sequences stop."""
         self._pools = pools
         self._sealer = sealer
         self._table = table
         self._on_dropped = on_dropped
-        grows = [group.spec.grows for group in pools.groups]
-        self._may_hit = all(grows)
-        """Else no prefix is valid in every group."""
-        self._may_hold = any(grows)
+        self._keeps_states = keeps_states
+        self._slot_groups = pools.slot_groups
+        self._growing = [n for n, group in enumerate(pools.groups) if group.spec.grows]
         self._depths: dict[Sequence, int] = {}
         """Of those that wait: how deep their prefix was found last."""
         self._new_places: dict[Sequence, set[Place]] = {}
+        self._sources: dict[Sequence, dict[int, int]] = {}
         self._coming: dict[bytes, tuple[Sequence, int]] = {}
         """Hash of a block that a sequence computes or pulls → who, and where in its tables."""
 
@@ -62,16 +80,20 @@ class Admitter:
 
         `reads`: another worker computes the prompt.
         """
-        may_wait = self._may_hold if reads else self._may_hit and not sequence.wants_prompt_logprobs
-        if may_wait and self._is_coming(sequence, self._depths.get(sequence, 0)):
+        may_wait = bool(self._growing) if reads else not sequence.wants_prompt_logprobs
+        is_coming = self._is_coming if reads or not self._slot_groups else self._state_is_coming
+        if may_wait and is_coming(sequence, self._depths.get(sequence, 0)):
             return Admission.WAIT_FOR_PREFIX
         found = self._held(sequence) if reads else self._hit(sequence)
+        if found.sources and not self._has_slots_beside(found):
+            # Better to compute all of it than to wait for a slot beside its own checkpoint.
+            found = self._hit(sequence, may_restore=False)
         self._depths[sequence] = found.depth
         verdict = admission(
             num_new_blocks=self._num_new_blocks(found),
             num_free_blocks=self._num_free_beside(found),
             num_growing=self._num_growing(),
-            prefix_is_coming=may_wait and self._is_coming(sequence, found.depth),
+            prefix_is_coming=may_wait and is_coming(sequence, found.depth),
         )
         if verdict is Admission.ADMIT:
             if sequence.distrust and self._has_corrupt(found):
@@ -82,6 +104,11 @@ class Admitter:
     def take_new_places(self, sequence: Sequence) -> set[Place]:
         """Of a sequence that was just admitted: where in its tables nothing was cached."""
         return self._new_places.pop(sequence)
+
+    def take_sources(self, sequence: Sequence) -> dict[int, int]:
+        """Of a sequence that was just admitted: the checkpoints, by group, that it begins with.
+        Each is held once for it."""
+        return self._sources.pop(sequence, {})
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended: what it was about to fill is not coming any more."""
@@ -105,26 +132,63 @@ class Admitter:
         coming = self._coming.get(sequence.block_hashes[index])
         return coming is not None and coming[0].num_sealed_blocks <= coming[1]
 
-    def _hit(self, sequence: Sequence) -> _Found:
+    def _state_is_coming(self, sequence: Sequence, depth: int) -> bool:
+        """Whether another sequence is about to keep a state behind more than `depth` blocks that
+        this one begins with, too. One that has not come so far yet keeps one where they part."""
+        block_size, most = self._pools.block_size, self._num_usable(sequence)
+        if sequence.distrust or not self._keeps_states:
+            return False
+        is_coming = False
+        for other in self._table.in_state(SequenceState.PREFILLING):
+            common = min(most, _num_common(sequence.block_hashes, other.block_hashes))
+            if common - depth < _LEAST_GAIN_BLOCKS:
+                continue
+            branch = common * block_size
+            if branch > other.num_scheduled_tokens and branch not in other.stops:
+                other.stops = tuple(sorted((*other.stops, branch)))
+            is_coming |= any(
+                max(other.num_computed_tokens, depth * block_size) < stop <= branch
+                for stop in other.stops
+            )
+        return is_coming
+
+    def _hit(self, sequence: Sequence, *, may_restore: bool = True) -> _Found:
         """The deepest prefix that is valid in every group, and room for what is computed behind."""
         num_usable = 0 if sequence.wants_prompt_logprobs else self._num_usable(sequence)
-        hashes = sequence.block_hashes[:num_usable]
-        depth = self._pools.prefix_cache.match(hashes, sequence.prompt_token_ids)
+        hashes, token_ids = sequence.block_hashes[:num_usable], sequence.prompt_token_ids
+        cache, block_size, groups = (
+            self._pools.prefix_cache,
+            self._pools.block_size,
+            self._pools.groups,
+        )
+        depth = cache.match(hashes, token_ids)
         if sequence.distrust:
-            depth = self._pools.prefix_cache.match(
-                hashes[: self._num_with_digests(sequence, depth)], sequence.prompt_token_ids
-            )
-        position = depth * self._pools.block_size
-        block_size, groups = self._pools.block_size, self._pools.groups
-        first = [group.first_block(position, block_size) for group in groups]
+            hashes = hashes[: self._num_with_digests(sequence, depth)]
+            depth = cache.match(hashes, token_ids)
+        num_seen = cache.num_seen(hashes, token_ids) if self._slot_groups else depth
+        if not may_restore:
+            depth = 0
+        first = [group.first_block(depth * block_size, block_size) for group in groups]
+        cached = {
+            group: [self._find(sequence, group, index) for index in range(first[group], num_seen)]
+            for group in self._growing
+        }
+        num_stored = min(
+            (first[group] + _num_at_the_front(found) for group, found in cached.items()),
+            default=depth,
+        )
         blocks = []
         for group, start in enumerate(first):
-            if not groups[group].spec.grows:
+            if group in cached:
+                held = cached[group][: num_stored - start]
+                end = self._end_of_room(sequence, group, start)
+                blocks.append(held + [NO_BLOCK] * (end - start - len(held)))
+            else:
                 blocks.append([NO_BLOCK])
-                continue
-            cached = [self._find(sequence, group, index) for index in range(start, depth)]
-            blocks.append(cached + [NO_BLOCK] * (self._end_of_room(sequence, group, start) - depth))
-        return _Found(depth, blocks, first)
+        sources = {
+            group: self._find(sequence, group, depth - 1) for group in self._slot_groups if depth
+        }
+        return _Found(depth, num_stored, blocks, first, sources, num_seen)
 
     def _end_of_room(self, sequence: Sequence, group: int, first: int) -> int:
         """Up to which block a group has room at once: all, or as far ahead of its window as it
@@ -146,7 +210,7 @@ class Admitter:
         """Of all blocks that follow-up tokens read, those that are here, whichever they are."""
         block_size, usable = self._pools.block_size, self._num_usable(sequence)
         end = num_blocks_for(sequence.num_prompt_tokens, block_size)
-        first, blocks, depth = [], [], usable if self._may_hold else 0
+        first, blocks, depth = [], [], usable if self._growing else 0
         for group, each in enumerate(self._pools.groups):
             start = each.first_block(sequence.num_prompt_tokens, block_size)
             if not each.spec.grows:
@@ -160,7 +224,7 @@ class Admitter:
                 depth = min(depth, start + held.index(NO_BLOCK))
             first.append(start)
             blocks.append(held + [NO_BLOCK] * (end - start - len(held)))
-        return _Found(depth, blocks, first)
+        return _Found(depth, depth, blocks, first)
 
     def _find(self, sequence: Sequence, group: int, index: int) -> int:
         return self._pools.prefix_cache.find(
@@ -178,7 +242,8 @@ class Admitter:
         """Whether any of the cached blocks had to go."""
         has_dropped = False
         for group, block_ids in enumerate(found.blocks):
-            corrupt = self._sealer.drop_corrupt(group, block_ids)
+            sources = [found.sources[group]] if group in found.sources else []
+            corrupt = self._sealer.drop_corrupt(group, block_ids + sources)
             if corrupt:
                 self._on_dropped(corrupt)
                 has_dropped = True
@@ -199,10 +264,18 @@ class Admitter:
         free = self._pools.num_free
         for group, blocks in enumerate(found.blocks):
             cached = [block_id for block_id in blocks if block_id != NO_BLOCK]
+            cached += [found.sources[group]] if group in found.sources else []
             free[self._pools.capacity.groups[group].pool] -= self._pools.of(group).num_free_among(
                 cached
             )
         return free
+
+    def _has_slots_beside(self, found: _Found) -> bool:
+        """Whether there is a slot for the sequence that is not the one it begins with, or none at
+        all."""
+        free, beside = self._pools.num_free, self._num_free_beside(found)
+        pools = {self._pools.capacity.groups[group].pool for group in found.sources}
+        return all(beside[pool] > 0 or free[pool] == 0 for pool in pools)
 
     def _num_growing(self) -> list[int]:
         """By pool: blocks that the sequences here will need when each has filled its last."""
@@ -217,13 +290,16 @@ class Admitter:
         for group, blocks in enumerate(found.blocks):
             pool = self._pools.of(group)
             pool.acquire(block_id for block_id in blocks if block_id != NO_BLOCK)
+        for group, slot in found.sources.items():
+            self._pools.of(group).acquire([slot])
+        self._sources[sequence] = found.sources
         for group, blocks in enumerate(found.blocks):
             new = iter(self._pools.of(group).allocate(blocks.count(NO_BLOCK)))
             table = BlockTable(
                 [next(new) if block_id == NO_BLOCK else block_id for block_id in blocks],
                 first_live=found.first[group],
             )
-            table.num_sealed = max(found.depth, table.first_live)
+            table.num_sealed = max(found.num_stored, table.first_live)
             sequence.block_tables.append(table)
         self._new_places[sequence] = {
             (group, index)
@@ -237,5 +313,32 @@ class Admitter:
             sequence.block_tables, sequence.num_prompt_tokens
         )
         sequence.num_cached_tokens = found.depth * block_size
-        for index, block_hash in enumerate(sequence.block_hashes[found.depth :], found.depth):
+        sequence.num_stored_tokens = found.num_stored * block_size
+        sequence.stops = self._stops(sequence, found)
+        for index, block_hash in enumerate(
+            sequence.block_hashes[found.num_stored :], found.num_stored
+        ):
             self._coming[block_hash] = (sequence, index)
+
+    def _stops(self, sequence: Sequence, found: _Found) -> tuple[int, ...]:
+        """Where states are to be kept of a prompt that is computed here."""
+        if not self._keeps_states:
+            return ()
+        blocks = {self._num_usable(sequence)}
+        if found.num_seen - found.depth >= _LEAST_GAIN_BLOCKS:
+            blocks.add(found.num_seen)
+        return tuple(sorted(n * self._pools.block_size for n in blocks if n > found.depth))
+
+
+def _num_common(ours: Seq[bytes], theirs: Seq[bytes]) -> int:
+    """Blocks at the front that two prompts have in common: hashes are chained."""
+    low, high = 0, min(len(ours), len(theirs))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if ours[middle - 1] == theirs[middle - 1] else (low, middle - 1)
+    return low
+
+
+def _num_at_the_front(block_ids: Seq[int]) -> int:
+    """How many there are before the first that is missing."""
+    return block_ids.index(NO_BLOCK) if NO_BLOCK in block_ids else len(block_ids)

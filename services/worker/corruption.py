@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from baton.services.worker.sealing import Corrupt, PendingSums, Sealer
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import Sequence
+from baton.shared.kv.sequence import BlockTable, Sequence
 from baton.shared.rpc.errors import BatonError, DigestMismatch
 from baton.shared.telemetry import Counters, log_event
 from baton.v1 import kv_service_pb2 as kv
@@ -48,7 +48,7 @@ class CorruptionGuard:
         """
         end = sequence.num_sealed_blocks
         tables = [table[:end] for table in sequence.block_tables]
-        return self._has_corrupt(tables, sums)
+        return self.has_corrupt(tables, sums)
 
     def may_leave(self, sequence: Sequence, position: int, sums: PendingSums | None = None) -> bool:
         """Whether the blocks that no token of a prompt from `position` on reads are what was
@@ -57,9 +57,11 @@ class CorruptionGuard:
             self._pools.behind_window(sequence, group, position)
             for group in range(len(sequence.block_tables))
         ]
-        return not self._has_corrupt(leaving, sums)
+        return not self.has_corrupt(leaving, sums)
 
-    def _has_corrupt(self, block_ids: Seq[Seq[int]], sums: PendingSums | None) -> bool:
+    def has_corrupt(self, block_ids: Seq[Seq[int]], sums: PendingSums | None) -> bool:
+        """Whether one of these blocks, by cache group, is not what was sealed; ends all that used
+        it then. `sums`: of what they held, where they are known."""
         num_corrupt = 0
         for group, ids in enumerate(block_ids):
             corrupt = self._sealer.drop_corrupt(group, ids, sums)
@@ -119,5 +121,14 @@ class CorruptionGuard:
         return any(
             (group, block_id) in corrupt.lost
             for group, each in enumerate(sequence.block_tables)
-            for block_id in each
+            for block_id in [*each, *self._copied_from(group, each)]
         )
+
+    def _copied_from(self, group: int, table: BlockTable) -> list[int]:
+        """Slots that a state was copied from, as long as they hold the same."""
+        if self._pools.groups[group].spec.grows:
+            return []
+        pool = self._pools.of(group)
+        return [
+            slot for slot, generation in table.left if pool.block(slot).generation == generation
+        ]

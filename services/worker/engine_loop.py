@@ -28,6 +28,7 @@ from prometheus_client import CollectorRegistry
 from baton.services.prefill.scheduler import Admission
 from baton.services.worker import messages as msg
 from baton.services.worker.admission import Admitter
+from baton.services.worker.checkpoints import Checkpoints
 from baton.services.worker.constraining import Constraining
 from baton.services.worker.corruption import CorruptionGuard
 from baton.services.worker.drafting import Drafting
@@ -109,7 +110,12 @@ class EngineLoop:
         self._in_flight: deque[InFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
         self._guard = CorruptionGuard(pools, sealer, self._table, self._fail, counters)
-        self._admitter = Admitter(pools, sealer, self._table, self._guard.found)
+        self._admitter = Admitter(
+            pools, sealer, self._table, self._guard.found, keeps_states=runner.keeps_checkpoints
+        )
+        self._checkpoints = Checkpoints(
+            pools, sealer, runner.copy_slots, counters, is_on=runner.keeps_checkpoints
+        )
         self._claims = ClaimTable(pools, sealer, self._reports.emit, trace)
         self._pulls = PullTable(pools, sealer, submit_pull, self._reports.emit, counters, trace)
         self._unclaimed: set[AttemptKey] = set()
@@ -193,7 +199,10 @@ class EngineLoop:
                 self._on_pulled(command)
             case msg.Inspect(check_integrity, reply):
                 orphans = [tables for step in self._in_flight for tables in step.orphans]
-                state = snapshot(self._table, self._pools, self._counters, check_integrity, orphans)
+                kept = self._checkpoints.held([step.parts for step in self._in_flight])
+                state = snapshot(
+                    self._table, self._pools, self._counters, check_integrity, orphans, kept
+                )
                 state.num_claims = len(self._claims)
                 state.num_accepted_by_position.extend(self._stepper.accepted_by_position)
                 counts = self._runner.num_prompt_steps
@@ -318,6 +327,7 @@ class EngineLoop:
             self._pulls.took_room(pull, self._admitter.take_new_places(sequence))
             return
         sequence.state = SequenceState.PREFILLING
+        self._checkpoints.restore(sequence, self._admitter.take_sources(sequence))
         sequence.num_computed_tokens = sequence.num_cached_tokens
         sequence.num_scheduled_tokens = sequence.num_cached_tokens
         self._counters["cached_prompt_tokens"] += sequence.num_cached_tokens
@@ -351,6 +361,8 @@ class EngineLoop:
         launched = self._stepper.launch(parts, planned_s)
         self._in_flight.append(launched)
         self._start_sums(launched)
+        if not launched.has_failed:
+            launched.kept_sums = self._checkpoints.keep(parts)
         # After a failure nothing is planned before everything is known again.
         self._retire_all_but(0 if launched.has_failed else self._steps_ahead)
         if launched.begun is not None:
@@ -389,7 +401,8 @@ class EngineLoop:
         if part.end >= sequence.num_prompt_tokens:
             return table[table.first_live : end]
         leaving = self._pools.behind_window(sequence, group, part.end)
-        return leaving + table[max(part.start // block_size, table.first_live + len(leaving)) : end]
+        first_new = max(part.start, sequence.num_stored_tokens) // block_size
+        return leaving + table[max(first_new, table.first_live + len(leaving)) : end]
 
     def _blocks_are_coming(self) -> bool:
         return any(step.orphans for step in self._in_flight)
@@ -407,6 +420,7 @@ class EngineLoop:
         self._measure(step, outcomes, before_s)
         for part in unsettled:
             self._settle(part, step)
+        self._checkpoints.retired(step.parts)
         for tables in step.orphans:
             self._pools.release(tables)
 
@@ -474,6 +488,7 @@ class EngineLoop:
             self._settle_chunk(part, step)
         else:
             self._sealer.seal_computed(sequence, with_digests=False)
+            self._checkpoints.seal(part, step.kept_sums)
             self._pools.give_back_behind(sequence, sequence.num_computed_tokens)
         self._end_if_finished(sequence)
 
@@ -484,6 +499,9 @@ class EngineLoop:
     def _took_chunk(self, part: Part, drawn: Seq[Drawn], step: InFlight) -> bool:
         """Whether the sequence is still there: its blocks may be found corrupt."""
         sequence = part.sequence
+        restored = self._checkpoints.restored(sequence)
+        if restored is not None and self._guard.has_corrupt(*restored):
+            return False
         if not drawn:
             if not self._guard.may_leave(sequence, part.end, step.sums):
                 return False
@@ -513,6 +531,7 @@ class EngineLoop:
     def _settle_chunk(self, part: Part, step: InFlight) -> None:
         sequence, num_sealed = part.sequence, part.sequence.num_sealed_blocks
         self._sealer.seal_computed(sequence, with_digests=True, sums=step.sums)
+        self._checkpoints.seal(part, step.kept_sums)
         self._counters["computed_prompt_tokens"] += part.num_tokens
         self._counters["computed_blocks"] += sequence.num_sealed_blocks - num_sealed
         self._trace.emit(
@@ -624,6 +643,7 @@ class EngineLoop:
                 self._pools.release(sequence.block_tables)
         sequence.block_tables, sequence.is_admitted = [], False
         self._admitter.forget(sequence)
+        self._checkpoints.forget(sequence)
         self._computed_at.pop(key, None)
         self._unclaimed.discard(key)
 

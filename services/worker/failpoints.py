@@ -3,6 +3,7 @@
 corrupt_own_block       once: scrambles a block as soon as it is sealed
 corrupt_sealed_block    once: scrambles a block as it is announced, before its reader pulls it
 corrupt_state           once: scrambles a slot as it is announced, before its reader pulls it
+corrupt_checkpoint      once: scrambles a state as soon as it is kept for later prompts
 swap_sealed_blocks      once: exchanges the bytes of two blocks as they are announced
 slow_steps              every step takes 50 ms longer
 slow_pulls              every pull takes 500 ms longer
@@ -24,6 +25,7 @@ _KNOWN = {
     "corrupt_own_block",
     "corrupt_sealed_block",
     "corrupt_state",
+    "corrupt_checkpoint",
     "swap_sealed_blocks",
     "slow_steps",
     "slow_pulls",
@@ -50,6 +52,10 @@ class Failpoints:
     def after_seal(self, cache: KvCache, group: int, block_ids: Sequence[int]) -> None:
         if "corrupt_own_block" in self._armed and block_ids:
             self._scramble("corrupt_own_block", cache, group, block_ids[0])
+
+    def after_keep(self, cache: KvCache, group: int, slot: int) -> None:
+        if "corrupt_checkpoint" in self._armed:
+            self._scramble("corrupt_checkpoint", cache, group, slot)
 
     def before_announcing(self, cache: KvCache, group: int, block_ids: Sequence[int]) -> None:
         name = "corrupt_sealed_block" if cache.groups[group].spec.grows else "corrupt_state"

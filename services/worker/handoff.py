@@ -391,6 +391,8 @@ class PullTable:
         pull.num_pulled_blocks += len(job.places)
         self._counters["pulled_blocks"] += len(job.places)
         self._counters["pulled_bytes"] += len(job.places) * job.block_bytes
+        if not self._pools.groups[job.group].spec.grows:
+            self._counters["pulled_state_bytes"] += len(job.places) * job.block_bytes
         pull.num_pulled_bytes += len(job.places) * job.block_bytes
         self._release_when_complete(pull)
 

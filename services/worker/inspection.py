@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import grpc
@@ -20,10 +21,12 @@ def snapshot(
     counters: Counters,
     check_integrity: bool,
     orphans: Seq[Seq[BlockTable]],
+    kept: Iterable[tuple[int, int]] = (),
 ) -> worker_service_pb2.GetWorkerStateResponse:
     """On the engine thread, between two steps.
 
     `orphans`: block tables, by group, that sequences which have ended left to a step in flight.
+    `kept`: (group, slot) that are held beside tables.
     """
     sequences = table.all()
     num_waiting = len(table.in_state(SequenceState.WAITING))
@@ -32,6 +35,7 @@ def snapshot(
         num_free_blocks=sum(pools.num_free),
         num_quarantined_blocks=pools.num_quarantined,
         num_cached_blocks=pools.prefix_cache.num_cached,
+        num_checkpoints=pools.num_checkpoints,
         num_free_blocks_by_pool=pools.num_free,
         num_waiting=num_waiting,
         num_running=len(sequences) - num_waiting,
@@ -42,7 +46,7 @@ def snapshot(
     if check_integrity:
         try:
             held = [sequence.block_tables for sequence in sequences if sequence.is_admitted]
-            pools.check_integrity([*held, *orphans])
+            pools.check_integrity([*held, *orphans], kept)
         except AssertionError as error:
             state.integrity_error = str(error)
     return state

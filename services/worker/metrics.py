@@ -49,6 +49,9 @@ _COUNTERS = {
     "accepted_tokens": "Of these, tokens that were what was drawn",
     "captured_prompt_steps": "On a GPU, steps with prompt chunks that came from a CUDA graph",
     "launched_prompt_steps": "On a GPU, those that were launched kernel by kernel",
+    "kept_states": "States of prompts and answers that were kept for later prompts",
+    "restored_states": "Prompts that began with such a state",
+    "pulled_state_bytes": "Of the bytes that were read from other workers, those of states",
     "preemptions": "Sequences that gave way because no block was free",
     "aborted_sequences": "Sequences that were ended early: cancelled, preempted or failed",
 }
@@ -59,6 +62,7 @@ _GAUGES = {
     "blocks": "Blocks of the pool",
     "free_blocks": "Blocks that could be taken now, cached ones included",
     "cached_blocks": "Blocks that can be found by their hash",
+    "checkpoints": "States that are kept for later prompts",
     "quarantined_blocks": "Blocks that a pull may still write to, whoever has given them back",
 }
 

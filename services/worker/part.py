@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.shared.engine.batch import BatchRow, RowHandle, WantedLogprobs
 from baton.shared.kv.drawn import TokenLogprobs
@@ -36,6 +37,8 @@ class Part:
     """There was no time for its mask: what it draws does not count, and is drawn again."""
     prompt_logprobs: Seq[TokenLogprobs] = ()
     """What the step told of the prompt's tokens, if they are wanted."""
+    kept: Mapping[int, int] = field(default_factory=dict)
+    """By cache group of states: the slot that takes the state behind the part."""
 
     @property
     def end(self) -> int:
@@ -77,6 +80,7 @@ class Part:
             prompt_logprobs=None
             if sequence.params.prompt_logprobs is None
             else self.wanted_logprobs(),
+            num_stored=sequence.num_stored_tokens,
         )
 
     def wanted_logprobs(self) -> WantedLogprobs | None:

@@ -9,8 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from baton.services.worker.failpoints import Failpoints
-from baton.shared.engine.block_sums import BlockSums, TakeSums
-from baton.shared.engine.executor import BegunStep, Step
+from baton.shared.engine.block_sums import BlockSums, TakeSums, Writes
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv import digest as block_digest
 from baton.shared.kv.block_hash import chain_hashes, root_hash
@@ -84,7 +83,7 @@ class Sealer:
     def root(self, sequence: Sequence) -> bytes:
         return root_hash(self._capability_hash, salt=sequence.salt)
 
-    def start_sums(self, block_ids: Seq[Seq[int]], behind: Step | BegunStep) -> PendingSums:
+    def start_sums(self, block_ids: Seq[Seq[int]], behind: Writes) -> PendingSums:
         """Of blocks by cache group, all at once: a start costs more than a sum."""
         return PendingSums(
             [
@@ -164,6 +163,29 @@ class Sealer:
             may_be_found=may_be_found,
         )
         sequence.is_apart |= not is_found
+
+    def seal_state(
+        self, sequence: Sequence, group: int, slot: int, index: int, sums: PendingSums | None
+    ) -> bool:
+        """A slot holds a copy of the sequence's state behind the block at `index`, which is sealed;
+        nobody writes to it from now on. Whether it is found: no other one is.
+
+        `sums`: of what the slot holds, where they are known.
+        """
+        known = None if sums is None else sums.of(group, [slot])
+        [value] = self._digests(group, [slot], known)
+        start = index * self._pools.block_size
+        is_found = self._pools.prefix_cache.seal(
+            group,
+            slot,
+            sequence.block_hashes,
+            index,
+            sequence.token_slice(start, start + self._pools.block_size),
+            value,
+            may_be_found=not sequence.is_apart,
+        )
+        self._failpoints.after_keep(self._cache, group, slot)
+        return is_found
 
     def freeze(self, sequence: Sequence) -> None:
         """A computed prompt is left as it is, for its reader: digests what is never sealed, its

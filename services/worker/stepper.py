@@ -70,6 +70,8 @@ class InFlight:
     """Some parts are (`Part.is_void`)."""
     sums: PendingSums | None = None
     """Of the blocks that the chunks fill, and of those that must be checked behind them."""
+    kept_sums: PendingSums | None = None
+    """Of the slots that take the parts' states."""
     orphans: list[list[BlockTable]] = field(default_factory=list)
     """Block tables of sequences that ended meanwhile: the step may still write to them."""
 

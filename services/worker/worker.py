@@ -298,7 +298,7 @@ class Worker:
             sealer,
             identity=identity,
             limits=BatchLimits(
-                self._runner.token_budget, self._config.max_num_seqs, self._args.tpot_goal_s
+                self._runner.token_budget, self._runner.max_num_seqs, self._args.tpot_goal_s
             ),
             inbox=inbox,
             submit_pull=puller.submit,
@@ -414,6 +414,8 @@ class Worker:
 
 def _counters(state: worker_service_pb2.GetWorkerStateResponse) -> dict[str, int]:
     named = {field.name: value for field, value in state.counters.ListFields()}
+    if state.num_checkpoints:
+        named["num_checkpoints"] = state.num_checkpoints
     by_position = enumerate(state.num_accepted_by_position)
     return named | {accepted_at(place): count for place, count in by_position}
 

@@ -17,6 +17,9 @@ from baton.shared.token_masks import TokenMasks
 
 Ints = npt.NDArray[np.int64]
 
+NOT_STORED = -(1 << 40)
+"""In a slot mapping: the token's keys and values are in the blocks already."""
+
 
 @dataclass(eq=False, slots=True)
 class RowHandle:
@@ -108,6 +111,9 @@ class BatchRow:
     keeps: Sequence[tuple[int, Sequence[int]]] = ()
     """(how many of the row's tokens, by cache group a slot or NO_BLOCK): the states behind these
     tokens go there too, whatever is there; ascending."""
+    num_stored: int = 0
+    """Positions below this have their keys and values in the blocks already, which others read: of
+    what is computed there nothing is stored but states."""
 
     @property
     def num_known(self) -> int:
@@ -122,7 +128,11 @@ class BatchRow:
     def is_chunk(self) -> bool:
         """Of a prompt, computed as such; one token may be decoded instead if nothing more is asked
         of it."""
-        return self.num_known > 1 or self.prompt_logprobs is not None
+        return (
+            self.num_known > 1
+            or self.prompt_logprobs is not None
+            or self.position < self.num_stored
+        )
 
     @property
     def context_len(self) -> int:
@@ -169,8 +179,8 @@ class BatchColumns:
     """By group, [R, blocks of the longest row]; NO_BLOCK in holes and beyond a row's context. Of a
     group of states [R, 1]."""
     slot_mapping: list[Ints]
-    """By group, [T]: block id · block_size + offset at which each token's KV is stored. Of a group
-    of states the row's slot."""
+    """By group, [T]: block id · block_size + offset at which each token's KV is stored, or
+    NOT_STORED. Of a group of states the row's slot."""
     kept: Sequence[Sequence[Kept]] = ()
     """By group, of groups of states, what rows keep; by row."""
 
@@ -205,6 +215,8 @@ def _columns(
         for group in range(len(ordered[0].block_tables))
     ]
     block_of_token, offset = np.divmod(positions, block_size)
+    num_stored = np.fromiter((row.num_stored for row in ordered), np.int64, num_rows)
+    is_stored = positions < num_stored[row_of_token]
     return BatchColumns(
         order=order,
         input_ids=np.fromiter(
@@ -219,7 +231,9 @@ def _columns(
         slot_mapping=[
             table[row_of_token, 0]
             if group in slot_groups
-            else table[row_of_token, block_of_token] * block_size + offset
+            else np.where(
+                is_stored, NOT_STORED, table[row_of_token, block_of_token] * block_size + offset
+            )
             for group, table in enumerate(block_tables)
         ],
         kept=[kept_states(ordered, group) for group in range(len(block_tables))],

@@ -9,12 +9,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from baton.shared.engine.executor import BegunStep, Step
+from baton.shared.engine.executor import BegunStep, Copied, Step
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv.digest import Uint64Array, block_sums
 
 MOST_AT_ONCE = 1024
 """Blocks that one launch sums."""
+
+Writes = Step | BegunStep | Copied
 
 TakeSums = Callable[[], Uint64Array]
 """Waits for sums that were started → [n, num_pieces] uint64. To be called once."""
@@ -27,12 +29,13 @@ class BlockSums(Protocol):
         """[n, num_pieces] uint64 of blocks that nothing writes to; waits for the result."""
 
     def start(
-        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Writes | None = None
     ) -> TakeSums:
         """The same, waiting for nothing.
 
-        `behind`: a step that was begun or launched and may still write to the blocks; its result
-        is taken before the sums are. Nothing else writes to them until then.
+        `behind`: what may still write to the blocks: a step that was begun or launched, whose
+        result is taken before the sums are, or a copy of slots. Nothing else writes to them until
+        then.
         """
 
 
@@ -46,7 +49,7 @@ class HostBlockSums:
         return block_sums(self._cache.block_words(block_ids, group))
 
     def start(
-        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Writes | None = None
     ) -> TakeSums:
         if behind is not None:
             return partial(self, tuple(block_ids), group)
@@ -67,7 +70,7 @@ class DeviceBlockSums:
         return self.start(block_ids, group)()
 
     def start(
-        self, block_ids: Sequence[int], group: int = 0, *, behind: Step | BegunStep | None = None
+        self, block_ids: Sequence[int], group: int = 0, *, behind: Writes | None = None
     ) -> TakeSums:
         from baton.kernels.block_digest import block_sums as sums_of_blocks
 
@@ -95,7 +98,7 @@ class DeviceBlockSums:
         return take
 
 
-def _end_of(step: Step | BegunStep) -> torch.cuda.Event:
+def _end_of(step: Writes) -> torch.cuda.Event:
     """When all its blocks are written."""
     from baton.shared.engine.device_step import DeviceBegun, DeviceStep
 
@@ -103,4 +106,6 @@ def _end_of(step: Step | BegunStep) -> torch.cuda.Event:
         return step.done
     if isinstance(step, DeviceBegun) and step.computed is not None:
         return step.computed
+    if isinstance(step, Copied) and step.done is not None:
+        return step.done
     raise TypeError(f"{type(step).__name__} is no step of this device")

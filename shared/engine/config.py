@@ -15,6 +15,10 @@ class DeviceError(ModelError):
 
 
 MAX_BLOCK_SIZE = 128
+MOST_NUM_SEQS = 256
+"""Rows of a step, where nothing else is said."""
+_SHARE_OF_CHECKPOINTS = 4
+"""One checkpoint for so many rows: free rows' slots hold checkpoints, too."""
 HOST_TOKEN_BUDGET = 512
 """Tokens of a step on a CPU, where nothing else is said."""
 DEVICES = ("auto", "cpu", "cuda")
@@ -38,10 +42,12 @@ AUTO: Literal["auto"] = "auto"
 class EngineConfig:
     """How to run a model.
 
-    `token_budget` is the most tokens of one step, `max_num_seqs` the most rows, and the most slots
-    of a model that keeps states. None lets the engine choose: `num_blocks` from memory,
-    `token_budget` by measurement on a GPU; for `max_model_len` it means the model's own limit, and
-    auto the longest up to it for which the block pools have room.
+    `token_budget` is the most tokens of one step, `max_num_seqs` the most rows, each with a slot
+    where layers keep states; `state_checkpoints` are slots beside those, for states that later
+    prompts may begin with (0: none are kept). None lets the engine choose: `num_blocks` from
+    memory, `token_budget` by measurement on a GPU, `max_num_seqs` 256 or, with states, as many as
+    there is memory for, `state_checkpoints` a quarter of them; for `max_model_len` it means the
+    model's own limit, and auto the longest up to it for which the block pools have room.
 
     `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
     `model_impl`: whose code computes the model, baton's or, over our cache, that of the library
@@ -67,7 +73,8 @@ class EngineConfig:
     num_blocks: int | None = None
     max_model_len: int | Literal["auto"] | None = None
     token_budget: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None
+    state_checkpoints: int | None = 0
     kernels: str = "auto"
     model_impl: str = "auto"
     quantization: Literal["fp8", "int8", "int4"] | None = None
@@ -106,6 +113,8 @@ class EngineConfig:
                 f"block_size: must be a power of two from 1 to {MAX_BLOCK_SIZE}, "
                 f"not {self.block_size}"
             )
+        if self.state_checkpoints is not None and self.state_checkpoints < 0:
+            raise ModelError(f"state_checkpoints: must be at least 0, not {self.state_checkpoints}")
         if not 0 <= self.num_drafts <= MAX_DRAFTS:
             raise ModelError(f"num_drafts: must be from 0 to {MAX_DRAFTS}, not {self.num_drafts}")
         for name in (
@@ -115,6 +124,18 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value != AUTO and value < 1:
                 raise ModelError(f"{name}: must be at least 1, not {value}")
+
+
+def most_num_seqs(config: EngineConfig) -> int:
+    """Rows of a step, unless memory has no room for their states."""
+    return MOST_NUM_SEQS if config.max_num_seqs is None else config.max_num_seqs
+
+
+def most_checkpoints(config: EngineConfig) -> int:
+    """Slots for states that are kept, unless memory has no room for them."""
+    if config.state_checkpoints is not None:
+        return config.state_checkpoints
+    return -(-most_num_seqs(config) // _SHARE_OF_CHECKPOINTS)
 
 
 def most_model_len(config: EngineConfig, max_position_embeddings: int) -> int:

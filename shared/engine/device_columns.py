@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baton.kernels.prefill_attention import block_m_for, prefill_tiles
 from baton.kernels.state_plan import ROW_FIELDS, TILE_FIELDS, state_tiles
-from baton.shared.engine.batch import BatchRow, kept_states
+from baton.shared.engine.batch import NOT_STORED, BatchRow, kept_states
 from baton.shared.engine.batch_state import aligned
 
 Int32s = npt.NDArray[np.int32]
@@ -210,4 +210,6 @@ def slots_of_row(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.i
     first, end = row.position // block_size, -(-row.context_len // block_size)
     blocks = np.array(row.block_tables[group][first:end], np.int64) * block_size
     slots = (blocks[:, None] + np.arange(block_size)).reshape(-1)
-    return slots[row.position - first * block_size :][: row.num_tokens]
+    slots = slots[row.position - first * block_size :][: row.num_tokens]
+    slots[: max(0, row.num_stored - row.position)] = NOT_STORED
+    return slots

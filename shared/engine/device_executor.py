@@ -32,9 +32,9 @@ from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn
 from baton.shared.engine.device_rows import DeviceRows
 from baton.shared.engine.device_step import DeviceBegun, DeviceStep, Layout
-from baton.shared.engine.executor import HalvesModel, Model, StepCounts
+from baton.shared.engine.executor import Copied, HalvesModel, Model, StepCounts
 from baton.shared.engine.graphs import Graphs
-from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.launched_steps import LaunchedSteps
 from baton.shared.engine.prompt_steps import PromptSteps, sizes_up_to
 from baton.shared.engine.shaping import History
@@ -212,6 +212,11 @@ class DeviceExecutor:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> Copied:
+        with self._on_stream():
+            self.kv_cache.copy_slots(copies)
+            return Copied(self._event())
 
     def _lay_out(self, batch: Batch, layout: Layout) -> None:
         """Sorts rows into decode rows and chunks, and notes what the device does not know yet."""

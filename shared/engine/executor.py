@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from baton.shared.engine.batch import Batch, RowHandle
-from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.shaping import History
 from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.sampling import SamplingParams
@@ -112,6 +113,13 @@ class StepCounts:
     """Kernel by kernel."""
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Slots that are copied; on a GPU when `done` has happened."""
+
+    done: torch.cuda.Event | None = None
+
+
 class Executor(Protocol):
     """Launches steps, one after another, over one model and one cache."""
 
@@ -140,6 +148,10 @@ class Executor(Protocol):
     def begin(self, batch: Batch) -> BegunStep:
         """Starts a step that draws later, so that masks can be made while it computes. Raises as
         `launch` does."""
+
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> Copied:
+        """Copies states, behind the steps that were launched and before those that are yet to
+        be."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Computes a step, draws nothing → float32 [logits, vocab]: at each row's last

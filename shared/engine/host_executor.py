@@ -17,14 +17,15 @@ from baton.kernels.reference_masks import apply_token_masks
 from baton.kernels.state_plan import StatePlan
 from baton.shared.engine import determinism
 from baton.shared.engine.batch import (
+    NOT_STORED,
     Batch,
     BatchColumns,
     BatchRow,
     Ints,
     RowHandle,
 )
-from baton.shared.engine.executor import Model, StepCounts, Wanted
-from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.executor import Copied, Model, StepCounts, Wanted
+from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.logprobs import (
     log_probabilities,
     packed_logprobs,
@@ -220,6 +221,10 @@ class HostExecutor:
             told += unpacked_logprobs(packed, [wanted.num_top] * len(token_ids))
         return told
 
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> Copied:
+        self.kv_cache.copy_slots(copies)
+        return Copied()
+
     def logits(self, batch: Batch) -> Tensor:
         columns = self._columns(batch)
         place_of = {row: place for place, row in enumerate(columns.order)}
@@ -300,8 +305,9 @@ class HostExecutor:
         if len(columns.block_tables) != len(self.kv_cache.groups):
             raise ValueError(f"rows need {len(self.kv_cache.groups)} block tables")
         for group, table in enumerate(columns.block_tables):
-            num_blocks = self.kv_cache.pool_of(group).num_blocks
-            if int(table.max()) >= num_blocks or int(columns.slot_mapping[group].min()) < 0:
+            num_blocks, slots = self.kv_cache.pool_of(group).num_blocks, columns.slot_mapping[group]
+            is_wrong = ((slots < 0) & (slots != NOT_STORED)).any()
+            if is_wrong or int(table.max()) >= num_blocks:
                 raise ValueError("a block table names a block that does not exist")
         return columns
 

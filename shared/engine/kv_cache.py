@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,6 +36,14 @@ class PoolMemory:
     def end_bytes(self) -> int:
         """Of the zero block."""
         return self.offset_bytes + (self.num_blocks + 1) * self.block_bytes
+
+
+class SlotCopy(NamedTuple):
+    """What one slot of a group of states holds becomes another's."""
+
+    group: int
+    source: int
+    target: int
 
 
 class KvCache:
@@ -124,6 +133,11 @@ class KvCache:
         words = self.words(group)
         index = torch.tensor(list(block_ids), dtype=torch.int64, device=words.device)
         return words.index_select(0, index)
+
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> None:
+        for group, source, target in copies:
+            slots = self.tensors[group]
+            slots[target].copy_(slots[source], non_blocking=True)
 
     def layout(self) -> tuple[str, ...]:
         """By group: what its blocks hold, as the tensors have it; equal for caches whose blocks

@@ -101,8 +101,8 @@ def choose_pools(
     Pools are cut for the longest sequence; a configured number is that of the first pool, and the
     others follow. On a CPU: four such sequences or 256 MiB, whichever is more, but at most 1 GiB
     and half of what is free. On a GPU: all that is left of the engine's share. A pool of slots has
-    one for each row of a step, or as many as there is memory for beside configured blocks, or in
-    half of what they share with those that are not.
+    one for each row of a step and each checkpoint, or as many as there is memory for beside
+    configured blocks, or in half of what they share with those that are not.
 
     Args:
         most_tokens: of the longest sequence; with max_model_len auto, the one that fits may be
@@ -111,10 +111,18 @@ def choose_pools(
         share: of what is left, that these pools may have; the rest is for a draft model's.
 
     Raises:
-        ModelError: not even one sequence of that length fits, or the configured number does not
-            fit into memory.
+        ModelError: not even one sequence of that length fits, or a configured number, of blocks,
+            sequences or checkpoints, does not fit into memory.
     """
     room = _room(config, used_bytes, device, share)
+    choice = _choose_pools(config, sizes, most_tokens, room, device)
+    _check_slots(config, sizes, choice)
+    return choice
+
+
+def _choose_pools(
+    config: EngineConfig, sizes: PoolSizes, most_tokens: int, room: _Room, device: torch.device
+) -> PoolChoice:
     if config.num_blocks is not None:
         return _of_configured_blocks(config, config.num_blocks, sizes, most_tokens, room)
 
@@ -129,6 +137,24 @@ def choose_pools(
     if not longest or (longest < most_tokens and config.max_model_len != AUTO):
         raise _too_long(sizes, most_tokens, longest, room)
     return PoolChoice(pools_for(longest), longest, room.limit)
+
+
+def _check_slots(config: EngineConfig, sizes: PoolSizes, choice: PoolChoice) -> None:
+    """Raises ModelError: there are fewer slots than were asked for by number."""
+    slot_pools = sizes.arrangement.slot_pools
+    num_seqs, num_checkpoints = config.max_num_seqs, config.state_checkpoints or 0
+    num_asked = (num_seqs or 1) + num_checkpoints
+    if not slot_pools or choice.num_blocks[slot_pools[0]] >= num_asked:
+        return
+    num_slots, slot_bytes = choice.num_blocks[slot_pools[0]], sizes.slot_bytes
+    what = f"{num_seqs} sequences" if num_seqs is not None else "a sequence"
+    what += f" and {num_checkpoints} checkpoints" if num_checkpoints else ""
+    name = "max_num_seqs" if num_seqs is not None else "state_checkpoints"
+    raise ModelError(
+        f"{name}: {what} need {num_asked} slots for their states, {_gib(num_asked * slot_bytes)}, "
+        f"and there is room for {num_slots} of {slot_bytes} bytes: {choice.limit}; {num_slots} "
+        f"{'would do' if not num_checkpoints else 'in all would do'}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,12 @@ from baton.shared.engine.config import (
     HOST_TOKEN_BUDGET,
     DeviceError,
     EngineConfig,
+    most_checkpoints,
     most_model_len,
+    most_num_seqs,
 )
 from baton.shared.engine.draft_model import DraftModel
-from baton.shared.engine.executor import BegunStep, Executor, Model, Step, StepCounts
+from baton.shared.engine.executor import BegunStep, Copied, Executor, Model, Step, StepCounts
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.implementation import (
     Place,
@@ -31,7 +33,7 @@ from baton.shared.engine.implementation import (
     find_implementation,
     find_weights,
 )
-from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
 from baton.shared.engine.model_digest import (
     ModelIdentity,
@@ -97,6 +99,8 @@ class ModelRunner:
         most_forced: as `num_drafts`, of tokens that a constraint allows no others for.
         draft: the model that guesses, where one does.
         max_model_len: tokens of the longest sequence, prompt and answer together.
+        max_num_seqs: the most rows of a step.
+        keeps_checkpoints: states are kept for later prompts to begin with.
         capacity: what sequences take of the block pools.
     """
 
@@ -135,6 +139,7 @@ class ModelRunner:
             self.model_impl += " (eager steps)"
         self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self.num_drafts = config.num_drafts
+        self.max_num_seqs = most_num_seqs(config)
         specs = [spec for spec in self.model_config.cache_specs if spec is not None]
         if self.num_drafts and not all(spec.grows for spec in specs):
             raise ModelError(
@@ -143,8 +148,10 @@ class ModelRunner:
             )
         if config.draft_model_dir is not None and not self.num_drafts:
             raise ModelError("draft_model: num_drafts is 0, so nothing is guessed")
+        keeps_states = not all(spec.grows for spec in specs)
+        self.keeps_checkpoints = keeps_states and config.state_checkpoints != 0
         # The host computes rows of any length; a state never takes a token back.
-        takes_many = self.kernels == "torch" and all(spec.grows for spec in specs)
+        takes_many = self.kernels == "torch" and not keeps_states
         self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
         self.quantization = config.quantization
         self._config = config
@@ -236,6 +243,12 @@ class ModelRunner:
         while the device computes."""
         return self._executor.begin(batch)
 
+    @torch.inference_mode()
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> Copied:
+        """Copies states, behind the steps that were launched and before those that are yet to be.
+        Waits for nothing."""
+        return self._executor.copy_slots(copies)
+
     def forward(self, batch: Batch) -> list[Sequence[Drawn]]:
         """`launch` and its result: by row, what was drawn behind its last token."""
         return self.launch(batch).result()
@@ -319,7 +332,7 @@ class ModelRunner:
     @property
     def _longest_step(self) -> int:
         """Tokens of it, padding included."""
-        most, max_num_seqs = self._most_tokens_of_a_step, self._config.max_num_seqs
+        most, max_num_seqs = self._most_tokens_of_a_step, self.max_num_seqs
         # Beside those that decode, prompts go on by a block at least.
         if self.kernels == "triton":
             return max_num_seqs * (1 + self.num_drafts) + max(most, self._config.block_size)
@@ -357,7 +370,8 @@ class ModelRunner:
             self._config.block_size,
             ahead_tokens=self._ahead_tokens,
             in_flight_tokens=(1 + self.steps_ahead) * (1 + self.num_drafts),
-            max_num_seqs=self._config.max_num_seqs,
+            max_num_seqs=self.max_num_seqs,
+            num_checkpoints=most_checkpoints(self._config),
         )
         longest_bytes = sizes.bytes_of(sizes.blocks_for(self._most_tokens))
         of_draft = 0 if self.draft is None else self.draft.longest_bytes
@@ -373,13 +387,16 @@ class ModelRunner:
         self.num_blocks, self.max_model_len = choice.num_blocks, choice.max_model_len
         self.capacity = sizes.capacity(self.num_blocks, self.max_model_len)
         num_slots = [self.num_blocks[pool] for pool in self.arrangement.slot_pools]
-        if num_slots and num_slots[0] < self._config.max_num_seqs:
+        if num_slots and num_slots[0] < sizes.most_slots:
+            if self._config.max_num_seqs is None:
+                self.max_num_seqs = sizes.rows_of(num_slots[0])
             log_event(
                 logger,
                 logging.WARNING,
-                "fewer sequences than max_num_seqs run at once: no memory for more of their states",
-                max_num_seqs=self._config.max_num_seqs,
-                num_slots=num_slots[0],
+                "there is no memory for more states: fewer sequences run at once, or fewer "
+                "checkpoints are kept",
+                max_num_seqs=self.max_num_seqs,
+                num_checkpoints=num_slots[0] - self.max_num_seqs,
                 slot_bytes=sizes.slot_bytes,
             )
         if self._config.max_model_len == AUTO:
@@ -407,7 +424,7 @@ class ModelRunner:
             num_heads=self.model_config.num_heads,
             vocab_size=self.model_config.vocab_size,
             max_model_len=self.max_model_len,
-            max_num_seqs=max_num_seqs or self._config.max_num_seqs,
+            max_num_seqs=max_num_seqs or self.max_num_seqs,
             num_drafts=self.num_drafts,
             eos_token_ids=self.model_config.eos_token_ids,
         )
@@ -506,7 +523,7 @@ class ModelRunner:
                 for budget in budgets:
                     if budget is not None and budget > limit:
                         lengths = [limit] * (budget // limit) + [budget % limit][: budget % limit]
-                        lengths = lengths[: self._config.max_num_seqs]
+                        lengths = lengths[: self.max_num_seqs]
                         rows = [self._prompt_row(length) for length in lengths]
                         self._executor.launch(Batch(rows)).result()
             # Those of few tokens behind a long prefix may be others again.

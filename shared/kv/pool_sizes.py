@@ -34,7 +34,9 @@ class PoolSizes:
     in_flight_tokens: int
     """The fewest of these that there may be: those of steps of single tokens."""
     max_num_seqs: int
-    """Rows of a step: there are as many slots at most."""
+    """Rows of a step: each has a slot, where states are kept."""
+    num_checkpoints: int = 0
+    """Slots beside those of the rows, for states that are kept for later prompts."""
 
     def blocks_for(self, num_tokens: int) -> list[int]:
         """By pool: what a sequence of so many tokens takes where nothing is scarce."""
@@ -82,11 +84,21 @@ class PoolSizes:
         need_bytes = max(1, self.bytes_of(need))
         return tuple(num_bytes * count // need_bytes for count in need)
 
+    @property
+    def most_slots(self) -> int:
+        """Of each pool of slots."""
+        return self.max_num_seqs + self.num_checkpoints
+
+    def rows_of(self, num_slots: int) -> int:
+        """Rows of a step for which so many slots do: where they are too few, checkpoints keep
+        their share of them."""
+        return min(self.max_num_seqs, max(1, num_slots * self.max_num_seqs // self.most_slots))
+
     def _num_slots(self, num_bytes: int) -> int:
-        """Of each pool of slots, at most one for each row."""
+        """Of each pool of slots, at most one for each row and each checkpoint."""
         if not self.slot_bytes:
             return 0
-        return min(self.max_num_seqs, max(0, num_bytes) // self.slot_bytes)
+        return min(self.most_slots, max(0, num_bytes) // self.slot_bytes)
 
     def _with_slots(self, num_blocks: Sequence[int], num_slots: int) -> NumBlocks:
         """num_blocks: by pool; those of slots do not count."""

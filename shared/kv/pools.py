@@ -3,7 +3,8 @@
 Every cache group draws on one pool; groups whose blocks are equally large may share one. Tables of
 one sequence grow together. Behind a window a table has holes: what no later token reads is given
 back. A group of states has a pool of slots: of those a sequence has one, and neither wants more as
-it grows nor gives it back before its end.
+it grows nor gives it back before its end. Slots that no sequence has may hold checkpoints: copies
+of states, found by their prefix as blocks are, and never written while they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Pools:
     Attributes:
         by_number: the pools.
         prefix_cache: what finds their blocks by prefix.
+        slot_groups: those whose layers keep states.
     """
 
     def __init__(self, groups: Sequence[CacheGroup], capacity: Capacity) -> None:
@@ -40,6 +42,7 @@ class Pools:
             for number, group in enumerate(groups)
             if group.spec.grows and not group.spec.reads_everything
         ]
+        self.slot_groups = [number for number, group in enumerate(groups) if not group.spec.grows]
 
     def of(self, group: int) -> BlockPool:
         """The pool that a cache group's blocks are of."""
@@ -139,14 +142,35 @@ class Pools:
             pool.release([block_id for block_id in table if block_id != NO_BLOCK])
 
     def drop(self, sequence: Seq) -> None:
-        """Nothing that the sequence holds is found any more."""
+        """Nothing that the sequence holds is found any more, nor states of its prefixes."""
         for group, table in enumerate(sequence.block_tables):
             for block_id in table:
                 if block_id != NO_BLOCK:
                     self.prefix_cache.drop(group, block_id)
+        for group in self.slot_groups:
+            token_ids = sequence.token_slice(0, sequence.num_tokens)
+            for chain_hash in sequence.block_hashes:
+                slot = self.prefix_cache.find(chain_hash, group, token_ids)
+                if slot != NO_BLOCK:
+                    self.prefix_cache.drop(group, slot)
+                    break
 
-    def check_integrity(self, held: Iterable[Sequence[BlockTable]] | None = None) -> None:
-        """Raises AssertionError with what is wrong. `held`: every sequence's tables, by group."""
+    @property
+    def num_checkpoints(self) -> int:
+        """States that are found by their prefixes, those in use included."""
+        return sum(
+            self._of_group[group].block(slot).node is not None
+            for group in self.slot_groups[:1]
+            for slot in range(self._of_group[group].num_blocks)
+        )
+
+    def check_integrity(
+        self,
+        held: Iterable[Sequence[BlockTable]] | None = None,
+        kept: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        """Raises AssertionError with what is wrong. `held`: every sequence's tables, by group;
+        `kept`: (group, slot) that are held beside those."""
         by_pool: list[list[BlockTable]] | None = None
         if held is not None:
             by_pool = [[] for _ in self.by_number]
@@ -155,8 +179,15 @@ class Pools:
                     by_pool[self.capacity.groups[group].pool].append(table)
                     if not self.groups[group].spec.grows:
                         check(len(table) == 1, f"a sequence has one slot, not {table}")
+        beside: list[list[int]] = [[] for _ in self.by_number]
+        for group, slot in kept:
+            beside[self.capacity.groups[group].pool].append(slot)
         for number, pool in enumerate(self.by_number):
-            pool.check_integrity(None if by_pool is None else by_pool[number])
+            pool.check_integrity(
+                None
+                if by_pool is None
+                else [*by_pool[number], *([slot] for slot in beside[number])]
+            )
         self.prefix_cache.check_integrity()
         for table in chain.from_iterable(by_pool or ()):
             holes = [block_id for block_id in table[: table.first_live] if block_id != NO_BLOCK]
@@ -164,12 +195,18 @@ class Pools:
             check(is_right, f"holes and blocks out of place: {table}")
         for group, each in enumerate(self.groups):
             if not each.spec.grows:
-                # A state is its sequence's own.
+                # A state is its sequence's own; a checkpoint is nobody's, and whole.
                 pool, number = self._of_group[group], self.capacity.groups[group].pool
-                found = [slot for slot in range(pool.num_blocks) if pool.block(slot).node]
-                check(not found, f"slots that can be found: {found}")
                 slots = sorted(chain.from_iterable(by_pool[number] if by_pool else ()))
                 check(len(slots) == len(set(slots)), f"a slot of two sequences: {slots}")
+                found = [slot for slot in slots if pool.block(slot).node]
+                check(not found, f"sequences' slots that can be found: {found}")
+                bare = [
+                    slot
+                    for slot in range(pool.num_blocks)
+                    if pool.block(slot).node and pool.block(slot).digest is None
+                ]
+                check(not bare, f"checkpoints without digests: {bare}")
 
     def _on_evicted(self, block_id: int, block: Block) -> None:
         self.prefix_cache.evicted(block_id, block)

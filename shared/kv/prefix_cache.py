@@ -5,9 +5,10 @@ block, or that such a prefix begins with. A node's blocks, one a group, hold the
 
     hit       the deepest prefix of a prompt that is valid in every group. A group whose tokens read
               everything needs all blocks before the hit; one with a window those in the window,
-              whatever became of the ones before; one of states needs what was kept at the hit.
-              Of those nothing is ever sealed: where there is such a group no prefix is a hit, nor
-              listed. Blocks of the other groups are found one by one all the same.
+              whatever became of the ones before; one of states the copy that was kept at the hit,
+              its checkpoint. Those are few: between them blocks are found that are no hit.
+    listed    by the directory: prefixes of so many tokens, at which a hit ends; where there are
+              states, at or soon behind which one does.
     evicted   a block that was taken for something else. Where some group reads everything, nothing
               behind it can be hit any more: all of that is lost with it. A windowed group's block
               goes alone.
@@ -22,6 +23,7 @@ Bookkeeping only, as block_pool.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +46,9 @@ class Node:
     token_ids: tuple[int, ...] = ()
     """Of its last block; none as long as no block was found here."""
     is_listed: bool = False
-    """By the directory: a hit that ends here is valid."""
+    """A hit that ends here is valid, and counts at the prefix that the directory lists for it."""
+    num_listed: int = 0
+    """Of these, how many there are for which the directory lists this prefix."""
 
     @property
     def is_empty(self) -> bool:
@@ -72,6 +76,7 @@ class PrefixCache:
         self._anchors = [n for n in numbers if self._groups[n].spec.reads_everything]
         """Groups that need every block before a hit."""
         self._windowed = [n for n in numbers if n not in self._anchors]
+        self._has_states = not all(group.spec.grows for group in self._groups)
         self._nodes: dict[bytes, Node] = {}
         self._changes = CacheChanges()
         self._num_blocks = 0
@@ -89,6 +94,22 @@ class PrefixCache:
         hashes: of the prompt's blocks that may be used. Token ids are compared too, so that a hash
         collision cannot serve another prompt's blocks.
         """
+        node = self._deepest(hashes, token_ids)
+        while node is not None:
+            gap = self._gap(node)
+            if gap is None:
+                return node.index + 1
+            # No hit between the two is valid either.
+            node = gap.parent
+        return 0
+
+    def num_seen(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> int:
+        """Blocks of the deepest prefix that another prompt had, as far as is known here; of groups
+        that read everything they are all there."""
+        node = self._deepest(hashes, token_ids)
+        return 0 if node is None else node.index + 1
+
+    def _deepest(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> Node | None:
         node = None
         for chain_hash in hashes:
             following = self._nodes.get(chain_hash)
@@ -99,13 +120,7 @@ class PrefixCache:
             ):
                 break
             node = following
-        while node is not None:
-            gap = self._gap(node)
-            if gap is None:
-                return node.index + 1
-            # No hit between the two is valid either.
-            node = gap.parent
-        return 0
+        return node
 
     def find(self, chain_hash: bytes, group: int, token_ids: Sequence[int]) -> int:
         """The block of one group that ends this prefix of `token_ids`, or NO_BLOCK."""
@@ -266,12 +281,22 @@ class PrefixCache:
     # The directory
 
     def _list_if_valid(self, node: Node) -> None:
-        if (node.index + 1) % self._stride or node.is_listed:
+        if node.is_listed or (listed := self._listed_for(node)) is None:
             return
         if self._is_anchor(node) and self._gap(node) is None:
             node.is_listed = True
-            self._changes.removed.pop(node.chain_hash, None)
-            self._changes.added[node.chain_hash] = None
+            listed.num_listed += 1
+            if listed.num_listed == 1:
+                self._changes.removed.pop(listed.chain_hash, None)
+                self._changes.added[listed.chain_hash] = None
+
+    def _listed_for(self, node: Node) -> Node | None:
+        """The prefix by which the directory knows of a hit that ends at this node. States are kept
+        anywhere: they are listed at the last prefix before them that may be."""
+        current: Node | None = node
+        while current is not None and (current.index + 1) % self._stride:
+            current = current.parent if self._has_states else None
+        return current
 
     def _needing(self, node: Node, group: int) -> Iterator[Node]:
         """Those at which a hit ends that needs the block of `group` at this node."""
@@ -284,14 +309,21 @@ class PrefixCache:
                 reaching.extend(current.children)
 
     def _unlist(self, node: Node) -> None:
-        if node.is_listed:
-            node.is_listed = False
-            self._changes.added.pop(node.chain_hash, None)
-            self._changes.removed[node.chain_hash] = None
+        listed = self._listed_for(node) if node.is_listed else None
+        if listed is None:
+            return
+        node.is_listed = False
+        listed.num_listed -= 1
+        if listed.num_listed == 0:
+            self._changes.added.pop(listed.chain_hash, None)
+            self._changes.removed[listed.chain_hash] = None
 
     def check_integrity(self) -> None:
         """Raises AssertionError with what is wrong."""
         num_blocks = 0
+        listed = Counter(self._listed_for(node) for node in self._nodes.values() if node.is_listed)
+        for node in self._nodes.values():
+            check(node.num_listed == listed[node], f"node {node.index}: {node.num_listed} listed")
         for chain_hash, node in self._nodes.items():
             what = f"node {node.index} {chain_hash.hex()[:8]}"
             check(node.chain_hash == chain_hash, f"{what}: found by a wrong hash")

@@ -75,7 +75,8 @@ class BlockTable(list[int]):
         num_sealed: blocks at the front that are holes, or full, final and known by their hash.
             Those of a prompt have a digest; those that decode wrote get it when a peer claims them.
             A slot is never sealed: its table's count goes along with the other groups'.
-        left: (id, generation) of blocks that were used and given back.
+        left: (id, generation) of blocks that were used and given back; of slots, those that the
+            state was copied from.
     """
 
     __slots__ = ("first_live", "left", "num_sealed")
@@ -136,6 +137,12 @@ class Sequence:
     first_logprobs: TokenLogprobs | None = None
     """Of the first of them, if they are wanted."""
     num_cached_tokens: int = 0
+    num_stored_tokens: int = 0
+    """Their keys and values were cached; of those behind `num_cached_tokens` states are computed
+    anew."""
+    stops: tuple[int, ...] = ()
+    """Positions at which a chunk of the prompt ends, so that the state there can be kept; in order.
+    """
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     """Computed, or being computed by a step in flight."""
@@ -208,6 +215,14 @@ class Sequence:
     def next_index(self) -> int:
         """Index, within the request's generated tokens, of the next token to be drawn."""
         return self.first_index + len(self.output_token_ids)
+
+    @property
+    def next_stop(self) -> int:
+        """Up to where the prompt's next chunk may go."""
+        for stop in self.stops:
+            if stop > self.num_scheduled_tokens:
+                return stop
+        return len(self.prompt_token_ids)
 
     def token_slice(self, start: int, end: int) -> tuple[int, ...]:
         """Token ids at positions start … end − 1, prompt and output taken as one list."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baton.shared.engine import memory
-from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.config import EngineConfig, most_checkpoints, most_num_seqs
 from baton.shared.engine.host_memory import HostMemory
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding, State, StateTensor
@@ -57,7 +57,8 @@ def choose(
             block_size=16,
             ahead_tokens=16,
             in_flight_tokens=1,
-            max_num_seqs=engine.max_num_seqs,
+            max_num_seqs=most_num_seqs(engine),
+            num_checkpoints=most_checkpoints(engine),
         ),
         most_tokens=most_tokens,
         used_bytes=50 * MIB,
@@ -178,9 +179,42 @@ def test_there_is_a_slot_for_each_row_of_a_step(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_states_take_half_of_the_memory_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert num_blocks(400, monkeypatch, WITH_STATES, max_num_seqs=256) == (86, 43)
-    assert num_blocks(400, monkeypatch, STATES_ALONE, max_num_seqs=256) == (86,), "or all of it"
+    assert num_blocks(400, monkeypatch, WITH_STATES) == (86, 43)
+    assert num_blocks(400, monkeypatch, STATES_ALONE) == (86,), "or all of it"
     assert num_blocks(400, monkeypatch, STATES_ALONE, max_num_seqs=85) == (85,)
+
+
+def test_checkpoints_have_slots_beside_those_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, num_slots in (({}, 8), ({"state_checkpoints": None}, 10)):
+        config: dict[str, Any] = {"num_blocks": 40, "max_num_seqs": 8, **asked}
+        assert num_blocks(400, monkeypatch, WITH_STATES, **config) == (40, num_slots)
+    wanted: dict[str, Any] = {"state_checkpoints": None}
+    assert num_blocks(400, monkeypatch, WITH_STATES, **wanted) == (86, 43), "as many as fit"
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"max_num_seqs": 44}, "max_num_seqs: 44 sequences need 44 slots .* 0.09 GiB.* 43 would"),
+        (
+            {"max_num_seqs": 40, "state_checkpoints": 4},
+            "max_num_seqs: 40 sequences and 4 checkpoints need 44 slots .* room for 43 of 2097152",
+        ),
+        ({"state_checkpoints": 43}, "state_checkpoints: a sequence and 43 checkpoints need 44"),
+    ],
+)
+def test_slots_that_were_asked_for_by_number_and_do_not_fit(
+    asked: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match=problem):
+        num_blocks(400, monkeypatch, WITH_STATES, **asked)
+    assert num_blocks(400, monkeypatch, WITH_STATES, max_num_seqs=40, state_checkpoints=3)[1] == 43
+
+
+@pytest.mark.parametrize(("num_slots", "rows"), [(320, 256), (319, 255), (43, 34), (2, 1), (1, 1)])
+def test_rows_and_checkpoints_share_what_fits(num_slots: int, rows: int) -> None:
+    sizes = PoolSizes(STATES_ALONE, 16, 16, 1, max_num_seqs=256, num_checkpoints=64)
+    assert sizes.rows_of(num_slots) == rows
 
 
 def test_the_longest_sequence_has_room_beside_the_states(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ class Model:
             window_of(group.spec) if group.spec.grows else 2
             for group in groups
         ]
+        self.has_states = not all(group.spec.grows for group in groups)
         self._pools = [share.pool for share in capacity.groups]
         ids = [range(num_blocks) for num_blocks in capacity.num_blocks]
         self.num_references = Counter[BlockOf]()
@@ -110,12 +111,12 @@ class Model:
 
     def listed(self) -> set[bytes]:
         """What the directory is to list."""
-        paths = {path for _, path in self.findable}
-        return {
-            hashes_of(path)[-1]
-            for path in paths
-            if len(path) * BLOCK_SIZE % PREFIX_STRIDE_TOKENS == 0 and self.is_valid(path)
-        }
+        valid = {path for _, path in self.findable if self.is_valid(path)}
+        stride = PREFIX_STRIDE_TOKENS // BLOCK_SIZE
+        if self.has_states:
+            # A state is kept anywhere, and listed where the directory looks.
+            valid = {path[: len(path) - len(path) % stride] for path in valid}
+        return {hashes_of(path)[-1] for path in valid if path and len(path) % stride == 0}
 
     # Taking and giving back; blocks of one pool
 

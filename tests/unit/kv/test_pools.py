@@ -114,7 +114,10 @@ class PoolsMachine(RuleBasedStateMachine):
         for group, share in enumerate(self.capacity.groups):
             needed = self.model.needed(group, depth)
             if not self.groups[group].spec.grows:
-                assert depth == 0, "no state is kept"
+                # A slot of its own, into which the state is copied.
+                tables.append(BlockTable())
+                wanted[share.pool] += 1
+                continue
             cached = [self.model.findable[group, path[: index + 1]] for index in needed]
             hashes = hashes_of(path)[needed.start : needed.stop]
             assert [self.cache.find(each, group, tokens) for each in hashes] == cached
@@ -179,6 +182,24 @@ class PoolsMachine(RuleBasedStateMachine):
         tables[group].num_sealed = at + 1
         holder.next_group = (group + 1) % self.num_growing
         holder.num_sealed += holder.next_group == 0
+
+    @precondition(lambda self: self.running and self.pools.slot_groups)
+    @rule(index=indices, digest=digests.filter(bool))
+    def keep_state(self, index: int, digest: Digest) -> None:
+        """A copy of the state behind a block that was sealed, in a slot that nobody has."""
+        holder = self.pick(index)
+        at = holder.num_sealed
+        for group in self.pools.slot_groups:
+            pool = self.pools.of(group)
+            if not at or holder.next_group or not pool.num_free:
+                return
+            [slot] = pool.allocate(1)
+            self.model.allocated(self.pool_of(group), [slot])
+            token_ids = holder.sequence.token_slice((at - 1) * BLOCK_SIZE, at * BLOCK_SIZE)
+            self.cache.seal(group, slot, hashes_of(holder.path), at - 1, token_ids, digest)
+            self.model.seal(group, slot, holder.path[:at], digest)
+            pool.release([slot])
+            self.model.give_back(self.pool_of(group), [slot])
 
     @precondition(lambda self: self.running)
     @rule(index=indices)
@@ -262,6 +283,12 @@ class PoolsMachine(RuleBasedStateMachine):
         for group, table in enumerate(sequence.block_tables):
             for block_id in table[table.first_live :]:
                 self.model.drop(self.pool_of(group), block_id)
+        for group in self.pools.slot_groups:
+            path = self.pick(index).path
+            kept = [self.model.findable.get((group, path[:end])) for end in range(1, len(path) + 1)]
+            for slot in kept:
+                if slot is not None:
+                    self.model.drop(self.pool_of(group), slot)
 
     @rule(pool=indices, block_id=indices, digest=digests.filter(bool))
     def set_digest(self, pool: int, block_id: int, digest: Digest) -> None:

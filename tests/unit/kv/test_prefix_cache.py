@@ -12,6 +12,7 @@ from baton.shared.kv.prefix_cache import Node, PrefixCache
 from tests.unit.kv.pools_model import (
     BLOCK_SIZE,
     FULL,
+    STATE,
     Path,
     hashes_of,
     make_groups,
@@ -235,6 +236,42 @@ def test_a_boundary_is_listed_while_a_hit_there_is_valid_in_every_group() -> Non
     assert told(bench) == ([fourth, second], [])
     bench.cache.drop(0, tables[0][1])
     assert told(bench) == ([], [second, fourth])
+
+
+def test_a_state_is_listed_at_the_boundary_before_it() -> None:
+    """As long as one of those that are listed there is left."""
+    bench = Bench(FULL, STATE)
+    path = (0, 1, 0, 1, 1)
+    second, fourth = hashes_of(path)[1::2]
+    table, slots = bench.pools[0].allocate(5), bench.pools[1].allocate(4)
+    for index in range(5):
+        bench.seal(0, table[index], path[: index + 1])
+    for slot, depth in zip(slots, (1, 2, 3, 5), strict=True):
+        bench.seal(1, slot, path[:depth])
+        assert bench.match(path) == depth
+    assert told(bench) == ([second, fourth], []), "nothing is listed before the first"
+    bench.pools[1].release(slots)
+    bench.evict(1, slots[1])
+    bench.evict(1, slots[3])
+    assert told(bench) == ([], [fourth])
+    assert bench.match(path) == 3
+    assert bench.cache.num_seen(hashes_of(path), tokens_of(path)) == 5
+    bench.cache.drop(1, slots[2])
+    assert told(bench) == ([], [second])
+    assert bench.cache.num_seen(hashes_of(path), tokens_of(path)) == 2
+    bench.cache.check_integrity()
+
+
+def test_prefixes_are_seen_as_long_as_a_state_is_kept_behind_them() -> None:
+    bench = Bench(STATE)
+    [slot] = bench.pools[0].allocate(1)
+    bench.seal(0, slot, (0, 1, 0, 1))
+    for path, num_seen in (((0, 1, 1), 2), ((0, 1, 0, 1, 1), 4), ((1,), 0)):
+        assert bench.cache.num_seen(hashes_of(path), tokens_of(path)) == num_seen
+    assert bench.match((0, 1, 1)) == 0 and bench.match((0, 1, 0, 1, 1)) == 4
+    bench.pools[0].release([slot])
+    bench.evict(0, slot)
+    assert bench.cache.num_seen(hashes_of((0, 1)), tokens_of((0, 1))) == 0
 
 
 def test_what_came_and_went_between_two_looks_is_not_told() -> None:

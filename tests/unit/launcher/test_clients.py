@@ -215,6 +215,7 @@ def server_info() -> pb.GetServerInfoResponse:
                 determinism="exact",
                 max_model_len=640,
                 model_impl="other 1.0",
+                num_checkpoints=7,
             )
         ],
         ledger=[pb.LedgerStageCount(stage="DECODING", num_entries=2)],
@@ -245,6 +246,7 @@ def test_status_as_json(
             "determinism": "exact",
             "max_model_len": 640,
             "model_impl": "other 1.0",
+            "num_checkpoints": 7,
         }
     ]
     assert state["ledger"] == {"DECODING": 2}
@@ -263,6 +265,7 @@ def test_status_as_table(
     assert ["decode-0", "decode", "d1", "NO", "1", "2", "30/40", "640"] in lines
     said = "decode-0 runs the model through other 1.0: slower than Baton's own"
     assert said.split() in lines
+    assert "decode-0 keeps 7 states for later prompts".split() in lines
     assert ["digest", "mismatches", "3"] in lines
     assert "ledger: DECODING 2".split() in lines
     assert "sampling defaults of the model: temperature 0.6, top_k 20".split() in lines

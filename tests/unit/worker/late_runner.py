@@ -6,11 +6,12 @@ What a step may write to, and read from, must therefore stay as it was when it w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baton.shared.engine.batch import Batch
-from baton.shared.engine.executor import Step
+from baton.shared.engine.executor import Copied, Step
+from baton.shared.engine.kv_cache import SlotCopy
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.token_masks import TokenMasks
@@ -21,9 +22,12 @@ class LateStep:
     runner: ModelRunner
     batch: Batch
     step: Step | None = None
+    copies: list[SlotCopy] = field(default_factory=list)
+    """Asked for behind it."""
 
     def result(self) -> list[Sequence[Drawn]]:
         self.step = self.runner.launch(self.batch)
+        self.runner.copy_slots(self.copies)
         return self.step.result()
 
     def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
@@ -44,7 +48,8 @@ class LateBegun:
             # The device knows: all steps before have run.
             if row.token_ids is None and row.handle is not None:
                 row.token_ids = (row.handle.drawn_token,)
-        return LateStep(self.runner.engine, self.batch)
+        self.runner.last = LateStep(self.runner.engine, self.batch)
+        return self.runner.last
 
 
 class LateRunner:
@@ -56,12 +61,21 @@ class LateRunner:
         self.engine = runner
         self.begun: LateBegun | None = None
         """A step that has not drawn yet."""
+        self.last: LateStep | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
     def launch(self, batch: Batch) -> LateStep:
-        return LateStep(self.engine, self._kept(batch))
+        self.last = LateStep(self.engine, self._kept(batch))
+        return self.last
+
+    def copy_slots(self, copies: Sequence[SlotCopy]) -> Copied:
+        assert self.begun is None, "it would be copied before its step"
+        if self.last is None or self.last.step is not None:
+            return self.engine.copy_slots(copies)
+        self.last.copies += copies
+        return Copied()
 
     def begin(self, batch: Batch) -> LateBegun:
         self.begun = LateBegun(self, self._kept(batch))

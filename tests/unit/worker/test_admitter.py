@@ -30,12 +30,19 @@ class Bench:
     table: SequenceTable = field(init=False)
     admitter: Admitter = field(init=False)
     dropped: list[Corrupt] = field(default_factory=list)
+    keeps_states: bool = False
 
     def __post_init__(self) -> None:
         sums, failpoints = HostBlockSums(self.cache), Failpoints(set())
         self.sealer = Sealer(self.pools, self.cache, sums, "ab" * 16, "c" * 64, failpoints)
         self.table = SequenceTable()
-        self.admitter = Admitter(self.pools, self.sealer, self.table, self.dropped.append)
+        self.admitter = Admitter(
+            self.pools,
+            self.sealer,
+            self.table,
+            self.dropped.append,
+            keeps_states=self.keeps_states,
+        )
 
     def arrive(
         self,

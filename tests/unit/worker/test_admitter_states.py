@@ -9,13 +9,13 @@ from baton.services.prefill.scheduler import Admission
 from baton.services.worker.handoff import ClaimTable
 from baton.services.worker.messages import Outgoing, ToReader
 from baton.services.worker.sequence_table import Recipient
-from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.cache_spec import CacheGroup, Full, State, StateTensor
 from baton.shared.kv.capacity import Capacity, GroupShare
 from baton.shared.kv.pools import Pools
-from baton.shared.kv.sequence import BlockTable, Sequence
+from baton.shared.kv.sequence import BlockTable, Sequence, SequenceState
 from baton.shared.telemetry import Trace
 from tests.unit.worker.conftest import BLOCK_SIZE
 from tests.unit.worker.test_admitter import Bench
@@ -29,7 +29,13 @@ PROMPT = tuple(range(26))
 """Six full blocks, and a tail."""
 
 
-def make_bench(num_blocks: int = 20, num_slots: int = 3, *, has_blocks: bool = True) -> Bench:
+def make_bench(
+    num_blocks: int = 20,
+    num_slots: int = 3,
+    *,
+    has_blocks: bool = True,
+    keeps_states: bool = False,
+) -> Bench:
     groups = GROUPS if has_blocks else GROUPS[STATES:]
     counts = (num_blocks, num_slots) if has_blocks else (num_slots,)
     sizes = tuple(each.block_bytes(BLOCK_SIZE, 4) for each in groups)
@@ -37,7 +43,8 @@ def make_bench(num_blocks: int = 20, num_slots: int = 3, *, has_blocks: bool = T
     shares = tuple(GroupShare(pool, None if groups[pool].spec.grows else 1) for pool in pools)
     cache = KvCache(Arrangement(groups, pools, sizes, 0.0), counts, BLOCK_SIZE, torch.float32)
     cache.memory.random_(0, 100)
-    return Bench(Pools(groups, Capacity(BLOCK_SIZE, counts, shares, 4096)), cache)
+    made = Pools(groups, Capacity(BLOCK_SIZE, counts, shares, 4096))
+    return Bench(made, cache, keeps_states=keeps_states)
 
 
 @pytest.fixture
@@ -86,8 +93,9 @@ def test_who_grows_will_want_blocks_and_no_slot() -> None:
     assert bench.admit(bench.arrive("c", (60,) * 12)) is Admission.ADMIT, "the last slot"
 
 
-def test_no_prefix_is_a_hit_nor_waited_for(bench: Bench) -> None:
-    """Blocks are found by their hashes; but who computes needs the state behind them."""
+def test_without_a_checkpoint_no_prefix_is_a_hit_nor_waited_for(bench: Bench) -> None:
+    """Blocks are found by their hashes, and shared; but who computes needs the state behind them,
+    and computes it from the beginning."""
     first = admitted(bench, "a")
     second = admitted(bench, "b")
     bench.compute(first, 26)
@@ -95,10 +103,85 @@ def test_no_prefix_is_a_hit_nor_waited_for(bench: Bench) -> None:
     assert bench.pools.prefix_cache.match(first.block_hashes, PROMPT) == 0
     bench.end(first)
     third = admitted(bench, "c")
-    for sequence in (second, third):
-        assert (sequence.num_cached_tokens, sequence.num_sealed_blocks) == (0, 0)
+    for sequence, num_stored in ((second, 0), (third, 24)):
+        assert (sequence.num_cached_tokens, sequence.num_stored_tokens) == (0, num_stored)
+        assert sequence.num_sealed_blocks == num_stored // BLOCK_SIZE
+    assert third.block_tables[FULL][:6] != second.block_tables[FULL][:6]
     bench.compute(second, 26)
+    bench.compute(third, 12)
+    assert third.num_sealed_blocks == 6 and not third.is_apart and second.is_apart
     bench.check()
+
+
+def keep(bench: Bench, sequence: Sequence, num_tokens: int) -> int:
+    """The state behind so many computed tokens → its slot."""
+    pool = bench.pools.of(STATES)
+    [slot] = pool.allocate(1)
+    bench.cache.copy_slots([SlotCopy(STATES, sequence.block_tables[STATES][0], slot)])
+    assert bench.sealer.seal_state(sequence, STATES, slot, num_tokens // BLOCK_SIZE - 1, None)
+    pool.release([slot])
+    return slot
+
+
+def test_a_hit_is_the_deepest_state_and_blocks_behind_it_are_shared() -> None:
+    """It takes a slot of its own beside the one that it copies, which is held until it has."""
+    bench = make_bench(num_slots=4, keeps_states=True)
+    first = admitted(bench, "a")
+    bench.compute(first, 16)
+    slot = keep(bench, first, 16)
+    bench.compute(first, 26)
+    bench.end(first)
+    second = bench.arrive("b", (*PROMPT, 60, 61, 62))
+    assert bench.admit(second) is Admission.ADMIT
+    assert (second.num_cached_tokens, second.num_stored_tokens) == (16, 24)
+    assert bench.admitter.take_sources(second) == {STATES: slot}
+    assert bench.pools.of(STATES).block(slot).ref_count == 1
+    assert second.block_tables[STATES] != [slot]
+    assert second.stops == (24, 28), "where it leaves the first one's prompt, and its own end"
+    bench.pools.of(STATES).release([slot])
+    bench.check()
+
+
+def test_a_prompt_waits_for_the_state_where_they_part() -> None:
+    """Which the first one then keeps; once it is past that, nobody waits."""
+    bench = make_bench(num_slots=4, keeps_states=True)
+    first = admitted(bench, "a")
+    first.state = SequenceState.PREFILLING
+    assert list(first.stops) == [24]
+    branch = (*PROMPT[:13], *range(60, 70))
+    second = bench.arrive("b", branch)
+    assert bench.admit(second) is Admission.WAIT_FOR_PREFIX
+    assert list(first.stops) == [12, 24]
+    bench.compute(first, 12)
+    assert bench.admit(second) is Admission.ADMIT, "none was kept"
+    third = bench.arrive("c", (*PROMPT[:18], 60))
+    first.num_scheduled_tokens = 20
+    assert bench.admit(third) is Admission.ADMIT and len(first.stops) == 2
+    bench.check()
+
+
+def test_a_checkpoint_in_the_only_free_slot_is_not_waited_for() -> None:
+    bench = make_bench(num_slots=2, keeps_states=True)
+    first = admitted(bench, "a")
+    bench.compute(first, 16)
+    keep(bench, first, 16)
+    second = admitted(bench, "b")
+    assert second.num_cached_tokens == 0 and bench.admitter.take_sources(second) == {}
+
+
+def test_distrust_checks_a_state_before_it_is_used() -> None:
+    bench = make_bench(num_slots=4, keeps_states=True)
+    first = admitted(bench, "a")
+    bench.compute(first, 24)
+    keep(bench, first, 16)
+    deeper = keep(bench, first, 24)
+    bench.end(first)
+    bench.cache.words(STATES)[deeper, 1, 2] ^= 8
+    second = bench.arrive("b", PROMPT, distrust=True)
+    assert bench.admit(second) is Admission.ADMIT
+    assert second.num_cached_tokens == 16 and [each.block_ids for each in bench.dropped] == [
+        [deeper]
+    ]
 
 
 def test_a_prefix_that_is_no_hit_is_not_listed() -> None:
@@ -185,6 +268,7 @@ def test_slots_out_of_place_are_found(bench: Bench) -> None:
     with pytest.raises(AssertionError, match="slot of two"):
         bench.pools.check_integrity([tables, other.block_tables, [BlockTable(), tables[STATES]]])
     bench.pools.of(STATES).release([slot])
-    bench.pools.prefix_cache.seal(STATES, slot, one.block_hashes, 0, PROMPT[:BLOCK_SIZE], None)
+    bench.compute(one, BLOCK_SIZE)
+    bench.pools.prefix_cache.seal(STATES, slot, one.block_hashes, 0, PROMPT[:BLOCK_SIZE], (1,))
     with pytest.raises(AssertionError, match="can be found"):
         bench.check()

@@ -238,7 +238,10 @@ def test_any_interleaving_of_models_that_keep_states(
 ) -> None:
     """Slots that run out before blocks do, and the other way round; a state that is lost is
     computed from the prompt's beginning, and no token is applied to it twice."""
-    made = {name: make_runner(NUM_BLOCKS, kind, max_num_seqs=3) for name in ("prefill", "decode")}
+    made = {
+        name: make_runner(NUM_BLOCKS, kind, max_num_seqs=2, state_checkpoints=2)
+        for name in ("prefill", "decode")
+    }
     runners: dict[str, Any] = {name: LateRunner(runner) for name, runner in made.items()}
     oracle = Oracle(make_runner(NUM_BLOCKS, kind))
     _run(runners if runs_ahead else made, oracle, clock, max_examples=30)

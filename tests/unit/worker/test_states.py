@@ -179,7 +179,7 @@ class HalfwayRunner(FlakyRunner):
         try:
             super()._refuse_bad(what, batch)
         except RuntimeError:
-            self._runner.forward(batch)
+            self.engine.forward(batch)
             raise
 
 

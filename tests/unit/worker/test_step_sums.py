@@ -7,8 +7,7 @@ from collections.abc import Sequence as Seq
 import pytest
 
 from baton.services.worker import messages as msg
-from baton.shared.engine.block_sums import BlockSums, HostBlockSums, TakeSums
-from baton.shared.engine.executor import BegunStep, Step
+from baton.shared.engine.block_sums import BlockSums, HostBlockSums, TakeSums, Writes
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.sequence import Sequence
 from baton.shared.rpc.errors import DigestMismatch
@@ -34,7 +33,7 @@ class StartedSums:
         return self._sums(block_ids, group)
 
     def start(
-        self, block_ids: Seq[int], group: int = 0, *, behind: Step | BegunStep | None = None
+        self, block_ids: Seq[int], group: int = 0, *, behind: Writes | None = None
     ) -> TakeSums:
         ids, number = list(block_ids), self._log.count("launch")
         self.started.append(ids)

@@ -229,7 +229,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., gateway_incarnation: _Optional[str] = ..., directory_reachable: bool = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., ledger: _Optional[_Iterable[_Union[LedgerStageCount, _Mapping]]] = ..., num_prefix_entries: _Optional[int] = ..., counters: _Optional[_Union[ServerCounters, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., model_digest: _Optional[str] = ..., directory_problem: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "role", "healthy", "num_waiting", "num_running", "num_free_blocks", "num_blocks", "capability_hash", "determinism", "max_model_len", "model_impl")
+    __slots__ = ("worker", "role", "healthy", "num_waiting", "num_running", "num_free_blocks", "num_blocks", "capability_hash", "determinism", "max_model_len", "model_impl", "num_checkpoints")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,7 @@ class WorkerStatus(_message.Message):
     DETERMINISM_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MODEL_IMPL_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     worker: _types_pb2.WorkerAddress
     role: _types_pb2.WorkerRole
     healthy: bool
@@ -252,7 +253,8 @@ class WorkerStatus(_message.Message):
     determinism: str
     max_model_len: int
     model_impl: str
-    def __init__(self, worker: _Optional[_Union[_types_pb2.WorkerAddress, _Mapping]] = ..., role: _Optional[_Union[_types_pb2.WorkerRole, str]] = ..., healthy: bool = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., capability_hash: _Optional[str] = ..., determinism: _Optional[str] = ..., max_model_len: _Optional[int] = ..., model_impl: _Optional[str] = ...) -> None: ...
+    num_checkpoints: int
+    def __init__(self, worker: _Optional[_Union[_types_pb2.WorkerAddress, _Mapping]] = ..., role: _Optional[_Union[_types_pb2.WorkerRole, str]] = ..., healthy: bool = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., capability_hash: _Optional[str] = ..., determinism: _Optional[str] = ..., max_model_len: _Optional[int] = ..., model_impl: _Optional[str] = ..., num_checkpoints: _Optional[int] = ...) -> None: ...
 
 class LedgerStageCount(_message.Message):
     __slots__ = ("stage", "num_entries")
@@ -263,7 +265,7 @@ class LedgerStageCount(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., num_entries: _Optional[int] = ...) -> None: ...
 
 class ServerCounters(_message.Message):
-    __slots__ = ("num_requests", "num_extra_attempts", "num_cancelled", "num_preemptions", "num_digest_mismatches", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_pulled_blocks", "num_drafts", "num_drafted_tokens", "num_accepted_tokens", "num_accepted_by_position", "num_captured_prompt_steps", "num_launched_prompt_steps")
+    __slots__ = ("num_requests", "num_extra_attempts", "num_cancelled", "num_preemptions", "num_digest_mismatches", "num_computed_prompt_tokens", "num_cached_prompt_tokens", "num_pulled_blocks", "num_drafts", "num_drafted_tokens", "num_accepted_tokens", "num_accepted_by_position", "num_captured_prompt_steps", "num_launched_prompt_steps", "num_kept_states", "num_restored_states")
     NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXTRA_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_CANCELLED_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +280,8 @@ class ServerCounters(_message.Message):
     NUM_ACCEPTED_BY_POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_CAPTURED_PROMPT_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_LAUNCHED_PROMPT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_STATES_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESTORED_STATES_FIELD_NUMBER: _ClassVar[int]
     num_requests: int
     num_extra_attempts: int
     num_cancelled: int
@@ -292,4 +296,6 @@ class ServerCounters(_message.Message):
     num_accepted_by_position: _containers.RepeatedScalarFieldContainer[int]
     num_captured_prompt_steps: int
     num_launched_prompt_steps: int
-    def __init__(self, num_requests: _Optional[int] = ..., num_extra_attempts: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_digest_mismatches: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_pulled_blocks: _Optional[int] = ..., num_drafts: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_by_position: _Optional[_Iterable[int]] = ..., num_captured_prompt_steps: _Optional[int] = ..., num_launched_prompt_steps: _Optional[int] = ...) -> None: ...
+    num_kept_states: int
+    num_restored_states: int
+    def __init__(self, num_requests: _Optional[int] = ..., num_extra_attempts: _Optional[int] = ..., num_cancelled: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_digest_mismatches: _Optional[int] = ..., num_computed_prompt_tokens: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ..., num_pulled_blocks: _Optional[int] = ..., num_drafts: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_by_position: _Optional[_Iterable[int]] = ..., num_captured_prompt_steps: _Optional[int] = ..., num_launched_prompt_steps: _Optional[int] = ..., num_kept_states: _Optional[int] = ..., num_restored_states: _Optional[int] = ...) -> None: ...
