@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.config import EngineConfig, most_num_seqs
 from baton.shared.engine.executor import Executor, Step
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.implementation import Place, find_implementation, find_weights
@@ -77,7 +77,7 @@ class DraftModel:
         self._engine = engine
         self._device, self._dtype, self._kernels = device, dtype, kernels
         self._max_model_len = max_model_len
-        self.max_rows = engine.max_num_seqs
+        self.max_rows = most_num_seqs(engine)
         self.computes_tokens_singly = kernels == "triton"
         self._arrangement = arrange(
             self.config.cache_specs,
@@ -92,7 +92,7 @@ class DraftModel:
             engine.block_size,
             ahead_tokens=CHUNK,
             in_flight_tokens=1 + engine.num_drafts,
-            max_num_seqs=engine.max_num_seqs,
+            max_num_seqs=self.max_rows,
         )
         self._ops = make_operations(self.config)
         self._weights = find_weights(own, self.config)
@@ -158,7 +158,7 @@ class DraftModel:
             cache,
             self._device,
             **shape,
-            max_num_seqs=self._engine.max_num_seqs,
+            max_num_seqs=self.max_rows,
             eos_token_ids=self.config.eos_token_ids,
         )
 
