@@ -180,8 +180,8 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         parser,
         "--max-num-seqs",
         type=int,
-        help="rows of a step, at most; default: 256, or fewer where layers keep states and there is "
-        "no memory for so many",
+        help="rows of a step, at most; default: 256, or fewer where layers keep states and memory "
+        "holds no more",
     )
     add_flag(
         parser,
