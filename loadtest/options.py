@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from baton.loadtest.lengths import FORMS
 from baton.loadtest.samples import Slo
 from baton.loadtest.spec import Load, LoadError
-from baton.shared.rpc.flags import add_flag
+from baton.shared.rpc.flags import Parser, add_flag
 
 PROGRAM = "baton load"
 EXIT_USAGE = 2
@@ -41,14 +40,8 @@ interrupted.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,7 +33,7 @@ from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import ModelInfo, load_media_tokens, load_model_info, served_name
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.convert import sampling_to_json
-from baton.shared.rpc.flags import add_flag, add_switch, optional_port
+from baton.shared.rpc.flags import Parser, add_flag, add_switch, optional_port
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
 from baton.shared.telemetry import add_log_flags, configure_logging, log_event
 from baton.v1 import inference_service_pb2_grpc, types_pb2
@@ -53,9 +53,7 @@ pages docs/operations.md and docs/gateway.md say more.
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m baton.services.gateway", description=_DESCRIPTION
-    )
+    parser = Parser(prog="python -m baton.services.gateway", description=_DESCRIPTION)
     add_flag(
         parser,
         "--model",

@@ -10,7 +10,7 @@ from baton.services.launcher.flag_types import seconds, token_ids, uint32, utf8
 from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
 from baton.services.launcher.up_flags import UP_HELP, add_up_flags, stack_config
-from baton.shared.rpc.flags import add_flag
+from baton.shared.rpc.flags import Parser, add_flag
 from baton.v1 import inference_service_pb2 as pb
 
 _LOAD = "load"
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="baton",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

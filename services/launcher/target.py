@@ -25,5 +25,7 @@ def connect(target: str) -> grpc.aio.Channel:
 def report(error: grpc.aio.AioRpcError) -> int:
     """Prints one line, `CODE: message`, on standard error; returns the exit code."""
     message = " ".join((error.details() or "no message").split())
+    if "Connection refused" in message:
+        message = "nobody listens there; `baton up --model DIR` starts a server, --target names one"
     print(f"{error.code().name}: {message}", file=sys.stderr)
     return 1

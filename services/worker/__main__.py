@@ -27,7 +27,7 @@ from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import served_name
 from baton.shared.model_files.named import model_dir
-from baton.shared.rpc.flags import add_flag, add_switch, length_or_auto
+from baton.shared.rpc.flags import Parser, add_flag, add_switch, length_or_auto
 from baton.shared.speculation import (
     DRAFT_MODEL_HELP,
     HELP,
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         prog, description = "python -m baton.services.worker", _DESCRIPTION
     else:
         prog, description = f"python -m baton.services.{role}", f"A worker of role {role}."
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     if role is None:
         add_flag(
             parser,

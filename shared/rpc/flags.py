@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -21,6 +21,13 @@ _METAVARS = {"model": "DIR", "dir": "DIR", "url": "URL", "host": "HOST", "s": "S
 """What a flag's value is called, by the flag's last word."""
 _METAVARS_BY_TYPE: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
 _SWITCH_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong with a command line is told in one line, and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help says more)\n")
 
 
 class _FromEnvironment(str):

@@ -104,6 +104,12 @@ def test_names_of_code_are_there(page: Path) -> None:
             assert all(part in words_of_code() for part in code.split(".")), code
 
 
+def test_each_word_has_one_meaning() -> None:
+    rows = re.findall(r"^\| (\*\*.*?) \|", (ROOT / "docs/glossary.md").read_text(), re.M)
+    words = [word for row in rows for word in re.findall(r"\*\*(.+?)\*\*", row)]
+    assert len(words) > 60 and len(set(words)) == len(words)
+
+
 def check_command(words: list[str]) -> None:
     """Of what is ours: its target, module or subcommand, and its flags."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
