@@ -96,7 +96,11 @@ class InProcessEngine:
             self.pools,
             Sealer(self.pools, runner.kv_cache, sums, "ab" * 16, "c" * 64, failpoints),
             identity=msg.Peer("benchmark", "ab" * 16, ""),
-            limits=BatchLimits(token_budget or runner.token_budget, max_num_seqs),
+            limits=BatchLimits(
+                token_budget or runner.token_budget,
+                max_num_seqs,
+                backlog_budget=None if token_budget else runner.backlog_budget,
+            ),
             inbox=self._inbox,
             submit_pull=lambda job: None,
             deliver=self._take,

@@ -84,7 +84,7 @@ def make_runner(
             max_model_len=args.max_model_len,
             gpu_memory_utilization=args.gpu_memory_utilization,
             quantization=args.quantization,
-            **{"prompt_graphs": True, **more},
+            **more,
         )
         started_s = time.monotonic()
 

@@ -67,7 +67,7 @@ def choose_chunks(
     if not prefilling or token_budget <= 0 or max_rows <= 0:
         return []
     oldest = prefilling[0]
-    kept = min(_num_open(oldest), max(token_budget // _SHARE_OF_THE_OLDEST, block_size))
+    kept = kept_for_the_oldest(token_budget, oldest, block_size)
     # The oldest's row is kept as well.
     rows = sorted(prefilling, key=_num_left)[:max_rows]
     if oldest not in rows:
@@ -87,6 +87,11 @@ def choose_chunks(
         if sequence is oldest:
             kept = 0
     return chunks
+
+
+def kept_for_the_oldest(token_budget: int, oldest: Sequence, block_size: int) -> int:
+    """Tokens of a step that are the oldest's, however many shorter ones there are."""
+    return min(_num_open(oldest), max(token_budget // _SHARE_OF_THE_OLDEST, block_size))
 
 
 def _num_left(sequence: Sequence) -> int:

@@ -155,6 +155,11 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         "default: what the machine and its control groups leave free",
     )
     add_switch(parser, "--no-cuda-graphs", help="launch every kernel by itself, to look for faults")
+    add_switch(
+        parser,
+        "--no-prompt-graphs",
+        help="capture decode steps only: starts sooner, and short prompts wait for launches",
+    )
     add_flag(
         parser,
         "--num-blocks",
@@ -282,6 +287,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         gpu_memory_utilization=args.gpu_memory_utilization,
         host_memory_mib=args.host_memory_mib,
         cuda_graphs=not args.no_cuda_graphs,
+        prompt_graphs=not args.no_prompt_graphs,
         num_drafts=args.speculate.num_drafts if args.speculate is not None else 0,
         draft_model_dir=args.draft_model,
     )

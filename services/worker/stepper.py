@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from baton.services.decode import scheduler as decode_policy
 from baton.services.prefill import scheduler as prefill_policy
 from baton.services.prefill.pacing import Pacing
+from baton.services.prefill.token_budget import TokenBudget
 from baton.services.worker.constraining import Constraining
 from baton.services.worker.drafting import Drafting
 from baton.services.worker.failpoints import Failpoints
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows.
+    """`token_budget` tokens and `max_num_seqs` rows per step, prompt chunks and decode rows; up to
+    `backlog_budget` tokens where prompts alone have queued up (services/prefill/token_budget.py).
 
     `tpot_goal_s`: prompts wait while streams get their tokens more slowly than that, on average.
     """
@@ -49,6 +51,7 @@ class BatchLimits:
     token_budget: int
     max_num_seqs: int
     tpot_goal_s: float | None = None
+    backlog_budget: int | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +106,7 @@ class Stepper:
         self._drafting = drafting
         self._constraining = constraining or Constraining(0)
         self.pacing = Pacing(limits.tpot_goal_s)
+        self._token_budget = TokenBudget(limits.token_budget, limits.backlog_budget)
         self._handles: dict[Sequence, RowHandle] = {}
         self._keeps_states = not all(group.spec.grows for group in pools.groups)
         self._masks_follow = not (
@@ -183,14 +187,18 @@ class Stepper:
             return []
         num_to_open = sum(part.sequence not in self._handles for part in decoding)
         num_decoding = sum(part.num_tokens for part in decoding)
+        block_size = self._pools.block_size
+        budget = self._token_budget.of_step(
+            prefilling, num_decoding=num_decoding, block_size=block_size
+        )
         chunks = prefill_policy.choose_chunks(
             prefilling,
             # However many decode, prompts go on by a block at least.
-            token_budget=max(self._limits.token_budget - num_decoding, self._pools.block_size),
+            token_budget=max(budget - num_decoding, block_size),
             max_rows=min(
                 self._limits.max_num_seqs - len(decoding), self._runner.num_free_rows - num_to_open
             ),
-            block_size=self._pools.block_size,
+            block_size=block_size,
         )
         return [
             Part(chunk.sequence, chunk.sequence.num_scheduled_tokens, chunk.num_tokens)

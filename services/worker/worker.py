@@ -298,7 +298,10 @@ class Worker:
             sealer,
             identity=identity,
             limits=BatchLimits(
-                self._runner.token_budget, self._runner.max_num_seqs, self._args.tpot_goal_s
+                self._runner.token_budget,
+                self._runner.max_num_seqs,
+                self._args.tpot_goal_s,
+                self._runner.backlog_budget if self._args.role == "prefill" else None,
             ),
             inbox=inbox,
             submit_pull=puller.submit,

@@ -82,7 +82,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     host_memory_mib: int | None = None
     cuda_graphs: bool = True
-    prompt_graphs: bool = False
+    prompt_graphs: bool = True
     num_drafts: int = 0
     draft_model_dir: Path | None = None
 

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,7 +70,9 @@ _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
 MOST_CAPTURED_TOKENS = 2048
 """Of a step that comes from a graph; longer ones keep a GPU busy for as long as launching takes."""
-_GOOD_ENOUGH = 0.99
+_PACKED_TOKENS = 256
+"""Of short prompts."""
+_GOOD_ENOUGH, _GOOD_ENOUGH_FOR_A_BACKLOG = 0.95, 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
 _MIN_CAPABILITY = (8, 0)
 _WORD_BYTES = 4
@@ -93,7 +95,8 @@ class ModelRunner:
         quantization: how plain weights were made small; None: they were not.
         model_identity: tells models apart.
         kernels: 'torch' or 'triton'.
-        token_budget: the most tokens of one step.
+        token_budget: the most tokens of a usual step.
+        backlog_budget: of one of prompts only, where they have queued up; at least as many.
         steps_ahead: how many steps may be launched before the result of the first is taken.
         num_drafts: the most drafts that a row of one token may have.
         most_forced: as `num_drafts`, of tokens that a constraint allows no others for.
@@ -191,7 +194,7 @@ class ModelRunner:
         if not is_stable:
             self.determinism = "consistent"
         self.numerics = self._describe_numerics()
-        self.token_budget = config.token_budget or HOST_TOKEN_BUDGET
+        self.token_budget = self.backlog_budget = config.token_budget or HOST_TOKEN_BUDGET
         if self.device.type == "cuda":
             self._choose_pools(self._measure_peak(progress), progress)
         num_bytes = KvCache.required_bytes(self.arrangement, self.num_blocks)
@@ -538,40 +541,49 @@ class ModelRunner:
             if has_graphs and self._config.prompt_graphs:
                 # Behind the launched steps, whose memory is theirs by now.
                 self._executor.capture_prompts(min(max(usable), MOST_CAPTURED_TOKENS))
-            measured = min(_MEASURED_TOKENS, limit)
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
             for budget in usable:
-                self._sustained_rate(measured, budget)
-            rates = {budget: self._sustained_rate(measured, budget) for budget in usable}
+                self._sustained_rate(_long_steps(min(_MEASURED_TOKENS, limit), budget))
+            rates = {
+                budget: (
+                    self._sustained_rate(_long_steps(min(_MEASURED_TOKENS, limit), budget)),
+                    self._sustained_rate(
+                        _packed_steps(min(_PACKED_TOKENS, limit), budget, self._config.max_num_seqs)
+                    ),
+                )
+                for budget in usable
+            }
             sums = self.block_sums()
             for group, pool in enumerate(self.arrangement.pools):
                 for exponent in range(self.num_blocks[pool].bit_length()):
                     sums(range(min(2**exponent, MOST_AT_ONCE)), group)
             self._executor.num_prompt_steps = StepCounts()
-        best = max(rates.values())
-        self.token_budget = min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
-        shown = ", ".join(f"{b}: {rate:.0f}" for b, rate in rates.items())
-        progress(f"token budget {self.token_budget} (prompt tokens/s by chunk: {shown})")
+        self.token_budget, self.backlog_budget = choose_budgets(rates)
+        shown = ", ".join(f"{b}: {one:.0f} {packed:.0f}" for b, (one, packed) in rates.items())
+        progress(
+            f"token budget {self.token_budget}, {self.backlog_budget} for prompts that queue up "
+            f"(prompt tokens/s by step, of one long prompt and of short ones: {shown})"
+        )
 
-    def _sustained_rate(self, num_tokens: int, budget: int) -> float:
-        """Prompt tokens per second of a long prompt in chunks of that size, one launched ahead.
-
-        Whatever the chunks, it is the same work; and long enough that the GPU runs at the clock
-        that its power allows.
-        """
-        prompt = self._prompt_row(num_tokens)
-        assert prompt.token_ids is not None
-        starts = range(0, num_tokens, budget)
+    def _sustained_rate(self, steps: Sequence[Sequence[range]]) -> float:
+        """Prompt tokens per second of steps, one launched ahead, that compute such stretches of
+        prompts. Long enough that the GPU runs at the clock that its power allows."""
+        batches = [Batch([self._stretch_row(stretch) for stretch in step]) for step in steps]
         launched: list[Step] = []
         started_s = time.perf_counter()
-        for start in starts:
-            token_ids = prompt.token_ids[start : start + budget]
-            row = BatchRow(token_ids, start, prompt.block_tables, prompt.sampling)
-            launched.append(self._executor.launch(Batch([row])))
+        for batch in batches:
+            launched.append(self._executor.launch(batch))
             if len(launched) > 1:
                 launched.pop(0).result()
         launched.pop().result()
+        num_tokens = sum(batch.num_tokens for batch in batches)
         return num_tokens / (time.perf_counter() - started_s)
+
+    def _stretch_row(self, stretch: range) -> BatchRow:
+        """Those tokens of a prompt; what lies before them in its blocks may be anything."""
+        prompt = self._prompt_row(stretch.stop)
+        assert prompt.token_ids is not None
+        return replace(prompt, token_ids=prompt.token_ids[stretch.start :], position=stretch.start)
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:
         """Of random tokens: products of equal rows would be done faster, at less power. It touches
@@ -588,6 +600,39 @@ class ModelRunner:
             tables.append(list(range(taken[pool], taken[pool] + count)))
             taken[pool] += count
         return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
+
+
+def choose_budgets(rates: Mapping[int, Sequence[float]]) -> tuple[int, int]:
+    """The tokens of a usual step, and of one where prompts have queued up.
+
+    `rates`: by token budget, prompt tokens per second of each kind of load.
+    """
+    best = [max(each) for each in zip(*rates.values(), strict=True)]
+    shares = {
+        budget: min(rate / most for rate, most in zip(of_budget, best, strict=True))
+        for budget, of_budget in rates.items()
+    }
+    # Of no budget both rates may be the best ones.
+    most = max(shares.values())
+
+    def smallest(share: float) -> int:
+        return min(budget for budget, own in shares.items() if own >= share * most)
+
+    return smallest(_GOOD_ENOUGH), smallest(_GOOD_ENOUGH_FOR_A_BACKLOG)
+
+
+def _long_steps(num_tokens: int, budget: int) -> list[list[range]]:
+    """One long prompt in steps of so many tokens."""
+    starts = range(0, num_tokens, budget)
+    return [[range(start, min(start + budget, num_tokens))] for start in starts]
+
+
+def _packed_steps(num_tokens: int, budget: int, most_rows: int) -> list[list[range]]:
+    """Short prompts, as many in each step as its budget takes, and as many tokens in all as the
+    long prompt has."""
+    num_rows = min(max(budget // num_tokens, 1), most_rows)
+    num_steps = max(_MEASURED_TOKENS // (num_rows * num_tokens), 1)
+    return [[range(min(num_tokens, budget))] * num_rows] * num_steps
 
 
 def _device(name: str) -> torch.device:

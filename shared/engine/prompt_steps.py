@@ -42,7 +42,7 @@ from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
-SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 576, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 """Tokens of a step, padded: where a step is as long as its products, not as its weights, tiles of
 128 tokens take as long as they do full."""
 _FEW_DECODE_ROWS = 64

@@ -78,7 +78,6 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             max_num_seqs=MAX_NUM_SEQS,
             token_budget=MAX_CHUNK,
             num_drafts=3 if request.param.endswith("drafts") else 0,
-            prompt_graphs=True,
         )
     )
 

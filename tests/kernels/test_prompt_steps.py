@@ -66,7 +66,7 @@ def reference(make: Make) -> ModelRunner:
 
 @pytest.fixture
 def runner(make: Make, device: torch.device) -> ModelRunner:
-    made = make("triton", device, prompt_graphs=True)
+    made = make("triton", device)
     if device.type == "cpu":
         captured(made, Graphs())
     return made
@@ -167,6 +167,7 @@ def test_what_no_graph_is_for(
 ) -> None:
     """Too little memory for the larger graphs; logprobs of a prompt; rows with drafts beside it."""
     runner = make("triton", device, num_drafts=2, prompt_graphs=False)
+    caplog.clear()
     with caplog.at_level("INFO"):
         captured(runner, Graphs(num_refused=2))
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
