@@ -28,6 +28,7 @@ TYPES = {
     "mixture": ("qwen3_moe", "as they come"),
     "mixture, windows, sinks": ("gpt_oss", "as they come"),
     "latents": ("deepseek_v2", "as lite"),
+    "delta rule, experts": ("qwen3_next", "as they come"),
 }
 """Type and case of tiny_models.py; they have no tokenizer."""
 
