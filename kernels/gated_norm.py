@@ -28,13 +28,15 @@ def _gated_norm_kernel(
     eps,
     gate_scale,
     NORMS_FIRST: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One group of one row; without a weight_ptr nothing is normalised."""
+    """Some groups of one row; without a weight_ptr nothing is normalised."""
     row = tl.program_id(1).to(tl.int64)
-    offset = tl.arange(0, BLOCK)
-    columns = tl.program_id(0) * group_size + offset
+    offset = tl.arange(0, BLOCK)[None, :]
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    columns = group * group_size + offset
     inside = (offset < group_size) & (columns < size)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -48,7 +50,7 @@ def _gated_norm_kernel(
     if not NORMS_FIRST:
         x *= activated
     if weight_ptr is not None:
-        x *= tl.rsqrt(tl.sum(x * x, axis=0) / group_size + eps) * weight
+        x *= tl.rsqrt(tl.sum(x * x, axis=1) / group_size + eps)[:, None] * weight
     if NORMS_FIRST:
         x *= activated
     tl.store(out_ptr + row * size + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -77,7 +79,11 @@ def gated_norm(
     if num_rows == 0:
         return out
     block = triton.next_power_of_2(group)
-    _gated_norm_kernel[(triton.cdiv(size, group), num_rows)](
+    # Of small groups a program has several, but where there are few rows.
+    numbers = 256 if num_rows <= 8 else 1024
+    num_groups = triton.cdiv(size, group)
+    at_once = max(1, min(numbers // block, triton.next_power_of_2(num_groups)))
+    _gated_norm_kernel[(triton.cdiv(num_groups, at_once), num_rows)](
         x,
         gate,
         norm.weight,
@@ -89,8 +95,9 @@ def gated_norm(
         norm.eps,
         norm.gate_scale,
         NORMS_FIRST=norm.norms_first and norm.weight is not None,
+        GROUPS=at_once,
         BLOCK=block,
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=max(1, min(16, at_once * block // 256)),
         **overlap(x, pdl=pdl),
     )
     return out

@@ -90,15 +90,6 @@ def decays_of(inputs: Tensor, gates: DeltaGates) -> Tensor:
     return softplus.mul_(gates.rate).neg_().exp_()
 
 
-def norm_gate(x: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
-    """silu(gate) · (x over its root mean square · weight): x and gate [T, heads, size], weight
-    [size] → x's shape and dtype."""
-    wide = x.float()
-    wide = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    wide = wide.mul_(weight.float())
-    return wide.mul_(activate(gate.float(), "silu")).to(x.dtype)
-
-
 def _split(qkv: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """→ queries and keys [T, num_key_heads, key_dim], values [T, num_value_heads, value_dim]."""
     _, num_key_heads, _, num_each, key_dim, value_dim = state.shape

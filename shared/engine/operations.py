@@ -206,9 +206,7 @@ class Operations(Protocol):
         layer: int,
         plan: Any,
     ) -> Tensor:
-        """See kernels/reference_delta.py, as of the next."""
-
-    def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor: ...
+        """See kernels/reference_delta.py."""
 
     def ssd(
         self, x: Tensor, dt: Tensor, weights: SsdWeights, state: Tensor, layer: int, plan: Any

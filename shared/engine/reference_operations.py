@@ -175,8 +175,5 @@ class ReferenceOperations:
     def norm_add(self, x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
         return reference.norm_add(x, norm.weight, norm.eps, residual)
 
-    def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor:
-        return reference_delta.norm_gate(x, norm.weight, norm.eps, gate)
-
     def rope_query(self, query: Tensor, rope: Rope, norms: HeadNorms | None = None) -> Tensor:
         return reference.rope_query(query, rope, norms)

@@ -31,7 +31,6 @@ from baton.kernels.kv_store import store_kv
 from baton.kernels.latent_attention import latent_chunk_attention, latent_decode_attention
 from baton.kernels.latent_expand import expand_latents, expands, heads_at_once
 from baton.kernels.latent_store import rope_and_store_latent
-from baton.kernels.norm_gate import norm_gate
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
@@ -494,9 +493,6 @@ class TritonOperations:
         plan: DeviceStatePlan,
     ) -> Tensor:
         return gated_delta(qkv, strength, decay, gates, state, layer, plan, pdl=self._overlaps)
-
-    def norm_gate(self, x: Tensor, norm: Norm, gate: Tensor) -> Tensor:
-        return norm_gate(x, norm.weight, norm.eps, gate, out=x, pdl=self._overlaps)
 
     def ssd(
         self,

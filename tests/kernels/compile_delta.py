@@ -18,9 +18,10 @@ from torch import Tensor
 
 from baton.kernels.causal_conv import causal_conv
 from baton.kernels.gated_delta import gated_delta
-from baton.kernels.norm_gate import norm_gate
+from baton.kernels.gated_norm import gated_norm
 from baton.kernels.reference_conv import Conv
 from baton.kernels.reference_delta import DeltaGates
+from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.state_plan import DeviceStatePlan
 from tests.kernels.compiled import SHARED_BYTES, Compiled, on_gpu, recording
 
@@ -55,10 +56,10 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[Compiled]:
             qkv = causal_conv(x[:, :size], conv, conv_state, 3, plan, pdl=pdl)
             strength, decay = x[:, -2 * num_heads : -num_heads], x[:, -num_heads:]
             y = gated_delta(qkv, strength, decay, gates, state, 3, plan, pdl=pdl)
-        gate = x[:, size : size + num_heads * _VALUE_DIM].view(y.shape)
+        gate = x[:, size : size + num_heads * _VALUE_DIM]
+        norm = GatedNorm(_empty(gate.shape[1], dtype=wide), _VALUE_DIM, 1e-6, norms_first=True)
         for num_tokens in (2, _TOKENS):
-            weight = _empty(_VALUE_DIM, dtype=wide)
-            norm_gate(y[:num_tokens], weight, 1e-6, gate[:num_tokens], pdl=pdl)
+            gated_norm(y[:num_tokens].flatten(1), gate[:num_tokens], norm, pdl=pdl)
     return kernels
 
 

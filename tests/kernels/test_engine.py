@@ -18,6 +18,7 @@ from baton.kernels.batch_state import scatter
 from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.sampling import SamplingParams
 from tests.weights import weight_shapes
@@ -541,3 +542,50 @@ def test_latents_in_both_forms(
         limit = 1e-5 * float(expected.abs().max())
         torch.testing.assert_close(got, expected, atol=limit, rtol=0)
     assert asked == [18, 2, 31, 31], "in the last layer, tokens that are wanted are rows of one"
+
+
+DELTA: dict[str, Any] = {
+    **SMALL,
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
+
+
+def test_states_of_rows_and_of_nobody(tmp_path: Path, device: torch.device) -> None:
+    """Whole prompts, chunks behind a state, rows of one token and padding in one step; states that
+    are kept on the way. Other slots, that behind the last one too, hold what they held."""
+    make = maker(tmp_path, DELTA)
+    reference = make("torch", torch.device("cpu"), max_num_seqs=6)
+    runner = make("triton", device, max_num_seqs=6, cuda_graphs=True)
+    for each in (reference, runner):
+        each.kv_cache.memory[each.kv_cache.pools[1].offset_bytes :].fill_(0x41)
+    a, b = tokens(50, 1), tokens(9, 2)
+
+    def row(ids: list[int], position: int, slot: int, **more: Any) -> BatchRow:
+        return BatchRow(ids, position, [[*range(6 * slot, 6 * slot + 6)], [slot]], **more)
+
+    steps = [
+        [row(a[:40], 0, 3, keeps=[(1, [NO_BLOCK, 5]), (36, [NO_BLOCK, 2])]), row(b[:1], 0, 1)],
+        [row(a[40:41], 40, 3), row(b[1:2], 1, 1), row(a[:1], 0, 0)],
+        [row(a[41:], 41, 3), row(b[2:7], 2, 1), row(a[1:2], 1, 0)],
+    ]
+    for rows in steps:
+        expected, got = (each.logits(Batch(rows)).cpu() for each in (reference, runner))
+        limit = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(got, expected, atol=limit, rtol=0)
+    views = zip(reference.kv_cache.typed(1), runner.kv_cache.typed(1), strict=True)
+    for expected, got in views:
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-4, rtol=1e-4)
+        assert bool((got[4].view(torch.uint8) == 0x41).all()), "a slot that no row had"
+    behind = runner.kv_cache.padded_tensors[1][-1]
+    assert bool((behind == 0x41).all()), "the one behind them"
+    # From the state that was kept, the rest of the prompt.
+    moved = BatchRow(a[36:41], 36, [[*range(18, 24)], [2]])
+    whole = reference.logits(Batch([row(a[:41], 0, 0)]))
+    torch.testing.assert_close(runner.logits(Batch([moved])).cpu(), whole, atol=1e-4, rtol=0)

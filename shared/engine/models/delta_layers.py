@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference_delta import DeltaGates
+from baton.kernels.reference_gated_norm import GatedNorm
 from baton.shared.engine.linear import LinearSpec, Split
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Attention, Names, Piece, load_norm, parts
@@ -48,7 +49,7 @@ class GatedAttentionLayer(PreNormLayer):
 
 
 class DeltaLayer:
-    """h + output(norm_gate(delta(conv(norm(h))))), then h + mlp(norm(h)).
+    """h + output(gated_norm(delta(conv(norm(h))))), then h + mlp(norm(h)).
 
     Names: input_norm, mlp_norm, those of `load_mlp`, and delta_q, _k, _v, _gate, _strength, _decay,
     conv, decay_rate, decay_bias, delta_norm, delta_output. Where queries and gates are in one
@@ -70,9 +71,12 @@ class DeltaLayer:
             load, prefix + names["conv"], own.num_key_heads, own.units, own.kernel
         )
         self._gates = _load_gates(config, load, names, prefix)
-        self._norm = load.norm(
+        norm = load.norm(
             prefix + names["delta_norm"], own.value_dim, config.rms_norm_eps, is_wide=True
         )
+        # All heads have the same.
+        weight = norm.weight if norm.weight.is_meta else norm.weight.repeat(len(self._gates.rate))
+        self._norm = GatedNorm(weight, own.value_dim, norm.eps, norms_first=True)
         output = parts(names, prefix, Piece("delta_output", size))
         in_unit = own.num_each * own.value_dim
         value_size = own.num_value_heads * own.value_dim
@@ -92,7 +96,7 @@ class DeltaLayer:
         mixed = self._ops.gated_delta(
             qkv, strength, decay, self._gates, kv["delta"], self._place, plan
         )
-        return self._ops.norm_gate(mixed, self._norm, gate.view(mixed.shape)).flatten(1)
+        return self._ops.gated_norm(mixed.flatten(1), gate, self._norm)
 
     def finish(
         self, hidden: Tensor, query: Tensor, kv: Any, plan: Any, extra: Tensor | None = None
