@@ -548,7 +548,7 @@ class ModelRunner:
                 budget: (
                     self._sustained_rate(_long_steps(min(_MEASURED_TOKENS, limit), budget)),
                     self._sustained_rate(
-                        _packed_steps(min(_PACKED_TOKENS, limit), budget, self._config.max_num_seqs)
+                        _packed_steps(min(_PACKED_TOKENS, limit), budget, self.max_num_seqs)
                     ),
                 )
                 for budget in usable
