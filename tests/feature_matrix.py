@@ -49,7 +49,7 @@ KINDS = {
     "full": {"kind": "full"},
     "windows": {"kind": "windowed"},
     "latents": {"kind": "latents"},
-    "states": {"kind": "states"},
+    "states": {"kind": "states", "state_checkpoints": 4},
     "transformers' code": {"kind": "full", "model_impl": "transformers"},
 }
 """Kinds of layers, and whose code computes them: arguments of `make_runner`."""
