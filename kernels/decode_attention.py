@@ -20,6 +20,7 @@ from baton.kernels.decode_plan import (
     decode_config,
     make_work,
     plan_decode,
+    takes_width,
 )
 from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.soft_cap import capped
@@ -31,6 +32,7 @@ __all__ = [
     "make_work",
     "paged_decode_attention",
     "plan_decode",
+    "takes_width",
 ]
 
 _LOG2E = 1.4426950408889634
@@ -57,17 +59,20 @@ def paged_decode_attention(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """One query token a row, over the row's keys in the pool → [B, num_heads, head_dim].
+    """Query tokens, `work.width` of each row, over the row's keys in the pool → [B · width,
+    num_heads, head_dim].
 
     `plan_decode` has been called with the same rows, context_lens and window; what those say is
-    taken from the plan. A row of −1 becomes zero, unless it was planned that padding is left.
+    taken from the plan. A row of −1 becomes zero, unless it was planned that padding is left. Of a
+    row with drafts each token sees the keys up to its own.
 
     Args:
-        query: [B, num_heads, head_dim], the last dimension contiguous.
+        query: [B · width, num_heads, head_dim], the last dimension contiguous.
         kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous, the dtype
             of `query`. Slots behind a row's context may hold anything, NaN included.
         layer: which layer of `kv`.
-        rows, context_lens: as for `plan_decode`.
+        rows: int32 [B · width], the slot of each token.
+        context_lens: as for `plan_decode`.
         block_tables: int32 [slots, ≥ blocks of the context]; what follows them, and what lies
             before the window, is not read.
         scale: of the products of query and key.
@@ -83,15 +88,16 @@ def paged_decode_attention(
     """
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    num_rows, num_heads, head_dim = query.shape
+    num_tokens, num_heads, head_dim = query.shape
     _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
-    if num_rows != work.num_rows or num_heads != work.num_heads or rows.shape != (num_rows,):
-        raise ValueError(f"{num_rows} × {num_heads} heads are not what the work was made for")
+    is_meant = num_tokens == work.num_rows * work.width and num_heads == work.num_heads
+    if not is_meant or rows.shape != (num_tokens,):
+        raise ValueError(f"{num_tokens} × {num_heads} heads are not what the work was made for")
     if work.window != window:
         raise ValueError(f"planned for window {work.window}, asked for {window}")
     config, num_items = work.config, work.items.shape[0]
     group = num_heads // num_kv_heads
-    block_h = max(16, triton.next_power_of_2(group))
+    block_h = max(16, triton.next_power_of_2(group * work.width))
     block_d = max(16, triton.next_power_of_2(head_dim))
     # Float32 products do not go through tensor cores, and hold whole operands in registers.
     num_warps = max(config.num_warps, 8 if kv.element_size() == 4 else 0)
@@ -105,6 +111,7 @@ def paged_decode_attention(
         work.weight,
         work.arrived,
         sinks,
+        context_lens,
         layer,
         scale * _LOG2E,  # exp2 is what the hardware has
         query.stride(0),
@@ -117,6 +124,8 @@ def paged_decode_attention(
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
         GROUP=group,
+        WIDTH=work.width,
+        WINDOW=window if work.width > 1 else 0,
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
@@ -130,7 +139,7 @@ def paged_decode_attention(
         launch_pdl=pdl,
     )
     if not config.fused:
-        _combine[(num_kv_heads, num_rows)](
+        _combine[(num_kv_heads, work.num_rows)](
             out,
             work.row_items,
             work.partial,
@@ -141,6 +150,7 @@ def paged_decode_attention(
             KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             GROUP=group,
+            WIDTH=work.width,
             BLOCK_D=block_d,
             AT_ONCE=_COMBINED_AT_ONCE,
             num_warps=4,
@@ -168,6 +178,7 @@ def _attend(
     weight,
     arrived,
     sinks,
+    context_lens,
     layer,
     scale,
     query_row,
@@ -180,6 +191,8 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,7 +202,8 @@ def _attend(
     SOFT_CAP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One KV head of one item."""
+    """One KV head of one item. Row m of the products is token m // GROUP of the row."""
+    HEADS: tl.constexpr = GROUP * WIDTH
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     entry = items + item * FIELDS
@@ -213,9 +227,17 @@ def _attend(
 
     head = tl.arange(0, BLOCK_H)
     dim = tl.arange(0, BLOCK_D)
-    is_real = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    heads = kv_head * GROUP + head
-    q_at = row.to(tl.int64) * query_row + heads[:, None] * query_head + dim[None, :]
+    is_real = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
+    if WIDTH == 1:
+        heads = kv_head * GROUP + head
+        q_at = row.to(tl.int64) * query_row + heads[:, None] * query_head + dim[None, :]
+    else:
+        heads = kv_head * GROUP + head % GROUP
+        token = row.to(tl.int64) * WIDTH + head // GROUP
+        q_at = token[:, None] * query_row + heads[:, None] * query_head + dim[None, :]
+        # Of padding behind the last draft nothing is used.
+        hidden = tl.maximum(tl.load(entry + 6) - head // GROUP, 0)
+        last = tl.load(context_lens + slot, mask=begin < end, other=0) - hidden
     q = tl.load(query + q_at, mask=is_real, other=0.0)
 
     # A block's offset needs 64 bits; what follows inside the block does not.
@@ -223,7 +245,11 @@ def _attend(
     keys = kv + (kv_head * LAYERS + layer) * (2 * BLOCK_SIZE * HEAD_DIM)
     # What scores must be multiplied by when they are known: capped ones are scaled before.
     rest = 1.0 if SOFT_CAP > 0 else scale
-    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    if WIDTH == 1:
+        highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    else:
+        # Finite: of an item's keys a token may see none.
+        highest = tl.full([BLOCK_H], -1.0e30, tl.float32)
     # Summed over keys at the end only: between warps that costs a barrier.
     shares = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
@@ -248,7 +274,12 @@ def _attend(
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFT_CAP > 0:
             score = capped(score * scale, SOFT_CAP)
-        score = tl.where(((key >= begin) & (key < end))[None, :], score, float("-inf"))
+        seen = ((key >= begin) & (key < end))[None, :]
+        if WIDTH > 1:
+            seen &= key[None, :] < last[:, None]
+            if WINDOW > 0:
+                seen &= key[None, :] >= last[:, None] - WINDOW
+        score = tl.where(seen, score, float("-inf"))
         # Every tile has a key of the item, so `above` is finite.
         above = tl.maximum(highest, tl.max(score, 1) * rest)
         p = tl.exp2(score * rest - above[:, None])
@@ -263,16 +294,21 @@ def _attend(
     if sinks is not None:
         # Of a row of several items, when those are added up.
         if num_splits == 1:
-            acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < GROUP)
+            acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < HEADS)
     # A row without keys has a total of zero and becomes zero.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if num_splits == 1:
-        out_at = row.to(tl.int64) * out_row + heads[:, None] * out_head + dim[None, :]
+        if WIDTH == 1:
+            out_at = row.to(tl.int64) * out_row + heads[:, None] * out_head + dim[None, :]
+        else:
+            out_at = token[:, None] * out_row + heads[:, None] * out_head + dim[None, :]
         tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)
     else:
-        at = item * (KV_HEADS * GROUP) + heads
+        at = (item * KV_HEADS + kv_head) * HEADS + head
         tl.store(partial + at[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_real)
-        tl.store(weight + at, highest + tl.log2(total), mask=head < GROUP)
+        if WIDTH > 1:
+            total = tl.where(total > 0, total, 1.0)
+        tl.store(weight + at, highest + tl.log2(total), mask=head < HEADS)
         if FUSED:
             # The barrier puts the stores of all threads before the release of the one that adds.
             tl.debug_barrier()
@@ -280,17 +316,19 @@ def _attend(
             if tl.atomic_add(done, 1, sem="acq_rel") == num_splits - 1:
                 tl.store(done, 0)
                 _add_up(
-                    out + row.to(tl.int64) * out_row,
+                    out + row.to(tl.int64) * (WIDTH * out_row),
                     partial,
                     weight,
                     sinks,
                     first_item,
                     num_splits,
                     kv_head,
+                    out_row,
                     out_head,
                     KV_HEADS,
                     HEAD_DIM,
                     GROUP,
+                    WIDTH,
                     BLOCK_D,
                     AT_ONCE,
                 )
@@ -318,27 +356,30 @@ def _combine(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """One KV head of one row of several items."""
+    """One KV head of a row of several items."""
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     first_item = tl.load(row_items + row * 2)
     num_splits = tl.load(row_items + row * 2 + 1)
     if num_splits > 1:
         _add_up(
-            out + row.to(tl.int64) * out_row,
+            out + row.to(tl.int64) * (WIDTH * out_row),
             partial,
             weight,
             sinks,
             first_item,
             num_splits,
             kv_head,
+            out_row,
             out_head,
             KV_HEADS,
             HEAD_DIM,
             GROUP,
+            WIDTH,
             BLOCK_D,
             AT_ONCE,
         )
@@ -353,18 +394,21 @@ def _add_up(
     first_item,
     num_splits,
     kv_head,
+    out_row,
     out_head,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Adds up a row's items for one KV head; `out` points to the row."""
-    GROUP_P: tl.constexpr = triton.next_power_of_2(GROUP)
+    HEADS: tl.constexpr = GROUP * WIDTH
+    GROUP_P: tl.constexpr = triton.next_power_of_2(HEADS)
     head = tl.arange(0, GROUP_P)
     dim = tl.arange(0, BLOCK_D)
-    is_real = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    is_real = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
     highest = tl.full([GROUP_P], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_P], tl.float32)
     acc = tl.zeros([GROUP_P, BLOCK_D], tl.float32)
@@ -372,11 +416,11 @@ def _add_up(
         # Unrolled, so that the loads of several items are under way together.
         for ahead in tl.static_range(AT_ONCE):
             split = start + ahead
-            at = ((first_item + split) * KV_HEADS + kv_head) * GROUP + head
+            at = ((first_item + split) * KV_HEADS + kv_head) * HEADS + head
             # .cg: other programs wrote these while this one ran; they are in the L2 cache.
             w = tl.load(
                 weight + at,
-                mask=(head < GROUP) & (split < num_splits),
+                mask=(head < HEADS) & (split < num_splits),
                 other=float("-inf"),
                 cache_modifier=".cg",
             )
@@ -387,15 +431,17 @@ def _add_up(
                 cache_modifier=".cg",
             )
             # Heads that only pad have no weight anywhere; without this they would make NaN.
-            above = tl.where(head < GROUP, tl.maximum(highest, w), 0.0)
+            above = tl.where(head < HEADS, tl.maximum(highest, w), 0.0)
             share = tl.exp2(w - above)
             fade = tl.exp2(highest - above)
             total = total * fade + share
             acc = acc * fade[:, None] + part * share[:, None]
             highest = above
     if sinks is not None:
-        heads = kv_head * GROUP + head
-        acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < GROUP)
-    acc = acc / tl.where(head < GROUP, total, 1.0)[:, None]
-    out_at = (kv_head * GROUP + head)[:, None] * out_head + dim[None, :]
+        heads = kv_head * GROUP + head % GROUP
+        acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < HEADS)
+    acc = acc / tl.where(head < HEADS, total, 1.0)[:, None]
+    out_at = (kv_head * GROUP + head % GROUP)[:, None] * out_head + dim[None, :]
+    if WIDTH > 1:
+        out_at += (head // GROUP)[:, None] * out_row
     tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)

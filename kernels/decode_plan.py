@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 ITEM_FIELDS = 8
-"""An item: row, slot, first key, end of keys, first item of the row, items of the row, two unused.
-A row of −1 marks an item that is not used."""
+"""An item: row, slot, first key, end of keys, first item of the row, items of the row, how many
+keys at its end the row's first token does not see, one unused. A row of −1 marks an item that is
+not used."""
 _PLANNED_AT_ONCE = 32
+_MOST_HEADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +69,24 @@ class DecodeWork:
     row_items: Tensor
     """int32 [rows, 2]: a row's first item and how many it has."""
     partial: Tensor
-    """float32 [items, num_heads, head_dim]"""
+    """float32 [items, num_heads · width, head_dim]; of each KV head token by token."""
     weight: Tensor
-    """float32 [items, num_heads]: log2 of the sum of exp of an item's scores."""
+    """float32 [items, num_heads · width]: log2 of the sum of exp of an item's scores."""
     arrived: Tensor
     """int32 [rows, num_kv_heads]: items of the row that are done; zero between kernels."""
+    width: int = 1
+    """Tokens of a row, each with its heads, that share a reading of its keys."""
     window: int | None = None
     """What the plan was made for."""
 
     @property
     def num_rows(self) -> int:
         return self.row_items.shape[0]
+
+
+def takes_width(width: int, num_kv_heads: int, num_heads: int) -> bool:
+    """Whether the heads of so many tokens fit into one product."""
+    return width * (num_heads // num_kv_heads) <= _MOST_HEADS
 
 
 def make_work(
@@ -87,6 +96,7 @@ def make_work(
     head_dim: int,
     device: torch.device,
     *,
+    width: int = 1,
     num_items: int | None = None,
     config: DecodeConfig | None = None,
     scratch: Scratch | None = None,
@@ -98,6 +108,7 @@ def make_work(
     one each.
 
     Args:
+        width: tokens of a row, as `takes_width` allows.
         num_items: upper bound of the items of a step, more than `num_rows`; without it, room for
             `config.programs` programs' worth of items or one a row, whichever is more, and for one
             more a row, which the rounding of shares to whole tiles needs.
@@ -114,16 +125,20 @@ def make_work(
         num_items = num_rows + max(num_rows, triton.cdiv(config.programs, num_kv_heads))
     if num_items <= num_rows:
         raise ValueError(f"{num_items} items are not more than {num_rows} rows")
-    num_sums = num_items * num_heads * head_dim
+    if width > 1 and not takes_width(width, num_kv_heads, num_heads):
+        raise ValueError(f"rows of {width} tokens have too many heads for a KV head")
+    num_heads_of_row = num_heads * width
+    num_sums = num_items * num_heads_of_row * head_dim
     memory = (scratch or Scratch()).floats(num_sums, device)
     return DecodeWork(
         config=config,
         num_heads=num_heads,
         items=torch.full((num_items, ITEM_FIELDS), -1, dtype=torch.int32, device=device),
         row_items=torch.zeros(num_rows, 2, dtype=torch.int32, device=device),
-        partial=memory.view(num_items, num_heads, head_dim),
-        weight=torch.empty(num_items, num_heads, dtype=torch.float32, device=device),
+        partial=memory.view(num_items, num_heads_of_row, head_dim),
+        weight=torch.empty(num_items, num_heads_of_row, dtype=torch.float32, device=device),
         arrived=torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device),
+        width=width,
     )
 
 
@@ -133,6 +148,7 @@ def plan_decode(
     work: DecodeWork,
     *,
     back: Tensor | None = None,
+    num_drafts: Tensor | None = None,
     window: int = 0,
     leaves_padding: bool = False,
 ) -> None:
@@ -143,6 +159,8 @@ def plan_decode(
         context_lens: int32 [slots], at least 1 for a slot in `rows`.
         back: int32 [B], fewer than the context: how many keys at its end a row does not see, for
             its token is not the slot's last one. None: it sees them all.
+        num_drafts: int32 [slots], of work with a width: tokens of the slot behind a row's first
+            one, its last keys theirs. Padding behind them sees all that they see.
         window: a row sees its last `window` keys only; 0 means all of them.
         leaves_padding: rows of −1 have no items, and nothing is written for them.
     """
@@ -154,6 +172,7 @@ def plan_decode(
         rows,
         context_lens,
         back,
+        num_drafts,
         work.items,
         work.row_items,
         num_rows,
@@ -164,6 +183,7 @@ def plan_decode(
         ITEMS=_PLANNED_AT_ONCE,
         FIELDS=ITEM_FIELDS,
         HAS_BACK=back is not None,
+        HAS_DRAFTS=num_drafts is not None,
         LEAVES_PADDING=leaves_padding,
         num_warps=4,
     )
@@ -174,6 +194,7 @@ def _plan(
     rows,
     context_lens,
     back,
+    num_drafts,
     items,
     row_items,
     num_rows,
@@ -184,6 +205,7 @@ def _plan(
     ITEMS: tl.constexpr,
     FIELDS: tl.constexpr,
     HAS_BACK: tl.constexpr,
+    HAS_DRAFTS: tl.constexpr,
     LEAVES_PADDING: tl.constexpr,
 ):
     """Writes ITEMS entries of the list; every program finds out by itself where rows begin."""
@@ -192,7 +214,10 @@ def _plan(
     length = tl.load(context_lens + slot, mask=slot >= 0, other=0)
     if HAS_BACK:
         length -= tl.load(back + row, mask=slot >= 0, other=0)
-    first_key = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    drafts = tl.zeros_like(length)
+    if HAS_DRAFTS:
+        drafts = tl.load(num_drafts + slot, mask=slot >= 0, other=0)
+    first_key = tl.where(window > 0, tl.maximum(length - drafts - window, 0), 0)
     tiles = tl.cdiv(length, TILE) - first_key // TILE
     # The sum over rows of ceil(tiles / per_item) is at most (num_items − num_rows) + num_rows.
     per_item = tl.maximum(tl.cdiv(tl.sum(tiles), num_items - num_rows), 1)
@@ -212,7 +237,10 @@ def _plan(
     length = tl.load(context_lens + slot, mask=slot >= 0, other=0)
     if HAS_BACK:
         length -= tl.load(back + row, mask=slot >= 0, other=0)
-    first_key = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    drafts = tl.zeros_like(length)
+    if HAS_DRAFTS:
+        drafts = tl.load(num_drafts + slot, mask=slot >= 0, other=0)
+    first_key = tl.where(window > 0, tl.maximum(length - drafts - window, 0), 0)
     first_tile = first_key // TILE
     tiles = tl.cdiv(length, TILE) - first_tile
     splits = tl.maximum(tl.cdiv(tiles, per_item), 1)
@@ -228,6 +256,7 @@ def _plan(
     tl.store(entry + 3, tl.minimum(end, length), mask=is_item)
     tl.store(entry + 4, first_item, mask=is_item)
     tl.store(entry + 5, splits, mask=is_item)
+    tl.store(entry + 6, drafts, mask=is_item)
     is_first = is_item & is_used & (split == 0)
     tl.store(row_items + row * 2, first_item, mask=is_first)
     tl.store(row_items + row * 2 + 1, splits, mask=is_first)

@@ -20,7 +20,7 @@ class DecodeSteps:
         self._context = context
         shapes = [(size, width) for size in context.sizes for width in context.widths]
         self.work = {
-            (size, width): context.make_work(size * width)
+            (size, width): context.make_work(size, width)
             for size, width in sorted(shapes, key=lambda shape: -shape[0] * shape[1])
         }
         self.buffers = {shape: self._make_buffers(*shape) for shape in shapes}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.batch_state import begin_step
-from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode
+from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode, takes_width
 from baton.kernels.decode_plan import Scratch
 from baton.kernels.drafts import begin_drafted_step
 from baton.kernels.latent_attention import latent_decode_config
@@ -96,25 +96,34 @@ class DeviceContext:
         num_words = aligned(num_tokens) + num_rows
         return torch.empty(num_words, dtype=torch.int32, device=self.device)
 
-    def make_work(self, num_rows: int) -> list[DecodeWork]:
-        """By cache group that grows; groups whose work is cut alike share it, for layers run one by
-        one. Ask for the largest first, in whose scratch the others lie."""
+    def make_work(self, num_rows: int, width: int = 1) -> list[DecodeWork]:
+        """Of rows of so many tokens, by cache group that grows; groups whose work is cut alike
+        share it, for layers run one by one. Ask for the largest first, in whose scratch the others
+        lie.
+
+        Tokens of a row share a reading of its keys where their heads fit into one product; else
+        each is a row of its own.
+        """
         made: dict[tuple[int, ...], DecodeWork] = {}
         work = []
         for kv, window, spec in zip(self.kv, self.windows, self.specs, strict=False):
             _, num_kv_heads, _, _, _, head_dim = kv.shape
             config = None
+            shape = (num_rows * width, 1)
             if isinstance(spec, Latent):
                 head_dim = spec.rank
-                config = latent_decode_config(num_rows, self.num_heads, kv)
+                config = latent_decode_config(num_rows * width, self.num_heads, kv)
+            elif takes_width(width, num_kv_heads, self.num_heads):
+                shape = (num_rows, width)
             key = (num_kv_heads, head_dim, window)
             if key not in made:
                 made[key] = make_work(
-                    num_rows,
+                    shape[0],
                     num_kv_heads,
                     self.num_heads,
                     head_dim,
                     self.device,
+                    width=shape[1],
                     config=config,
                     scratch=self._scratch if config is not None else None,
                 )
@@ -131,8 +140,12 @@ class DeviceContext:
         """Lists the items of a group's decode attention, unless an earlier group has the same."""
         if work is None or any(plan.work is work for plan in planned):
             return
-        window = self.windows[len(planned)]
-        plan_decode(rows, self.state.context_lens, work, back=back, window=window)
+        window, state = self.windows[len(planned)], self.state
+        if work.width > 1:
+            rows = state.rows[work.num_rows]
+            plan_decode(rows, state.context_lens, work, num_drafts=state.num_drafts, window=window)
+        else:
+            plan_decode(rows, state.context_lens, work, back=back, window=window)
 
     def begin_rows(
         self, input_ids: Tensor, buffers: DecodeBuffers, plans: Sequence[GroupPlan]

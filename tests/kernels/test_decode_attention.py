@@ -381,3 +381,63 @@ def test_pool_of_more_than_2_31_elements(device: torch.device, assert_close: Che
     out = problem.attend(work)
     problem.kv, problem.block_tables = small, tables
     assert_close(out, problem.reference())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "width", "shape"),
+    [
+        ([33], 2, {}),
+        # Drafts that begin a tile of their own, rows without any, and padding.
+        ([70, 0, 17, 4], 4, {"head_dim": 22, "num_heads": 6, "soft_cap": 5.0}),
+        ([90, 21], 5, {"window": 19, "num_heads": 8}),
+        ([34], 16, {"num_heads": 4, "num_kv_heads": 1, "window": 3}),
+    ],
+)
+def test_tokens_of_a_row_share_its_keys(
+    lengths: list[int],
+    width: int,
+    shape: dict[str, Any],
+    fused: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+) -> None:
+    """Each sees the keys up to its own; as many items as there may be, so that some have keys that
+    a token does not see."""
+    # Room before the window of the first token.
+    held = {**shape, "window": shape["window"] + width} if "window" in shape else shape
+    problem = Problem(lengths, dtype, device, **held)
+    window = problem.window = shape.get("window", 0)
+    num_rows, num_heads, head_dim = problem.query.shape
+    query = torch.randn(num_rows * width, num_heads, head_dim, device=device).to(dtype)
+    num_drafts = torch.zeros(len(problem.context_lens), dtype=torch.int32, device=device)
+    for row, slot in enumerate(problem.rows.tolist()):
+        if slot >= 0:
+            num_drafts[slot] = max(width - 1 - row, 0)
+    problem.sinks = torch.randn(num_heads, device=device)
+    work = make_work(
+        num_rows, problem.kv.shape[1], num_heads, head_dim, device,
+        config=replace(SMALL, fused=fused), width=width, num_items=num_rows + 9,
+    )  # fmt: skip
+    work.partial.fill_(float("nan"))
+    work.weight.fill_(float("nan"))
+    plan_decode(problem.rows, problem.context_lens, work, num_drafts=num_drafts, window=window)
+    rows = problem.rows.repeat_interleave(width)
+    out = paged_decode_attention(
+        query, problem.kv, LAYER, rows, problem.context_lens, problem.block_tables, work,
+        problem.scale, window=window, soft_cap=problem.soft_cap, sinks=problem.sinks,
+        out=torch.full_like(query, float("nan")),
+    )  # fmt: skip
+    assert torch.isfinite(out).all()
+    for row, slot in enumerate(problem.rows.tolist()):
+        for token in range(1 + int(num_drafts[slot])) if slot >= 0 else ():
+            end = problem.context_lens.clone()
+            end[slot] -= num_drafts[slot] - token
+            at = slice(row * width + token, row * width + token + 1)
+            expected = decode_attention_reference(
+                query[at].double(), problem.kv.double(), LAYER, rows[at], end,
+                problem.block_tables, problem.scale, window=window, soft_cap=problem.soft_cap,
+                sinks=problem.sinks,
+            )  # fmt: skip
+            assert_close(out[at], expected)
