@@ -61,16 +61,17 @@ class Steps:
     num_streams: list[int] = field(default_factory=list)
     """Sequences whose tokens these are."""
 
-    def full(self, batch: int, num_steps: int) -> list[int]:
-        """The first `num_steps` + 1 steps in which so many sequences had tokens.
+    def full(self, batch: int, num_steps: int, num_before: int = 0) -> list[int]:
+        """The first `num_steps` + 1 steps in which so many sequences had tokens, behind some that
+        do not count.
 
         Raises:
             RuntimeError: there were fewer.
         """
         full = [i for i, num in enumerate(self.num_streams) if num == batch]
-        if len(full) < num_steps + 1:
+        if len(full) < num_before + num_steps + 1:
             raise RuntimeError(f"only {len(full)} steps had all {batch} sequences")
-        return full[: num_steps + 1]
+        return full[num_before : num_before + num_steps + 1]
 
 
 class InProcessEngine:

@@ -63,8 +63,8 @@ class Oracle:
     def is_behind(self, sequence: Answer) -> bool:
         return False
 
-    def catch_up(self, sequences: Sequence[Answer], most: int) -> int:
-        return 0
+    def catch_up(self, sequences: Sequence[Answer], *, others_wait: bool) -> bool:
+        return False
 
     def drafts(self, wanted: Sequence[tuple[Answer, int]]) -> list[Draft]:
         return [Draft(tuple(self._guess() for _ in range(most))) for _, most in wanted]
@@ -126,6 +126,7 @@ class Bench:
     def __init__(self, runner: ModelRunner, batch: int, context: int, num_steps: int) -> None:
         self._runner = runner
         self._batch = batch
+        self._context = context
         # Of few sequences more, so that it is known how often guesses were right.
         self._num_steps = max(num_steps, _FEWEST_CHAINS // batch)
         self._most_per_step = 1 + runner.num_drafts
@@ -139,12 +140,14 @@ class Bench:
         return self._rate(engine, self._num_steps, per_step)
 
     def _rate(self, engine: InProcessEngine, num_steps: int, per_step: float) -> Rate:
-        num_starting = 2 * (self._batch * 16 // self._runner.token_budget + 8)
+        # A draft model sees the prompts while the first steps go on.
+        num_before = 8 if self._runner.draft is None else 8 + self._batch * self._context // 512
+        num_starting = 2 * (self._batch * 16 // self._runner.token_budget + 8) + num_before
         num_tokens = self._most_per_step * num_starting + int(1.2 * per_step * num_steps)
         for prompt in self._prompts:
             engine.submit(prompt, num_tokens)
         steps = engine.run_until_idle()
-        full = steps.full(self._batch, num_steps)
+        full = steps.full(self._batch, num_steps, num_before)
         seconds = steps.at_s[full[-1]] - steps.at_s[full[0]]
         num_tokens = sum(steps.num_tokens[i] for i in full[1:])
         return Rate(seconds / num_steps * 1e3, num_tokens / num_steps / self._batch)

@@ -42,8 +42,9 @@ class Drafter(Protocol):
     def is_behind(self, sequence: Sequence) -> bool:
         """It has to catch up with the sequence's tokens before it guesses any."""
 
-    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
-        """Does so for as many tokens at most, of the first sequences first → how many."""
+    def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
+        """Does so for some tokens, of the first sequences first, fewer if `others_wait` for theirs
+        meanwhile; whether for any."""
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         """For each sequence guesses of the tokens behind those that are known, at most so many."""
@@ -85,8 +86,8 @@ class NgramDrafter:
     def is_behind(self, sequence: Sequence) -> bool:
         return False
 
-    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
-        return 0
+    def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
+        return False
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         return [self._draft(sequence, most) for sequence, most in wanted]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.services.decode.drafters import Draft, Predictions
 from baton.shared.engine.batch import BatchRow, RowHandle
-from baton.shared.engine.draft_model import DraftModel
+from baton.shared.engine.draft_model import CHUNK, DraftModel
 from baton.shared.engine.executor import Step
 from baton.shared.kv.block_pool import PoolExhausted
 from baton.shared.kv.pools import Pools
@@ -29,6 +29,8 @@ _FEW = 8
 """As many new tokens are computed with a chain; more are caught up with first."""
 _FEW_SINGLY = 3
 """The same where each takes a step."""
+_CHUNK_BESIDE = 128
+"""Tokens that are caught up with before a step for which others wait."""
 _STEPS_AHEAD = 3
 """Of the smaller model on a GPU, whose results are not taken yet."""
 
@@ -90,9 +92,11 @@ class ModelDrafter:
         num_computed = 0 if known is None else known.num_computed + len(known.guesses)
         return sequence.num_tokens - num_computed > self._few
 
-    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
+    def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
         rows: list[BatchRow] = []
-        left = most
+        # On a GPU fewer tokens would not take less time.
+        is_short = others_wait and not self._model.computes_tokens_singly
+        left = _CHUNK_BESIDE if is_short else CHUNK
         most_rows = min(self._model.max_rows, self._model.executor.num_free_rows)
         for sequence in sequences:
             if len(rows) == most_rows:
@@ -107,7 +111,7 @@ class ModelDrafter:
             left -= count
         if rows:
             self._launch(rows)
-        return most - left
+        return bool(rows)
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         drafts = [self._predictions.draft(sequence, most) for sequence, most in wanted]

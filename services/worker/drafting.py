@@ -22,10 +22,6 @@ from baton.shared.engine.draft_model import DraftModel
 from baton.shared.kv.sequence import Sequence
 from baton.shared.speculation import Speculation
 
-_CATCH_UP = 512
-_CATCH_UP_BESIDE = 128
-"""Tokens that a drafter catches up with before a step; the same where others wait for it."""
-
 
 class Lengths(Protocol):
     """What `DraftLengths` does."""
@@ -105,8 +101,7 @@ class Drafting:
         if not behind:
             return False
         started_s = time.monotonic()
-        most = _CATCH_UP_BESIDE if num_decoding else _CATCH_UP
-        self._has_caught_up = self._drafter.catch_up(behind, most) > 0
+        self._has_caught_up = self._drafter.catch_up(behind, others_wait=num_decoding > 0)
         if not pays:
             self._lengths.spent(time.monotonic() - started_s)
         return self._has_caught_up

@@ -29,8 +29,8 @@ class Planned:
     def is_behind(self, sequence: Sequence) -> bool:
         return False
 
-    def catch_up(self, sequences: Seq[Sequence], most: int) -> int:
-        return 0
+    def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
+        return False
 
     def forget(self, sequence: Sequence) -> None:
         pass

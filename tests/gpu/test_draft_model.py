@@ -1,0 +1,76 @@
+"""The demo and its draft model on a GPU: answers are those without guesses, and nothing is compiled
+once they are ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from baton.services.worker import messages as msg
+from baton.services.worker.sequence_table import Recipient
+from baton.services.worker.stepper import BatchLimits
+from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.kv.sequence import AttemptKey, Sequence
+from baton.shared.sampling import SamplingParams
+from tests.device import ROOT
+from tests.gpu.conftest import DEMO, MakeRunner
+from tests.gpu.test_no_late_compilation import forget_kernels
+from tests.unit.worker.drafting import GuessingRunner
+from tests.unit.worker.sim_worker import SimWorker
+
+pytestmark = pytest.mark.gpu
+
+WAYS = [
+    SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True),
+    SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True, seed=4),
+    SamplingParams(
+        temperature=0.8, top_p=0.9, presence_penalty=0.5, max_tokens=60, ignore_eos=True, seed=5
+    ),
+]
+LENGTHS = (3, 90, 700, 16, 17, 255)
+
+
+def answers(runner: ModelRunner, prompts: list[list[int]]) -> tuple[list[list[int]], Any]:
+    guessing = GuessingRunner(runner)
+    limits = BatchLimits(token_budget=512, max_num_seqs=8)
+    worker = SimWorker("w", "ab" * 16, guessing, lambda _, mail: None, limits)  # type: ignore[arg-type]
+    sequences = [
+        Sequence(AttemptKey(f"r{number}", 0, 1), tuple(prompt), WAYS[number % len(WAYS)])
+        for number, prompt in enumerate(prompts)
+    ]
+    for number, sequence in enumerate(sequences):
+        worker.inbox.put(msg.StartDecode(sequence, Recipient(worker.gateway_stream, number), None))
+    for _ in range(500):
+        worker.engine.run_once(may_wait=False)
+    assert worker.leftovers == {}
+    guessing.check()
+    return [sequence.output_token_ids for sequence in sequences], worker.counters
+
+
+def test_answers_are_those_without(
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    forget_kernels()
+    runner = make_gpu_runner(
+        DEMO,
+        dtype="float32",
+        num_blocks=400,
+        num_drafts=4,
+        draft_model_dir=ROOT / "models" / "demo-draft",
+    )
+    names: list[str] = []
+
+    def listen(*, src: Any, **_: Any) -> None:
+        names.append(f"{getattr(src, 'name', src)} {getattr(src, 'constants', '')}")
+
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    prompts = [[5 + 7 * number + n % 900 for n in range(n)] for number, n in enumerate(LENGTHS)]
+    guessed, counters = answers(runner, prompts)
+    assert not names, f"{len(names)} kernels were late, such as {names[0]}"
+    params = [WAYS[number % len(WAYS)] for number in range(len(prompts))]
+    assert guessed == PlainLoop(runner).generate(prompts, params)
+    assert counters["drafted_tokens"] > counters["accepted_tokens"] > counters["drafts"]
