@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from baton.kernels.split_prefill_attention import ItemConfig
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -53,6 +54,53 @@ def decode_attention() -> Iterator[Point]:
             yield Point(
                 f"{name} /{block_size}", attend, num_bytes, num_sets=num_sets, library=library
             )
+
+
+def split_prefill_attention() -> Iterator[Point]:
+    """Few tokens behind many."""
+    from baton.kernels.split_prefill_attention import item_config
+
+    for num_new, num_cached in ((16, 8192), (64, 512), (64, 8192), (64, 32768), (128, 8192)):
+        kv = torch.empty(0, KV_HEADS, 1, 2, 16, HEAD_DIM, dtype=_BF16, device="cuda")
+        config = item_config(num_new, HEADS, KV_HEADS, HEAD_DIM, kv)
+        yield split_point(num_new, num_cached, config)
+
+
+def split_point(
+    num_new: int, num_cached: int, config: ItemConfig, programs: int | None = None
+) -> Point:
+    from baton.kernels.prefill_attention import prefill_tiles
+    from baton.kernels.prefill_items import cut_items
+    from baton.kernels.split_prefill_attention import make_item_work
+    from baton.kernels.split_prefill_attention import split_prefill_attention as attend
+
+    device = torch.device("cuda")
+    num_keys = num_cached + num_new
+    num_bytes = 2 * (2 * KV_HEADS * HEAD_DIM * num_keys + 2 * num_new * HEADS * HEAD_DIM)
+    num_sets = num_sets_for(num_bytes)
+    kv, tables = _pool([num_keys], num_sets, 16)
+    query = torch.randn(num_new, HEADS, HEAD_DIM, dtype=_BF16, device=device)
+    out = torch.empty_like(query)
+    work = make_item_work(config, HEADS, HEAD_DIM, device, num_programs=programs)
+    tiles = prefill_tiles(
+        np.array([0, num_new]), np.array([0]), np.array([num_cached]), block_m=config.block_m
+    )
+    cut = cut_items(tiles, block_n=config.block_n, most_cuts=work.most_cuts)
+    items = torch.from_numpy(cut).to(device)
+    count = torch.tensor([len(cut)], dtype=torch.int32, device=device)
+
+    def call(i: int) -> None:
+        attend(query, kv, i, items, count, tables, work, HEAD_DIM**-0.5, out=out)
+
+    num_pairs = num_new * num_cached + num_new * (num_new + 1) // 2
+    return Point(
+        f"{num_new} behind {num_cached}",
+        call,
+        num_bytes,
+        flop=4 * HEADS * HEAD_DIM * num_pairs,
+        num_sets=num_sets,
+        note=f"{len(cut)} items",
+    )
 
 
 def prefill_attention() -> Iterator[Point]:

@@ -42,9 +42,9 @@ from benchmarks.gpu.measured_engine import (
     HitCounter,
     Point,
     add_engine_flags,
+    in_turn,
     make_runner,
     points,
-    without_prompt_graphs,
 )
 from benchmarks.gpu.prompt_points import behind_point, mixed_point
 from benchmarks.gpu.results import result_path, results_name
@@ -211,13 +211,9 @@ def _decode_point(
 def _prefill_point(
     engine: InProcessEngine, point: Point, ceilings: Ceilings, args: argparse.Namespace
 ) -> tuple[str, Figures]:
-    def measure() -> list[float]:
-        engine.prefill(point.batch, point.num_tokens)
-        return [engine.prefill(point.batch, point.num_tokens) for _ in range(args.prefills)]
-
-    times = measure()
-    with without_prompt_graphs(engine.runner):
-        launched = measure()
+    times, launched = in_turn(
+        engine.runner, lambda: engine.prefill(point.batch, point.num_tokens), args.prefills
+    )
     return f"prefill {point}", {
         "ms": statistics.median(times) * 1e3,
         "min_ms": min(times) * 1e3,

@@ -16,7 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from baton.kernels.linear_table import choose
-from benchmarks.gpu.attention_points import decode_attention, prefill_attention, rope_and_store
+from benchmarks.gpu.attention_points import (
+    decode_attention,
+    prefill_attention,
+    rope_and_store,
+    split_prefill_attention,
+)
 from benchmarks.gpu.expert_points import experts_around, experts_product
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 from benchmarks.gpu.latent_points import latent_decode, latent_heads, latent_prefill
@@ -195,7 +200,8 @@ def begin_step() -> Iterator[Point]:
 POINTS: dict[str, Callable[[], Iterator[Point]]] = {
     each.__name__: each
     for each in (
-        linear, decode_attention, prefill_attention, rope_and_store, rms_norm, gated_mul,
+        linear, decode_attention, prefill_attention, split_prefill_attention, rope_and_store,
+        rms_norm, gated_mul,
         block_digest, sampling, shaping, begin_step, experts_product, experts_around,
         latent_decode, latent_heads, latent_prefill,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,18 @@ def without_prompt_graphs(runner: ModelRunner) -> Iterator[None]:
         yield
     finally:
         executor._prompts = steps
+
+
+def in_turn(
+    runner: ModelRunner, measure: Callable[[], float], num_times: int
+) -> tuple[list[float], list[float]]:
+    """What is measured with prompt graphs and without, in turn: the GPU's clock drifts."""
+    captured, launched = [], []
+    for _ in range(num_times + 1):
+        captured.append(measure())
+        with without_prompt_graphs(runner):
+            launched.append(measure())
+    return captured[1:], launched[1:]
 
 
 class GapMeter:

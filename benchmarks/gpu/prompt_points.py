@@ -13,7 +13,7 @@ import torch
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
 from benchmarks.gpu.ceilings import Ceilings
-from benchmarks.gpu.measured_engine import Point, without_prompt_graphs
+from benchmarks.gpu.measured_engine import Point, in_turn, without_prompt_graphs
 from benchmarks.in_process import GREEDY, InProcessEngine, random_prompts
 from models.roofline import behind_floor_s, mixed_floor_s
 
@@ -29,15 +29,9 @@ def behind_point(
     [prefix] = engine.cached_prompts(1, point.num_tokens)
     num_new = point.batch
 
-    def measure() -> float:
-        engine.prefill_behind(prefix, num_new)
-        return statistics.median(
-            engine.prefill_behind(prefix, num_new) * 1e3 for _ in range(num_times)
-        )
-
-    figures = {"ms": measure()}
-    with without_prompt_graphs(engine.runner):
-        figures["launched_ms"] = measure()
+    times = in_turn(engine.runner, lambda: engine.prefill_behind(prefix, num_new), num_times)
+    ms, launched_ms = (statistics.median(each) * 1e3 for each in times)
+    figures = {"ms": ms, "launched_ms": launched_ms}
     floor_s = behind_floor_s(engine.runner.model_config, num_new, point.num_tokens, ceilings.rates)
     figures["floor_ms"] = floor_s * 1e3
     return f"{num_new} behind {point.num_tokens}", figures
