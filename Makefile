@@ -78,7 +78,7 @@ proto-baseline: install ## Take the contract as it is now for the baseline of pr
 	$(BIN)/buf build protos --exclude-source-info --output $(BASELINE)
 
 .PHONY: support-matrix
-support-matrix: install ## Write the tables of docs/models.md: what each model type can be
+support-matrix: install ## Write the tables of README.md and docs/models.md: what is served, what goes together
 	$(BIN)/python -m tests.support_matrix
 
 .PHONY: bench
