@@ -45,7 +45,7 @@ from tests.unit.worker.network import Clock
 from tests.unit.worker.sim_worker import SimWorker
 from tests.unit.worker.simulation import Cluster
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "windows": {"kind": "windowed"},
     "latents": {"kind": "latents"},

@@ -50,7 +50,7 @@ def about(model: str) -> dict[str, Any]:
     """
     directory = model_dir(model)
     name = open_config(directory).string("model_type")
-    told = {"model": model, "served": True, "model_type": name}
+    told = {"model": model, "served": True, "model_type": name, "extras": _extras(directory, name)}
     if not registry.has(name):
         _check_transformers(directory, name)
         return {**told, "served": None, "text": _text(directory)}
@@ -75,6 +75,14 @@ def about(model: str) -> dict[str, Any]:
 
 
 def _lines(told: dict[str, Any]) -> Iterator[str]:
+    yield from _facts(told)
+    missing = ",".join(extra for extra, is_here in told["extras"].items() if not is_here)
+    if missing:
+        yield f"  missing  pip install '.[{missing}]'"
+    yield f"  start    baton up --model {told['model']}"
+
+
+def _facts(told: dict[str, Any]) -> Iterator[str]:
     if told["served"] is None:
         yield f"{told['model']}: may be served"
         yield f"  type     {told['model_type']}, by transformers' code if that runs: a start tells"
@@ -97,7 +105,6 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
         yield f"  ignored  {', '.join(told['ignored_fields'])}"
     for flag, why in told["flags"].items():
         yield f"  flag     {flag}: {why}"
-    yield f"  start    baton up --model {told['model']}"
 
 
 def _check_transformers(directory: Path, name: str) -> None:
@@ -110,6 +117,17 @@ def _check_transformers(directory: Path, name: str) -> None:
         f"are {known}; others may run through transformers: "
         "pip install 'baton-llm[worker,transformers]'"
     )
+
+
+def _extras(directory: Path, name: str) -> dict[str, bool]:
+    """Parts of `pip install '.[...]'` that a worker of this model takes, and whether they are
+    here."""
+    wanted = {"worker": "torch"}
+    if not registry.has(name):
+        wanted["transformers"] = "transformers"
+    if not (directory / "tokenizer.json").exists() and any(directory.glob("*.model")):
+        wanted["sentencepiece"] = "sentencepiece"
+    return {extra: find_spec(package) is not None for extra, package in wanted.items()}
 
 
 def _text(directory: Path) -> str:

@@ -120,6 +120,19 @@ def test_a_window_keeps_no_more_than_it_sees(tmp_path: Path) -> None:
     assert told["text"].startswith("token ids only")
 
 
+def test_what_has_to_be_installed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(tmp_path / "m", {}, EMBEDDING)
+    (tmp_path / "m" / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(
+        "baton.services.launcher.models.find_spec",
+        lambda name: None if name == "sentencepiece" else name,
+    )
+    assert main(["models", model]) == 0
+    assert "  missing  pip install '.[sentencepiece]'" in capsys.readouterr().out
+
+
 def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATON_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "m.gguf"
@@ -137,6 +150,7 @@ def test_a_type_without_a_file_of_its_own_may_be_served(
     shutil.copy(DEMO / "tokenizer.json", tmp_path / "m")
     assert main(["models", model]) == 0
     assert f"{model}: may be served" in capsys.readouterr().out
+    assert about(model)["extras"] == {"worker": True, "transformers": True}
     monkeypatch.setattr("baton.services.launcher.models.find_spec", lambda name: None)
     assert main(["models", model]) == 1
     assert '"olmo2" is not supported' in capsys.readouterr().err
