@@ -97,7 +97,7 @@ def _ssd_scan_kernel(
         b = tl.load(x_rows + b_column + n[None, :], mask=is_n, other=0.0)
         c = tl.load(x_rows + c_column + n[None, :], mask=is_n, other=0.0)
         scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
-        if PRECISION == "ieee":
+        if PRECISION == "tf32x3":
             # A difference of long sums would round more than the rest does.
             later = tl.where(t[:, None] > t[None, :], exponent[:, None], 0.0)
             between = tl.cumsum(later, axis=0)
@@ -178,7 +178,7 @@ def ssd_scan(
         CHUNK=TILE_TOKENS,
         BLOCK_P=config.block_p,
         BLOCK_N=max(16, triton.next_power_of_2(state_size)),
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

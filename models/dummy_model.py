@@ -267,6 +267,23 @@ _TINY: dict[str, Any] = {
     "head_dim": 32,
     "vocab_size": 2048,
 }
+_MAMBA2_3B = Shape(
+    {
+        "model_type": "mamba2",
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "hidden_size": 2560,
+        "num_hidden_layers": 64,
+        "num_heads": 80,
+        "head_dim": 64,
+        "state_size": 128,
+        "n_groups": 1,
+        "expand": 2,
+        "conv_kernel": 4,
+        "vocab_size": 50_288,
+        "layer_norm_epsilon": 1e-5,
+    }
+)
 SHAPES = {
     "llama-8b": _LLAMA_8B,  # Llama 3.1
     "llama-1b": _LLAMA_1B,  # Llama 3.2
@@ -277,6 +294,7 @@ SHAPES = {
     "gpt-oss-20b": _GPT_OSS_20B,
     "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
     "qwen3.5-35b-a3b": _QWEN3_5_35B_A3B,
+    "mamba2-2.7b": _MAMBA2_3B,
     # For trials on a CPU.
     "tiny": _LLAMA_8B.but(**_TINY, num_hidden_layers=2, max_position_embeddings=16_384),
     "tiny-draft": _LLAMA_8B.but(**_TINY, num_hidden_layers=1, max_position_embeddings=16_384),
@@ -298,6 +316,9 @@ SHAPES = {
         shared_expert_intermediate_size=64,
         num_experts=16,
         num_experts_per_tok=4,
+    ),
+    "tiny-mamba2": _MAMBA2_3B.of_layers(2).but(
+        hidden_size=128, num_heads=4, state_size=32, vocab_size=512
     ),
     "tiny-gpt-oss": _GPT_OSS_20B.of_layers(2).but(
         **_TINY, num_local_experts=8, num_experts_per_tok=2, sliding_window=32

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.shared.engine.models.delta_config import DeltaModelConfig
+from baton.shared.engine.models.mamba_config import HybridConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 
 _ITEM = 2
@@ -95,7 +96,7 @@ def step_weight_bytes(
     quantization: str | None = None,
 ) -> float:
     """What a step of so many tokens reads of the weights, each once."""
-    num_dense = _num_attention_weights(model) + _num_mlp_weights(model)
+    num_dense = _num_layer_weights(model)
     num_bytes: float = WEIGHT_ITEMS[quantization] * num_dense + _ITEM * num_head_weights(model)
     if model.mixture is not None:
         rule, num_layers = model.mixture.routing, sum(model.mixture.layers)
@@ -113,7 +114,7 @@ def expected_hits(num_experts: int, top_k: int, num_tokens: int) -> float:
 
 def num_weights_of_a_token(model: ModelConfig) -> int:
     """Weights that every token is multiplied by, the head's not among them."""
-    num_weights = _num_attention_weights(model) + _num_mlp_weights(model)
+    num_weights = _num_layer_weights(model)
     if model.mixture is not None:
         rule = model.mixture.routing
         of_a_layer = rule.top_k * _num_expert_weights(model) + rule.num_experts * model.hidden_size
@@ -165,6 +166,11 @@ def _num_kept(layer: AttentionConfig) -> int:
     return layer.latent.rank + layer.head_dim
 
 
+def _num_layer_weights(model: ModelConfig) -> int:
+    """Of all layers, but for experts that not every token has."""
+    return _num_attention_weights(model) + _num_mixer_weights(model) + _num_mlp_weights(model)
+
+
 def _num_attention_weights(model: ModelConfig) -> int:
     """Queries and output, and where a layer has its own, keys and values; and of layers with a
     gated delta rule, all that they multiply by."""
@@ -198,8 +204,19 @@ def _num_attention_weights_of(layer: AttentionConfig, hidden_size: int) -> int:
     return queries + latents + of_heads + layer.num_heads * value_dim * hidden_size
 
 
+def _num_mixer_weights(model: ModelConfig) -> int:
+    """What mixers of Mamba2 multiply by; convolutions are left out."""
+    if not isinstance(model, HybridConfig):
+        return 0
+    own, num_mixers = model.mamba, sum(state is not None for state in model.states)
+    num_outputs = 2 * own.inner_size + own.conv_size + own.num_heads
+    return num_mixers * model.hidden_size * num_outputs
+
+
 def _num_mlp_weights(model: ModelConfig) -> int:
     """Of MLPs, and of experts that every token has."""
+    if model.model_type == "mamba2":
+        return 0
     sizes = model.intermediate_size * model.num_layers
     if model.mixture is not None:
         num_layers = sum(model.mixture.layers)

@@ -71,7 +71,8 @@ class DeviceContext:
         num_slots = 2 * max_num_seqs + 16
         self.state = BatchState(
             num_slots,
-            -(-max_model_len // self.block_size),
+            # A slot is all that a sequence has of a group of states.
+            -(-max_model_len // self.block_size) if self.kv else 1,
             self.sizes,
             device,
             zero_blocks=[

@@ -69,16 +69,30 @@ def of_one_group(table: list[int]) -> list[list[int]]:
 
 
 def of_groups(*runners: ModelRunner) -> TablesOf:
-    """Blocks that all of them have, each group others: groups may share a pool."""
-    taken = sorted({block for table in [*TABLES.values(), _OTHER] for block in table})
-    num_groups = len(runners[0].groups)
-    num_blocks = min(min(runner.num_blocks) for runner in runners)
-    drawn = random.Random(1).sample(range(num_blocks), num_groups * len(taken))
+    """Blocks that all of them have, each group others: groups may share a pool. Of a group of
+    states a slot, each row another."""
+    tables = [*TABLES.values(), _OTHER]
+    taken = sorted({block for table in tables for block in table})
+    groups = runners[0].groups
+    num_growing = sum(group.spec.grows for group in groups)
+    num_blocks = min(
+        (
+            num
+            for runner in runners
+            for pool, num in enumerate(runner.num_blocks)
+            if pool not in runner.arrangement.slot_pools
+        ),
+        default=0,
+    )
+    drawn = random.Random(1).sample(range(num_blocks), num_growing * len(taken))
 
     def tables_of(table: list[int]) -> list[list[int]]:
         places = [taken.index(block) for block in table]
         return [
-            [drawn[group::num_groups][place] for place in places] for group in range(num_groups)
+            [drawn[group::num_growing][place] for place in places]
+            if each.spec.grows
+            else [tables.index(table)]
+            for group, each in enumerate(groups)
         ]
 
     return tables_of
