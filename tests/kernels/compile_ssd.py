@@ -38,7 +38,8 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def compile_all(capability: int, model: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     num_heads, head_dim, state_size, groups = SIZES[model]
     inner, wide = num_heads * head_dim, torch.float32
-    weights = SsdWeights(*(_empty(num_heads, dtype=wide) for _ in range(3)), groups)
+    a, d, dt_bias = (_empty(num_heads, dtype=wide) for _ in range(3))
+    weights = SsdWeights(a, d, dt_bias, groups)
     states = _empty(9, num_heads, head_dim, state_size, dtype=wide)
     width = inner + 2 * groups * state_size
     with recording(capability) as kernels:
@@ -70,7 +71,7 @@ def main(capability: str = "90", *models: str) -> None:
     report = [
         each
         for model in models or SIZES
-        for dtype in (torch.bfloat16,)
+        for dtype in (torch.bfloat16, torch.float32)
         for each in compile_all(int(capability), model, dtype)
     ]
     sys.stdout.write("\n".join(map(json.dumps, report)) + "\n")

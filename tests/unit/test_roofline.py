@@ -58,6 +58,8 @@ def config_of(name: str, directory: Path) -> ModelConfig:
             20 * MiB,
             160 * MiB,
         ),
+        # 2560 · (2 · 5120 + 256 + 80 + 5120): a mixer, and nothing else in a layer.
+        ("mamba2-2.7b", 64 * 40_181_760, 128_737_280, 5_400_739_840, 0, 0),
     ],
 )
 def test_what_a_step_reads_and_multiplies(
