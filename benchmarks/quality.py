@@ -146,7 +146,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=model_dir, metavar="MODEL", help="directory, name or GGUF file")
     add("--against", type=model_dir, metavar="MODEL", help="default: MODEL itself")
-    add("--text", type=Path, default=ROOT / "README.md", help="default: the project's README.md")
+    add("--text", type=Path, default=ROOT / "docs/gateway.md", help="default: docs/gateway.md")
     add("--forms", type=_form, nargs="+", default=["bfloat16"], help="default: bfloat16")
     add("--tokens", type=int, default=2000)
     add("--window", type=int, default=500, help="tokens of a prompt")

@@ -21,7 +21,7 @@ class Capability:
     layout: tuple[str, ...]
     """By cache group, what its blocks hold and how, as the tensors have it (KvCache.layout)."""
     determinism: str
-    """`exact` or `consistent`, and what equal bits rest on beside it (docs/architecture.md)."""
+    """`exact` or `consistent`, and what equal bits rest on beside it (docs/determinism.md)."""
 
     def hash(self) -> str:
         return _hash(self)
