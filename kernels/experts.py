@@ -77,6 +77,7 @@ def experts(
     residual: Tensor | None = None,
     *,
     shared: SharedWeights | None = None,
+    shared_gate: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Each token's experts, weighted and added up, plus the residual.
@@ -86,6 +87,7 @@ def experts(
         routes: of `route`.
         residual: [T, hidden]; the result takes its memory.
         shared: what every token has besides; see `takes_shared`.
+        shared_gate: float32 [T, 1], whose sigmoid that is multiplied by; rows may be strided.
         pdl: see above.
     """
     num_tokens, hidden = x.shape
@@ -100,14 +102,14 @@ def experts(
     multiply_up(inner, x, weights, routes, order, activation, shared=shared, pdl=pdl)
     rows = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
     multiply_down(rows, inner, weights, routes, order, shared=shared, pdl=pdl)
-    return combine(rows, routes, residual, num_shared=num_shared, pdl=pdl)
+    return combine(rows, routes, residual, num_shared=num_shared, gate=shared_gate, pdl=pdl)
 
 
 def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None, *, pdl: bool = False) -> Tensor:
     """sigmoid(gate) · x + residual, in the residual's memory: x and residual [T, hidden], gate
     float32 [T, 1], whose rows may be strided."""
     out = torch.empty_like(x) if residual is None else residual
-    return _add_up(out, x, gate, residual, 0, is_gate=True, pdl=pdl)
+    return _add_up(out, x, None, residual, 1, gate, pdl=pdl)
 
 
 def multiply_up(
@@ -156,12 +158,14 @@ def combine(
     residual: Tensor | None = None,
     *,
     num_shared: int = 0,
+    gate: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Σ weight · row of each token's pairs, [pairs, hidden], plus the residual [T, hidden], whose
-    memory the result takes. The last `num_shared` of a token's pairs have a weight of one."""
+    memory the result takes. The last `num_shared` of a token's pairs have a weight of one, or of
+    the sigmoid of `gate`, float32 [T, 1]."""
     out = rows.new_empty(len(routes.weights), rows.shape[1]) if residual is None else residual
-    return _add_up(out, rows, routes.weights, residual, num_shared, is_gate=False, pdl=pdl)
+    return _add_up(out, rows, routes.weights, residual, num_shared, gate, pdl=pdl)
 
 
 def _product(
@@ -257,11 +261,11 @@ def _capability(device: torch.device) -> int:
 def _add_up(
     out: Tensor,
     rows: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     residual: Tensor | None,
     num_shared: int,
+    gate: Tensor | None,
     *,
-    is_gate: bool,
     pdl: bool,
 ) -> Tensor:
     num_tokens, size = out.shape
@@ -272,18 +276,19 @@ def _add_up(
         out,
         rows,
         weights,
+        gate,
         residual,
         out.stride(0),
         rows.stride(0),
-        weights.stride(0),
+        0 if weights is None else weights.stride(0),
+        0 if gate is None else gate.stride(0),
         0 if residual is None else residual.stride(0),
         SIZE=size,
-        TOP_K=weights.shape[1],
+        TOP_K=0 if weights is None else weights.shape[1],
         SHARED=num_shared,
-        IS_GATE=is_gate,
         BLOCK=block,
         num_warps=4,
-        **overlap(weights, pdl=pdl),
+        **overlap(rows, pdl=pdl),
     )
     return out
 
@@ -483,15 +488,16 @@ def _combine(
     out_ptr,
     rows_ptr,
     weights_ptr,
+    gate_ptr,
     residual_ptr,
     out_stride,
     rows_stride,
     weights_stride,
+    gate_stride,
     residual_stride,
     SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     SHARED: tl.constexpr,
-    IS_GATE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -503,14 +509,16 @@ def _combine(
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
     acc = tl.zeros([BLOCK], tl.float32)
+    gate = 1.0
+    if gate_ptr is not None:
+        gate = 1.0 / (1.0 + tl.exp(-tl.load(gate_ptr + token * gate_stride)))
     for number in tl.static_range(TOP_K + SHARED):
         row = rows_ptr + (token * (TOP_K + SHARED) + number) * rows_stride + column
         own = tl.load(row, mask=inside, other=0.0).to(tl.float32)
         if number < TOP_K:
-            weight = tl.load(weights_ptr + token * weights_stride + number)
-            if IS_GATE:
-                weight = 1.0 / (1.0 + tl.exp(-weight))
-            own *= weight
+            own *= tl.load(weights_ptr + token * weights_stride + number)
+        elif gate_ptr is not None:
+            own *= gate
         acc += own
     if residual_ptr is not None:
         source = residual_ptr + token * residual_stride + column

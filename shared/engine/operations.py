@@ -126,10 +126,11 @@ class Operations(Protocol):
         layer: Experts,
         residual: Tensor | None = None,
         shared: GatedLinears | None = None,
+        shared_gate: Tensor | None = None,
     ) -> Tensor:
         """Each token's experts of x [T, hidden], weighted and added up, plus the residual of that
-        shape, and what `shared` makes of x, where `joins_shared`. The residual's memory may be
-        taken for the result."""
+        shape, and what `shared` makes of x, where `joins_shared`, times the sigmoid of its gate,
+        float32 [T, 1]. The residual's memory may be taken for the result."""
 
     def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
         """sigmoid(gate) · x + residual: x and residual [T, hidden], gate float32 [T, 1]. The

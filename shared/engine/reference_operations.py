@@ -163,6 +163,7 @@ class ReferenceOperations:
         layer: Experts,
         residual: Tensor | None = None,
         shared: GatedLinears | None = None,
+        shared_gate: Tensor | None = None,
     ) -> Tensor:
         assert shared is None
         y = reference_experts.experts(

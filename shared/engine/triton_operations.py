@@ -245,10 +245,11 @@ class TritonOperations:
         layer: Experts,
         residual: Tensor | None = None,
         shared: GatedLinears | None = None,
+        shared_gate: Tensor | None = None,
     ) -> Tensor:
         if layer.all_reduce is None:
-            return self._experts(x, routes, layer, residual, shared)
-        y = self._experts(x, routes, layer, None, shared)
+            return self._experts(x, routes, layer, residual, shared, shared_gate)
+        y = self._experts(x, routes, layer, None, shared, shared_gate)
         layer.all_reduce(y)
         return y if residual is None else residual.add_(y)
 
@@ -259,6 +260,7 @@ class TritonOperations:
         layer: Experts,
         residual: Tensor | None,
         shared: GatedLinears | None,
+        shared_gate: Tensor | None,
     ) -> Tensor:
         weights = None
         if shared is not None:
@@ -270,6 +272,7 @@ class TritonOperations:
             layer.activation,
             residual,
             shared=weights,
+            shared_gate=shared_gate,
             pdl=self._overlaps,
         )
 

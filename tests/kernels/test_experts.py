@@ -193,7 +193,12 @@ def test_what_every_token_has_goes_along(
     assert got is mine
     gate, up = (x.double() @ gate_up.double().T).chunk(2, 1)
     alone = (torch.nn.functional.silu(gate) * up) @ down.double().T
-    assert_close(got, alone + experts(x, routes, weights, "silu", residual.clone()).double())
+    own = experts(x, routes, weights, "silu", residual.clone()).double()
+    assert_close(got, alone + own)
+    gates = torch.randn(num_tokens, 5, device=device)[:, 2:3]
+    shared = SharedWeights(gate_up, down)
+    got = experts(x, routes, weights, "silu", residual, shared=shared, shared_gate=gates)
+    assert_close(got, gates.double().sigmoid() * alone + own)
 
 
 def test_an_expert_without_tokens_is_not_read(device: torch.device) -> None:

@@ -92,13 +92,15 @@ class Mixture:
 
     def __call__(self, hidden: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
         x, routes, gate = self._router(hidden, norm)
-        if self._shared is not None and self._has_shared_gate:
-            residual = self._ops.gated_add(self._shared(hidden, norm), gate, residual)
-        elif self._shared is not None:
+        if self._shared is not None:
             mlp = self._shared.linears
             if self._may_join and self._ops.joins_shared(len(x), self._experts, mlp):
-                return self._ops.experts(x, routes, self._experts, residual, mlp)
-            residual = self._shared(hidden, norm, residual)
+                own = gate if self._has_shared_gate else None
+                return self._ops.experts(x, routes, self._experts, residual, mlp, own)
+            if self._has_shared_gate:
+                residual = self._ops.gated_add(self._shared(hidden, norm), gate, residual)
+            else:
+                residual = self._shared(hidden, norm, residual)
         return self._ops.experts(x, routes, self._experts, residual)
 
 
