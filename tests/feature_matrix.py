@@ -126,11 +126,8 @@ FEATURES = {
         {"prompt_logprobs": 2}, lambda seen: seen.num_prompt_logprobs == len(PROMPT) - 1
     ),
 }
-HAND_OFF, GPU, EXACT = (
-    "hand-off",
-    "GPU kernels (Triton)",
-    "[`exact`](docs/determinism.md) in float32 on a CPU",
-)
+HAND_OFF, GPU, GRAPHS = "hand-off", "GPU kernels (Triton)", "CUDA graphs"
+SMALL, EXACT = "`--quantization`", "[`exact`](docs/determinism.md) in float32 on a CPU"
 PLANNED = {("states", GPU), ("states", "guesses"), ("states", "prefix cache")}
 ABSENT = {
     "keys and values of 8 bits": ("cache-dtype",),
@@ -214,14 +211,24 @@ def is_handed_over(make: MakeRunner, where: str, *features: Feature) -> bool:
     return is_answered and pulled > 0
 
 
+def is_made_small(make: MakeRunner, where: str) -> bool:
+    try:
+        runner = make(NUM_BLOCKS, **KINDS[where], quantization="int8")
+    except ModelError:
+        return False
+    return len(Engine(runner).run(PARAMS).token_ids) == LENGTH
+
+
 def by_layers(make: MakeRunner) -> dict[str, list[str]]:
     """Row → a cell for each of KINDS."""
     rows: dict[str, list[str]] = {}
-    config_of = {where: make(NUM_BLOCKS, **KINDS[where]).model_config for where in KINDS}
+    of = [(where, make(NUM_BLOCKS, **KINDS[where])) for where in KINDS]
     rows[GPU] = [
-        cell(where, GPU, model_runner._why_not_with_triton(config_of[where]) is None)
-        for where in KINDS
+        cell(where, GPU, model_runner._why_not_with_triton(runner.model_config) is None)
+        for where, runner in of
     ]
+    rows[GRAPHS] = [cell(where, GRAPHS, runner._implementation.has_graphs) for where, runner in of]
+    rows[SMALL] = [cell(where, SMALL, is_made_small(make, where)) for where in KINDS]
     rows[HAND_OFF] = [cell(where, HAND_OFF, is_handed_over(make, where)) for where in KINDS]
     for name, feature in FEATURES.items():
         rows[name] = [cell(where, name, goes(make, where, feature)) for where in KINDS]
