@@ -295,6 +295,8 @@ SHAPES = {
     "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
     "qwen3.5-35b-a3b": _QWEN3_5_35B_A3B,
     "mamba2-2.7b": _MAMBA2_3B,
+    # What it caches, and little else: for hand-offs.
+    "qwen3.5-35b-a3b-few": _QWEN3_5_35B_A3B.but(num_experts=16, num_experts_per_tok=4),
     # For trials on a CPU.
     "tiny": _LLAMA_8B.but(**_TINY, num_hidden_layers=2, max_position_embeddings=16_384),
     "tiny-draft": _LLAMA_8B.but(**_TINY, num_hidden_layers=1, max_position_embeddings=16_384),

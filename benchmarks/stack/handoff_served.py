@@ -2,7 +2,9 @@
 through a lone worker of role `both`.
 
     exposed       from the last chunk's end at the prefill worker to the sequence's joining the
-                  batch of the decode worker: what was not hidden behind the prompt's computation
+                  batch of the decode worker: what was not hidden behind the prompt's computation;
+                  of a model that keeps states these are in it, for they move last
+    handed over   bytes of blocks, and of states
     TTFT          the client's first token; the prefill worker sends it before anything is moved
     second token  from the first one to the second, the exposed part included
 """
@@ -50,7 +52,7 @@ def measure_served(
                 role_flags=dict.fromkeys(("prefill", "decode", "both"), flags),
             )
             measured = asyncio.run(_measure(options, prompts, repetitions))
-            exposed = _exposed_s(Path(traces))
+            exposed = _exposed(Path(traces))
         for num_tokens, (ttfts, seconds) in measured.items():
             row: dict[str, Any] = {
                 "arrangement": name,
@@ -61,7 +63,8 @@ def measure_served(
             if name == "pd":
                 own = exposed[: _WARM_UP + repetitions][_WARM_UP:]
                 exposed = exposed[_WARM_UP + repetitions :]
-                row["exposed_ms"] = statistics.median(own) * 1e3
+                row["exposed_ms"] = statistics.median(seconds for seconds, _ in own) * 1e3
+                row["handed_over_mib"] = statistics.median(size for _, size in own) / 2**20
             rows.append(row)
             print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
     return rows
@@ -92,8 +95,9 @@ async def _ask(stub: Any, num_tokens: int, vocab_size: int) -> tuple[float, floa
     return arrivals[0] - started_s, arrivals[1] - arrivals[0]
 
 
-def _exposed_s(traces: Path) -> list[float]:
-    """By request, in order: from its last chunk's end to its joining elsewhere."""
+def _exposed(traces: Path) -> list[tuple[float, int]]:
+    """By request, in order: seconds from its last chunk's end to its joining elsewhere, and the
+    bytes that were moved in all."""
     ends: dict[str, float] = {}
     exposed = []
     events = [
@@ -105,7 +109,7 @@ def _exposed_s(traces: Path) -> list[float]:
         if event["event"] == "chunk" and event["is_last"]:
             ends[event["key"]] = event["t"]
         elif event["event"] == "joined" and event["key"] in ends:
-            exposed.append(event["t"] - ends[event["key"]])
+            exposed.append((event["t"] - ends[event["key"]], event["num_pulled_bytes"]))
     return exposed
 
 

@@ -569,7 +569,12 @@ class EngineLoop:
         sequence.state = SequenceState.DECODING
         sequence.num_computed_tokens = sequence.num_prompt_tokens
         sequence.num_scheduled_tokens = sequence.num_prompt_tokens
-        self._trace.emit("joined", key=sequence.key, num_pulled_blocks=pull.num_pulled_blocks)
+        self._trace.emit(
+            "joined",
+            key=sequence.key,
+            num_pulled_blocks=pull.num_pulled_blocks,
+            num_pulled_bytes=pull.num_pulled_bytes,
+        )
         self._reports.joined(sequence, recipient, pull)
         self._metrics.joined(pull.transfer_s, pull.num_pulled_bytes)
         self._reports.owns(sequence, Stage.DECODING, peer=pull.source.worker_id)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from baton.v1 import types_pb2
 from tests.e2e.harness import Stack
 from tests.gpu.conftest import DEMO, text_of
 from tests.unit.engine.tiny_models import SIZES, TINY_MODELS, WINDOW, make_tiny
@@ -28,7 +29,8 @@ TYPES = {
     "mixture": ("qwen3_moe", "as they come"),
     "mixture, windows, sinks": ("gpt_oss", "as they come"),
     "latents": ("deepseek_v2", "as lite"),
-    "delta rule, experts": ("qwen3_next", "as they come"),
+    "states, experts": ("qwen3_next", "as they come"),
+    "states alone": ("mamba2", "groups, biases, tied"),
 }
 """Type and case of tiny_models.py; they have no tokenizer."""
 
@@ -56,9 +58,26 @@ def answers_to_tokens(stack: Stack) -> list[list[int]]:
 
     options = {"max_tokens": NUM_TOKENS}
     results = [stack.generate(prompt(length, 0), max_tokens=NUM_TOKENS) for length in lengths]
+    # Another turn each, which begins with what is cached.
+    turns = [
+        prompt(length, 0) + result.token_ids + [3, 5, 7]
+        for length, result in zip(lengths, results, strict=True)
+    ]
+    results += [stack.generate(turn, max_tokens=NUM_TOKENS // 4) for turn in turns]
     results += stack.generate_at_once([(prompt(length, 1), options) for length in lengths])
     assert [result.attempts for result in results] == [1] * len(results)
     return [result.token_ids for result in results]
+
+
+def answers_from_states(stack: Stack) -> list[list[int]]:
+    """The same, of a model that keeps states: further turns begin with one that was kept."""
+    results = answers_to_tokens(stack)
+    roles = {each.worker.worker_id: each.role for each in stack.status().workers}
+    [name] = [name for name, role in roles.items() if role != types_pb2.WORKER_ROLE_DECODE]
+    counters = stack.state(name).counters
+    assert counters.num_kept_states > 0 and counters.num_digest_mismatches == 0
+    assert counters.num_restored_states >= 6 and counters.num_cached_prompt_tokens > 500
+    return results
 
 
 def split_and_together(
@@ -97,9 +116,8 @@ def test_float32_gives_the_same_tokens(
 def test_types_give_the_same_tokens(name: str, tmp_path: Path) -> None:
     model_type, case = TYPES[name]
     make_tiny(tmp_path / "model", model_type, TINY_MODELS[model_type][case])
-    split, together = split_and_together(
-        tmp_path, "float32", "one GPU", answers_to_tokens, tmp_path / "model"
-    )
+    ask = answers_from_states if name.startswith("states") else answers_to_tokens
+    split, together = split_and_together(tmp_path, "float32", "one GPU", ask, tmp_path / "model")
     assert split == together
 
 
