@@ -76,6 +76,14 @@ def gated_delta(
     return out
 
 
+def _form(dtype: torch.dtype, dim: int) -> str:
+    """What products of tiles are made of. Of small heads in float32: there is no time to win, and
+    Triton's products of so few 16-bit columns were seen to reach beyond their memory."""
+    if dtype == torch.float32 or dim <= 32:
+        return "tf32x3"
+    return "16 bits"
+
+
 def _sizes(state: Tensor) -> dict[str, int]:
     _, num_key_heads, num_each, key_dim, value_dim = state.shape
     return {
@@ -146,7 +154,8 @@ def _chunks(
     u = scratch(num_tokens, num_heads, value_dim)
     sums = scratch(num_tokens, num_heads, dtype=torch.float32)
     before = scratch(num_tiles, num_heads, key_dim, value_dim)
-    common: dict[str, Any] = {"TILE": TILE_TOKENS, **_sizes(state)}
+    form = _form(qkv.dtype, min(key_dim, value_dim))
+    common: dict[str, Any] = {"TILE": TILE_TOKENS, "FORM": form, **_sizes(state)}
     whole_v = max(16, triton.next_power_of_2(value_dim))
     _delta_tiles[(num_heads, num_tiles)](
         qkv,
@@ -213,12 +222,12 @@ def _unit(x):
 
 
 @triton.jit
-def _product(a, b):
-    """In float32; of float32 operands nearly to their precision."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="tf32x3")
+def _product(a, b, dtype: tl.constexpr, FORM: tl.constexpr):
+    """a · b, added up in float32; of operands in 16 bits, or with a precision of float32's."""
+    if FORM == "16 bits":
+        return tl.dot(a.to(dtype), b.to(dtype))
     else:
-        return tl.dot(a, b)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=FORM)
 
 
 @triton.jit(do_not_specialize=["qkv_stride", "strength_stride", "decay_stride"])
@@ -295,6 +304,7 @@ def _delta_tiles(
     strength_stride,
     decay_stride,
     TILE: tl.constexpr,
+    FORM: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     EACH: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -328,20 +338,20 @@ def _delta_tiles(
         tl.store(keys + at, k16, mask=is_key)
     earlier = t[:, None] > t[None, :]
     between = tl.exp(tl.where(earlier, total[:, None] - total[None, :], 0.0))
-    a = tl.where(earlier, _product(k16, tl.trans(k16)) * between * beta[:, None], 0.0)
-    x = _inverse(a, t, TILE, dtype == tl.float32).to(dtype)
+    a = tl.where(earlier, _product(k16, tl.trans(k16), dtype, FORM) * between * beta[:, None], 0.0)
+    x = _inverse(a, t, TILE, FORM)
 
-    w_tile = _product(x, (k * (beta * tl.exp(total))[:, None]).to(dtype))
+    w_tile = _product(x, k * (beta * tl.exp(total))[:, None], dtype, FORM)
     at = (token * (KEY_HEADS * EACH) + head)[:, None]
     tl.store(w + at * KEY_DIM + k_at[None, :], w_tile.to(dtype), mask=is_key)
     v = qkv + token[:, None] * qkv_stride + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM
     v = tl.load(v + v_at[None, :], mask=is_value, other=0.0).to(tl.float32)
-    u_tile = _product(x, (v * beta[:, None]).to(dtype))
+    u_tile = _product(x, v * beta[:, None], dtype, FORM)
     tl.store(u + at * VALUE_DIM + v_at[None, :], u_tile.to(dtype), mask=is_value)
 
 
 @triton.jit
-def _inverse(a, t, TILE: tl.constexpr, PRECISE: tl.constexpr):
+def _inverse(a, t, TILE: tl.constexpr, FORM: tl.constexpr):
     """(I + a)⁻¹ of a [TILE, TILE] below the diagonal, by substitution of ever larger blocks: of
 
         [ P 0 ]                    [ P⁻¹             0   ]
@@ -353,23 +363,21 @@ def _inverse(a, t, TILE: tl.constexpr, PRECISE: tl.constexpr):
     row, column = t[:, None], t[None, :]
     x = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, -a, 0.0))
     tl.static_assert(TILE == 64)
-    x = _merged(x, a, row, column, 2, PRECISE)
-    x = _merged(x, a, row, column, 4, PRECISE)
-    x = _merged(x, a, row, column, 8, PRECISE)
-    x = _merged(x, a, row, column, 16, PRECISE)
-    return _merged(x, a, row, column, 32, PRECISE)
+    x = _merged(x, a, row, column, 2, FORM)
+    x = _merged(x, a, row, column, 4, FORM)
+    x = _merged(x, a, row, column, 8, FORM)
+    x = _merged(x, a, row, column, 16, FORM)
+    return _merged(x, a, row, column, 32, FORM)
 
 
 @triton.jit
-def _merged(x, a, row, column, SIZE: tl.constexpr, PRECISE: tl.constexpr):
+def _merged(x, a, row, column, SIZE: tl.constexpr, FORM: tl.constexpr):
     """From the inverse of blocks of that size to that of blocks of twice the size."""
     is_pair = (row // (2 * SIZE) == column // (2 * SIZE)) & (row // SIZE > column // SIZE)
     lower = tl.where(is_pair, a, 0.0)
-    if PRECISE:
-        lower = tl.dot(x, lower, input_precision="tf32x3")
-        return x - tl.dot(lower, x, input_precision="tf32x3")
-    else:
-        return x - tl.dot(tl.dot(x, lower), x)
+    precision: tl.constexpr = "tf32x3" if FORM == "tf32x3" else "tf32"
+    lower = tl.dot(x, lower, input_precision=precision)
+    return x - tl.dot(lower, x, input_precision=precision)
 
 
 @triton.jit
@@ -385,6 +393,7 @@ def _delta_states(
     slot_stride,
     head_stride,
     TILE: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     EACH: tl.constexpr,
@@ -421,14 +430,14 @@ def _delta_states(
         w_tile = tl.load(w + at * KEY_DIM + k_at[None, :], mask=is_key, other=0.0)
         u_at = u + at * VALUE_DIM + v_at[None, :]
         told = tl.load(u_at, mask=is_value, other=0.0).to(tl.float32)
-        told -= _product(w_tile, s.to(dtype))
+        told -= _product(w_tile, s, dtype, FORM)
         tl.store(u_at, told.to(dtype), mask=is_value)
         k_of = keys + (token * KEY_HEADS + key_head)[:, None] * KEY_DIM + k_at[None, :]
         k = tl.load(k_of, mask=is_key, other=0.0)
         total = tl.load(sums + token * (KEY_HEADS * EACH) + head, mask=real, other=0.0)
         last = tl.load(sums + (first + count - 1).to(tl.int64) * (KEY_HEADS * EACH) + head)
         left = tl.where(real, tl.exp(last - total), 0.0)
-        s = s * tl.exp(last) + _product(tl.trans(k), (told * left[:, None]).to(dtype))
+        s = s * tl.exp(last) + _product(tl.trans(k), told * left[:, None], dtype, FORM)
         if HAS_KEPT:
             to = tl.load(tiles + number * 4 + 3).to(tl.int64)
             tl.store(own + to * slot_stride, s, mask=inside & (to >= 0))
@@ -447,6 +456,7 @@ def _delta_out(
     out,
     qkv_stride,
     TILE: tl.constexpr,
+    FORM: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     EACH: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -473,10 +483,9 @@ def _delta_out(
     inside = (k_at < KEY_DIM)[:, None] & (v_at < VALUE_DIM)[None, :]
     s = tl.load(s + k_at[:, None] * VALUE_DIM + v_at[None, :], mask=inside, other=0.0)
     total = tl.load(sums + token * (KEY_HEADS * EACH) + head, mask=real, other=0.0)
-    q16 = q.to(dtype)
-    y = _product(q16, s) * tl.exp(total)[:, None]
+    y = _product(q, s, dtype, FORM) * tl.exp(total)[:, None]
     seen = (t[:, None] >= t[None, :]) & real[:, None]
     between = tl.exp(tl.where(seen, total[:, None] - total[None, :], 0.0))
-    scores = tl.where(seen, _product(q16, tl.trans(k)) * between, 0.0)
-    y += _product(scores.to(dtype), told)
+    scores = tl.where(seen, _product(q, tl.trans(k), dtype, FORM) * between, 0.0)
+    y += _product(scores, told, dtype, FORM)
     tl.store(out + at * VALUE_DIM + v_at[None, :], y.to(out.dtype.element_ty), mask=is_value)
