@@ -10,7 +10,10 @@ from prometheus_client import CollectorRegistry
 from baton.services.worker import messages as msg
 from baton.services.worker import metrics
 from baton.services.worker.metrics import EngineMetrics, WorkerCollector
+from baton.shared.engine.executor import StepCounts
 from baton.v1 import worker_service_pb2
+from tests.unit.worker.conftest import MakeRunner
+from tests.unit.worker.sim_worker import SimWorker
 
 
 class Engine:
@@ -42,6 +45,26 @@ class Engine:
 
     def scraped(self) -> float | None:
         return self.registry.get_sample_value("baton_generated_tokens_total")
+
+
+def test_prompt_steps_by_how_they_came_about(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the runner, to whoever looks into the worker, and from there to metrics."""
+    runner = make_runner(24)
+    monkeypatch.setattr(runner._executor, "num_prompt_steps", StepCounts(captured=3, launched=1))
+    states: list[worker_service_pb2.GetWorkerStateResponse] = []
+    worker = SimWorker("w", "ab" * 16, runner, lambda *_: None)
+    worker.engine._handle(msg.Inspect(False, states.append))
+    engine = Engine()
+    engine.registry.get_sample_value("baton_captured_prompt_steps_total")
+    command = engine.inbox.get_nowait()
+    assert isinstance(command, msg.Inspect)
+    command.reply(states[0])
+    for kind, expected in (("captured", 3), ("launched", 1)):
+        monkeypatch.setattr(metrics, "_ANSWER_S", 0.0)
+        name = f"baton_{kind}_prompt_steps_total"
+        assert engine.registry.get_sample_value(name) == expected
 
 
 def test_counters_do_not_go_back_while_the_engine_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
