@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from baton.kernels import (
     hopper_prefill_attention,
     prefill_attention,
     skinny_linear,
+    split_prefill_attention,
 )
 from baton.kernels.decode_plan import make_work, plan_decode
 from baton.kernels.experts import ExpertWeights
@@ -35,10 +36,16 @@ from baton.kernels.prefill_attention import block_m_for
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.kernels.split_prefill_attention import item_config, make_item_work
 from baton.shared.engine.experts import Experts
 from baton.shared.engine.linear import Linear
 from baton.shared.engine.operations import Norm
-from baton.shared.engine.triton_operations import DevicePlan, Rope, TritonOperations
+from baton.shared.engine.triton_operations import (
+    ChunkItems,
+    DevicePlan,
+    Rope,
+    TritonOperations,
+)
 from tests.kernels.compiled import SHARED_BYTES, Compiled, on_gpu, recording
 
 _META = torch.device("meta")
@@ -121,9 +128,10 @@ def compile_layer(
 ) -> list[Compiled]:
     """What a layer and the head need, for decode steps of so many rows and chunks of all sizes."""
     limit = SHARED_BYTES[capability]
-    for module in (decode_attention, prefill_attention, skinny_linear):
+    for module in (decode_attention, prefill_attention, skinny_linear, split_prefill_attention):
         module.shared_bytes = lambda _: limit  # type: ignore[attr-defined]
     hopper_prefill_attention._processors = lambda _: 132 if capability == 90 else 0  # type: ignore[assignment]
+    split_prefill_attention._num_programs = lambda _: 264  # type: ignore[assignment]
     ops = TritonOperations(overlaps=capability >= 90)
     with recording(capability) as kernels:
         for num_rows in rows:
@@ -214,7 +222,19 @@ def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> Devi
         tiles=ints(-(-chunk // block_m), 4) if chunk else None,
         block_m=block_m,
         window=shape.window,
+        items=_items(shape, chunk, dtype) if chunk else None,
     )
+
+
+def _items(shape: Shape, chunk: int, dtype: torch.dtype) -> ChunkItems:
+    """Of chunks whose keys are cut, too; as if there were both in a step."""
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    kv = empty(9, kv_heads, 4, 2, 16, head_dim, dtype=dtype)
+    config = item_config(chunk, heads, kv_heads, head_dim, kv)
+    work = make_item_work(config, heads, head_dim, _META)
+    partial, weight, arrived = map(on_gpu, (work.partial, work.weight, work.arrived))
+    work = replace(work, partial=partial, weight=weight, arrived=arrived)
+    return ChunkItems(empty(40, 9, dtype=torch.int32), empty(1, dtype=torch.int32), work)
 
 
 def problems(kernels: list[Compiled]) -> Iterator[str]:
