@@ -60,9 +60,9 @@ def split_prefill_attention() -> Iterator[Point]:
     """Few tokens behind many."""
     from baton.kernels.split_prefill_attention import item_config
 
+    kv = torch.empty(0, KV_HEADS, 1, 2, 16, HEAD_DIM, dtype=_BF16, device="cuda")
+    config = item_config(HEADS, KV_HEADS, HEAD_DIM, kv)
     for num_new, num_cached in ((16, 8192), (64, 512), (64, 8192), (64, 32768), (128, 8192)):
-        kv = torch.empty(0, KV_HEADS, 1, 2, 16, HEAD_DIM, dtype=_BF16, device="cuda")
-        config = item_config(num_new, HEADS, KV_HEADS, HEAD_DIM, kv)
         yield split_point(num_new, num_cached, config)
 
 

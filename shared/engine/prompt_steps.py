@@ -300,15 +300,15 @@ class PromptSteps:
         return range(len(self._context.kv))
 
     def _kind(self, num_tokens: int, group: int) -> ItemKind:
-        work, window = self._work_of(num_tokens, group), self._context.windows[group]
+        work, window = self._work_of(group), self._context.windows[group]
         has_wide = num_tokens > _ITEMS_ONLY and is_wide(self._context.kv[group], window)
         config = work.config
         return ItemKind(config.block_m, config.block_n, work.most_cuts, window, has_wide)
 
-    def _work_of(self, num_tokens: int, group: int) -> ItemWork:
+    def _work_of(self, group: int) -> ItemWork:
         context, kv = self._context, self._context.kv[group]
         _, num_kv_heads, _, _, _, head_dim = kv.shape
-        config = item_config(num_tokens, context.num_heads, num_kv_heads, head_dim, kv)
+        config = item_config(context.num_heads, num_kv_heads, head_dim, kv)
         key = (config, head_dim)
         if key not in self._item_work:
             self._item_work[key] = make_item_work(
@@ -339,7 +339,7 @@ class PromptSteps:
                     items=ChunkItems(
                         views.items[number],
                         views.counts[1 + number :][:1],
-                        self._work_of(size, group),
+                        self._work_of(group),
                     ),
                 )
             )

@@ -222,15 +222,15 @@ def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> Devi
         tiles=ints(-(-chunk // block_m), 4) if chunk else None,
         block_m=block_m,
         window=shape.window,
-        items=_items(shape, chunk, dtype) if chunk else None,
+        items=_items(shape, dtype) if chunk else None,
     )
 
 
-def _items(shape: Shape, chunk: int, dtype: torch.dtype) -> ChunkItems:
+def _items(shape: Shape, dtype: torch.dtype) -> ChunkItems:
     """Of chunks whose keys are cut, too; as if there were both in a step."""
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     kv = empty(9, kv_heads, 4, 2, 16, head_dim, dtype=dtype)
-    config = item_config(chunk, heads, kv_heads, head_dim, kv)
+    config = item_config(heads, kv_heads, head_dim, kv)
     work = make_item_work(config, heads, head_dim, _META)
     partial, weight, arrived = map(on_gpu, (work.partial, work.weight, work.arrived))
     work = replace(work, partial=partial, weight=weight, arrived=arrived)

@@ -109,8 +109,9 @@ def test_chosen_configurations(
     device: torch.device, dtype: torch.dtype, assert_close: Check
 ) -> None:
     case = make_case([(300, 9), (0, 2)], 4, 2, 64, 16, device, dtype)
-    for longest in (16, 64):
-        check(case, assert_close, item_config(longest, 4, 2, 64, case.kv))
+    check(case, assert_close, item_config(4, 2, 64, case.kv))
+    case = make_case([(120, 3)], 2, 1, 256, 16, device, dtype)
+    check(case, assert_close, item_config(2, 1, 256, case.kv))
 
 
 def test_no_items(device: torch.device) -> None:
