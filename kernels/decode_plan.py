@@ -34,6 +34,8 @@ class DecodeConfig:
     """About so many programs share the work where rows alone do not make as many."""
     fused: bool = True
     """The last program of a row combines its items; else a second kernel does."""
+    least_tiles: int = 1
+    """Of an item, where its row has so many."""
 
 
 def decode_config(num_rows: int, num_kv_heads: int, head_dim: int) -> DecodeConfig:
@@ -179,6 +181,7 @@ def plan_decode(
         num_items,
         window,
         TILE=work.config.block_n,
+        LEAST=work.config.least_tiles,
         ROWS=triton.next_power_of_2(num_rows),
         ITEMS=_PLANNED_AT_ONCE,
         FIELDS=ITEM_FIELDS,
@@ -201,6 +204,7 @@ def _plan(
     num_items,
     window,
     TILE: tl.constexpr,
+    LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     ITEMS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -220,7 +224,7 @@ def _plan(
     first_key = tl.where(window > 0, tl.maximum(length - drafts - window, 0), 0)
     tiles = tl.cdiv(length, TILE) - first_key // TILE
     # The sum over rows of ceil(tiles / per_item) is at most (num_items − num_rows) + num_rows.
-    per_item = tl.maximum(tl.cdiv(tl.sum(tiles), num_items - num_rows), 1)
+    per_item = tl.maximum(tl.cdiv(tl.sum(tiles), num_items - num_rows), LEAST)
     has_items = slot >= 0 if LEAVES_PADDING else row < num_rows
     splits = tl.where(has_items, tl.maximum(tl.cdiv(tiles, per_item), 1), 0)
     if LEAVES_PADDING:

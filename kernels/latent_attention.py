@@ -42,10 +42,10 @@ _ROOMY, _MIDDLING = 192 * 1024, 150 * 1024
 cards have less."""
 _HOPPER_KEYS = 64
 """Of a tile; work that is cut so goes to the other kernel, where it is there."""
-_ADDED = 512
-"""Numbers of a head's sum that a program makes."""
-_MOST_SPLITS = 64
-"""Of a row: what more of them save in reading, adding them up costs."""
+_ADDING = 1024
+"""Programs that add up, before one has several heads."""
+_MOST_SPLITS, _LEAST_TILES = 64, 2
+"""Splits of a row, and tiles of a split: what more splits save in reading, adding them up costs."""
 
 
 def why_no_latents(rank: int, rope_dim: int) -> str | None:
@@ -71,7 +71,8 @@ def latent_decode_config(num_rows: int, num_heads: int, kv: Tensor) -> DecodeCon
     if _is_for_hopper(num_heads, kv):
         return DecodeConfig(_HOPPER_KEYS, 8, 2, programs, fused=False)
     num_stages = 3 if shared_bytes(kv.device) >= _ROOMY else 2
-    return DecodeConfig(32, 4 if block_h <= 16 else 8, num_stages, programs, fused=False)
+    num_warps = 4 if block_h <= 16 else 8
+    return DecodeConfig(32, num_warps, num_stages, programs, fused=False, least_tiles=_LEAST_TILES)
 
 
 def _is_for_hopper(num_heads: int, kv: Tensor) -> bool:
@@ -137,16 +138,19 @@ def latent_decode_attention(
         _attend_items(query, turned, kv, layer, block_tables, work, scale, out, pdl=pdl)
     if value is not None and num_rows <= ADDED_ROWS:
         return add_up_values(out, value, work, pdl=pdl)
-    block_r = min(_ADDED, max(16, triton.next_power_of_2(rank)))
-    _add_up[(triton.cdiv(rank, block_r), num_heads, num_rows)](
+    # Of many rows most are one item: programs that have nothing to add up take time, too.
+    at_once = triton.next_power_of_2(triton.cdiv(num_rows * num_heads, _ADDING))
+    at_once = int(min(8, at_once))
+    _add_up[(triton.cdiv(num_heads, at_once), num_rows)](
         out,
         work.row_items,
         work.partial,
         work.weight,
         HEADS=num_heads,
         RANK=rank,
+        AT_ONCE=at_once,
         BLOCK_S=8,
-        BLOCK_R=block_r,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)),
         PDL=pdl,
         num_warps=4,
         launch_pdl=pdl,
@@ -444,12 +448,13 @@ def _add_up(
     weight,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_R numbers of one head of one row of several items, BLOCK_S items at a time."""
-    head, row = tl.program_id(1), tl.program_id(2)
+    """AT_ONCE heads of one row of several items, BLOCK_S items at a time."""
+    row = tl.program_id(1)
     first_item = tl.load(row_items + row * 2).to(tl.int64)
     num_splits = tl.load(row_items + row * 2 + 1)
     if PDL:
@@ -457,14 +462,16 @@ def _add_up(
         tl.extra.cuda.gdc_launch_dependents()
     if num_splits == 1:
         return
-    dim = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dim = tl.arange(0, BLOCK_R)
     is_real = dim < RANK
-    sums = add_splits(
-        partial, weight, first_item * HEADS + head, num_splits, dim, is_real,
-        HEADS, RANK, BLOCK_S, BLOCK_R,
-    )  # fmt: skip
-    target = out + (row.to(tl.int64) * HEADS + head) * RANK + dim
-    tl.store(target, sums.to(out.dtype.element_ty), mask=is_real)
+    first = tl.program_id(0) * AT_ONCE
+    for head in tl.range(first, tl.minimum(first + AT_ONCE, HEADS)):
+        sums = add_splits(
+            partial, weight, first_item * HEADS + head, num_splits, dim, is_real,
+            HEADS, RANK, BLOCK_S, BLOCK_R,
+        )  # fmt: skip
+        target = out + (row.to(tl.int64) * HEADS + head) * RANK + dim
+        tl.store(target, sums.to(out.dtype.element_ty), mask=is_real)
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride", "parts"])

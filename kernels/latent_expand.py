@@ -114,7 +114,9 @@ def expand_latents(
     out = torch.empty(
         (num_blocks, num_heads, 1, 2, block_size, head_dim), dtype=kv.dtype, device=kv.device
     )
-    block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
+    # Of narrower tiles of values, 64 numbers of a latent at once, an H200 made wrong products
+    # (Triton 3.6.0), while the interpreter has them right.
+    block_k, block_v = (max(32, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     is_wide = kv.element_size() == 4
     is_narrow = block_k + block_v <= 256 and shared_bytes(kv.device) >= _ROOMY
     block_n = 16 if is_wide else 128 if is_narrow else 64

@@ -6,7 +6,8 @@ latents are compared with, and what was attended to becomes each head's result.
     results ◄─ add_up_values (few rows) or of_latents ◄─ sums of latents, whole or of stretches
 
 A step of many rows, and a chunk of a prompt, take rope_and_store_latent (latent_store.py) and
-products of the library. Weights are on their way to the cache while the kernel before still runs.
+products of the library. A program has its whole weight in registers, on its way while the kernel
+before still runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.decode_plan import DecodeWork
 from baton.kernels.latent_store import store_latent
 from baton.kernels.overlap import overlap
-from baton.kernels.skinny_linear_jit import prefetch_l2
 
 MOST_ROWS = 64
 """Beyond it the library's products are the faster ones."""
@@ -30,6 +30,9 @@ _SPLITS = 32
 """Stretches of a row that a program adds up at a time."""
 _VALUES = 32
 """Of a head's values, those that a program makes."""
+_ABSORBED = 64
+"""Of a head's absorbed query, likewise."""
+_MOST_KEY = 256
 
 
 def covers(key: Tensor, value: Tensor) -> bool:
@@ -37,8 +40,10 @@ def covers(key: Tensor, value: Tensor) -> bool:
     sizes are whole tiles, as every real model's are. An absorbed query has another shape than one
     that is not, so that its form shows."""
     _, key_dim, rank = key.shape
-    is_whole = rank % 64 == 0 and key_dim % 32 == 0 and value.shape[2] % _VALUES == 0
-    return is_whole and rank & (rank - 1) == 0 and rank != key_dim
+    is_whole = rank % _ABSORBED == 0 and key_dim % 32 == 0 and value.shape[2] % _VALUES == 0
+    # Float32 is multiplied without tensor cores, number by number: whole ranks make long programs.
+    is_small = key_dim <= _MOST_KEY and (key.element_size() == 2 or rank <= 128)
+    return is_whole and is_small and rank & (rank - 1) == 0 and rank != key_dim
 
 
 def store_and_absorb(
@@ -71,10 +76,7 @@ def store_and_absorb(
     out = torch.empty((num_tokens, num_heads, rank + rope_dim), dtype=query.dtype, device=kv.device)
     if num_tokens == 0:
         return out
-    # Float32 products hold whole operands in registers.
-    is_wide = query.element_size() == 4
-    block_r = 32 if is_wide else 64
-    _store_and_absorb[(num_tokens + num_heads * (rank // block_r),)](
+    _store_and_absorb[(num_tokens + num_heads * (rank // _ABSORBED),)](
         out,
         query,
         latent,
@@ -97,11 +99,10 @@ def store_and_absorb(
         LAYERS=kv.shape[2],
         BLOCK_SIZE=kv.shape[4],
         BLOCK_M=max(16, triton.next_power_of_2(num_tokens)),
-        BLOCK_K=32 if is_wide or key_dim % 64 else 64,
-        BLOCK_R=block_r,
+        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_R=_ABSORBED,
         BLOCK_P=triton.next_power_of_2(rope_dim // 2),
         num_warps=4,
-        num_stages=1 if is_wide else 3,
         **overlap(query, pdl=pdl),
     )
     return out
@@ -147,7 +148,6 @@ def of_latents(attended: Tensor, value: Tensor, *, pdl: bool = False) -> Tensor:
     out = attended.new_empty((num_rows, num_heads, value_dim))
     if num_rows == 0:
         return out
-    is_wide = attended.element_size() == 4
     _of_latents[(value_dim // _VALUES, num_heads)](
         out,
         attended,
@@ -157,10 +157,8 @@ def of_latents(attended: Tensor, value: Tensor, *, pdl: bool = False) -> Tensor:
         RANK=rank,
         VALUE=value_dim,
         BLOCK_M=max(16, triton.next_power_of_2(num_rows)),
-        BLOCK_K=32 if is_wide else 64,
         BLOCK_V=_VALUES,
-        num_warps=4,
-        num_stages=1 if is_wide else 4,
+        num_warps=8,
         **overlap(attended, pdl=pdl),
     )
     return out
@@ -211,21 +209,20 @@ def _store_and_absorb(
         row = tl.arange(0, BLOCK_M)
         k = tl.arange(0, BLOCK_K)
         r = piece * BLOCK_R + tl.arange(0, BLOCK_R)
-        own = key + head.to(tl.int64) * (KEY * RANK)
+        # No kernel before this one writes weights.
+        w = tl.load(
+            key + (head.to(tl.int64) * KEY + k[:, None]) * RANK + r[None, :],
+            mask=(k < KEY)[:, None],
+            other=0.0,
+        )
         if PDL:
-            length: tl.constexpr = BLOCK_R * key.dtype.element_ty.primitive_bitwidth // 8
-            for begin in tl.static_range(0, KEY, BLOCK_K):
-                at = own + (begin + k) * RANK + piece * BLOCK_R
-                prefetch_l2(at.to(tl.int64), tl.full([BLOCK_K], length, tl.int32))
             gdc_wait()
             gdc_launch_dependents()
         exists = row < num_tokens
         source = query + row[:, None].to(tl.int64) * query_stride + head * (KEY + 2 * HALF)
-        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for begin in tl.range(0, KEY, BLOCK_K):
-            x = tl.load(source + begin + k[None, :], mask=exists[:, None], other=0.0)
-            w = tl.load(own + (begin + k)[:, None] * RANK + r[None, :])
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+        is_in = exists[:, None] & (k < KEY)[None, :]
+        x = tl.load(source + k[None, :], mask=is_in, other=0.0)
+        acc = tl.dot(x, w, input_precision="ieee")
         target = out + (row[:, None].to(tl.int64) * HEADS + head) * WIDTH
         dtype = out.dtype.element_ty
         tl.store(target + r[None, :], acc.to(dtype), mask=exists[:, None])
@@ -319,30 +316,21 @@ def _of_latents(
     RANK: tl.constexpr,
     VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK_V values of one head, of all rows."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    first = tl.program_id(0) * BLOCK_V
-    v = first + tl.arange(0, BLOCK_V)[None, :]
-    own = value + head * (RANK * VALUE)
+    dim = tl.arange(0, RANK)
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    # No kernel before this one writes weights.
+    w = tl.load(value + (head * RANK + dim[:, None]) * VALUE + v)
     if PDL:
-        length: tl.constexpr = BLOCK_V * value.dtype.element_ty.primitive_bitwidth // 8
-        for begin in tl.static_range(0, RANK, BLOCK_K):
-            at = own + (begin + k) * VALUE + first
-            prefetch_l2(at.to(tl.int64), tl.full([BLOCK_K], length, tl.int32))
         gdc_wait()
         gdc_launch_dependents()
     exists = row < num_rows
-    source = attended + (row * HEADS + head) * RANK + k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for begin in tl.range(0, RANK, BLOCK_K):
-        x = tl.load(source + begin, mask=exists, other=0.0)
-        w = tl.load(own + (begin + k)[:, None] * VALUE + v)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+    x = tl.load(attended + (row * HEADS + head) * RANK + dim[None, :], mask=exists, other=0.0)
+    acc = tl.dot(x, w, input_precision="ieee")
     target = out + (row * HEADS + head) * VALUE + v
     tl.store(target, acc.to(out.dtype.element_ty), mask=exists)

@@ -90,14 +90,14 @@ def guess(M: int, N: int, K: int, *, fused: bool = False) -> Config | None:
     if M > 64 or N * K < 2**21:
         return None
     if M <= 2:
-        return Config("fma", 8, 1024, num_warps=4, num_stages=2)
+        return Config("fma", 8, 1024, num_warps=4, num_stages=2, pdl=True)
     if fused and M > 16:
         return None
     tiles = -(-N // 64)
     split = 1
     while tiles * split < 200 and split < 8 and K // (2 * split) >= 1024:
         split *= 2
-    return Config("dot", 64, 128, split_k=split, num_warps=4, num_stages=4)
+    return Config("dot", 64, 128, split_k=split, num_warps=4, num_stages=4, pdl=True)
 
 
 def load_table(path: Path) -> list[dict[str, Any]]:

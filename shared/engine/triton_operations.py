@@ -24,7 +24,6 @@ from baton.kernels import (
 from baton.kernels import experts as experts_kernels
 from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
 from baton.kernels.experts import ExpertWeights
-from baton.kernels.experts_table import UNSORTED_TOKENS
 from baton.kernels.gated_delta import gated_delta
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
@@ -126,6 +125,9 @@ class Rope:
     """int32 [T]"""
 
 
+_SCORED_AT_ONCE = 2**23
+"""Products of a router whose norm and scores are one kernel, which reads its weights for each
+token."""
 _ALONE = Ranks()
 _NO_NORMS = HeadNorms(eps=0.0)
 
@@ -188,7 +190,7 @@ class TritonOperations:
         return replace(table, positions=positions)
 
     def norm_scores(self, x: Tensor, norm: Norm, layer: Linear) -> tuple[Tensor, Tensor]:
-        if len(x) <= UNSORTED_TOKENS:
+        if len(x) * layer.weight.numel() <= _SCORED_AT_ONCE:
             return expert_routes.norm_scores(
                 x, norm.weight, norm.eps, layer.weight, layer.bias, pdl=self._overlaps
             )
