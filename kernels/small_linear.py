@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from baton.kernels.overlap import overlap
+from baton.kernels.small_fma_jit import small_fma_kernel
 from baton.kernels.small_linear_jit import add_splits_kernel, expand_kernel, small_linear_kernel
 
 MOST_ROWS = 256
@@ -24,6 +26,24 @@ _PROGRAMS = 264
 """Two for each processor of an H100 or H200."""
 _LEAST_STEPS = 8
 """Of a split."""
+
+
+FMA_ROWS = 4
+"""Of x, that are multiplied without tensor cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class FewConfig:
+    """How a product of so few rows is cut."""
+
+    block_n: int = 8
+    block_k: int = 2048
+    """Bytes of a row of the weight: best 16 for each thread."""
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+few_config = FewConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +101,7 @@ def small_linear(
     scale: float = 1.0,
     out: Tensor | None = None,
     split_k: int | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """(x · weightᵀ + bias) · scale + residual, summed in float32 and rounded once.
 
@@ -90,6 +111,7 @@ def small_linear(
         residual: [M, N]; rows may be strided.
         out: [M, N], may be `residual`, not x; rows may be strided.
         split_k: programs that share the columns of a tile; a guess if not given.
+        pdl: launch while the kernel before still runs; weights must not come from it.
 
     Returns:
         out, or a new tensor [M, N] of x's dtype.
@@ -103,7 +125,54 @@ def small_linear(
         return out
     if weight.columns is not None:
         x = x.index_select(1, weight.columns)
+    ends: dict[str, Any] = {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "rows": rows,
+        "size_n": size_n,
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "out_stride": out.stride(0),
+        # Without a scale the kernel has none.
+        "scale": None if scale == 1 else scale,
+        **overlap(x, pdl=pdl),
+    }
+    if rows <= FMA_ROWS and split_k is None and x.element_size() == 2 and _is_fast(weight):
+        _multiply_few(x, weight, ends)
+    else:
+        _multiply(x, weight, ends, split_k)
+    return out
+
+
+def _is_fast(weight: SmallWeight) -> bool:
+    """Whether each thread has 16 bytes of a row that are of one group."""
     group = _group(weight)
+    return weight.codes.shape[1] % 16 == 0 and group % 16 == 0
+
+
+def _multiply_few(x: Tensor, weight: SmallWeight, ends: dict[str, Any]) -> None:
+    rows, size_n, width = len(x), weight.num_out, weight.codes.shape[1]
+    config = few_config
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(width)))
+    small_fma_kernel[(triton.cdiv(size_n, config.block_n),)](
+        x,
+        **_stored(weight),
+        **ends,
+        size_k=weight.num_in,
+        x_stride=x.stride(0),
+        BLOCK_M=triton.next_power_of_2(rows),
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        EVEN=size_n % config.block_n == 0 and width % block_k == 0,
+        STAGES=config.num_stages,
+        ASM=x.is_cuda,
+        num_warps=config.num_warps,
+    )
+
+
+def _multiply(x: Tensor, weight: SmallWeight, ends: dict[str, Any], split_k: int | None) -> None:
+    rows, size_k = x.shape
+    size_n, group = weight.num_out, _group(weight)
     block_k = _block_k(group, x.element_size(), weight.is_packed)
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     block_n = 64
@@ -115,19 +184,7 @@ def small_linear(
     partial = None
     if split_k > 1:
         partial = torch.empty((split_k, rows, size_n), dtype=torch.float32, device=x.device)
-    ends: dict[str, Any] = {
-        "bias_ptr": bias,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        "partial_ptr": partial,
-        "rows": rows,
-        "size_n": size_n,
-        "residual_stride": 0 if residual is None else residual.stride(0),
-        "out_stride": out.stride(0),
-        # Without a scale the kernel has none.
-        "scale": None if scale == 1 else scale,
-        "SPLIT_K": split_k,
-    }
+    ends = {**ends, "partial_ptr": partial, "SPLIT_K": split_k}
     small_linear_kernel[(*tiles, split_k)](
         x,
         **_stored(weight),
@@ -138,12 +195,13 @@ def small_linear(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=8 if block_m > 32 else 4,
-        num_stages=3,
+        EVEN=size_n % block_n == 0 and weight.codes.shape[1] == steps * split_k * block_k,
+        ASM=x.is_cuda,
+        num_warps=4,
+        num_stages=4,
     )
     if split_k > 1:
         add_splits_kernel[(triton.cdiv(size_n, 512), rows)](**ends, BLOCK_N=512, num_warps=4)
-    return out
 
 
 def expand(weight: SmallWeight, dtype: torch.dtype) -> Tensor:

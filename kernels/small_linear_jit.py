@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from baton.kernels.small_widen_jit import bytes_of, nibbles
 
 
 @triton.jit
-def _codes(ptr, where, mask, IS_FLOAT: tl.constexpr, dtype: tl.constexpr):
-    """Codes of a byte each, in the activations' dtype, which holds every one of them."""
-    code = tl.load(ptr + where, mask=mask, other=0)
-    if IS_FLOAT:
-        code = code.to(tl.float8e4nv, bitcast=True)
-    return code.to(dtype)
-
-
-@triton.jit
-def _nibbles(packed, UPPER: tl.constexpr, dtype: tl.constexpr):
-    """Codes of four bits, from −8 to 7."""
-    if UPPER:
-        packed = packed >> 4
-    return ((packed & 0xF).to(tl.int8) - 8).to(dtype)
-
-
-@triton.jit
-def _add_run(
-    acc, x, code, scale_ptr, offset_ptr, group, columns, in_n, num_groups, HAS_OFFSET: tl.constexpr
+def _scaled_run(
+    product, x, scale_ptr, offset_ptr, group, columns, in_n, num_groups, HAS_OFFSET: tl.constexpr
 ):
-    """acc + (x · codeᵀ) · scale + sum of x · offset, of a run of one group."""
+    """product · scale + offset · sum of x, [columns, rows], of a run of one group."""
     scale = tl.load(scale_ptr + columns * num_groups + group, mask=in_n, other=0.0)
-    acc += tl.dot(x, tl.trans(code), input_precision="ieee") * scale[None, :]
+    product *= scale[:, None]
     if HAS_OFFSET:
         offset = tl.load(offset_ptr + columns * num_groups + group, mask=in_n, other=0.0)
-        acc += tl.sum(x.to(tl.float32), 1)[:, None] * offset[None, :]
-    return acc
+        product += offset[:, None] * tl.sum(x.to(tl.float32), 1)[None, :]
+    return product
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -63,8 +49,16 @@ def small_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """A tile of the product, or one split's part of it. GROUP 0: a row has one scale."""
+    """A tile of the product, or one split's part of it. GROUP 0: a row has one scale. EVEN: the
+    weight has only whole tiles, and as many for each split. Codes are the left operand, which
+    tensor cores take from registers: they widen there."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
@@ -73,7 +67,8 @@ def small_linear_kernel(
     width = size_k
     if IS_PACKED:
         width = size_k // 2
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    ones = tl.zeros((BLOCK_M,), dtype=tl.float32)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride
     code_rows = codes_ptr + n.to(tl.int64)[:, None] * width
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -84,50 +79,55 @@ def small_linear_kernel(
         group = 0
         if GROUP:
             group = tl.minimum(step * BLOCK_K // GROUP, num_groups - 1)
-        x_mask = in_m[:, None] & in_k[None, :]
+        x_mask = in_m[:, None] if EVEN else in_m[:, None] & in_k[None, :]
         x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-        mask = in_n[:, None] & in_k[None, :]
-        if IS_PACKED:
-            packed = tl.load(code_rows + k[None, :], mask=mask, other=0x88)
-            acc = _add_run(
-                acc,
-                x,
-                _nibbles(packed, False, dtype),
-                scale_ptr,
-                offset_ptr,
-                group,
-                n,
-                in_n,
-                num_groups,
-                HAS_OFFSET,
-            )
-            other = tl.load(x_rows + width + k[None, :], mask=x_mask, other=0.0)
-            beyond = 0
-            if GROUP:
-                beyond = tl.minimum(group + num_groups // 2, num_groups - 1)
-            acc = _add_run(
-                acc,
-                other,
-                _nibbles(packed, True, dtype),
-                scale_ptr,
-                offset_ptr,
-                beyond,
-                n,
-                in_n,
-                num_groups,
-                HAS_OFFSET,
-            )
+        if EVEN:
+            codes = tl.load(code_rows + k[None, :])
         else:
-            code = _codes(code_rows, k[None, :], mask, IS_FLOAT, dtype)
-            acc = _add_run(
-                acc, x, code, scale_ptr, offset_ptr, group, n, in_n, num_groups, HAS_OFFSET
+            codes = tl.load(
+                code_rows + k[None, :],
+                mask=in_n[:, None] & in_k[None, :],
+                other=0x88 if IS_PACKED else 0,
             )
+        if IS_PACKED:
+            other = tl.load(x_rows + width + k[None, :], mask=x_mask, other=0.0)
+            low = nibbles(codes, False, dtype, ASM)
+            high = nibbles(codes, True, dtype, ASM)
+            if GROUP:
+                product = tl.dot(low, x.T, input_precision="ieee")
+                acc += _scaled_run(
+                    product, x, scale_ptr, offset_ptr, group, n, in_n, num_groups, HAS_OFFSET
+                )
+                beyond = tl.minimum(group + num_groups // 2, num_groups - 1)
+                product = tl.dot(high, other.T, input_precision="ieee")
+                acc += _scaled_run(
+                    product, other, scale_ptr, offset_ptr, beyond, n, in_n, num_groups, HAS_OFFSET
+                )
+            else:
+                acc = tl.dot(low, x.T, acc, input_precision="ieee")
+                acc = tl.dot(high, other.T, acc, input_precision="ieee")
+                if HAS_OFFSET:
+                    ones += tl.sum(x.to(tl.float32), 1) + tl.sum(other.to(tl.float32), 1)
+        else:
+            code = bytes_of(codes, IS_FLOAT, dtype, ASM)
+            if GROUP:
+                product = tl.dot(code, x.T, input_precision="ieee")
+                acc += _scaled_run(
+                    product, x, scale_ptr, offset_ptr, group, n, in_n, num_groups, HAS_OFFSET
+                )
+            else:
+                acc = tl.dot(code, x.T, acc, input_precision="ieee")
+                if HAS_OFFSET:
+                    ones += tl.sum(x.to(tl.float32), 1)
+    if GROUP == 0:
+        acc = _scaled_ones(acc, ones, scale_ptr, offset_ptr, n, in_n, HAS_OFFSET)
+    acc = acc.T
     inside = in_m[:, None] & in_n[None, :]
     if SPLIT_K > 1:
         own = partial_ptr + (split * rows + m.to(tl.int64)[:, None]) * size_n + n[None, :]
         tl.store(own, acc, mask=inside)
     else:
-        _deliver(
+        deliver(
             acc,
             m,
             n,
@@ -143,7 +143,16 @@ def small_linear_kernel(
 
 
 @triton.jit
-def _deliver(
+def _scaled_ones(acc, ones, scale_ptr, offset_ptr, n, in_n, HAS_OFFSET: tl.constexpr):
+    """acc · scale + offset · sums of x, of rows with one scale."""
+    acc *= tl.load(scale_ptr + n, mask=in_n, other=0.0)[:, None]
+    if HAS_OFFSET:
+        acc += tl.load(offset_ptr + n, mask=in_n, other=0.0)[:, None] * ones[None, :]
+    return acc
+
+
+@triton.jit
+def deliver(
     acc, m, n, inside, in_n, bias_ptr, residual_ptr, out_ptr, residual_stride, out_stride, scale
 ):
     """Bias, scale and residual, then rounded once."""
@@ -173,8 +182,12 @@ def add_splits_kernel(
     scale,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The splits' parts of a row, added in their order."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < size_n
@@ -183,7 +196,7 @@ def add_splits_kernel(
     for split in range(SPLIT_K):
         own = partial_ptr + (split * rows + m.to(tl.int64)[:, None]) * size_n + n[None, :]
         acc += tl.load(own, mask=inside, other=0.0)
-    _deliver(
+    deliver(
         acc,
         m,
         n,
@@ -228,7 +241,8 @@ def expand_kernel(
         packed = tl.where(is_upper[None, :], packed >> 4, packed & 0xF)
         code = packed.to(tl.float32) - 8.0
     else:
-        code = _codes(codes_ptr + rows * size_k, k[None, :], inside, IS_FLOAT, tl.float32)
+        code = tl.load(codes_ptr + rows * size_k + k[None, :], mask=inside, other=0)
+        code = bytes_of(code, IS_FLOAT, tl.float32, False)
     group = k * 0
     if GROUP:
         group = tl.minimum(k // GROUP, num_groups - 1)

@@ -578,7 +578,13 @@ class TritonOperations:
         stored = layer.stored
         if len(x) <= small_linear.MOST_ROWS:
             return small_linear.small_linear(
-                x, stored, layer.bias, residual=residual, scale=layer.scale, out=residual
+                x,
+                stored,
+                layer.bias,
+                residual=residual,
+                scale=layer.scale,
+                out=residual,
+                pdl=self._overlaps,
             )
         if stored.columns is not None:
             x = x.index_select(1, stored.columns)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from baton.kernels import small_linear as kernels
 from baton.kernels.small_linear import (
     MOST_ROWS,
     SmallWeight,
@@ -98,6 +99,38 @@ def test_against_float64(
     assert got is residual
     assert_close(got, expected)
     assert_close(expand(weight, dtype), numbers)
+
+
+@pytest.mark.parametrize("has_offset", [False, True])
+@pytest.mark.parametrize("kind", ["four bits", "int8", "float8"])
+@pytest.mark.parametrize(
+    ("rows", "num_out", "num_in", "groups"),
+    [(1, 16, 128, 1), (3, 21, 160, 1), (4, 16, 256, 2), (2, 13, 320, 10)],
+)
+def test_few_rows(
+    rows: int,
+    num_out: int,
+    num_in: int,
+    groups: int,
+    kind: str,
+    has_offset: bool,
+    device: torch.device,
+    poisoned: Poisoned,
+    assert_close: AssertClose,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They have a kernel of their own: whole blocks, parts of one, several scales in one."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    monkeypatch.delattr(kernels, "_multiply")
+    weight, numbers = make(kind, num_out, num_in, groups, device, has_offset=has_offset)
+    x = rand(rows, num_in + 8).to(device, dtype)[:, :num_in]
+    bias, residual = (
+        rand(*shape, seed=5).to(device, dtype) for shape in ((num_out,), (rows, num_out))
+    )
+    out = poisoned(rows, num_out, dtype=dtype)
+    small_linear(x, weight, bias, residual=residual, scale=0.25, out=out)
+    product = x.double().cpu() @ numbers.t()
+    assert_close(out, (product + bias.double().cpu()) * 0.25 + residual.double().cpu())
 
 
 def test_columns_in_another_order(device: torch.device, assert_close: AssertClose) -> None:
