@@ -20,12 +20,18 @@ _MOST_BYTES = 256 * 2**20
 _MOST_HEADS = 16
 _MOST_DIM = 256
 """Of a head's key or value: a program has the sums of both in its registers."""
+_WHOLE = 8
+"""Values whose rows are no runs of 16 bytes were wrong on an H200, of 64 numbers of a latent at
+once (Triton 3.6.0), while the interpreter has them right: their tile is put together otherwise."""
 _ROOMY = 225_000
 """Shared memory of a program for large tiles, in three stages."""
 _PRODUCTS_OF_A_KEY = 4_800_000
 """Products of the expanded form in the time that a program of the absorbed form takes for a key, of
 however few queries: 88 ns on an H200 (benchmarks/results/kernels_latent_h200.json). Few heads with
 few queries make few programs, and are better off expanded."""
+_PRODUCTS_OF_A_TURN = 870_000_000
+"""Likewise in the time that launches of either form take, of the expanded one for each time that
+heads are expanded: 16 µs."""
 
 
 def heads_at_once(num_heads: int) -> int:
@@ -48,6 +54,8 @@ def why_never_expanded(rank: int, rope_dim: int, key_dim: int, value_dim: int) -
     for what, size in (("keys", key_dim), ("values", value_dim)):
         if size > _MOST_DIM:
             return f"heads make {what} of {size} numbers of a latent, and {_MOST_DIM} are the most"
+    if value_dim % _WHOLE:
+        return f"values have {value_dim} numbers, no multiple of {_WHOLE}"
     if value_dim > key_dim + rope_dim:
         return f"values have {value_dim} numbers, more than keys with {key_dim + rope_dim}"
     return None
@@ -74,10 +82,11 @@ def expands(
     pairs = num_queries * (num_keys - (num_queries - 1) / 2)
     of_a_latent = rank * (key_dim + value_dim)
     absorbed = num_heads * (pairs * (2 * rank + rope_dim) + num_queries * of_a_latent)
-    absorbed = max(absorbed, num_keys * _PRODUCTS_OF_A_KEY)
+    absorbed = max(absorbed, num_keys * _PRODUCTS_OF_A_KEY) + _PRODUCTS_OF_A_TURN
     # Values lie in room for keys, and are computed with as such.
     expanded = num_heads * (pairs * 2 * head_dim + num_keys * of_a_latent)
-    return expanded <= absorbed
+    num_turns = num_heads // heads_at_once(num_heads)
+    return expanded + num_turns * _PRODUCTS_OF_A_TURN <= absorbed
 
 
 def expand_latents(
@@ -96,10 +105,8 @@ def expand_latents(
         layer: which layer of `kv`.
         block_tables: int32 [slots, ≥ blocks of the row].
         slot: of the row.
-        key: [heads, key_dim, rank], contiguous, whose rank is made of whole tiles, as every real
-            model's is: with part of one, values were wrong on an H200 (Triton 3.6.0) while the
-            interpreter has them right. A product with a latent is a key's first part.
-        value: [heads, rank, value_dim], contiguous.
+        key: [heads, key_dim, rank], contiguous. A product with a latent is a key's first part.
+        value: [heads, rank, value_dim], contiguous. See `why_never_expanded`.
 
     Returns:
         [blocks of the row, heads, 1, 2, block_size, key_dim + rope_dim], zeros behind a value's
@@ -114,9 +121,7 @@ def expand_latents(
     out = torch.empty(
         (num_blocks, num_heads, 1, 2, block_size, head_dim), dtype=kv.dtype, device=kv.device
     )
-    # Of narrower tiles of values, 64 numbers of a latent at once, an H200 made wrong products
-    # (Triton 3.6.0), while the interpreter has them right.
-    block_k, block_v = (max(32, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
+    block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     is_wide = kv.element_size() == 4
     is_narrow = block_k + block_v <= 256 and shared_bytes(kv.device) >= _ROOMY
     block_n = 16 if is_wide else 128 if is_narrow else 64

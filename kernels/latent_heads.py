@@ -22,8 +22,8 @@ from baton.kernels.decode_plan import DecodeWork
 from baton.kernels.latent_store import store_latent
 from baton.kernels.overlap import overlap
 
-MOST_ROWS = 64
-"""Beyond it the library's products are the faster ones."""
+MOST_ROWS, _MOST_HEADS = 64, 1024
+"""Beyond these, rows and heads of all rows, the library's products are the faster ones."""
 ADDED_ROWS = 4
 """Up to so many rows, the sums of a row's stretches and the product with its values are one."""
 _SPLITS = 32
@@ -33,6 +33,11 @@ _VALUES = 32
 _ABSORBED = 64
 """Of a head's absorbed query, likewise."""
 _MOST_KEY = 256
+
+
+def takes(num_rows: int, key: Tensor, value: Tensor) -> bool:
+    """Whether so many rows of a decode step are best computed here."""
+    return num_rows <= MOST_ROWS and num_rows * len(key) <= _MOST_HEADS and covers(key, value)
 
 
 def covers(key: Tensor, value: Tensor) -> bool:

@@ -28,22 +28,22 @@ _LEAST_STEPS = 8
 """Of a split."""
 
 
-FMA_ROWS = 4
+_FMA_ROWS = 2
 """Of x, that are multiplied without tensor cores."""
+_MORE_PROGRAMS = 900
+"""Where rows are so few that what splits leave is little to add up."""
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class FewConfig:
     """How a product of so few rows is cut."""
 
-    block_n: int = 8
-    block_k: int = 2048
+    block_n: int
+    block_k: int
     """Bytes of a row of the weight: best 16 for each thread."""
-    num_warps: int = 4
+    num_warps: int
     num_stages: int = 1
-
-
-few_config = FewConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +137,30 @@ def small_linear(
         "scale": None if scale == 1 else scale,
         **overlap(x, pdl=pdl),
     }
-    if rows <= FMA_ROWS and split_k is None and x.element_size() == 2 and _is_fast(weight):
-        _multiply_few(x, weight, ends)
+    config = None if split_k or x.element_size() != 2 else few_config(rows, weight)
+    if config is not None:
+        _multiply_few(x, weight, ends, config)
     else:
         _multiply(x, weight, ends, split_k)
     return out
 
 
-def _is_fast(weight: SmallWeight) -> bool:
-    """Whether each thread has 16 bytes of a row that are of one group."""
+def few_config(rows: int, weight: SmallWeight) -> FewConfig | None:
+    """What was fastest on an H200, over llama-8b's products; None: tensor cores were, or rows are
+    not made of 16 bytes of one group each."""
     group = _group(weight)
-    return weight.codes.shape[1] % 16 == 0 and group % 16 == 0
+    if rows > _FMA_ROWS or weight.codes.shape[1] % 16 or group % 16:
+        return None
+    if weight.is_packed:
+        return FewConfig(4, 1024, 2)
+    is_float = weight.codes.dtype == torch.float8_e4m3fn
+    if rows == 1 and (group or is_float):
+        return FewConfig(4, 2048, 4)
+    return None if group else FewConfig(8, 2048, 4, num_stages=2)
 
 
-def _multiply_few(x: Tensor, weight: SmallWeight, ends: dict[str, Any]) -> None:
+def _multiply_few(x: Tensor, weight: SmallWeight, ends: dict[str, Any], config: FewConfig) -> None:
     rows, size_n, width = len(x), weight.num_out, weight.codes.shape[1]
-    config = few_config
     block_k = min(config.block_k, max(16, triton.next_power_of_2(width)))
     small_fma_kernel[(triton.cdiv(size_n, config.block_n),)](
         x,
@@ -179,7 +187,8 @@ def _multiply(x: Tensor, weight: SmallWeight, ends: dict[str, Any], split_k: int
     num_steps = triton.cdiv(size_k // 2 if weight.is_packed else size_k, block_k)
     tiles = triton.cdiv(size_n, block_n), triton.cdiv(rows, block_m)
     # Of all that are more than 64 the same: whatever is warmed up is all that there is.
-    split_k = split_k or _splits(tiles[0] * min(2, tiles[1]), num_steps)
+    most = _MORE_PROGRAMS if rows <= _FEW_ROWS else _PROGRAMS
+    split_k = split_k or _splits(tiles[0] * min(2, tiles[1]), num_steps, most)
     steps = triton.cdiv(num_steps, split_k)
     partial = None
     if split_k > 1:
@@ -247,8 +256,8 @@ def _block_k(group: int, itemsize: int, is_packed: bool) -> int:
     return most if not group else min(most, group & -group)
 
 
-def _splits(num_tiles: int, num_steps: int) -> int:
+def _splits(num_tiles: int, num_steps: int, most: int) -> int:
     split = 1
-    while 2 * split * num_tiles <= _PROGRAMS and num_steps // (2 * split) >= _LEAST_STEPS:
+    while 2 * split * num_tiles <= most and num_steps // (2 * split) >= _LEAST_STEPS:
         split *= 2
     return split

@@ -135,7 +135,7 @@ def latent_heads() -> Iterator[Point]:
 def latent_prefill() -> Iterator[Point]:
     """Both forms of a chunk behind a prefix, with all that each needs of a layer behind the store:
     the floor is that of the expanded one."""
-    for num_heads in HEADS:
+    for num_heads in reversed(HEADS):
         for chunk, before in product((16, 64, 256, 1024, 4096), (0, 4096, 16384)):
             total = chunk + before
             kv, tables, _ = _pool([total])

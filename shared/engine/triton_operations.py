@@ -295,7 +295,7 @@ class TritonOperations:
         own = (latent, norm.weight, norm.eps, *angles, positions, slots, kv, layer)
         # Of a step without chunks, and without what pads it to the length of one.
         is_decode = plan.rows is not None and len(query) == len(plan.rows)
-        if is_decode and len(query) <= latent_heads.MOST_ROWS and latent_heads.covers(*heads):
+        if is_decode and latent_heads.takes(len(query), *heads):
             return latent_heads.store_and_absorb(query, *own, heads.key, pdl=pdl)
         rope_and_store_latent(query, *own, pdl=pdl)
         return query

@@ -247,7 +247,7 @@ def test_expansion(
 ) -> None:
     _, rank, rope, size = SHAPES[shape]
     rank = {24: 32, 33: 64}.get(rank, rank)  # whole tiles
-    heads, key_dim, value_dim, length = 3, 9, 6, 37
+    heads, key_dim, value_dim, length = 3, 9, 8, 37
     cache = Cache([5, length], rank, rope, size, dtype, str(device))
     key = torch.randn(heads, key_dim, rank).to(dtype).to(device)
     value = torch.randn(heads, rank, value_dim).to(dtype).to(device)
@@ -265,11 +265,14 @@ def test_expansion(
 
 
 def test_which_form_is_cheaper() -> None:
-    """deepseek_v3's sizes: whole prompts and long chunks are expanded, few tokens behind a long
-    prefix are not; nor what there is no room for, or no kernel."""
+    """deepseek_v3's sizes: whole prompts and long chunks are expanded, few tokens are not, least of
+    all behind a long prefix; nor what there is no room for, or no kernel. Of few heads always."""
     sizes = {"num_heads": 128, "rank": 512, "rope_dim": 64, "itemsize": 2}
     sizes |= {"key_dim": 128, "value_dim": 128}
-    assert expands(1, 1, **sizes) and expands(8192, 8192, **sizes)
+    assert not expands(16, 16, **sizes) and not expands(64, 64, **sizes)
+    assert expands(2048, 2048, **sizes) and expands(8192, 8192, **sizes)
+    few = {**sizes, "num_heads": 16}
+    assert expands(1, 1, **few) and expands(16, 16_400, **few) and expands(4096, 20_480, **few)
     assert expands(2048, 16384, **sizes) and not expands(32, 8192, **sizes)
     assert not expands(2048, 60_000, **sizes)
     assert not expands(512, 512, **{**sizes, "value_dim": 256, "key_dim": 64})
@@ -282,6 +285,7 @@ def test_what_is_never_expanded_is_named() -> None:
     assert "heads make keys of 300 numbers" in str(why_never_expanded(512, 64, 300, 128))
     assert "heads make values of 300 numbers" in str(why_never_expanded(512, 64, 256, 300))
     assert "values have 256 numbers" in str(why_never_expanded(512, 64, 64, 256))
+    assert "no multiple of 8" in str(why_never_expanded(512, 64, 128, 60))
 
 
 def test_sizes_that_are_not_taken_are_named(device: torch.device) -> None:

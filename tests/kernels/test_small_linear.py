@@ -105,7 +105,7 @@ def test_against_float64(
 @pytest.mark.parametrize("kind", ["four bits", "int8", "float8"])
 @pytest.mark.parametrize(
     ("rows", "num_out", "num_in", "groups"),
-    [(1, 16, 128, 1), (3, 21, 160, 1), (4, 16, 256, 2), (2, 13, 320, 10)],
+    [(1, 16, 128, 1), (2, 21, 160, 1), (1, 16, 256, 2), (1, 13, 320, 10)],
 )
 def test_few_rows(
     rows: int,
