@@ -123,7 +123,7 @@ def _finish(sums, ACTIVATION: tl.constexpr):
         return activate(sums, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["x_stride", "out_stride"])
+@triton.jit
 def _conv_step(
     x,
     weight,
@@ -175,7 +175,7 @@ def _conv_step(
     tl.store(out + row * out_stride + c, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["x_stride", "out_stride"])
+@triton.jit
 def _conv_tiles(
     x,
     weight,
@@ -216,7 +216,7 @@ def _conv_tiles(
     for tap in tl.static_range(KERNEL):
         back = KERNEL - 1 - tap
         has = real & (token - back >= begin)[:, None]
-        value = tl.load(x_own - back * x_stride.to(tl.int64), mask=has, other=0.0).to(tl.float32)
+        value = tl.load(x_own - back * x_stride, mask=has, other=0.0).to(tl.float32)
         sums += value * tl.load(weight + c * KERNEL + tap, mask=inside, other=0.0)[None, :]
     if (first - begin < KERNEL - 1) & (tl.load(row + 3) == 0):
         slot = tl.load(row + 2).to(tl.int64)
@@ -234,7 +234,7 @@ def _conv_tiles(
     tl.store(out + token.to(tl.int64)[:, None] * out_stride + c[None, :], y, mask=real)
 
 
-@triton.jit(do_not_specialize=["x_stride"])
+@triton.jit
 def _conv_state(
     x,
     places,

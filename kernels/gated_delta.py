@@ -230,7 +230,7 @@ def _product(a, b, dtype: tl.constexpr, FORM: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=FORM)
 
 
-@triton.jit(do_not_specialize=["qkv_stride", "strength_stride", "decay_stride"])
+@triton.jit
 def _delta_step(
     qkv,
     strength,
@@ -288,7 +288,7 @@ def _delta_step(
     tl.store(own, s, mask=inside & (slot >= 0))
 
 
-@triton.jit(do_not_specialize=["qkv_stride", "strength_stride", "decay_stride"])
+@triton.jit
 def _delta_tiles(
     qkv,
     strength,
@@ -445,7 +445,7 @@ def _delta_states(
     tl.store(own + slot * slot_stride, s, mask=inside & (slot >= 0))
 
 
-@triton.jit(do_not_specialize=["qkv_stride"])
+@triton.jit
 def _delta_out(
     qkv,
     keys,
