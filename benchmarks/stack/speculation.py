@@ -1,4 +1,4 @@
-"""What guessing by n-grams brings: `python -m benchmarks.stack.speculation`.
+"""What guessing brings: `python -m benchmarks.stack.speculation [--speculate KIND:K]`.
 
 One `baton up` with a worker that speculates; each prompt is asked with and without it, turn about,
 so that both meet the same machine. Texts that copy: a passage to be repeated; one that does not: a
@@ -21,7 +21,13 @@ from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.serve import internal_channel
-from baton.shared.speculation import HELP, METAVAR, Speculation, speculation
+from baton.shared.speculation import (
+    DRAFT_MODEL_HELP,
+    HELP,
+    METAVAR,
+    Speculation,
+    speculation,
+)
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc, types_pb2
 from benchmarks.checkout import DEMO_MODEL
@@ -141,6 +147,7 @@ async def run(args: argparse.Namespace) -> int:
         port=0,
         device=args.device,
         speculate=args.speculate,
+        draft_model_dir=args.draft_model,
     )
     async with running(StackOptions(config)) as stack:
         rows, are_equal = await measure(stack.address, args.tokens, args.rounds)
@@ -148,6 +155,7 @@ async def run(args: argparse.Namespace) -> int:
         "environment": environment,
         "model": args.model.name,
         "speculate": str(args.speculate),
+        "draft_model": None if args.draft_model is None else args.draft_model.name,
         "num_rounds": args.rounds,
         "are_equal": are_equal,
         "rows": [asdict(row) for row in rows],
@@ -165,6 +173,7 @@ def main() -> int:
     parser.add_argument(
         "--speculate", type=speculation, default=Speculation("ngram"), metavar=METAVAR, help=HELP
     )
+    parser.add_argument("--draft-model", type=model_dir, metavar="DIR", help=DRAFT_MODEL_HELP)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a JSON file")

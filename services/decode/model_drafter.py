@@ -25,10 +25,10 @@ from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence
 from baton.shared.sampling import SamplingParams
 
-_FEW = 8
+_FEW = 64
 """As many new tokens are computed with a chain; more are caught up with first."""
 _FEW_SINGLY = 3
-"""The same where each takes a step."""
+"""As many are computed one by one, where several of a row take longer than as many steps."""
 _CHUNK_BESIDE = 128
 """Tokens that are caught up with before a step for which others wait."""
 _STEPS_AHEAD = 3
@@ -64,6 +64,11 @@ class _Guessing:
         behind = self.guesses[max(0, start - known) : max(0, end - known)]
         return (*self.sequence.token_slice(start, min(end, known)), *behind)
 
+    @property
+    def num_new(self) -> int:
+        """Tokens that are not in the cache."""
+        return self.sequence.num_tokens - self.num_computed
+
     def settle(self) -> None:
         """What of the guesses was drawn counts as computed; the others are forgotten. The last
         token does not count: a chain begins with it."""
@@ -83,14 +88,13 @@ class ModelDrafter:
         self._pools = Pools(model.groups, model.capacity)
         self._known: dict[Sequence, _Guessing] = {}
         self._predictions = Predictions()
-        self._few = _FEW_SINGLY if model.computes_tokens_singly else _FEW
         self._steps_ahead = _STEPS_AHEAD if model.computes_tokens_singly else 0
         self._in_flight: deque[tuple[Seq[_Guessing], Step]] = deque()
 
     def is_behind(self, sequence: Sequence) -> bool:
         known = self._known.get(sequence)
         num_computed = 0 if known is None else known.num_computed + len(known.guesses)
-        return sequence.num_tokens - num_computed > self._few
+        return sequence.num_tokens - num_computed > _FEW
 
     def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
         rows: list[BatchRow] = []
@@ -103,7 +107,7 @@ class ModelDrafter:
                 break
             known = self._settled(sequence)
             # Something is left to begin a chain with.
-            count = min(sequence.num_tokens - 1 - known.num_computed, left)
+            count = min(known.num_new - 1, left)
             if count <= 0 or not self._has_room(known, known.num_computed + count):
                 continue
             rows.append(self._row(known, count, draws=False))
@@ -179,7 +183,7 @@ class ModelDrafter:
     def _guess(self, guessing: Seq[tuple[_Guessing, int]]) -> None:
         """Makes their chains, each of so many guesses."""
         if self._model.computes_tokens_singly:
-            self._compute_all_but_last([known for known, _ in guessing])
+            self._compute_singly([known for known, _ in guessing])
         going = [known for known, _ in guessing]
         self._launch([self._first_row(known) for known in going], going)
         for place in range(1, max(most for _, most in guessing)):
@@ -195,11 +199,10 @@ class ModelDrafter:
         while self._in_flight:
             self._take()
 
-    def _compute_all_but_last(self, guessing: Seq[_Guessing]) -> None:
-        while True:
-            rest = [each for each in guessing if each.sequence.num_tokens - 1 > each.num_computed]
-            if not rest:
-                return
+    def _compute_singly(self, guessing: Seq[_Guessing]) -> None:
+        """All but the last of few new tokens."""
+        few = range(2, 1 + _FEW_SINGLY)
+        while rest := [each for each in guessing if each.num_new in few]:
             self._launch([self._row(known, 1, draws=False) for known in rest])
             for known in rest:
                 known.num_computed += 1
@@ -220,9 +223,8 @@ class ModelDrafter:
                 known.guesses.append(each.token_id)
 
     def _first_row(self, known: _Guessing) -> BatchRow:
-        num_new = known.sequence.num_tokens - known.num_computed
-        row = self._row(known, num_new, draws=True)
-        known.num_computed += num_new
+        row = self._row(known, known.num_new, draws=True)
+        known.num_computed = known.sequence.num_tokens
         return row
 
     def _next_row(self, known: _Guessing, place: int) -> BatchRow:

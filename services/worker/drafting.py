@@ -104,6 +104,9 @@ class Drafting:
         self._has_caught_up = self._drafter.catch_up(behind, others_wait=num_decoding > 0)
         if not pays:
             self._lengths.spent(time.monotonic() - started_s)
+        for sequence in behind:
+            if not self._drafter.is_behind(sequence):
+                self._missed.pop(sequence, None)
         return self._has_caught_up
 
     def add(
