@@ -161,6 +161,7 @@ class DeviceExecutor:
         with self._on_stream():
             stream = self._stream if graphs else None
             self._decode.capture(None if stream is None else Graphs(stream))
+            self._launched.compile_plans()
 
     def capture_prompts(self, most_tokens: int, graphs: Graphs | None = None) -> None:
         """Captures graphs of steps with prompt chunks, of so many tokens at most, where the model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels.decode_attention import DecodeWork
+from baton.kernels.decode_attention import DecodeWork, plan_decode
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.decode_steps import DecodeSteps
@@ -29,6 +29,17 @@ class LaunchedSteps:
         self.rows_at_once = rows_at_once(context.vocab_size)
         sizes = reversed(context.drawn_sizes)
         self.drawn_work = {size: context.make_work(size) for size in sizes}
+
+    def compile_plans(self) -> None:
+        """Those of wanted tokens that have drafts behind them; all others are met with decode."""
+        context = self._context
+        if len(context.widths) == 1:
+            return
+        for size, work in self.drawn_work.items():
+            nobody = torch.full((size,), -1, dtype=torch.int32, device=context.device)
+            back = torch.zeros_like(nobody)
+            for each, window in zip(work, context.windows, strict=False):
+                plan_decode(nobody, context.state.context_lens, each, back=back, window=window)
 
     def begin(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]

@@ -199,9 +199,10 @@ def test_what_a_client_predicts_comes_first(
 
 
 def test_it_catches_up_after_steps_without_guesses(
-    make_guessing: Callable[..., Any], answers: Answers
+    make_guessing: Callable[..., Any], answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with k = 0 for a while, and only where guesses may pay or are wanted."""
+    monkeypatch.setattr("baton.services.decode.model_drafter._FEW", 4)
 
     class Moody(AllOfThem):
         num_steps, is_paying, has_begun, told = 0, False, False, 0
