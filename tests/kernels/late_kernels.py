@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from baton.shared.engine.models import registry
 from baton.shared.sampling import SamplingParams
 from tests.kernels.compiled import recording
 from tests.kernels.every_option import EVERY_OPTION
+from tests.kernels.stand_in_graphs import StandInGraphs
 
 MAX_NUM_SEQS = 12
 MAX_CHUNK = 300
@@ -71,6 +73,8 @@ def _ready(model_dir: str, dtype: str) -> ModelRunner:
     # Warmed up as on a GPU, but for the sums of blocks, whose kernel knows nothing of models.
     device, runner.device = runner.device, SimpleNamespace(type="cuda")
     runner.block_sums = lambda: lambda *_: None
+    executor = runner._executor
+    executor.capture_prompts = partial(executor.capture_prompts, graphs=StandInGraphs())
     runner._warm_up(lambda _: None)
     runner.device = device
     ready: ModelRunner = runner

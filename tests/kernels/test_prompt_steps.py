@@ -3,17 +3,16 @@ the torch reference; on a GPU with graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
-from baton.shared.engine.graphs import Graph
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
+from tests.kernels.stand_in_graphs import StandInGraphs
 from tests.kernels.test_engine import SMALL, Make, maker, tokens
 
 pytestmark = [
@@ -26,32 +25,6 @@ SHAPED = SamplingParams(
     temperature=0.8, seed=4, max_tokens=9, repetition_penalty=1.3, logit_bias=((5, 1.0),)
 )
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9)
-
-
-class Again:
-    def __init__(self, launch: Callable[[], None]) -> None:
-        self._launch = launch
-
-    def replay(self) -> None:
-        self._launch()
-
-
-class Graphs:
-    """What is launched again is what was captured, with the same arguments."""
-
-    num_bytes = 0
-
-    def __init__(self, num_refused: int = 0) -> None:
-        """`num_refused`: so many find no memory."""
-        self._num_refused = num_refused
-
-    def capture(self, launch: Callable[[], None]) -> Graph:
-        return Again(launch)
-
-    def capture_if_room(self, launch: Callable[[], None]) -> Graph | None:
-        launch()
-        self._num_refused -= 1
-        return None if self._num_refused >= 0 else Again(launch)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +41,11 @@ def reference(make: Make) -> ModelRunner:
 def runner(make: Make, device: torch.device) -> ModelRunner:
     made = make("triton", device)
     if device.type == "cpu":
-        captured(made, Graphs())
+        captured(made, StandInGraphs())
     return made
 
 
-def captured(runner: ModelRunner, graphs: Graphs) -> None:
+def captured(runner: ModelRunner, graphs: StandInGraphs) -> None:
     executor: Any = runner._executor
     with torch.inference_mode():
         executor.capture_prompts(MOST_TOKENS, graphs)
@@ -169,7 +142,7 @@ def test_what_no_graph_is_for(
     runner = make("triton", device, num_drafts=2, prompt_graphs=False)
     caplog.clear()
     with caplog.at_level("INFO"):
-        captured(runner, Graphs(num_refused=2))
+        captured(runner, StandInGraphs(num_refused=2))
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert fields_of(caplog.records[0])["sizes"] == "16 16+4"
     assert fields_of(caplog.records[1])["missing"] == "32+0 32+4"
