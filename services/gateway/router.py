@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from baton.shared.kv.block_hash import stride_blocks
@@ -37,6 +37,10 @@ class WorkerSnapshot:
     suspect: bool = False
     """Silent, unhealthy or draining: gets nothing new."""
     model_digest: str = ""
+    prompt_tokens_per_s: int = 0
+    """0: not known yet."""
+    path_bytes_per_s: Mapping[str, int] = field(default_factory=dict)
+    """Rate of the path to a peer that it has read, by worker id."""
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +85,10 @@ class LocalPrefill:
     longer than `late_after_s` go after all others (`next_in_turn`): under overload, first come,
     first served would make every prompt late, whereas so most are in time. The late ones go when
     the overload ends, or their deadline ends them.
+
+    A prompt whose blocks and states would take longer to the partner, by the path that it has
+    measured, than it takes to compute the prompt there, goes to the partner as well, unless that
+    one has the longer queue: with states, which do not grow with the prompt, a short one.
 
     How much a prompt delays the partner's streams is up to the partner: its token budget, and its
     goal for the time per token.
@@ -158,6 +166,9 @@ def choose(
         must_wait = prompt.may_be_held and not prompt.has_room(first)
         return None if must_wait and _has_doubted_prefill(first, workers) else prompt.alone(first)
     partners = [worker for worker in decodes if worker.capability_hash == first.capability_hash]
+    nearer = prompt.nearer(first, partners)
+    if nearer is not None:
+        return prompt.alone(nearer)
     if prompt.has_room(first):
         return prompt.pair(first, partners)
     taker = prompt.taker(first, partners)
@@ -238,6 +249,35 @@ class _Prompt:
         if not takers:
             return None
         return _best(takers, lambda w: (self.queue_at(w), *_decode_rank(w)), self.spread)
+
+    def nearer(
+        self, prefill: WorkerSnapshot, partners: Sequence[WorkerSnapshot]
+    ) -> WorkerSnapshot | None:
+        """A partner that would compute the prompt sooner than it would read what a prefill worker
+        computes of it."""
+        if self.local_prefill is None:
+            return None
+        most = self.queue_at(prefill)
+        takers = [
+            worker
+            for worker in partners
+            if worker.role == "both"
+            and self.queue_at(worker) <= most
+            and self._seconds_to_move(prefill, worker) > self._seconds_to_compute(worker)
+        ]
+        if not takers:
+            return None
+        return _best(takers, lambda w: (self.queue_at(w), *_decode_rank(w)), self.spread)
+
+    def _seconds_to_move(self, prefill: WorkerSnapshot, worker: WorkerSnapshot) -> float:
+        """0 where the path is not known."""
+        rate = worker.path_bytes_per_s.get(prefill.worker_id, 0)
+        num_held = min(self.hits.get(worker.worker_id, 0), self.num_tokens)
+        return worker.capacity.bytes_to_move(self.num_tokens, num_held) / rate if rate else 0.0
+
+    def _seconds_to_compute(self, worker: WorkerSnapshot) -> float:
+        rate = worker.prompt_tokens_per_s
+        return self.num_new_tokens(worker) / rate if rate else math.inf
 
     def alone(self, worker: WorkerSnapshot) -> Route:
         return Route(None, worker, self.num_new_tokens(worker))

@@ -96,6 +96,8 @@ class Workers:
                 num_free_blocks=known.num_free_blocks(),
                 num_waiting=known.record.load.num_waiting + len(known.num_tokens_started),
                 num_running=known.record.load.num_running,
+                prompt_tokens_per_s=known.record.load.prompt_tokens_per_s,
+                path_bytes_per_s=known.record.load.path_bytes_per_s,
                 num_outstanding_tokens=self.outstanding_tokens[known.record.incarnation],
                 suspect=self._is_doubted(known.record.incarnation),
             )

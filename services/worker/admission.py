@@ -45,8 +45,8 @@ class _Found:
     """By group: the first block that is needed."""
     sources: dict[int, int] = field(default_factory=dict)
     """By group of states: the checkpoint to begin with."""
-    num_seen: int = 0
-    """Blocks at the front that another prompt had, as far as is known."""
+    branch: int = 0
+    """Blocks at the front that it has in common with another prompt, which goes on differently."""
 
 
 class Admitter:
@@ -165,7 +165,9 @@ class Admitter:
         if sequence.distrust:
             hashes = hashes[: self._num_with_digests(sequence, depth)]
             depth = cache.match(hashes, token_ids)
-        num_seen = cache.num_seen(hashes, token_ids) if self._slot_groups else depth
+        num_seen, is_branch = depth, False
+        if self._slot_groups:
+            num_seen, is_branch = cache.seen(hashes, token_ids)
         if not may_restore:
             depth = 0
         first = [group.first_block(depth * block_size, block_size) for group in groups]
@@ -188,7 +190,7 @@ class Admitter:
         sources = {
             group: self._find(sequence, group, depth - 1) for group in self._slot_groups if depth
         }
-        return _Found(depth, num_stored, blocks, first, sources, num_seen)
+        return _Found(depth, num_stored, blocks, first, sources, num_seen if is_branch else 0)
 
     def _end_of_room(self, sequence: Sequence, group: int, first: int) -> int:
         """Up to which block a group has room at once: all, or as far ahead of its window as it
@@ -325,8 +327,8 @@ class Admitter:
         if not self._keeps_states:
             return ()
         blocks = {self._num_usable(sequence)}
-        if found.num_seen - found.depth >= _LEAST_GAIN_BLOCKS:
-            blocks.add(found.num_seen)
+        if found.branch - found.depth >= _LEAST_GAIN_BLOCKS:
+            blocks.add(found.branch)
         return tuple(sorted(n * self._pools.block_size for n in blocks if n > found.depth))
 
 

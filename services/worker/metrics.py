@@ -37,6 +37,9 @@ _MASK_SECONDS_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
 )
 
+_KEPT_OF_RATE = 0.95
+"""Of what was measured before, with each step."""
+
 _COUNTERS = {
     "steps": "Engine steps",
     "computed_prompt_tokens": "Prompt tokens that were computed here",
@@ -80,6 +83,7 @@ class EngineMetrics:
         """Prompt tokens of the sequences admitted to be computed here."""
         self.num_joined = 0
         """Sequences whose prompt, and first token, came from another worker."""
+        self._prompt_tokens = self._prompt_s = 0.0
         step_seconds = Histogram(
             "baton_step_seconds",
             "Time of an engine step, by what it computed",
@@ -117,8 +121,16 @@ class EngineMetrics:
             registry=registry,
         )
 
+    @property
+    def prompt_tokens_per_s(self) -> int:
+        """Of steps that computed nothing else, the latest above all; 0: there were none."""
+        return int(self._prompt_tokens / self._prompt_s) if self._prompt_s else 0
+
     def took_step(self, seconds: float, *, num_decoded_tokens: int, num_prompt_tokens: int) -> None:
         """`num_decoded_tokens`: computed for sequences that decode, drafts included."""
+        if num_prompt_tokens and not num_decoded_tokens:
+            self._prompt_tokens = self._prompt_tokens * _KEPT_OF_RATE + num_prompt_tokens
+            self._prompt_s = self._prompt_s * _KEPT_OF_RATE + seconds
         kind = "decode" if not num_prompt_tokens else "mixed" if num_decoded_tokens else "prefill"
         in_seconds, in_tokens = self._of_kind[kind]
         in_seconds.observe(seconds)
@@ -184,6 +196,11 @@ class WorkerCollector(Collector):
             "Rate of the path to a peer, as measured when it was connected",
             ("peer",),
             {(peer,): rate for peer, rate in self._path_rates().items()},
+        )
+        yield gauge(
+            "baton_prompt_tokens_per_second",
+            "Prompt tokens computed per second, in steps that compute nothing else",
+            self._engine.prompt_tokens_per_s,
         )
         yield gauge(
             "baton_directory_reachable",

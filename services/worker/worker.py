@@ -18,6 +18,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable, Mapping
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -214,12 +215,20 @@ class Worker:
         port = int(endpoint.address.rpartition(":")[2])
         address = join_address(args.advertise or args.host, port)
         engine_thread = _start_engine(engine, stop)
-        directory_task = asyncio.create_task(directory.run(lambda: self._record(mailroom, address)))
+
+        def path_rates() -> dict[str, float]:
+            names = mailroom.source_ids()
+            return {names.get(name, name): rate for name, rate in puller.rates().items()}
+
+        def record() -> Awaitable[WorkerRecord]:
+            return self._record(mailroom, address, metrics, path_rates())
+
+        directory_task = asyncio.create_task(directory.run(record))
         directory_task.add_done_callback(lambda task: _stop_on_failure(task, stop))
         # What is there now stays: with 50,000 blocks, looking through it takes a tenth of a second.
         gc.collect()
         gc.freeze()
-        self._export(inbox, metrics, mailroom, puller, directory)
+        self._export(inbox, metrics, path_rates, directory)
         await _first_of(directory.has_tried, stop)
         was_ready = not stop.is_set()
         if was_ready:
@@ -318,16 +327,10 @@ class Worker:
         self,
         inbox: queue.SimpleQueue[msg.Command],
         metrics: EngineMetrics,
-        mailroom: Mailroom,
-        puller: Puller,
+        path_rates: Callable[[], dict[str, float]],
         directory: DirectorySync,
     ) -> None:
         """From now on scrapes see the engine."""
-
-        def path_rates() -> dict[str, float]:
-            names = mailroom.source_ids()
-            return {names.get(name, name): rate for name, rate in puller.rates().items()}
-
         about = {
             "version": baton_version(),
             "model_name": self._args.model_name,
@@ -364,7 +367,13 @@ class Worker:
             WorkerServicer(mailroom, ROLE_TO_PB[role]), server
         )
 
-    async def _record(self, mailroom: Mailroom, address: str) -> WorkerRecord:
+    async def _record(
+        self,
+        mailroom: Mailroom,
+        address: str,
+        metrics: EngineMetrics,
+        path_rates: Mapping[str, float],
+    ) -> WorkerRecord:
         # A heartbeat must not wait for a long step: the last state is told again then.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_INSPECT_S):
@@ -392,6 +401,8 @@ class Worker:
                 num_free_blocks=tuple(state.num_free_blocks_by_pool)
                 or (0,) * len(self._runner.num_blocks),
                 counters=_counters(state),
+                prompt_tokens_per_s=metrics.prompt_tokens_per_s,
+                path_bytes_per_s={peer: int(rate) for peer, rate in path_rates.items()},
             ),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from baton.shared.directory.cluster_model import ClusterModel, OtherModel
@@ -18,7 +18,7 @@ from baton.shared.telemetry import log_event
 log = logging.getLogger(__name__)
 
 Role = Literal["prefill", "decode", "both"]
-_SCHEMA = 4
+_SCHEMA = 5
 """One more whenever the record changes, and whenever a request says something new: gateways see no
 worker of another schema, and one of an older version would ignore what it does not know."""
 _T = TypeVar("_T")
@@ -85,6 +85,10 @@ class WorkerLoad:
     num_free_blocks: tuple[int, ...]
     """By block pool."""
     counters: Mapping[str, int]
+    prompt_tokens_per_s: int = 0
+    """As steps that compute nothing but prompts took; 0: not known yet."""
+    path_bytes_per_s: Mapping[str, int] = field(default_factory=dict)
+    """Rate of the path to a peer, by its worker id, as it was measured when it was connected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,7 @@ def decode_record(text: str) -> WorkerRecord:
     capability = _part(fields, "capability")
     model = _part(fields, "model")
     load = _part(fields, "load")
-    counters = _part(load, "counters")
+    counters, paths = _part(load, "counters"), _part(load, "path_bytes_per_s")
     capacity = _capacity(_part(fields, "capacity"))
     role = _text(fields, "role")
     if role not in get_args(Role):
@@ -271,6 +275,8 @@ def decode_record(text: str) -> WorkerRecord:
             num_running=_count(load, "num_running"),
             num_free_blocks=_num_free_blocks(load, capacity),
             counters={name: _count(counters, name) for name in counters},
+            prompt_tokens_per_s=_count(load, "prompt_tokens_per_s"),
+            path_bytes_per_s={name: _count(paths, name) for name in paths},
         ),
     )
 
@@ -284,10 +290,13 @@ def _capacity(fields: dict[str, Any]) -> Capacity:
             for share in _items(fields, "groups", dict)
         ),
         max_model_len=_count(fields, "max_model_len"),
+        block_bytes=tuple(_items(fields, "block_bytes", int)),
     )
     num_pools = len(capacity.num_blocks)
     if not capacity.groups or any(share.pool >= num_pools for share in capacity.groups):
         raise ValueError("field groups names a pool that is not there")
+    if len(capacity.block_bytes) not in (0, num_pools):
+        raise ValueError("field block_bytes has not a size for each pool")
     if capacity.block_size < 1 or min(capacity.num_blocks) < 0:
         raise ValueError("field capacity makes no sense")
     return capacity

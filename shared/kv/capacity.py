@@ -51,10 +51,24 @@ class Capacity:
     groups: tuple[GroupShare, ...]
     max_model_len: int
     """Tokens of the longest sequence, prompt and answer together, whatever the pools hold."""
+    block_bytes: tuple[int, ...] = ()
+    """By pool; none where nobody asks."""
 
     def blocks_for(self, num_tokens: int) -> list[int]:
         """By pool: the most blocks that a sequence of so many tokens holds at once."""
         return blocks_by_pool(self.groups, len(self.num_blocks), num_tokens, self.block_size)
+
+    def bytes_to_move(self, num_tokens: int, num_held: int = 0) -> int:
+        """What a hand-off moves of a prompt of so many tokens: states, and blocks but for those of
+        its first `num_held` tokens."""
+        num_bytes = 0
+        for group in self.groups:
+            whole = num_blocks_for(num_tokens, self.block_size)
+            new = whole - num_held // self.block_size
+            # Of a state, or a window, as much as there is, whatever of it is held.
+            num_blocks = new if group.max_blocks is None else min(whole, group.max_blocks)
+            num_bytes += num_blocks * self.block_bytes[group.pool] if self.block_bytes else 0
+        return num_bytes
 
     def holds(self, num_tokens: int, num_free: Sequence[int] | None = None) -> bool:
         """Whether a sequence of so many tokens is not too long, and fits into the pools, or what

@@ -124,7 +124,13 @@ class PoolSizes:
                 least = most_blocks(group, self.block_size, self.in_flight_tokens + self.block_size)
                 share = GroupShare(share.pool, max(least or 0, most))
             shares.append(share)
-        return Capacity(self.block_size, num_blocks, tuple(shares), max_model_len)
+        return Capacity(
+            self.block_size,
+            num_blocks,
+            tuple(shares),
+            max_model_len,
+            self.arrangement.block_bytes,
+        )
 
     def longest(self, pools_for: Callable[[int], NumBlocks | None], limit: int) -> int:
         """Tokens of the longest sequence, at most `limit`, that its own pools hold; 0: none.

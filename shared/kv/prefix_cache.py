@@ -103,11 +103,11 @@ class PrefixCache:
             node = gap.parent
         return 0
 
-    def num_seen(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> int:
-        """Blocks of the deepest prefix that another prompt had, as far as is known here; of groups
-        that read everything they are all there."""
+    def seen(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> tuple[int, bool]:
+        """Blocks of the deepest prefix that another prompt had, as far as is known here (of groups
+        that read everything they are all there), and whether that one goes on differently."""
         node = self._deepest(hashes, token_ids)
-        return 0 if node is None else node.index + 1
+        return (0, False) if node is None else (node.index + 1, bool(node.children))
 
     def _deepest(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> Node | None:
         node = None

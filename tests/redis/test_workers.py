@@ -22,6 +22,9 @@ from baton.shared.kv.capacity import Capacity, GroupShare
 pytestmark = pytest.mark.redis
 
 
+GROUPS = (GroupShare(0), GroupShare(1, 9), GroupShare(1, 7))
+
+
 def record(worker_id: str = "p0", incarnation: str = "a1") -> WorkerRecord:
     return WorkerRecord(
         worker_id=worker_id,
@@ -30,8 +33,10 @@ def record(worker_id: str = "p0", incarnation: str = "a1") -> WorkerRecord:
         address="127.0.0.1:4242",
         capability=Capability("d" * 64, "float32", "bfloat16", 16, ("full:2x32", "axes"), "exact"),
         model=ModelFacts("demo", "llama", 2048, (1, 2)),
-        capacity=Capacity(16, (128, 40), (GroupShare(0), GroupShare(1, 9), GroupShare(1, 7)), 4096),
-        load=WorkerLoad(1, 2, (3, 0), {"num_steps": 7}),
+        capacity=Capacity(
+            16, (128, 40), (GroupShare(0), GroupShare(1, 9), GroupShare(1, 7)), 4096, (4096, 512)
+        ),
+        load=WorkerLoad(1, 2, (3, 0), {"num_steps": 7}, 9000, {"d1:é": 5_000_000_000}),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -294,6 +295,50 @@ def test_only_tokens_that_have_to_be_computed_count() -> None:
     tight = worker("b", "both", num_outstanding_tokens=200)
     assert route(prefill, tight, local_prefill=RULE) == ("p", "b")
     assert route(prefill, tight, hits={"b": 112}, local_prefill=RULE) == (None, "b")
+
+
+# A token is 1 KiB, and a sequence has 4 MiB of states, as far as it keeps any.
+PLAIN = Capacity(16, (10_000,), (GroupShare(0),), 1 << 20, (16 << 10,))
+STATES = Capacity(16, (10_000, 99), (GroupShare(0), GroupShare(1, 1)), 1 << 20, (16 << 10, 4 << 20))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "num_tokens", "hits", "is_nearer"),
+    [
+        # A GiB/s is 1024 tokens in a millisecond, and a state in four; 50 are computed in one.
+        (PLAIN, 16, {}, False),
+        (PLAIN, 4096, {}, False),
+        (STATES, 64, {}, True),
+        (STATES, 192, {}, True),
+        (STATES, 240, {}, False),
+        (STATES, 4096, {}, False),
+        # It computes less of it, and reads fewer blocks, but the whole state.
+        (STATES, 4096, {"b": 4000}, True),
+        (PLAIN, 4096, {"b": 4000}, False),
+    ],
+)
+def test_what_moves_more_slowly_than_it_is_computed_stays(
+    capacity: Capacity, num_tokens: int, hits: dict[str, int], is_nearer: bool
+) -> None:
+    free = capacity.num_blocks
+    p = worker("p", "prefill", capacity=capacity, num_free_blocks=free)
+    known = {"prompt_tokens_per_s": 50_000, "path_bytes_per_s": {"p": 1 << 30}}
+    b = worker("b", "both", capacity=capacity, num_free_blocks=free, **known)
+
+    def asked(*workers: WorkerSnapshot, **options: Any) -> tuple[str | None, str] | None:
+        return route(
+            *workers, hits=hits, num_prompt_tokens=num_tokens, num_tokens=num_tokens + 9, **options
+        )
+
+    rule = LocalPrefill(threshold_tokens=1 << 20)
+    assert asked(p, b, local_prefill=rule) == (None if is_nearer else "p", "b")
+    assert asked(p, b) == ("p", "b"), "where that is not asked for"
+    for unknown in ({"prompt_tokens_per_s": 0}, {"path_bytes_per_s": {"other": 9}}):
+        assert asked(p, replace(b, **unknown), local_prefill=rule) == ("p", "b")
+    busy = replace(b, num_outstanding_tokens=9999)
+    assert asked(p, busy, local_prefill=rule) == ("p", "b"), "its own queue is longer"
+    decode = replace(b, role="decode")
+    assert asked(p, decode, local_prefill=rule) == ("p", "b"), "it computes no prompts"
 
 
 HOLDING = LocalPrefill(threshold_tokens=1000, max_share=0.5, late_after_s=0.5)

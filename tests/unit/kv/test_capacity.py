@@ -104,3 +104,12 @@ def test_refusals_say_what_is_needed_where_it_is_missing() -> None:
 def test_numbers_of_other_pools_are_refused(num_free: list[int]) -> None:
     with pytest.raises(ValueError):
         Capacity(16, (10, 6), (GroupShare(0), GroupShare(1)), 4096).holds(5, num_free)
+
+
+def test_a_hand_off_moves_states_and_the_blocks_that_are_not_held() -> None:
+    groups = (GroupShare(0), GroupShare(0, 3), GroupShare(1, 1))
+    capacity = Capacity(16, (99, 9), groups, 4096, (100, 7000))
+    assert capacity.bytes_to_move(15) == 100 + 100 + 7000
+    assert capacity.bytes_to_move(160) == 1000 + 300 + 7000
+    assert capacity.bytes_to_move(160, 100) == 400 + 300 + 7000
+    assert replace(capacity, block_bytes=()).bytes_to_move(160) == 0

@@ -93,6 +93,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "latents": LATENTS,
     "states": {**STATES, "layer_types": ["recurrent", "full_attention"]},
     "states alone": {**STATES, "layer_types": ["recurrent", "recurrent"]},
+    "states alone, long": {
+        **STATES,
+        "layer_types": ["recurrent", "recurrent"],
+        "max_position_embeddings": 1 << 15,
+    },
 }
 
 

@@ -127,17 +127,22 @@ def test_a_hit_is_the_deepest_state_and_blocks_behind_it_are_shared() -> None:
     """It takes a slot of its own beside the one that it copies, which is held until it has."""
     bench = make_bench(num_slots=4, keeps_states=True)
     first = admitted(bench, "a")
-    bench.compute(first, 16)
-    slot = keep(bench, first, 16)
+    bench.compute(first, 8)
+    slot = keep(bench, first, 8)
     bench.compute(first, 26)
     bench.end(first)
-    second = bench.arrive("b", (*PROMPT, 60, 61, 62))
+    second = bench.arrive("b", (*PROMPT[:22], *range(60, 67)))
     assert bench.admit(second) is Admission.ADMIT
-    assert (second.num_cached_tokens, second.num_stored_tokens) == (16, 24)
+    assert (second.num_cached_tokens, second.num_stored_tokens) == (8, 20)
     assert bench.admitter.take_sources(second) == {STATES: slot}
     assert bench.pools.of(STATES).block(slot).ref_count == 1
     assert second.block_tables[STATES] != [slot]
-    assert second.stops == (24, 28), "where it leaves the first one's prompt, and its own end"
+    assert second.stops == (20, 28), "where it leaves the first one's prompt, and its own end"
+    bench.pools.of(STATES).release([slot])
+    third = bench.arrive("c", (*PROMPT, *range(60, 67)))
+    assert bench.admit(third) is Admission.ADMIT
+    assert (third.num_cached_tokens, third.num_stored_tokens) == (8, 24)
+    assert third.stops == (32,), "the first one's prompt ended there: it does not leave it"
     bench.pools.of(STATES).release([slot])
     bench.check()
 

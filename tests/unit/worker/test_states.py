@@ -8,15 +8,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from baton.services.worker import messages as msg
+from baton.services.worker.sequence_table import Recipient
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
-from baton.shared.kv.sequence import FinishReason, Sequence, SequenceState
+from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence, SequenceState
 from baton.shared.rpc.errors import EngineFailure, Preempted
 from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock
+from tests.unit.worker.sim_worker import SimWorker
 from tests.unit.worker.simulation import Cluster
 from tests.unit.worker.test_steps_ahead import BAD_SEED, Bench, FlakyRunner, sampling
 from tests.unit.worker.test_windows import OneWorker
@@ -63,6 +67,27 @@ def test_a_long_sequence_holds_one_slot(
     group = state_group(runner)
     assert worker.most_held[group] == runner.num_blocks[group] == 1
     assert sum(worker.most_held) == 1 + (kind == "states") * -(-(4 * 26 + 99) // BLOCK_SIZE)
+
+
+def test_32k_tokens_hold_a_slot_and_no_block(make_runner: MakeRunner) -> None:
+    """Where layers keep nothing but states; two slots hold checkpoints of it, one after another."""
+    runner = make_runner(1, "states alone, long", max_num_seqs=1, state_checkpoints=2)
+    limits = BatchLimits(token_budget=2048, max_num_seqs=1)
+    worker = SimWorker("w", "ab" * 16, runner, lambda _, mail: None, limits)
+    prompt = PROMPT * 1260
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    sequence = Sequence(AttemptKey("r", 0, 1), prompt, params)
+    assert 32_000 < len(prompt) + 5 <= runner.max_model_len
+    worker.inbox.put(msg.StartDecode(sequence, Recipient("g", 1), None))
+    held = set()
+    while sequence.state is not SequenceState.FINISHED:
+        worker.engine.run_once(may_wait=False)
+        held.add(tuple(len(table) for table in sequence.block_tables))
+        worker.check()
+    assert held == {(1,), ()} and len(sequence.output_token_ids) == 5
+    assert worker.pools.capacity.num_blocks == (3,) and worker.pools.num_free == [3]
+    assert worker.counters["preemptions"] == 0
+    assert worker.pools.num_checkpoints == 2
 
 
 # The hand-off
@@ -224,3 +249,10 @@ def test_what_begins_with_no_state_is_computed_again(kind: str, make_runner: Mak
     bench.run()
     assert isinstance(bench.failures.pop(1), EngineFailure) and not bench.failures
     assert (bench.tokens, bench.reasons) == ({0: expected}, {0: FinishReason.LENGTH})
+
+
+def test_a_constrained_sequence_with_a_state_is_never_a_step_ahead(make_runner: MakeRunner) -> None:
+    """A step whose mask comes too late is taken again: its token would be applied twice."""
+    for kind, may_follow in (("full", True), ("states", False)):
+        worker = OneWorker(LateRunner(make_runner(24, kind)))  # type: ignore[arg-type]
+        assert worker.engine._stepper._masks_follow is may_follow

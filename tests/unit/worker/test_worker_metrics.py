@@ -101,3 +101,16 @@ def test_drafts_are_told_by_our_names_and_by_vllm_s(monkeypatch: pytest.MonkeyPa
     assert [told(name, {**labels, "position": str(place)}) for place in range(3)] == [6, 3, 0]
     assert told("baton_accepted_tokens_by_position_total", {"position": "1"}) == 3
     assert told("baton_mean_accepted_length") == 1.9
+
+
+def test_the_rate_of_prompts_is_that_of_steps_of_nothing_else() -> None:
+    engine = EngineMetrics(CollectorRegistry())
+    assert engine.prompt_tokens_per_s == 0
+    for _ in range(200):
+        engine.took_step(0.5, num_decoded_tokens=0, num_prompt_tokens=1000)
+    engine.took_step(9.0, num_decoded_tokens=4, num_prompt_tokens=1000)
+    engine.took_step(9.0, num_decoded_tokens=4, num_prompt_tokens=0)
+    assert engine.prompt_tokens_per_s in (1999, 2000)
+    for _ in range(200):
+        engine.took_step(0.25, num_decoded_tokens=0, num_prompt_tokens=1000)
+    assert engine.prompt_tokens_per_s in (3999, 4000), "what was long ago does not count"
