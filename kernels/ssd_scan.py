@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baton.kernels.reference_ssd import SsdWeights
-from baton.kernels.ssd_step import ssd_step, step_size
+from baton.kernels.ssd_step import decay_of, ssd_step, step_size
 from baton.kernels.state_plan import TILE_TOKENS, DeviceStatePlan
 
 
@@ -28,11 +28,10 @@ class ScanConfig:
     num_stages: int = 2
 
 
-def scan_config(head_dim: int, state_size: int, num_programs: int) -> ScanConfig:
-    """`num_programs`: of whole heads, those of all rows together."""
+def scan_config(head_dim: int, state_size: int) -> ScanConfig:
+    """What an H200 was fastest with, as far as a state fits into registers."""
     block_p = triton.next_power_of_2(head_dim)
-    most = 64 if state_size <= 128 and num_programs > 132 else 32
-    return ScanConfig(max(16, min(block_p, most)))
+    return ScanConfig(max(16, min(block_p, 64 if state_size <= 128 else 32)))
 
 
 @triton.jit
@@ -114,7 +113,7 @@ def _ssd_scan_kernel(
         tl.store(y_rows, y.to(y_ptr.dtype.element_ty), mask=is_x)
         left = tl.exp(behind) * step
         added = tl.dot(tl.trans((x * left[:, None]).to(dtype)), b, input_precision=PRECISION)
-        state = state * tl.exp(tl.sum(exponent, axis=0)) + added
+        state = state * decay_of(tl.sum(exponent, axis=0)) + added
         if HAS_KEPT:
             kept_in = tl.load(tile + 3).to(tl.int64)
             kept = state.to(states_ptr.dtype.element_ty)
@@ -152,7 +151,7 @@ def ssd_scan(
     assert out.is_contiguous() and out.dtype == x.dtype
     if num_rows == 0:
         return
-    config = config or scan_config(head_dim, state_size, num_rows * num_heads)
+    config = config or scan_config(head_dim, state_size)
     _ssd_scan_kernel[(triton.cdiv(head_dim, config.block_p), num_heads, num_rows)](
         x,
         dt,
