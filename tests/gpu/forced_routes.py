@@ -17,6 +17,7 @@ from baton.kernels import reference_experts
 from baton.kernels.reference import AttentionPlan
 from baton.kernels.reference_experts import Routes
 from baton.kernels.routing import RoutingRule
+from baton.kernels.state_plan import DeviceStatePlan, StatePlan
 from baton.shared.engine.model_runner import ModelRunner
 
 _SURE = 1e4
@@ -120,6 +121,13 @@ def _are_stored(plans: Any, num_tokens: int) -> Tensor:
     """Which tokens of a step some group stores; others are padding."""
     if isinstance(plans[0], AttentionPlan):
         return torch.arange(num_tokens) < plans[0].num_tokens
+    if isinstance(plans[0], StatePlan):
+        return torch.arange(num_tokens) < int(plans[0].query_start[-1])
+    if isinstance(plans[0], DeviceStatePlan):
+        own = plans[0]
+        are_stored = torch.arange(num_tokens) < num_tokens - own.num_padding
+        are_stored[: own.num_singles] = (own.slots[: own.num_singles] >= 0).cpu()
+        return are_stored
     return torch.stack([plan.slots[:num_tokens] >= 0 for plan in plans]).any(0)
 
 
@@ -127,6 +135,11 @@ def _have_rows(plans: Any, num_tokens: int) -> Tensor:
     """The same of tokens that are wanted: each is a row of its own."""
     if isinstance(plans[0], AttentionPlan):
         return torch.arange(num_tokens) < plans[0].num_tokens
+    if isinstance(plans[0], StatePlan):
+        return torch.arange(num_tokens) < len(plans[0].slots)
+    if isinstance(plans[0], DeviceStatePlan):
+        # Of these it says nothing; what pads them is some token of the step.
+        return torch.ones(num_tokens, dtype=torch.bool)
     rows: Tensor = plans[0].rows
     return rows >= 0
 
