@@ -171,6 +171,28 @@ def test_prompts_that_come_together_branch_at_once(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_conversations_that_begin_alike(kind: str, make_runner: MakeRunner, clock: Clock) -> None:
+    """A slice of a day: three of three turns each, in turns. The first shows nobody anything, the
+    second leaves it where their system prompt ends, the third begins there; and every further turn
+    begins where its answer before ended."""
+    one = OneCluster(make_runner, clock, kind, max_num_seqs=2, state_checkpoints=16)
+    short = replace(ANSWER, max_tokens=6)
+    talks = [(*SHARED, *range(10 * number + 5, 10 * number + 14)) for number in (1, 2, 3)]
+    expected = 0
+    for turn in range(3):
+        for number, talk in enumerate(talks):
+            if turn:
+                # The last token of an answer was drawn, not computed.
+                expected += edge(len(talk) - 4)
+            elif number == 2:
+                expected += edge(len(SHARED))
+            answer = one.ask(talk, short).token_ids
+            assert one.cached() == expected, (turn, number)
+            talks[number] = (*talk, *answer, 3 + turn, 4 + number, 5)
+    assert one.workers["decode"].counters["restored_states"] == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_samples_copy_the_state_of_their_prompt(
     kind: str, make_runner: MakeRunner, clock: Clock
 ) -> None:
