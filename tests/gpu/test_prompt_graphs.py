@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
@@ -111,3 +112,53 @@ def _run(
     for handle in handles:
         runner.close_row(handle)
     return drawn
+
+
+@pytest.mark.parametrize(
+    ("model_type", "case"),
+    [("llama", "grouped"), ("mistral", "windowed"), ("gpt_oss", "as they come")],
+)
+def test_keys_and_values_in_bfloat16(
+    model_type: str, case: str, tmp_path: Path, make_gpu_runner: MakeRunner
+) -> None:
+    """Where long chunks go to the kernel for compute capability 9.0, and short ones behind long
+    prefixes beside them to another: what all tokens leave in the cache is what launches leave."""
+    fields = {
+        **TINY_MODELS[model_type][case],
+        "max_position_embeddings": 4096,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+    }
+    make_tiny(tmp_path, model_type, fields, is_calm=True)
+    captured, launched = (
+        make_gpu_runner(
+            tmp_path, dtype="bfloat16", prompt_graphs=graphs, num_blocks=600, token_budget=2048
+        )
+        for graphs in (True, False)
+    )
+    for runner in (captured, launched):
+        for tensor in runner.kv_cache.tensors:
+            tensor.zero_()
+    num_groups = len(captured.groups)
+
+    def row(first_block: int, start: int, end: int) -> BatchRow:
+        table = list(range(first_block, first_block + 150))
+        token_ids = random.Random(first_block).choices(range(SIZES["vocab_size"]), k=end)[start:]
+        return BatchRow(token_ids, start, [table] * num_groups, GREEDY)
+
+    steps = [
+        [row(0, 0, 300), row(150, 0, 1400)],
+        [row(0, 300, 1301), row(150, 1400, 1462), row(300, 0, 7)],
+        [row(0, 1301, 1310), row(150, 1462, 2100), row(300, 7, 207)],
+        [row(0, 1310, 1374)],
+    ]
+    for step in steps:
+        caches = []
+        for runner in (captured, launched):
+            runner.forward(Batch(step))
+            runner.check_device()
+            caches.append([each.float() for each in runner.kv_cache.tensors])
+        for got, expected in zip(*caches, strict=True):
+            limit = 0.02 * float(expected.abs().max())
+            torch.testing.assert_close(got, expected, atol=limit, rtol=0)
+    assert captured.num_prompt_steps.launched == 0
