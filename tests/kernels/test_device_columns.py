@@ -46,8 +46,9 @@ def test_every_token_has_its_place(seed: int) -> None:
         for offset, token_id in enumerate(row.token_ids):
             position = row.position + offset
             for group, table in enumerate(row.block_tables):
-                block_id = table[position // BLOCK_SIZE]
-                assert slots[group, token] == block_id * BLOCK_SIZE + position % BLOCK_SIZE
+                place = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+                is_stored = position < row.num_stored
+                assert slots[group, token] < 0 if is_stored else slots[group, token] == place
             assert (input_ids[token], positions[token]) == (token_id, position)
             covered.append((token, slot, position))
             token += 1
@@ -85,4 +86,4 @@ def _chunk(rng: random.Random, num_groups: int) -> BatchRow:
     num_blocks = -(-(position + num_tokens) // BLOCK_SIZE) + rng.randrange(3)
     tables = [[rng.randrange(1000) for _ in range(num_blocks)] for _ in range(num_groups)]
     token_ids = [rng.randrange(2**17) for _ in range(num_tokens)]
-    return BatchRow(token_ids, position, tables)
+    return BatchRow(token_ids, position, tables, num_stored=rng.choice([0, rng.randrange(150)]))

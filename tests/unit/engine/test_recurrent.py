@@ -79,6 +79,32 @@ def test_bits_do_not_depend_on_chunks_nor_on_what_a_slot_held(
     assert bool((runner.kv_cache.padded_tensors[1][-1] == 0x41).all()), "nor the one behind them"
 
 
+@pytest.mark.parametrize("end", [1, 17, 40])
+def test_what_is_stored_is_read_and_not_written(
+    end: int, tmp_path: Path, make_runner: MakeRunner
+) -> None:
+    """Of tokens whose keys and values others read, too, states alone are computed: to the same
+    bits, and the blocks stay as they are, up to the token where storing begins."""
+    make_recurrent(tmp_path, FIELDS)
+    runner = make_runner(tmp_path)
+    blocks, slots = runner.kv_cache.tensors
+    whole = runner.logits(Batch([BatchRow(PROMPT, 0, [[0, 1, 2], [5]])]))
+    before = blocks[:3].clone()
+    # What would be written at a token beyond is not what is there.
+    blocks[2, ..., 1:, :] = 0
+    other = BatchRow(PROMPT[::-1], 0, [[9, 10, 11], [4]])
+    runner.logits(Batch([other, BatchRow(PROMPT[:end], 0, [[0, 1, 2], [3]], num_stored=33)]))
+    if end < 40:
+        row = BatchRow(PROMPT[end:], end, [[0, 1, 2], [3]], num_stored=33)
+        logits = runner.logits(Batch([row, BatchRow([9], 40, [[9, 10, 11], [4]])]))[:1]
+        assert torch.equal(logits, whole)
+    assert torch.equal(slots[3], slots[5]) and torch.equal(blocks[:3], before)
+    blocks[:3] += 1
+    kept = blocks[:2].clone()
+    runner.logits(Batch([BatchRow(PROMPT[:end], 0, [[0, 1, 2], [3]], num_stored=33)]))
+    assert torch.equal(blocks[:2], kept)
+
+
 def test_pools_and_layout(tmp_path: Path, make_runner: MakeRunner) -> None:
     make_recurrent(tmp_path, FIELDS)
     runner = make_runner(tmp_path, num_blocks=20, max_num_seqs=6)
