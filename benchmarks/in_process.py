@@ -160,7 +160,10 @@ class InProcessEngine:
         """As `decode`, behind `cached_prompts`. `how` and `more`: as of `submit`; the latter is
         made for each."""
         batch = len(prompts)
-        num_starting = 2 * (batch * self.pools.block_size // self.runner.token_budget + 2)
+        # Where layers keep states, of most prompts none is kept: they are computed anew.
+        are_found = all(group.spec.grows for group in self.runner.groups)
+        each = self.pools.block_size if are_found else max(map(len, prompts))
+        num_starting = 2 * (batch * each // self.runner.token_budget + 2)
         for prompt in prompts:
             self.submit(prompt, num_starting + num_steps, how, **more())
         steps = self.run_until_idle()

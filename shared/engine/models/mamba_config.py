@@ -145,8 +145,8 @@ def read_head_dim(fields: Fields, name: str, heads: str, inner: int, num_heads: 
 
 
 def read_step_limit(fields: Fields, name: str = "time_step_limit") -> dict[str, Any]:
-    """`dt_min` and `dt_max`: a list of two numbers, of which the second may be infinity, as JSON of
-    Python says it or transformers; null: none."""
+    """`dt_min` and `dt_max`: a list of two numbers, of which the second may be infinity, in any of
+    the ways in which files say that; null: none."""
     value = fields.get(name)
     if value is None:
         return {}
@@ -175,5 +175,7 @@ def skip(fields: Fields, *names: str) -> None:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, dict) and list(value) == ["__float__"]:
-        value = {"Infinity": float("inf")}.get(value["__float__"])
+        value = value["__float__"]
+    if value == "Infinity":
+        return float("inf")
     return float(value) if isinstance(value, int | float) and value is not True else None

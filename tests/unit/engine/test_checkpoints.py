@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from baton.shared.engine.models.delta_config import DeltaModelConfig
+from baton.shared.engine.models.mamba_config import HybridConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 from baton.shared.engine.models.registry import load_model_config
 from baton.shared.engine.models.rope import rope_tables
@@ -117,6 +118,13 @@ SERVED = {
         "50 x (32 / 16 x 256 default, 1024), 10 x (32 / 4 x 512 proportional), tied"
     ),
     "Qwen/Qwen3-32B-FP8": "64 x (64 / 8 x 128 default)",
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (
+        "23 x (64 x 64 of 128, 8 groups, mamba2), 6 x (32 / 2 x 128 none), 6 of 128 experts of 1856"
+    ),
+    "state-spaces/mamba2-780m": "48 x (48 x 64 of 128, 1 groups, mamba2), tied",
+    "tiiuae/Falcon-H1-0.5B-Base": (
+        "36 x (24 x 64 of 128, 1 groups, mamba2), 36 x (8 / 2 x 64 default)"
+    ),
 }
 """Layers x (query heads / key and value heads x head size, rope, window, whose cache), experts. Of
 latents: heads x (what is made of the latent + what turns, of a key) of the latent's size."""
@@ -151,6 +159,10 @@ def described(config: ModelConfig) -> str:
         heads = f"{own.num_value_heads} of {own.num_key_heads} key heads"
         sizes = f"{own.key_dim} to {own.value_dim}"
         layers.insert(0, f"{count} x ({heads}, {sizes}, delta rule)")
+    if isinstance(config, HybridConfig):
+        mamba, count = config.mamba, sum(state is not None for state in config.states)
+        heads = f"{mamba.num_heads} x {mamba.head_dim} of {mamba.state_size}"
+        layers.insert(0, f"{count} x ({heads}, {mamba.num_groups} groups, mamba2)")
     if config.mixture is not None:
         rule, size = config.mixture.routing, config.mixture.expert_size
         layers.append(f"{rule.top_k} of {rule.num_experts} experts of {size}")
@@ -202,21 +214,22 @@ def test_it_is_what_transformers_reads(name: str, model_dir: Path) -> None:
     for field in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps"):
         # Where every layer has experts, not all have the third.
         assert getattr(ours, field) == getattr(theirs, field, getattr(ours, field)), field
-    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    longest = getattr(theirs, "max_position_embeddings", ours.max_position_embeddings)
+    assert ours.max_position_embeddings == longest
     assert ours.num_layers == theirs.num_hidden_layers
     assert ours.tie_word_embeddings == whole.tie_word_embeddings
     layer_types = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.num_layers
     if theirs.model_type in ("mistral", "mixtral") and theirs.sliding_window is not None:
         layer_types = ["sliding_attention"] * ours.num_layers
-    assert [each == "linear_attention" for each in layer_types] == [
-        layer is None for layer in ours.layers
-    ]
-    layer_types = [each for each in layer_types if each != "linear_attention"]
+    others = ("linear_attention", "mlp", "moe")
+    assert [each in others for each in layer_types] == [layer is None for layer in ours.layers]
+    layer_types = [each for each in layer_types if each not in others]
     for layer, layer_type in zip(ours.attentions, layer_types, strict=True):
         window = theirs.sliding_window if layer_type == "sliding_attention" else None
         # What is never left is none.
         assert layer.window == (window if (window or 0) < ours.max_position_embeddings else None)
-    check_ropes(ours, theirs, layer_types)
+    if any(layer.rope.rope_type != "none" for layer in ours.attentions):
+        check_ropes(ours, theirs, layer_types)
 
 
 def check_ropes(ours: ModelConfig, theirs: Any, layer_types: list[str]) -> None:

@@ -116,6 +116,7 @@ def test_what_layers_cache(tmp_path: Path) -> None:
         (None, (0.0, float("inf"))),
         ([0.0, float("inf")], (0.0, float("inf"))),
         ([0.5, {"__float__": "Infinity"}], (0.5, float("inf"))),
+        ([0, "Infinity"], (0.0, float("inf"))),
         ([0, 2], (0.0, 2.0)),
     ],
 )
