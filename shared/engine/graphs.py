@@ -23,7 +23,7 @@ class Graphs:
         self._stream = stream
         self._pool: Any = None
         self.num_bytes = 0
-        """That the device has less since the first was captured."""
+        """That what they compute in takes, shared by all."""
 
     def capture(self, launch: Callable[[], None]) -> Graph:
         """`launch` reads and writes fixed addresses only, and has been called before: its kernels
@@ -33,13 +33,13 @@ class Graphs:
             torch.OutOfMemoryError: there is no memory for what it computes meanwhile.
         """
         self._stream.synchronize()
-        free_bytes = self._free_bytes
+        before = torch.cuda.memory_reserved(self._stream.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             launch()
         if self._pool is None:
             self._pool = graph.pool()
-        self.num_bytes += free_bytes - self._free_bytes
+        self.num_bytes += torch.cuda.memory_reserved(self._stream.device) - before
         return graph
 
     def capture_if_room(self, launch: Callable[[], None]) -> Graph | None:

@@ -433,8 +433,24 @@ class ModelRunner:
         )
 
     @property
+    def _budgets(self) -> Sequence[int]:
+        """Tokens of a step that may be usual here; larger ones than those that are captured are
+        worth it only where launching takes long."""
+        if self._config.token_budget is not None:
+            return [self._config.token_budget]
+        if self._captures_prompts:
+            return [budget for budget in _TOKEN_BUDGETS if budget <= MOST_CAPTURED_TOKENS]
+        return _TOKEN_BUDGETS
+
+    @property
     def _captures(self) -> bool:
         return self._config.cuda_graphs and self._implementation.has_graphs
+
+    @property
+    def _captures_prompts(self) -> bool:
+        """Steps with prompt chunks: of layers that attend to keys and values."""
+        attend = all(isinstance(group.spec, Full | Sliding) for group in self.groups)
+        return self._captures and self._config.prompt_graphs and attend
 
     def _make_scratch_executor(self, num_blocks: int, num_rows: int) -> Executor:
         """Over a cache of its own, with so many blocks in each pool; for so many rows."""
@@ -452,7 +468,7 @@ class ModelRunner:
     def _measure_peak(self, progress: Progress) -> int:
         """Bytes that weights and the largest step take, with a pool just large enough for it."""
         progress("measuring memory")
-        num_tokens = min(self._config.token_budget or _TOKEN_BUDGETS[-1], self.max_model_len)
+        num_tokens = min(self._budgets[-1], self.max_model_len)
         num_blocks = [0] * self.arrangement.num_pools
         for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
             num_blocks[pool] += group.num_blocks_for(num_tokens, self._config.block_size)
@@ -476,7 +492,7 @@ class ModelRunner:
             executor.launch(Batch([prompt])).result()
         pool_bytes = cache.memory.numel()
         peak = torch.cuda.max_memory_allocated(self.device)
-        if self._captures and self._config.prompt_graphs:
+        if self._captures_prompts:
             # What graphs compute in is theirs alone.
             peak += (peak - resident) * min(num_tokens, MOST_CAPTURED_TOKENS) // num_tokens
         peak -= pool_bytes
@@ -511,8 +527,8 @@ class ModelRunner:
             ]
             most = min(blocks_each, default=self.max_model_len) * self._config.block_size
             limit = min(self.max_model_len, most)
-            budgets = [self._config.token_budget] if self._config.token_budget else _TOKEN_BUDGETS
-            usable = [min(budget, limit) for budget in budgets if budget is not None]
+            budgets = self._budgets
+            usable = [min(budget, limit) for budget in budgets]
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (2, 17, 40, 65, *usable):
                 prompt = self._prompt_row(min(num_tokens, limit))
@@ -524,7 +540,7 @@ class ModelRunner:
             if self.model_config.mixture is not None:
                 # Short prompts together make steps whose experts multiply in tiles of another size.
                 for budget in budgets:
-                    if budget is not None and budget > limit:
+                    if budget > limit:
                         lengths = [limit] * (budget // limit) + [budget % limit][: budget % limit]
                         lengths = lengths[: self.max_num_seqs]
                         rows = [self._prompt_row(length) for length in lengths]
@@ -538,7 +554,7 @@ class ModelRunner:
                 prompt = self._prompt_row(min(16, limit))
                 guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
                 self._executor.launch(Batch([guess, prompt])).result()
-            if has_graphs and self._config.prompt_graphs:
+            if self._captures_prompts:
                 # Behind the launched steps, whose memory is theirs by now.
                 self._executor.capture_prompts(min(max(usable), MOST_CAPTURED_TOKENS))
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
