@@ -67,6 +67,7 @@ RUN if [ "$DEVICE" = cuda ]; then \
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin baton
 COPY --from=build /opt/baton /opt/baton
 COPY models/demo /models/demo
+COPY models/demo-draft /models/demo-draft
 # Whatever is written goes to /tmp: the rest may be read-only.
 ENV PATH=/opt/baton/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -129,10 +129,13 @@ def run_batch(
 def killed(
     stack: Stack, asks: Sequence[Ask], plain: Sequence[Result], lead: int, at: int, report: Report
 ) -> None:
+    num_workers = len(stack.status().workers)
     streams = [Background(stack, ask.prompt, **ask.options) for ask in asks]
     stack.wait_until(lambda: streams[lead].num_tokens >= at or streams[lead].is_over)
     victim = next(
-        name for name in ("d0", "d1") if events(stack, name, "joined", streams[lead].request_id)
+        name
+        for name in ("d0", "d1", "d2")
+        if name in stack.processes and events(stack, name, "joined", streams[lead].request_id)
     )
     stack.kill(victim)
     report.num_kills += 1
@@ -142,7 +145,7 @@ def killed(
         if ask.schema is not None and other.attempts > 1:
             report.num_answers_hit += 1
             report.num_answers_hit_equal += _same(one, other)
-    stack.wait_until(lambda: len(stack.status().workers) == len(WORKERS))
+    stack.wait_until(lambda: len(stack.status().workers) == num_workers)
 
 
 def resumed(stack: Stack, asks: Sequence[Ask], plain: Sequence[Result], report: Report) -> None:

@@ -1,6 +1,7 @@
 """Guessing in real processes: the answer is the one without it, wherever it ends and whoever dies.
 
-One decode worker guesses and the other does not: streams move between them.
+One decode worker guesses by n-grams, one by a smaller model, and one does not: streams move between
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.structured_output import Report, asks_of, run_batch
 pytestmark = [pytest.mark.e2e, pytest.mark.exact]
 
 DEMO = ROOT / "models" / "demo"
-WORKERS = {"p0": "prefill", "d0": "decode", "d1": "decode"}
+WORKERS = {"p0": "prefill", "d0": "decode", "d1": "decode", "d2": "decode"}
+BY_MODEL = ["--speculate", "draft-model:4", "--draft-model", str(DEMO.parent / "demo-draft")]
 TALE = "Once upon a time there was a little cat. The cat was happy. The cat was happy. The cat"
 WAYS: list[dict[str, Any]] = [
     {},
@@ -35,7 +37,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         DEMO,
         tmp_path_factory.mktemp("speculation"),
         WORKERS,
-        worker_flags={"d0": ["--speculate", "ngram:4"]},
+        worker_flags={"d0": ["--speculate", "ngram:4"], "d2": BY_MODEL},
         flags=["--num-blocks", "256", "--token-budget", "64", "--max-num-seqs", "16"],
         worker_module="tests.guessing_worker",
     ) as stack:
@@ -55,12 +57,13 @@ def test_an_answer_ends_where_it_would_without(stack: Stack, way: dict[str, Any]
     for end in ends:
         options = {"max_tokens": 64, **way, **end}
         plain = stack.generate(TALE, speculate=False, **options)
-        # Two at a time, so that both decode workers have some.
-        guessed = stack.generate_at_once([(TALE, options)] * 2)
-        assert [shown(each) for each in guessed] == [shown(plain)] * 2
+        # Three at a time, so that all decode workers have some.
+        guessed = stack.generate_at_once([(TALE, options)] * 3)
+        assert [shown(each) for each in guessed] == [shown(plain)] * 3
     stack.assert_idle()
-    counters = stack.state("d0").counters
-    assert counters.num_drafts and counters.num_accepted_tokens, "it did guess, and right at times"
+    for name in ("d0", "d2"):
+        counters = stack.state(name).counters
+        assert counters.num_drafts and counters.num_accepted_tokens, "it did, and right at times"
     assert stack.state("d1").counters.num_drafts == 0
 
 
@@ -73,12 +76,14 @@ def test_streams_survive_who_guesses(stack: Stack) -> None:
     tale = tokenized(stack, TALE)
     asks = [
         Ask(tale[: len(tale) - number], {"max_tokens": 120, **WAYS[number % len(WAYS)]})
-        for number in range(5)
+        for number in range(6)
     ]
     streams = [Background(stack, ask.prompt, ignore_eos=True, **ask.sampling) for ask in asks]
-    stack.wait_until(lambda: sum(stream.num_tokens for stream in streams) > 200)
-    stack.kill("d0")
-    stack.restart("d0")
+    stack.wait_until(lambda: sum(stream.num_tokens for stream in streams) > 80)
+    for name in ("d0", "d2"):
+        stack.kill(name)
+    for name in ("d0", "d2"):
+        stack.restart(name)
     results = [stream.result() for stream in streams]
     assert [result.token_ids for result in results] == oracle.answers(asks)
     assert sum(result.attempts for result in results) > len(results)

@@ -145,3 +145,14 @@ def test_chat_template_renders_in_a_sandbox() -> None:
     marks = [token for token in tokens if token.startswith("<|")]
     ends = [mark for role in ROLES for mark in (f"<|{role}|>", "<|end|>")]
     assert marks == ["<|bos|>", *ends, "<|assistant|>"]
+
+
+def test_the_draft_model_is_a_small_sibling(config: dict[str, Any]) -> None:
+    draft_dir = DEMO.parent / "demo-draft"
+    draft = json.loads((draft_dir / "config.json").read_text())
+    for name in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id"):
+        assert draft[name] == config[name]
+    sizes = [(path / "model.safetensors").stat().st_size for path in (draft_dir, DEMO)]
+    assert 4 * sizes[0] <= sizes[1]
+    tokenizers = [(path / "tokenizer.json").read_bytes() for path in (draft_dir, DEMO)]
+    assert tokenizers[0] == tokenizers[1]
