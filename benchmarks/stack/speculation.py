@@ -12,6 +12,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -72,12 +73,14 @@ def cases(num_tokens: int) -> list[Case]:
     ]
 
 
-async def measure(address: str, num_tokens: int, num_rounds: int) -> tuple[list[Row], bool]:
+async def measure(
+    address: str, num_tokens: int, num_rounds: int, streams: Sequence[int]
+) -> tuple[list[Row], bool]:
     rows, are_equal = [], True
     async with internal_channel(address) as channel:
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
         for case in cases(num_tokens):
-            for num_streams in (1, 8):
+            for num_streams in streams:
                 row, is_equal = await _measured(stub, case, num_streams, num_rounds)
                 rows.append(row)
                 are_equal &= is_equal
@@ -150,7 +153,7 @@ async def run(args: argparse.Namespace) -> int:
         draft_model_dir=args.draft_model,
     )
     async with running(StackOptions(config)) as stack:
-        rows, are_equal = await measure(stack.address, args.tokens, args.rounds)
+        rows, are_equal = await measure(stack.address, args.tokens, args.rounds, args.streams)
     result = {
         "environment": environment,
         "model": args.model.name,
@@ -175,6 +178,7 @@ def main() -> int:
     )
     parser.add_argument("--draft-model", type=model_dir, metavar="DIR", help=DRAFT_MODEL_HELP)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
