@@ -153,24 +153,25 @@ def _conv_step(
     sums = tl.zeros([BLOCK_C], tl.float32)
     if HAS_BIAS:
         sums = tl.load(bias + c, mask=inside, other=0.0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    # No kernel before this one writes the state, nor says where it is.
     slot = tl.load(slots + row)
     continues = (slot >= 0) & (tl.load(positions + row) > 0)
     own = state + slot * slot_stride + offset
+    moves = inside & (slot >= 0)
     for tap in tl.static_range(KERNEL - 1):
         before = tl.load(own + tap * width, mask=inside & continues, other=0.0).to(tl.float32)
-        sums += before * tl.load(weight + c * KERNEL + tap, mask=inside, other=0.0)
+        sums += before * tl.load(weight + tap * channels + c, mask=inside, other=0.0)
         if tap > 0:
             # One step towards the oldest, whose place was read before.
-            kept = before.to(state.dtype.element_ty)
-            tl.store(own + (tap - 1) * width, kept, mask=inside & (slot >= 0))
+            tl.store(own + (tap - 1) * width, before.to(state.dtype.element_ty), mask=moves)
         tl.debug_barrier()
+    last = tl.load(weight + (KERNEL - 1) * channels + c, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     value = tl.load(x + row * x_stride + c, mask=inside, other=0.0).to(tl.float32)
-    sums += value * tl.load(weight + c * KERNEL + KERNEL - 1, mask=inside, other=0.0)
-    kept = value.to(state.dtype.element_ty)
-    tl.store(own + (KERNEL - 2) * width, kept, mask=inside & (slot >= 0))
+    sums += value * last
+    tl.store(own + (KERNEL - 2) * width, value.to(state.dtype.element_ty), mask=moves)
     y = _finish(sums, ACTIVATION).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + c, y, mask=inside)
 
@@ -217,7 +218,7 @@ def _conv_tiles(
         back = KERNEL - 1 - tap
         has = real & (token - back >= begin)[:, None]
         value = tl.load(x_own - back * x_stride, mask=has, other=0.0).to(tl.float32)
-        sums += value * tl.load(weight + c * KERNEL + tap, mask=inside, other=0.0)[None, :]
+        sums += value * tl.load(weight + tap * channels + c, mask=inside, other=0.0)[None, :]
     if (first - begin < KERNEL - 1) & (tl.load(row + 3) == 0):
         slot = tl.load(row + 2).to(tl.int64)
         place = tl.load(places + c, mask=inside, other=0)
@@ -227,9 +228,9 @@ def _conv_tiles(
             # Its place among the inputs before the row.
             before = token - begin + tap
             has = real & (before < KERNEL - 1)[:, None]
-            value = tl.load(own[None, :] + before[:, None] * width, mask=has, other=0.0)
-            tap_weight = tl.load(weight + c * KERNEL + tap, mask=inside, other=0.0)
-            sums += value.to(tl.float32) * tap_weight[None, :]
+            old = tl.load(own[None, :] + before[:, None] * width, mask=has, other=0.0)
+            tap_weight = tl.load(weight + tap * channels + c, mask=inside, other=0.0)
+            sums += old.to(tl.float32) * tap_weight[None, :]
     y = _finish(sums, ACTIVATION).to(out.dtype.element_ty)
     tl.store(out + token.to(tl.int64)[:, None] * out_stride + c[None, :], y, mask=real)
 

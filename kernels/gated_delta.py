@@ -108,7 +108,8 @@ def _step(
 ) -> None:
     value_dim = state.shape[4]
     # Few rows: each state is in the hands of more processors.
-    block_v = min(max(16, triton.next_power_of_2(value_dim)), 16 if plan.num_singles <= 8 else 32)
+    block_v, num_warps = (32, 2) if plan.num_singles <= 8 else (64, 4)
+    block_v = min(max(16, triton.next_power_of_2(value_dim)), block_v)
     grid = (triton.cdiv(value_dim, block_v), out.shape[1], plan.num_singles)
     _delta_step[grid](
         qkv,
@@ -126,7 +127,7 @@ def _step(
         state.stride(0),
         state.stride(1),
         BLOCK_V=block_v,
-        num_warps=4,
+        num_warps=num_warps,
         **_sizes(state),
         **overlap(qkv, pdl=pdl),
     )
@@ -190,10 +191,10 @@ def _chunks(
         HAS_KEPT=plan.has_kept,
         BLOCK_V=block_v,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
         **common,
     )
-    block_v = min(whole_v, 64)
+    block_v = min(whole_v, 128)
     _delta_out[(triton.cdiv(value_dim, block_v), num_heads, num_tiles)](
         qkv,
         keys,

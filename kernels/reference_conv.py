@@ -21,7 +21,7 @@ class Conv(NamedTuple):
     """C channels, sums over K tokens."""
 
     weight: Tensor
-    """float32 [C, K]; the last is the token's own."""
+    """float32 [K, C], contiguous; the last row is for the token itself."""
     bias: Tensor | None
     """float32 [C]"""
     places: Tensor
@@ -57,7 +57,6 @@ def causal_conv(x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePla
     """
     num_before = state.shape[3]
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    taps = conv.weight.t()
     places = conv.places.long()
     for tokens, slot, is_first, stores in plan.rows():
         own = x[tokens].float()
@@ -67,11 +66,11 @@ def causal_conv(x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePla
             before = state[slot, :, layer].transpose(0, 1).reshape(num_before, -1).float()
             before = before.index_select(1, places)
         inputs = torch.cat((before, own))
-        sums = inputs[: len(own)] * taps[0]
+        sums = inputs[: len(own)] * conv.weight[0]
         if conv.bias is not None:
             sums.add_(conv.bias)
         for tap in range(1, num_before + 1):
-            sums.add_(inputs[tap : tap + len(own)] * taps[tap])
+            sums.add_(inputs[tap : tap + len(own)] * conv.weight[tap])
         if conv.activation is not None:
             sums = activate(sums, conv.activation)
         out[tokens] = sums.to(out.dtype)

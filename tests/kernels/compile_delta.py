@@ -40,7 +40,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[Compiled]:
     size, width = _KEY_HEADS * sum(units), sum(units)
     x = _empty(_TOKENS, size + num_heads * (_VALUE_DIM + 2), dtype=dtype)
     gates = DeltaGates(_empty(num_heads, dtype=wide), _empty(num_heads, dtype=wide))
-    conv = Conv(_empty(size, _KERNEL, dtype=wide), None, _empty(size, dtype=int32))
+    conv = Conv(_empty(_KERNEL, size, dtype=wide), None, _empty(size, dtype=int32))
     conv_state = _empty(5, _KEY_HEADS, 30, _KERNEL - 1, width, dtype=wide)
     state = _empty(5, _KEY_HEADS, 30, _EACH, _KEY_DIM, _VALUE_DIM, dtype=wide)
     slots, positions = _empty(_TOKENS, dtype=torch.int64), _empty(_TOKENS, dtype=int32)

@@ -22,9 +22,9 @@ def in_float64(x: Tensor, conv: Conv, before: Tensor) -> Tensor:
     inputs = torch.cat((before, x)).double().t()[None]
     sums = torch.nn.functional.conv1d(
         inputs,
-        conv.weight.double()[:, None],
+        conv.weight.t().double()[:, None],
         None if conv.bias is None else conv.bias.double(),
-        groups=len(conv.weight),
+        groups=conv.weight.shape[1],
     )[0].t()
     return sums if conv.activation is None else torch.nn.functional.silu(sums)
 
@@ -55,7 +55,7 @@ def test_causal_conv(
     case, width = CASES[name], sum(units)
     num_channels = num_heads * width
     conv = Conv(
-        torch.randn(num_channels, kernel, device=device),
+        torch.randn(kernel, num_channels, device=device),
         torch.randn(num_channels, device=device) if has_bias else None,
         conv_places(num_heads, units).to(device),
         None if kernel == 3 else "silu",

@@ -88,7 +88,7 @@ class DeltaLayer:
     def query(self, hidden: Tensor, rope: Any, kv: Mapping[str, Tensor], plan: Any) -> Tensor:
         """→ [T, num_value_heads · value_dim]"""
         num_heads = len(self._gates.rate)
-        num_channels, size = len(self._conv.weight), num_heads * self._value_dim
+        num_channels, size = self._conv.weight.shape[1], num_heads * self._value_dim
         projected = self._ops.norm_linear(hidden, self._input_norm, self._projection)
         sizes = [num_channels, size, num_heads, num_heads]
         qkv, gate, strength, decay = torch.split(projected, sizes, 1)

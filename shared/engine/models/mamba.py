@@ -93,7 +93,8 @@ def _load_conv(own: MambaConfig, load: ModelLoader, module: str) -> Conv:
         for part, scale in zip(torch.split(weight, sizes), scales, strict=True):
             part.mul_(scale)
         places = places.to(weight.device)
-    return Conv(weight.view(own.conv_size, own.conv_kernel), bias, places, own.activation)
+    weight = weight.view(own.conv_size, own.conv_kernel).t().contiguous()
+    return Conv(weight, bias, places, own.activation)
 
 
 def _conv_places(own: MambaConfig) -> Tensor:

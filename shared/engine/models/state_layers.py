@@ -46,7 +46,7 @@ def load_conv(
     num_own = heads.stop - heads.start
     own = _of_heads(num_heads, units, heads)
     return Conv(
-        weight.view(num_channels, kernel)[own].contiguous(),
+        weight.view(num_channels, kernel)[own].t().contiguous(),
         None if bias is None else bias[own].contiguous(),
         conv_places(num_own, units).to(weight.device),
         activation,
