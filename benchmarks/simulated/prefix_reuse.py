@@ -11,8 +11,7 @@ and nothing is kept of them, as in a prefill worker.
     branches       there, and where prompts were seen to branch: what the engine does
     every N        there, and behind every N tokens: what others do
 
-A state that is kept is copied, and one that is begun with is copied again; a chunk ends where one
-is kept, so each means a step more for its prompt.
+A state that is kept is written once more, and one that is begun with is copied.
 """
 
 from __future__ import annotations

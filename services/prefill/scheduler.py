@@ -99,7 +99,6 @@ def _num_left(sequence: Sequence) -> int:
 
 
 def _num_open(sequence: Sequence) -> int:
-    """Of what is left, that for which there is room, for a windowed group has it for a stretch at a
-    time; and up to where a state is to be kept, which is done between two steps."""
-    end = min(sequence.next_stop, sequence.num_room_tokens)
-    return end - sequence.num_scheduled_tokens
+    """Of what is left, that for which there is room: a windowed group has it for a stretch at a
+    time."""
+    return min(_num_left(sequence), sequence.num_room_tokens - sequence.num_scheduled_tokens)

@@ -8,9 +8,9 @@ cache. Who is to tell of the prompt how likely it was computes all of it, and wa
 A state is nobody else's: it takes a slot each time. Where layers keep one, who computes begins with
 a copy of a checkpoint, and waits for another that is about to keep one of its own prefix. Blocks
 that are found behind the checkpoint are shared all the same: of their tokens states are computed
-anew, and nothing is stored. Where a chunk has to end for a state to be kept (`Sequence.stops`) is
-said here: at the last block edge that a later prompt with this one before it can begin from, and
-where prompts branch, which is seen when the second comes.
+anew, and nothing is stored. Where states of a prompt are to be kept (`Sequence.stops`) is said
+here: at the last block edge that a later prompt with this one before it can begin from, and where
+prompts branch, which is seen when the second comes.
 """
 
 from __future__ import annotations

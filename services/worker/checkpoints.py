@@ -1,9 +1,9 @@
 """Checkpoints: copies of states, kept where a later prompt may begin.
 
-    prompt      ──── chunk ────┤ branch ├──── chunk ────┤ last block edge ├─ rest ─►  first token
-                               │                        │
-    copied between two steps ──┴────────────────────────┴──► sealed when the step has retired
-    answer      … one for its last block edge, in place of the one for the edge before
+    prompt   ──── chunk ──── branch ──── chunk ──── last block edge ── rest ─►  first token
+                               │                            │
+    by the step itself, or copied where a chunk ends ───────┴──► sealed when the step has retired
+    answer   … one for its last block edge, in place of the one for the edge before: copied
 
 A state is kept in a slot that no sequence has; the least recently used checkpoint makes room. It is
 found by its prefix as blocks are (prefix_cache.py), with a digest of its own, and never written
@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from baton.services.worker.part import Part
+from baton.services.worker.part import KeptState, Part
 from baton.services.worker.sealing import PendingSums, Sealer
+from baton.shared.engine.block_sums import Writes
 from baton.shared.engine.executor import Copied
 from baton.shared.engine.kv_cache import SlotCopy
 from baton.shared.kv.pools import Pools
@@ -99,32 +100,47 @@ class Checkpoints:
 
     # Keeping
 
-    def keep(self, parts: Seq[Part]) -> PendingSums | None:
-        """Copies the states of a step that was just launched, for the parts that end where one is
-        to be kept. `retired` must follow for each. Returns what they will hold."""
+    def plan(self, parts: Seq[Part]) -> None:
+        """Before a step is launched: slots for the states in the middle of its chunks. `retired`
+        must follow."""
+        if not self._is_on:
+            return
+        for part in parts:
+            if part.is_chunk and not part.sequence.is_apart:
+                for stop in part.sequence.stops:
+                    if part.start < stop < part.end:
+                        self._add(part, stop)
+
+    def keep(self, parts: Seq[Part], behind: Writes) -> PendingSums | None:
+        """When the step was launched: copies the states that are to be kept where parts end.
+        `behind`: the step. Returns what the slots of all its parts will hold."""
         if not self._is_on:
             return None
         copies: list[SlotCopy] = []
         for part in parts:
-            if self._is_wanted(part):
-                part.kept = self._take_slots()
-                copies += [
-                    SlotCopy(group, part.sequence.block_tables[group][0], slot)
-                    for group, slot in part.kept.items()
-                ]
-        if not copies:
-            return None
-        copied = self._copy(copies)
+            if self._is_wanted_at_end(part) and (slots := self._add(part, part.end)):
+                tables = part.sequence.block_tables
+                copies += [SlotCopy(group, tables[group][0], to) for group, to in slots.items()]
         wanted: list[list[int]] = [[] for _ in self._pools.groups]
-        for copy in copies:
-            wanted[copy.group].append(copy.target)
-        return self._sealer.start_sums(wanted, copied)
+        for part in parts:
+            for kept in part.kept:
+                for group, slot in kept.slots.items():
+                    wanted[group].append(slot)
+        if not any(wanted):
+            return None
+        return self._sealer.start_sums(wanted, self._copy(copies) if copies else behind)
 
-    def _is_wanted(self, part: Part) -> bool:
+    def _is_wanted_at_end(self, part: Part) -> bool:
         sequence, block_size = part.sequence, self._pools.block_size
         if part.end % block_size or not sequence.is_admitted or sequence.is_apart:
             return False
         return part.end in sequence.stops if part.is_chunk else True
+
+    def _add(self, part: Part, position: int) -> Slots:
+        slots = self._take_slots()
+        if slots:
+            part.kept.append(KeptState(position, slots))
+        return slots
 
     def _take_slots(self) -> dict[int, int]:
         """None where a pool of slots has none that is free."""
@@ -134,14 +150,15 @@ class Checkpoints:
         return {group: self._pools.of(group).allocate(1)[0] for group in self._pools.slot_groups}
 
     def seal(self, part: Part, sums: PendingSums | None) -> None:
-        """The part's blocks are sealed: so is the state behind it, if one was kept."""
-        sequence, kept = part.sequence, part.kept
-        if not kept or sequence.num_computed_tokens < part.end:
-            return
-        index = part.end // self._pools.block_size - 1
+        """The part's blocks are sealed: so are the states that were kept of it."""
+        for kept in part.kept:
+            self._seal(part, kept, sums)
+
+    def _seal(self, part: Part, kept: KeptState, sums: PendingSums | None) -> None:
+        sequence, index = part.sequence, kept.position // self._pools.block_size - 1
         is_found = [
             self._sealer.seal_state(sequence, group, slot, index, sums)
-            for group, slot in kept.items()
+            for group, slot in kept.slots.items()
         ]
         if not all(is_found):
             # Another one had it before.
@@ -149,8 +166,10 @@ class Checkpoints:
         self._counters["kept_states"] += 1
         if not part.is_chunk:
             self._forget_edge(sequence)
-            generations = {group: self._generation(group, slot) for group, slot in kept.items()}
-            self._edges[sequence] = _Edge(kept, generations)
+            generations = {
+                group: self._generation(group, slot) for group, slot in kept.slots.items()
+            }
+            self._edges[sequence] = _Edge(kept.slots, generations)
 
     def _forget_edge(self, sequence: Sequence) -> None:
         """The edge before: unless another one uses it, its slot is the next to be taken."""
@@ -166,9 +185,9 @@ class Checkpoints:
     def retired(self, parts: Seq[Part]) -> None:
         """The step has: what was taken for its parts is free, or found."""
         for part in parts:
-            if part.kept:
-                self._release(part.kept)
-                part.kept = {}
+            for kept in part.kept:
+                self._release(kept.slots)
+            part.kept.clear()
 
     def held(self, steps: Seq[Seq[Part]]) -> Iterator[tuple[int, int]]:
         """(group, slot) of all that is held here and by parts of steps in flight."""
@@ -176,7 +195,8 @@ class Checkpoints:
             yield from restored.sources.items()
         for parts in steps:
             for part in parts:
-                yield from part.kept.items()
+                for kept in part.kept:
+                    yield from kept.slots.items()
 
     def _generation(self, group: int, slot: int) -> int:
         return self._pools.of(group).block(slot).generation

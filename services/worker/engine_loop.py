@@ -358,11 +358,12 @@ class EngineLoop:
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         if not parts:
             return self._retire_all_but(0) or has_retired or has_caught_up
+        self._checkpoints.plan(parts)
         launched = self._stepper.launch(parts, planned_s)
         self._in_flight.append(launched)
         self._start_sums(launched)
-        if not launched.has_failed:
-            launched.kept_sums = self._checkpoints.keep(parts)
+        if (behind := launched.step or launched.begun) is not None:
+            launched.kept_sums = self._checkpoints.keep(parts, behind)
         # After a failure nothing is planned before everything is known again.
         self._retire_all_but(0 if launched.has_failed else self._steps_ahead)
         if launched.begun is not None:

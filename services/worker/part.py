@@ -7,9 +7,20 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from baton.shared.engine.batch import BatchRow, RowHandle, WantedLogprobs
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.drawn import TokenLogprobs
 from baton.shared.kv.sequence import Sequence
 from baton.shared.token_masks import TokenMasks
+
+
+@dataclass(frozen=True, slots=True)
+class KeptState:
+    """A state that is kept for later prompts."""
+
+    position: int
+    """How many tokens of the sequence it is behind."""
+    slots: Mapping[int, int]
+    """By cache group of states: the slot that takes it."""
 
 
 @dataclass(slots=True)
@@ -37,8 +48,8 @@ class Part:
     """There was no time for its mask: what it draws does not count, and is drawn again."""
     prompt_logprobs: Seq[TokenLogprobs] = ()
     """What the step told of the prompt's tokens, if they are wanted."""
-    kept: Mapping[int, int] = field(default_factory=dict)
-    """By cache group of states: the slot that takes the state behind the part."""
+    kept: list[KeptState] = field(default_factory=list)
+    """States behind tokens of it that are kept; in order."""
 
     @property
     def end(self) -> int:
@@ -81,7 +92,17 @@ class Part:
             if sequence.params.prompt_logprobs is None
             else self.wanted_logprobs(),
             num_stored=sequence.num_stored_tokens,
+            keeps=self._keeps() if self.kept else (),
         )
+
+    def _keeps(self) -> list[tuple[int, Seq[int]]]:
+        """Those in the middle, which the step itself puts into their slots."""
+        groups = range(len(self.sequence.block_tables))
+        return [
+            (each.position - self.start, [each.slots.get(group, NO_BLOCK) for group in groups])
+            for each in self.kept
+            if each.position < self.end
+        ]
 
     def wanted_logprobs(self) -> WantedLogprobs | None:
         """Of the client's prompt, what follows the part's tokens."""

@@ -537,6 +537,11 @@ class ModelRunner:
                 assert prompt.token_ids is not None
                 prompt.prompt_logprobs = WantedLogprobs(0, prompt.token_ids, 0)
                 self._executor.launch(Batch([prompt])).result()
+                if self.keeps_checkpoints and len(prompt.token_ids) > 1:
+                    prompt.prompt_logprobs = None
+                    # As if a state were kept of it, though in no slot.
+                    prompt.keeps = [(1, [NO_BLOCK] * len(self.groups))]
+                    self._executor.launch(Batch([prompt])).result()
             if self.model_config.mixture is not None:
                 # Short prompts together make steps whose experts multiply in tiles of another size.
                 for budget in budgets:

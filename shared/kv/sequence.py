@@ -141,8 +141,7 @@ class Sequence:
     """Their keys and values were cached; of those behind `num_cached_tokens` states are computed
     anew."""
     stops: tuple[int, ...] = ()
-    """Positions at which a chunk of the prompt ends, so that the state there can be kept; in order.
-    """
+    """Positions of the prompt at which its state is to be kept, in order."""
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     """Computed, or being computed by a step in flight."""
@@ -215,14 +214,6 @@ class Sequence:
     def next_index(self) -> int:
         """Index, within the request's generated tokens, of the next token to be drawn."""
         return self.first_index + len(self.output_token_ids)
-
-    @property
-    def next_stop(self) -> int:
-        """Up to where the prompt's next chunk may go."""
-        for stop in self.stops:
-            if stop > self.num_scheduled_tokens:
-                return stop
-        return len(self.prompt_token_ids)
 
     def token_slice(self, start: int, end: int) -> tuple[int, ...]:
         """Token ids at positions start … end − 1, prompt and output taken as one list."""
