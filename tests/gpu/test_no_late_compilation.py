@@ -49,6 +49,7 @@ TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma4, caches shared, drafts": ("gemma4_text", "experts, caches shared", {}),
     "qwen3_moe": ("qwen3_moe", "as they come", {}),
+    "delta rule": ("qwen3_next", "as they come", {}),
     "gpt_oss, drafts": ("gpt_oss", "as they come", {}),
     "latents, drafts": (
         "deepseek_v3", "as they come",
@@ -113,9 +114,17 @@ def late(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
 
 def run(runner: ModelRunner, rows: Sequence[BatchRow]) -> None:
-    """All cache groups get the same blocks: what they hold does not matter."""
-    num_groups = len(runner.groups)
-    wide = [replace(row, block_tables=[*row.block_tables] * num_groups) for row in rows]
+    """All cache groups get the same blocks, and all rows the same slot: what they hold does not
+    matter."""
+    wide = [
+        replace(
+            row,
+            block_tables=[
+                row.block_tables[0] if group.spec.grows else [0] for group in runner.groups
+            ],
+        )
+        for row in rows
+    ]
     runner.forward(Batch(wide))
 
 
