@@ -76,6 +76,14 @@ def gated_delta(
     return out
 
 
+def why_no_delta(key_dim: int, value_dim: int) -> str | None:
+    """Why the kernels do not take heads of these sizes, if they do not."""
+    largest = max(key_dim, value_dim)
+    if largest <= MOST_DIM:
+        return None
+    return f"a gated delta rule has heads of {largest}, and its kernels take {MOST_DIM} at most"
+
+
 def _form(dtype: torch.dtype, dim: int) -> str:
     """What products of tiles are made of. Of small heads in float32: there is no time to win, and
     Triton's products of so few 16-bit columns were seen to reach beyond their memory."""
@@ -191,10 +199,11 @@ def _chunks(
         HAS_KEPT=plan.has_kept,
         BLOCK_V=block_v,
         num_warps=4,
-        num_stages=3,
+        # Wide heads leave no room for tiles that come ahead.
+        num_stages=3 if key_dim <= 128 else 1,
         **common,
     )
-    block_v = min(whole_v, 128)
+    block_v = min(whole_v, 128 if key_dim <= 128 else 64)
     _delta_out[(triton.cdiv(value_dim, block_v), num_heads, num_tiles)](
         qkv,
         keys,

@@ -717,7 +717,13 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 
             if (problem := why_no_latents(spec.rank, spec.rope_dim)) is not None:
                 return problem
-        elif spec is not None and not isinstance(spec, Full | Sliding | State):
+        elif isinstance(spec, State):
+            from baton.kernels.gated_delta import why_no_delta
+
+            for tensor in spec.tensors:
+                if tensor.name == "delta" and (problem := why_no_delta(*tensor.shape[1:])):
+                    return problem
+        elif spec is not None and not isinstance(spec, Full | Sliding):
             return f"its kernels know no layers that cache {type(spec).__name__}"
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference_delta
-from baton.kernels.gated_delta import gated_delta
+from baton.kernels.gated_delta import gated_delta, why_no_delta
 from baton.kernels.reference_delta import UNIT_EPS, DeltaGates
 from baton.kernels.state_plan import DeviceStatePlan, StatePlan, state_tiles
+from baton.shared.engine.config import DeviceError, EngineConfig
+from baton.shared.engine.model_runner import ModelRunner
 from tests.kernels.state_cases import CASES, Case, Row, poisoned_state
+from tests.unit.engine.tiny_deltas import TINY_DELTAS
+from tests.unit.engine.tiny_models import make_tiny
 
 # Where exp(−x) overflows, the result is zero.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -181,3 +186,11 @@ def test_32k_tokens_do_not_drift(device: torch.device) -> None:
         assert float(error) <= 4 * own
         error = (end[0, :, 0].cpu() - states[len(actual) - 1]).abs().max()
         assert float(error) <= 4 * own_state
+
+
+def test_heads_that_are_too_large_are_refused_by_size(tmp_path: Path) -> None:
+    assert why_no_delta(256, 256) is None
+    changes = {**TINY_DELTAS["qwen3_5_text"]["all linear"], "linear_value_head_dim": 257}
+    make_tiny(tmp_path, "qwen3_5_text", changes)
+    with pytest.raises(DeviceError, match="heads of 257, and its kernels take 256 at most"):
+        ModelRunner(EngineConfig(tmp_path, kernels="triton"))
