@@ -28,7 +28,7 @@ from typing import Any
 from baton.loadtest.environment import describe_environment
 from baton.loadtest.traces import BLOCK_TOKENS, Recorded, read_trace
 from baton.services.prefill.scheduler import Admission
-from baton.services.worker import admission
+from baton.services.worker import stops as engine_stops
 from baton.services.worker.admission import Admitter
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.engine.models import registry
@@ -72,7 +72,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
     # A block of the trace is 32 of the engine's: none is too few to keep a state for.
-    admission._LEAST_GAIN_BLOCKS = 1
+    engine_stops.LEAST_GAIN_BLOCKS = 1
     requests = [each for each in read_trace(args.trace) if each.blocks][: args.requests]
     groups = _groups(args.shape)
     growing = [group for group in groups if group.spec.grows]

@@ -8,9 +8,7 @@ cache. Who is to tell of the prompt how likely it was computes all of it, and wa
 A state is nobody else's: it takes a slot each time. Where layers keep one, who computes begins with
 a copy of a checkpoint, and waits for another that is about to keep one of its own prefix. Blocks
 that are found behind the checkpoint are shared all the same: of their tokens states are computed
-anew, and nothing is stored. Where states of a prompt are to be kept (`Sequence.stops`) is said
-here: at the last block edge that a later prompt with this one before it can begin from, and where
-prompts branch, which is seen when the second comes.
+anew, and nothing is stored. Where states of a prompt are to be kept: stops.py.
 """
 
 from __future__ import annotations
@@ -20,15 +18,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from baton.services.prefill.scheduler import Admission, admission
+from baton.services.worker import stops
 from baton.services.worker.sealing import Corrupt, Sealer
 from baton.services.worker.sequence_table import SequenceTable
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Place, Sequence, SequenceState
-
-_LEAST_GAIN_BLOCKS = 2
-"""A state is not kept for less than so many blocks behind the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +129,12 @@ class Admitter:
         return coming is not None and coming[0].num_sealed_blocks <= coming[1]
 
     def _state_is_coming(self, sequence: Sequence, depth: int) -> bool:
-        """Whether another sequence is about to keep a state behind more than `depth` blocks that
-        this one begins with, too. One that has not come so far yet keeps one where they part."""
-        block_size, most = self._pools.block_size, self._num_usable(sequence)
+        """Whether another sequence is about to keep a state of this one's prompt."""
         if sequence.distrust or not self._keeps_states:
             return False
-        is_coming = False
-        for other in self._table.in_state(SequenceState.PREFILLING):
-            common = min(most, _num_common(sequence.block_hashes, other.block_hashes))
-            if common - depth < _LEAST_GAIN_BLOCKS:
-                continue
-            branch = common * block_size
-            if branch > other.num_scheduled_tokens and branch not in other.stops:
-                other.stops = tuple(sorted((*other.stops, branch)))
-            is_coming |= any(
-                max(other.num_computed_tokens, depth * block_size) < stop <= branch
-                for stop in other.stops
-            )
-        return is_coming
+        others = self._table.in_state(SequenceState.PREFILLING)
+        most = self._num_usable(sequence)
+        return stops.is_coming(sequence, others, depth, most, self._pools.block_size)
 
     def _hit(self, sequence: Sequence, *, may_restore: bool = True) -> _Found:
         """The deepest prefix that is valid in every group, and room for what is computed behind."""
@@ -316,29 +300,14 @@ class Admitter:
         )
         sequence.num_cached_tokens = found.depth * block_size
         sequence.num_stored_tokens = found.num_stored * block_size
-        sequence.stops = self._stops(sequence, found)
+        if self._keeps_states:
+            sequence.stops = stops.of_prompt(
+                self._num_usable(sequence), found.branch, found.depth, block_size
+            )
         for index, block_hash in enumerate(
             sequence.block_hashes[found.num_stored :], found.num_stored
         ):
             self._coming[block_hash] = (sequence, index)
-
-    def _stops(self, sequence: Sequence, found: _Found) -> tuple[int, ...]:
-        """Where states are to be kept of a prompt that is computed here."""
-        if not self._keeps_states:
-            return ()
-        blocks = {self._num_usable(sequence)}
-        if found.branch - found.depth >= _LEAST_GAIN_BLOCKS:
-            blocks.add(found.branch)
-        return tuple(sorted(n * self._pools.block_size for n in blocks if n > found.depth))
-
-
-def _num_common(ours: Seq[bytes], theirs: Seq[bytes]) -> int:
-    """Blocks at the front that two prompts have in common: hashes are chained."""
-    low, high = 0, min(len(ours), len(theirs))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if ours[middle - 1] == theirs[middle - 1] else (low, middle - 1)
-    return low
 
 
 def _num_at_the_front(block_ids: Seq[int]) -> int:

@@ -139,7 +139,7 @@ class Checkpoints:
     def _add(self, part: Part, position: int) -> Slots:
         slots = self._take_slots()
         if slots:
-            part.kept.append(KeptState(position, slots))
+            part.kept += (KeptState(position, slots),)
         return slots
 
     def _take_slots(self) -> dict[int, int]:
@@ -184,10 +184,12 @@ class Checkpoints:
 
     def retired(self, parts: Seq[Part]) -> None:
         """The step has: what was taken for its parts is free, or found."""
+        if not self._is_on:
+            return
         for part in parts:
             for kept in part.kept:
                 self._release(kept.slots)
-            part.kept.clear()
+            part.kept = ()
 
     def held(self, steps: Seq[Seq[Part]]) -> Iterator[tuple[int, int]]:
         """(group, slot) of all that is held here and by parts of steps in flight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from baton.shared.engine.batch import BatchRow, RowHandle, WantedLogprobs
 from baton.shared.kv.block_pool import NO_BLOCK
@@ -48,7 +48,7 @@ class Part:
     """There was no time for its mask: what it draws does not count, and is drawn again."""
     prompt_logprobs: Seq[TokenLogprobs] = ()
     """What the step told of the prompt's tokens, if they are wanted."""
-    kept: list[KeptState] = field(default_factory=list)
+    kept: tuple[KeptState, ...] = ()
     """States behind tokens of it that are kept; in order."""
 
     @property
