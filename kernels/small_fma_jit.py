@@ -20,6 +20,7 @@ def small_fma_kernel(
     scale_ptr,
     offset_ptr,
     bias_ptr,
+    norm_ptr,
     residual_ptr,
     out_ptr,
     rows,
@@ -29,6 +30,7 @@ def small_fma_kernel(
     x_stride,
     residual_stride,
     out_stride,
+    eps,
     scale,
     GROUP: tl.constexpr,
     IS_PACKED: tl.constexpr,
@@ -42,8 +44,8 @@ def small_fma_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N columns of all rows. GROUP 0: a row of the weight has one scale. EVEN: there are only
-    whole blocks."""
+    """BLOCK_N columns of all rows, which are normalised first if there is a norm. GROUP 0: a row of
+    the weight has one scale. EVEN: there are only whole blocks."""
     VEC: tl.constexpr = 16
     RUNS: tl.constexpr = BLOCK_K // VEC
     if PDL:
@@ -59,6 +61,7 @@ def small_fma_kernel(
     code_rows = codes_ptr + n.to(tl.int64) * width
     acc = tl.zeros((BLOCK_M, BLOCK_N, RUNS), tl.float32)
     ones = tl.zeros((BLOCK_M, 1, RUNS), tl.float32)
+    squares = tl.zeros((BLOCK_M, 1, RUNS), tl.float32)
     for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         k = (start + tl.arange(0, BLOCK_K))[None, None, :]
         run = (start + VEC * tl.arange(0, RUNS))[None, None, :]
@@ -70,8 +73,14 @@ def small_fma_kernel(
             in_x = in_x & (k < width)
             code = tl.load(code_rows + k, mask=inside, other=0, eviction_policy="evict_first")
         x = tl.load(x_rows + k, mask=in_x, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            squares += tl.sum(tl.reshape(x * x, (BLOCK_M, 1, RUNS, 16)), 3)
+            x *= _gain(norm_ptr, k, width, EVEN)
         if IS_PACKED:
             other = tl.load(x_rows + width + k, mask=in_x, other=0.0).to(tl.float32)
+            if norm_ptr is not None:
+                squares += tl.sum(tl.reshape(other * other, (BLOCK_M, 1, RUNS, 16)), 3)
+                other *= _gain(norm_ptr + width, k, width, EVEN)
             low, high = nibbles(code, False, tl.float32, ASM), nibbles(code, True, tl.float32, ASM)
             acc, ones = _add_runs(
                 acc, ones, low, x, scale_ptr, offset_ptr, n, run, 0, size_n, width, num_groups,
@@ -96,11 +105,21 @@ def small_fma_kernel(
         if HAS_OFFSET:
             all_ones = tl.sum(tl.sum(ones, 2), 1)
             result += all_ones[:, None] * tl.load(offset_ptr + n, mask=in_n, other=0.0)[None, :]
+    if norm_ptr is not None:
+        mean = tl.sum(tl.sum(squares, 2), 1) / size_k
+        result *= tl.rsqrt(mean + eps)[:, None]
     inside = (m < rows)[:, None] & in_n[None, :]
     deliver(
         result, m, n, inside, in_n, bias_ptr, residual_ptr, out_ptr, residual_stride, out_stride,
         scale,
     )  # fmt: skip
+
+
+@triton.jit
+def _gain(norm_ptr, k, width, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(norm_ptr + k).to(tl.float32)
+    return tl.load(norm_ptr + k, mask=k < width, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -97,17 +97,21 @@ def small_linear(
     weight: SmallWeight,
     bias: Tensor | None = None,
     *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
     residual: Tensor | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
     split_k: int | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """(x · weightᵀ + bias) · scale + residual, summed in float32 and rounded once.
+    """(norm(x) · weightᵀ + bias) · scale + residual, summed in float32 and rounded once.
 
     Args:
         x: [M, K], M up to about 256, of 16 or 32 bits; rows may be strided.
         bias: [N].
+        norm_weight: [K], of any float dtype; if given, norm is RMSNorm with it and `eps`. Where
+            `takes_norm` only.
         residual: [M, N]; rows may be strided.
         out: [M, N], may be `residual`, not x; rows may be strided.
         split_k: programs that share the columns of a tile; a guess if not given.
@@ -124,6 +128,7 @@ def small_linear(
     if rows == 0:
         return out
     if weight.columns is not None:
+        assert norm_weight is None
         x = x.index_select(1, weight.columns)
     ends: dict[str, Any] = {
         "bias_ptr": bias,
@@ -139,10 +144,17 @@ def small_linear(
     }
     config = None if split_k or x.element_size() != 2 else few_config(rows, weight)
     if config is not None:
-        _multiply_few(x, weight, ends, config)
+        _multiply_few(x, weight, {**ends, "norm_ptr": norm_weight, "eps": eps}, config)
     else:
+        assert norm_weight is None
         _multiply(x, weight, ends, split_k)
     return out
+
+
+def takes_norm(rows: int, weight: SmallWeight, dtype: torch.dtype) -> bool:
+    """Whether the norm of x is part of the product."""
+    is_few = dtype.itemsize == 2 and few_config(rows, weight) is not None
+    return is_few and weight.columns is None
 
 
 def few_config(rows: int, weight: SmallWeight) -> FewConfig | None:

@@ -376,7 +376,9 @@ class TritonOperations:
         return residual.addmm_(x, weight.t(), alpha=layer.scale)
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
-        config = None if layer.is_small else self._choose(x, layer, fused=True)
+        if isinstance(layer, StoredLinear):
+            return self._norm_stored(x, norm, layer)
+        config = self._choose(x, layer, fused=True)
         if config is None:
             return self.linear(rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps), layer)
         return skinny_linear(
@@ -573,6 +575,19 @@ class TritonOperations:
                 out=out,
             )
         return out
+
+    def _norm_stored(self, x: Tensor, norm: Norm, layer: StoredLinear) -> Tensor:
+        if not small_linear.takes_norm(len(x), layer.stored, x.dtype):
+            return self.linear(self.norm(x, norm), layer)
+        return small_linear.small_linear(
+            x,
+            layer.stored,
+            layer.bias,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            scale=layer.scale,
+            pdl=self._overlaps,
+        )
 
     def _stored(self, x: Tensor, layer: StoredLinear, residual: Tensor | None) -> Tensor:
         stored = layer.stored

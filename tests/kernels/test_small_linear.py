@@ -20,6 +20,7 @@ from baton.kernels.small_linear import (
     pack_nibbles,
     small_linear,
     takes,
+    takes_norm,
 )
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.operations import Norm
@@ -131,6 +132,12 @@ def test_few_rows(
     small_linear(x, weight, bias, residual=residual, scale=0.25, out=out)
     product = x.double().cpu() @ numbers.t()
     assert_close(out, (product + bias.double().cpu()) * 0.25 + residual.double().cpu())
+    gain = rand(num_in, seed=9).to(device)
+    assert takes_norm(rows, weight, dtype) and not takes_norm(3, weight, dtype)
+    out = poisoned(rows, num_out, dtype=dtype)
+    small_linear(x, weight, norm_weight=gain, eps=1e-3, out=out)
+    normed = torch.nn.functional.rms_norm(x.double(), (num_in,), gain.double(), 1e-3)
+    assert_close(out, normed.cpu() @ numbers.t())
 
 
 def test_columns_in_another_order(device: torch.device, assert_close: AssertClose) -> None:
