@@ -242,7 +242,7 @@ def _tiles(num_tokens: int, weight: Tensor, num_out: int) -> Tiles:
     is_up = num_rows != num_out
     tiles = experts_table.choose(num_tokens, num_experts, num_out, num_in, is_up=is_up)
     if tiles.copies and not _can_copy(weight):
-        return experts_table.plain(experts_table.kind_of(num_tokens))
+        return experts_table.guess(experts_table.kind_of(num_tokens))
     return tiles
 
 

@@ -79,14 +79,7 @@ def choose(num_tokens: int, num_experts: int, num_out: int, num_in: int, *, is_u
 
 
 def guess(kind: int) -> Tiles:
-    """For a shape that was never measured."""
-    if kind < 2:
-        return Tiles(16, 64, 128, copies=True)
-    return plain(kind)
-
-
-def plain(kind: int) -> Tiles:
-    """Without copies, for GPUs that have no engine for them, and less shared memory."""
+    """For a shape that was never measured, and for GPUs without an engine for copies."""
     # Of few rows the weights are what takes time: small programs, many of them.
     if kind < 2:
         return Tiles(16, 32, 128)
@@ -95,7 +88,7 @@ def plain(kind: int) -> Tiles:
 
 def wide(num_tokens: int) -> Tiles:
     """For float32, which has no tensor cores here."""
-    return plain(kind_of(num_tokens))._replace(block_k=32, num_stages=2)
+    return guess(kind_of(num_tokens))._replace(block_k=32, num_stages=2)
 
 
 def load_table(path: Path) -> list[dict[str, Any]]:
