@@ -27,8 +27,8 @@ _ROOMY = 225_000
 """Shared memory of a program for large tiles, in three stages."""
 _PRODUCTS_OF_A_KEY = 4_800_000
 """Products of the expanded form in the time that a program of the absorbed form takes for a key, of
-however few queries: 88 ns on an H200 (benchmarks/results/kernels_latent_h200.json). Few heads with
-few queries make few programs, and are better off expanded."""
+however few queries: 88 ns on an H200 (benchmarks/results/latent_forms_h200.txt). Few heads with few
+queries make few programs, and are better off expanded."""
 _PRODUCTS_OF_A_TURN = 870_000_000
 """Likewise in the time that launches of either form take, of the expanded one for each time that
 heads are expanded: 16 µs."""
