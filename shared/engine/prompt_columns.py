@@ -18,7 +18,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ class PromptViews(NamedTuple):
     items: list[Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PromptLayout:
     """Where columns of steps of so many tokens are. All layouts of an engine begin alike."""
 
@@ -85,24 +86,26 @@ class PromptLayout:
 
     @property
     def num_words(self) -> int:
-        return sum(self._sizes())
+        return int(self._columns[-1].stop)
 
-    def _sizes(self) -> list[int]:
-        """Words of each column; all begin at 16 bytes, for kernels are compiled for that."""
+    @cached_property
+    def _columns(self) -> list[slice]:
+        """Where each column is; all begin at 16 bytes, for kernels are compiled for that."""
         sizes = [
             *(self.most_wanted, self.most_wanted, self.most_decode, 1 + len(self.kinds)),
             *(2 * self.num_groups * self.num_tokens, self.num_tokens, self.num_tokens),
             4 * self.most_tiles,
             *(ITEM_FIELDS * self._most_items(kind) for kind in self.kinds),
         ]
-        return [aligned(size) for size in sizes]
+        ends = list(accumulate((aligned(size) for size in sizes), initial=0))
+        return [slice(first, end) for first, end in pairwise(ends)]
 
     def _most_items(self, kind: ItemKind) -> int:
         return most_items(self.num_tokens, self.most_rows, kind.block_m, kind.most_cuts)
 
     def views(self, words: Tensor) -> PromptViews:
         """words: int32 [≥ num_words], on the device."""
-        parts = torch.split(words[: self.num_words], self._sizes())
+        parts = [words[column] for column in self._columns]
         wanted, rows, decode, counts, slots, input_ids, positions, tiles, *items = parts
         num_slots = self.num_groups * self.num_tokens
         return PromptViews(
@@ -135,7 +138,7 @@ class PromptLayout:
             wanted: (token of the step, slot) of those whose logits are wanted.
         """
         packed = np.zeros(self.num_words, np.int32)
-        columns = np.split(packed, np.cumsum(self._sizes())[:-1])
+        columns = [packed[column] for column in self._columns]
         of_wanted, of_rows, of_decode, counts, slots_words, input_ids, positions, tiles = columns[
             :8
         ]
