@@ -53,9 +53,13 @@ def forms_of(shape: Mapping[str, Any]) -> list[Forms]:
     """Of the fields of a config.json. Experts' products have a table of their own."""
     hidden = shape["hidden_size"]
     forms = _latent_forms(shape) if "kv_lora_rank" in shape else _attention_forms(shape)
+    if "linear_num_key_heads" in shape:
+        forms = [*_delta_forms(shape), *forms]
     sizes = [shape["intermediate_size"]] if "num_experts_per_tok" not in shape else []
     if "n_shared_experts" in shape:
         sizes = [shape["n_shared_experts"] * shape["moe_intermediate_size"]]
+    if "shared_expert_intermediate_size" in shape:
+        sizes = [shape["shared_expert_intermediate_size"]]
     for size in sizes:
         forms.append(_normed("gate-up+silu", 2 * size, hidden, silu=True))
         forms.append(_added("down", hidden, size))
@@ -67,6 +71,20 @@ def _attention_forms(shape: Mapping[str, Any]) -> list[Forms]:
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     qkv = _normed("qkv", (heads + 2 * kv_heads) * head_dim, hidden)
     return [qkv, _added("o", hidden, heads * head_dim)]
+
+
+def _delta_forms(shape: Mapping[str, Any]) -> list[Forms]:
+    """Of a gated delta rule, and the gate of the attention beside it."""
+    hidden, value_heads = shape["hidden_size"], shape["linear_num_value_heads"]
+    key_size = shape["linear_num_key_heads"] * shape["linear_key_head_dim"]
+    value_size = value_heads * shape["linear_value_head_dim"]
+    num_out = 2 * key_size + 2 * value_size + 2 * value_heads
+    gate_size = shape["num_attention_heads"] * shape["head_dim"]
+    return [
+        _normed("delta", num_out, hidden),
+        _added("delta-o", hidden, value_size),
+        _normed("attention-gate", gate_size, hidden),
+    ]
 
 
 def _latent_forms(shape: Mapping[str, Any]) -> list[Forms]:
