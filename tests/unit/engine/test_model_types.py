@@ -89,7 +89,7 @@ def tables(runner: ModelRunner, first: int = 0, num_blocks: int = 12) -> list[li
     """By cache group, blocks that no other group has; a slot of groups of states."""
     starts = [first + index * num_blocks for index in range(len(runner.groups))]
     return [
-        list(range(start, start + num_blocks)) if group.spec.grows else [start]
+        list(range(start, start + num_blocks)) if group.spec.grows else [first // 32]
         for start, group in zip(starts, runner.groups, strict=True)
     ]
 
