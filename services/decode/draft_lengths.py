@@ -123,8 +123,7 @@ class DraftLengths:
         """For each of the sequences of the coming step that may have guesses, how many could pay at
         most. Of those for whom it is 0 nobody needs to guess."""
         self._probe = None
-        every = min(_PLAIN_EVERY, _PLAIN_EVERY_AT_FIRST * self._costs.num_plain(num_rows))
-        if self._since_plain >= every:
+        if self._plain_is_due(num_rows):
             return [0] * len(sequences)
         price = self._lowest_price(num_rows)
         lengths = [0] * len(sequences)
@@ -193,7 +192,10 @@ class DraftLengths:
         return self._all.value(_FIRST_CHANCE) >= self._lowest_price(max(num_rows, 1))
 
     def pays(self, num_rows: int, sequences: Iterable[Hashable]) -> bool:
-        """Whether guesses of any of them may pay in a step of so many rows."""
+        """Whether guesses of any of them may pay in a step of so many rows: then it waits for those
+        in flight. One without guesses does not, or it would seem to take longer than it need."""
+        if self._plain_is_due(num_rows):
+            return False
         price = self._lowest_price(max(num_rows, 1))
         return any(self._chance(each) >= price for each in sequences)
 
@@ -203,6 +205,10 @@ class DraftLengths:
 
     def forget(self, sequence: Hashable) -> None:
         self._chances.pop(sequence, None)
+
+    def _plain_is_due(self, num_rows: int) -> bool:
+        every = min(_PLAIN_EVERY, _PLAIN_EVERY_AT_FIRST * self._costs.num_plain(num_rows))
+        return self._since_plain >= every
 
     def _chance(self, sequence: Hashable) -> float:
         prior = self._all.value(_FIRST_CHANCE)

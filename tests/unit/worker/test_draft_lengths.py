@@ -138,3 +138,29 @@ def test_no_more_than_there_is_room_for() -> None:
     lengths.took_step(0.01, num_rows=2, num_guesses=0)
     assert sum(lengths.choose(2, [("a", 7, 0), ("b", 7, 0)], 5)) <= 5
     assert lengths.choose(2, [("a", 7, 0), ("b", 7, 0)], 0) == [0, 0]
+
+
+def test_a_step_waits_for_those_in_flight_only_where_guesses_may_pay() -> None:
+    lengths = DraftLengths(3)
+    assert not lengths.pays(2, ["a"]), "the first has none: it is what others are measured by"
+    lengths.took_step(0.01, num_rows=2, num_guesses=0)
+    lengths.checked("a", 3, 3)
+    assert lengths.pays(2, ["a"]) and lengths.expects(2)
+    for _ in range(8):
+        lengths.took_step(0.01, num_rows=2, num_guesses=2)
+    assert lengths.wanted(2, ["a"]) == [0] and not lengths.pays(2, ["a"])
+    costly = DraftLengths(3)
+    for num_guesses in (0, 1, 2, 0):
+        costly.took_step(0.01 + 0.1 * num_guesses, num_rows=2, num_guesses=num_guesses)
+    assert not costly.pays(2, ["a"]) and not costly.expects(2)
+
+
+def test_what_is_spent_on_guesses_that_do_not_pay_is_saved_first() -> None:
+    lengths = DraftLengths(3)
+    for num_guesses in (0, 1, 2, 0):
+        lengths.took_step(0.01 + 0.1 * num_guesses, num_rows=1, num_guesses=num_guesses)
+    for _ in range(15_000):
+        lengths.took_step(0.01, num_rows=1, num_guesses=0)
+    assert lengths.wanted(1, ["a"]) == [1], "there is time for a try"
+    lengths.spent(10.0)
+    assert lengths.wanted(1, ["a"]) == [0]
