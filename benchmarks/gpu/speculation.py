@@ -23,7 +23,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.drafting import Drafting
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import Sequence as Answer
+from benchmarks.every_guess import EveryGuess
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.measured_engine import add_engine_flags, make_runner
 from benchmarks.gpu.results import result_path, results_name
@@ -74,39 +75,6 @@ class Oracle:
 
     def _guess(self) -> int:
         return self._token_id + int(self._random.random() >= self._chance)
-
-
-class EveryGuess:
-    """In place of DraftLengths: all are checked, whatever they cost."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-
-    def wanted(self, num_rows: int, sequences: Sequence[Hashable]) -> list[int]:
-        return [self._most] * len(sequences)
-
-    def choose(
-        self, num_rows: int, offers: Sequence[tuple[Hashable, int, int]], most: int
-    ) -> list[int]:
-        return [num_guesses for _, num_guesses, _ in offers]
-
-    def checked(self, sequence: Hashable, num_checked: int, num_stood: int) -> None:
-        pass
-
-    def took_step(self, seconds: float, *, num_rows: int, num_guesses: int) -> None:
-        pass
-
-    def expects(self, num_rows: int) -> bool:
-        return True
-
-    def pays(self, num_rows: int, sequences: Iterable[Hashable]) -> bool:
-        return True
-
-    def spent(self, seconds: float) -> None:
-        pass
-
-    def forget(self, sequence: Hashable) -> None:
-        pass
 
 
 @dataclass
