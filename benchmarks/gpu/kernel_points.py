@@ -26,6 +26,7 @@ from benchmarks.gpu.expert_points import experts_around, experts_product
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 from benchmarks.gpu.latent_points import latent_decode, latent_heads, latent_prefill
 from benchmarks.gpu.linear_tune import Data, forms_of
+from benchmarks.gpu.recurrent_points import delta_mixer
 from benchmarks.gpu.shaping_points import shaping
 from benchmarks.gpu.small_points import small_linear_points
 from models.dummy_model import SHAPES
@@ -203,6 +204,6 @@ POINTS: dict[str, Callable[[], Iterator[Point]]] = {
         linear, decode_attention, prefill_attention, split_prefill_attention, rope_and_store,
         rms_norm, gated_mul,
         block_digest, sampling, shaping, begin_step, experts_product, experts_around,
-        latent_decode, latent_heads, latent_prefill,
+        latent_decode, latent_heads, latent_prefill, delta_mixer,
     )
 } | {"small_linear": small_linear_points}  # fmt: skip
