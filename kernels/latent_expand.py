@@ -20,6 +20,9 @@ _MOST_BYTES = 256 * 2**20
 _MOST_HEADS = 16
 _MOST_DIM = 256
 """Of a head's key or value: a program has the sums of both in its registers."""
+_NARROWEST = 64
+"""Columns of a tile of keys or values of 16 bits: with fewer of them an H200 made wrong values, or
+reached into memory that is not there (Triton 3.6.0), while the interpreter has all of it right."""
 _WHOLE = 8
 """Values whose rows are no runs of 16 bytes were wrong on an H200, of 64 numbers of a latent at
 once (Triton 3.6.0), while the interpreter has them right: their tile is put together otherwise."""
@@ -121,8 +124,9 @@ def expand_latents(
     out = torch.empty(
         (num_blocks, num_heads, 1, 2, block_size, head_dim), dtype=kv.dtype, device=kv.device
     )
-    block_k, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     is_wide = kv.element_size() == 4
+    least = 16 if is_wide else _NARROWEST
+    block_k, block_v = (max(least, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     is_narrow = block_k + block_v <= 256 and shared_bytes(kv.device) >= _ROOMY
     block_n = 16 if is_wide else 128 if is_narrow else 64
     _expand[(triton.cdiv(num_keys, block_n), num_heads)](
