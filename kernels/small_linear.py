@@ -21,7 +21,10 @@ from baton.kernels.small_fma_jit import small_fma_kernel
 from baton.kernels.small_linear_jit import add_splits_kernel, expand_kernel, small_linear_kernel
 
 MOST_ROWS = 256
-"""Of x, that are multiplied by what is stored: those of a decode step."""
+"""Of x, that are multiplied by what is stored, whatever that is: those of a decode step."""
+_MOST_ROWS_OF_BYTES = 128
+"""Bytes with one scale a row are expanded so fast that more rows are better off with the library
+(benchmarks/results/kernels_small_h200.json)."""
 _PROGRAMS = 264
 """Two for each processor of an H100 or H200."""
 _LEAST_STEPS = 8
@@ -149,6 +152,11 @@ def small_linear(
         assert norm_weight is None
         _multiply(x, weight, ends, split_k)
     return out
+
+
+def most_rows(weight: SmallWeight) -> int:
+    """Of x, up to which reading what is stored takes less time than expanding it."""
+    return MOST_ROWS if weight.is_packed or _group(weight) else _MOST_ROWS_OF_BYTES
 
 
 def takes_norm(rows: int, weight: SmallWeight, dtype: torch.dtype) -> bool:

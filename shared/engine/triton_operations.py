@@ -591,7 +591,7 @@ class TritonOperations:
 
     def _stored(self, x: Tensor, layer: StoredLinear, residual: Tensor | None) -> Tensor:
         stored = layer.stored
-        if len(x) <= small_linear.MOST_ROWS:
+        if len(x) <= small_linear.most_rows(stored):
             return small_linear.small_linear(
                 x,
                 stored,
