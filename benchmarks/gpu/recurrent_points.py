@@ -39,8 +39,8 @@ def delta_mixer() -> Iterator[Point]:
         none = torch.zeros(1, dtype=torch.int64, device="cuda")
         starts = [sum(step[:number]) for number in range(len(step) + 1)]
         rows, tiles = state_tiles(starts, [0] * len(step), list(range(len(step))))
-        on_gpu = [torch.from_numpy(each).cuda() for each in (rows, tiles)]
-        return DeviceStatePlan(none, none.int(), 0, *on_gpu)
+        of_rows, of_tiles = torch.from_numpy(rows).cuda(), torch.from_numpy(tiles).cuda()
+        return DeviceStatePlan(none, none.int(), 0, of_rows, of_tiles)
 
     conv = Conv(random(_KERNEL, _CHANNELS), None, conv_places(_KEY_HEADS, _UNITS).cuda())
     gates = DeltaGates(random(_VALUE_HEADS).abs(), random(_VALUE_HEADS))
@@ -56,14 +56,14 @@ def delta_mixer() -> Iterator[Point]:
         num_tokens, num_rows = sum(step), len(step)
         x, plan = random(num_tokens, _HIDDEN, dtype=torch.bfloat16), plan_of(step)
 
-        def mixer(_: int) -> Tensor:
+        def mixer(_: int) -> object:
             projected = rms_norm(x, weight, 1e-6) @ first.t()
             qkv, gate, strength, decay = torch.split(projected, sizes, 1)
             qkv = causal_conv(qkv, conv, before, 0, plan)
             mixed = gated_delta(qkv, strength, decay, gates, states, 0, plan)
             return gated_norm(mixed.flatten(1), gate, norm) @ second.t()
 
-        def projections(_: int) -> Tensor:
+        def projections(_: int) -> object:
             return (x @ first.t())[:, :_VALUES] @ second.t()
 
         state_bytes = 2 * num_rows * (before[0].nbytes + states[0].nbytes)
