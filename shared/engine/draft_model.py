@@ -71,7 +71,10 @@ class DraftModel:
             model_impl="auto",
             quantization=None,
         )
-        self._implementation = find_implementation(own)
+        try:
+            self._implementation = find_implementation(own)
+        except ModelError as error:
+            raise ModelError(f"draft_model: {error}") from error
         self.config = self._implementation.config
         _check(own, self.config, engine, target, max_model_len)
         self._engine = engine

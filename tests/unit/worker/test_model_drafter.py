@@ -264,6 +264,11 @@ def test_a_model_that_cannot_guess_is_refused(
         make_runner(48, num_drafts=4, draft_model_dir=draft_dir, max_model_len=128)
 
 
+def test_one_that_is_not_there_is_named(make_runner: MakeRunner, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^draft_model: .*/none: no such model directory"):
+        make_runner(48, num_drafts=4, draft_model_dir=tmp_path / "none")
+
+
 def test_one_that_does_not_fit_says_how_much_is_missing(
     make_runner: MakeRunner, draft_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
