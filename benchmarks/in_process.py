@@ -70,7 +70,11 @@ class Steps:
         """
         full = [i for i, num in enumerate(self.num_streams) if num == batch]
         if len(full) < num_before + num_steps + 1:
-            raise RuntimeError(f"only {len(full)} steps had all {batch} sequences")
+            most = max(self.num_streams, default=0)
+            raise RuntimeError(
+                f"only {len(full)} of {len(self.at_s)} steps had all {batch} sequences; the most "
+                f"that one had is {most}"
+            )
         return full[num_before : num_before + num_steps + 1]
 
 
