@@ -28,9 +28,10 @@ def check(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     is_split: bool = True,
+    num_times: int = 1,
 ) -> None:
-    """Twice: what adds up must be found as it was. Behind the tokens of the case there is one that
-    is in no item, and behind the items there are others."""
+    """Several times: what adds up must be found as it was. Behind the tokens of the case there is one
+    that is in no item, and behind the items there are others."""
     device, heads = case.query.device, case.query.shape[1]
     work = make_item_work(config, heads, case.query.shape[2], device, num_programs=12)
     tiles = prefill_tiles(case.start, case.rows, case.first, block_m=config.block_m)
@@ -53,7 +54,7 @@ def check(
         case.query.double(), case.kv.double(), 1, torch.from_numpy(tiles).to(device), case.tables,
         scale, block_m=config.block_m, window=window, soft_cap=soft_cap, sinks=sinks,
     )  # fmt: skip
-    for _ in range(2):
+    for _ in range(num_times):
         out = torch.full_like(query, float("nan"))
         split_prefill_attention(
             query, case.kv, 1, items, count, case.tables, work, scale,
@@ -87,21 +88,17 @@ def test_matches_the_reference(
     dtype: torch.dtype,
     assert_close: Check,
 ) -> None:
-    check(
-        make_case(chunks, heads, kv_heads, head_dim, block_size, device, dtype),
-        assert_close,
-        config,
-    )
+    case = make_case(chunks, heads, kv_heads, head_dim, block_size, device, dtype)
+    check(case, assert_close, config, num_times=2)
 
 
-@pytest.mark.parametrize("window", [1, 33, 100, 500])
+@pytest.mark.parametrize("window", [1, 33, 100])
 def test_window_cap_and_sinks(window: int, device: torch.device, assert_close: Check) -> None:
     """Items whose keys some tokens no longer see, and others not yet."""
     cached = 170
     forgotten = max(0, cached - window + 1)
     case = make_case([(cached, 21)], 2, 1, 32, 16, device, torch.float32, forgotten=forgotten)
     sinks = torch.tensor([0.5, 60.0], device=device)
-    check(case, assert_close, window=window, is_split=window > 1)
     check(case, assert_close, window=window, soft_cap=0.5, sinks=sinks, is_split=window > 1)
 
 
