@@ -30,8 +30,8 @@ def check(
     is_split: bool = True,
     num_times: int = 1,
 ) -> None:
-    """Several times: what adds up must be found as it was. Behind the tokens of the case there is one
-    that is in no item, and behind the items there are others."""
+    """Several times: what adds up must be found as it was. Behind the tokens of the case there is
+    one that is in no item, and behind the items there are others."""
     device, heads = case.query.device, case.query.shape[1]
     work = make_item_work(config, heads, case.query.shape[2], device, num_programs=12)
     tiles = prefill_tiles(case.start, case.rows, case.first, block_m=config.block_m)
