@@ -398,3 +398,27 @@ def test_fused_projections_are_a_declaration(
     edit_config(model_dir, model_type="test_fused")
     with known(fused_llama):
         assert torch.equal(make_runner(model_dir).logits(row), expected)
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_parts_that_alternate_in_a_module(is_small: bool, load: Callable[..., ModelLoader]) -> None:
+    """Four heads of two numbers and a gate of three each, one after another: the gates, and the
+    numbers in another order, of every rank."""
+    weight = whole_numbers(20, 3) if is_small else rand(20, NUM_IN)
+    tensors = {"m.weight": weight, "m.bias": rand(20, seed=2)}
+    scale = rand(20, 1, seed=4).abs()
+    if is_small:
+        tensors["m.weight_scale"] = scale
+    heads = (weight.float() * scale if is_small else weight).view(4, 5, NUM_IN)
+    biases = tensors["m.bias"].view(4, 5)
+    gates = Part("m", 12, True, module_out=20, unit=3, between=(5, 2))
+    numbers = Part("m", 8, True, module_out=20, unit=2, order=(1, 0), between=(5, 0))
+    spec = LinearSpec(NUM_IN, (gates, numbers), Split.COLUMNS)
+    for rank in range(2):
+        own = slice(2 * rank, 2 * rank + 2)
+        expected = torch.cat((heads[own, 2:].flatten(0, 1), heads[own, :2].flip(1).flatten(0, 1)))
+        loader = load(tensors, ReferenceOperations(Ranks(rank, 2)))
+        layer = loader.linear(spec)
+        x = torch.eye(NUM_IN)
+        bias = torch.cat((biases[own, 2:].flatten(), biases[own, :2].flip(1).flatten()))
+        assert_near(loader.ops.linear(x, layer), expected.t() + bias)
