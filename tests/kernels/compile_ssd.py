@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from baton.kernels.gated_norm import gated_norm
 from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.reference_ssd import SsdWeights
-from baton.kernels.ssd_scan import ssd_scan
+from baton.kernels.ssd_scan import scan_config, ssd_scan
 from baton.kernels.ssd_step import ssd_step
 from tests.kernels.compiled import recording
 
@@ -51,8 +52,10 @@ def compile_all(capability: int, model: str, dtype: torch.dtype) -> list[dict[st
             of_rows = _empty(rows, 8, dtype=torch.int32), _empty(9, 4, dtype=torch.int32)
             x, dt = _empty(512, width, dtype=dtype), _empty(512, num_heads, dtype=dtype)
             out = _empty(512, num_heads, head_dim, dtype=dtype)
-            for has_kept in (False, True):
-                ssd_scan(x, dt, weights, states, *of_rows, out, has_kept=has_kept)
+            for tiles_each in (0, 8):
+                config = scan_config(head_dim, state_size, num_heads, rows, 9, dtype.itemsize)
+                config = replace(config, tiles_each=tiles_each)
+                ssd_scan(x, dt, weights, states, *of_rows, out, config=config)
         norm = GatedNorm(_empty(inner), inner // groups, 1e-5)
         gated_norm(_empty(32, inner, dtype=dtype), _empty(32, inner, dtype=dtype), norm)
     return [

@@ -15,7 +15,7 @@ from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.reference_gated_norm import gated_norm as gated_norm_reference
 from baton.kernels.reference_ssd import SsdWeights, ssd_in_chunks
 from baton.kernels.reference_ssd import ssd as ssd_reference
-from baton.kernels.ssd_scan import ssd
+from baton.kernels.ssd_scan import ScanConfig, ssd
 from baton.kernels.state_plan import NO_SLOT, DeviceStatePlan, Kept, StatePlan, state_tiles
 from tests.kernels.closeness import TOLERANCE
 
@@ -48,12 +48,12 @@ def _close_for(value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "head_dim", "state_size", "groups", "state_dtype"),
+    ("num_heads", "head_dim", "state_size", "groups", "state_dtype", "tiles_each"),
     [
-        (1, 1, 1, 1, torch.float32),
-        (3, 20, 7, 1, torch.bfloat16),
-        (4, 64, 40, 2, torch.float32),
-        (2, 17, 128, 2, torch.float32),
+        (1, 1, 1, 1, torch.float32, 0),
+        (3, 20, 7, 1, torch.bfloat16, 1),
+        (4, 64, 40, 2, torch.float32, 0),
+        (2, 17, 128, 2, torch.float32, 2),
     ],
 )
 def test_ssd(
@@ -62,12 +62,13 @@ def test_ssd(
     state_size: int,
     groups: int,
     state_dtype: torch.dtype,
+    tiles_each: int,
     device: torch.device,
     dtype: torch.dtype,
     poisoned: Poisoned,
 ) -> None:
     """A step of single tokens, padding among them, of rows that begin and that go on, with a state
-    kept in the middle of a tile, and of padding behind."""
+    kept in the middle of a tile, and of padding behind; rows whole or in segments."""
     width = num_heads * head_dim + 2 * groups * state_size
     single_slots, single_positions = [5, NO_SLOT, 0], [9, 0, 0]
     lengths, slots, positions = [1, 70, 129, 3], [1, 2, 6, 8], [0, 7, 0, 64]
@@ -102,7 +103,8 @@ def test_ssd(
     wide = _doubled(_weights_on(weights, torch.device("cpu")))
     expected = ssd_reference(x.double().cpu(), dt.double().cpu(), wide, expected_state, 1, whole)
     out = poisoned(num_tokens, num_heads, head_dim, dtype=dtype)
-    assert ssd(x, dt, weights, state, 1, plan, out=out) is out
+    config = ScanConfig(16, tiles_each=tiles_each)
+    assert ssd(x, dt, weights, state, 1, plan, out=out, config=config) is out
     real = [0, *range(2, num_tokens)]
     _close_for(out[real].cpu(), expected[real], dtype)
     assert not out[1].any() and not out[-num_padding:].any()
