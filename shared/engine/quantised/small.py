@@ -14,6 +14,7 @@ from torch import Tensor
 
 from baton.kernels import reference
 from baton.kernels.cpu_small_linear import (
+    EIGHT_BITS_IN,
     EightBits,
     SmallWeight,
     four_bit_planes,
@@ -98,7 +99,7 @@ def _packed(parts: Sequence[QuantisedWeight]) -> Piece | None:
         if ordered is None:
             return None
         parts, columns = [ordered[0]], ordered[1]
-    if bits == 8 and all(_is_plain(part) for part in parts):
+    if bits == 8 and num_in % EIGHT_BITS_IN == 0 and all(_is_plain(part) for part in parts):
         return _eight_bits(parts, num_out, num_in, columns)
     groups = [kernel_group(num_out, num_in, part.scale.shape[1]) for part in parts]
     if any(group is None for group in groups):

@@ -131,6 +131,16 @@ def test_products_with_what_is_stored(kind: str, load: Callable[..., Any]) -> No
         assert (layer.num_out, layer.num_in) == (num_out, NUM_IN)
 
 
+@pytest.mark.parametrize("num_in", [24, 36, 72])
+def test_eight_bits_of_rows_that_torch_s_kernel_would_leave_are_expanded(
+    num_in: int, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.NUM_IN", num_in)
+    for paper in (False, True):
+        layer, loader = load(weight_of("eight", 80), paper=paper)
+        assert not isinstance(layer, SmallLinear) and not loader.has_small
+
+
 def test_where_the_kernel_s_order_is_another_it_multiplies_many_rows_too(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
