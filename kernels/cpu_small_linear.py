@@ -25,8 +25,8 @@ _GROUPS = (256, 128, 64, 32)
 _ROWS = 16
 """Of a weight, in multiples."""
 EIGHT_BITS_IN = 16
-"""Columns of a weight of eight bits, in multiples: torch's kernel reads past the ends of others, and
-dies or answers with what lay there."""
+"""Columns of a weight of eight bits, in multiples: torch's kernel reads past the ends of others,
+and dies or answers with what lay there."""
 _BLOCK = 64
 """Rows of a weight that the kernel packs together, with AVX-512."""
 _MIDDLE = 8
