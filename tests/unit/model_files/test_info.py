@@ -139,6 +139,12 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
             # Of qwen2_moe, none is 0.
             assert config.use_sliding_window or not config.sliding_window
             continue
+        if value == "auto":
+            # What transformers has worked out already.
+            assert name == "mamba_d_head"
+            inner = getattr(config, "mamba_d_ssm", config.mamba_expand * config.hidden_size)
+            assert config.mamba_d_head * config.mamba_n_heads == inner
+            continue
         assert getattr(config, name) == value, name
 
 
