@@ -278,7 +278,8 @@ class Admitter:
             pool.acquire(block_id for block_id in blocks if block_id != NO_BLOCK)
         for group, slot in found.sources.items():
             self._pools.of(group).acquire([slot])
-        self._sources[sequence] = found.sources
+        if found.sources:
+            self._sources[sequence] = found.sources
         for group, blocks in enumerate(found.blocks):
             new = iter(self._pools.of(group).allocate(blocks.count(NO_BLOCK)))
             table = BlockTable(

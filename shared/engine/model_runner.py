@@ -392,7 +392,8 @@ class ModelRunner:
         num_slots = [self.num_blocks[pool] for pool in self.arrangement.slot_pools]
         if num_slots and num_slots[0] < sizes.most_slots:
             if self._config.max_num_seqs is None:
-                self.max_num_seqs = sizes.rows_of(num_slots[0])
+                num_asked = self._config.state_checkpoints or 0
+                self.max_num_seqs = sizes.rows_of(num_slots[0], num_asked)
             log_event(
                 logger,
                 logging.WARNING,

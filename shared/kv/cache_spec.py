@@ -9,8 +9,7 @@ valid, and what a hand-off moves.
 Layers that keep a state of constant size (`State`) have a block of another kind, a slot: one holds
 all that they keep of a sequence, whatever its length, and its table is that slot from admission to
 the end. A token reads what was kept behind the token before it and writes over it: nothing earlier
-is left. So a hit would need a slot that was kept just there, and as yet none is: a model with such
-layers has no prefix hits.
+is left. So a hit needs a copy that was kept just there, in a slot of its own: a checkpoint.
 """
 
 from __future__ import annotations

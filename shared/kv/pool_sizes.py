@@ -89,10 +89,11 @@ class PoolSizes:
         """Of each pool of slots."""
         return self.max_num_seqs + self.num_checkpoints
 
-    def rows_of(self, num_slots: int) -> int:
+    def rows_of(self, num_slots: int, num_asked: int = 0) -> int:
         """Rows of a step for which so many slots do: where they are too few, checkpoints keep
-        their share of them."""
-        return min(self.max_num_seqs, max(1, num_slots * self.max_num_seqs // self.most_slots))
+        their share of them, and all `num_asked` that were asked for by number."""
+        rows = min(num_slots * self.max_num_seqs // self.most_slots, num_slots - num_asked)
+        return min(self.max_num_seqs, max(1, rows))
 
     def _num_slots(self, num_bytes: int) -> int:
         """Of each pool of slots, at most one for each row and each checkpoint."""

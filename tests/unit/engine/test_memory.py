@@ -217,6 +217,13 @@ def test_rows_and_checkpoints_share_what_fits(num_slots: int, rows: int) -> None
     assert sizes.rows_of(num_slots) == rows
 
 
+@pytest.mark.parametrize(("num_asked", "rows"), [(64, 36), (20, 80), (99, 1)])
+def test_checkpoints_that_were_asked_for_by_number_are_there(num_asked: int, rows: int) -> None:
+    """Rows that were not are fewer by them."""
+    sizes = PoolSizes(STATES_ALONE, 16, 16, 1, max_num_seqs=256, num_checkpoints=num_asked)
+    assert sizes.rows_of(100, num_asked) == rows < sizes.rows_of(100)
+
+
 def test_the_longest_sequence_has_room_beside_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
     # 25 MiB: 20 blocks and a slot, and what stays zero.
     assert num_blocks(100, monkeypatch, WITH_STATES) == (20, 1)

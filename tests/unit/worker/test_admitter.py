@@ -115,6 +115,20 @@ def test_when_the_first_is_gone_the_second_computes_what_is_missing(bench: Bench
     bench.check()
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_nothing_is_remembered_of_who_has_ended(bench: Bench, reads: bool) -> None:
+    """As the engine takes what it asks for: of who reads the places, of who computes the states."""
+    sequence = bench.arrive("a", (*PREFIX, 20, 21))
+    assert bench.admit(sequence, reads=reads) is Admission.ADMIT
+    if reads:
+        bench.admitter.take_new_places(sequence)
+    else:
+        assert bench.admitter.take_sources(sequence) == {}
+    bench.end(sequence)
+    kept = {name: held for name, held in vars(bench.admitter).items() if isinstance(held, dict)}
+    assert not any(kept.values()), kept
+
+
 def test_a_hit_leaves_at_least_one_token_to_compute(bench: Bench) -> None:
     first = bench.arrive("a", PREFIX)
     bench.admit(first)
