@@ -179,10 +179,12 @@ class ModelLoader:
         )
 
     def form(self, forms: Sequence[Names]) -> Names:
-        """Of the ways to call a model's modules, the checkpoint's; the first where it has none."""
-        for names in forms:
-            if any(self.header(f"{names[each]}.weight") for each in ("embedding", "norm")):
-                return names
+        """Of the ways to call a model's modules, the checkpoint's; the first where it has none. The
+        norm tells only of files without an embedding: ways that differ there may share it."""
+        for each in ("embedding", "norm"):
+            for names in forms:
+                if self.header(f"{names[each]}.weight") is not None:
+                    return names
         return forms[0]
 
     # For whoever makes linear layers

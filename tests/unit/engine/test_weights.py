@@ -19,6 +19,7 @@ from baton.shared.engine.weights import WeightFiles
 from baton.shared.model_files.fields import ModelError
 from tests.device import ON_GPU
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
+from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -38,6 +39,17 @@ def change_tensors(model_dir: Path, change: Callable[[dict[str, Any]], None]) ->
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def test_a_form_that_shares_its_norm_with_another(tmp_path: Path, make_runner: MakeRunner) -> None:
+    """mamba2's authors call its embedding otherwise, and all else as later files do."""
+    make_tiny(tmp_path, "mamba2", TINY_MODELS["mamba2"]["as they come"])
+
+    def rename(tensors: dict[str, Any]) -> None:
+        tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+
+    change_tensors(tmp_path, rename)
+    assert make_runner(tmp_path).model_config.model_type == "mamba2"
 
 
 def test_no_safetensors(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
