@@ -35,9 +35,15 @@ class LinearWork:
     arrivals: Tensor
 
 
-@cache
 def linear_work(device: torch.device) -> LinearWork:
-    """The device's buffers, made at the first call: make it before a graph is captured."""
+    """The buffers of the device's current stream, made at its first call: make it before a graph is
+    captured. Streams have their own: a draft model's steps run beside those of the model."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _work_of_stream(device, stream)
+
+
+@cache
+def _work_of_stream(device: torch.device, stream: int) -> LinearWork:
     return LinearWork(
         partials=torch.empty(_MAX_PARTIALS, dtype=torch.float32, device=device),
         arrivals=torch.zeros(_MAX_TILES, dtype=torch.int32, device=device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels import linear_table
+from baton.kernels import skinny_linear as skinny_linear_module
 from baton.kernels.linear_table import Config, choose, guess
 from baton.kernels.reference_linear import skinny_linear_reference
 from baton.kernels.skinny_linear import linear_work, skinny_linear
@@ -97,6 +99,17 @@ def test_products(
             assert result is target
             assert_close(target, expected)
     assert not linear_work(device).arrivals.any()
+
+
+def test_streams_share_no_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model's steps run beside those of the model."""
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(skinny_linear_module, "_work_of_stream", lambda *key: made.append(key))
+    for number in (1, 2):
+        stream = SimpleNamespace(cuda_stream=number)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        linear_work(torch.device("cuda", 0))
+    assert len(set(made)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
