@@ -123,9 +123,11 @@ class ModelDrafter:
         for (sequence, most), predicted in zip(wanted, drafts, strict=True):
             if predicted is None and self._can_guess(sequence):
                 known = self._settled(sequence)
-                # Of the last guess nothing is computed.
-                if not self.is_behind(sequence) and self._has_room(
-                    known, sequence.num_tokens + most - 1
+                # A chain begins with a token that is new; of the last guess nothing is computed.
+                if (
+                    known.num_new > 0
+                    and not self.is_behind(sequence)
+                    and self._has_room(known, sequence.num_tokens + most - 1)
                 ):
                     self._open(known)
                     guessing.append((known, most))

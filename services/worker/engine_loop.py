@@ -345,7 +345,9 @@ class EngineLoop:
         return (
             bool(self._in_flight)
             or any(sequence.state in computing for sequence in self._table.all())
-            or self._stepper.drafter_is_behind()
+            # It may have no room, or no reason, to catch up: then there is nothing to do.
+            or not self._is_stalled
+            and self._stepper.drafter_is_behind()
         )
 
     def _step(self) -> bool:
@@ -354,6 +356,9 @@ class EngineLoop:
         if self._in_flight and self._stepper.must_know_all():
             has_retired = self._retire_all_but(0)
         has_caught_up = self._stepper.let_drafter_catch_up()
+        if has_caught_up:
+            # Nobody shall think that it stands still.
+            self.num_steps += 1
         planned_s = time.monotonic()
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         if not parts:

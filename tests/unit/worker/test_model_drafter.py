@@ -233,6 +233,66 @@ def test_it_catches_up_after_steps_without_guesses(
         runner.check()
 
 
+def test_nothing_new_is_nothing_to_guess_behind(
+    make_runner: MakeRunner,
+    make_guessing: Callable[..., Any],
+    answers: Answers,
+    clock: Clock,
+) -> None:
+    """Where guesses are tried though none are expected to pay, no step in flight is waited for: a
+    sequence may be asked about twice before a token more of it is known."""
+
+    class Trying(AllOfThem):
+        def pays(self, num_rows: int, sequences: Any) -> bool:
+            return False
+
+    decode = make_guessing(64)
+    decode.drafting = Drafting(decode.drafter, Trying(5), 5)
+    decode._runner = LateRunner(decode._runner)
+    cluster = Cluster({"prefill": make_runner(64), "decode": decode}, clock)
+    request = cluster.submit(PLAIN, PARAMS[0], answers.to(PLAIN, PARAMS[0]))
+    cluster.settle()
+    assert request.token_ids == request.expected and request.num_attempts == 1
+    assert cluster.network.workers["decode"].counters["drafts"] > 0
+    decode.check()
+
+
+@pytest.mark.parametrize("expects", [False, True])
+def test_a_worker_that_only_waits_for_blocks_does_not_stand_still(
+    make_runner: MakeRunner,
+    make_guessing: Callable[..., Any],
+    answers: Answers,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    expects: bool,
+) -> None:
+    """A gateway gives up a worker that says it is busy and takes no step."""
+    monkeypatch.setattr("baton.services.decode.model_drafter._FEW", 4)
+
+    class Expecting(AllOfThem):
+        def expects(self, num_rows: int) -> bool:
+            return expects
+
+    decode = make_guessing(64)
+    decode.drafting = Drafting(decode.drafter, Expecting(5), 5)
+    cluster = Cluster({"prefill": make_runner(64), "decode": decode}, clock)
+    network = cluster.network
+    request = cluster.submit(PLAIN, PARAMS[0], answers.to(PLAIN, PARAMS[0]))
+    engine = network.workers["decode"].engine
+    for _ in range(12):
+        # No pull is ever finished.
+        for name in network.workers:
+            for channel in network.busy_channels:
+                while network.channels[channel]:
+                    network.deliver(channel)
+            network.step(name)
+    assert engine.num_sequences == 1 and not engine.is_busy
+    assert (engine.num_steps > 0) == expects
+    cluster.settle()
+    assert request.token_ids == request.expected
+    decode.check()
+
+
 def test_it_is_no_part_of_what_workers_must_have_in_common(
     make_runner: MakeRunner, draft_dir: Path
 ) -> None:
