@@ -63,7 +63,7 @@ def choose_chunks(
     every block is sealed as early as possible.
     """
     # One without room takes no row.
-    prefilling = [sequence for sequence in prefilling if _num_open(sequence) > 0]
+    prefilling = [sequence for sequence in prefilling if num_open(sequence) > 0]
     if not prefilling or token_budget <= 0 or max_rows <= 0:
         return []
     oldest = prefilling[0]
@@ -75,7 +75,7 @@ def choose_chunks(
     chunks: list[Chunk] = []
     for sequence in rows:
         others = kept if sequence is not oldest else 0
-        num_tokens = min(_num_open(sequence), token_budget - others)
+        num_tokens = min(num_open(sequence), token_budget - others)
         if num_tokens <= 0:
             continue
         if num_tokens < _num_left(sequence):
@@ -91,14 +91,14 @@ def choose_chunks(
 
 def kept_for_the_oldest(token_budget: int, oldest: Sequence, block_size: int) -> int:
     """Tokens of a step that are the oldest's, however many shorter ones there are."""
-    return min(_num_open(oldest), max(token_budget // _SHARE_OF_THE_OLDEST, block_size))
+    return min(num_open(oldest), max(token_budget // _SHARE_OF_THE_OLDEST, block_size))
 
 
 def _num_left(sequence: Sequence) -> int:
     return sequence.num_prompt_tokens - sequence.num_scheduled_tokens
 
 
-def _num_open(sequence: Sequence) -> int:
+def num_open(sequence: Sequence) -> int:
     """Of what is left, that for which there is room: a windowed group has it for a stretch at a
     time."""
     return min(_num_left(sequence), sequence.num_room_tokens - sequence.num_scheduled_tokens)

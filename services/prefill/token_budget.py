@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from baton.services.prefill.scheduler import kept_for_the_oldest
+from baton.services.prefill.scheduler import kept_for_the_oldest, num_open
 from baton.shared.kv.sequence import Sequence
 
 _PARTS_OF_A_LONG_PROMPT = 4
@@ -23,12 +23,14 @@ class TokenBudget:
     """Where there is a backlog and nothing decodes; None: never more than is usual."""
 
     def of_step(self, prefilling: Seq[Sequence], *, num_decoding: int, block_size: int) -> int:
-        """Tokens of the coming step. `prefilling`: in order of arrival, each with tokens left.
+        """Tokens of the coming step. `prefilling`: in order of arrival; those of which nothing
+        can be computed now, for it is under way or has no room, have no part in it.
 
         More than is usual only if no prompt's first token gets later by it: as many usual steps'
         worth as come before the one in which the first of them is done. Until then nobody but that
         prompt and the oldest has a share, so these steps together are what they were.
         """
+        prefilling = [sequence for sequence in prefilling if num_open(sequence) > 0]
         if self.most is None or num_decoding or not prefilling:
             return self.usual
         first = min(prefilling, key=_num_left)

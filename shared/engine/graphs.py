@@ -33,6 +33,8 @@ class Graphs:
             torch.OutOfMemoryError: there is no memory for what it computes meanwhile.
         """
         self._stream.synchronize()
+        # A capture begins with it: what is kept for launched steps is not what the graph takes.
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._stream.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):

@@ -58,6 +58,14 @@ def test_what_is_left_counts() -> None:
     assert BUDGET.of_step(prefilling, num_decoding=0, block_size=BLOCK_SIZE) == 512
 
 
+def test_prompts_whose_last_chunk_is_under_way_do_not_count() -> None:
+    """On a GPU their first token is drawn while the next step is planned."""
+    for others, expected in (([9000, 9000], 2048), ([4096], 1024)):
+        prefilling = [prompt(600, 600), *map(prompt, others)]
+        of_step = BUDGET.of_step(prefilling, num_decoding=0, block_size=BLOCK_SIZE)
+        assert of_step == expected
+
+
 def first_tokens(lengths: Seq[int], budget: TokenBudget) -> list[float]:
     """When each prompt is done; a step takes as long as its tokens, and a bit."""
     prompts = [prompt(length) for length in lengths]
