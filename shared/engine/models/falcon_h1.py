@@ -65,13 +65,13 @@ def configure(fields: Fields) -> FalconH1Config:
     rope = read_rope(fields, common["max_position_embeddings"])
     attention = AttentionConfig(**heads, rope=rope, scale=scale)
     skip(fields, "num_logits_to_keep", "mamba_expand")
-    inner = fields.get("mamba_d_ssm")
-    if inner is None:
+    if fields.get("mamba_d_ssm") is None:
+        what = "mamba_expand times hidden_size"
         inner = fields.integer("mamba_expand") * common["hidden_size"]
     else:
-        inner = fields.integer("mamba_d_ssm")
+        what, inner = "mamba_d_ssm", fields.integer("mamba_d_ssm")
     mamba = replace(
-        read_mamba(fields, inner, has_norm=fields.boolean("mamba_rms_norm")),
+        read_mamba(fields, inner, what=what, has_norm=fields.boolean("mamba_rms_norm")),
         norms_first=fields.boolean("mamba_norm_before_gate", default=True),
         has_output_bias=fields.boolean("projectors_bias"),
         input_scale=fields.number("ssm_in_multiplier"),

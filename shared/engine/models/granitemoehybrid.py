@@ -92,14 +92,20 @@ def configure(fields: Fields) -> HybridConfig:
     )
 
 
-def read_mamba(fields: Fields, inner: int, *, has_norm: bool = True) -> MambaConfig:
-    """Of what this type and falcon_h1 call alike. `inner`: the inner size."""
+def read_mamba(
+    fields: Fields,
+    inner: int,
+    *,
+    what: str = "mamba_expand times hidden_size",
+    has_norm: bool = True,
+) -> MambaConfig:
+    """Of what this type and falcon_h1 call alike. `inner`: the inner size, `what` in the file."""
     skip(fields, "mamba_chunk_size")
     num_heads = fields.integer("mamba_n_heads")
     head_dim = read_head_dim(fields, "mamba_d_head", "mamba_n_heads", inner, num_heads)
     num_groups = fields.integer("mamba_n_groups")
     check_inner_size(
-        fields, "mamba_d_head", "mamba_expand", "mamba_n_heads",
+        fields, "mamba_d_head", "mamba_n_heads", what=what,
         inner=inner, num_heads=num_heads, head_dim=head_dim,
     )  # fmt: skip
     check_shape(fields, heads="mamba_n_heads", groups="mamba_n_groups", num_heads=num_heads,

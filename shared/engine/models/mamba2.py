@@ -58,7 +58,7 @@ def configure(fields: Fields) -> HybridConfig:
     num_groups = fields.integer("n_groups")
     inner = fields.integer("expand") * common["hidden_size"]
     check_inner_size(
-        fields, "head_dim", "expand", "num_heads",
+        fields, "head_dim", "num_heads", what="expand times hidden_size",
         inner=inner, num_heads=num_heads, head_dim=head_dim,
     )  # fmt: skip
     check_shape(fields, heads="num_heads", groups="n_groups", num_heads=num_heads,

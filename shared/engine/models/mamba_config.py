@@ -124,13 +124,13 @@ def check_shape(
 
 
 def check_inner_size(
-    fields: Fields, name: str, expand: str, heads: str, *, inner: int, num_heads: int, head_dim: int
+    fields: Fields, name: str, heads: str, *, what: str, inner: int, num_heads: int, head_dim: int
 ) -> None:
-    """ModelError where heads are not what `expand` makes of the hidden size, `inner`."""
+    """ModelError where heads do not make up the inner size, which is `what` in the file."""
     if num_heads * head_dim != inner:
         raise fields.error(
             name,
-            f"{head_dim} times {heads} {num_heads} is not {expand} times hidden_size, {inner}",
+            f"{head_dim} times {heads} {num_heads} is not {what}, {inner}",
         )
 
 

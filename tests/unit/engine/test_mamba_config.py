@@ -65,6 +65,7 @@ def read(directory: Path, model_type: str, changes: dict[str, Any]) -> HybridCon
         ("mamba2", {"n_groups": 3}, "n_groups: 3 does not divide num_heads 8"),
         ("granitemoehybrid", {"mamba_d_head": 12}, "mamba_d_head: 12 times mamba_n_heads 8"),
         ("granitemoehybrid", {"mamba_n_heads": 7}, "mamba_n_heads: 7 does not divide"),
+        ("falcon_h1", {"mamba_d_head": 12}, "12 times mamba_n_heads 6 is not mamba_d_ssm, 96"),
         ("falcon_h1", {"mamba_n_groups": 4}, "mamba_n_groups: 4 does not divide mamba_n_heads 6"),
         ("nemotron_h", {"mamba_num_heads": 4}, "n_groups: 8 does not divide mamba_num_heads 4"),
         # What is not computed.
