@@ -272,6 +272,9 @@ class PromptSteps:
             self._context.plan_work(rest.rows, plan.work, None, rest.plans[:number])
         num_rows = len(rest.rows)
         halfway = Halfway(*(_first(each, num_rows) for each in self._halfway))  # type: ignore[arg-type]
+        # Attention comes first, and may begin while the kernel before it still runs: that must not
+        # be the one that plans it.
+        halfway = halfway._replace(query=halfway.query.clone())
         rest.hidden = self._model.finish(halfway, self._context.caches, rest.plans)
         rest.logits = self._model.logits(rest.hidden)
 

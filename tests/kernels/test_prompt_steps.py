@@ -135,6 +135,27 @@ def took(step: list[tuple[Answer, BatchRow]], launched: Any) -> None:
         answer.drawn += drawn
 
 
+def test_something_runs_between_the_plan_and_the_attention_of_wanted_tokens(
+    runner: ModelRunner, reference: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That overlaps with the kernel before it, which therefore may not be what plans it."""
+    if runner.device.type != "cpu":
+        pytest.skip("what was captured is not launched again")
+    executor: Any = runner._executor
+    steps, finish, queries = executor._prompts, executor._prompts._model.finish, []
+
+    def spy(halfway: Any, *rest: Any) -> Any:
+        queries.append(halfway.query)
+        return finish(halfway, *rest)
+
+    monkeypatch.setattr(steps._model, "finish", spy)
+    a = Answer(reference, 0, 20, GREEDY).open(runner)
+    took([(a, a.chunk(0, 20))], runner.launch(Batch([a.chunk(0, 20)])))
+    assert a.drawn == a.expected[:1]
+    [query] = queries
+    assert query.data_ptr() != steps._halfway.query.data_ptr(), "copied behind the plan"
+
+
 def test_what_no_graph_is_for(
     make: Make, reference: ModelRunner, device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
