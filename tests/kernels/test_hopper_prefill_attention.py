@@ -140,7 +140,7 @@ def test_a_given_configuration_is_that_of_the_other_kernel(
     options = seen.pop()
     assert len(seen) == 7
     assert all(given is got for given, got in zip((*args, out), seen, strict=True))
-    assert options == {"window": 0, "soft_cap": 0.0, "sinks": None}
+    assert options == {"window": 0, "soft_cap": 0.0, "sinks": None, "num_tiles": None}
 
 
 def test_a_triton_without_gluon_has_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
