@@ -24,6 +24,9 @@ CASES = [
     ("gemma4_text", "experts, caches shared"),
     ("qwen3_moe", "as they come"),
     ("gpt_oss", "as they come"),
+    ("deepseek_v2", "as lite"),
+    ("qwen3_next", "as they come"),
+    ("falcon_h1", "every multiplier"),
 ]
 LENGTHS = (1, 15, 16, 17, 30, 64, 150)
 PARAMS = [

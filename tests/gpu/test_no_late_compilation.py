@@ -15,6 +15,7 @@ from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.shaping import KnownTokens
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import DEMO
 from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
@@ -50,6 +51,7 @@ TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma4, caches shared, drafts": ("gemma4_text", "experts, caches shared", {}),
     "qwen3_moe": ("qwen3_moe", "as they come", {}),
     "delta rule": ("qwen3_next", "as they come", {}),
+    "mamba2 beside attention": ("falcon_h1", "every multiplier", {}),
     "gpt_oss, drafts": ("gpt_oss", "as they come", {}),
     "latents, drafts": (
         "deepseek_v3", "as they come",
@@ -79,6 +81,7 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             max_num_seqs=MAX_NUM_SEQS,
             token_budget=MAX_CHUNK,
             num_drafts=3 if request.param.endswith("drafts") else 0,
+            state_checkpoints=8,
         )
     )
 
@@ -175,6 +178,20 @@ def test_packed_chunks(runner: ModelRunner, late: list[str]) -> None:
     for num_rows in range(2, MAX_NUM_SEQS + 1):
         run(runner, [chunk(2 + n % 9, sampling=GREEDY) for n in range(num_rows)])
     run(runner, [chunk(200), chunk(2), chunk(398, sampling=GREEDY)])
+
+
+def test_chunks_of_which_states_are_kept(runner: ModelRunner, late: list[str]) -> None:
+    """In the middle and at the end, of one row and of several; of layers without states, nothing."""
+    slots = [NO_BLOCK if group.spec.grows else 1 for group in runner.groups]
+    for num_tokens in (2, 16, 17, 63, 64, 65, 128, 300, MAX_CHUNK - 3):
+        for kept in ([1], [num_tokens // 2], [num_tokens - 1], [num_tokens], [1, num_tokens]):
+            asked = chunk(num_tokens, sampling=GREEDY)
+            asked.keeps = [(num, slots) for num in kept]
+            run(runner, [asked])
+            run(runner, [*decode_rows(3), asked])
+    asked = chunk(100, 32)
+    asked.keeps = [(32, slots), (96, slots)]
+    run(runner, [chunk(2), asked, chunk(129), asked])
 
 
 def test_decode_batches_of_any_size(runner: ModelRunner, late: list[str]) -> None:

@@ -30,6 +30,8 @@ TYPES = {
     "mixture, windows, sinks": ("gpt_oss", "as they come"),
     "latents": ("deepseek_v2", "as lite"),
     "states, experts": ("qwen3_next", "as they come"),
+    "states, uneven heads": ("qwen3_5_text", "uneven heads, tied"),
+    "states of a text part": ("qwen3_5_moe", "untied"),
     "states alone": ("mamba2", "groups, biases, tied"),
     "states beside attention": ("falcon_h1", "every multiplier"),
 }
