@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -19,6 +20,9 @@ from baton.shared.model_files.named import NAMED_MODELS, model_dir
 from baton.shared.model_files.type_defaults import TEXT_TYPES
 from baton.shared.tokenizer.files import load_tokenizer
 
+_REFUSAL = "baton.shared.engine.transformers_backend.refusal"
+_REFUSED = 3
+"""What it exits with."""
 _BYTES = {"float32": 4, "bfloat16": 2}
 """Of a number."""
 
@@ -85,7 +89,7 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
 def _facts(told: dict[str, Any]) -> Iterator[str]:
     if told["served"] is None:
         yield f"{told['model']}: may be served"
-        yield f"  type     {told['model_type']}, by transformers' code if that runs: a start tells"
+        yield f"  type     {told['model_type']}, by transformers' code, if a start finds its numbers right"
         yield f"  text     {told['text']}"
         return
     part = ", its text part" if told["is_text_part"] else ""
@@ -108,8 +112,10 @@ def _facts(told: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_transformers(directory: Path, name: str) -> None:
-    """Raises ModelError: it is not installed."""
+    """Raises ModelError: it is not installed, or refuses the model before it reads weights."""
     if find_spec("transformers") is not None:
+        if find_spec("torch") is not None:
+            _ask_transformers(directory)
         return
     known = ", ".join(each.name for each in registry.model_types())
     raise ModelError(
@@ -117,6 +123,14 @@ def _check_transformers(directory: Path, name: str) -> None:
         f"are {known}; others may run through transformers: "
         "pip install 'baton-llm[worker,transformers]'"
     )
+
+
+def _ask_transformers(directory: Path) -> None:
+    """In a process of its own, for here there is no torch. Raises ModelError: it refuses."""
+    command = [sys.executable, "-m", _REFUSAL, str(directory)]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode == _REFUSED:
+        raise ModelError(asked.stdout.strip())
 
 
 def _extras(directory: Path, name: str) -> dict[str, bool]:

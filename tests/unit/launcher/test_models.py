@@ -143,6 +143,18 @@ def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["models", str(tmp_path / "cut.gguf")]) == 1
 
 
+def test_what_transformers_cannot_run_here_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of a start, which come from a process with torch."""
+    model = make(tmp_path / "m", {"model_type": "bloom"}, {})
+    assert main(["models", model]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{model}: not served\n"
+    reason = 'model_type: "bloom": its code takes no position_ids'
+    assert said.err == f"baton: {model}/config.json: {reason}\n"
+
+
 def test_a_type_without_a_file_of_its_own_may_be_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +162,10 @@ def test_a_type_without_a_file_of_its_own_may_be_served(
     shutil.copy(DEMO / "tokenizer.json", tmp_path / "m")
     assert main(["models", model]) == 0
     assert f"{model}: may be served" in capsys.readouterr().out
-    assert about(model)["extras"] == {"worker": True, "transformers": True}
-    monkeypatch.setattr("baton.services.launcher.models.find_spec", lambda name: None)
+    spec = "baton.services.launcher.models.find_spec"
+    # Without torch nothing is computed on paper.
+    monkeypatch.setattr(spec, lambda name: None if name == "torch" else name)
+    assert about(model)["extras"] == {"worker": False, "transformers": True}
+    monkeypatch.setattr(spec, lambda name: None)
     assert main(["models", model]) == 1
     assert '"olmo2" is not supported' in capsys.readouterr().err
