@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -486,11 +486,13 @@ class ModelRunner:
             # What the draft model's keeps of rows; its steps are smaller, and not at once.
             beside = None if self.draft is None else self.draft.make_executor()
             resident = torch.cuda.memory_allocated(self.device)
-            prompt = self._prompt_row(num_tokens)
-            assert prompt.token_ids is not None
-            # Logprobs take room, too.
-            prompt.prompt_logprobs = WantedLogprobs(0, prompt.token_ids, MOST_TOP_LOGPROBS)
-            executor.launch(Batch([prompt])).result()
+            for lengths in self._largest_steps(num_tokens):
+                prompts = [self._prompt_row(length) for length in lengths]
+                longest = prompts[0]
+                assert longest.token_ids is not None
+                # Logprobs take room, too.
+                longest.prompt_logprobs = WantedLogprobs(0, longest.token_ids, MOST_TOP_LOGPROBS)
+                executor.launch(Batch(prompts)).result()
         pool_bytes = cache.memory.numel()
         peak = torch.cuda.max_memory_allocated(self.device)
         if self._captures_prompts:
@@ -500,6 +502,14 @@ class ModelRunner:
         del executor, cache, beside
         torch.cuda.empty_cache()
         return int(peak)
+
+    def _largest_steps(self, num_tokens: int) -> Iterator[list[int]]:
+        """Lengths of the prompts of steps that take most memory. Layers with states compute tile by
+        tile, and each prompt begins one: there are most where prompts are as many as may be."""
+        yield [num_tokens]
+        most = min(self.max_num_seqs, num_tokens // 2)
+        if most > 1 and not all(group.spec.grows for group in self.groups):
+            yield [num_tokens - 2 * (most - 1)] + [2] * (most - 1)
 
     def _warm_up(self, progress: Progress) -> None:
         """Compiles kernels and captures graphs; nobody's first request waits for that."""

@@ -15,12 +15,13 @@ import torch
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
-from baton.shared.engine.batch import Batch
+from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import DEMO, MakeRunner
+from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
 from tests.unit.worker.sim_worker import SimWorker
 
 pytestmark = pytest.mark.gpu
@@ -139,3 +140,25 @@ def test_a_step_without_memory_fails_one_request(
     engine.run_until_idle()
     assert engine.num_tokens == 4 * NUM_ANSWER and len(engine.failures) == 1
     assert engine.leftovers == {}
+
+
+def test_many_short_prompts_are_in_the_measured_peak(
+    tmp_path: Path, make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of layers with states, which compute each in tiles of its own."""
+    heads = {"linear_num_key_heads": 8, "linear_num_value_heads": 16}
+    dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    fields = {**TINY_MODELS["qwen3_5_text"]["all linear"], **heads, **dims}
+    make_tiny(tmp_path, "qwen3_5_text", fields)
+    measure, found = ModelRunner._measure_peak, []
+
+    def listen(self: ModelRunner, progress: Any) -> int:
+        found.append(measure(self, progress))
+        return found[0]
+
+    monkeypatch.setattr(ModelRunner, "_measure_peak", listen)
+    runner = make_gpu_runner(tmp_path, max_num_seqs=64, cuda_graphs=False)
+    rows = [BatchRow([7] * 8, 0, [[slot]]) for slot in range(64)]
+    torch.cuda.reset_peak_memory_stats()
+    runner.forward(Batch(rows))
+    assert torch.cuda.max_memory_allocated() - runner.kv_cache.memory.numel() <= found[0]

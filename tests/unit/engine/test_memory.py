@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from baton.shared.engine import memory
 from baton.shared.engine.config import EngineConfig, most_checkpoints, most_num_seqs
 from baton.shared.engine.host_memory import HostMemory
+from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.arrangement import Arrangement
 from baton.shared.kv.cache_spec import CacheGroup, Full, Sliding, State, StateTensor
 from baton.shared.kv.pool_sizes import PoolSizes
@@ -260,3 +262,16 @@ def test_weights_that_the_gpu_does_not_hold(
             EngineConfig(Path("nowhere"), **fields), weights_gib * 2**30, torch.device("cuda")
         )
     assert way_out in str(caught.value)
+
+
+def test_steps_whose_memory_is_measured() -> None:
+    """With states also one of as many prompts as begin a tile of their own."""
+
+    def lengths(arrangement: Arrangement, num_rows: int, num_tokens: int) -> list[list[int]]:
+        runner: Any = SimpleNamespace(max_num_seqs=num_rows, groups=arrangement.groups)
+        return list(ModelRunner._largest_steps(runner, num_tokens))
+
+    assert lengths(ONE_GROUP, 64, 512) == [[512]]
+    assert lengths(WITH_STATES, 64, 512) == [[512], [386] + [2] * 63]
+    assert lengths(STATES_ALONE, 64, 9) == [[9], [3, 2, 2, 2]]
+    assert lengths(STATES_ALONE, 64, 3) == lengths(STATES_ALONE, 1, 3) == [[3]]
