@@ -11,6 +11,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_gated_norm import GatedNorm
 
+MOST_GROUP = 1 << 14
+"""Numbers that are normalised together: a program has them all."""
 _NORMLESS_BLOCK = 1024
 """Numbers of a row that one program gates where there is no norm."""
 
@@ -62,7 +64,7 @@ def gated_norm(
     """See kernels/reference_gated_norm.py.
 
     Args:
-        x, gate: [T, size], T ≤ 65,535; rows may be strided. Groups have at most 16,384 numbers.
+        x, gate: [T, size], T ≤ 65,535; rows may be strided. Groups have at most MOST_GROUP numbers.
         out: [T, size], contiguous; not x or gate.
         pdl: launch while the previous kernel still runs.
 
@@ -72,7 +74,7 @@ def gated_norm(
     num_rows, size = x.shape
     assert x.stride(1) == gate.stride(1) == 1 and gate.shape == x.shape
     group = norm.group_size if norm.weight is not None else min(size, _NORMLESS_BLOCK)
-    assert group <= 16384 and (norm.weight is None or size % group == 0)
+    assert group <= MOST_GROUP and (norm.weight is None or size % group == 0)
     if out is None:
         out = torch.empty((num_rows, size), dtype=x.dtype, device=x.device)
     assert out.is_contiguous()
@@ -101,3 +103,10 @@ def gated_norm(
         **overlap(x, pdl=pdl),
     )
     return out
+
+
+def why_no_gated_norm(group: int) -> str | None:
+    """Why the kernel does not take groups of that size, if it does not."""
+    if group <= MOST_GROUP:
+        return None
+    return f"{group} numbers are normalised together, and its kernels take {MOST_GROUP} at most"

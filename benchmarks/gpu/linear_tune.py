@@ -52,6 +52,9 @@ Forms = tuple[Form, Form]
 def forms_of(shape: Mapping[str, Any]) -> list[Forms]:
     """Of the fields of a config.json. Experts' products have a table of their own."""
     hidden = shape["hidden_size"]
+    head = _normed("head", shape["vocab_size"], hidden)
+    if shape["model_type"] == "mamba2":
+        return [*_mixer_forms(shape), head]
     forms = _latent_forms(shape) if "kv_lora_rank" in shape else _attention_forms(shape)
     if "linear_num_key_heads" in shape:
         forms = [*_delta_forms(shape), *forms]
@@ -63,7 +66,7 @@ def forms_of(shape: Mapping[str, Any]) -> list[Forms]:
     for size in sizes:
         forms.append(_normed("gate-up+silu", 2 * size, hidden, silu=True))
         forms.append(_added("down", hidden, size))
-    return [*forms, _normed("head", shape["vocab_size"], hidden)]
+    return [*forms, head]
 
 
 def _attention_forms(shape: Mapping[str, Any]) -> list[Forms]:
@@ -85,6 +88,14 @@ def _delta_forms(shape: Mapping[str, Any]) -> list[Forms]:
         _added("delta-o", hidden, value_size),
         _normed("attention-gate", gate_size, hidden),
     ]
+
+
+def _mixer_forms(shape: Mapping[str, Any]) -> list[Forms]:
+    """Of a mixer of Mamba2, all that a layer has."""
+    hidden, heads = shape["hidden_size"], shape["num_heads"]
+    inner = heads * shape["head_dim"]
+    num_out = 2 * inner + 2 * shape["n_groups"] * shape["state_size"] + heads
+    return [_normed("mixer", num_out, hidden), _added("mixer-o", hidden, inner)]
 
 
 def _latent_forms(shape: Mapping[str, Any]) -> list[Forms]:

@@ -89,7 +89,8 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
 def _facts(told: dict[str, Any]) -> Iterator[str]:
     if told["served"] is None:
         yield f"{told['model']}: may be served"
-        yield f"  type     {told['model_type']}, by transformers' code, if a start finds its numbers right"
+        numbers = "if a start finds its numbers right"
+        yield f"  type     {told['model_type']}, by transformers' code, {numbers}"
         yield f"  text     {told['text']}"
         return
     part = ", its text part" if told["is_text_part"] else ""

@@ -33,6 +33,7 @@ from baton.shared.engine.implementation import (
     find_implementation,
     find_weights,
 )
+from baton.shared.engine.kernels_fit import kernels_fit
 from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
 from baton.shared.engine.model_digest import (
@@ -43,6 +44,7 @@ from baton.shared.engine.model_digest import (
     identify_model,
 )
 from baton.shared.engine.model_loader import ModelPlan
+from baton.shared.engine.models.mamba_config import HybridConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
@@ -210,7 +212,8 @@ class ModelRunner:
         self._warm_up(progress)
         if self.draft is not None:
             self.draft.take_memory(self._num_longest)
-            self.draft.warm_up(progress)
+            with kernels_fit(self.device, self.dtype):
+                self.draft.warm_up(progress)
 
     def open_row(
         self, sampling: SamplingParams, sample_index: int, history: History | None = None
@@ -481,7 +484,7 @@ class ModelRunner:
             device=self.device,
         )
         torch.cuda.reset_peak_memory_stats(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), kernels_fit(self.device, self.dtype):
             executor = self._make_executor(cache)
             # What the draft model's keeps of rows; its steps are smaller, and not at once.
             beside = None if self.draft is None else self.draft.make_executor()
@@ -528,7 +531,7 @@ class ModelRunner:
                 model_impl=self.model_impl,
             )
         progress(f"compiling kernels{' and capturing graphs' if has_graphs else ''}")
-        with torch.inference_mode():
+        with torch.inference_mode(), kernels_fit(self.device, self.dtype):
             self._executor.capture(graphs=has_graphs)
             # As if no group had a window: the prompts of this have all their blocks.
             blocks_each = [
@@ -736,6 +739,12 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
                     return problem
         elif spec is not None and not isinstance(spec, Full | Sliding):
             return f"its kernels know no layers that cache {type(spec).__name__}"
+    if isinstance(model, HybridConfig):
+        from baton.kernels.gated_norm import why_no_gated_norm
+
+        own = model.mamba
+        if own.has_norm and (problem := why_no_gated_norm(own.inner_size // own.num_groups)):
+            return problem
     for field, most in _MOST_WITH_TRITON.items():
         value = getattr(model, field)
         if value > most:

@@ -16,6 +16,7 @@ from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.config import DeviceError
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.model_files.fields import ModelError
@@ -162,3 +163,15 @@ def test_many_short_prompts_are_in_the_measured_peak(
     torch.cuda.reset_peak_memory_stats()
     runner.forward(Batch(rows))
     assert torch.cuda.max_memory_allocated() - runner.kv_cache.memory.numel() <= found[0]
+
+
+def test_kernels_that_the_gpu_has_no_room_for_are_told_with_both_sizes(
+    tmp_path: Path, make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with less shared memory than these were written for."""
+    monkeypatch.setattr("triton.compiler.compiler.max_shared_mem", lambda device: 1024)
+    # Of sizes that no other test has: of a kernel that is loaded already nothing is asked.
+    fields = {"linear_key_head_dim": 48, "linear_value_head_dim": 48}
+    make_tiny(tmp_path, "qwen3_5_text", {**TINY_MODELS["qwen3_5_text"]["all linear"], **fields})
+    with pytest.raises(DeviceError, match=r"one takes \d+ of shared memory, and .* 1024"):
+        make_gpu_runner(tmp_path, dtype="float32")

@@ -181,7 +181,7 @@ def test_packed_chunks(runner: ModelRunner, late: list[str]) -> None:
 
 
 def test_chunks_of_which_states_are_kept(runner: ModelRunner, late: list[str]) -> None:
-    """In the middle and at the end, of one row and of several; of layers without states, nothing."""
+    """In the middle and at the end, of one row and of several; without states, nothing."""
     slots = [NO_BLOCK if group.spec.grows else 1 for group in runner.groups]
     for num_tokens in (2, 16, 17, 63, 64, 65, 128, 300, MAX_CHUNK - 3):
         for kept in ([1], [num_tokens // 2], [num_tokens - 1], [num_tokens], [1, num_tokens]):

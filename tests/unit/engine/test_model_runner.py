@@ -9,6 +9,7 @@ import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import DeviceError, EngineConfig
+from baton.shared.engine.kernels_fit import kernels_fit
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
@@ -169,6 +170,22 @@ def test_triton_on_a_gpu_that_is_too_old(
     model_dir, _ = make_llama()
     with pytest.raises(DeviceError, match=r"Turing has compute capability 7\.5, 8\.0 is needed"):
         make_runner(model_dir, device="cuda", kernels="triton")
+
+
+def test_a_kernel_that_is_too_large_for_a_gpu() -> None:
+    """As Triton says it of one that is loaded, in words that help; other errors stay what they
+    are."""
+    from triton.runtime import errors
+
+    cpu = torch.device("cpu")
+    said = "in float32, one takes 131072 of shared memory, and the device has 101376; set dtype to"
+    with pytest.raises(DeviceError, match=said), kernels_fit(cpu, torch.float32):
+        raise errors.OutOfResources(131072, 101376, "shared memory")
+    with pytest.raises(DeviceError, match="has 101376; set kernels to torch"):
+        with kernels_fit(cpu, torch.bfloat16):
+            raise errors.OutOfResources(131072, 101376, "shared memory")
+    with pytest.raises(ZeroDivisionError), kernels_fit(cpu, torch.float32):
+        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize(
