@@ -3,15 +3,12 @@ TCP. These tests need the wheel `nixl-cu13`; `-m 'not nixl'` leaves them out."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -32,6 +29,7 @@ from baton.shared.transfer.interface import (
 from baton.shared.transfer.nixl import NixlTransport, is_detour
 from baton.shared.transfer.puller import ExpectedBlock, Puller, PullJob, PullResult
 from baton.v1.kv_service_pb2 import PoolDescription
+from tests.unit.transfer import nixl_peer
 
 pytestmark = pytest.mark.nixl
 
@@ -55,52 +53,6 @@ def groups_of(
 
 GROUPS = groups_of(NUM_BLOCKS, 9)
 
-# Another process with pools of known bytes. Prints their description, then what it is asked.
-PEER = """
-import hashlib, json, sys, time
-import torch
-from baton.shared.transfer.interface import GroupBlocks, LocalPool
-from baton.shared.transfer.nixl import NixlTransport
-incarnation, seed, groups = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-groups = tuple(GroupBlocks(*each) for each in groups)
-memory = torch.empty(max(group.end_bytes for group in groups), dtype=torch.uint8)
-memory.random_(0, 256, generator=torch.Generator().manual_seed(seed))
-transport = NixlTransport(incarnation)
-transport.bind(LocalPool(memory, groups, incarnation))
-print(transport.describe().SerializeToString().hex(), flush=True)
-for line in sys.stdin:
-    if line == "hash\\n":
-        print(hashlib.sha256(memory.numpy().tobytes()).hexdigest(), flush=True)
-    elif line == "busy\\n":
-        print("busy", flush=True)
-        sum(i * i for i in range(10**9))
-    elif line == "cpu\\n":
-        before = time.process_time()
-        time.sleep(0.5)
-        print((time.process_time() - before) / 0.5, flush=True)
-    elif line == "close\\n":
-        transport.close()
-        print("closed", flush=True)
-"""
-
-# Reads the whole of the first group again and again.
-READER = """
-import sys
-import torch
-from baton.v1.kv_service_pb2 import PoolDescription
-from baton.shared.transfer.interface import BlockCopy, GroupBlocks, LocalPool
-from baton.shared.transfer.nixl import NixlTransport
-peer = PoolDescription.FromString(bytes.fromhex(sys.argv[1]))
-groups = tuple(map(GroupBlocks.of, peer.groups))
-memory = torch.empty(max(group.end_bytes for group in groups), dtype=torch.uint8)
-transport = NixlTransport("beef")
-transport.bind(LocalPool(memory, groups, "beef"))
-connection = transport.connect(peer)
-print("reading", flush=True)
-while True:
-    connection.read(0, [BlockCopy(block, block) for block in range(groups[0].num_blocks)])
-"""
-
 
 class Peer:
     """`contents` is what its pools hold, by group: [num_blocks, bytes of a block] uint8."""
@@ -109,35 +61,35 @@ class Peer:
         self, env: dict[str, str] | None = None, groups: tuple[GroupBlocks, ...] = GROUPS
     ) -> None:
         self.incarnation = secrets.token_hex(16)
-        arguments = [str(SEED), json.dumps(list(map(astuple, groups)))]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PEER, self.incarnation, *arguments],
-            cwd=ROOT,
-            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self.process, self._connection = nixl_peer.started(
+            nixl_peer.own, env or {}, self.incarnation, SEED, groups
         )
         memory = torch.empty(max(group.end_bytes for group in groups), dtype=torch.uint8)
         memory.random_(0, 256, generator=torch.Generator().manual_seed(SEED))
         pool = LocalPool(memory, groups, self.incarnation)
         self.contents = [pool.blocks(group) for group in range(len(groups))]
-        self.description = PoolDescription.FromString(bytes.fromhex(self._line()))
+        self.description = PoolDescription.FromString(self._connection.recv())
 
-    def ask(self, what: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self._line()
+    def ask(self, what: str) -> Any:
+        self._connection.send(what)
+        return self._connection.recv()
 
     def stop(self) -> None:
         """Returns when no thread of it runs any more."""
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+        pid = self.process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        while not all("State:\tT" in (each / "status").read_text() for each in threads):
+            time.sleep(0.01)
+
+    def go_on(self) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.join()
 
     def job(self, copies: list[tuple[int, int]], job_id: int = 1, group: int = NARROW) -> PullJob:
         """With what the peer would announce of these blocks."""
@@ -154,10 +106,6 @@ class Peer:
         return PullJob(
             job_id, self.description, group, [BlockCopy(*copy) for copy in copies], expected
         )
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +271,7 @@ def test_reading_leaves_the_source_as_it_was(transport: NixlTransport, peer: Pee
 
 def test_an_idle_owner_takes_no_core(transport: NixlTransport, peer: Peer) -> None:
     connection = transport.connect(peer.description)
-    assert float(peer.ask("cpu")) < 0.3
+    assert peer.ask("cpu") < 0.3
     connection.close()
 
 
@@ -413,18 +361,13 @@ def test_a_reader_killed_in_the_middle_leaves_the_owner_alone(
     start_peer: Callable[..., Peer],
 ) -> None:
     peer = start_peer(env={"UCX_TLS": "tcp"}, groups=groups_of(NUM_BLOCKS, 1, 1 << 20))
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     before = peer.ask("hash")
-    with subprocess.Popen(
-        [sys.executable, "-c", READER, peer.description.SerializeToString().hex()],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as reader:
-        assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
-        time.sleep(0.1)
-        reader.kill()
+    described = peer.description.SerializeToString()
+    reader, connection = nixl_peer.started(nixl_peer.read_without_end, {}, described)
+    assert connection.recv() == "reading"
+    time.sleep(0.1)
+    reader.kill()
+    reader.join()
     time.sleep(0.2)
     assert peer.ask("hash") == before
 
@@ -459,7 +402,7 @@ def test_a_read_of_a_stopped_peer_can_be_given_up(
         pending.wait(lambda: time.monotonic() > give_up_at)
     connection.close()
     pool.memory.fill_(0xA5)
-    peer.process.send_signal(signal.SIGCONT)
+    peer.go_on()
     time.sleep(0.5)
     check_landed(pool, peer, [])
     other = start_peer()
@@ -566,12 +509,9 @@ def test_two_connections_at_once(
 
 
 def test_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from baton.shared.transfer import nixl_agent; print(nixl_agent.available('cpu'))"
-    env = {"PYTHONPATH": str(ROOT), "UCX_TLS": "sm,self"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
-    assert "UCX_TLS=sm,self must hold tcp" in done.stdout and done.stdout.count("\n") == 1
+    _, connection = nixl_peer.started(nixl_peer.say_why_not, {"UCX_TLS": "sm,self"})
+    why_not = connection.recv()
+    assert "UCX_TLS=sm,self must hold tcp" in why_not and "\n" not in why_not
 
     nixl_agent.library.cache_clear()
     monkeypatch.setattr(nixl_agent, "_module_names", lambda: ["nixl_cu99"])
