@@ -29,7 +29,7 @@ from baton.services.gateway.attempt import run_attempt
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.identity import Identity
-from baton.services.gateway.merged import merged
+from baton.services.gateway.merged import begun, merged
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.gateway.report import RequestReport, cause
 from baton.services.gateway.shared_prompt import SharedPrompt
@@ -95,8 +95,6 @@ async def generate(
         counters["requests"] += 1
         samples = _samples(request_id, admitted, deadline, arrived_at)
         report.admitted(samples)
-        yield pb.GenerateResponse(started=_started(samples[0], cluster))
-
         decoder = _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
         decoders = [decoder, *(decoder and decoder.another() for _ in samples[1:])]
         _share_prompt(samples, decoders)
@@ -104,7 +102,9 @@ async def generate(
             _sample(generation, decoder, cluster, counters, metrics, report)
             for generation, decoder in zip(samples, decoders, strict=True)
         ]
-        async with aclosing(merged(answers)) as responses:
+        async with begun(merged(answers)) as responses:
+            # Workers have the prompt while this is on its way.
+            yield pb.GenerateResponse(started=_started(samples[0], cluster))
             async for _, response in responses:
                 yield response
 

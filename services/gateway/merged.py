@@ -1,10 +1,10 @@
-"""Several streams as one, as fast as it is read."""
+"""Several streams as one, as fast as it is read; one that is at work before it is read."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -49,3 +49,27 @@ async def merged(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def begun(source: AsyncGenerator[_T, None]) -> AsyncIterator[AsyncGenerator[_T, None]]:
+    """The messages of the source, which is at work on the first of them from now on; it is closed
+    at the end."""
+    first = asyncio.ensure_future(anext(source, None))
+
+    async def messages() -> AsyncGenerator[_T, None]:
+        message = await first
+        if message is not None:
+            yield message
+            async for message in source:
+                yield message
+
+    try:
+        # It gets as far as it can without waiting for anybody.
+        await asyncio.sleep(0)
+        async with aclosing(messages()) as rest:
+            yield rest
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await source.aclose()

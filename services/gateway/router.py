@@ -141,22 +141,7 @@ def choose(
     local_prefill: None: prompts never pass the prefill workers by, nor wait for room.
     spread: a counter, by which equal workers are taken in turn.
     """
-    usable = [
-        worker
-        for worker in workers
-        if not worker.suspect and capability_hash in (None, worker.capability_hash)
-    ]
-    prefills = [
-        worker
-        for worker in usable
-        if worker.role == "prefill" and worker.capacity.holds(num_prompt_tokens)
-    ]
-    decodes = [
-        worker
-        for worker in usable
-        if worker.role != "prefill" and worker.capacity.holds(num_tokens)
-    ]
-    firsts = _able_to_compute(prefills, decodes)
+    firsts, decodes = _candidates(workers, num_prompt_tokens, num_tokens, capability_hash)
     if not firsts:
         return None
     prompt = _Prompt(num_prompt_tokens, hits, local_prefill, spread)
@@ -175,6 +160,45 @@ def choose(
     if taker is not None:
         return prompt.alone(taker)
     return None if prompt.may_be_held else prompt.pair(first, partners)
+
+
+def depends_on_hits(
+    workers: Collection[WorkerSnapshot],
+    num_prompt_tokens: int,
+    num_tokens: int,
+    *,
+    capability_hash: str | None = None,
+    local_prefill: LocalPrefill | None = None,
+) -> bool:
+    """Whether the route may be another one by what is cached where: not if a single worker may
+    compute the prompt. Arguments as of `choose`."""
+    firsts, _ = _candidates(workers, num_prompt_tokens, num_tokens, capability_hash)
+    return len(firsts) > 1 or local_prefill is not None
+
+
+def _candidates(
+    workers: Collection[WorkerSnapshot],
+    num_prompt_tokens: int,
+    num_tokens: int,
+    capability_hash: str | None,
+) -> tuple[list[WorkerSnapshot], list[WorkerSnapshot]]:
+    """Those that may compute the prompt, and those that may keep the sequence."""
+    usable = [
+        worker
+        for worker in workers
+        if not worker.suspect and capability_hash in (None, worker.capability_hash)
+    ]
+    prefills = [
+        worker
+        for worker in usable
+        if worker.role == "prefill" and worker.capacity.holds(num_prompt_tokens)
+    ]
+    decodes = [
+        worker
+        for worker in usable
+        if worker.role != "prefill" and worker.capacity.holds(num_tokens)
+    ]
+    return _able_to_compute(prefills, decodes), decodes
 
 
 def _able_to_compute(

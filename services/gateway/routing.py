@@ -19,6 +19,7 @@ from baton.services.gateway.router import (
     Route,
     WorkerSnapshot,
     choose,
+    depends_on_hits,
     longest_run,
     longest_sequence,
 )
@@ -148,7 +149,9 @@ class Routing:
             return Wait.ROOM if wanted.may_hold else Wait.NEWS
         if (route := self._choose_beside(wanted, snapshots)) is not None:
             return self._take(route, wanted)
-        hits = {**await self._locate(wanted, snapshots), **wanted.hits_beside(snapshots)}
+        hits = wanted.hits_beside(snapshots)
+        if self._depends_on_hits(wanted, snapshots):
+            hits = {**await self._locate(wanted, snapshots), **hits}
         # Others may have been sent meanwhile; until the route is noted nothing else runs.
         snapshots = self._workers.snapshots()
         in_time = self._choose(wanted, snapshots, hits, self._local_prefill)
@@ -180,6 +183,15 @@ class Routing:
             return None
         near += [each for each in snapshots if each.role != "prefill" and each not in near]
         return self._choose(wanted, near, hits, None)
+
+    def _depends_on_hits(self, wanted: _Wanted, snapshots: list[WorkerSnapshot]) -> bool:
+        return depends_on_hits(
+            snapshots,
+            len(wanted.token_ids),
+            wanted.num_tokens,
+            capability_hash=wanted.capability_hash,
+            local_prefill=self._local_prefill,
+        )
 
     def _choose(
         self,

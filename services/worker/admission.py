@@ -156,7 +156,7 @@ class Admitter:
             depth = 0
         first = [group.first_block(depth * block_size, block_size) for group in groups]
         cached = {
-            group: [self._find(sequence, group, index) for index in range(first[group], num_seen)]
+            group: self._find_each(sequence, group, first[group], num_seen)
             for group in self._growing
         }
         num_stored = min(
@@ -203,7 +203,7 @@ class Admitter:
                 first.append(start)
                 blocks.append([NO_BLOCK])
                 continue
-            held = [self._find(sequence, group, index) for index in range(start, usable)]
+            held = self._find_each(sequence, group, start, usable)
             if sequence.distrust:
                 held = [self._if_checkable(group, block_id) for block_id in held]
             if NO_BLOCK in held:
@@ -213,8 +213,13 @@ class Admitter:
         return _Found(depth, depth, blocks, first)
 
     def _find(self, sequence: Sequence, group: int, index: int) -> int:
-        return self._pools.prefix_cache.find(
-            sequence.block_hashes[index], group, sequence.prompt_token_ids
+        [found] = self._find_each(sequence, group, index, index + 1)
+        return found
+
+    def _find_each(self, sequence: Sequence, group: int, first: int, end: int) -> list[int]:
+        """Blocks by index."""
+        return self._pools.prefix_cache.find_each(
+            sequence.block_hashes[first:end], group, sequence.prompt_token_ids
         )
 
     def _if_checkable(self, group: int, block_id: int) -> int:

@@ -106,6 +106,8 @@ class EngineLoop:
             runner, pools, self._table, limits, failpoints, drafting, constraining
         )
         self._steps_ahead = runner.steps_ahead
+        self._launches_at_once = runner.steps_ahead > 0 and drafting is None
+        """Nothing is waited for between the planning of a step and its launch."""
         self._runner = runner
         self._in_flight: deque[InFlight] = deque()
         self._reports = Reports(identity, self._table, deliver)
@@ -150,8 +152,9 @@ class EngineLoop:
         self._take_commands(may_wait=may_wait)
         self._end_overdue()
         self._admit()
-        # What others wait for must not wait for the step.
-        self._publish()
+        if not self._launches_at_once:
+            # What others wait for must not wait for the step.
+            self._publish()
         self._is_stalled = not self._step()
         self._publish()
 
@@ -300,8 +303,7 @@ class EngineLoop:
         # The way to the source and back is long: the release goes first.
         self._publish()
         if self._may_wait and not self.is_busy:
-            # The streams' thread would wait for the interpreter until all was settled.
-            time.sleep(_LET_GO_S)
+            self._let_go()
         self._pulls.settle(command.result)
 
     # Admission
@@ -362,6 +364,7 @@ class EngineLoop:
         planned_s = time.monotonic()
         parts = self._stepper.schedule(self._preempt, self._blocks_are_coming)
         if not parts:
+            self._publish()
             return self._retire_all_but(0) or has_retired or has_caught_up
         self._checkpoints.plan(parts)
         launched = self._stepper.launch(parts, planned_s)
@@ -369,6 +372,9 @@ class EngineLoop:
         self._start_sums(launched)
         if (behind := launched.step or launched.begun) is not None:
             launched.kept_sums = self._checkpoints.keep(parts, behind)
+        # A device has its step by now, which the streams' thread would have kept from it, and they
+        # need not wait for its result.
+        self._publish()
         # After a failure nothing is planned before everything is known again.
         self._retire_all_but(0 if launched.has_failed else self._steps_ahead)
         if launched.begun is not None:
@@ -423,6 +429,8 @@ class EngineLoop:
         taken = zip(step.parts, outcomes, strict=True)
         unsettled = [part for part, outcome in taken if self._took(part, outcome, step)]
         self._publish()
+        if self._may_wait and any(_ends_prompt(part) for part in unsettled):
+            self._let_go()
         self._measure(step, outcomes, before_s)
         for part in unsettled:
             self._settle(part, step)
@@ -660,8 +668,16 @@ class EngineLoop:
 
     # Telling
 
+    def _let_go(self) -> None:
+        """Of the interpreter, for which the streams' thread would wait until all was settled."""
+        time.sleep(_LET_GO_S)
+
     def _publish(self) -> None:
         changes = self._pools.prefix_cache.take_changes()
         if changes.added or changes.removed:
             self._reports.emit(msg.CacheChanged(changes))
         self._reports.flush(self.num_steps)
+
+
+def _ends_prompt(part: Part) -> bool:
+    return part.is_chunk and part.end >= part.sequence.num_prompt_tokens

@@ -13,7 +13,7 @@ from baton.shared.engine.block_sums import BlockSums, TakeSums, Writes
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv import digest as block_digest
 from baton.shared.kv.block_hash import chain_hashes, root_hash
-from baton.shared.kv.block_pool import NO_BLOCK, DigestRow
+from baton.shared.kv.block_pool import DigestRow
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence
@@ -225,17 +225,16 @@ class Sealer:
 
         `sums`: of what the blocks hold, where they are known.
         """
-        pool = self._pools.of(group)
         corrupt = Corrupt(group, [], set())
-        checked = [
-            block_id
-            for block_id in block_ids
-            if block_id != NO_BLOCK and pool.block(block_id).digest is not None
-        ]
-        if checked:
-            found = self._digests(group, checked, None if sums is None else sums.of(group, checked))
+        known = self._pools.of(group).digests(block_ids)
+        checked = list(known)
+        if not checked:
+            return corrupt
+        found = self._digests(group, checked, None if sums is None else sums.of(group, checked))
+        # A prompt's first token waits for this, and may have thousands of blocks.
+        if found != list(known.values()):
             for block_id, value in zip(checked, found, strict=True):
-                if pool.block(block_id).digest != value:
+                if known[block_id] != value:
                     corrupt.block_ids.append(block_id)
                     corrupt.lost.update(self._pools.prefix_cache.drop(group, block_id))
         return corrupt

@@ -46,14 +46,16 @@ def block_hash(parent: bytes, token_ids: Iterable[int]) -> bytes:
 
 def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
     """The hashes of the full blocks of `token_ids`, whose first token follows `parent`."""
-    # As block_hash, with the tokens turned to bytes once: a prompt may have thousands of blocks.
-    tokens = array("I", token_ids)
+    # As block_hash, with all that is alike made once: a prompt may have thousands of blocks.
+    tokens, sha256 = array("I", token_ids), hashlib.sha256
     num_bytes = block_size * tokens.itemsize
     data, tag_of_tokens = tokens.tobytes(), _TAG.pack(b"toks", num_bytes)
+    assert len(parent) == sha256().digest_size
+    tag_of_parent = _TAG.pack(b"prnt", len(parent))
     hashes = []
     for start in range(0, len(data) - num_bytes + 1, num_bytes):
-        tagged = _TAG.pack(b"prnt", len(parent)) + parent + tag_of_tokens
-        parent = hashlib.sha256(tagged + data[start : start + num_bytes]).digest()
+        tagged = tag_of_parent + parent + tag_of_tokens
+        parent = sha256(tagged + data[start : start + num_bytes]).digest()
         hashes.append(parent)
     return hashes
 

@@ -77,6 +77,15 @@ class BlockPool:
     def generations(self, block_ids: Sequence[int]) -> list[int]:
         return [self._blocks[block_id].generation for block_id in block_ids]
 
+    def digests(self, block_ids: Iterable[int]) -> dict[int, DigestRow]:
+        """By block, in the order of these; without those that have none, and without NO_BLOCK."""
+        blocks = self._blocks
+        return {
+            block_id: digest
+            for block_id in block_ids
+            if block_id != NO_BLOCK and (digest := blocks[block_id].digest) is not None
+        }
+
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """How many of these nobody holds."""
         return sum(self._blocks[block_id].ref_count == 0 for block_id in block_ids)

@@ -124,10 +124,18 @@ class PrefixCache:
 
     def find(self, chain_hash: bytes, group: int, token_ids: Sequence[int]) -> int:
         """The block of one group that ends this prefix of `token_ids`, or NO_BLOCK."""
-        node = self._nodes.get(chain_hash)
-        if node is None or not self._may_have_tokens(node, token_ids):
-            return NO_BLOCK
-        return node.blocks[group]
+        [found] = self.find_each([chain_hash], group, token_ids)
+        return found
+
+    def find_each(self, hashes: Sequence[bytes], group: int, token_ids: Sequence[int]) -> list[int]:
+        """By prefix of `token_ids`: the block of one group that ends it, or NO_BLOCK."""
+        may_have_tokens = self._may_have_tokens
+        return [
+            node.blocks[group]
+            if node is not None and may_have_tokens(node, token_ids)
+            else NO_BLOCK
+            for node in map(self._nodes.get, hashes)
+        ]
 
     def _may_have_tokens(self, node: Node, token_ids: Sequence[int]) -> bool:
         """They are not known where nothing was found yet."""

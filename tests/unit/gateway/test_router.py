@@ -16,6 +16,7 @@ from baton.services.gateway.router import (
     Role,
     WorkerSnapshot,
     choose,
+    depends_on_hits,
     longest_run,
     longest_sequence,
     next_in_turn,
@@ -59,6 +60,37 @@ def route(
         return None
     prefill_id = chosen.prefill.worker_id if chosen.prefill else None
     return prefill_id, chosen.decode.worker_id
+
+
+@given(st.data())
+def test_nobody_is_asked_for_hits_that_make_no_difference(data: st.DataObject) -> None:
+    """Whatever is cached where, then, the workers are the same."""
+    workers = [
+        worker(
+            f"w{number}",
+            data.draw(st.sampled_from(["prefill", "decode", "both"])),
+            suspect=data.draw(st.booleans()),
+            capability_hash=data.draw(st.sampled_from("ab")),
+            num_blocks=data.draw(st.sampled_from([8, 100])),
+        )
+        for number in range(data.draw(st.integers(1, 4)))
+    ]
+    local = data.draw(st.sampled_from([None, LocalPrefill(100, late_after_s=1.0)]))
+    wanted: dict[str, Any] = {"capability_hash": data.draw(st.sampled_from([None, "a"]))}
+    wanted["local_prefill"] = local
+    hits = {each.worker_id: data.draw(st.sampled_from([0, 64, 128])) for each in workers}
+    if not depends_on_hits(workers, 160, 12 * 16, **wanted):
+        assert route(*workers, hits=hits, **wanted) == route(*workers, **wanted)
+
+
+def test_hits_count_where_there_is_a_choice() -> None:
+    prefill, decode, both = worker("p", "prefill"), worker("d", "decode"), worker("b", "both")
+    for alone in ([prefill, decode], [prefill, decode, both], [both], [both, decode], [decode]):
+        assert not depends_on_hits(alone, 160, 192)
+    for several in ([prefill, worker("q", "prefill"), decode], [both, worker("c", "both")]):
+        assert depends_on_hits(several, 160, 192)
+    # Where a partner may take the prompt.
+    assert depends_on_hits([prefill, both], 160, 192, local_prefill=LocalPrefill(100))
 
 
 def test_roles() -> None:

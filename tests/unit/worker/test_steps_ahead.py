@@ -216,6 +216,29 @@ def undisturbed(
     return tokens
 
 
+# What others wait for
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [(8, ["launch", "heard", "result"]), (1, ["heard", "result"])],
+    ids=["behind the launch", "nothing to launch"],
+)
+def test_news_leave_before_a_result_is_waited_for(
+    bench: Bench, max_tokens: int, expected: list[str]
+) -> None:
+    bench.start(0, PROMPTS[1], sampling(1, max_tokens))
+    bench.step()
+    log = bench.runner.log
+    assert log == ["launch"]
+    log.clear()
+    bench.engine._reports._deliver = lambda mail: log.append("heard")
+    # Refused: no pool holds it.
+    bench.start(1, PROMPTS[0], sampling(2, BLOCK_SIZE * NUM_BLOCKS))
+    bench.step()
+    assert log[: len(expected)] == expected
+
+
 # Blocks under a step in flight
 
 
