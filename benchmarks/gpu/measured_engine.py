@@ -50,6 +50,11 @@ def points(text: str) -> list[Point]:
     return [Point.parse(each) for each in text.split(",") if each]
 
 
+def list_of(kind: type[int] | type[float]) -> Any:
+    """For a flag that takes several numbers with commas."""
+    return lambda text: [kind(each) for each in text.split(",") if each]
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for trials")

@@ -39,8 +39,9 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import Sequence as Answer
 from benchmarks.every_guess import EveryGuess
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
-from benchmarks.gpu.measured_engine import add_engine_flags, make_runner
+from benchmarks.gpu.measured_engine import add_engine_flags, list_of, make_runner
 from benchmarks.gpu.results import result_path, results_name
+from benchmarks.gpu.step_profile import table
 from benchmarks.in_process import InProcessEngine
 from models.dummy_model import SHAPES, given_or_dummy
 from models.roofline import decode_floor_s
@@ -48,6 +49,8 @@ from models.roofline import decode_floor_s
 _FEWEST_SEQS = 16
 _FEWEST_CHAINS = 256
 """That are measured."""
+_PROFILED_TOKENS = 25
+"""Of each answer; of them the first comes of the prompt."""
 
 
 class Oracle:
@@ -98,21 +101,41 @@ class Bench:
         # Of few sequences more, so that it is known how often guesses were right.
         self._num_steps = max(num_steps, _FEWEST_CHAINS // batch)
         self._most_per_step = 1 + runner.num_drafts
-        self._prompts = self._engine(None).cached_prompts(batch, context)
 
     def rate(self, drafter: Drafter | None, per_step: float) -> Rate:
         """`per_step`: tokens of a sequence that are expected."""
         engine = self._engine(drafter)
+        # Each engine has a prefix cache of its own.
+        prompts = engine.cached_prompts(self._batch, self._context)
         # The first time everything is a little slower.
-        self._rate(engine, 4, self._most_per_step)
-        return self._rate(engine, self._num_steps, per_step)
+        self._rate(engine, prompts, 4, self._most_per_step)
+        return self._rate(engine, prompts, self._num_steps, per_step)
 
-    def _rate(self, engine: InProcessEngine, num_steps: int, per_step: float) -> Rate:
+    def profile(self, drafter: Drafter | None, title: str) -> str:
+        """Where the GPU's time goes in steps of all sequences, prompts' last blocks among them."""
+        engine = self._engine(drafter)
+        prompts = engine.cached_prompts(self._batch, self._context)
+
+        def run() -> None:
+            for prompt in prompts:
+                engine.submit(prompt, _PROFILED_TOKENS)
+            engine.run_until_idle()
+
+        run()
+        return table(title, run)
+
+    def _rate(
+        self,
+        engine: InProcessEngine,
+        prompts: Sequence[Sequence[int]],
+        num_steps: int,
+        per_step: float,
+    ) -> Rate:
         # A draft model sees the prompts while the first steps go on.
         num_before = 8 if self._runner.draft is None else 8 + self._batch * self._context // 512
         num_starting = 2 * (self._batch * 16 // self._runner.token_budget + 8) + num_before
         num_tokens = self._most_per_step * num_starting + int(1.2 * per_step * num_steps)
-        for prompt in self._prompts:
+        for prompt in prompts:
             engine.submit(prompt, num_tokens)
         steps = engine.run_until_idle()
         full = steps.full(self._batch, num_steps, num_before)
@@ -150,6 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compile_only:
         return 0
     token_id = _make_all_alike(runner)
+    if args.profile:
+        text = "\n\n".join(_profiles(args, runner, token_id)) + "\n"
+        print(text)
+        output.with_suffix(".txt").write_text(text)
+        return 0
     rows: list[dict[str, Any]] = []
     result = {
         "environment": describe_environment(),
@@ -215,6 +243,14 @@ def _measure(
         yield row
 
 
+def _profiles(args: argparse.Namespace, runner: ModelRunner, token_id: int) -> Iterable[str]:
+    for batch in args.batches:
+        bench = Bench(runner, batch, args.context, args.steps)
+        shape = f"{batch} sequences of {args.context:,} tokens, {_PROFILED_TOKENS - 1} steps"
+        yield bench.profile(None, f"{shape} without guesses")
+        yield bench.profile(Oracle(token_id, 0.0), f"{shape} with {args.drafts} guesses that fall")
+
+
 def _floors(
     runner: ModelRunner, ceilings: Ceilings, batch: int, context: int, num_drafts: int
 ) -> float:
@@ -257,18 +293,15 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--draft-shape", choices=SHAPES, help="of a smaller model that guesses, too")
     add("--drafts", type=int, default=4, help="k")
-    add("--batches", type=_list_of(int), default=[1, 8, 32, 128])
-    add("--right", type=_list_of(float), default=[0.6, 0.8, 0.9], help="chances of the oracle's")
+    add("--batches", type=list_of(int), default=[1, 8, 32, 128])
+    add("--right", type=list_of(float), default=[0.6, 0.8, 0.9], help="chances of the oracle's")
     add("--context", type=int, default=1024)
     add("--steps", type=int, default=48)
+    add("--profile", action="store_true", help="instead: where the time goes, kernel by kernel")
     add("--compile-only", action="store_true", help="so that what follows starts sooner")
     add("--output", type=Path, help="a file, or a directory for it")
     add_engine_flags(parser)
     return parser.parse_args(argv)
-
-
-def _list_of(kind: type[int] | type[float]) -> Any:
-    return lambda text: [kind(each) for each in text.split(",") if each]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where a prompt's time goes, kernel by kernel: by graphs, and launched one by one."""
+"""Where time goes, kernel by kernel; of prompts by graphs, and launched one by one."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def _tables(engine: InProcessEngine, num_new: int, num_cached: int) -> Iterator[
 
     behind = f" behind {num_cached:,} cached" if num_cached else ""
     run()
-    yield _table(f"{num_new} tokens{behind}, by graphs", run)
+    yield table(f"{num_new} tokens{behind}, by graphs", run)
     with without_prompt_graphs(engine.runner):
         run()
-        yield _table(f"{num_new} tokens{behind}, launched kernel by kernel", run)
+        yield table(f"{num_new} tokens{behind}, launched kernel by kernel", run)
 
 
-def _table(title: str, run: Callable[[], None]) -> str:
+def table(title: str, run: Callable[[], None]) -> str:
+    """Of what `run` does, which was done once before."""
     started_s = time.perf_counter()
     run()
     wall_ms = (time.perf_counter() - started_s) * 1e3
