@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Rows of x for which the table has entries."""
+M_BUCKETS = (1, 2, 4, 8, 16, 32, 40, 64, 128, 256)
+"""Rows of x for which the table has entries; 40: eight sequences that verify four guesses each."""
 TABLE = Path(__file__).with_name("linear_table.json")
 _SIMILAR = 1.25
 """N and K may differ by this factor from those of an entry that is used for them."""

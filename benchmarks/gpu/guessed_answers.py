@@ -185,7 +185,7 @@ def _difference(runner: ModelRunner, plain: Answer, guessed: Answer) -> Differen
     end = plain.num_prompt_tokens + index
     [scores], [place] = _scores(runner, plain, end, 1)
     margin = abs(float(scores[tokens[0]] - scores[tokens[1]]))
-    return Difference(index, tokens, margin, margin / place)
+    return Difference(index, tokens, margin, margin / float(place))
 
 
 def _margins(runner: ModelRunner, answers: Sequence[Answer]) -> list[float]:

@@ -299,7 +299,7 @@ def candidates(form: Form, rows: int) -> list[Config]:
             ("dot", 128, 64, 4, 4), ("tma", 64, 128, 4, 4), ("tma", 64, 256, 4, 3),
             ("tma", 128, 64, 4, 5), ("tma", 128, 128, 8, 3),
         ]  # fmt: skip
-        blocks_m = [max(16, rows)]
+        blocks_m = [max(16, 1 << (rows - 1).bit_length())]
     else:
         tiles = [
             ("dot", 128, 64, 8, 4), ("tma", 128, 64, 8, 4), ("tma", 128, 64, 4, 4),
