@@ -75,7 +75,7 @@ def _add_arrivals(group: Any) -> None:
         default=2.0,
         help="of bursty: gaps' sd / mean; Poisson has 1",
     )
-    add("--streams", type=int, metavar="N", default=1, help="clients of a closed loop")
+    add("--streams", type=int, metavar="N", help="clients of a closed loop (default: 1)")
     add("--requests", type=int, metavar="N", help="in all; of a trace: the first ones")
     add(
         "--duration",
@@ -172,6 +172,9 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
     """One for each rate. Raises LoadError."""
     if args.trace is not None and args.rate is not None:
         raise LoadError("--trace has its own arrivals: --time-scale changes their rate")
+    if args.streams is not None and (args.trace is not None or args.rate is not None):
+        other = "--rate" if args.trace is None else "--trace"
+        raise LoadError(f"--streams is a closed loop, and does not go with {other}")
     if args.clients < 1:
         raise LoadError("--clients: at least 1")
     duration_s = args.duration
@@ -183,7 +186,7 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
         output_tokens=args.output_tokens,
         arrivals=_arrivals(args),
         burstiness=args.burstiness,
-        num_streams=args.streams,
+        num_streams=1 if args.streams is None else args.streams,
         num_requests=args.requests,
         duration_s=duration_s,
         num_prefixes=args.prefixes,

@@ -89,6 +89,8 @@ async def _probe_grpc(target: Target) -> list[ModelFacts]:
             info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_PROBE_S)
         except grpc.aio.AioRpcError as error:
             detail = " ".join((error.details() or "").split())[:200]
+            if "Connection refused" in detail:
+                raise LoadError(f"--target {target}: nobody answers: Connection refused") from None
             raise LoadError(
                 f"--target {target}: nobody answers there as Baton does:"
                 f" {error.code().name}: {detail}"

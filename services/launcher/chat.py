@@ -65,7 +65,7 @@ def run_chat(
             chat = _Chat(runner, target, Conversation(system), sampling, timeout_s, is_interactive)
             return chat.run(read)
     except grpc.aio.AioRpcError as error:
-        return report(error)
+        return report(error, target)
     except BrokenPipeError:
         # The reader has enough. What Python flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,7 +158,7 @@ class _Chat:
         except grpc.aio.AioRpcError as error:
             if shown:
                 show("\n")
-            report(error)
+            report(error, self._target)
             failure = failure_of(error)
             if self._conversation.turns and failure is not None and failure.field == "messages":
                 _note(_CLEAR)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+
+from baton.shared.rpc.flags import number, whole_number
 
 _MAX_SECONDS = 1e9
 """Some thirty years; deadlines in a far more distant future overflow within gRPC."""
@@ -30,7 +33,7 @@ def uint64(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no length of time in seconds")
     if value > _MAX_SECONDS:
@@ -61,6 +64,18 @@ def biases(text: str) -> dict[int, float]:
     return numbers
 
 
+def address(text: str) -> str:
+    """HOST:PORT of a gRPC server, also as `grpc://HOST:PORT`."""
+    if text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} speaks HTTP; HOST:PORT of gRPC is meant, such as 127.0.0.1:50051"
+        )
+    text = text.removeprefix("grpc://")
+    if not re.fullmatch(r"(unix:.+|([^:/]+|\[[^]]+\]):[0-9]{1,5})", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT, such as 127.0.0.1:50051")
+    return text
+
+
 def utf8(text: str) -> str:
     try:
         text.encode()
@@ -70,10 +85,7 @@ def utf8(text: str) -> str:
 
 
 def _integer(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    value = whole_number(text)
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
     return value

@@ -52,7 +52,7 @@ def run_generate(
                 about = {"sample": sample} if request.n > 1 else {}
                 _write(json.dumps({**about, **to_json(answer)}) + "\n")
     except grpc.aio.AioRpcError as error:
-        return report(error)
+        return report(error, target)
     except BrokenPipeError:
         # The reader has enough. What Python flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,7 @@ import sys
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.services.launcher.target import connect
+from baton.services.launcher.target import connect, what_failed
 
 SERVICES = {
     "gateway": "baton.v1.InferenceService",
@@ -39,6 +39,6 @@ async def _problem(target: str, service: str, timeout_s: float) -> str | None:
         try:
             answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {' '.join((error.details() or '').split())}"
+            return what_failed(error, target)
     status: str = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     return None if status == "SERVING" else status

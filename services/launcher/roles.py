@@ -88,8 +88,9 @@ class StackConfig:
             raise UsageError(problem)
         if self.redis_url is None and not self.counts.can_serve_alone:
             raise UsageError(
-                "no route: give --prefill and --decode, or --both"
-                " (workers elsewhere can join through --redis-url)"
+                "a request takes a worker of role prefill and one of role decode, or one of role"
+                " both: give --prefill N --decode N, or --both N (or --redis-url, where workers"
+                " elsewhere have the other role)"
             )
 
 

@@ -141,7 +141,7 @@ async def _answer_once(address: str, *, is_demo: bool) -> int:
                 channel, first_request(info, is_demo=is_demo), _show, timeout_s=_ANSWER_LIMIT_S
             )
     except grpc.aio.AioRpcError as error:
-        return report(error)
+        return report(error, address)
     print(f"\n\n{_summary(answer)}")
     print(f"prompt and answer together may have {info.max_model_len} tokens", flush=True)
     return 0

@@ -29,7 +29,7 @@ def run_status(target: str, *, as_json: bool) -> int:
     try:
         info = asyncio.run(_ask(target))
     except grpc.aio.AioRpcError as error:
-        return report(error)
+        return report(error, target)
     state = to_json(info)
     print(json.dumps(state) if as_json else to_text(state))
     return 0

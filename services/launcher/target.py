@@ -22,10 +22,17 @@ def connect(target: str) -> grpc.aio.Channel:
     )
 
 
-def report(error: grpc.aio.AioRpcError) -> int:
+def report(error: grpc.aio.AioRpcError, target: str) -> int:
     """Prints one line, `CODE: message`, on standard error; returns the exit code."""
+    hint = "; `baton up --model DIR` starts a server, --target names one"
+    problem = what_failed(error, target, when_nobody_listens=hint)
+    print(problem, file=sys.stderr)
+    return 1
+
+
+def what_failed(error: grpc.aio.AioRpcError, target: str, *, when_nobody_listens: str = "") -> str:
+    """`CODE: message`, in one line."""
     message = " ".join((error.details() or "no message").split())
     if "Connection refused" in message:
-        message = "nobody listens there; `baton up --model DIR` starts a server, --target names one"
-    print(f"{error.code().name}: {message}", file=sys.stderr)
-    return 1
+        message = f"nobody listens on {target}{when_nobody_listens}"
+    return f"{error.code().name}: {message}"

@@ -33,7 +33,7 @@ QUANTIZATION_HELP = (
 MODEL_IMPLS = ("auto", "baton", "transformers")
 MODEL_IMPL_HELP = (
     "whose code computes the model; auto: Baton's own, and transformers' for types without it, "
-    "slower and on a CPU"
+    "which is slower"
 )
 AUTO: Literal["auto"] = "auto"
 

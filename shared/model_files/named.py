@@ -145,11 +145,12 @@ def model_dir(text: str) -> Path:
 
 def missing_model(path: Path) -> str:
     """One line about a model directory that is not there."""
+    if path.is_file():
+        return f"{path}: a file; a model is its directory, {path.parent}, or a GGUF file"
     if path.parent == cache_dir() and path.name in NAMED_MODELS:
         how = f"`baton fetch {path.name}` or `make {path.name}`"
         return f"{path}: {path.name} has not been fetched: {how} does that"
     if len(path.parts) == 1:
-        return (
-            f"{path}: no such model directory; known by name are {', '.join(sorted(NAMED_MODELS))}"
-        )
+        names = ", ".join(sorted(NAMED_MODELS))
+        return f"{path}: no such model directory; `baton fetch` knows {names} by name"
     return f"{path}: no such model directory"

@@ -24,7 +24,20 @@ _SWITCH_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": Fal
 
 
 class Parser(argparse.ArgumentParser):
-    """What is wrong with a command line is told in one line, and where to read on."""
+    """What is wrong with a command line is told in one line, and where to read on: in the help of
+    the command that was meant. Flags are not to be cut short: a wrong one would mean another."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+        for plain, convert in _NUMBERS.items():
+            self.register("type", plain, convert)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Also called for each command of a parser, which would leave the error to that parser.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help says more)\n")
@@ -98,6 +111,24 @@ def _metavar(flag: str, type: Callable[[str], Any]) -> str:
     return by_name or _METAVARS_BY_TYPE.get(type, "N")
 
 
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+_NUMBERS: dict[Any, Callable[[str], Any]] = {int: whole_number, float: number}
+"""In place of the types whose names argparse would tell, as in "invalid int value"."""
+
+
 def optional_port(text: str) -> Any:
     """An int, 0 to let the system pick; None for `none`, `off` and whatever is negative."""
     # Any: with an int for default, mypy would make `int` of `int | None`.
@@ -144,10 +175,11 @@ def _converter(
 ) -> Callable[[str], T | None]:
     """`may_ignore`: a variable that is a service's address leaves the flag its default. Not where
     any text may be meant."""
+    of_text: Callable[[str], T] = _NUMBERS.get(convert, convert)
 
     def converted(text: str) -> T | None:
         if not isinstance(text, _FromEnvironment):
-            return convert(text)
+            return of_text(text)
         if may_ignore and _ADDRESS_OF_A_SERVICE.fullmatch(text):
             sys.stderr.write(
                 f"baton: {text.variable}={text} is ignored: it is no value for that flag, but what "
@@ -155,7 +187,7 @@ def _converter(
             )
             return default
         try:
-            value = convert(text)
+            value = of_text(text)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise argparse.ArgumentTypeError(f"{text.variable}={str(text)!r}: {error}") from None
         # argparse does not check defaults against `choices`.
@@ -181,5 +213,5 @@ def _switch_value(text: str) -> bool:
 
 
 def _with_variable(help: str, variable: str, default: object) -> str:
-    shown = "" if default is None else f"default {default}; "
+    shown = "" if default is None else f"default: {default}; "
     return f"{help} ({shown}{variable})".replace("%", "%%")

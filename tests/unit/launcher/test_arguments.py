@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.services.launcher.__main__ import build_parser, generate_request
+from baton.services.launcher.__main__ import build_parser, generate_request, main
 from baton.services.launcher.roles import (
     RoleCounts,
     StackConfig,
@@ -43,9 +43,35 @@ def test_any_role_flag_makes_the_others_zero(flags: list[str], counts: RoleCount
     assert up(*flags).counts == counts
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("status now", "baton status: unrecognized arguments: now (baton status --help says more)"),
+        ("chat --prompt hi", "baton chat: unrecognized arguments: --prompt hi"),
+        ("up --model m --prefil 1", "baton up: unrecognized arguments: --prefil 1"),
+        ("chat --temperature hot", "argument --temperature: 'hot' is no number"),
+        ("status --target http://h:8000", "'http://h:8000' speaks HTTP"),
+        ("health h", "argument HOST:PORT: 'h' is no HOST:PORT, such as"),
+        ("fetch smollm2 another", "one model at a time"),
+    ],
+)
+def test_a_wrong_use_is_told_in_the_words_of_the_command_that_was_meant(
+    argv: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(argv.split())
+    error = capsys.readouterr().err
+    assert raised.value.code == 2 and told in error and error.count("\n") == 1
+
+
+def test_a_target_may_be_written_as_load_tests_have_it() -> None:
+    args = generate("--prompt", "x", "--target", "grpc://[::1]:7")
+    assert args.target == "[::1]:7"
+
+
 @pytest.mark.parametrize("flags", [["--prefill", "1"], ["--decode", "1"], ["--both", "0"]])
 def test_workers_without_a_route_need_a_shared_directory(flags: list[str]) -> None:
-    with pytest.raises(UsageError, match="no route"):
+    with pytest.raises(UsageError, match="one of role both"):
         up(*flags).check()
     up(*flags, "--redis-url", "redis://elsewhere").check()
 

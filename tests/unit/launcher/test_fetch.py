@@ -311,7 +311,10 @@ def test_a_name_is_a_directory_before_it_is_a_model(
             "smollm2",
             "smollm2 has not been fetched: `baton fetch smollm2` or `make smollm2` does that",
         ),
-        ("smolm2", "smolm2: no such model directory; known by name are gemma3-270m, smollm2"),
+        (
+            "smolm2",
+            "smolm2: no such model directory; `baton fetch` knows gemma3-270m, smollm2 by name",
+        ),
         ("some/dir", "some/dir: no such model directory"),
     ],
 )

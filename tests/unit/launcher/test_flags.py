@@ -95,4 +95,4 @@ def test_a_required_flag_may_come_from_the_environment() -> None:
 def test_help_names_variable_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse({}, "--help")
-    assert "default 7; BATON_NUM_BLOCKS" in " ".join(capsys.readouterr().out.split())
+    assert "default: 7; BATON_NUM_BLOCKS" in " ".join(capsys.readouterr().out.split())
