@@ -56,6 +56,7 @@ find_model() {
         if [[ -d $fetched ]]; then MODEL=$fetched; fi
     fi
     MODEL=$(realpath -s -m -- "$MODEL")
+    [[ ! -f $MODEL ]] || fail "MODEL=$MODEL: a file; containers take a directory" 2
     [[ -d $MODEL ]] || fail "MODEL=$MODEL: no such directory" 2
     [[ -f $MODEL/config.json ]] || fail "MODEL=$MODEL: no config.json in it, or a link to nowhere" 2
     export MODEL
