@@ -16,7 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baton.kernels.overlap import overlap
 from baton.kernels.prefill_attention import _walk, block_m_for, prefill_config
 from baton.kernels.prefill_items import ITEM_FIELDS, most_places
 from baton.kernels.shared_memory import shared_bytes
@@ -130,6 +132,7 @@ def split_prefill_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor,
+    pdl: bool = False,
 ) -> Tensor:
     """As `paged_prefill_attention`, but for what follows.
 
@@ -138,6 +141,7 @@ def split_prefill_attention(
             `work` and this window.
         num_items: int32 [1], on the device: how many of them there are; the others are not read.
         out: [T, num_heads, head_dim]; only tokens in items are written.
+        pdl: launch while the previous kernel still runs.
     """
     _, num_heads, head_dim = query.shape
     _, num_kv_heads, num_layers, _, block_size, _ = kv.shape
@@ -177,6 +181,7 @@ def split_prefill_attention(
         ROWS=_ROWS_ADDED_UP,
         AT_ONCE=config.at_once,
         num_warps=config.num_warps,
+        **overlap(query, pdl=pdl),
     )
     return out
 
@@ -215,9 +220,13 @@ def _attend_items(
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Row m of the products is token m // PACK of the item, head m % PACK of the unit."""
     UNITS: tl.constexpr = num_heads // PACK
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     count = tl.load(num_items) * UNITS
     for number in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=1):
         entry = items + number // UNITS * FIELDS

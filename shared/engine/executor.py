@@ -7,7 +7,7 @@ Triton kernels. Both take the same batches and the same model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -23,6 +23,10 @@ from baton.shared.token_masks import TokenMasks
 
 Wanted = tuple[Tensor, Sequence[object]]
 """Which tokens of a step, int [R], and by cache group the plan of these alone."""
+
+
+Between = Callable[[int, int], None]
+"""Told between a model's layers how many are done, and of how many."""
 
 
 class Model(Protocol):
@@ -50,6 +54,7 @@ class HalvesModel(Model, Protocol):
         positions: Tensor,
         caches: Sequence[object],
         plans: Sequence[object],
+        between: Between | None = None,
     ) -> Halfway: ...
 
     def finish(

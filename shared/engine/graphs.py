@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,17 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
+class _Pieces:
+    """Graphs that are one: the device begins with the first while the others are launched."""
+
+    def __init__(self, graphs: Sequence[Graph]) -> None:
+        self._graphs = graphs
+
+    def replay(self) -> None:
+        for graph in self._graphs:
+            graph.replay()
+
+
 class Graphs:
     """Captures on the stream of the steps. Graphs lie in each other's memory: of two that are
     replayed one after another, the second may have what the first has left, and nobody else."""
@@ -22,6 +33,9 @@ class Graphs:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
         self._pool: Any = None
+        self._capturing: Any = None
+        self._pieces: list[torch.cuda.CUDAGraph] = []
+        """Of the graph that is being captured, but for its last."""
         self.num_bytes = 0
         """That what they compute in takes, shared by all."""
 
@@ -36,13 +50,32 @@ class Graphs:
         # A capture begins with it: what is kept for launched steps is not what the graph takes.
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._stream.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            launch()
+        self._pieces = []
+        self._capturing = torch.cuda.graph(
+            torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream
+        )
+        try:
+            with self._capturing:
+                launch()
+            *pieces, last = [*self._pieces, self._capturing.cuda_graph]
+        finally:
+            self._capturing = None
         if self._pool is None:
-            self._pool = graph.pool()
+            self._pool = last.pool()
         self.num_bytes += torch.cuda.memory_reserved(self._stream.device) - before
-        return graph
+        return _Pieces([*pieces, last]) if pieces else last
+
+    def cut(self) -> None:
+        """Within a launch that is being captured: what follows is launched while the device does
+        what came before. To launch a graph of a whole model takes as long as some layers."""
+        if self._capturing is None:
+            return
+        done = self._capturing.cuda_graph
+        done.capture_end()
+        self._pieces.append(done)
+        self._pool = done.pool()
+        self._capturing.cuda_graph = torch.cuda.CUDAGraph()
+        self._capturing.cuda_graph.capture_begin(pool=self._pool)
 
     def capture_if_room(self, launch: Callable[[], None]) -> Graph | None:
         """As `capture`, but launches it once before; None: there is no memory for it."""

@@ -49,6 +49,9 @@ _FEW_DECODE_ROWS = 64
 _ITEMS_ONLY = 256
 """In steps of so many tokens all chunks are cut into items: there are fewer tiles than a GPU has
 processors."""
+_FIRST_LAYERS = 8
+"""One part in so many of the layers is a graph of its own: a GPU takes about as long for it as the
+launch of the others does."""
 
 
 def sizes_up_to(most_tokens: int) -> list[int]:
@@ -183,7 +186,7 @@ class PromptSteps:
             step = self._make_step(layouts[size], num_decode)
             nothing = step.layout.pack([], [], [], context.block_size)
             self._arena[: len(nothing)].copy_(torch.from_numpy(nothing))
-            graph = graphs.capture_if_room(partial(self._forward, step))
+            graph = graphs.capture_if_room(partial(self._forward, step, graphs.cut))
             if graph is None:
                 refused.append((size, num_decode))
                 continue
@@ -220,7 +223,8 @@ class PromptSteps:
 
     # What is captured: fixed addresses only
 
-    def _forward(self, step: _Step) -> None:
+    def _forward(self, step: _Step, cut: Callable[[], None] = lambda: None) -> None:
+        """`cut`: called where what is captured is to be cut in two."""
         context, views, state = self._context, step.views, self._context.state
         plans = step.plans
         if step.num_decode:
@@ -259,7 +263,14 @@ class PromptSteps:
             replace(plan, attended=attended[head_dim])
             for plan, head_dim in zip(plans, step.head_dims, strict=True)
         ]
-        halfway = self._model.begin(views.input_ids, views.positions, context.caches, plans)
+
+        def between(num_done: int, num_layers: int) -> None:
+            if num_done == max(num_layers // _FIRST_LAYERS, 1):
+                cut()
+
+        halfway = self._model.begin(
+            views.input_ids, views.positions, context.caches, plans, between
+        )
         if self._halfway is None:
             self._halfway = _like(halfway, self._most_rows)
         for whole, own in zip(halfway, self._halfway, strict=True):

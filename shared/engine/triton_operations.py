@@ -573,6 +573,7 @@ class TritonOperations:
                 soft_cap=cap,
                 sinks=sinks,
                 out=out,
+                pdl=self._overlaps,
             )
         return out
 

@@ -25,6 +25,9 @@ class StandInGraphs:
     def capture(self, launch: Callable[[], None]) -> Graph:
         return Again(launch)
 
+    def cut(self) -> None:
+        """What was captured is launched as a whole."""
+
     def capture_if_room(self, launch: Callable[[], None]) -> Graph | None:
         launch()
         self._num_refused -= 1

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from baton.shared.engine.executor import Halfway, Wanted
+from baton.shared.engine.executor import Between, Halfway, Wanted
 from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Names, load_norm
@@ -108,6 +108,7 @@ class Decoder:
         positions: Tensor,
         caches: Sequence[Any],
         plans: Sequence[Any],
+        between: Between | None = None,
     ) -> Halfway:
         """As far as anything is stored; arguments as of `hidden_states`."""
         ropes = self._take_ropes(positions)
@@ -116,6 +117,8 @@ class Decoder:
         for index in range(self._last_to_store):
             own = None if extra is None else extra[:, index]
             hidden = self._run(index, hidden, ropes, caches, plans, own)
+            if between is not None:
+                between(index + 1, self._last_to_store)
         layer, groups, rope = self._parts_of(self._last_to_store)
         query = layer.query(hidden, _of_kind(ropes, rope), _of(caches, groups), _of(plans, groups))
         return Halfway(query, hidden, positions, extra)
