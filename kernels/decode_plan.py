@@ -38,8 +38,14 @@ class DecodeConfig:
     """Of an item, where its row has so many."""
 
 
-def decode_config(num_rows: int, num_kv_heads: int, head_dim: int) -> DecodeConfig:
-    """The configuration for a padded batch of `num_rows`."""
+def decode_config(
+    num_rows: int, num_kv_heads: int, head_dim: int, *, width: int = 1, itemsize: int = 2
+) -> DecodeConfig:
+    """The configuration for a padded batch of `num_rows`, of `width` tokens each; `itemsize`: of a
+    number in the cache."""
+    if width > 1 and itemsize == 2 and head_dim <= 128:
+        # Heads of several tokens make products that are worth tiles of more keys, of many rows.
+        return DecodeConfig(block_n=32 if num_rows <= 8 else 64, num_stages=3, programs=256)
     # Few rows: one wave of programs ends sooner. More of them: the last ones to end are shorter.
     programs = 256 if num_rows <= 8 else 384
     # Of the widest heads a tile of 16 keys has as many bytes as one of 32 of the others.
@@ -120,7 +126,7 @@ def make_work(
     Raises:
         ValueError: heads that do not share KV heads evenly, or too few items.
     """
-    config = config or decode_config(num_rows, num_kv_heads, head_dim)
+    config = config or decode_config(num_rows, num_kv_heads, head_dim, width=width)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
     if num_items is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baton.kernels.batch_state import begin_step
 from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode, takes_width
-from baton.kernels.decode_plan import Scratch
+from baton.kernels.decode_plan import Scratch, decode_config
 from baton.kernels.drafts import begin_drafted_step
 from baton.kernels.latent_attention import latent_decode_config
 from baton.kernels.state_plan import NO_SLOT
@@ -116,6 +116,10 @@ class DeviceContext:
                 config = latent_decode_config(num_rows * width, self.num_heads, kv)
             elif takes_width(width, num_kv_heads, self.num_heads):
                 shape = (num_rows, width)
+                itemsize = kv.element_size()
+                config = decode_config(
+                    num_rows, num_kv_heads, head_dim, width=width, itemsize=itemsize
+                )
             key = (num_kv_heads, head_dim, window)
             if key not in made:
                 made[key] = make_work(
@@ -126,7 +130,7 @@ class DeviceContext:
                     self.device,
                     width=shape[1],
                     config=config,
-                    scratch=self._scratch if config is not None else None,
+                    scratch=self._scratch if isinstance(spec, Latent) else None,
                 )
             work.append(made[key])
         return work

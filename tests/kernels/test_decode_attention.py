@@ -392,6 +392,8 @@ def test_pool_of_more_than_2_31_elements(device: torch.device, assert_close: Che
         ([70, 0, 17, 4], 4, {"head_dim": 22, "num_heads": 6, "soft_cap": 5.0}),
         ([90, 21], 5, {"window": 19, "num_heads": 8}),
         ([34], 16, {"num_heads": 4, "num_kv_heads": 1, "window": 3}),
+        # As many as have larger tiles in steps of 16-bit numbers.
+        ([150, 64, 9, 70, 5, 63, 65, 128, 17], 5, {}),
     ],
 )
 def test_tokens_of_a_row_share_its_keys(
@@ -416,9 +418,10 @@ def test_tokens_of_a_row_share_its_keys(
         if slot >= 0:
             num_drafts[slot] = max(width - 1 - row, 0)
     problem.sinks = torch.randn(num_heads, device=device)
+    config = SMALL if num_rows < 9 else decode_config(num_rows, 2, head_dim, width=width)
     work = make_work(
         num_rows, problem.kv.shape[1], num_heads, head_dim, device,
-        config=replace(SMALL, fused=fused), width=width, num_items=num_rows + 9,
+        config=replace(config, fused=fused), width=width, num_items=num_rows + 9,
     )  # fmt: skip
     work.partial.fill_(float("nan"))
     work.weight.fill_(float("nan"))
