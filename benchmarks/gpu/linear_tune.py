@@ -287,7 +287,8 @@ def candidates(form: Form, rows: int) -> list[Config]:
     if rows <= 4:
         for block_n, block_k, num_warps, stages in [
             (4, 1024, 4, 1), (4, 1024, 4, 2), (8, 1024, 4, 1), (8, 1024, 4, 2), (16, 1024, 4, 1),
-            (16, 1024, 4, 2), (8, 512, 2, 2), (4, 2048, 8, 2),
+            (16, 1024, 4, 2), (8, 512, 2, 2), (4, 2048, 8, 2), (2, 1024, 4, 1), (2, 2048, 8, 1),
+            (4, 512, 2, 1),
         ]:  # fmt: skip
             if halves * block_n * rows > 64:  # More accumulators than registers.
                 continue
