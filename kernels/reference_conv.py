@@ -57,28 +57,51 @@ def causal_conv(x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePla
     """
     num_before = state.shape[3]
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    places = conv.places.long()
-    for tokens, slot, is_first, stores in plan.rows():
-        own = x[tokens].float()
-        if is_first:
-            before = own.new_zeros(num_before, own.shape[1])
-        else:
-            before = state[slot, :, layer].transpose(0, 1).reshape(num_before, -1).float()
-            before = before.index_select(1, places)
-        inputs = torch.cat((before, own))
-        sums = inputs[: len(own)] * conv.weight[0]
-        if conv.bias is not None:
-            sums.add_(conv.bias)
-        for tap in range(1, num_before + 1):
-            sums.add_(inputs[tap : tap + len(own)] * conv.weight[tap])
-        if conv.activation is not None:
-            sums = activate(sums, conv.activation)
-        out[tokens] = sums.to(out.dtype)
-        for num_tokens, to in stores:
-            last = inputs[num_tokens : num_tokens + num_before]
-            # More than the channels, where these are not shared out evenly.
-            of_heads = last.new_zeros(num_before, state.shape[1] * state.shape[4])
-            of_heads.index_copy_(1, places, last)
-            of_heads = of_heads.view(num_before, state.shape[1], -1).transpose(0, 1)
-            state[to, :, layer] = of_heads.to(state.dtype)
+    places, own = conv.places.long(), state[:, :, layer]
+    together = []
+    for row in plan.rows():
+        if row.is_single:
+            together.append(row)
+            continue
+        before = _read(own[[row.slot]], places)[0]
+        if row.is_first:
+            before.zero_()
+        inputs = torch.cat((before, x[row.tokens].float()))
+        out[row.tokens] = _sums(inputs, conv).to(out.dtype)
+        for num_tokens, to in row.stores:
+            _write(own, [to], inputs[None, num_tokens : num_tokens + num_before], places)
+    if together:
+        tokens = torch.tensor([row.tokens.start for row in together], device=x.device)
+        slots = [row.slot for row in together]
+        before = _read(own[slots], places)
+        before[[row.is_first for row in together]] = 0
+        inputs = torch.cat((before, x[tokens, None].float()), 1)
+        out[tokens] = _sums(inputs.transpose(0, 1), conv)[0].to(out.dtype)
+        _write(own, slots, inputs[:, 1:], places)
     return out
+
+
+def _read(states: Tensor, places: Tensor) -> Tensor:
+    """[N, heads, K − 1, width] → [N, K − 1, C], float32."""
+    by_token = states.transpose(1, 2).flatten(2)
+    return by_token.index_select(2, places).float()
+
+
+def _write(states: Tensor, slots: Sequence[int], last: Tensor, places: Tensor) -> None:
+    """`last` [N, K − 1, C], into these slots of states [num_slots + 1, heads, K − 1, width]."""
+    # More than the channels, where these are not shared out evenly.
+    of_heads = last.new_zeros(*last.shape[:2], states.shape[1] * states.shape[3])
+    of_heads.index_copy_(2, places, last)
+    of_heads = of_heads.unflatten(2, (states.shape[1], -1)).transpose(1, 2)
+    states[list(slots)] = of_heads.to(states.dtype)
+
+
+def _sums(inputs: Tensor, conv: Conv) -> Tensor:
+    """inputs [K − 1 + T, ..., C] → [T, ..., C], activated."""
+    num_tokens = len(inputs) - len(conv.weight) + 1
+    sums = inputs[:num_tokens] * conv.weight[0]
+    if conv.bias is not None:
+        sums.add_(conv.bias)
+    for tap in range(1, len(conv.weight)):
+        sums.add_(inputs[tap : tap + num_tokens] * conv.weight[tap])
+    return sums if conv.activation is None else activate(sums, conv.activation)

@@ -20,6 +20,8 @@ from baton.kernels.state_plan import StatePlan
 
 UNIT_EPS = 1e-6
 """Added to the sum of squares of queries and keys."""
+_SCRATCH_NUMBERS = 2**21
+"""About how many numbers of states rows of one token may take at once."""
 
 
 class DeltaGates(NamedTuple):
@@ -41,7 +43,7 @@ def gated_delta(
     plan: StatePlan,
 ) -> Tensor:
     """The rule over every row's tokens, one after another, each as if it were alone: bits depend on
-    nothing else in the step.
+    nothing else in the step. Rows of one token are computed together.
 
     Args:
         qkv: [≥ T, C], the queries of all key heads, then their keys, then the values of all value
@@ -56,30 +58,61 @@ def gated_delta(
     """
     _, num_key_heads, _, num_each, key_dim, value_dim = state.shape
     num_heads = num_key_heads * num_each
-    query, key, value = _split(qkv.float(), state)
-    query = _each(_unit(query).mul_(key_dim**-0.5), num_each)
-    key = _each(_unit(key), num_each)
-    strengths, decays = activate(strength.float(), "sigmoid"), decays_of(decay, gates)
+    inputs = _Inputs(qkv, strength, decay, gates, state)
     out = torch.zeros(len(qkv), num_heads, value_dim, device=qkv.device)
     own = state[:, :, layer]
-    for tokens, slot, is_first, stores in plan.rows():
-        if is_first:
+    together = []
+    for row in plan.rows():
+        if row.is_single:
+            together.append(row)
+            continue
+        if row.is_first:
             s = out.new_zeros(num_heads, key_dim, value_dim)
         else:
-            s = own[slot].reshape(num_heads, key_dim, value_dim).clone()
+            s = own[row.slot].reshape(num_heads, key_dim, value_dim).clone()
         to_slots: dict[int, list[int]] = {}
-        for num_tokens, to in stores:
+        for num_tokens, to in row.stores:
             to_slots.setdefault(num_tokens, []).append(to)
-        for number, token in enumerate(range(tokens.start, tokens.stop), 1):
-            s.mul_(decays[token, :, None, None])
-            k = key[token, :, :, None]
-            known = (s * k).sum(1)
-            change = (value[token] - known).mul_(strengths[token, :, None])
-            s.add_(k * change[:, None])
-            out[token] = (s * query[token, :, :, None]).sum(1)
+        for number, token in enumerate(range(row.tokens.start, row.tokens.stop), 1):
+            out[token] = inputs.through(s, token)
             for to in to_slots.get(number, ()):
                 own[to] = s.view(own.shape[1:])
+    at_once = max(1, _SCRATCH_NUMBERS // own[0].numel())
+    for first in range(0, len(together), at_once):
+        those = together[first : first + at_once]
+        tokens = torch.tensor([row.tokens.start for row in those], device=qkv.device)
+        slots = torch.tensor([row.slot for row in those], device=qkv.device)
+        s = own[slots].view(len(those), num_heads, key_dim, value_dim)
+        s[[row.is_first for row in those]] = 0
+        out[tokens] = inputs.through(s, tokens)
+        own[slots] = s.view(len(those), *own.shape[1:])
     return out.to(qkv.dtype)
+
+
+class _Inputs:
+    """What tokens bring, float32."""
+
+    def __init__(
+        self, qkv: Tensor, strength: Tensor, decay: Tensor, gates: DeltaGates, state: Tensor
+    ) -> None:
+        _, _, _, num_each, key_dim, _ = state.shape
+        query, key, self._value = _split(qkv.float(), state)
+        self._query = _each(_unit(query).mul_(key_dim**-0.5), num_each)
+        self._key = _each(_unit(key), num_each)
+        self._strength = activate(strength.float(), "sigmoid")
+        self._decay = decays_of(decay, gates)
+
+    def through(self, s: Tensor, tokens: int | Tensor) -> Tensor:
+        """Takes a state [num_value_heads, key_dim, value_dim] through a token, or several states
+        through one each, in place → what comes out, without key_dim. Sums go over keys one by one,
+        whatever else there is."""
+        k = self._key[tokens][..., None]
+        s.mul_(self._decay[tokens][..., None, None])
+        known = (s * k).sum(-2)
+        change = (self._value[tokens] - known).mul_(self._strength[tokens][..., None])
+        s.add_(k * change[..., None, :])
+        out: Tensor = (s * self._query[tokens][..., None]).sum(-2)
+        return out
 
 
 def decays_of(inputs: Tensor, gates: DeltaGates) -> Tensor:

@@ -71,7 +71,7 @@ def ssd(
     at_once = max(1, _SCRATCH_NUMBERS // states[0].numel())
     together = []
     for row in plan.rows():
-        if row.tokens.stop - row.tokens.start == 1 and list(row.stores) == [(1, row.slot)]:
+        if row.is_single:
             together.append(row)
             continue
         own = _begin(states, row, inputs.wide)

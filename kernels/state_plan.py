@@ -55,6 +55,11 @@ class StateRow(NamedTuple):
     """(how many of its tokens, the slot that the state behind them goes to), ascending; the row's
     own slot is the last, if it has one."""
 
+    @property
+    def is_single(self) -> bool:
+        """Of one token, behind which its slot alone changes: such rows are computed together."""
+        return self.tokens.stop - self.tokens.start == 1 and list(self.stores) == [(1, self.slot)]
+
 
 @dataclass(frozen=True, slots=True)
 class StatePlan:

@@ -68,6 +68,9 @@ MIXTURES = (
         ClampedSwiglu(1.702, 7.0), has_bias=True,
     ),
     Mixture("deepseek-v2-lite", 2048, 1408, RoutingRule(num_experts=64, top_k=6)),
+    Mixture(
+        "qwen3.5-35b-a3b", 2048, 512, RoutingRule(num_experts=256, top_k=8, is_normalised=True)
+    ),
 )  # fmt: skip
 
 

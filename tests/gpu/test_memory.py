@@ -151,18 +151,21 @@ def test_many_short_prompts_are_in_the_measured_peak(
     dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
     fields = {**TINY_MODELS["qwen3_5_text"]["all linear"], **heads, **dims}
     make_tiny(tmp_path, "qwen3_5_text", fields)
-    measure, found = ModelRunner._measure_peak, []
-
-    def listen(self: ModelRunner, progress: Any) -> int:
-        found.append(measure(self, progress))
-        return found[0]
-
-    monkeypatch.setattr(ModelRunner, "_measure_peak", listen)
     runner = make_gpu_runner(tmp_path, max_num_seqs=64, cuda_graphs=False)
-    rows = [BatchRow([7] * 8, 0, [[slot]]) for slot in range(64)]
-    torch.cuda.reset_peak_memory_stats()
-    runner.forward(Batch(rows))
-    assert torch.cuda.max_memory_allocated() - runner.kv_cache.memory.numel() <= found[0]
+
+    def scratch(*lengths: int) -> int:
+        """Of a step of such prompts, each in a slot of its own."""
+        rows = [BatchRow([7] * length, 0, [[slot]]) for slot, length in enumerate(lengths)]
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        runner.forward(Batch(rows))
+        return torch.cuda.max_memory_allocated() - before
+
+    more = scratch(*[8] * 64) - scratch(512)
+    assert more > 4 * 2**20
+    peak = runner._measure_peak(str)
+    monkeypatch.setattr(ModelRunner, "_largest_steps", lambda self, num_tokens: [[num_tokens]])
+    assert peak - runner._measure_peak(str) >= more
 
 
 def test_kernels_that_the_gpu_has_no_room_for_are_told_with_both_sizes(

@@ -101,3 +101,21 @@ def poisoned_state(case: Case, *shape: int, dtype: torch.dtype, device: torch.de
         if row.position and row.slot != NO_SLOT:
             state[row.slot] = torch.randn(shape, device=device).to(dtype)
     return state
+
+
+def ways_to_compute(num_rows: int, num_tokens: int) -> dict[str, list[tuple[list[int], StatePlan]]]:
+    """The same sequences, each in a slot of its own, token `n · num_tokens + t` being the t-th of
+    the n-th: the tokens and the plan of each step, where rows of one token share it, where they do
+    not, and where they are chunks."""
+
+    def step(rows: Sequence[int], first: int, count: int) -> tuple[list[int], StatePlan]:
+        tokens = [row * num_tokens + first + t for row in rows for t in range(count)]
+        starts = np.arange(len(rows) + 1) * count
+        return tokens, StatePlan(starts, np.full(len(rows), first), np.array(rows))
+
+    everyone = range(num_rows)
+    return {
+        "together": [step(everyone, t, 1) for t in range(num_tokens)],
+        "alone": [step([row], t, 1) for row in everyone for t in range(num_tokens)],
+        "chunks": [step(everyone, 0, num_tokens)],
+    }

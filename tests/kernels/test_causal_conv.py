@@ -11,7 +11,7 @@ from torch import Tensor
 from baton.kernels import reference_conv
 from baton.kernels.causal_conv import causal_conv
 from baton.kernels.reference_conv import Conv, conv_places
-from tests.kernels.state_cases import CASES, poisoned_state
+from tests.kernels.state_cases import CASES, poisoned_state, ways_to_compute
 
 # Where exp(−x) overflows, the result is zero.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -89,3 +89,20 @@ def test_causal_conv(
 def test_places() -> None:
     """Two heads: of each section the first has the first half."""
     assert conv_places(2, (2, 1)).tolist() == [0, 1, 3, 4, 2, 5]
+
+
+def test_bits_of_the_reference_are_those_of_a_row_alone() -> None:
+    num_rows, num_tokens, num_heads, units = 6, 5, 2, (9, 4)
+    size, width = num_heads * sum(units), sum(units)
+    places = conv_places(num_heads, units)
+    conv = Conv(torch.randn(4, size), torch.randn(size), places)
+    x = torch.randn(num_rows * num_tokens, size)
+    results = []
+    for steps in ways_to_compute(num_rows, num_tokens).values():
+        own = torch.full((num_rows + 1, num_heads, 2, 3, width), torch.nan)
+        out = torch.full_like(x, torch.nan)
+        for tokens, plan in steps:
+            out[tokens] = reference_conv.causal_conv(x[tokens], conv, own, 1, plan)
+        assert bool(own[:, :, 0].isnan().all()) and not bool(own[:-1, :, 1].isnan().any())
+        results.append(torch.cat((out.flatten(), own[:-1, :, 1].flatten())))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -16,7 +16,7 @@ from baton.kernels.reference_delta import UNIT_EPS, DeltaGates
 from baton.kernels.state_plan import DeviceStatePlan, StatePlan, state_tiles
 from baton.shared.engine.config import DeviceError, EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
-from tests.kernels.state_cases import CASES, Case, Row, poisoned_state
+from tests.kernels.state_cases import CASES, Case, Row, poisoned_state, ways_to_compute
 from tests.unit.engine.tiny_deltas import TINY_DELTAS
 from tests.unit.engine.tiny_models import make_tiny
 
@@ -186,6 +186,25 @@ def test_32k_tokens_do_not_drift(device: torch.device) -> None:
         assert float(error) <= 4 * own
         error = (end[0, :, 0].cpu() - states[len(actual) - 1]).abs().max()
         assert float(error) <= 4 * own_state
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 16, 16), (1, 3, 20, 12), (2, 1, 128, 130), (1, 1, 5, 1)])
+def test_bits_of_the_reference_are_those_of_a_row_alone(heads: tuple[int, int, int, int]) -> None:
+    num_rows, num_tokens, (num_key_heads, num_each, *dims) = 6, 3, heads
+    state = torch.zeros(num_rows + 1, num_key_heads, 2, num_each, *dims)
+    inputs = draw(
+        Case([Row(num_rows * num_tokens, 0, 0)], 1), state, torch.float32, torch.device("cpu")
+    )
+    results = []
+    for steps in ways_to_compute(num_rows, num_tokens).values():
+        own = torch.full_like(state, torch.nan)
+        out = torch.full((num_rows * num_tokens, num_key_heads * num_each, dims[1]), torch.nan)
+        for tokens, plan in steps:
+            parts = [each[tokens] for each in inputs[:3]]
+            out[tokens] = reference_delta.gated_delta(*parts, inputs[3], own, 1, plan)
+        assert bool(own[:, :, 0].isnan().all()) and not bool(own[:-1, :, 1].isnan().any())
+        results.append(torch.cat((out.flatten(), own[:-1, :, 1].flatten())))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_heads_that_are_too_large_are_refused_by_size(tmp_path: Path) -> None:
