@@ -192,16 +192,15 @@ def test_32k_tokens_do_not_drift(device: torch.device) -> None:
 def test_bits_of_the_reference_are_those_of_a_row_alone(heads: tuple[int, int, int, int]) -> None:
     num_rows, num_tokens, (num_key_heads, num_each, *dims) = 6, 3, heads
     state = torch.zeros(num_rows + 1, num_key_heads, 2, num_each, *dims)
-    inputs = draw(
-        Case([Row(num_rows * num_tokens, 0, 0)], 1), state, torch.float32, torch.device("cpu")
-    )
+    case, cpu = Case([Row(num_rows * num_tokens, 0, 0)], 1), torch.device("cpu")
+    qkv, strength, decay, gates = draw(case, state, torch.float32, cpu)
     results = []
     for steps in ways_to_compute(num_rows, num_tokens).values():
         own = torch.full_like(state, torch.nan)
         out = torch.full((num_rows * num_tokens, num_key_heads * num_each, dims[1]), torch.nan)
         for tokens, plan in steps:
-            parts = [each[tokens] for each in inputs[:3]]
-            out[tokens] = reference_delta.gated_delta(*parts, inputs[3], own, 1, plan)
+            parts = qkv[tokens], strength[tokens], decay[tokens]
+            out[tokens] = reference_delta.gated_delta(*parts, gates, own, 1, plan)
         assert bool(own[:, :, 0].isnan().all()) and not bool(own[:-1, :, 1].isnan().any())
         results.append(torch.cat((out.flatten(), own[:-1, :, 1].flatten())))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
