@@ -354,20 +354,22 @@ def prefill_tiles(
         int32 [NT, 4]: index of the first token in `query`, number of tokens, slot, position of the
         first token.
     """
-    counts = np.diff(query_start).astype(np.int64)
-    per_row = -(-counts // block_m)
-    row = np.repeat(np.arange(len(counts)), per_row)
-    offset = (np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)) * block_m
-    tiles = np.stack(
-        (
-            np.asarray(query_start)[row] + offset,
-            np.minimum(counts[row] - offset, block_m),
-            np.asarray(rows)[row],
-            np.asarray(first_positions)[row] + offset,
-        ),
-        axis=1,
-    ).astype(np.int32)
-    return tiles[np.argsort(-(tiles[:, 3] + tiles[:, 1]), kind="stable")]
+    starts = np.asarray(query_start).tolist()
+    of_rows = zip(
+        starts[:-1],
+        starts[1:],
+        np.asarray(rows).tolist(),
+        np.asarray(first_positions).tolist(),
+        strict=True,
+    )
+    # Not by arrays: of one prompt, which waits for it, this is over before numpy has begun.
+    tiles = [
+        (token, min(block_m, end - token), slot, position + token - first)
+        for first, end, slot, position in of_rows
+        for token in range(first, end, block_m)
+    ]
+    tiles.sort(key=lambda tile: tile[3] + tile[1], reverse=True)
+    return np.array(tiles, np.int32).reshape(-1, 4)
 
 
 def why_not_hopper(

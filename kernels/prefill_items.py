@@ -49,31 +49,27 @@ def cut_items(
     Returns:
         int32 [N, 9], see ITEM_FIELDS; N at most `most_items`.
     """
-    first_token, num_tokens, slot, position = np.asarray(tiles, np.int64).T
-    end = position + num_tokens
-    low = np.maximum(position - window + 1, 0) // block_n if window else np.zeros_like(end)
-    keys = -(-end // block_n) - low
-    per_item = max(-(-int(keys.sum()) // most_cuts), -(-least_keys // block_n))
-    splits = np.maximum(-(-keys // per_item), 1)
-    tile = np.repeat(np.arange(len(keys)), splits)
-    split = np.arange(len(tile)) - np.repeat(np.cumsum(splits) - splits, splits)
-    begin = low[tile] + split * keys[tile] // splits[tile]
-    stop = low[tile] + (split + 1) * keys[tile] // splits[tile]
-    places = np.where(splits > 1, splits, 0)
-    first_place = (np.cumsum(places) - places)[tile]
-    place = first_place + np.where(splits[tile] > 1, split, 0)
-    items = np.stack(
-        (
-            first_token[tile],
-            num_tokens[tile],
-            slot[tile],
-            position[tile],
-            begin * block_n,
-            np.minimum(stop * block_n, end[tile]),
-            place,
-            first_place,
-            splits[tile],
-        ),
-        axis=1,
-    ).astype(np.int32)
-    return items[np.argsort(begin - stop, kind="stable")]
+    # Not by arrays: of one prompt, which waits for it, this is over before numpy has begun.
+    listed = tiles.tolist()
+    seen = [_tiles_of_keys(position, num, block_n, window) for _, num, _, position in listed]
+    per_item = max(-(-sum(map(len, seen)) // most_cuts), -(-least_keys // block_n))
+    items: list[tuple[int, ...]] = []
+    first_place = 0
+    for (first_token, num_tokens, slot, position), keys in zip(listed, seen, strict=True):
+        splits = max(-(-len(keys) // per_item), 1)
+        for split in range(splits):
+            begin = keys.start + split * len(keys) // splits
+            stop = keys.start + (split + 1) * len(keys) // splits
+            end = min(stop * block_n, position + num_tokens)
+            of_tile = (first_token, num_tokens, slot, position)
+            places = (first_place + split, first_place, splits)
+            items.append((*of_tile, begin * block_n, end, *places))
+        first_place += splits if splits > 1 else 0
+    items.sort(key=lambda item: -(-(item[5] - item[4]) // block_n), reverse=True)
+    return np.array(items, np.int32).reshape(-1, ITEM_FIELDS)
+
+
+def _tiles_of_keys(position: int, num_tokens: int, block_n: int, window: int) -> range:
+    """What tokens from a position on see, in tiles of `block_n` keys."""
+    low = max(position - window + 1, 0) // block_n if window else 0
+    return range(low, -(-(position + num_tokens) // block_n))
