@@ -11,6 +11,8 @@ _T = TypeVar("_T")
 
 _NUM_WAITING = 16
 """So many messages of several streams wait for a slow reader; further ones wait before them."""
+_TURNS = 4
+"""Of the loop, after which calls that were made at once have been sent."""
 
 
 async def merged(
@@ -65,8 +67,8 @@ async def begun(source: AsyncGenerator[_T, None]) -> AsyncIterator[AsyncGenerato
                 yield message
 
     try:
-        # It gets as far as it can without waiting for anybody.
-        await asyncio.sleep(0)
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         async with aclosing(messages()) as rest:
             yield rest
     finally:

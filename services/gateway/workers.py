@@ -22,16 +22,21 @@ _MAX_DOUBT_S = 8.0
 class _Known:
     record: WorkerRecord
     seen_at: float
-    num_tokens_started: list[int] = field(default_factory=list)
-    """Prompt tokens of each sequence sent there since the record last changed."""
+    num_started: int = 0
+    """Sequences sent there since the record last changed."""
+    num_free_blocks: tuple[int, ...] = field(init=False)
+    """By pool: what the worker said, less what was sent there since."""
 
-    def num_free_blocks(self) -> tuple[int, ...]:
-        """By pool: what the worker said, less what was sent there since."""
-        free = self.record.load.num_free_blocks
-        for num_tokens in self.num_tokens_started:
-            taken = self.record.capacity.blocks_for(num_tokens)
-            free = tuple(max(0, have - take) for have, take in zip(free, taken, strict=True))
-        return free
+    def __post_init__(self) -> None:
+        self.num_free_blocks = self.record.load.num_free_blocks
+
+    def started(self, num_tokens: int) -> None:
+        """A sequence of so many prompt tokens was sent there."""
+        self.num_started += 1
+        taken = self.record.capacity.blocks_for(num_tokens)
+        self.num_free_blocks = tuple(
+            max(0, have - take) for have, take in zip(self.num_free_blocks, taken, strict=True)
+        )
 
 
 @dataclass(slots=True)
@@ -93,8 +98,8 @@ class Workers:
                 capability_hash=known.record.capability.hash(),
                 model_digest=known.record.capability.model_digest,
                 capacity=known.record.capacity,
-                num_free_blocks=known.num_free_blocks(),
-                num_waiting=known.record.load.num_waiting + len(known.num_tokens_started),
+                num_free_blocks=known.num_free_blocks,
+                num_waiting=known.record.load.num_waiting + known.num_started,
                 num_running=known.record.load.num_running,
                 prompt_tokens_per_s=known.record.load.prompt_tokens_per_s,
                 path_bytes_per_s=known.record.load.path_bytes_per_s,
@@ -111,7 +116,7 @@ class Workers:
         for worker in (route.prefill, route.decode):
             known = self._known.get(worker.worker_id) if worker is not None else None
             if known is not None:
-                known.num_tokens_started.append(num_prompt_tokens)
+                known.started(num_prompt_tokens)
 
     def prompt_ended(self, route: Route) -> None:
         incarnation = route.computes_prompt.incarnation

@@ -239,6 +239,27 @@ def test_news_leave_before_a_result_is_waited_for(
     assert log[: len(expected)] == expected
 
 
+def test_a_first_token_leaves_before_its_prompt_is_sealed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter is let go of between the two; behind other tokens it is not."""
+    log: list[str] = []
+    seal = bench.engine._sealer.seal_computed
+
+    def sealing(*args: Any, **options: Any) -> None:
+        log.append("seal")
+        seal(*args, **options)
+
+    monkeypatch.setattr(bench.engine._sealer, "seal_computed", sealing)
+    monkeypatch.setattr(bench.engine, "_let_go", lambda: log.append(f"{len(bench.tokens[0])} out"))
+    bench.start(0, tuple(range(3, 23)), sampling(1, 2 * BLOCK_SIZE))
+    bench.engine.run_once()
+    while bench.engine.num_sequences:
+        bench.engine.run_once()
+    # Of two chunks.
+    assert log[:3] == ["seal", "1 out", "seal"] and log[3:] == ["seal"] * (len(log) - 3)
+
+
 # Blocks under a step in flight
 
 
