@@ -42,20 +42,23 @@ Activation = Literal["silu", "gelu_tanh", "sigmoid", "relu"]
 
 _linear_packed = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_packs_float16 = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+_packs = {
+    torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False),
+    torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False),
+}
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """Brings a weight [out, in] into the form that `linear` is fastest with.
 
     On a CPU that is oneDNN's blocked layout: twice the speed of the plain product for a step of 16
-    rows, and bits that do not depend on the number of rows. In float16 few CPUs can: there the
-    plain product is all.
+    rows, and bits that do not depend on the number of rows. In 16 bits not every CPU can: there
+    the plain product is all.
     """
     has_onednn: bool = torch.backends.mkldnn.is_available()
     if _pack is None or not has_onednn or weight.device.type != "cpu":
         return weight
-    if weight.dtype == torch.float16 and not _packs_float16():
+    if weight.dtype in _packs and not _packs[weight.dtype]():
         return weight
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         # Read at the first use, which this is.
@@ -294,29 +297,32 @@ def plan_attention(
         min_rows: matrix products get at least as many rows.
         window: positions that a token attends to, its own among them; None: all before it.
     """
-    _, num_kv_heads, num_layers, num_kinds, block_size, head_dim = kv.shape
-    scores_bytes = num_heads * TILE * 4
-    keys_bytes = num_kv_heads * TILE * head_dim * kv.element_size()
-    units = [
-        _plan_units(span, block_table[span.rows], kv, num_heads, min_rows, window)
-        for span in _spans(query_start, context_lens, scores_bytes, keys_bytes, window)
-    ]
+    slots, stored = plan_slots(slot_mapping, kv)
+    return AttentionPlan(
+        num_tokens=int(query_start[-1]),
+        slots=slots,
+        units=[
+            _plan_units(span, block_table[span.rows], kv, num_heads, min_rows, window)
+            for span in spans(query_start, context_lens, kv, num_heads, window)
+        ],
+        stored=stored,
+    )
+
+
+def plan_slots(slot_mapping: npt.NDArray[np.int64], kv: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`slots` and `stored` of a plan."""
+    _, num_kv_heads, num_layers, num_kinds, block_size, _ = kv.shape
     is_stored = slot_mapping >= 0
     stored = None if is_stored.all() else _to(kv, np.flatnonzero(is_stored))
     blocks, offsets = np.divmod(slot_mapping[is_stored], block_size)
     heads = blocks[:, None] * num_kv_heads + np.arange(num_kv_heads)
     slots = heads * (num_layers * num_kinds * block_size) + offsets[:, None]
     layers = np.arange(num_layers * num_kinds).reshape(num_layers, num_kinds, 1) * block_size
-    return AttentionPlan(
-        num_tokens=int(query_start[-1]),
-        slots=_to(kv, slots.reshape(-1) + layers),
-        units=units,
-        stored=stored,
-    )
+    return _to(kv, slots.reshape(-1) + layers), stored
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """Units of `num_queries` tokens, one of each row in `rows`, which end before `visible` [U]."""
 
     first_token: npt.NDArray[np.int64]
@@ -338,14 +344,17 @@ def _first_tile(first_query: npt.NDArray[np.int64], window: int | None) -> npt.N
     return np.maximum(first_key, 0) // TILE
 
 
-def _spans(
+def spans(
     query_start: npt.NDArray[np.int64],
     context_lens: npt.NDArray[np.int64],
-    scores_bytes: int,
-    keys_bytes: int,
+    kv: Tensor,
+    num_heads: int,
     window: int | None,
-) -> Iterator[_Span]:
-    """Cuts a step into units that need about _SCRATCH_BYTES; both sizes are for one tile."""
+) -> Iterator[Span]:
+    """Cuts a step into units that need about _SCRATCH_BYTES; arguments as of `plan_attention`."""
+    # Of one tile.
+    scores_bytes = num_heads * TILE * 4
+    keys_bytes = kv.shape[1] * TILE * kv.shape[5] * kv.element_size()
     starts = query_start.tolist()
     num_single = int(np.count_nonzero(np.diff(query_start) == 1))
     singles = context_lens[:num_single]
@@ -356,7 +365,7 @@ def _spans(
     while first < num_single:
         at_once = max(1, _SCRATCH_BYTES // (keys_bytes * int(num_tiles[order[first]])))
         rows = order[first : first + at_once]
-        yield _Span(rows, 1, rows, context_lens[rows])
+        yield Span(rows, 1, rows, context_lens[rows])
         first += len(rows)
     for row in range(num_single, len(context_lens)):
         one = np.array([row])
@@ -368,11 +377,11 @@ def _spans(
         for first in range(starts[row], end, at_once):
             num_queries = min(at_once, end - first)
             visible = context_lens[one] - (end - first - num_queries)
-            yield _Span(np.array([first]), num_queries, one, visible)
+            yield Span(np.array([first]), num_queries, one, visible)
 
 
 def _plan_units(
-    span: _Span,
+    span: Span,
     block_table: npt.NDArray[np.int64],
     kv: Tensor,
     num_heads: int,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig, most_num_seqs
 from baton.shared.engine.executor import Executor, Step
-from baton.shared.engine.host_executor import HostExecutor
+from baton.shared.engine.host_executor import HostExecutor, fuses_attention
 from baton.shared.engine.implementation import Place, find_implementation, find_weights
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import check_draft_fits
@@ -139,7 +140,7 @@ class DraftModel:
             self._dtype,
             device=self._device,
         )
-        shape = {
+        shape: dict[str, Any] = {
             "num_heads": self.config.num_heads,
             "vocab_size": self.config.vocab_size,
             "max_model_len": self._max_model_len,
@@ -152,6 +153,7 @@ class DraftModel:
                 **shape,
                 min_rows=1,
                 min_linear_rows=1,
+                fuses_attention=fuses_attention(self.config, self._device, self._dtype),
                 eos_token_ids=self.config.eos_token_ids,
             )
         from baton.shared.engine.device_executor import DeviceExecutor

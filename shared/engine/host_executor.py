@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference
+from baton.kernels.cpu_attention import plan_fused_attention
 from baton.kernels.reference import AttentionPlan
 from baton.kernels.reference_masks import apply_token_masks
 from baton.kernels.state_plan import StatePlan
@@ -32,6 +33,7 @@ from baton.shared.engine.logprobs import (
     rows_at_once,
     unpacked_logprobs,
 )
+from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.sampler import sample_tokens
 from baton.shared.engine.shaping import History, Shaping, apply_shaping
 from baton.shared.kv.cache_spec import window_of
@@ -82,10 +84,11 @@ class HostExecutor:
         max_model_len: int,
         min_rows: int,
         min_linear_rows: int = determinism.MIN_LINEAR_ROWS,
+        fuses_attention: bool = False,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         """`min_rows`: attention's matrix products get at least as many rows; `min_linear_rows`:
-        all others do."""
+        all others do. `fuses_attention`: over keys and values it takes kernels/cpu_attention.py."""
         self.kv_cache = kv_cache
         self.num_prompt_steps = StepCounts()
         self._model = model
@@ -94,6 +97,7 @@ class HostExecutor:
         self._max_model_len = max_model_len
         self._min_rows = min_rows
         self._min_linear_rows = min_linear_rows
+        self._fuses_attention = fuses_attention
         self._eos_token_ids = eos_token_ids
         self._rows_at_once = rows_at_once(vocab_size)
         self._slot_groups = [
@@ -270,15 +274,18 @@ class HostExecutor:
         ]
 
     def _plan_attention(self, columns: BatchColumns, group: int) -> AttentionPlan:
-        return reference.plan_attention(
+        step = (
             columns.query_start,
             columns.context_lens,
             columns.block_tables[group],
             columns.slot_mapping[group],
             self.kv_cache.padded_tensors[group],
-            num_heads=self._num_heads,
-            min_rows=self._min_rows,
-            window=window_of(self.kv_cache.groups[group].spec),
+        )
+        num_heads, window = self._num_heads, window_of(self.kv_cache.groups[group].spec)
+        if self._fuses_attention:
+            return plan_fused_attention(*step, num_heads=num_heads, window=window)
+        return reference.plan_attention(
+            *step, num_heads=num_heads, min_rows=self._min_rows, window=window
         )
 
     def _plan_states(self, columns: BatchColumns, group: int) -> StatePlan:
@@ -310,6 +317,13 @@ class HostExecutor:
             if is_wrong or int(table.max()) >= num_blocks:
                 raise ValueError("a block table names a block that does not exist")
         return columns
+
+
+def fuses_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """On a CPU in 16 bits, where no layer has what that form does not know."""
+    if dtype == torch.float32 or device.type != "cpu" or config.style.has_sinks:
+        return False
+    return not any(layer.soft_cap or layer.latent for layer in config.attentions)
 
 
 def _apply_masks(logits: Tensor, drawing: Sequence[BatchRow]) -> None:

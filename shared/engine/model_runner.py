@@ -26,7 +26,7 @@ from baton.shared.engine.config import (
 )
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.executor import BegunStep, Copied, Executor, Model, Step, StepCounts
-from baton.shared.engine.host_executor import HostExecutor
+from baton.shared.engine.host_executor import HostExecutor, fuses_attention
 from baton.shared.engine.implementation import (
     Place,
     Weights,
@@ -419,7 +419,8 @@ class ModelRunner:
                 vocab_size=self.model_config.vocab_size,
                 max_model_len=self.max_model_len,
                 min_rows=self._min_rows,
-                min_linear_rows=1 if self._has_small else determinism.MIN_LINEAR_ROWS,
+                min_linear_rows=determinism.MIN_LINEAR_ROWS if self.dtype == torch.float32 else 1,
+                fuses_attention=fuses_attention(self.model_config, self.device, self.dtype),
                 eos_token_ids=self.model_config.eos_token_ids,
             )
         from baton.shared.engine.device_executor import DeviceExecutor

@@ -16,6 +16,7 @@ from baton.kernels import (
     reference_latent,
     reference_ssd,
 )
+from baton.kernels.cpu_attention import FusedPlan, fused_attention
 from baton.kernels.reference import Activation, AttentionPlan, HeadNorms, Rope
 from baton.kernels.reference_experts import ExpertWeights, Routes
 from baton.kernels.reference_latent import LatentHeads
@@ -52,7 +53,6 @@ class ReferenceOperations:
     take_rope = staticmethod(reference.take_rope)
     rope_and_store = staticmethod(reference.rope_and_store)
     store_kv = staticmethod(reference.store_kv)
-    paged_attention = staticmethod(reference.paged_attention)
     latent_attention = staticmethod(reference_latent.latent_attention)
     soft_cap = staticmethod(reference.soft_cap)
     causal_conv = staticmethod(reference_conv.causal_conv)
@@ -92,6 +92,22 @@ class ReferenceOperations:
             packed.append((gate_up, down, expert.gate_up_bias, expert.down_bias))
         weights = ExpertWeights(*(list(each) for each in zip(*packed, strict=True)))
         return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        plan: AttentionPlan,
+        scale: float,
+        cap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """In the form that the step was planned for."""
+        if isinstance(plan, FusedPlan):
+            assert not cap and sinks is None
+            return fused_attention(query, kv, layer, plan, scale)
+        return reference.paged_attention(query, kv, layer, plan, scale, cap, sinks)
 
     def rope_and_store_latent(
         self,
