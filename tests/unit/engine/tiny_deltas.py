@@ -32,6 +32,7 @@ _ALL_LINEAR: Fields = {
     "num_hidden_layers": 2,
     "layer_types": [LINEAR, LINEAR],
 }
+_TWO_LAYERS: Fields = {**_HEADS, "num_hidden_layers": 2, "layer_types": [LINEAR, FULL]}
 _FULL_FIRST: Fields = {
     **_HEADS,
     "num_hidden_layers": 3,
@@ -64,9 +65,8 @@ TINY_DELTAS: dict[str, dict[str, Fields]] = {
         "as they come": _HEADS,
         "uneven heads, tied": {**_UNEVEN, "tie_word_embeddings": True},
         "all linear": _ALL_LINEAR,
-        "full first, biases": _FULL_FIRST,
     },
-    "qwen3_5": {"tied": {**_HEADS, "tie_word_embeddings": True}},
+    "qwen3_5": {"tied": {**_TWO_LAYERS, "tie_word_embeddings": True}},
     "qwen3_5_moe_text": {
         "as they come": {**_HEADS, **_EXPERTS},
         "uneven heads, all experts": {
@@ -76,9 +76,14 @@ TINY_DELTAS: dict[str, dict[str, Fields]] = {
             "num_experts_per_tok": 5,
             "shared_expert_intermediate_size": 33,
         },
-        "all linear, tied": {**_ALL_LINEAR, **_EXPERTS, "tie_word_embeddings": True},
-        "full first, biases": {**_FULL_FIRST, **_EXPERTS, "num_experts_per_tok": 3},
+        "all linear, tied": {
+            **_ALL_LINEAR,
+            **_EXPERTS,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+        },
     },
-    "qwen3_5_moe": {"untied": {**_HEADS, **_EXPERTS}},
+    "qwen3_5_moe": {"untied": {**_TWO_LAYERS, **_EXPERTS}},
 }
-"""Those of models that see are their text parts, which are types of their own."""
+"""Layers of qwen3_5 are those of qwen3_next, but for names of projections. Those of models
+that see are their text parts, which are types of their own."""
