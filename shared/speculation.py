@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NGRAM, DRAFT_MODEL = KINDS = ("ngram", "draft-model")
+NGRAM, DRAFT_MODEL, EAGLE3 = KINDS = ("ngram", "draft-model", "eagle3")
+WITH_MODEL = (DRAFT_MODEL, EAGLE3)
+"""Kinds for which a directory is given."""
 MAX_DRAFTS = 15
 """Of a sequence in a step: with the token before them, the rows that small products are padded to
 on a CPU anyway."""
@@ -16,12 +18,13 @@ METAVAR = f"{'|'.join(KINDS)}[:K]"
 HELP = (
     f"decode guesses tokens and verifies several in a step, K at most (1 to {MAX_DRAFTS}, default "
     f"{DEFAULT_DRAFTS}), fewer where fewer pay; answers stay the same. {NGRAM}: as prompt and "
-    f"answer went on before; {DRAFT_MODEL}: as the smaller model of --draft-model does; default: "
+    f"answer went on before; {DRAFT_MODEL}: as the smaller model of --draft-model does; "
+    f"{EAGLE3}: as the EAGLE-3 head of --draft-model does by the model's hidden states; default: "
     "none"
 )
 DRAFT_MODEL_HELP = (
-    f"of --speculate {DRAFT_MODEL}: directory, or name, of the model that guesses; its vocabulary "
-    "is the model's"
+    f"of --speculate {' or '.join(WITH_MODEL)}: directory, or name, of the model, or head, that "
+    "guesses; its vocabulary is the model's"
 )
 
 
@@ -59,10 +62,10 @@ def speculation(text: str) -> Any:
 
 def why_not_together(speculate: Speculation | None, draft_model: Path | None) -> str | None:
     """One line for two flags that want each other."""
-    wants_model = speculate is not None and speculate.kind == DRAFT_MODEL
+    wants_model = speculate is not None and speculate.kind in WITH_MODEL
     if wants_model and draft_model is None:
-        return f"--speculate {speculate} needs --draft-model, the model that guesses"
+        return f"--speculate {speculate} needs --draft-model, the model, or head, that guesses"
     if draft_model is not None and not wants_model:
         said = "none" if speculate is None else str(speculate)
-        return f"--draft-model is for --speculate {DRAFT_MODEL}, not for {said}"
+        return f"--draft-model is for --speculate {' or '.join(WITH_MODEL)}, not for {said}"
     return None

@@ -1,12 +1,13 @@
 """What a step that verifies guesses costs, and what guesses bring that are right so often.
 
     python -m benchmarks.gpu.speculation [--shape llama-8b] [--drafts 4] [--batches 1,8,32,128]
-        [--right 0.6,0.8,0.9] [--draft-shape llama-1b]
+        [--right 0.6,0.8,0.9] [--draft-shape llama-1b | --head 32000]
 
 The engine loop, as in benchmarks.gpu.engine, every guess checked, over random weights but for the
 last norm's, which are zero: all logits are alike, and every draw is the same token. So an oracle
 guesses it, or another one, with the chance that is asked for; n-grams, and with --draft-shape a
-smaller model, always guess right: those rows say what guessing costs, not how good guesses are.
+smaller model, with --head an EAGLE-3 head of so many tokens, always guess right: those rows say
+what guessing costs, not how good guesses are.
 
 verified      a step with guesses that all fall over one without, and the ratio of their floors
               (models/roofline.py)
@@ -22,6 +23,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -33,10 +35,12 @@ import torch
 
 from baton.loadtest.environment import describe_environment
 from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
+from baton.services.decode.head_drafter import HeadDrafter
 from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.drafting import Drafting
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import Sequence as Answer
+from baton.shared.speculation import EAGLE3
 from benchmarks.every_guess import EveryGuess
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.measured_engine import add_engine_flags, list_of, make_runner
@@ -168,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.draft_shape is not None:
             dummy = given_or_dummy(None, args.draft_shape, has_tokenizer=False)
             more["draft_model_dir"] = stack.enter_context(dummy)
+        if args.head is not None:
+            head = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _write_head(head, args.shape, args.head)
+            more |= {"draft_model_dir": head, "draft_kind": EAGLE3}
         runner = make_runner(args, args.shape, max(_FEWEST_SEQS, *args.batches), **more)
     print(f"{args.shape}: ready after {time.monotonic() - started_s:.1f} s", flush=True)
     if args.compile_only:
@@ -179,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ceilings": vars(ceilings),
         "shape": args.shape,
         "draft_shape": args.draft_shape,
+        "head": args.head,
         "drafts": args.drafts,
         "context": args.context,
         "steps": args.steps,
@@ -226,7 +235,8 @@ def _measure(
         }
     made: list[tuple[str, Drafter]] = [("ngram", NgramDrafter())]
     if runner.draft is not None:
-        made.append(("model", ModelDrafter(runner.draft)))
+        is_head = runner.draft.tapped is not None
+        made.append(("model", HeadDrafter(runner.draft) if is_head else ModelDrafter(runner.draft)))
     for name, drafter in made:
         rate = bench.rate(drafter, 1 + k)
         row = {
@@ -247,6 +257,17 @@ def _profiles(args: argparse.Namespace, runner: ModelRunner, token_id: int) -> I
         shape = f"{batch} sequences of {args.context:,} tokens, {_PROFILED_TOKENS - 1} steps"
         yield bench.profile(None, f"{shape} without guesses")
         yield bench.profile(Oracle(token_id, 0.0), f"{shape} with {args.drafts} guesses that fall")
+
+
+def _write_head(head_dir: Path, shape: str, num_tokens: int) -> None:
+    """config.json of an EAGLE-3 head for a model of that shape."""
+    fields = dict(SHAPES[shape].fields) | {"model_type": "llama", "num_hidden_layers": 1}
+    config = {
+        "speculators_model_type": EAGLE3,
+        "draft_vocab_size": num_tokens,
+        "transformer_layer_config": {**fields, "tie_word_embeddings": False},
+    }
+    (head_dir / "config.json").write_text(json.dumps(config))
 
 
 def _floors(
@@ -290,6 +311,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--draft-shape", choices=SHAPES, help="of a smaller model that guesses, too")
+    add("--head", type=int, help="tokens of an EAGLE-3 head that guesses, too")
     add("--drafts", type=int, default=4, help="k")
     add("--batches", type=list_of(int), default=[1, 8, 32, 128])
     add("--right", type=list_of(float), default=[0.6, 0.8, 0.9], help="chances of the oracle's")

@@ -30,6 +30,7 @@ from baton.shared.model_files.info import served_name
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import Parser, add_flag, add_switch, length_or_auto
 from baton.shared.speculation import (
+    DRAFT_MODEL,
     DRAFT_MODEL_HELP,
     HELP,
     METAVAR,
@@ -298,6 +299,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         prompt_graphs=not args.no_prompt_graphs,
         num_drafts=args.speculate.num_drafts if args.speculate is not None else 0,
         draft_model_dir=args.draft_model,
+        draft_kind=args.speculate.kind if args.draft_model is not None else DRAFT_MODEL,
     )
 
 

@@ -14,8 +14,11 @@ from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
+from torch import Tensor
+
 from baton.services.decode.draft_lengths import DraftLengths
 from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
+from baton.services.decode.head_drafter import HeadDrafter
 from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.part import Part
 from baton.shared.engine.draft_model import DraftModel
@@ -57,6 +60,7 @@ class Drafting:
         self._lengths = lengths
         self._num_drafts = num_drafts
         self.accepted_by_position = [0] * num_drafts
+        self._head = drafter if isinstance(drafter, HeadDrafter) else None
         self._missed: dict[Sequence, None] = {}
         """Those for which guesses were wanted while the drafter was behind."""
         self._has_caught_up = False
@@ -64,10 +68,25 @@ class Drafting:
 
     @classmethod
     def of(cls, speculation: Speculation, model: DraftModel | None = None) -> Drafting:
-        """`model`: of the kind that has one."""
-        drafter = NgramDrafter() if model is None else ModelDrafter(model)
+        """`model`: of the kinds that have one."""
+        drafter: Drafter = NgramDrafter()
+        if model is not None:
+            drafter = ModelDrafter(model) if model.tapped is None else HeadDrafter(model)
         num_drafts = speculation.num_drafts
         return cls(drafter, DraftLengths(num_drafts), num_drafts)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the drafter wants to see what the model makes of tokens."""
+        return self._head is not None
+
+    def saw(self, part: Part, num_tokens: int, states: Tensor | None) -> None:
+        """What the model made of a part's tokens, [part.num_tokens, taps · hidden]: of the first
+        ones, which are in the answer or the prompt. None: it is not told."""
+        sequence = part.sequence
+        if self._head is not None and states is not None:
+            if num_tokens and sequence.is_admitted and sequence.params.speculate:
+                self._head.saw(sequence, part.start, states[:num_tokens])
 
     def must_know_all(self, decoding: Seq[Sequence]) -> bool:
         """Whether guesses are worth more than a step that is launched ahead."""

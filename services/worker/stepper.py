@@ -138,6 +138,8 @@ class Stepper:
             return False
         decoding = self._table.decode_hosted_in(SequenceState.DECODING)
         coming = self._table.decode_hosted_in(SequenceState.TRANSFERRING)
+        if self._drafting.reads_states:
+            coming = self._table.decode_hosted_in(SequenceState.PREFILLING)
         return self._drafting.catch_up([*decoding, *coming], len(decoding))
 
     def schedule(
@@ -359,10 +361,21 @@ class Stepper:
                     self._constraining.failure(part.sequence) or outcome
                     for part, outcome in zip(in_flight.parts, outcomes, strict=True)
                 ]
+            if self._drafting is not None and self._drafting.reads_states:
+                self._show_states(self._drafting, in_flight.parts, in_flight.step, outcomes)
         for part, outcome in zip(in_flight.parts, outcomes, strict=True):
             if part.draft_ids and not isinstance(outcome, BatonError):
                 self._took_drafts(part, len(outcome))
         return outcomes
+
+    def _show_states(
+        self, drafting: Drafting, parts: Seq[Part], step: Step, outcomes: Seq[Outcome]
+    ) -> None:
+        for row, (part, outcome) in enumerate(zip(parts, outcomes, strict=True)):
+            if self._table.recipient(part.sequence.key) is None or isinstance(outcome, BatonError):
+                continue
+            num_standing = part.num_tokens if part.is_chunk else len(outcome)
+            drafting.saw(part, 0 if part.is_void else num_standing, step.taps(row))
 
     def _took_drafts(self, part: Part, num_drawn: int) -> None:
         sequence, num_fallen = part.sequence, part.num_tokens - num_drawn

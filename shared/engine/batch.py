@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ from baton.shared.engine.shaping import History, Shaping
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.sampling import SamplingParams
 from baton.shared.token_masks import TokenMasks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 
@@ -51,6 +55,16 @@ class RowHandle:
     that it may be, until the steps with drafts that were launched are known."""
     drawn_token: int = -1
     """That token, where the host knows it."""
+    shift: int = 0
+    """Its rows are so many positions further on in the sequence than they say: a cache that lacks
+    tokens counts those that it has. What is drawn, and what has a say in it, goes by the
+    sequence's."""
+
+    def move(self, shift: int) -> None:
+        """Sets `shift`: what depends on it is sent again."""
+        if shift != self.shift:
+            self.shift = shift
+            self.is_sent = self.is_marked = False
 
     def take_back(self) -> None:
         """What was drawn last does not count: where the sequence is will be sent again."""
@@ -108,6 +122,8 @@ class BatchRow:
     """Of a row without a handle, where `sampling` asks what was before."""
     prompt_logprobs: WantedLogprobs | None = None
     """Wanted of a chunk of a prompt, whether it draws a token or not."""
+    features: Tensor | None = None
+    """[num_tokens, hidden], what such a model gets with each token."""
     keeps: Sequence[tuple[int, Sequence[int]]] = ()
     """(how many of the row's tokens, by cache group a slot or NO_BLOCK): the states behind these
     tokens go there too, whatever is there; ascending."""
@@ -133,6 +149,11 @@ class BatchRow:
             or self.prompt_logprobs is not None
             or self.position < self.num_stored
         )
+
+    @property
+    def shift(self) -> int:
+        """As of its handle."""
+        return 0 if self.handle is None else self.handle.shift
 
     @property
     def context_len(self) -> int:

@@ -155,7 +155,7 @@ class BatchState:
 
     def send_sampling(self, handle: RowHandle) -> None:
         params, slot = handle.sampling, handle.slot
-        stream = draw_stream(params.seed, handle.sample_index) & (2**64 - 1)
+        stream = draw_stream(params.seed, handle.sample_index, handle.shift) & (2**64 - 1)
         self._set("streams", 2 * slot, _signed(stream & 0xFFFFFFFF))
         self._set("streams", 2 * slot + 1, _signed(stream >> 32))
         # The kernels count with int32; a k beyond any vocabulary means no limit all the same.
@@ -163,13 +163,13 @@ class BatchState:
         self._set_floats(slot, _FLOATS, (params.temperature, params.top_p, params.min_p))
         self._set("is_shaped", slot, int(handle.shaping is not None))
         if handle.shaping is not None:
-            self._send_shaping(slot, handle.shaping)
+            self._send_shaping(slot, handle.shaping, handle.shift)
 
-    def _send_shaping(self, slot: int, shaping: Shaping) -> None:
+    def _send_shaping(self, slot: int, shaping: Shaping, shift: int) -> None:
         penalties = (shaping.presence, shaping.frequency, shaping.repetition)
         self._set_floats(slot, _PENALTIES, penalties)
-        self._set("counts_from", slot, shaping.counts_from)
-        self._set("may_end_at", slot, shaping.may_end_at)
+        self._set("counts_from", slot, shaping.counts_from - shift)
+        self._set("may_end_at", slot, shaping.may_end_at - shift)
         self._set("num_biases", slot, len(shaping.biases))
         if not shaping.needs_last_tokens:
             self._set("num_bans", slot, 0)

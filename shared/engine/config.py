@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from baton.shared.model_files.fields import ModelError
-from baton.shared.speculation import MAX_DRAFTS
+from baton.shared.speculation import DRAFT_MODEL, MAX_DRAFTS
 
 
 class DeviceError(ModelError):
@@ -60,7 +60,8 @@ class EngineConfig:
     `cuda_graphs`: steps are captured once and replayed; `prompt_graphs`: those with chunks of
     prompts, too.
     `num_drafts`: the most drafts (guesses of the next tokens) that a step checks for a sequence.
-    `draft_model_dir`: the model that makes them; None: no model does.
+    `draft_model_dir`: the model that makes them; None: no model does. `draft_kind`: a smaller
+    model, or a head that reads the model's hidden states (shared/speculation.py).
 
     Raises:
         ModelError: a value is out of range.
@@ -85,6 +86,7 @@ class EngineConfig:
     prompt_graphs: bool = True
     num_drafts: int = 0
     draft_model_dir: Path | None = None
+    draft_kind: str = DRAFT_MODEL
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.state_plan import DeviceStatePlan
+from baton.shared.engine.batch import Batch
 from baton.shared.engine.device_context import DeviceContext
 from baton.shared.engine.device_step import DecodeBuffers, Layout
 from baton.shared.engine.graphs import Graphs
@@ -27,13 +28,19 @@ class DecodeSteps:
         """By padded size and width."""
 
     def begin(
-        self, layout: Layout, num_wanted: Sequence[int]
+        self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Launches the forward pass. The hidden states that tokens are drawn of, and what draws
         them, once, into its results."""
         buffers = self.buffers[layout.size, layout.width]
         layout.wanted = _wanted(layout, num_wanted)
         self._context.host.send(self._context.state, None)
+        features = [batch.rows[i].features for i in layout.decode]
+        fed = [each for each in features if each is not None]
+        if fed:
+            torch.cat(fed, out=buffers.inputs["features"][: len(fed)])
+        if "taps" in buffers.inputs:
+            layout.taps = buffers.inputs["taps"].out.flatten(1)
         if buffers.graphs is not None:
             buffers.graphs[0].replay()
         else:
@@ -68,7 +75,7 @@ class DecodeSteps:
         context = self._context
         context.begin_rows(buffers.input_ids, buffers, buffers.plans)
         buffers.hidden = context.model.hidden_states(
-            buffers.input_ids, buffers.positions, context.caches, buffers.plans
+            buffers.input_ids, buffers.positions, context.caches, buffers.plans, **buffers.inputs
         )
         buffers.logits = context.model.logits(buffers.hidden)
 
@@ -125,6 +132,7 @@ class DecodeSteps:
             None if width == 1 else zeros(num_tokens),
             context.make_results(num_tokens, size),
             plans,
+            context.decode_inputs(num_tokens),
         )
 
 

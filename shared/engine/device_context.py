@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from baton.kernels.state_plan import NO_SLOT
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_draw import DeviceDraw
 from baton.shared.engine.device_step import DecodeBuffers
-from baton.shared.engine.executor import Model
+from baton.shared.engine.executor import Model, Tapped
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
@@ -47,8 +48,10 @@ class DeviceContext:
         max_model_len: int,
         max_num_seqs: int,
         num_drafts: int = 0,
+        tapped: Tapped | None = None,
     ) -> None:
-        """`num_drafts`: the most that a row may bring along."""
+        """`num_drafts`: the most that a row may bring along; `tapped`: hidden states that steps
+        tell."""
         self.model = model
         self.device = device
         self.num_heads = num_heads
@@ -91,6 +94,22 @@ class DeviceContext:
         self.draw = DeviceDraw(self.state, max_wanted, vocab_size, device)
         self.host = HostBuffers(aligned(max_wanted) + max_num_seqs, device)
         self._scratch = Scratch()
+        self.tapped = tapped
+        self._decode_inputs = self.make_inputs(max_num_seqs * self.widths[-1])
+
+    def make_inputs(self, num_tokens: int) -> dict[str, Any]:
+        """What the model gets by name beside so many tokens, and fills."""
+        return {} if self.tapped is None else self.tapped.make_inputs(num_tokens, self.device)
+
+    def decode_inputs(self, num_tokens: int) -> dict[str, Any]:
+        """As `make_inputs`, at addresses that all decode steps share."""
+        inputs = dict(self._decode_inputs)
+        if "taps" in inputs:
+            taps = inputs["taps"]
+            inputs["taps"] = taps._replace(out=taps.out[:num_tokens])
+        if "features" in inputs:
+            inputs["features"] = inputs["features"][:num_tokens]
+        return inputs
 
     def make_results(self, num_tokens: int, num_rows: int) -> Tensor:
         """int32: drawn tokens, then, aligned, how many stand of each row."""

@@ -32,7 +32,7 @@ from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn
 from baton.shared.engine.device_rows import DeviceRows
 from baton.shared.engine.device_step import DeviceBegun, DeviceStep, Layout
-from baton.shared.engine.executor import Copied, HalvesModel, Model, StepCounts
+from baton.shared.engine.executor import Copied, HalvesModel, Model, StepCounts, Tapped
 from baton.shared.engine.graphs import Graphs
 from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.launched_steps import LaunchedSteps
@@ -56,8 +56,10 @@ class DeviceExecutor:
         max_num_seqs: int,
         num_drafts: int = 0,
         eos_token_ids: Sequence[int] = (),
+        tapped: Tapped | None = None,
     ) -> None:
-        """`num_drafts`: the most that a row may bring along."""
+        """`num_drafts`: the most that a row may bring along; `tapped`: hidden states that steps
+        tell."""
         self.kv_cache = kv_cache
         self._device = device
         self._context = context = DeviceContext(
@@ -69,6 +71,7 @@ class DeviceExecutor:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             num_drafts=num_drafts,
+            tapped=tapped,
         )
         self._rows = DeviceRows(
             context.state,
@@ -219,6 +222,13 @@ class DeviceExecutor:
             self.kv_cache.copy_slots(copies)
             return Copied(self._event())
 
+    def computing(self, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
+        for each in inputs:
+            if self._stream is not None:
+                # Their memory is another's when this stream is done with them.
+                each.record_stream(self._stream)
+        return self._on_stream()
+
     def _lay_out(self, batch: Batch, layout: Layout) -> None:
         """Sorts rows into decode rows and chunks, and notes what the device does not know yet."""
         if not batch.rows:
@@ -258,7 +268,7 @@ class DeviceExecutor:
         if layout.chunks:
             hidden, draw = self._begin_prompts(batch, layout, num_wanted)
         else:
-            hidden, draw = self._decode.begin(layout, num_wanted)
+            hidden, draw = self._decode.begin(batch, layout, num_wanted)
         wanted = [row if row >= 0 and num_wanted[row] else -1 for row in layout.wanted]
 
         def finish() -> DeviceStep:
@@ -303,6 +313,7 @@ class DeviceExecutor:
         logprobs: Told | None,
     ) -> DeviceStep:
         host = self._context.host.fetch(results)
+        told = self._told(batch, layout)
         done = self._event()
         drafted = []
         if layout.width > 1:
@@ -312,7 +323,24 @@ class DeviceExecutor:
                 for place, row in enumerate(layout.decode)
                 if batch.rows[row].draft_ids
             ]
-        return DeviceStep(wanted, len(batch.rows), host, done, drafted, logprobs, layout.of_prompts)
+        return DeviceStep(
+            wanted, len(batch.rows), host, done, drafted, logprobs, layout.of_prompts, told
+        )
+
+    def _told(self, batch: Batch, layout: Layout) -> dict[int, Tensor]:
+        """By row, its tokens' hidden states; those of graphs' buffers are copied before the next
+        step."""
+        if layout.taps is None:
+            return {}
+        taps = layout.taps if layout.chunks else layout.taps.clone()
+        starts = {row: place * layout.width for place, row in enumerate(layout.decode)}
+        token = layout.size * layout.width
+        for row in layout.chunks:
+            starts[row] = token
+            token += batch.rows[row].num_tokens
+        return {
+            row: taps[start : start + batch.rows[row].num_tokens] for row, start in starts.items()
+        }
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -111,10 +111,11 @@ class DeviceRows:
         handle.drawn_at = end if row.sampling is not None else -1
 
     def _note_shaping(self, row: BatchRow, handle: RowHandle, shaping: Shaping) -> None:
-        known_to = row.position + row.num_known
+        position = row.position + handle.shift
+        known_to = position + row.num_known
         if not handle.is_marked:
             # The token of a decode row is counted where the step begins.
-            end = row.position if row.num_known == 1 else known_to
+            end = position if row.num_known == 1 else known_to
             self._state.send_marks(handle.slot, shaping.fresh_marks(self._vocab_size, end))
             handle.is_marked = True
         if shaping.needs_last_tokens:

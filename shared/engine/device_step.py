@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class DeviceStep:
     """Of drawn tokens, if some are wanted."""
     of_prompts: dict[int, Told] = field(default_factory=dict)
     """By row of the batch that asked."""
+    told: Mapping[int, Tensor] = field(default_factory=dict)
+    """By row of the batch, hidden states, where they are told."""
 
     def result(self) -> list[Sequence[Drawn]]:
         if self.done is not None:
@@ -54,6 +56,9 @@ class DeviceStep:
 
     def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
         return self.of_prompts[row].result()
+
+    def taps(self, row: int) -> Tensor | None:
+        return self.told.get(row)
 
     def _add_logprobs(self, drawn: list[list[Drawn]], told: Told) -> None:
         """All that are drawn for a row that asks are told of, in order."""
@@ -103,6 +108,8 @@ class DecodeBuffers:
     """int32: drawn tokens [size · width], then, aligned, how many stand of each row [size]."""
     plans: list[GroupPlan]
     """By cache group."""
+    inputs: Mapping[str, Any]
+    """What the model gets, and fills, beside them."""
     graphs: tuple[Graph, Graph] | None = None
     """Of the forward pass and of the draw. The second reads what the first left in memory that all
     graphs share: no other is replayed between the two."""
@@ -135,6 +142,9 @@ class Layout:
     """Handles of rows that nothing is kept of."""
     of_prompts: dict[int, Told] = field(default_factory=dict)
     """As `DeviceStep.of_prompts`."""
+    taps: Tensor | None = None
+    """[T, taps · hidden], the decode rows' tokens first, padded, then the chunks'; from the forward
+    pass to the next."""
 
 
 class WantedRows(NamedTuple):

@@ -1,4 +1,5 @@
-"""DraftModel: a smaller model of the same vocabulary, which guesses for a larger one.
+"""DraftModel: a smaller model of the same vocabulary, which guesses for a larger one, or a head
+that does so by that one's hidden states.
 
 It has a cache of its own, of which no other worker knows: blocks that are handed over are the
 larger model's alone, so workers that guess and workers that do not go together. What it computes
@@ -9,24 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig, most_num_seqs
-from baton.shared.engine.executor import Executor, Step
+from baton.shared.engine.executor import Executor, HeadModel, Model, Step, Tapped
 from baton.shared.engine.host_executor import HostExecutor, fuses_attention
-from baton.shared.engine.implementation import Place, find_implementation, find_weights
+from baton.shared.engine.implementation import (
+    Implementation,
+    Place,
+    find_implementation,
+    find_weights,
+)
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.memory import check_draft_fits
 from baton.shared.engine.model_digest import Progress, ProgressReport
+from baton.shared.engine.models.decoder import Decoder
+from baton.shared.engine.models.eagle3 import Eagle3Config, check_target, find_head
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.operations import Operations
 from baton.shared.kv.arrangement import arrange
 from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
+from baton.shared.speculation import EAGLE3
 from baton.shared.tokenizer.compare import different_token
 
 CHUNK = 512
@@ -41,6 +52,7 @@ class DraftModel:
         capacity: what sequences take of its block pools.
         max_rows: of a step.
         computes_tokens_singly: several tokens of a row take longer than as many steps of one.
+        tapped: of a head, which hidden states of the larger model it reads; else None.
     """
 
     def __init__(
@@ -72,12 +84,30 @@ class DraftModel:
             model_impl="auto",
             quantization=None,
         )
+        self.tapped: Tapped | None = None
+        self._own_taps: Tapped | None = None
         try:
-            self._implementation = find_implementation(own)
+            if engine.draft_kind == EAGLE3:
+                self._implementation: Implementation = find_head(own.model_dir)
+            else:
+                self._implementation = find_implementation(own)
         except ModelError as error:
             raise ModelError(f"draft_model: {error}") from error
         self.config = self._implementation.config
-        _check(own, self.config, engine, target, max_model_len)
+        if isinstance(self.config, Eagle3Config):
+            check_target(self.config, own.model_dir, target, engine.model_dir)
+            layers = self.config.taps_of(target.num_layers)
+            stored = [each for each, spec in enumerate(target.cache_specs) if spec is not None]
+            self.tapped = Tapped(
+                layers, target.hidden_size, dtype, to_the_end=max(layers) > max(stored)
+            )
+            self._own_taps = Tapped(
+                (1,), self.config.hidden_size, dtype, to_the_end=True, takes_features=True
+            )
+        else:
+            _check_model(own, self.config, engine, target)
+        _check_positions(own, self.config, max_model_len)
+        self._eos_token_ids = target.eos_token_ids
         self._engine = engine
         self._device, self._dtype, self._kernels = device, dtype, kernels
         self._max_model_len = max_model_len
@@ -107,8 +137,9 @@ class DraftModel:
     def weight_bytes(self) -> int:
         return self._plan.num_bytes
 
-    def load(self, progress: Progress) -> None:
-        """Reads its weights. ModelError: a file cannot be read."""
+    def load(self, progress: Progress, target: Model) -> None:
+        """Reads its weights. ModelError: a file cannot be read, or `target` cannot be guessed
+        for."""
         num_reads = self._plan.num_reads
         report = ProgressReport(progress, "loading the draft model's weights", num_reads)
         most = self._max_model_len
@@ -118,6 +149,20 @@ class DraftModel:
                 self._weights, self.groups, place, on_read=lambda: report.advance(1)
             )
         self._weights.close()
+        if isinstance(self._model, HeadModel):
+            _complete(self._model, target, self._engine)
+
+    def fuse(self, states: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Of a head: by sequence the hidden states of some tokens, [n, taps · hidden] each → what
+        comes with the tokens behind them, [all of them, hidden]."""
+        if not states:
+            return []
+        assert isinstance(self._model, HeadModel)
+        flat = list(chain.from_iterable(states))
+        with torch.inference_mode(), self.executor.computing(flat):
+            fused = self._model.fuse(torch.cat(flat))
+        ends = list(accumulate(sum(map(len, each)) for each in states))
+        return list(fused.tensor_split(ends[:-1]))
 
     @property
     def longest_bytes(self) -> int:
@@ -154,7 +199,8 @@ class DraftModel:
                 min_rows=1,
                 min_linear_rows=1,
                 fuses_attention=fuses_attention(self.config, self._device, self._dtype),
-                eos_token_ids=self.config.eos_token_ids,
+                eos_token_ids=self._eos_token_ids,
+                tapped=self._own_taps,
             )
         from baton.shared.engine.device_executor import DeviceExecutor
 
@@ -164,7 +210,8 @@ class DraftModel:
             self._device,
             **shape,
             max_num_seqs=self.max_rows,
-            eos_token_ids=self.config.eos_token_ids,
+            eos_token_ids=self._eos_token_ids,
+            tapped=self._own_taps,
         )
 
     @torch.inference_mode()
@@ -194,15 +241,33 @@ class DraftModel:
             count = group.num_blocks_for(num_tokens, self._engine.block_size)
             tables.append(list(range(taken[pool], taken[pool] + count)))
             taken[pool] += count
-        return BatchRow([0] * num_tokens, 0, tables, SamplingParams(temperature=0.0))
+        features = None
+        if self._own_taps is not None:
+            features = self._own_taps.make_inputs(num_tokens, self._device)["features"]
+        params = SamplingParams(temperature=0.0)
+        return BatchRow([0] * num_tokens, 0, tables, params, features=features)
 
 
-def _check(
-    own: EngineConfig,
-    config: ModelConfig,
-    engine: EngineConfig,
-    target: ModelConfig,
-    max_model_len: int,
+def _complete(head: HeadModel, target: Model, engine: EngineConfig) -> None:
+    """Gives a head that has no embedding the model's. ModelError: that cannot be, or the model's
+    hidden states are nobody's to read."""
+    if not isinstance(target, Decoder):
+        raise ModelError(
+            f"draft_model: model_impl: the code that computes {engine.model_dir} does not tell its "
+            f"hidden states, which {engine.draft_model_dir} reads"
+        )
+    if head.embedding is None:
+        head.embedding = target.embedding
+    own, [_, of_target] = head.hidden_size, target.embedding.shape
+    if head.embedding.shape[1] != own:
+        raise ModelError(
+            f"draft_model: {engine.draft_model_dir} has no embedding, and its hidden size is "
+            f"{own}, that of {engine.model_dir} {of_target}"
+        )
+
+
+def _check_model(
+    own: EngineConfig, config: ModelConfig, engine: EngineConfig, target: ModelConfig
 ) -> None:
     """Raises ModelError for a model that cannot guess for `target`."""
     draft_dir, model_dir = own.model_dir, engine.model_dir
@@ -217,12 +282,16 @@ def _check(
         raise ModelError(
             f"draft_model: token {token_id} is {of_draft} in {draft_dir}, {of_model} in {model_dir}"
         )
-    if config.max_position_embeddings < max_model_len:
-        raise ModelError(
-            f"draft_model: {draft_dir} knows {config.max_position_embeddings} positions, "
-            f"sequences may have {max_model_len}; set max_model_len to as many at most"
-        )
     if not all(spec is None or spec.grows for spec in config.cache_specs):
         raise ModelError(
             f"draft_model: layers of {draft_dir} keep a state, which guesses that fall would change"
+        )
+
+
+def _check_positions(own: EngineConfig, config: ModelConfig, max_model_len: int) -> None:
+    """Raises ModelError for one that does not know all of a sequence's."""
+    if config.max_position_embeddings < max_model_len:
+        raise ModelError(
+            f"draft_model: {own.model_dir} knows {config.max_position_embeddings} positions, "
+            f"sequences may have {max_model_len}; set max_model_len to as many at most"
         )

@@ -8,8 +8,9 @@ Triton kernels. Both take the same batches and the same model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,49 @@ Between = Callable[[int, int], None]
 """Told between a model's layers how many are done, and of how many."""
 
 
+class Taps(NamedTuple):
+    """Where a forward pass leaves hidden states of its middle, for who guesses by them."""
+
+    layers: tuple[int, ...]
+    """Behind how many layers each is taken; 0: the embedding."""
+    out: Tensor
+    """[T, taps, hidden]"""
+
+    def take(self, num_layers: int, hidden: Tensor) -> None:
+        """hidden [T, hidden], behind so many layers."""
+        for place, wanted in enumerate(self.layers):
+            if wanted == num_layers:
+                self.out[:, place].copy_(hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """Which hidden states steps tell (`Step.taps`)."""
+
+    layers: tuple[int, ...]
+    """As of `Taps`."""
+    hidden_size: int
+    dtype: torch.dtype
+    """Of activations."""
+    to_the_end: bool = False
+    """Some are behind the last layer that stores anything: all tokens go through all layers."""
+    takes_features: bool = False
+    """The model guesses by them: with each token it takes such a state, of another or its own."""
+
+    def make(self, num_tokens: int, device: torch.device) -> Taps:
+        """Room for so many tokens' states; what is in it may be anything."""
+        shape = (num_tokens, len(self.layers), self.hidden_size)
+        return Taps(self.layers, torch.empty(shape, dtype=self.dtype, device=device))
+
+    def make_inputs(self, num_tokens: int, device: torch.device) -> dict[str, Any]:
+        """What the model gets by name beside so many tokens, and fills."""
+        inputs: dict[str, Any] = {"taps": self.make(num_tokens, device)}
+        if self.takes_features:
+            shape = (num_tokens, self.hidden_size)
+            inputs["features"] = torch.zeros(shape, dtype=self.dtype, device=device)
+        return inputs
+
+
 class Model(Protocol):
     """The forward pass of shared/engine/models/*.py."""
 
@@ -39,7 +83,9 @@ class Model(Protocol):
         caches: Sequence[object],
         plans: Sequence[object],
         wanted: Wanted | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Some take more, by name: `taps`, which it fills, and of who guesses by another's hidden
+        states `features` [T, hidden], which come with the tokens."""
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -60,6 +106,20 @@ class HalvesModel(Model, Protocol):
     def finish(
         self, halfway: Halfway, caches: Sequence[object], plans: Sequence[object]
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class HeadModel(Model, Protocol):
+    """One that guesses by hidden states of another: with each token it takes `features`, what came
+    of the token before it, and tells as the one tap behind its layer what comes with the next."""
+
+    hidden_size: int
+    """Of what comes with a token."""
+    embedding: Tensor | None
+    """[vocab, hidden]; None until it is given the other model's, where it has none of its own."""
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        """The other model's hidden states [T, taps · hidden] → features [T, hidden]."""
 
 
 class Halfway(NamedTuple):
@@ -96,6 +156,10 @@ class Step(Protocol):
     def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
         """What a row asked (`BatchRow.prompt_logprobs`); None where the logits were not numbers. To
         be called behind `result`."""
+
+    def taps(self, row: int) -> Tensor | None:
+        """Of an executor that tells hidden states: [tokens of the row, taps · hidden], guesses that
+        fell included, on the device, behind what was launched so far. None: not told of it."""
 
 
 class BegunStep(Protocol):
@@ -157,6 +221,10 @@ class Executor(Protocol):
     def copy_slots(self, copies: Sequence[SlotCopy]) -> Copied:
         """Copies states, behind the steps that were launched and before those that are yet to
         be."""
+
+    def computing(self, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
+        """What is computed within comes behind the steps that were launched and before those that
+        are yet to be. `inputs`: made elsewhere, and done."""
 
     def logits(self, batch: Batch) -> Tensor:
         """Computes a step, draws nothing → float32 [logits, vocab]: at each row's last

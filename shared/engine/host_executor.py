@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -25,7 +26,7 @@ from baton.shared.engine.batch import (
     Ints,
     RowHandle,
 )
-from baton.shared.engine.executor import Copied, Model, StepCounts, Wanted
+from baton.shared.engine.executor import Copied, Model, StepCounts, Tapped, Wanted
 from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.logprobs import (
     log_probabilities,
@@ -49,12 +50,17 @@ class DoneStep:
     drawn: list[Sequence[Drawn]]
     of_prompts: Mapping[int, Sequence[TokenLogprobs | None]] = field(default_factory=dict)
     """By row that asked."""
+    told: Mapping[int, Tensor] = field(default_factory=dict)
+    """By row, hidden states, where they are told."""
 
     def result(self) -> list[Sequence[Drawn]]:
         return self.drawn
 
     def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
         return self.of_prompts[row]
+
+    def taps(self, row: int) -> Tensor | None:
+        return self.told.get(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +92,11 @@ class HostExecutor:
         min_linear_rows: int = determinism.MIN_LINEAR_ROWS,
         fuses_attention: bool = False,
         eos_token_ids: Sequence[int] = (),
+        tapped: Tapped | None = None,
     ) -> None:
         """`min_rows`: attention's matrix products get at least as many rows; `min_linear_rows`:
-        all others do. `fuses_attention`: over keys and values it takes kernels/cpu_attention.py."""
+        all others do. `fuses_attention`: over keys and values it takes kernels/cpu_attention.py.
+        `tapped`: hidden states that steps tell."""
         self.kv_cache = kv_cache
         self.num_prompt_steps = StepCounts()
         self._model = model
@@ -99,6 +107,7 @@ class HostExecutor:
         self._min_linear_rows = min_linear_rows
         self._fuses_attention = fuses_attention
         self._eos_token_ids = eos_token_ids
+        self._tapped = tapped
         self._rows_at_once = rows_at_once(vocab_size)
         self._slot_groups = [
             number for number, group in enumerate(kv_cache.groups) if not group.spec.grows
@@ -133,7 +142,9 @@ class HostExecutor:
         ]
         wanted = [int(columns.query_start[i]) + at for i, at in drawing]
         asking = [i for i, row in enumerate(rows) if row.prompt_logprobs is not None]
-        hidden = self._hidden_states(columns, None if asking else wanted)
+        inputs = self._inputs(columns, rows)
+        hidden = self._hidden_states(columns, None if asking else wanted, inputs)
+        told = self._told(columns, inputs)
         of_prompts: dict[int, Sequence[TokenLogprobs | None]] = {}
         for i in asking:
             first = int(columns.query_start[i])
@@ -151,7 +162,7 @@ class HostExecutor:
             result: list[Sequence[Drawn]] = [[] for _ in rows]
             for i, of_row in by_row.items():
                 result[columns.order[i]] = self._stands(rows[i], of_row)
-            return DoneStep(result, of_prompts)
+            return DoneStep(result, of_prompts, told)
 
         return HostBegun(batch.rows, finish)
 
@@ -169,7 +180,7 @@ class HostExecutor:
             logits,
             params,
             [rows[i].sample_index for i, _ in drawing],
-            [rows[i].position + offset + 1 for i, offset in drawing],
+            [rows[i].position + rows[i].shift + offset + 1 for i, offset in drawing],
         )
         drawn = [drawn_of(token_id) for token_id in token_ids]
         if logprobs is not None:
@@ -192,7 +203,7 @@ class HostExecutor:
         for place, (i, offset) in enumerate(drawing):
             row, shaping = rows[i], shapings[i]
             if shaping is not None:
-                known_to = row.position + row.num_known
+                known_to = row.position + row.shift + row.num_known
                 drafts = row.draft_ids[: offset + 1 - row.num_known]
                 apply_shaping(logits[place], shaping, known_to, drafts)
 
@@ -229,6 +240,9 @@ class HostExecutor:
         self.kv_cache.copy_slots(copies)
         return Copied()
 
+    def computing(self, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def logits(self, batch: Batch) -> Tensor:
         columns = self._columns(batch)
         place_of = {row: place for place, row in enumerate(columns.order)}
@@ -237,13 +251,42 @@ class HostExecutor:
             for index, row in enumerate(batch.rows)
             for before in range(row.num_logits, 0, -1)
         ]
-        return self._logits(self._hidden_states(columns, wanted), len(wanted))
+        inputs = self._inputs(columns, [batch.rows[i] for i in columns.order])
+        return self._logits(self._hidden_states(columns, wanted, inputs), len(wanted))
 
-    def _hidden_states(self, columns: BatchColumns, tokens: Sequence[int] | None) -> Tensor:
+    def _inputs(self, columns: BatchColumns, rows: Sequence[BatchRow]) -> dict[str, Any]:
+        """What a model gets, and fills, beside its tokens. `rows`: in the columns' order."""
+        if self._tapped is None:
+            return {}
+        num_tokens = max(len(columns.input_ids), self._min_linear_rows)
+        inputs = self._tapped.make_inputs(num_tokens, self._device)
+        features = [row.features for row in rows if row.features is not None]
+        if features:
+            torch.cat(features, out=inputs["features"][: len(columns.input_ids)])
+        return inputs
+
+    def _told(self, columns: BatchColumns, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
+        """By row of the batch, its tokens' hidden states."""
+        if self._tapped is None:
+            return {}
+        taps = inputs["taps"].out.flatten(1)
+        starts = columns.query_start.tolist()
+        return {
+            index: taps[starts[place] : starts[place + 1]]
+            for place, index in enumerate(columns.order)
+        }
+
+    def _hidden_states(
+        self,
+        columns: BatchColumns,
+        tokens: Sequence[int] | None,
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
         """Computes the step → [len(tokens) and padding, hidden] at these of its tokens; None: at
-        all of them."""
+        all of them. `inputs`: as `_inputs` has them."""
         wanted: Wanted | None = None
-        if tokens is not None and len(tokens) < len(columns.input_ids):
+        all_go = self._tapped is not None and self._tapped.to_the_end
+        if tokens is not None and len(tokens) < len(columns.input_ids) and not all_go:
             ids = np.array(tokens, np.int64)
             alone = self._plan(_alone(columns, ids)) if tokens else ()
             wanted = self._padded(ids) if tokens else torch.from_numpy(ids), alone
@@ -253,8 +296,11 @@ class HostExecutor:
             self.kv_cache.caches,
             self._plan(columns),
             wanted,
+            **inputs,
         )
-        return hidden if tokens is None or wanted is not None else self._at(hidden, tokens)
+        if tokens is None or wanted is not None:
+            return hidden
+        return self._at(hidden, tokens) if tokens else hidden[:0]
 
     def _at(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
         """Of all of a step's tokens these → [len(tokens) and padding, hidden]."""

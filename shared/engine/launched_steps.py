@@ -94,10 +94,12 @@ class LaunchedSteps:
             here = replace(buffers, positions=sent.positions, slots=sent.slots)
             context.begin_rows(sent.input_ids, here, plans)
         asks = any(batch.rows[i].prompt_logprobs is not None for i in layout.chunks)
-        if asks or columns.num_wanted > context.drawn_sizes[-1]:
+        inputs = self._inputs(batch, layout, len(sent.input_ids))
+        all_go = asks or context.tapped is not None and context.tapped.to_the_end
+        if all_go or columns.num_wanted > context.drawn_sizes[-1]:
             # More are wanted than ever draw at once: all tokens go through the last layer.
             hidden = context.model.hidden_states(
-                sent.input_ids, sent.positions, context.caches, plans
+                sent.input_ids, sent.positions, context.caches, plans, **inputs
             )
             if asks:
                 self._tell_of_prompts(batch, layout, hidden)
@@ -109,8 +111,26 @@ class LaunchedSteps:
                 context.caches,
                 plans,
                 (wanted.tokens, self._plans_of(wanted, plans)),
+                **inputs,
             )
         return hidden, wanted
+
+    def _inputs(self, batch: Batch, layout: Layout, num_tokens: int) -> dict[str, Any]:
+        """What the model gets beside so many tokens, and fills; notes where it tells of them."""
+        inputs = self._context.make_inputs(num_tokens)
+        if "taps" in inputs:
+            layout.taps = inputs["taps"].out.flatten(1)
+        if "features" in inputs:
+            starts = [*range(len(layout.decode))]
+            token = layout.size * layout.width
+            for i in layout.chunks:
+                starts.append(token)
+                token += batch.rows[i].num_tokens
+            for start, i in zip(starts, [*layout.decode, *layout.chunks], strict=True):
+                features = batch.rows[i].features
+                if features is not None:
+                    inputs["features"][start : start + len(features)].copy_(features)
+        return inputs
 
     def _tell_of_prompts(self, batch: Batch, layout: Layout, hidden: Tensor) -> None:
         """hidden: [T, hidden], of all of the step's tokens."""

@@ -186,7 +186,7 @@ class ModelRunner:
         self._model = self._load(weights, plan, progress)
         weights.close()
         if self.draft is not None:
-            self.draft.load(progress)
+            self.draft.load(progress, self._model)
 
         self.determinism, self._min_rows = self._measure_determinism(plan)
         with torch.inference_mode():
@@ -410,6 +410,7 @@ class ModelRunner:
             progress(_describe_length(choice, self._most_tokens))
 
     def _make_executor(self, kv_cache: KvCache, max_num_seqs: int | None = None) -> Executor:
+        tapped = None if self.draft is None else self.draft.tapped
         if self.kernels == "torch":
             return HostExecutor(
                 self._model,
@@ -422,6 +423,7 @@ class ModelRunner:
                 min_linear_rows=determinism.MIN_LINEAR_ROWS if self.dtype == torch.float32 else 1,
                 fuses_attention=fuses_attention(self.model_config, self.device, self.dtype),
                 eos_token_ids=self.model_config.eos_token_ids,
+                tapped=tapped,
             )
         from baton.shared.engine.device_executor import DeviceExecutor
 
@@ -435,6 +437,7 @@ class ModelRunner:
             max_num_seqs=max_num_seqs or self.max_num_seqs,
             num_drafts=self.num_drafts,
             eos_token_ids=self.model_config.eos_token_ids,
+            tapped=tapped,
         )
 
     @property

@@ -50,10 +50,12 @@ def sample_tokens(
     ]
 
 
-def draw_stream(seed: int, sample_index: int) -> int:
-    """The random stream of one sample: 64 bits, as a signed number."""
+def draw_stream(seed: int, sample_index: int, shift: int = 0) -> int:
+    """The random stream of one sample: 64 bits, as a signed number. `shift`: its keys are those of
+    positions so many further on."""
     state = _mix((seed + _GOLDEN) & _MASK)
-    return _signed(_mix((state + (sample_index + 1) * _GOLDEN) & _MASK))
+    stream = _mix((state + (sample_index + 1) * _GOLDEN) & _MASK)
+    return _signed((stream + shift * _GOLDEN) & _MASK)
 
 
 def draw_key(seed: int, sample_index: int, position: int) -> int:

@@ -162,7 +162,7 @@ def _watch(runner: ModelRunner, route: Any, begin: Any) -> None:
         if wanted is not None and len(wanted[0]):
             left = [tokens[place] for place in wanted[0].tolist()]
             left = _without_padding(left, _have_rows(wanted[1], len(left)))
-        coming[:] = [(index, left if index >= model._last_to_store else tokens) for index in layers]
+        coming[:] = [(index, left if index >= model.last_to_store else tokens) for index in layers]
         hidden: Tensor = compute(input_ids, positions, caches, plans, wanted)
         return hidden
 

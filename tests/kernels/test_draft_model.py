@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
+from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
+from tests.heads import make_head
 from tests.kernels.test_engine import SMALL, maker
 from tests.unit.worker.drafting import GuessingRunner
 from tests.unit.worker.sim_worker import SimWorker
@@ -52,16 +57,55 @@ def test_answers_are_those_without(tmp_path: Path, device: torch.device) -> None
     (tmp_path / "model").mkdir()
     make = maker(tmp_path / "model", SMALL)
     draft_dir = twin_of(tmp_path / "model", tmp_path / "draft", 0.02)
-    prompts = [random.Random(n).choices(range(SMALL["vocab_size"]), k=n) for n in LENGTHS]
+    prompts = prompts_of(LENGTHS)
     runner = make("triton", device, num_drafts=3, draft_model_dir=draft_dir)
     expected = PlainLoop(runner).generate(prompts, WAYS)
+    answers, _, counters = guessed(runner, prompts, WAYS)
+    assert answers == expected
+    assert counters["drafted_tokens"] > counters["accepted_tokens"] > 8
 
+
+def test_a_head_guesses_what_it_guesses_by_plain_torch(
+    tmp_path: Path, device: torch.device
+) -> None:
+    """By states of steps with chunks and of those without, its own and those of the model."""
+    (tmp_path / "model").mkdir()
+    make = maker(tmp_path / "model", SMALL)
+    layers: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
+    head_dir = make_head(tmp_path / "head", SMALL, draft_vocab_size=50, **layers)
+    how = {"num_drafts": 2, "draft_model_dir": head_dir, "draft_kind": "eagle3"}
+    prompts, ways = prompts_of((3, 6)), [replace(way, max_tokens=4) for way in WAYS[1:]]
+    runner = make("triton", device, **how)
+    expected = PlainLoop(runner).generate(prompts, ways)
+    answers, guesses, counters = guessed(runner, prompts, ways)
+    assert answers == expected and counters["drafted_tokens"] > 3
+    assert guesses == guessed(make("torch", torch.device("cpu"), **how), prompts, ways)[1]
+
+
+def prompts_of(lengths: Seq[int]) -> list[list[int]]:
+    return [random.Random(n).choices(range(SMALL["vocab_size"]), k=n) for n in lengths]
+
+
+def guessed(
+    runner: ModelRunner, prompts: list[list[int]], ways: list[SamplingParams]
+) -> tuple[list[list[int]], dict[Any, Any], dict[str, int]]:
+    """Answers; guesses, by answer and how long it was; counters."""
     guessing = GuessingRunner(runner)
     limits = BatchLimits(token_budget=32, max_num_seqs=4)
     worker = SimWorker("w", "ab" * 16, guessing, lambda _, mail: None, limits)  # type: ignore[arg-type]
+    guesses: dict[Any, Any] = {}
+    guess = guessing.drafter.drafts
+
+    def noting(wanted: Any) -> Any:
+        drafts = guess(wanted)
+        for (sequence, _), draft in zip(wanted, drafts, strict=True):
+            guesses[sequence.key, sequence.num_tokens] = draft.token_ids
+        return drafts
+
+    guessing.drafter.drafts = noting
     sequences = [
         Sequence(AttemptKey(f"r{number}", 0, 1), tuple(prompt), params)
-        for number, (prompt, params) in enumerate(zip(prompts, WAYS, strict=True))
+        for number, (prompt, params) in enumerate(zip(prompts, ways, strict=True))
     ]
     for number, sequence in enumerate(sequences):
         worker.inbox.put(msg.StartDecode(sequence, Recipient(worker.gateway_stream, number), None))
@@ -69,8 +113,6 @@ def test_answers_are_those_without(tmp_path: Path, device: torch.device) -> None
         worker.engine.run_once(may_wait=False)
         if all(sequence.finish_reason for sequence in sequences) and not worker.engine.is_busy:
             break
-    assert [sequence.output_token_ids for sequence in sequences] == expected
     assert worker.leftovers == {}
     guessing.check()
-    counters = worker.counters
-    assert counters["drafted_tokens"] > counters["accepted_tokens"] > 8
+    return [list(each.output_token_ids) for each in sequences], guesses, dict(worker.counters)

@@ -90,10 +90,18 @@ class Attention:
     """
 
     def __init__(
-        self, config: ModelConfig, load: ModelLoader, names: Names, prefix: str, index: int
+        self,
+        config: ModelConfig,
+        load: ModelLoader,
+        names: Names,
+        prefix: str,
+        index: int,
+        *,
+        num_in: int | None = None,
     ) -> None:
         """Of layer `index`. `names`: q, k, v, output; with norms of heads q_norm and k_norm; with
-        sinks sinks. v may be missing: values are what keys are before norm and rotation, then."""
+        sinks sinks. v may be missing: values are what keys are before norm and rotation, then.
+        `num_in`: numbers that heads are made of, if not the hidden state's."""
         own, style = config.layers[index], config.style
         assert own is not None
         self._ops = load.ops
@@ -116,7 +124,7 @@ class Attention:
         qkv = parts(names, prefix, *pieces)
         if self._has_cache and "v" not in names:
             qkv = (*qkv, replace(qkv[-1], order=None))
-        self._qkv = load.linear(LinearSpec(config.hidden_size, qkv, Split.COLUMNS))
+        self._qkv = load.linear(LinearSpec(num_in or config.hidden_size, qkv, Split.COLUMNS))
         self._norms = self._load_norms(config, load, names, prefix, order)
         self._sinks = None
         if style.has_sinks:
@@ -144,9 +152,14 @@ class Attention:
             has_value=self._has_cache and config.style.has_value_norm,
         )
 
-    def query(self, hidden: Tensor, norm: Norm, rope: Any, kv: Tensor, plan: Any) -> Tensor:
-        """Of norm(hidden [T, hidden]) → [T, num_heads, head_dim]; stores keys and values."""
-        heads = self._ops.norm_linear(hidden, norm, self._qkv).view(len(hidden), -1, self._head_dim)
+    def query(self, hidden: Tensor, norm: Norm | None, rope: Any, kv: Tensor, plan: Any) -> Tensor:
+        """Of norm(hidden [T, hidden]) → [T, num_heads, head_dim]; stores keys and values. None:
+        hidden is normalised."""
+        heads = (
+            self._ops.linear(hidden, self._qkv)
+            if norm is None
+            else self._ops.norm_linear(hidden, norm, self._qkv)
+        ).view(len(hidden), -1, self._head_dim)
         if not self._has_cache:
             return self._ops.rope_query(heads, rope, self._norms)
         return self._ops.rope_and_store(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from baton.shared.engine.executor import Between, Halfway, Wanted
+from baton.shared.engine.executor import Between, Halfway, Taps, Wanted
 from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Names, load_norm
@@ -64,7 +64,7 @@ class Decoder:
         self.embedding, self._head = _ends(config, load, names)
         self._norm = load_norm(config, load, names["norm"])
         self._groups_of = [_groups_of(index, config, load) for index in range(config.num_layers)]
-        self._last_to_store = max(
+        self.last_to_store = max(
             index
             for index, layer in enumerate(config.layers)
             if self._groups_of[index] and (layer is None or layer.source is None)
@@ -82,6 +82,8 @@ class Decoder:
         caches: Sequence[Any],
         plans: Sequence[Any],
         wanted: Wanted | None = None,
+        *,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Runs all layers and stores the tokens' KV → [T, hidden], for `logits`.
 
@@ -93,14 +95,15 @@ class Decoder:
             caches: by cache group, as `KvCache.caches`.
             plans: by cache group, where the step's tokens are stored and what they attend to, or
                 which slots their rows have.
+            taps: filled on the way; with `wanted`, as far as all tokens go.
         """
-        halfway = self.begin(input_ids, positions, caches, plans)
+        halfway = self.begin(input_ids, positions, caches, plans, taps=taps)
         if wanted is not None:
             tokens, plans = wanted
             if not len(tokens):
                 return halfway.hidden[:0]
-            halfway = halfway.at(tokens)
-        return self.finish(halfway, caches, plans)
+            halfway, taps = halfway.at(tokens), None
+        return self.finish(halfway, caches, plans, taps)
 
     def begin(
         self,
@@ -109,33 +112,49 @@ class Decoder:
         caches: Sequence[Any],
         plans: Sequence[Any],
         between: Between | None = None,
+        *,
+        taps: Taps | None = None,
     ) -> Halfway:
         """As far as anything is stored; arguments as of `hidden_states`."""
         ropes = self._take_ropes(positions)
         hidden = self._embed(input_ids)
         extra = None if self._extra_inputs is None else self._extra_inputs(input_ids, hidden)
-        for index in range(self._last_to_store):
+        for index in range(self.last_to_store):
+            if taps is not None:
+                taps.take(index, hidden)
             own = None if extra is None else extra[:, index]
             hidden = self._run(index, hidden, ropes, caches, plans, own)
             if between is not None:
-                between(index + 1, self._last_to_store)
-        layer, groups, rope = self._parts_of(self._last_to_store)
+                between(index + 1, self.last_to_store)
+        if taps is not None:
+            taps.take(self.last_to_store, hidden)
+        layer, groups, rope = self._parts_of(self.last_to_store)
         query = layer.query(hidden, _of_kind(ropes, rope), _of(caches, groups), _of(plans, groups))
         return Halfway(query, hidden, positions, extra)
 
-    def finish(self, halfway: Halfway, caches: Sequence[Any], plans: Sequence[Any]) -> Tensor:
-        """The rest of the layers, of tokens as they are after `begin` → [R, hidden]. `plans`: of
-        these tokens alone."""
+    def finish(
+        self,
+        halfway: Halfway,
+        caches: Sequence[Any],
+        plans: Sequence[Any],
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """The rest of the layers, of tokens as they are after `begin` → [R, hidden]. `plans`, and
+        `taps`: of these tokens alone."""
         query, hidden, positions, extra = halfway
-        first = self._last_to_store
+        first = self.last_to_store
         layer, groups, _ = self._parts_of(first)
         own = None if extra is None else extra[:, first]
         hidden = layer.finish(hidden, query, _of(caches, groups), _of(plans, groups), own)
         if first + 1 < len(self._layers):
             ropes = self._take_ropes(positions)
         for index in range(first + 1, len(self._layers)):
+            if taps is not None:
+                taps.take(index, hidden)
             own = None if extra is None else extra[:, index]
             hidden = self._run(index, hidden, ropes, caches, plans, own)
+        if taps is not None:
+            taps.take(len(self._layers), hidden)
         return hidden
 
     def _run(

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
+from baton.services.decode.head_drafter import HeadDrafter
 from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.drafting import Drafting
 from baton.shared.engine.model_runner import ModelRunner
@@ -85,12 +86,14 @@ class DraftingRunner:
 
 
 class GuessingRunner:
-    """Stands in for a runner whose worker lets its draft model guess, every guess checked."""
+    """Stands in for a runner whose worker lets its draft model, or head, guess, every guess
+    checked."""
 
     def __init__(self, runner: ModelRunner) -> None:
         assert runner.draft is not None
         self._runner = runner
-        self.drafter = ModelDrafter(runner.draft)
+        make: Any = ModelDrafter if runner.draft.tapped is None else HeadDrafter
+        self.drafter = make(runner.draft)
         self.drafting = Drafting(self.drafter, AllOfThem(runner.num_drafts), runner.num_drafts)
 
     def __getattr__(self, name: str) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.executor import Copied, Step
 from baton.shared.engine.kv_cache import SlotCopy
@@ -29,6 +31,10 @@ class LateStep:
         self.step = self.runner.launch(self.batch)
         self.runner.copy_slots(self.copies)
         return self.step.result()
+
+    def taps(self, row: int) -> Tensor | None:
+        assert self.step is not None
+        return self.step.taps(row)
 
     def prompt_logprobs(self, row: int) -> Sequence[TokenLogprobs | None]:
         assert self.step is not None

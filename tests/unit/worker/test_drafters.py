@@ -111,6 +111,7 @@ def test_what_an_earlier_attempt_emitted_is_answer_too() -> None:
         ("ngram:1", Speculation("ngram", 1)),
         (f"ngram:{MAX_DRAFTS}", Speculation("ngram", MAX_DRAFTS)),
         ("draft-model:3", Speculation("draft-model", 3)),
+        ("eagle3:5", Speculation("eagle3", 5)),
         ("none", None),
     ],
 )
@@ -128,8 +129,9 @@ def test_the_flag(text: str, meant: Speculation | None) -> None:
         ("ngram:-1", f"'-1' drafts: must be a number from 1 to {MAX_DRAFTS}"),
         ("ngram:²", f"'²' drafts: must be a number from 1 to {MAX_DRAFTS}"),
         ("ngram:" + "9" * 5000, "drafts: must be a number"),
-        ("eagle3:4", "'eagle3' is no kind of drafts; choose from ngram, draft-model, none"),
-        ("", "'' is no kind of drafts; choose from ngram, draft-model, none"),
+        ("eagle3:16", f"'16' drafts: must be a number from 1 to {MAX_DRAFTS}"),
+        ("medusa:4", "'medusa' is no kind of drafts; choose from ngram, draft-model, eagle3"),
+        ("", "'' is no kind of drafts; choose from ngram, draft-model, eagle3"),
     ],
 )
 def test_what_the_flag_refuses(text: str, problem: str) -> None:
@@ -142,7 +144,8 @@ def test_what_the_flag_refuses(text: str, problem: str) -> None:
     [
         (Speculation("draft-model", 3), None, "--speculate draft-model:3 needs --draft-model"),
         (Speculation("ngram", 3), Path("m"), "--draft-model is for .*, not for ngram:3"),
-        (None, Path("m"), "--draft-model is for --speculate draft-model, not for none"),
+        (Speculation("eagle3", 3), None, "--speculate eagle3:3 needs --draft-model"),
+        (None, Path("m"), "--draft-model is for --speculate draft-model or eagle3, not for none"),
     ],
 )
 def test_flags_that_want_each_other(

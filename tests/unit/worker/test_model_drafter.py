@@ -202,7 +202,7 @@ def test_it_catches_up_after_steps_without_guesses(
     make_guessing: Callable[..., Any], answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with k = 0 for a while, and only where guesses may pay or are wanted."""
-    monkeypatch.setattr("baton.services.decode.model_drafter._FEW", 4)
+    monkeypatch.setattr("baton.services.decode.chains.FEW", 4)
 
     class Moody(AllOfThem):
         num_steps, is_paying, has_begun, told = 0, False, False, 0
@@ -267,7 +267,7 @@ def test_a_worker_that_only_waits_for_blocks_does_not_stand_still(
     expects: bool,
 ) -> None:
     """A gateway gives up a worker that says it is busy and takes no step."""
-    monkeypatch.setattr("baton.services.decode.model_drafter._FEW", 4)
+    monkeypatch.setattr("baton.services.decode.chains.FEW", 4)
 
     class Expecting(AllOfThem):
         def expects(self, num_rows: int) -> bool:

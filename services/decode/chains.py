@@ -1,0 +1,274 @@
+"""ChainDrafter: what guesses by a smaller model, or a head, have in common: its rows and its cache.
+
+    drafts     the few tokens that are new ─► a guess ─► its successor ─► … one step of all
+               sequences for each place of their chains
+
+Noise is a function of seed and place, so the two models draw the same token wherever their chances
+are alike. The cache of who guesses holds what it has computed, guesses included: those that did
+not stand are written over.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+from baton.services.decode.drafters import Draft, Predictions
+from baton.shared.engine.batch import BatchRow, RowHandle
+from baton.shared.engine.draft_model import CHUNK, DraftModel
+from baton.shared.engine.executor import Step
+from baton.shared.kv.block_pool import PoolExhausted
+from baton.shared.kv.pools import Pools
+from baton.shared.kv.sequence import BlockTable, Sequence
+from baton.shared.sampling import SamplingParams
+
+FEW = 64
+"""As many new tokens are computed with a chain; more are caught up with first."""
+FEW_SINGLY = 3
+"""As many are computed one by one, where several of a row take longer than as many steps."""
+_CHUNK_BESIDE = 128
+"""Tokens that are caught up with before a step for which others wait."""
+_STEPS_AHEAD = 3
+"""Of who guesses on a GPU, whose results are not taken yet."""
+
+
+@dataclass(slots=True, eq=False)
+class Guessing(ABC):
+    """A sequence, as the drafter knows it."""
+
+    sequence: Sequence
+    held: Sequence
+    """Stands for it in the pools of who guesses."""
+    params: SamplingParams
+    """How to draw."""
+    num_computed: int = 0
+    """Tokens that are in the cache, and were drawn."""
+    guesses: list[int] = field(default_factory=list)
+    """Those that are in the cache behind them, as if they had been drawn."""
+    handle: RowHandle | None = None
+
+    @property
+    def num_asked_tokens(self) -> int:
+        return self.sequence.num_asked_tokens
+
+    @property
+    def banned_sequences(self) -> Seq[tuple[int, ...]]:
+        return self.sequence.banned_sequences
+
+    def token_slice(self, start: int, end: int) -> Seq[int]:
+        """As if the guesses had been drawn."""
+        known = self.sequence.num_tokens
+        behind = self.guesses[max(0, start - known) : max(0, end - known)]
+        return (*self.sequence.token_slice(start, min(end, known)), *behind)
+
+    @property
+    @abstractmethod
+    def num_new(self) -> int:
+        """Tokens that are not in the cache, and can be computed."""
+
+    def can_begin(self) -> bool:
+        """Whether a chain can: with a token that is new."""
+        return self.num_new > 0
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Before a chain, or when more is known: of earlier guesses those that were drawn may count
+        as computed; the others are forgotten."""
+
+
+Known = TypeVar("Known", bound=Guessing)
+
+
+class ChainDrafter(ABC, Generic[Known]):
+    needs_known = True
+
+    def __init__(self, model: DraftModel) -> None:
+        self._model = model
+        self._pools = Pools(model.groups, model.capacity)
+        self._known: dict[Sequence, Known] = {}
+        self._predictions = Predictions()
+        self._steps_ahead = _STEPS_AHEAD if model.computes_tokens_singly else 0
+        self._in_flight: deque[tuple[Seq[Known], Step]] = deque()
+
+    @abstractmethod
+    def _make(self, sequence: Sequence, held: Sequence, params: SamplingParams) -> Known: ...
+
+    @abstractmethod
+    def is_behind(self, sequence: Sequence) -> bool: ...
+
+    @abstractmethod
+    def _row(self, known: Known, num_tokens: int, *, draws: bool) -> BatchRow:
+        """Of the first of the new tokens."""
+
+    def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
+        rows: list[BatchRow] = []
+        # On a GPU fewer tokens would not take less time.
+        is_short = others_wait and not self._model.computes_tokens_singly
+        left = _CHUNK_BESIDE if is_short else CHUNK
+        most_rows = min(self._model.max_rows, self._model.executor.num_free_rows)
+        going: list[tuple[Known, int]] = []
+        for sequence in sequences:
+            if len(going) == most_rows:
+                break
+            known = self._settled(sequence)
+            # Something is left to begin a chain with.
+            count = min(known.num_new - 1, left)
+            if count <= 0 or not self._has_room(known, known.num_computed + count):
+                continue
+            going.append((known, count))
+            left -= count
+        self._prepare([known for known, _ in going])
+        for known, count in going:
+            rows.append(self._row(known, count, draws=False))
+            known.num_computed += count
+        if rows:
+            self._launch(rows)
+        return bool(rows)
+
+    def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
+        drafts = [self._predictions.draft(sequence, most) for sequence, most in wanted]
+        guessing: list[tuple[Known, int]] = []
+        for (sequence, most), predicted in zip(wanted, drafts, strict=True):
+            if predicted is None and self._can_guess(sequence):
+                known = self._settled(sequence)
+                # Of the last guess nothing is computed.
+                if (
+                    known.can_begin()
+                    and not self.is_behind(sequence)
+                    and self._has_room(known, known.num_computed + known.num_new + most - 1)
+                ):
+                    self._open(known)
+                    guessing.append((known, most))
+        if guessing:
+            self._guess(guessing)
+        chains = {known.sequence: Draft(tuple(known.guesses)) for known, _ in guessing}
+        for known, _ in guessing:
+            # The last one was drawn, and is not in the cache.
+            known.guesses = known.guesses[:-1]
+        return [
+            predicted or chains.get(sequence, Draft())
+            for (sequence, _), predicted in zip(wanted, drafts, strict=True)
+        ]
+
+    def forget(self, sequence: Sequence) -> None:
+        self._predictions.forget(sequence)
+        known = self._known.pop(sequence, None)
+        if known is not None:
+            self._pools.release(known.held.block_tables)
+            self._close(known)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError with what is wrong."""
+        self._pools.check_integrity([known.held.block_tables for known in self._known.values()])
+
+    def _can_guess(self, sequence: Sequence) -> bool:
+        """Not where guesses are made before the host knows those that they follow, and cannot say
+        what is banned behind them; nor without a place."""
+        if self._model.computes_tokens_singly and sequence.needs_last_tokens:
+            return False
+        known = self._known.get(sequence)
+        has_place = known is not None and known.handle is not None
+        return has_place or self._model.executor.num_free_rows > 0
+
+    def _settled(self, sequence: Sequence) -> Known:
+        known = self._known.get(sequence)
+        if known is None:
+            # Nobody asks what it would say.
+            params = replace(sequence.params, logprobs=None, prompt_logprobs=None)
+            held = Sequence(sequence.key, (), params)
+            held.block_tables = [BlockTable() for _ in self._pools.groups]
+            known = self._known[sequence] = self._make(sequence, held, params)
+        known.settle()
+        return known
+
+    def _has_room(self, known: Known, num_tokens: int) -> bool:
+        """Takes it. Nobody yields for a guess."""
+        self._pools.give_back_behind(known.held, known.num_computed)
+        try:
+            self._pools.extend(known.held, num_tokens)
+        except PoolExhausted:
+            return False
+        return True
+
+    def _prepare(self, guessing: Seq[Known]) -> None:
+        """Before rows of new tokens."""
+
+    def _guess(self, guessing: Seq[tuple[Known, int]]) -> None:
+        """Makes their chains, each of so many guesses."""
+        self._prepare([known for known, _ in guessing])
+        if self._model.computes_tokens_singly:
+            self._compute_singly([known for known, _ in guessing])
+        going = [known for known, _ in guessing]
+        self._launch([self._first_row(known) for known in going], going)
+        for place in range(1, max(most for _, most in guessing)):
+            # A row goes on from the guess where that lies: the host may not know it yet.
+            going = [
+                known
+                for known, most in guessing
+                if most > place and (self._in_flight or len(known.guesses) == place)
+            ]
+            if not going:
+                break
+            self._launch([self._next_row(known, place) for known in going], going)
+        while self._in_flight:
+            self._take()
+
+    def _compute_singly(self, guessing: Seq[Known]) -> None:
+        """All but the last of few new tokens."""
+        few = range(2, 1 + FEW_SINGLY)
+        while rest := [each for each in guessing if each.num_new in few]:
+            self._launch([self._row(known, 1, draws=False) for known in rest])
+            for known in rest:
+                known.num_computed += 1
+
+    def _launch(self, rows: Seq[BatchRow], going: Seq[Known] = ()) -> None:
+        """`going`: for whom each row draws a guess."""
+        step = self._model.launch(rows)
+        self._launched(going, step)
+        self._in_flight.append((going, step))
+        while len(self._in_flight) > self._steps_ahead:
+            self._take()
+
+    def _launched(self, going: Seq[Known], step: Step) -> None:
+        """Before what it drew is known."""
+
+    def _take(self) -> None:
+        """What the earliest step drew goes behind the guesses; where nothing could be drawn they
+        end."""
+        going, step = self._in_flight.popleft()
+        drawn = step.result()
+        for known, [each] in zip(going, drawn if going else (), strict=True):
+            if each.failure is None:
+                known.guesses.append(each.token_id)
+
+    def _first_row(self, known: Known) -> BatchRow:
+        count = known.num_new
+        row = self._row(known, count, draws=True)
+        known.num_computed += count
+        return row
+
+    def _next_row(self, known: Known, place: int) -> BatchRow:
+        return BatchRow(
+            None,
+            known.num_computed + place - 1,
+            known.held.block_tables,
+            known.params,
+            known.sequence.key.sample,
+            known.handle,
+        )
+
+    def _open(self, known: Known) -> None:
+        if known.handle is not None and known.handle.shaping is not None:
+            # It has counted guesses that did not stand.
+            self._close(known)
+        if known.handle is None:
+            key = known.sequence.key
+            known.handle = self._model.executor.open_row(known.params, key.sample, known)
+
+    def _close(self, known: Known) -> None:
+        if known.handle is not None:
+            self._model.executor.close_row(known.handle)
+            known.handle = None
