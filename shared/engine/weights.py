@@ -184,7 +184,10 @@ class DummyWeights:
         part: tuple[slice, ...] = (),
     ) -> torch.Tensor:
         """See `WeightSource`; float32 unless a dtype is given."""
-        if len(shape) == 3:
+        if device.type == "meta":
+            return torch.empty(shape, dtype=dtype or torch.float32, device=device)[part]
+        # A convolution's channels, [C, 1, K], are made at once.
+        if len(shape) == 3 and shape[1] > 1:
             # Of all experts: each has random numbers of its own, so that one alone can be made.
             first, *rest = part or (slice(None),)
             each = [
@@ -193,8 +196,6 @@ class DummyWeights:
             ]
             return each[0][None] if len(each) == 1 else torch.stack(each)
         weight = torch.empty(shape, dtype=dtype or torch.float32, device=device)
-        if device.type == "meta":
-            return weight[part]
         if len(shape) == 1 or name.endswith("bias"):
             return weight.fill_(0.0 if name.endswith("bias") else 1.0)[part]
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
