@@ -234,6 +234,11 @@ class BatchState:
         for size in self._sent_rows:
             self._sent_rows[size] = [-2] * size
 
+    @property
+    def num_updates(self) -> int:
+        """That `take_updates` would give."""
+        return len(self._offsets) + sum(len(run) for _, run in self._runs)
+
     def take_updates(self) -> Int32s | None:
         """[2, n]: offsets into `arena` and their new values; None when nothing changed."""
         if not self._offsets and not self._runs:

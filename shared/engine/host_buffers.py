@@ -40,9 +40,7 @@ class HostBuffers:
         num_updates = 0 if updates is None else updates.shape[1]
         num_columns = 0 if columns is None else aligned(len(columns))
         num_words = num_columns + 2 * num_updates
-        if len(self._columns[self._turn][1]) < num_words:
-            self._columns[self._turn] = self._buffer(2 * num_words)
-        buffer, words = self._columns[self._turn]
+        buffer, words = self._columns_of(num_words)
         if columns is not None:
             words[: len(columns)] = columns
         if updates is not None:
@@ -52,12 +50,29 @@ class HostBuffers:
             scatter(state.arena, sent[num_columns:].view(2, num_updates))
         return sent[:num_columns]
 
+    def send_to(self, arena: Tensor, state: BatchState, words: npt.NDArray[np.int32]) -> None:
+        """The same, but the columns lie at the front of `arena`, int32 on the device, then."""
+        if state.num_updates:
+            sent = self.send(state, words)
+            assert sent is not None
+            arena[: len(words)].copy_(sent[: len(words)])
+            return
+        buffer, own = self._columns_of(len(words))
+        own[: len(words)] = words
+        arena[: len(words)].copy_(buffer[: len(words)], non_blocking=True)
+
     def fetch(self, tokens: Tensor) -> Tensor:
         """The last thing of a step: `tokens`, int32 [n], on the host when the stream is there."""
         host = self._tokens[self._turn][: len(tokens)]
         self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
         host.copy_(tokens, non_blocking=True)
         return host
+
+    def _columns_of(self, num_words: int) -> tuple[Tensor, npt.NDArray[np.int32]]:
+        """The step's, with room for so many words."""
+        if len(self._columns[self._turn][1]) < num_words:
+            self._columns[self._turn] = self._buffer(2 * num_words)
+        return self._columns[self._turn]
 
     def _buffer(self, num_words: int) -> tuple[Tensor, npt.NDArray[np.int32]]:
         """Room for that many words at least, as the device's side sees it and as the host's."""

@@ -1,6 +1,7 @@
 """The columns of a captured step with prompt chunks: like those of device_columns.py, but where
 each begins depends on nothing but the graph that reads them.
 
+    updates  int32 [2, U]  what changed of the batch's state, −1 = padding (batch_state.py)
     wanted   int32 [Rmax]  tokens whose logits are wanted
     rows     int32 [Rmax]  their slots, −1 = padding
     decode   int32 [Dmax]  slots of the decode rows, −1 = padding
@@ -35,6 +36,8 @@ from baton.shared.engine.device_columns import slots_of_row
 
 Int32s = npt.NDArray[np.int32]
 
+MOST_UPDATES = 1024
+"""Of a step from a graph: a new sequence brings its block table."""
 WIDE_TOKENS = 128
 """Of a wide tile."""
 _FEW_TOKENS, _MANY_KEYS = 128, 1024
@@ -57,6 +60,7 @@ class ItemKind:
 class PromptViews(NamedTuple):
     """The columns on the device."""
 
+    updates: Tensor
     wanted: Tensor
     rows: Tensor
     decode: Tensor
@@ -92,6 +96,7 @@ class PromptLayout:
     def _columns(self) -> list[slice]:
         """Where each column is; all begin at 16 bytes, for kernels are compiled for that."""
         sizes = [
+            2 * MOST_UPDATES,
             *(self.most_wanted, self.most_wanted, self.most_decode, 1 + len(self.kinds)),
             *(2 * self.num_groups * self.num_tokens, self.num_tokens, self.num_tokens),
             4 * self.most_tiles,
@@ -106,9 +111,10 @@ class PromptLayout:
     def views(self, words: Tensor) -> PromptViews:
         """words: int32 [≥ num_words], on the device."""
         parts = [words[column] for column in self._columns]
-        wanted, rows, decode, counts, slots, input_ids, positions, tiles, *items = parts
+        updates, wanted, rows, decode, counts, slots, input_ids, positions, tiles, *items = parts
         num_slots = self.num_groups * self.num_tokens
         return PromptViews(
+            updates.view(2, MOST_UPDATES),
             wanted[: self.most_wanted],
             rows[: self.most_wanted],
             decode[: self.most_decode],
@@ -129,6 +135,7 @@ class PromptLayout:
         chunks: Sequence[tuple[int, BatchRow]],
         wanted: Sequence[tuple[int, int]],
         block_size: int,
+        updates: Int32s | None = None,
     ) -> Int32s:
         """The columns of a step.
 
@@ -136,12 +143,15 @@ class PromptLayout:
             decode: slots of the decode rows.
             chunks: (slot, row) of each; their block tables are long enough.
             wanted: (token of the step, slot) of those whose logits are wanted.
+            updates: [2, n], at most `MOST_UPDATES` of them.
         """
         packed = np.zeros(self.num_words, np.int32)
         columns = [packed[column] for column in self._columns]
-        of_wanted, of_rows, of_decode, counts, slots_words, input_ids, positions, tiles = columns[
-            :8
-        ]
+        of_updates, of_wanted, of_rows, of_decode, counts, *columns = columns
+        slots_words, input_ids, positions, tiles, *item_columns = columns
+        of_updates[:] = -1
+        if updates is not None:
+            of_updates.reshape(2, MOST_UPDATES)[:, : updates.shape[1]] = updates
         of_rows[:] = of_decode[:] = -1
         if wanted:
             of_wanted[: len(wanted)], of_rows[: len(wanted)] = np.array(wanted, np.int32).T
@@ -161,7 +171,7 @@ class PromptLayout:
             own = cut.tiles(WIDE_TOKENS, cut.is_wide)
             tiles[: own.size] = own.reshape(-1)
             counts[0] = len(own)
-        for number, (kind, column) in enumerate(zip(self.kinds, columns[8:], strict=True)):
+        for number, (kind, column) in enumerate(zip(self.kinds, item_columns, strict=True)):
             which = ~cut.is_wide if kind.has_wide else np.ones(len(chunks), bool)
             if not which.any():
                 continue

@@ -21,7 +21,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from baton.kernels.batch_state import begin_step
+from baton.kernels.batch_state import begin_step, scatter
 from baton.kernels.decode_attention import DecodeWork, plan_decode
 from baton.kernels.prefill_attention import is_wide
 from baton.kernels.split_prefill_attention import ItemConfig, ItemWork, item_config, make_item_work
@@ -32,6 +32,7 @@ from baton.shared.engine.device_step import Layout
 from baton.shared.engine.executor import Halfway, HalvesModel
 from baton.shared.engine.graphs import Graph, Graphs
 from baton.shared.engine.prompt_columns import (
+    MOST_UPDATES,
     WIDE_TOKENS,
     ItemKind,
     PromptLayout,
@@ -131,15 +132,17 @@ class PromptSteps:
             if num_wanted[row]:
                 wanted.append((token - 1, layout.handles[row].slot))
                 layout.wanted.append(row)
+        # Where they are few, as of most steps, they go along and are written by the graph.
+        goes_along = context.state.num_updates <= MOST_UPDATES
         packed = step.layout.pack(
             [layout.handles[row].slot for row in layout.decode],
             [(layout.handles[row].slot, rows[row]) for row in layout.chunks],
             wanted,
             context.block_size,
+            context.state.take_updates() if goes_along else None,
         )
-        sent = context.host.send(context.state, packed)
-        assert sent is not None and self._halfway is not None
-        self._arena[: len(sent)].copy_(sent)
+        context.host.send_to(self._arena, context.state, packed)
+        assert self._halfway is not None
         _run(step.graph, partial(self._forward, step))
         if not wanted:
             none = self._results[:0]
@@ -227,6 +230,7 @@ class PromptSteps:
         """`cut`: called where what is captured is to be cut in two."""
         context, views, state = self._context, step.views, self._context.state
         plans = step.plans
+        scatter(state.arena, views.updates)
         if step.num_decode:
             decode = views.decode[: step.num_decode]
             begin_step(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton.shared.engine import prompt_steps
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
@@ -97,9 +98,12 @@ class Known:
         return [*self._prompt, *(each.token_id for each in self._drawn)][start:end]
 
 
-def test_chunks_and_decode_rows_of_any_mixture(runner: ModelRunner, reference: ModelRunner) -> None:
+def test_chunks_and_decode_rows_of_any_mixture(
+    runner: ModelRunner, reference: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole prompts, chunks behind prefixes, decode rows with penalties and without, steps launched
-    ahead; a step whose chunk draws nothing; one that is longer than any graph."""
+    ahead; a step whose chunk draws nothing; one that is longer than any graph; what changed goes
+    along, or is too much for that."""
     a = Answer(reference, 0, 45, GREEDY).open(runner)
     b = Answer(reference, 1, 7, SHAPED).open(runner)
     c = Answer(reference, 2, 19, SamplingParams(temperature=0.9, top_k=20, seed=3)).open(runner)
@@ -113,8 +117,11 @@ def test_chunks_and_decode_rows_of_any_mixture(runner: ModelRunner, reference: M
         [(d, d.chunk(0, 20)), (c, c.next(1)), (b, b.next(4)), (a, a.next(3))],
     ]
     in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
-    for step in steps:
+    for number, step in enumerate(steps):
+        if number % 2:
+            monkeypatch.setattr(prompt_steps, "MOST_UPDATES", 2)
         in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
+        monkeypatch.undo()
         if len(in_flight) > 1:
             took(*in_flight.pop(0))
     took(*in_flight.pop(0))
