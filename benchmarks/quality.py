@@ -1,11 +1,11 @@
-"""What small weights cost in quality: `python -m benchmarks.quality MODEL [--against MODEL]`.
+"""What small weights and caches cost: `python -m benchmarks.quality MODEL [--against MODEL]`.
 
 A text in windows, each a prompt of its own: the perplexity of every form, how far its distributions
 are from those of the reference (KL divergence, nats a token), and how often the first choice is the
 same. The reference is the model that MODEL, or `--against`, is in float32.
 
-A form is a dtype, with `+` and a method of `--quantization` if one is to be taken: bfloat16,
-float32+int4.
+A form is a dtype, with `+` and a method of `--quantization` if one is to be taken, and `+kv-fp8` if
+keys and values are kept in 8 bits: bfloat16, float32+int4, float32+kv-fp8.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from baton.shared.tokenizer.files import load_tokenizer
 from benchmarks.checkout import RESULTS, ROOT
 
 _BLOCK = 16
+_SMALL_CACHE = "kv-fp8"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def _logits(
     args: argparse.Namespace, directory: Path, form: str, windows: list[list[int]]
 ) -> Iterator[Tensor]:
     """float32 [tokens, vocab] of each window."""
-    dtype, _, quantization = form.partition("+")
+    dtype, *small = form.split("+")
+    kv_cache_dtype = "fp8" if _SMALL_CACHE in small else "auto"
+    quantization = next((each for each in small if each != _SMALL_CACHE), None)
     num_blocks = -(-args.window // _BLOCK)
     runner = ModelRunner(
         EngineConfig(
@@ -114,7 +117,8 @@ def _logits(
             num_blocks=num_blocks,
             max_model_len=args.window,
             token_budget=args.window,
-            quantization=quantization or None,  # type: ignore[arg-type]
+            quantization=quantization,  # type: ignore[arg-type]
+            kv_cache_dtype=kv_cache_dtype,
         )
     )
     for ids in windows:
@@ -133,9 +137,12 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
 
 
 def _form(text: str) -> str:
-    dtype, plus, quantization = text.partition("+")
-    if dtype not in DTYPES[1:] or (plus and quantization not in QUANTIZATIONS):
-        known = f"{', '.join(DTYPES[1:])}, and + one of {', '.join(QUANTIZATIONS)}"
+    dtype, *small = text.split("+")
+    weights = [each for each in small if each != _SMALL_CACHE]
+    is_known = len(weights) <= 1 and set(weights) <= set(QUANTIZATIONS)
+    if dtype not in DTYPES[1:] or not is_known or len(small) > len(weights) + 1:
+        methods = ", ".join(QUANTIZATIONS)
+        known = f"{', '.join(DTYPES[1:])}, and + one of {methods}, and +{_SMALL_CACHE}"
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
     return text
 

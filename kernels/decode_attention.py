@@ -22,6 +22,14 @@ from baton.kernels.decode_plan import (
     plan_decode,
     takes_width,
 )
+from baton.kernels.float8_jit import (
+    add_halves,
+    as_bytes,
+    has_assembler,
+    is_float8,
+    scale_of,
+    score_halves,
+)
 from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.soft_cap import capped
 
@@ -69,7 +77,8 @@ def paged_decode_attention(
     Args:
         query: [B · width, num_heads, head_dim], the last dimension contiguous.
         kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous, the dtype
-            of `query`. Slots behind a row's context may hold anything, NaN included.
+            of `query`; or of such a shape codes, with their scales behind them
+            (reference_float8.py). Slots behind a row's context may hold anything, NaN included.
         layer: which layer of `kv`.
         rows: int32 [B · width], the slot of each token.
         context_lens: as for `plan_decode`.
@@ -98,13 +107,14 @@ def paged_decode_attention(
     config, num_items = work.config, work.items.shape[0]
     group = num_heads // num_kv_heads
     block_h = max(16, triton.next_power_of_2(group * work.width))
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    # Codes are multiplied in halves.
+    block_d = max(32 if is_float8(kv) else 16, triton.next_power_of_2(head_dim))
     # Float32 products do not go through tensor cores, and hold whole operands in registers.
-    num_warps = max(config.num_warps, 8 if kv.element_size() == 4 else 0)
+    num_warps = max(config.num_warps, 8 if query.element_size() == 4 else 0)
     _attend[(num_kv_heads, num_items)](
         out,
         query,
-        kv,
+        as_bytes(kv),
         work.items,
         block_tables,
         work.partial,
@@ -134,8 +144,10 @@ def paged_decode_attention(
         FUSED=config.fused,
         SOFT_CAP=soft_cap * _LOG2E,
         PDL=pdl,
+        FLOAT8=is_float8(kv),
+        ASM=has_assembler(),
         num_warps=num_warps,
-        num_stages=_num_stages(config, block_h, block_d, kv),
+        num_stages=_num_stages(config, block_h, block_d, query, kv),
         launch_pdl=pdl,
     )
     if not config.fused:
@@ -158,10 +170,12 @@ def paged_decode_attention(
     return out
 
 
-def _num_stages(config: DecodeConfig, block_h: int, block_d: int, kv: Tensor) -> int:
+def _num_stages(config: DecodeConfig, block_h: int, block_d: int, query: Tensor, kv: Tensor) -> int:
     """Two at least; more as far as there is room beside the queries, of which many lie there
-    twice."""
-    query_bytes = block_h * block_d * kv.element_size() * (2 if block_h >= 64 else 1)
+    twice, and beside a tile of codes that are widened."""
+    query_bytes = block_h * block_d * query.element_size() * (2 if block_h >= 64 else 1)
+    if is_float8(kv):
+        query_bytes += 2 * config.block_n * block_d * query.element_size()
     room = min(_TILE_BYTES, shared_bytes(kv.device) - query_bytes - _OTHER_BYTES)
     stage_bytes = 2 * config.block_n * block_d * kv.element_size()
     return max(2, min(config.num_stages, 1 + room // stage_bytes))
@@ -201,6 +215,8 @@ def _attend(
     FUSED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PDL: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """One KV head of one item. Row m of the products is token m // GROUP of the row."""
     HEADS: tl.constexpr = GROUP * WIDTH
@@ -230,19 +246,32 @@ def _attend(
     is_real = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
     if WIDTH == 1:
         heads = kv_head * GROUP + head
-        q_at = row.to(tl.int64) * query_row + heads[:, None] * query_head + dim[None, :]
+        q_of = row.to(tl.int64) * query_row + heads[:, None] * query_head
     else:
         heads = kv_head * GROUP + head % GROUP
         token = row.to(tl.int64) * WIDTH + head // GROUP
-        q_at = token[:, None] * query_row + heads[:, None] * query_head + dim[None, :]
+        q_of = token[:, None] * query_row + heads[:, None] * query_head
         # Of padding behind the last draft nothing is used.
         hidden = tl.maximum(tl.load(entry + 6) - head // GROUP, 0)
         last = tl.load(context_lens + slot, mask=begin < end, other=0) - hidden
-    q = tl.load(query + q_at, mask=is_real, other=0.0)
+    if FLOAT8:
+        pair = tl.arange(0, BLOCK_D // 2)
+        is_pair = (head < HEADS)[:, None] & (pair < HEAD_DIM // 2)[None, :]
+        even = tl.load(query + (q_of + 2 * pair[None, :]), mask=is_pair, other=0.0)
+        odd = tl.load(query + (q_of + 2 * pair[None, :] + 1), mask=is_pair, other=0.0)
+        column = pair
+        elements = kv.to(tl.pointer_type(tl.int16))
+    else:
+        q = tl.load(query + (q_of + dim[None, :]), mask=is_real, other=0.0)
+        column = dim
+        elements = kv
 
-    # A block's offset needs 64 bits; what follows inside the block does not.
-    block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * BLOCK_SIZE * HEAD_DIM
-    keys = kv + (kv_head * LAYERS + layer) * (2 * BLOCK_SIZE * HEAD_DIM)
+    # A block's offset needs 64 bits; what follows inside the block does not. An element is a
+    # number, or a pair of codes.
+    DIMS: tl.constexpr = HEAD_DIM // 2 if FLOAT8 else HEAD_DIM
+    run_elements: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + 1) // 2 if FLOAT8 else BLOCK_SIZE * DIMS
+    block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * run_elements
+    keys = elements + (kv_head * LAYERS + layer) * (2 * run_elements)
     # What scores must be multiplied by when they are known: capped ones are scaled before.
     rest = 1.0 if SOFT_CAP > 0 else scale
     if WIDTH == 1:
@@ -252,10 +281,20 @@ def _attend(
         highest = tl.full([BLOCK_H], -1.0e30, tl.float32)
     # Summed over keys at the end only: between warps that costs a barrier.
     shares = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    if FLOAT8:
+        acc = (
+            tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32),
+            tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32),
+        )
+        scales = (keys + BLOCK_SIZE * DIMS).to(tl.pointer_type(tl.uint8))
+        at_scale = scales + block.to(tl.int64) * (2 * block_elements) + near % BLOCK_SIZE
+        k_exponent = tl.load(at_scale)
+        v_exponent = tl.load(at_scale + 2 * run_elements)
+    else:
+        acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in tl.range(first, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        offset = (near % BLOCK_SIZE * HEAD_DIM)[:, None] + dim[None, :]
+        offset = (near % BLOCK_SIZE * DIMS)[:, None] + column[None, :]
         ahead = block.to(tl.int64) * block_elements
         if BLOCK_N <= BLOCK_SIZE:
             source = keys + ahead + offset
@@ -267,11 +306,19 @@ def _attend(
         block = tl.load(table + at_block // BLOCK_SIZE)
         if BLOCK_D == HEAD_DIM:
             k = tl.load(source)
-            v = tl.load(source + BLOCK_SIZE * HEAD_DIM)
+            v = tl.load(source + run_elements)
         else:
-            k = tl.load(source, mask=dim[None, :] < HEAD_DIM, other=0.0)
-            v = tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=dim[None, :] < HEAD_DIM, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            k = tl.load(source, mask=column[None, :] < DIMS, other=0)
+            v = tl.load(source + run_elements, mask=column[None, :] < DIMS, other=0)
+        if FLOAT8:
+            k_scale, v_scale = scale_of(k_exponent), scale_of(v_exponent)
+            # The next ones likewise a turn early: single bytes are not copied ahead.
+            at_scale = scales + block.to(tl.int64) * (2 * block_elements) + near % BLOCK_SIZE
+            k_exponent = tl.load(at_scale)
+            v_exponent = tl.load(at_scale + 2 * run_elements)
+            score = score_halves((even, odd), k, k_scale, ASM)
+        else:
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFT_CAP > 0:
             score = capped(score * scale, SOFT_CAP)
         seen = ((key >= begin) & (key < end))[None, :]
@@ -285,12 +332,17 @@ def _attend(
         p = tl.exp2(score * rest - above[:, None])
         fade = tl.exp2(highest - above)[:, None]
         shares = shares * fade + p
-        acc = tl.dot(p.to(v.dtype), v, acc * fade, input_precision="ieee")
+        if FLOAT8:
+            acc = add_halves(acc, fade, p, v, v_scale, query.dtype.element_ty, ASM)
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * fade, input_precision="ieee")
         highest = above
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
     total = tl.sum(shares, 1)
+    if FLOAT8:
+        acc = tl.interleave(acc[0], acc[1])
     if sinks is not None:
         # Of a row of several items, when those are added up.
         if num_splits == 1:

@@ -49,7 +49,9 @@ def decode_config(
     # Few rows: one wave of programs ends sooner. More of them: the last ones to end are shorter.
     programs = 256 if num_rows <= 8 else 384
     # Of the widest heads a tile of 16 keys has as many bytes as one of 32 of the others.
-    return DecodeConfig(block_n=32 if head_dim <= 256 else 16, programs=programs)
+    block_n = 32 if head_dim <= 256 else 16
+    # Of one byte a tile takes twice as many, for as many bytes under way.
+    return DecodeConfig(block_n=2 * block_n if itemsize == 1 else block_n, programs=programs)
 
 
 class Scratch:
@@ -107,6 +109,7 @@ def make_work(
     width: int = 1,
     num_items: int | None = None,
     config: DecodeConfig | None = None,
+    itemsize: int = 2,
     scratch: Scratch | None = None,
 ) -> DecodeWork:
     """Allocates what decode attention over `num_rows` padded rows needs.
@@ -121,12 +124,15 @@ def make_work(
             `config.programs` programs' worth of items or one a row, whichever is more, and for one
             more a row, which the rounding of shares to whole tiles needs.
         config: instead of that of `decode_config`.
+        itemsize: as for `decode_config`.
         scratch: where its sums lie, with those of others; None: in memory of its own.
 
     Raises:
         ValueError: heads that do not share KV heads evenly, or too few items.
     """
-    config = config or decode_config(num_rows, num_kv_heads, head_dim, width=width)
+    config = config or decode_config(
+        num_rows, num_kv_heads, head_dim, width=width, itemsize=itemsize
+    )
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")
     if num_items is None:

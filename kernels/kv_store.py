@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baton.kernels.float8_jit import as_bytes, codes_of, exponent_of, is_float8, magnitude_bits
+
 
 @triton.jit(do_not_specialize=["layer"])
 def _store_kv(
@@ -24,6 +26,7 @@ def _store_kv(
     head_dim: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     """One program stores HEADS heads of one token."""
     groups: tl.constexpr = (num_kv_heads + HEADS - 1) // HEADS
@@ -43,10 +46,30 @@ def _store_kv(
         other=0.0,
     )
     run = ((slot // block_size * num_kv_heads + head) * num_layers + layer) * 2
-    place = (run * block_size + slot % block_size) * head_dim
-    target = kv + place[:, None] + dim[None, :]
-    tl.store(target, keys.to(kv.dtype.element_ty), mask=is_there)
-    tl.store(target + block_size * head_dim, values.to(kv.dtype.element_ty), mask=is_there)
+    if FLOAT8:
+        at = run * (block_size * (head_dim + 1))
+        is_head = (head < num_kv_heads) & (slot >= 0)
+        _store_codes(kv + at, keys.to(tl.float32), slot % block_size, dim, is_there, is_head,
+                     block_size, head_dim)  # fmt: skip
+        at += block_size * (head_dim + 1)
+        _store_codes(kv + at, values.to(tl.float32), slot % block_size, dim, is_there, is_head,
+                     block_size, head_dim)  # fmt: skip
+    else:
+        place = (run * block_size + slot % block_size) * head_dim
+        target = kv + place[:, None] + dim[None, :]
+        tl.store(target, keys.to(kv.dtype.element_ty), mask=is_there)
+        tl.store(target + block_size * head_dim, values.to(kv.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _store_codes(
+    run, x, token, dim, is_there, is_head, block_size: tl.constexpr, head_dim: tl.constexpr
+):
+    """x float32 [HEADS, DIM] to a token's place in a run each."""
+    exponent = exponent_of(tl.max(magnitude_bits(x), 1))
+    codes = codes_of(x, exponent[:, None])
+    tl.store(run[:, None] + token * head_dim + dim[None, :], codes, mask=is_there)
+    tl.store(run + block_size * head_dim + token, exponent.to(tl.uint8), mask=is_head)
 
 
 def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, slots: Tensor) -> None:
@@ -54,7 +77,8 @@ def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, slots: Tensor) 
 
     Args:
         key, value: [T, num_kv_heads, head_dim]; tokens and heads may be strided.
-        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous.
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; or of such
+            a shape codes, with their scales behind them (reference_float8.py).
         layer: which layer of `kv`.
         slots: int64 [T], block id · block_size + offset; below zero: nothing is stored.
     """
@@ -71,7 +95,7 @@ def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, slots: Tensor) 
         key,
         value,
         slots,
-        kv,
+        as_bytes(kv),
         layer,
         key.stride(0),
         key.stride(1),
@@ -83,5 +107,6 @@ def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, slots: Tensor) 
         head_dim,
         HEADS=heads,
         DIM=dim,
+        FLOAT8=is_float8(kv),
         num_warps=max(1, min(4, heads * dim // 256)),
     )

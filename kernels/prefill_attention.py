@@ -21,6 +21,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.float8_jit import (
+    add_halves,
+    as_bytes,
+    has_assembler,
+    is_float8,
+    scale_of,
+    score_halves,
+)
 from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.soft_cap import capped
 
@@ -65,6 +73,8 @@ def _walk(
     MASKED: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Attends to the keys from `first` on, `last` − `first` of them, but for a hole.
 
@@ -73,10 +83,17 @@ def _walk(
     A run is the block_size keys, or values, of one block, head and layer. MASKED: only keys from
     `low` to `end` may be read, and each row sees what its position allows. Block ids are read one
     tile ahead, so that the copies of a tile do not wait for them.
+
+    FLOAT8: keys and values are codes, in pairs of even and odd dimensions, as `query` and `acc` are
+    then, of BLOCK_D / 2 each; their scales are read a tile ahead likewise.
     """
     key = tl.arange(0, BLOCK_N)
-    dim = tl.arange(0, BLOCK_D)
-    block_stride: tl.constexpr = block_runs * block_size * head_dim
+    # Of elements that are moved: numbers, or pairs of codes.
+    dims: tl.constexpr = head_dim // 2 if FLOAT8 else head_dim
+    dim = tl.arange(0, BLOCK_D // 2 if FLOAT8 else BLOCK_D)
+    run_size: tl.constexpr = block_size * (head_dim + 1) // 2 if FLOAT8 else block_size * head_dim
+    block_stride: tl.constexpr = block_runs * run_size
+    elements = kv.to(tl.pointer_type(tl.int16)) if FLOAT8 else kv
     # What scores must be multiplied by when they are known: capped ones are scaled before.
     rest = 1.0 if SOFT_CAP > 0 else scale
     low_number = low // block_size
@@ -94,6 +111,11 @@ def _walk(
     if window > 0:
         known = known & (number >= low_number)
     block = tl.load(table + number, mask=known, other=0)
+    if FLOAT8:
+        k_exponent, v_exponent = _exponents(
+            kv, block, first_run, start, low, end,
+            block_runs, block_size, head_dim, window, BLOCK_N, MASKED,
+        )  # fmt: skip
     for step in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         start = step
         ahead = step + BLOCK_N
@@ -113,22 +135,30 @@ def _walk(
             row = (block * block_runs + first_run) * block_size + offset
             keys = rows.load([row, 0])
         else:
-            source = kv + block.to(tl.int64) * block_stride
-            source += first_run * (block_size * head_dim) + offset * head_dim
+            source = elements + block.to(tl.int64) * block_stride
+            source += first_run * run_size + offset * dims
             if block_size % BLOCK_N == 0:
-                source = source + key[:, None] * head_dim + dim[None, :]
+                source = source + key[:, None] * dims + dim[None, :]
             else:
                 source = source[:, None] + dim[None, :]
             if MASKED:
-                readable = (start + key < end)[:, None] & (dim < head_dim)[None, :]
+                readable = (start + key < end)[:, None] & (dim < dims)[None, :]
                 if window > 0:
                     readable = readable & (start + key >= low)[:, None]
-                keys = tl.load(source, mask=readable, other=0.0)
+                keys = tl.load(source, mask=readable, other=0)
             elif BLOCK_D == head_dim:
                 keys = tl.load(source)
             else:
-                keys = tl.load(source, mask=(dim < head_dim)[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+                keys = tl.load(source, mask=(dim < dims)[None, :], other=0)
+        if FLOAT8:
+            k_scale, v_scale = scale_of(k_exponent), scale_of(v_exponent)
+            k_exponent, v_exponent = _exponents(
+                kv, coming, first_run, ahead, low, end,
+                block_runs, block_size, head_dim, window, BLOCK_N, MASKED,
+            )  # fmt: skip
+            scores = score_halves(query, keys, k_scale, ASM)
+        else:
+            scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         if SOFT_CAP > 0:
             scores = capped(scores * scale, SOFT_CAP)
         if MASKED:
@@ -141,21 +171,92 @@ def _walk(
         weight = tl.exp2(scores * rest - higher[:, None])
         fade = tl.exp2(peak - higher)
         total = total * fade + tl.sum(weight, 1)
-        acc = acc * fade[:, None]
+        if not FLOAT8:
+            acc = acc * fade[:, None]
         if DESCRIPTOR:
             values = rows.load([row + block_size, 0])
         else:
             if MASKED:
-                values = tl.load(source + block_size * head_dim, mask=readable, other=0.0)
+                values = tl.load(source + run_size, mask=readable, other=0)
             elif BLOCK_D == head_dim:
-                values = tl.load(source + block_size * head_dim)
+                values = tl.load(source + run_size)
             else:
-                inside = (dim < head_dim)[None, :]
-                values = tl.load(source + block_size * head_dim, mask=inside, other=0.0)
-        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
+                values = tl.load(source + run_size, mask=(dim < dims)[None, :], other=0)
+        if FLOAT8:
+            acc = add_halves(acc, fade[:, None], weight, values, v_scale, query[0].dtype, ASM)
+        else:
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
         peak = higher
         block = coming
     return acc, total, peak
+
+
+@triton.jit
+def _exponents(
+    kv,
+    block,
+    first_run,
+    start,
+    low,
+    end,
+    block_runs: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    window: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Those of a tile's keys and of its values, zero where a key may not be read."""
+    key = tl.arange(0, BLOCK_N)
+    run_bytes: tl.constexpr = block_size * (head_dim + 1)
+    source = kv + block.to(tl.int64) * (block_runs * run_bytes)
+    source += first_run * run_bytes + block_size * head_dim
+    if block_size % BLOCK_N == 0:
+        source = source + start % block_size + key
+    else:
+        source = source + key % block_size
+    # Also behind the last tile, of which nobody takes them.
+    readable = start + key < end
+    if MASKED and window > 0:
+        readable = readable & (start + key >= low)
+    return (
+        tl.load(source, mask=readable, other=0),
+        tl.load(source + run_bytes, mask=readable, other=0),
+    )
+
+
+@triton.jit
+def load_queries(
+    query,
+    offset,
+    is_real,
+    head_dim: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """Of heads at offsets [M, 1], as far as `is_real` [M, 1]: [M, BLOCK_D]; for keys in codes the
+    even and the odd dimensions, [M, BLOCK_D / 2] each."""
+    if FLOAT8:
+        pair = tl.arange(0, BLOCK_D // 2)
+        real = is_real & (pair < head_dim // 2)[None, :]
+        even = tl.load(query + (offset + 2 * pair[None, :]), mask=real, other=0.0)
+        odd = tl.load(query + (offset + 2 * pair[None, :] + 1), mask=real, other=0.0)
+        return even, odd
+    else:
+        dim = tl.arange(0, BLOCK_D)
+        real = is_real & (dim < head_dim)[None, :]
+        return tl.load(query + (offset + dim[None, :]), mask=real, other=0.0)
+
+
+@triton.jit
+def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT8: tl.constexpr):
+    if FLOAT8:
+        return (
+            tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_D // 2], tl.float32),
+        )
+    else:
+        return tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -190,6 +291,8 @@ def _prefill_attention(
     MASKED_STAGES: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Program (x, y): heads x · PACK and on, part y % PARTS of tile y // PARTS, which has TOKENS
     tokens. Row m of the products is token m // PACK."""
@@ -215,8 +318,10 @@ def _prefill_attention(
     dim = tl.arange(0, BLOCK_D)
     real = (token < num_tokens)[:, None] & (dim < head_dim)[None, :]
     source = query + (first_token + token)[:, None] * query_token_stride
-    source += head[:, None] * query_head_stride + dim[None, :]
-    queries = tl.load(source, mask=real, other=0.0)
+    own = (token < num_tokens)[:, None]
+    queries = load_queries(
+        source, head[:, None] * query_head_stride, own, head_dim, BLOCK_D, FLOAT8
+    )
     position = first_position + token
 
     end = tl.maximum(first_position + num_tokens, 0)
@@ -237,7 +342,7 @@ def _prefill_attention(
     table = block_tables + slot.to(tl.int64) * table_stride
     block_runs: tl.constexpr = num_kv_heads * num_layers * 2
     first_run = (kv_head * num_layers + layer) * 2
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = no_sums(BLOCK_M, BLOCK_D, FLOAT8)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Finite, so that a tile of hidden keys gives exp2(−inf), never exp2(−inf + inf).
     peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
@@ -245,7 +350,7 @@ def _prefill_attention(
         acc, total, peak, queries, kv, rows, table, first_run,
         clear_start, clear_end, 0, 0, low, end, position, scale,
         block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False, DESCRIPTOR,
-        SOFT_CAP,
+        SOFT_CAP, FLOAT8, ASM,
     )  # fmt: skip
     if window == 0:
         first = clear_end
@@ -254,9 +359,11 @@ def _prefill_attention(
         acc, total, peak, queries, kv, rows, table, first_run,
         first, end - hole_size, clear_start, hole_size, low, end, position, scale,
         block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
-        SOFT_CAP,
+        SOFT_CAP, FLOAT8, ASM,
     )  # fmt: skip
 
+    if FLOAT8:
+        acc = tl.interleave(acc[0], acc[1])
     target = out + (first_token + token)[:, None] * out_token_stride
     target += head[:, None] * out_head_stride + dim[None, :]
     if sinks is not None:
@@ -291,9 +398,10 @@ class PrefillConfig:
 
 
 def prefill_config(
-    block_m: int, group: int, head_dim: int, itemsize: int, shared: int
+    block_m: int, group: int, head_dim: int, itemsize: int, shared: int, *, is_float8: bool = False
 ) -> PrefillConfig:
     """`group`: query heads per KV head. `shared`: bytes of shared memory that a program may have.
+    `is_float8`: over keys of 8 bits, which are widened in registers.
 
     Chosen so that nothing spills on compute capability 9.0.
     """
@@ -312,6 +420,8 @@ def prefill_config(
         return PrefillConfig(pack, 64, num_warps, 3 if head_dim <= 128 else 2)
     if head_dim > 256:
         return PrefillConfig(1, 32, 8, 2, tokens=32)
+    if is_float8:
+        return PrefillConfig(1, 64 if head_dim <= 128 else 32, 8, 2, tokens=min(block_m, 128))
     if head_dim > 128:
         if shared < _ROOMY:
             return PrefillConfig(1, 32, 8, 2, tokens=64)
@@ -410,8 +520,9 @@ def paged_prefill_attention(
 
     Args:
         query: [T, num_heads, head_dim], contiguous along head_dim.
-        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous. Slots that
-            no token of a tile may see are never used, NaN included.
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; or of such
+            a shape codes, with their scales behind them (reference_float8.py). Slots that no token
+            of a tile may see are never used, NaN included.
         layer: which layer of `kv`.
         tiles: int32 [NT, 4], from `prefill_tiles` with the same `block_m`; a tile without tokens,
             or of a slot below zero, is skipped.
@@ -464,8 +575,17 @@ def paged_prefill_attention(
         return out
     if config is None:
         group, itemsize = num_heads // num_kv_heads, query.element_size()
-        config = prefill_config(block_m, group, head_dim, itemsize, shared_bytes(query.device))
+        config = prefill_config(
+            block_m,
+            group,
+            head_dim,
+            itemsize,
+            shared_bytes(query.device),
+            is_float8=is_float8(kv),
+        )
     rows: Any = kv
+    if config.descriptor and is_float8(kv):
+        raise ValueError("bulk copies are of keys and values as they are, not of 8 bits")
     if config.descriptor:
         num_rows = num_blocks * num_kv_heads * num_layers * 2 * block_size
         if num_rows >= 2**31 or block_size % config.block_n:
@@ -475,8 +595,8 @@ def paged_prefill_attention(
     parts = block_m // tokens
     _prefill_attention[(num_heads // config.pack, tiles.shape[0] * parts)](
         query,
-        kv,
-        rows,
+        as_bytes(kv),
+        as_bytes(rows) if rows is kv else rows,
         tiles,
         block_tables,
         out,
@@ -499,11 +619,13 @@ def paged_prefill_attention(
         PARTS=parts,
         BLOCK_M=max(16, triton.next_power_of_2(tokens * config.pack)),
         BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(32 if is_float8(kv) else 16, triton.next_power_of_2(head_dim)),
         STAGES=config.num_stages,
         MASKED_STAGES=config.masked_stages,
         DESCRIPTOR=config.descriptor,
         SOFT_CAP=soft_cap * _LOG2E,
+        FLOAT8=is_float8(kv),
+        ASM=has_assembler(),
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
     )

@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from baton.kernels import reference_float8
+
 TILE = 128
 """Keys per tile; a multiple of every block size."""
 _SCRATCH_BYTES = 32 * 2**20
@@ -283,6 +285,7 @@ def plan_attention(
     num_heads: int,
     min_rows: int,
     window: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> AttentionPlan:
     """Prepares a step for all layers of a cache group, once.
 
@@ -296,13 +299,16 @@ def plan_attention(
         num_heads: query heads.
         min_rows: matrix products get at least as many rows.
         window: positions that a token attends to, its own among them; None: all before it.
+        dtype: what keys and values become before they are multiplied; None: that of `kv`.
     """
     slots, stored = plan_slots(slot_mapping, kv)
     return AttentionPlan(
         num_tokens=int(query_start[-1]),
         slots=slots,
         units=[
-            _plan_units(span, block_table[span.rows], kv, num_heads, min_rows, window)
+            _plan_units(
+                span, block_table[span.rows], kv, num_heads, min_rows, window, dtype or kv.dtype
+            )
             for span in spans(query_start, context_lens, kv, num_heads, window)
         ],
         stored=stored,
@@ -354,7 +360,8 @@ def spans(
     """Cuts a step into units that need about _SCRATCH_BYTES; arguments as of `plan_attention`."""
     # Of one tile.
     scores_bytes = num_heads * TILE * 4
-    keys_bytes = kv.shape[1] * TILE * kv.shape[5] * kv.element_size()
+    itemsize = 4 if kv.dtype == reference_float8.DTYPE else kv.element_size()
+    keys_bytes = kv.shape[1] * TILE * kv.shape[5] * itemsize
     starts = query_start.tolist()
     num_single = int(np.count_nonzero(np.diff(query_start) == 1))
     singles = context_lens[:num_single]
@@ -387,6 +394,7 @@ def _plan_units(
     num_heads: int,
     min_rows: int,
     window: int | None,
+    dtype: torch.dtype,
 ) -> QueryUnits:
     """Plans a span's units; block_table [U, blocks] holds the ids of its rows."""
     visible, num_queries = span.visible, span.num_queries
@@ -440,7 +448,7 @@ def _plan_units(
         units_with_tile=has_tile.sum(1).tolist(),
         unit_of_tile=_to(kv, unit_of_tile),
         rows=_to(kv, keys.reshape(-1) + layers),
-        gathered=kv.new_empty(keys.size, block_size * head_dim),
+        gathered=kv.new_empty(keys.size, block_size * head_dim, dtype=dtype),
         tail=_to(kv, tail.reshape(-1)),
         beyond_tail=_to(kv, (slots >= visible[:, None])[:, None, :, None]),
         first_masked=first_masked,
@@ -452,12 +460,15 @@ def _plan_units(
 def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, plan: AttentionPlan) -> None:
     """Writes the step's keys and values, [≥ T, num_kv_heads, head_dim] each, to their slots.
 
-    kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim].
+    kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]; in 8 bits a view of codes
+        with their scales behind them (reference_float8.py), here and below.
     """
-    rows = kv.view(-1, kv.shape[5])
     for which, column in enumerate((key, value)):
         tokens = plan.tokens_to_store(column).reshape(-1, kv.shape[5])
-        rows.index_copy_(0, plan.slots[layer, which], tokens)
+        if kv.dtype == reference_float8.DTYPE:
+            reference_float8.store(tokens, kv, plan.slots[layer, which])
+        else:
+            kv.view(-1, kv.shape[5]).index_copy_(0, plan.slots[layer, which], tokens)
 
 
 def paged_attention(
@@ -548,8 +559,12 @@ def _gather(kv: Tensor, layer: int, which: int, units: QueryUnits) -> Tensor:
 
     The next call reuses the memory.
     """
-    rows = kv.view(-1, units.gathered.shape[1])
-    torch.index_select(rows, 0, units.rows[layer, which], out=units.gathered)
+    if kv.dtype == reference_float8.DTYPE:
+        runs = reference_float8.runs_of(kv).index_select(0, units.rows[layer, which])
+        reference_float8.widen_runs(runs, units.gathered.view(-1, *kv.shape[4:]))
+    else:
+        rows = kv.view(-1, units.gathered.shape[1])
+        torch.index_select(rows, 0, units.rows[layer, which], out=units.gathered)
     return units.gathered.view(-1, TILE, kv.shape[5])
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baton.kernels.float8_jit import as_bytes, codes_of, exponent_of, is_float8, magnitude_bits
+
 
 @triton.jit(do_not_specialize=["layer"])
 def _rope_and_store(
@@ -31,6 +33,7 @@ def _rope_and_store(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HAS_V_NORM: tl.constexpr,
+    FLOAT8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program turns HEADS of the num_heads + 2 · num_kv_heads vectors of one token.
@@ -98,11 +101,22 @@ def _rope_and_store(
         block = slot // block_size
         kv_head = tl.where(is_value, head - num_kv_heads, head) - num_heads
         run = ((block * num_kv_heads + kv_head) * num_layers + layer) * 2 + is_value.to(tl.int64)
-        place = (run * block_size + slot % block_size) * head_dim
-        target = kv + place[:, None] + pair[None, :]
         to_pool = exists & (head >= num_heads)[:, None] & (slot >= 0)
-        tl.store(target, turned_x.to(kv.dtype.element_ty), mask=to_pool)
-        tl.store(target + half, turned_y.to(kv.dtype.element_ty), mask=to_pool)
+        if FLOAT8:
+            largest = tl.maximum(magnitude_bits(turned_x), magnitude_bits(turned_y))
+            exponent = exponent_of(tl.max(largest, 1))
+            place = run * (block_size * (head_dim + 1)) + slot % block_size * head_dim
+            target = kv + place[:, None] + pair[None, :]
+            tl.store(target, codes_of(turned_x, exponent[:, None]), mask=to_pool)
+            tl.store(target + half, codes_of(turned_y, exponent[:, None]), mask=to_pool)
+            scales = kv + run * (block_size * (head_dim + 1)) + block_size * head_dim
+            is_stored = (head >= num_heads) & (head < all_heads) & (slot >= 0)
+            tl.store(scales + slot % block_size, exponent.to(tl.uint8), mask=is_stored)
+        else:
+            place = (run * block_size + slot % block_size) * head_dim
+            target = kv + place[:, None] + pair[None, :]
+            tl.store(target, turned_x.to(kv.dtype.element_ty), mask=to_pool)
+            tl.store(target + half, turned_y.to(kv.dtype.element_ty), mask=to_pool)
 
 
 def _config(num_tokens: int, pairs: int) -> tuple[int, int]:
@@ -141,7 +155,8 @@ def rope_and_store(
         cos, sin: float32 [max position, head_dim / 2]: of the pair (i, i + head_dim / 2).
         positions: int32 [T].
         slots: int64 [T], block id · block_size + offset; below zero: nothing is stored.
-        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous.
+        kv: [blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; or of such
+            a shape codes, with their scales behind them (reference_float8.py).
         layer: which layer of `kv`.
         num_heads: query heads.
         query_scale: float32 [max position], multiplied onto the rotated queries of a position.
@@ -240,7 +255,7 @@ def _launch(
         q_norm,
         k_norm,
         out,
-        kv,
+        None if kv is None else as_bytes(kv),
         layer,
         eps,
         out.stride(0),
@@ -249,6 +264,7 @@ def _launch(
         HEADS=heads,
         HALF=half,
         HAS_V_NORM=value_norm,
+        FLOAT8=kv is not None and is_float8(kv),
         PDL=pdl,
         num_warps=num_warps,
         **({"launch_pdl": True} if pdl else {}),

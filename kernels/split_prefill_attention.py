@@ -18,8 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baton.kernels.float8_jit import as_bytes, has_assembler, is_float8
 from baton.kernels.overlap import overlap
-from baton.kernels.prefill_attention import _walk, block_m_for, prefill_config
+from baton.kernels.prefill_attention import (
+    _walk,
+    block_m_for,
+    load_queries,
+    no_sums,
+    prefill_config,
+)
 from baton.kernels.prefill_items import ITEM_FIELDS, most_places
 from baton.kernels.shared_memory import shared_bytes
 
@@ -44,16 +51,26 @@ class ItemConfig:
     """Sums that are read together."""
 
 
-def item_config(num_heads: int, num_kv_heads: int, head_dim: int, kv: Tensor) -> ItemConfig:
-    """How chunks are cut, whatever their lengths.
+def item_config(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    device: torch.device,
+    *,
+    is_float8: bool = False,
+) -> ItemConfig:
+    """How chunks are cut, whatever their lengths. `itemsize`: bytes of a query's number.
+    `is_float8`: as for `prefill_config`.
 
     On an H200, 64 rows of one head are as fast for 16 tokens as for 64, and faster than heads
     packed together. Of wider heads registers have room for 16 tokens of several.
     """
-    itemsize = kv.element_size()
     block_m = block_m_for(64 if head_dim <= 128 else 16, head_dim, itemsize)
     group = num_heads // num_kv_heads
-    config = prefill_config(block_m, group, head_dim, itemsize, shared_bytes(kv.device))
+    config = prefill_config(
+        block_m, group, head_dim, itemsize, shared_bytes(device), is_float8=is_float8
+    )
     return ItemConfig(
         min(block_m, config.tokens or block_m),
         config.pack,
@@ -95,7 +112,7 @@ def make_item_work(
     num_programs = num_programs or _num_programs(device)
     most_cuts = max(1, num_programs // units)
     places = most_places(most_cuts)
-    block_m, block_d = _product_rows(config), max(16, triton.next_power_of_2(head_dim))
+    block_m, block_d = _product_rows(config), _padded(head_dim)
     return ItemWork(
         config,
         num_programs,
@@ -112,6 +129,11 @@ def _num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROGRAMS_WITHOUT_GPU
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _padded(head_dim: int) -> int:
+    """Room for the halves that codes are multiplied in, too."""
+    return max(32, int(triton.next_power_of_2(head_dim)))
 
 
 def _product_rows(config: ItemConfig) -> int:
@@ -149,7 +171,7 @@ def split_prefill_attention(
     units = num_heads // config.pack
     _attend_items[(min(work.num_programs, items.shape[0] * units),)](
         query,
-        kv,
+        as_bytes(kv),
         items,
         num_items,
         block_tables,
@@ -174,12 +196,14 @@ def split_prefill_attention(
         PACK=config.pack,
         BLOCK_M=_product_rows(config),
         BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=_padded(head_dim),
         STAGES=config.num_stages,
         SOFT_CAP=soft_cap * _LOG2E,
         FIELDS=ITEM_FIELDS,
         ROWS=_ROWS_ADDED_UP,
         AT_ONCE=config.at_once,
+        FLOAT8=is_float8(kv),
+        ASM=has_assembler(),
         num_warps=config.num_warps,
         **overlap(query, pdl=pdl),
     )
@@ -220,6 +244,8 @@ def _attend_items(
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Row m of the products is token m // PACK of the item, head m % PACK of the unit."""
@@ -249,8 +275,10 @@ def _attend_items(
         dim = tl.arange(0, BLOCK_D)
         real = (token < num_tokens)[:, None] & (dim < head_dim)[None, :]
         source = query + (first_token + token)[:, None] * query_token_stride
-        source += head[:, None] * query_head_stride + dim[None, :]
-        queries = tl.load(source, mask=real, other=0.0)
+        own_tokens = (token < num_tokens)[:, None]
+        queries = load_queries(
+            source, head[:, None] * query_head_stride, own_tokens, head_dim, BLOCK_D, FLOAT8
+        )
         position = first_position + token
 
         end = first_position + num_tokens
@@ -273,7 +301,7 @@ def _attend_items(
         table = block_tables + slot.to(tl.int64) * table_stride
         block_runs: tl.constexpr = num_kv_heads * num_layers * 2
         first_run = (kv_head * num_layers + layer) * 2
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = no_sums(BLOCK_M, BLOCK_D, FLOAT8)
         total = tl.zeros([BLOCK_M], tl.float32)
         # Finite, so that a tile of hidden keys gives exp2(−inf), never exp2(−inf + inf).
         peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
@@ -281,15 +309,17 @@ def _attend_items(
             acc, total, peak, queries, kv, kv, table, first_run,
             clear_start, clear_end, 0, 0, low, end, position, scale,
             block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False, False,
-            SOFT_CAP,
+            SOFT_CAP, FLOAT8, ASM,
         )  # fmt: skip
         acc, total, peak = _walk(
             acc, total, peak, queries, kv, kv, table, first_run,
             first_masked, stop - hole_size, clear_start, hole_size, low, end, position, scale,
             block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, 1, True, False,
-            SOFT_CAP,
+            SOFT_CAP, FLOAT8, ASM,
         )  # fmt: skip
 
+        if FLOAT8:
+            acc = tl.interleave(acc[0], acc[1])
         if splits == 1:
             if sinks is not None:
                 acc, total, peak = _with_sinks(acc, total, peak, sinks + head, token < num_tokens)

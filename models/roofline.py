@@ -43,6 +43,7 @@ def decode_floor_s(
     *,
     experts_hit: float | None = None,
     quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> float:
     """Of a step in which `batch` sequences with so many tokens draw one each: weights are read
     once, or multiplied by, whichever takes longer; then keys and values are read, and states are
@@ -50,11 +51,12 @@ def decode_floor_s(
 
     `experts_hit`: of a mixture, experts that are read, the mean of the layers; None: as many as
     would be if all were chosen equally often. `quantization`: of `WEIGHT_ITEMS`.
+    `kv_cache_dtype`: as the engine's.
     """
     num_bytes = step_weight_bytes(model, batch, experts_hit, quantization)
     read_s = num_bytes / rates.bytes_per_s
     flop = 2 * batch * (num_weights_of_a_token(model) + num_head_weights(model))
-    kv_bytes = batch * (context_bytes(model, context) + 2 * state_bytes(model))
+    kv_bytes = batch * (context_bytes(model, context, kv_cache_dtype) + 2 * state_bytes(model))
     return max(read_s, flop / rates.flop_per_s) + kv_bytes / rates.bytes_per_s
 
 
@@ -66,18 +68,25 @@ def prefill_floor_s(model: ModelConfig, num_tokens: int, rates: Rates) -> float:
     return max(flop / rates.flop_per_s, read_s) + attention_s
 
 
-def behind_floor_s(model: ModelConfig, num_tokens: int, num_cached: int, rates: Rates) -> float:
+def behind_floor_s(
+    model: ModelConfig, num_tokens: int, num_cached: int, rates: Rates, kv_cache_dtype: str = "auto"
+) -> float:
     """As `prefill_floor_s`, of tokens behind others that are cached: keys and values of these are
     read, or attended to, whichever takes longer."""
     whole, cached = (attention_flop(model, n) for n in (num_cached + num_tokens, num_cached))
-    read_s = context_bytes(model, num_cached) / rates.bytes_per_s
+    read_s = context_bytes(model, num_cached, kv_cache_dtype) / rates.bytes_per_s
     own_s = attention_flop(model, num_tokens) / rates.attention_flop_per_s
     attention_s = max((whole - cached) / rates.attention_flop_per_s, read_s)
     return prefill_floor_s(model, num_tokens, rates) - own_s + attention_s
 
 
 def mixed_floor_s(
-    model: ModelConfig, batch: int, context: int, num_tokens: int, rates: Rates
+    model: ModelConfig,
+    batch: int,
+    context: int,
+    num_tokens: int,
+    rates: Rates,
+    kv_cache_dtype: str = "auto",
 ) -> float:
     """Of a step in which `batch` sequences with so many tokens draw one each, beside a prompt's
     chunk of `num_tokens`."""
@@ -85,7 +94,7 @@ def mixed_floor_s(
     flop = 2 * (num_weights_of_a_token(model) * num_rows + num_head_weights(model) * (batch + 1))
     read_s = step_weight_bytes(model, num_rows) / rates.bytes_per_s
     attention_s = attention_flop(model, num_tokens) / rates.attention_flop_per_s
-    kv_s = batch * context_bytes(model, context) / rates.bytes_per_s
+    kv_s = batch * context_bytes(model, context, kv_cache_dtype) / rates.bytes_per_s
     return max(flop / rates.flop_per_s, read_s) + attention_s + kv_s
 
 
@@ -126,10 +135,11 @@ def num_head_weights(model: ModelConfig) -> int:
     return model.vocab_size * model.hidden_size
 
 
-def context_bytes(model: ModelConfig, context: int) -> int:
+def context_bytes(model: ModelConfig, context: int, kv_cache_dtype: str = "auto") -> int:
     """Keys and values that a token reads behind `context` − 1 others."""
     return sum(
-        _ITEM * _num_kept(each) * min(context, each.window or context) for each in model.attentions
+        _kept_bytes(each, kv_cache_dtype) * min(context, each.window or context)
+        for each in model.attentions
     )
 
 
@@ -164,6 +174,14 @@ def _num_kept(layer: AttentionConfig) -> int:
     if layer.latent is None:
         return 2 * layer.num_kv_heads * layer.head_dim
     return layer.latent.rank + layer.head_dim
+
+
+def _kept_bytes(layer: AttentionConfig, kv_cache_dtype: str) -> int:
+    num_kept = _num_kept(layer)
+    if kv_cache_dtype == "auto":
+        return _ITEM * num_kept
+    # A byte of each, and one for each key or value of a head: its scale.
+    return num_kept + num_kept // layer.head_dim
 
 
 def _num_layer_weights(model: ModelConfig) -> int:

@@ -127,10 +127,10 @@ FEATURES = {
     ),
 }
 HAND_OFF, GPU, GRAPHS = "hand-off", "GPU kernels (Triton)", "CUDA graphs"
-SMALL, EXACT = "`--quantization`", "[`exact`](docs/determinism.md) in float32 on a CPU"
+SMALL, SMALL_CACHE = "`--quantization`", "`--kv-cache-dtype fp8`"
+EXACT = "[`exact`](docs/determinism.md) in float32 on a CPU"
 PLANNED = {("states", GPU), ("states", "guesses"), ("states", "prefix cache")}
 ABSENT = {
-    "keys and values of 8 bits": ("cache-dtype",),
     "one model on several GPUs": ("parallel", "rank"),
     "adapters": ("lora", "adapter"),
     "authentication and TLS": ("auth", "api-key", "tls", "ssl"),
@@ -211,9 +211,9 @@ def is_handed_over(make: MakeRunner, where: str, *features: Feature) -> bool:
     return is_answered and pulled > 0
 
 
-def is_made_small(make: MakeRunner, where: str) -> bool:
+def is_made_small(make: MakeRunner, where: str, **how: str) -> bool:
     try:
-        runner = make(NUM_BLOCKS, **KINDS[where], quantization="int8")
+        runner = make(NUM_BLOCKS, **KINDS[where], **how)
     except ModelError:
         return False
     return len(Engine(runner).run(PARAMS).token_ids) == LENGTH
@@ -228,7 +228,8 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
         for where, runner in of
     ]
     rows[GRAPHS] = [cell(where, GRAPHS, runner._implementation.has_graphs) for where, runner in of]
-    rows[SMALL] = [cell(where, SMALL, is_made_small(make, where)) for where in KINDS]
+    for name, how in ((SMALL, {"quantization": "int8"}), (SMALL_CACHE, {"kv_cache_dtype": "fp8"})):
+        rows[name] = [cell(where, name, is_made_small(make, where, **how)) for where in KINDS]
     rows[HAND_OFF] = [cell(where, HAND_OFF, is_handed_over(make, where)) for where in KINDS]
     for name, feature in FEATURES.items():
         rows[name] = [cell(where, name, goes(make, where, feature)) for where in KINDS]

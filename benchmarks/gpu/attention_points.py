@@ -61,7 +61,7 @@ def split_prefill_attention() -> Iterator[Point]:
     from baton.kernels.split_prefill_attention import item_config
 
     kv = torch.empty(0, KV_HEADS, 1, 2, 16, HEAD_DIM, dtype=_BF16, device="cuda")
-    config = item_config(HEADS, KV_HEADS, HEAD_DIM, kv)
+    config = item_config(HEADS, KV_HEADS, HEAD_DIM, kv.element_size(), kv.device)
     for num_new, num_cached in ((16, 8192), (64, 512), (64, 8192), (64, 32768), (128, 8192)):
         yield split_point(num_new, num_cached, config)
 

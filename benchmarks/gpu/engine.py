@@ -145,6 +145,8 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
         "kernels": runner.kernels,
         "token_budget": runner.token_budget,
         "block_size": args.block_size,
+        "quantization": runner.quantization,
+        "kv_cache_dtype": runner.kv_cache_dtype,
         "num_layers": runner.model_config.num_layers,
         "start_s": start_s,
         "points": figures,
@@ -203,6 +205,7 @@ def _decode_point(
         ceilings.rates,
         experts_hit=hits,
         quantization=runner.quantization,
+        kv_cache_dtype=runner.kv_cache_dtype,
     )
     figures["floor_ms"] = floor_s * 1e3
     return f"decode {point}", figures

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.shared.engine.config import QUANTIZATIONS, EngineConfig
+from baton.shared.engine.config import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.rpc.flags import length_or_auto
 from models.dummy_model import given_or_dummy
@@ -64,6 +64,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--layers", type=int, help="only so many of a shape's, for trials")
     add("--quantization", choices=QUANTIZATIONS, help="make the weights small")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--num-blocks", type=int, help="of the first pool; default: what memory holds")
 
 
@@ -89,6 +90,7 @@ def make_runner(
             max_model_len=args.max_model_len,
             gpu_memory_utilization=args.gpu_memory_utilization,
             quantization=args.quantization,
+            kv_cache_dtype=args.kv_cache_dtype,
             **more,
         )
         started_s = time.monotonic()

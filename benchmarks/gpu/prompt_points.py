@@ -32,7 +32,10 @@ def behind_point(
     times = in_turn(engine.runner, lambda: engine.prefill_behind(prefix, num_new), num_times)
     ms, launched_ms = (statistics.median(each) * 1e3 for each in times)
     figures = {"ms": ms, "launched_ms": launched_ms}
-    floor_s = behind_floor_s(engine.runner.model_config, num_new, point.num_tokens, ceilings.rates)
+    runner = engine.runner
+    floor_s = behind_floor_s(
+        runner.model_config, num_new, point.num_tokens, ceilings.rates, runner.kv_cache_dtype
+    )
     figures["floor_ms"] = floor_s * 1e3
     return f"{num_new} behind {point.num_tokens}", figures
 
@@ -47,7 +50,12 @@ def mixed_point(
         launched = _mixed(runner, point)
     figures |= zip(("launched_ms", "launched_host_ms", "launched_alone_ms"), launched, strict=True)
     floor_s = mixed_floor_s(
-        runner.model_config, point.batch, _MIXED_CONTEXT, point.num_tokens, ceilings.rates
+        runner.model_config,
+        point.batch,
+        _MIXED_CONTEXT,
+        point.num_tokens,
+        ceilings.rates,
+        runner.kv_cache_dtype,
     )
     figures["floor_ms"] = floor_s * 1e3
     return f"{point.batch} decode + {point.num_tokens}", figures

@@ -57,6 +57,7 @@ class StackConfig:
     model_impl: str = "auto"
     """Whose code computes the model."""
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     """How plain weights are made small."""
     redis_url: str | None = None
     cluster: str = "default"
@@ -173,6 +174,8 @@ def _worker_argv(
         argv += ["--model-impl", config.model_impl]
     if config.quantization is not None:
         argv += ["--quantization", config.quantization]
+    if config.kv_cache_dtype != "auto":
+        argv += ["--kv-cache-dtype", config.kv_cache_dtype]
     argv += ["--block-size", str(config.block_size), "--shm-dir", str(shm_dir)]
     if config.num_blocks is not None:
         argv += ["--num-blocks", str(config.num_blocks)]

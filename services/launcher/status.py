@@ -76,6 +76,8 @@ def to_text(state: dict[str, Any]) -> str:
             )
         )
     lines += _table(rows)
+    classes = {worker["determinism"] for worker in state["workers"] if worker["determinism"]}
+    lines += [f"answers are {each}" for each in sorted(classes)]
     lines += [
         f"{worker['id']} runs the model through {worker['model_impl']}: slower than Baton's own"
         for worker in state["workers"]

@@ -9,6 +9,8 @@ from baton.services.launcher.flag_types import count, port, positive, seconds, u
 from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackConfig
 from baton.shared.answer_formats import REASONING_FORMATS, TOOL_FORMATS
 from baton.shared.engine.config import (
+    KV_CACHE_DTYPE_HELP,
+    KV_CACHE_DTYPES,
     MODEL_IMPL_HELP,
     MODEL_IMPLS,
     QUANTIZATION_HELP,
@@ -83,6 +85,14 @@ def add_up_flags(parser: argparse.ArgumentParser) -> None:
         default=defaults.quantization,
         choices=QUANTIZATIONS,
         help=QUANTIZATION_HELP,
+    )
+    add_flag(
+        workers,
+        "--kv-cache-dtype",
+        type=str,
+        default=defaults.kv_cache_dtype,
+        choices=KV_CACHE_DTYPES,
+        help=KV_CACHE_DTYPE_HELP,
     )
     add_flag(
         workers,
@@ -220,6 +230,7 @@ def stack_config(args: argparse.Namespace) -> StackConfig:
         dtype=args.dtype,
         model_impl=args.model_impl,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         redis_url=args.redis_url,
         cluster=args.cluster,
         num_blocks=args.num_blocks,

@@ -17,6 +17,8 @@ from baton.shared.engine.config import (
     DEVICES,
     DTYPES,
     KERNELS,
+    KV_CACHE_DTYPE_HELP,
+    KV_CACHE_DTYPES,
     LOAD_FORMATS,
     MODEL_IMPL_HELP,
     MODEL_IMPLS,
@@ -132,6 +134,14 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         default=None,
         choices=QUANTIZATIONS,
         help=QUANTIZATION_HELP,
+    )
+    add_flag(
+        parser,
+        "--kv-cache-dtype",
+        type=str,
+        default="auto",
+        choices=KV_CACHE_DTYPES,
+        help=KV_CACHE_DTYPE_HELP,
     )
     add_flag(
         parser,
@@ -292,6 +302,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         kernels=args.kernels,
         model_impl=args.model_impl,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         load_format=args.load_format,
         gpu_memory_utilization=args.gpu_memory_utilization,
         host_memory_mib=args.host_memory_mib,

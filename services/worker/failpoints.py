@@ -71,7 +71,7 @@ class Failpoints:
         """Far from what it was: had it been served, other tokens would show it."""
         self._fire(name, [block_id])
         for tensor in cache.typed(group):
-            tensor[block_id].neg_().add_(3.0)
+            tensor[block_id].neg_().add_(3)
 
     def before_step(self) -> None:
         if "slow_steps" in self._armed:

@@ -195,7 +195,8 @@ class Sealer:
             if self._pools.groups[group].spec.grows:
                 if not fill:
                     continue
-                self._cache.tensors[group][table[-1], :, :, :, fill:].zero_()
+                for tensor in self._cache.typed(group):
+                    tensor[table[-1], :, :, :, fill:].zero_()
             self._pools.of(group).set_digest(table[-1], self.digests(group, table[-1:])[0])
 
     def _growing(self, sequence: Sequence) -> list[tuple[int, BlockTable]]:

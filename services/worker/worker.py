@@ -171,7 +171,7 @@ class Worker:
         self._capability = Capability(
             model_digest=self._runner.model_identity.digest,
             dtype=str(self._runner.dtype).removeprefix("torch."),
-            cache_dtype=str(cache.dtype).removeprefix("torch."),
+            cache_dtype=str(self._runner.cache_dtype).removeprefix("torch."),
             block_size=config.block_size,
             layout=cache.layout(),
             determinism=f"{self._runner.determinism} ({self._runner.numerics})",

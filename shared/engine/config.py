@@ -23,6 +23,11 @@ HOST_TOKEN_BUDGET = 512
 """Tokens of a step on a CPU, where nothing else is said."""
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8")
+KV_CACHE_DTYPE_HELP = (
+    "of cached keys and values; fp8: 8-bit floats with a scale for each token and head, in half "
+    "the memory; auto: as activations"
+)
 KERNELS = ("auto", "triton", "torch")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("fp8", "int8", "int4")
@@ -53,6 +58,7 @@ class EngineConfig:
     `model_impl`: whose code computes the model, baton's or, over our cache, that of the library
     transformers; auto takes the latter for types that baton has none for.
     `quantization`: how plain weights are made small while they are loaded.
+    `kv_cache_dtype`: how keys and values are kept; auto: in the dtype of activations.
     `load_format`: dummy draws random weights of the shapes that config.json makes; no files needed.
     `gpu_memory_utilization`: share of the GPU's memory that this engine may take, weights included.
     `host_memory_mib`: what this process may take of the host's memory on a CPU, weights and pool
@@ -79,6 +85,7 @@ class EngineConfig:
     kernels: str = "auto"
     model_impl: str = "auto"
     quantization: Literal["fp8", "int8", "int4"] | None = None
+    kv_cache_dtype: str = "auto"
     load_format: str = "auto"
     gpu_memory_utilization: float = 0.9
     host_memory_mib: int | None = None
@@ -92,6 +99,7 @@ class EngineConfig:
         for name, choices in (
             ("device", DEVICES),
             ("dtype", DTYPES),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("kernels", KERNELS),
             ("model_impl", MODEL_IMPLS),
             ("load_format", LOAD_FORMATS),
@@ -115,6 +123,9 @@ class EngineConfig:
                 f"block_size: must be a power of two from 1 to {MAX_BLOCK_SIZE}, "
                 f"not {self.block_size}"
             )
+        # Digests are of 32-bit words of one head's share of a block.
+        if self.kv_cache_dtype == "fp8" and self.block_size < 2:
+            raise ModelError("block_size: must be at least 2 where kv_cache_dtype is fp8, not 1")
         if self.state_checkpoints is not None and self.state_checkpoints < 0:
             raise ModelError(f"state_checkpoints: must be at least 0, not {self.state_checkpoints}")
         if not 0 <= self.num_drafts <= MAX_DRAFTS:

@@ -133,7 +133,7 @@ def chunk_columns(
         num_wanted: R, at least as many as are wanted.
         num_slot_groups: how many groups are of states; they come last.
         head_dim: the largest of any group.
-        itemsize: bytes of an element of the cache.
+        itemsize: bytes of an element of what is attended to.
         by_chunk: a chunk's tiles stand together, for kernels that take one chunk after another.
     """
     lens = [row.num_tokens for _, row in chunks]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baton.kernels.batch_state import begin_step
 from baton.kernels.decode_attention import DecodeWork, make_work, plan_decode, takes_width
-from baton.kernels.decode_plan import Scratch, decode_config
+from baton.kernels.decode_plan import Scratch
 from baton.kernels.drafts import begin_drafted_step
 from baton.kernels.latent_attention import latent_decode_config
 from baton.kernels.state_plan import NO_SLOT
@@ -58,11 +58,11 @@ class DeviceContext:
         self.vocab_size = vocab_size
         self.block_size = kv_cache.block_size
         self.caches = kv_cache.caches
-        self.cache_dtype = kv_cache.dtype
+        self.dtype = kv_cache.dtype
         self.num_slot_groups = sum(not group.spec.grows for group in kv_cache.groups)
         self.num_growing = len(self.caches) - self.num_slot_groups
         """Groups that grow; those of states come behind them."""
-        self.kv = kv_cache.padded_tensors[: self.num_growing]
+        self.kv = [cache for cache in self.caches if isinstance(cache, Tensor)]
         """Of the groups that grow."""
         self.windows = [window_of(group.spec) or 0 for group in kv_cache.groups]
         self.specs = [group.spec for group in kv_cache.groups]
@@ -135,10 +135,6 @@ class DeviceContext:
                 config = latent_decode_config(num_rows * width, self.num_heads, kv)
             elif takes_width(width, num_kv_heads, self.num_heads):
                 shape = (num_rows, width)
-                itemsize = kv.element_size()
-                config = decode_config(
-                    num_rows, num_kv_heads, head_dim, width=width, itemsize=itemsize
-                )
             key = (num_kv_heads, head_dim, window)
             if key not in made:
                 made[key] = make_work(
@@ -149,6 +145,7 @@ class DeviceContext:
                     self.device,
                     width=shape[1],
                     config=config,
+                    itemsize=kv.element_size(),
                     scratch=self._scratch if isinstance(spec, Latent) else None,
                 )
             work.append(made[key])

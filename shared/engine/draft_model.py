@@ -83,6 +83,7 @@ class DraftModel:
             num_drafts=0,
             model_impl="auto",
             quantization=None,
+            kv_cache_dtype="auto",
         )
         self.tapped: Tapped | None = None
         self._own_taps: Tapped | None = None

@@ -105,7 +105,11 @@ class HostExecutor:
         self._max_model_len = max_model_len
         self._min_rows = min_rows
         self._min_linear_rows = min_linear_rows
-        self._fuses_attention = fuses_attention
+        # Over keys and values as they are: codes are widened by the plain form.
+        are_plain = all(
+            cache.dtype == kv_cache.dtype for cache in kv_cache.caches if isinstance(cache, Tensor)
+        )
+        self._fuses_attention = fuses_attention and are_plain
         self._eos_token_ids = eos_token_ids
         self._tapped = tapped
         self._rows_at_once = rows_at_once(vocab_size)
@@ -320,18 +324,24 @@ class HostExecutor:
         ]
 
     def _plan_attention(self, columns: BatchColumns, group: int) -> AttentionPlan:
+        cache = self.kv_cache.caches[group]
+        assert isinstance(cache, Tensor)
         step = (
             columns.query_start,
             columns.context_lens,
             columns.block_tables[group],
             columns.slot_mapping[group],
-            self.kv_cache.padded_tensors[group],
+            cache,
         )
         num_heads, window = self._num_heads, window_of(self.kv_cache.groups[group].spec)
         if self._fuses_attention:
             return plan_fused_attention(*step, num_heads=num_heads, window=window)
         return reference.plan_attention(
-            *step, num_heads=num_heads, min_rows=self._min_rows, window=window
+            *step,
+            num_heads=num_heads,
+            min_rows=self._min_rows,
+            window=window,
+            dtype=self.kv_cache.dtype,
         )
 
     def _plan_states(self, columns: BatchColumns, group: int) -> StatePlan:

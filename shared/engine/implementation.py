@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.config import AUTO, EngineConfig
 from baton.shared.engine.executor import Executor, Model
 from baton.shared.engine.gguf_weights import GgufWeights
 from baton.shared.engine.model_digest import find_weight_files
@@ -194,6 +194,11 @@ def find_implementation(config: EngineConfig) -> Implementation:
         return _own(config)
     if config.quantization is not None:
         raise ModelError("quantization: transformers' code takes no weights that are quantised")
+    if config.kv_cache_dtype != AUTO:
+        raise ModelError(
+            f"kv_cache_dtype: {config.kv_cache_dtype} was asked for, and transformers' code runs "
+            "over keys and values as they are"
+        )
     # Loaded only where it is needed: it takes seconds, and memory.
     from baton.shared.engine.transformers_backend.implementation import TransformersImplementation
     from baton.shared.engine.transformers_backend.library import why_not_there

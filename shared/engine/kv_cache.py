@@ -5,6 +5,7 @@ share it: a block belongs to one group at a time. Behind the last block of a poo
 stays zero; attention reads it where a block table has a hole, or ends before its key tile does.
 
 A slot, the block of a group of states, has tensors of several dtypes: a view of all slots for each.
+So has a block of keys and values in 8 bits: their codes, and a byte of scale for each.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from baton.kernels import reference_float8
 from baton.shared.kv.arrangement import Arrangement
-from baton.shared.kv.cache_spec import State
+from baton.shared.kv.cache_spec import CacheSpec, Full, Sliding, State
 
 _ALIGNMENT_BYTES = 256
 """Of a pool's first block, and of the whole."""
@@ -53,12 +55,15 @@ class KvCache:
         memory: uint8 [required_bytes], contiguous.
         pools: by pool, where its blocks lie in it.
         tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; of a
-            group of latents [num_blocks, 1, num_layers, 1, block_size, rank + rope_dim]; of a
-            group of states uint8 [num_slots, num_layers, num_kv_heads, bytes].
+            group of latents [num_blocks, 1, num_layers, 1, block_size, rank + rope_dim]; of keys
+            and values in 8 bits uint8 [num_blocks, num_kv_heads, num_layers, 2, bytes]; of a group
+            of states uint8 [num_slots, num_layers, num_kv_heads, bytes].
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
-        caches: by group, what a model's layers take: the padded tensor; of a group of states
-            name → [num_slots + 1, num_kv_heads, num_layers, *shape], in the tensor's own dtype;
-            one layer's heads lie one after another.
+        caches: by group, what a model's layers take: the padded tensor; of 8 bits its codes,
+            float8_e4m3fn [num_blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], with
+            the scales behind each run of them; of a group of states name →
+            [num_slots + 1, num_kv_heads, num_layers, *shape], in the tensor's own dtype; one
+            layer's heads lie one after another.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class KvCache:
     ) -> None:
         """Takes `memory` (uint8 [at least required_bytes], 64-byte aligned) or allocates it.
 
-        num_blocks: by pool.
+        num_blocks: by pool. dtype: of what has none of its own, and of what is computed with it.
 
         Raises:
             ValueError: the memory does not fit.
@@ -97,13 +102,13 @@ class KvCache:
             self.memory[pool.end_bytes - pool.block_bytes : pool.end_bytes].zero_()
         self.padded_tensors = [
             self._bytes_of(group)
-            .view(dtype if each.spec.grows else torch.uint8)
+            .view(dtype if _has_plain_numbers(each.spec) else torch.uint8)
             .view(self.pool_of(group).num_blocks + 1, *each.block_shape(block_size))
             for group, each in enumerate(self.groups)
         ]
         self.tensors = [tensor[:-1] for tensor in self.padded_tensors]
         self.caches: list[torch.Tensor | Mapping[str, torch.Tensor]] = [
-            _state_views(each.spec, tensor) if isinstance(each.spec, State) else tensor
+            _cache_of(each.spec, tensor, block_size)
             for each, tensor in zip(self.groups, self.padded_tensors, strict=True)
         ]
 
@@ -119,7 +124,13 @@ class KvCache:
     def typed(self, group: int) -> list[torch.Tensor]:
         """What a group's blocks hold, each [num_blocks, …] in its own dtype: views."""
         cache = self.caches[group]
-        tensors = [cache] if isinstance(cache, torch.Tensor) else list(cache.values())
+        if not isinstance(cache, torch.Tensor):
+            tensors = list(cache.values())
+        elif cache.dtype == torch.float8_e4m3fn:
+            # Codes as integers, for which there is arithmetic.
+            tensors = [cache.view(torch.int8), reference_float8.exponents_of(cache)]
+        else:
+            tensors = [cache]
         return [tensor[:-1] for tensor in tensors]
 
     def words(self, group: int) -> torch.Tensor:
@@ -165,6 +176,20 @@ class KvCache:
     def _bytes_of(self, group: int) -> torch.Tensor:
         pool = self.pool_of(group)
         return self.memory[pool.offset_bytes : pool.end_bytes]
+
+
+def _has_plain_numbers(spec: CacheSpec) -> bool:
+    return spec.grows and not (isinstance(spec, Full | Sliding) and spec.is_float8)
+
+
+def _cache_of(
+    spec: CacheSpec, blocks: torch.Tensor, block_size: int
+) -> torch.Tensor | Mapping[str, torch.Tensor]:
+    if isinstance(spec, State):
+        return _state_views(spec, blocks)
+    if isinstance(spec, Full | Sliding) and spec.is_float8:
+        return reference_float8.codes_of(blocks, block_size)
+    return blocks
 
 
 def _state_views(spec: State, slots: torch.Tensor) -> dict[str, torch.Tensor]:

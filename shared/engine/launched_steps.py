@@ -171,7 +171,7 @@ class LaunchedSteps:
             num_slot_groups=context.num_slot_groups,
             block_size=context.block_size,
             head_dim=max((kv.shape[5] for kv in context.kv), default=1),
-            itemsize=context.cache_dtype.itemsize,
+            itemsize=context.dtype.itemsize,
             by_chunk=any(context.are_latents),
         )
         return columns, any(behind for _, _, behind in places)
@@ -276,7 +276,7 @@ class LaunchedSteps:
             columns.num_tokens,
             context.num_heads,
             context.kv[group].shape[5],
-            dtype=context.cache_dtype,
+            dtype=context.dtype,
             device=context.device,
         )
         attended[-columns.num_padding :].zero_()

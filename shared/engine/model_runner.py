@@ -53,7 +53,15 @@ from baton.shared.engine.shaping import History
 from baton.shared.engine.weights import DummyWeights
 from baton.shared.kv.arrangement import Arrangement, arrange
 from baton.shared.kv.block_pool import NO_BLOCK
-from baton.shared.kv.cache_spec import CacheGroup, Full, Latent, Sliding, State
+from baton.shared.kv.cache_spec import (
+    CacheGroup,
+    CacheSpec,
+    Full,
+    Latent,
+    Sliding,
+    State,
+    in_float8,
+)
 from baton.shared.kv.drawn import Drawn
 from baton.shared.kv.pool_sizes import PoolSizes
 from baton.shared.model_files.fields import ModelError
@@ -67,6 +75,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_FLOAT8 = torch.float8_e4m3fn
 _MOST_FORCED_ON_HOST = 16
 _TOKEN_BUDGETS = (512, 1024, 2048, 4096)
 _MEASURED_TOKENS = 8192
@@ -89,12 +98,13 @@ class ModelRunner:
         determinism: 'exact' when a token's bits do not depend on the rest of the step, the
             boundaries of chunks, or block ids; else 'consistent'.
         dtype: of activations, and of weights that have no form of their own.
-        cache_dtype: of keys and values.
+        cache_dtype: of keys and values; of latents it is `dtype`, of states their own.
         numerics: what the bits depend on beside model and dtype; workers that differ here may draw
             different tokens although each is exact by itself.
         model_impl: whose code computes the model: `baton`, or the other library and its version;
             and that it is not replayed as CUDA graphs, where that would be.
         quantization: how plain weights were made small; None: they were not.
+        kv_cache_dtype: how keys and values are kept; auto: in `dtype`.
         model_identity: tells models apart.
         kernels: 'torch' or 'triton'.
         token_budget: the most tokens of a usual step.
@@ -137,7 +147,8 @@ class ModelRunner:
         self.max_model_len = self._most_tokens
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
-        self.cache_dtype = self.dtype
+        specs = _cache_specs(self.model_config, config.kv_cache_dtype)
+        self.cache_dtype = _FLOAT8 if config.kv_cache_dtype == "fp8" else self.dtype
         self.kernels = _kernels(config.kernels, self.device, self.model_config)
         self.model_impl = self._implementation.name
         if self.device.type == "cuda" and not self._implementation.has_graphs:
@@ -145,33 +156,35 @@ class ModelRunner:
         self.steps_ahead = 1 if self.device.type == "cuda" and self.kernels == "triton" else 0
         self.num_drafts = config.num_drafts
         self.max_num_seqs = most_num_seqs(config)
-        specs = [spec for spec in self.model_config.cache_specs if spec is not None]
-        if self.num_drafts and not all(spec.grows for spec in specs):
+        grow = all(spec.grows for spec in specs if spec is not None)
+        if self.num_drafts and not grow:
             raise ModelError(
                 "num_drafts: --speculate is not for a model whose layers keep a state: "
                 "drafts that do not stand would change it"
             )
         if config.draft_model_dir is not None and not self.num_drafts:
             raise ModelError("draft_model: num_drafts is 0, so nothing is guessed")
-        keeps_states = not all(spec.grows for spec in specs)
-        self.keeps_checkpoints = keeps_states and config.state_checkpoints != 0
+        self.keeps_checkpoints = not grow and config.state_checkpoints != 0
         # The host computes rows of any length; a state never takes a token back.
-        takes_many = self.kernels == "torch" and not keeps_states
+        takes_many = self.kernels == "torch" and grow
         self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
         self.quantization = config.quantization
+        self.kv_cache_dtype = config.kv_cache_dtype
         self._config = config
         self._implementation.check_steps(self._longest_step)
         self.arrangement: Arrangement = arrange(
-            self.model_config.cache_specs,
+            specs,
             block_size=config.block_size,
-            itemsize=self.cache_dtype.itemsize,
+            itemsize=self.dtype.itemsize,
             max_model_len=self._most_tokens,
             # Whatever is guessed: blocks of workers that guess are those of workers that do not.
             ahead_tokens=(1 + self.steps_ahead) * self._most_tokens_of_a_step,
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         _check_blocks(self.arrangement, config.block_size)
-        self._ops = _operations(self.kernels, self.device, self.dtype, self.model_config)
+        self._ops = _operations(
+            self.kernels, self.device, self.dtype, self.model_config, self.cache_dtype
+        )
 
         weights = find_weights(config, self.model_config)
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
@@ -204,7 +217,7 @@ class ModelRunner:
             self.arrangement,
             self.num_blocks,
             config.block_size,
-            self.cache_dtype,
+            self.dtype,
             memory=pool_memory(num_bytes) if pool_memory else None,
             device=self.device,
         )
@@ -327,7 +340,8 @@ class ModelRunner:
         whose = "" if self.model_impl == "baton" else self._implementation.name
         small = "small weights" if self._has_small else ""
         made = self.quantization or ""
-        parts = (_numerics(self.device, self.kernels), whose, choices, small, made)
+        kept = "" if self.kv_cache_dtype == AUTO else f"keys and values in {self.kv_cache_dtype}"
+        parts = (_numerics(self.device, self.kernels), whose, choices, small, made, kept)
         return " ".join(part for part in parts if part)
 
     @property
@@ -368,7 +382,7 @@ class ModelRunner:
         problem = _why_not_with_triton(model) if self.kernels == "triton" else None
         if problem is not None:
             raise ModelError(f"draft_model: {self._config.draft_model_dir}: {problem}")
-        return _operations(self.kernels, self.device, self.dtype, model)
+        return _operations(self.kernels, self.device, self.dtype, model, self.dtype)
 
     def _choose_pools(self, used_bytes: int, progress: Progress) -> None:
         sizes = PoolSizes(
@@ -466,7 +480,7 @@ class ModelRunner:
             self.arrangement,
             [num_blocks] * self.arrangement.num_pools,
             self._config.block_size,
-            self.cache_dtype,
+            self.dtype,
             device=self.device,
         )
         return self._make_executor(cache, num_rows)
@@ -484,7 +498,7 @@ class ModelRunner:
             self.arrangement,
             num_blocks,
             self._config.block_size,
-            self.cache_dtype,
+            self.dtype,
             device=self.device,
         )
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -757,14 +771,18 @@ def _why_not_with_triton(model: ModelConfig) -> str | None:
 
 
 def _operations(
-    kernels: str, device: torch.device, dtype: torch.dtype, model: ModelConfig
+    kernels: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: ModelConfig,
+    cache_dtype: torch.dtype,
 ) -> Operations:
     if kernels == "torch":
         return ReferenceOperations(keeps_small=device.type == "cpu" and dtype == torch.bfloat16)
     from baton.shared.engine.triton_operations import TritonOperations
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability == (9, 0) and (problem := _why_not_hopper(model)):
+    if capability == (9, 0) and (problem := _why_not_hopper(model, cache_dtype)):
         log_event(
             logger,
             logging.WARNING,
@@ -785,8 +803,10 @@ def _operations(
     )
 
 
-def _why_not_hopper(model: ModelConfig) -> str:
+def _why_not_hopper(model: ModelConfig, cache_dtype: torch.dtype) -> str:
     """What keeps layers from the faster kernel; empty: nothing."""
+    if cache_dtype == _FLOAT8:
+        return "keys and values are kept in 8 bits, and the faster one takes 16"
     from baton.kernels.prefill_attention import why_not_hopper
 
     kinds = {
@@ -825,6 +845,24 @@ def _check_blocks(arrangement: Arrangement, block_size: int) -> None:
                 f"block_size: blocks of {block_size} have {num_bytes} bytes, which is no multiple "
                 f"of {_WORD_BYTES}; twice as many tokens make one"
             )
+
+
+def _cache_specs(model: ModelConfig, kv_cache_dtype: str) -> list[CacheSpec | None]:
+    """What layers cache, in the form asked for. ModelError: there is nothing to be kept in it."""
+    specs = model.cache_specs
+    if kv_cache_dtype == AUTO:
+        return specs
+    if any(isinstance(spec, Latent) for spec in specs):
+        raise ModelError(
+            f"kv_cache_dtype: {kv_cache_dtype} is for keys and values, and {model.model_type} "
+            "caches latents, which are kept as they are: leave it at auto"
+        )
+    if not any(isinstance(spec, Full | Sliding) for spec in specs):
+        raise ModelError(
+            f"kv_cache_dtype: {kv_cache_dtype} is for keys and values, and {model.model_type} "
+            "caches none: leave it at auto"
+        )
+    return [None if spec is None else in_float8(spec) for spec in specs]
 
 
 def _describe_length(choice: PoolChoice, most_tokens: int) -> str:

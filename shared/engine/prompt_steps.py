@@ -23,6 +23,7 @@ from torch import Tensor
 
 from baton.kernels.batch_state import begin_step, scatter
 from baton.kernels.decode_attention import DecodeWork, plan_decode
+from baton.kernels.float8_jit import is_float8
 from baton.kernels.prefill_attention import is_wide
 from baton.kernels.split_prefill_attention import ItemConfig, ItemWork, item_config, make_item_work
 from baton.shared.engine.batch import Batch
@@ -258,7 +259,7 @@ class PromptSteps:
                 step.layout.num_tokens,
                 context.num_heads,
                 head_dim,
-                dtype=context.cache_dtype,
+                dtype=context.dtype,
                 device=context.device,
             )
             for head_dim in set(step.head_dims)
@@ -326,7 +327,14 @@ class PromptSteps:
     def _work_of(self, group: int) -> ItemWork:
         context, kv = self._context, self._context.kv[group]
         _, num_kv_heads, _, _, _, head_dim = kv.shape
-        config = item_config(context.num_heads, num_kv_heads, head_dim, kv)
+        config = item_config(
+            context.num_heads,
+            num_kv_heads,
+            head_dim,
+            context.dtype.itemsize,
+            context.device,
+            is_float8=is_float8(kv),
+        )
         key = (config, head_dim)
         if key not in self._item_work:
             self._item_work[key] = make_item_work(

@@ -63,6 +63,8 @@ class Full:
 
     num_kv_heads: int
     head_dim: int
+    is_float8: bool = False
+    """Kept in 8 bits with a scale for each token and head; see `_key_value_axes`."""
 
     reads_everything: ClassVar[bool] = True
     grows: ClassVar[bool] = True
@@ -74,7 +76,7 @@ class Full:
         return _key_value_axes(self, num_layers, block_size)
 
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
-        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+        return _key_value_bytes(self, num_layers, block_size, itemsize_bytes)
 
     def num_pieces(self, num_layers: int) -> int:
         return self.num_kv_heads
@@ -93,6 +95,8 @@ class Sliding:
     num_kv_heads: int
     head_dim: int
     window: int
+    is_float8: bool = False
+    """As of `Full`."""
 
     reads_everything: ClassVar[bool] = False
     grows: ClassVar[bool] = True
@@ -104,7 +108,7 @@ class Sliding:
         return _key_value_axes(self, num_layers, block_size)
 
     def block_bytes(self, num_layers: int, block_size: int, itemsize_bytes: int) -> int:
-        return math.prod(self.axes(num_layers, block_size).values()) * itemsize_bytes
+        return _key_value_bytes(self, num_layers, block_size, itemsize_bytes)
 
     def num_pieces(self, num_layers: int) -> int:
         return self.num_kv_heads
@@ -252,14 +256,25 @@ def window_of(spec: CacheSpec) -> int | None:
     return spec.window if isinstance(spec, Sliding) else None
 
 
+def in_float8(spec: CacheSpec) -> CacheSpec:
+    """What caches the same in 8 bits, where there are keys and values; else the spec itself."""
+    return replace(spec, is_float8=True) if isinstance(spec, Full | Sliding) else spec
+
+
 def _key_value_axes(spec: Full | Sliding, num_layers: int, block_size: int) -> dict[str, int]:
-    return {
-        "kv_head": spec.num_kv_heads,
-        "layer": num_layers,
-        "kv": 2,
-        "token": block_size,
-        "dim": spec.head_dim,
-    }
+    """In 8 bits a run, the keys or values of one head in one layer, is the codes of all its tokens
+    and behind them a byte for each token: its scale (kernels/reference_float8.py)."""
+    runs = {"kv_head": spec.num_kv_heads, "layer": num_layers, "kv": 2}
+    if spec.is_float8:
+        return {**runs, "byte": block_size * (spec.head_dim + 1)}
+    return {**runs, "token": block_size, "dim": spec.head_dim}
+
+
+def _key_value_bytes(
+    spec: Full | Sliding, num_layers: int, block_size: int, itemsize_bytes: int
+) -> int:
+    count = math.prod(_key_value_axes(spec, num_layers, block_size).values())
+    return count if spec.is_float8 else count * itemsize_bytes
 
 
 def units_of_rank(num_units: int, rank: int, num_ranks: int, *, called: str = "units") -> range:

@@ -29,10 +29,13 @@ class Ask:
 
 
 class Oracle:
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, **how: Any) -> None:
+        """`how`: further fields of EngineConfig."""
         # As the workers: the number of threads is part of what the bits depend on.
         torch.set_num_threads(1)
-        self._runner = ModelRunner(EngineConfig(model_dir=model, num_blocks=1024, **ENGINE))
+        self._runner = ModelRunner(
+            EngineConfig(model_dir=model, num_blocks=1024, **{**ENGINE, **how})
+        )
         assert ON_GPU or self._runner.determinism == "exact"
         self._loop = PlainLoop(self._runner)
 

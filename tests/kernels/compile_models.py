@@ -35,8 +35,10 @@ from baton.kernels.experts import ExpertWeights
 from baton.kernels.prefill_attention import block_m_for
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_experts import ExpertActivation, Routes
+from baton.kernels.reference_float8 import codes_of
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 from baton.kernels.split_prefill_attention import item_config, make_item_work
+from baton.shared.engine.config import KV_CACHE_DTYPES
 from baton.shared.engine.experts import Experts
 from baton.shared.engine.linear import Linear
 from baton.shared.engine.operations import Norm
@@ -124,7 +126,12 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def compile_layer(
-    shape: Shape, capability: int, rows: tuple[int, ...], dtype: torch.dtype
+    shape: Shape,
+    capability: int,
+    rows: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    is_float8: bool = False,
 ) -> list[Compiled]:
     """What a layer and the head need, for decode steps of so many rows and chunks of all sizes."""
     limit = SHARED_BYTES[capability]
@@ -135,20 +142,34 @@ def compile_layer(
     ops = TritonOperations(overlaps=capability >= 90)
     with recording(capability) as kernels:
         for num_rows in rows:
-            _step(ops, shape, num_rows, dtype, chunk=0)
+            _step(ops, shape, num_rows, dtype, chunk=0, is_float8=is_float8)
         for num_tokens in _CHUNKS:
-            _step(ops, shape, num_tokens, dtype, chunk=num_tokens)
+            _step(ops, shape, num_tokens, dtype, chunk=num_tokens, is_float8=is_float8)
     return kernels
 
 
+def _pool(shape: Shape, dtype: torch.dtype, *, is_float8: bool) -> Tensor:
+    runs = (9, shape.num_kv_heads, 4, 2)
+    if not is_float8:
+        return empty(*runs, 16, shape.head_dim, dtype=dtype)
+    memory = torch.empty(*runs, 16 * (shape.head_dim + 1), dtype=torch.uint8, device=_META)
+    return on_gpu(codes_of(memory, 16))
+
+
 def _step(
-    ops: TritonOperations, shape: Shape, num_tokens: int, dtype: torch.dtype, *, chunk: int
+    ops: TritonOperations,
+    shape: Shape,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    chunk: int,
+    is_float8: bool,
 ) -> None:
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     norm = Norm(empty(shape.hidden, dtype=shape.norm_dtype or dtype), 1e-6)
     hidden = empty(num_tokens, shape.hidden, dtype=dtype)
-    kv = empty(9, kv_heads, 4, 2, 16, head_dim, dtype=dtype)
-    plan = _plan(shape, num_tokens, chunk, dtype)
+    kv = _pool(shape, dtype, is_float8=is_float8)
+    plan = _plan(shape, num_tokens, chunk, dtype, is_float8=is_float8)
 
     def linear(num_out: int, num_in: int) -> Linear:
         return Linear(empty(num_out, num_in, dtype=dtype), None, num_out, num_in, scale=shape.scale)
@@ -203,7 +224,9 @@ def _mixture(ops: TritonOperations, shape: Shape, rule: RoutingRule, hidden: Ten
     ops.gated_add(hidden, on_gpu(logits[:, :1]), hidden)
 
 
-def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> DevicePlan:
+def _plan(
+    shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype, *, is_float8: bool
+) -> DevicePlan:
     def ints(*sizes: int) -> Tensor:
         return empty(*sizes, dtype=torch.int32)
 
@@ -211,7 +234,9 @@ def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> Devi
     rows = work = None
     if not chunk:
         rows = ints(num_tokens)
-        work = make_work(num_tokens, shape.num_kv_heads, shape.num_heads, shape.head_dim, _META)
+        heads = (shape.num_kv_heads, shape.num_heads)
+        itemsize = 1 if is_float8 else dtype.itemsize
+        work = make_work(num_tokens, *heads, shape.head_dim, _META, itemsize=itemsize)
         plan_decode(rows, ints(64), work, window=shape.window)
     return DevicePlan(
         slots=empty(num_tokens, dtype=torch.int64),
@@ -222,15 +247,14 @@ def _plan(shape: Shape, num_tokens: int, chunk: int, dtype: torch.dtype) -> Devi
         tiles=ints(-(-chunk // block_m), 4) if chunk else None,
         block_m=block_m,
         window=shape.window,
-        items=_items(shape, dtype) if chunk else None,
+        items=_items(shape, dtype, is_float8=is_float8) if chunk else None,
     )
 
 
-def _items(shape: Shape, dtype: torch.dtype) -> ChunkItems:
+def _items(shape: Shape, dtype: torch.dtype, *, is_float8: bool) -> ChunkItems:
     """Of chunks whose keys are cut, too; as if there were both in a step."""
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    kv = empty(9, kv_heads, 4, 2, 16, head_dim, dtype=dtype)
-    config = item_config(heads, kv_heads, head_dim, kv)
+    config = item_config(heads, kv_heads, head_dim, dtype.itemsize, _META, is_float8=is_float8)
     work = make_item_work(config, heads, head_dim, _META)
     partial, weight, arrived = map(on_gpu, (work.partial, work.weight, work.arrived))
     work = replace(work, partial=partial, weight=weight, arrived=arrived)
@@ -252,13 +276,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--capability", nargs="+", type=int, default=[90], choices=SHARED_BYTES)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 8, 16, 32, 64, 128])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES)
     parser.add_argument("--ptx", type=Path, metavar="DIRECTORY")
     args = parser.parse_args(argv)
     report = {}
     for name in args.model:
         for capability in args.capability:
             dtype = getattr(torch, args.dtype)
-            kernels = compile_layer(MODELS[name], capability, tuple(args.rows), dtype)
+            kernels = compile_layer(
+                MODELS[name],
+                capability,
+                tuple(args.rows),
+                dtype,
+                is_float8=args.kv_cache_dtype == "fp8",
+            )
             found = {"kernels": len(kernels), "problems": list(problems(kernels))}
             report[f"{name} sm_{capability}"] = found
             if args.ptx is not None:

@@ -44,8 +44,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     long over one that has no work as over others."""
     usual = decode_plan.decode_config
 
-    def few(num_rows: int, num_kv_heads: int, head_dim: int) -> decode_plan.DecodeConfig:
-        return replace(usual(num_rows, num_kv_heads, head_dim), programs=12)
+    def few(*sizes: int, **how: int) -> decode_plan.DecodeConfig:
+        return replace(usual(*sizes, **how), programs=12)
 
     if not _HAS_GPU:
         monkeypatch.setattr(decode_plan, "decode_config", few)

@@ -10,6 +10,7 @@ import torch
 
 from baton.kernels import reference_prefill
 from baton.kernels.prefill_attention import PrefillConfig, paged_prefill_attention, prefill_tiles
+from tests.kernels.float8_pools import numbers_of
 
 Check = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -46,7 +47,7 @@ class PrefillCase:
             block_m=block_m, window=window, soft_cap=soft_cap, sinks=sinks, out=out, config=config,
         )  # fmt: skip
         expected = reference_prefill.paged_prefill_attention(
-            self.query.double(), self.kv.double(), layer, tiles, self.tables, scale,
+            self.query.double(), numbers_of(self.kv), layer, tiles, self.tables, scale,
             block_m=block_m, window=window, soft_cap=soft_cap, sinks=sinks,
         )  # fmt: skip
         assert_close(out, expected)

@@ -19,6 +19,7 @@ from baton.kernels.decode_attention import (
     plan_decode,
 )
 from baton.kernels.reference_attention import decode_attention_reference
+from tests.kernels.float8_pools import numbers_of
 
 Check = Callable[[Tensor, Tensor], None]
 NUM_LAYERS, LAYER = 3, 1
@@ -114,7 +115,7 @@ class Problem:
     def reference(self) -> Tensor:
         return decode_attention_reference(
             self.query.double(),
-            self.kv.double(),
+            numbers_of(self.kv),
             LAYER,
             self.rows,
             self.context_lens,

@@ -134,6 +134,21 @@ def test_logits_of_chunks_and_decode_rows(tmp_path: Path, device: torch.device) 
         assert float(error) < 1e-4
 
 
+def test_logits_over_keys_and_values_in_8_bits(
+    make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """A number that lies between two codes may go to either. How far off 16 bits' are says that
+    this is no wider than it must be."""
+    runner = make("triton", device, kv_cache_dtype="fp8")
+    same = make("torch", torch.device("cpu"), kv_cache_dtype="fp8")
+    prompt, table = tokens(21, 1), [[7, 3]]
+    for start, end in ((0, 17), (17, 20), (20, 21)):
+        batch = Batch([BatchRow(prompt[start:end], start, table)])
+        expected, actual = same.logits(batch), runner.logits(batch).cpu()
+        plain = reference.logits(batch)
+        assert float((actual - expected).norm()) < 0.1 * float((plain - expected).norm())
+
+
 def test_a_prompt_whose_last_chunk_is_one_token(
     make: Make, reference: ModelRunner, device: torch.device
 ) -> None:

@@ -13,6 +13,7 @@ from baton.kernels.split_prefill_attention import (
     make_item_work,
     split_prefill_attention,
 )
+from tests.kernels.float8_pools import numbers_of
 from tests.kernels.prefill_cases import Check, PrefillCase, make_case
 
 _SMALL = ItemConfig(16, 1, 16, 4, 2)
@@ -51,8 +52,8 @@ def check(
     query = torch.cat((case.query, case.query[:1]))
     scale = case.query.shape[2] ** -0.5
     expected = reference_prefill.paged_prefill_attention(
-        case.query.double(), case.kv.double(), 1, torch.from_numpy(tiles).to(device), case.tables,
-        scale, block_m=config.block_m, window=window, soft_cap=soft_cap, sinks=sinks,
+        case.query.double(), numbers_of(case.kv), 1, torch.from_numpy(tiles).to(device),
+        case.tables, scale, block_m=config.block_m, window=window, soft_cap=soft_cap, sinks=sinks,
     )  # fmt: skip
     for _ in range(num_times):
         out = torch.full_like(query, float("nan"))
@@ -106,9 +107,9 @@ def test_chosen_configurations(
     device: torch.device, dtype: torch.dtype, assert_close: Check
 ) -> None:
     case = make_case([(300, 9), (0, 2)], 4, 2, 64, 16, device, dtype)
-    check(case, assert_close, item_config(4, 2, 64, case.kv))
+    check(case, assert_close, item_config(4, 2, 64, dtype.itemsize, device))
     case = make_case([(120, 3)], 2, 1, 256, 16, device, dtype)
-    check(case, assert_close, item_config(2, 1, 256, case.kv))
+    check(case, assert_close, item_config(2, 1, 256, dtype.itemsize, device))
 
 
 def test_no_items(device: torch.device) -> None:

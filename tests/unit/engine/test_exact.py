@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"hidden_size": 320, "intermediate_size": 688, "num_attention_heads": 10},
 }
 CASES = [*((shape, 1, 300) for shape in SHAPES), ("head-dim-24", 2, 40)]
+CACHES = ("auto", "fp8")
 
 
 def token_ids(length: int, seed: int) -> list[int]:
@@ -50,13 +51,21 @@ def random_parts(total: int, seed: int) -> list[int]:
     return parts
 
 
-@pytest.mark.parametrize(("shape", "num_threads", "length"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "num_threads", "length", "cache"),
+    [*((*case, "auto") for case in CASES), ("head-dim-24", 1, 70, "fp8")],
+)
 def test_chunks_and_single_tokens_equal_one_pass(
-    shape: str, num_threads: int, length: int, make_llama: MakeLlama, make_runner: MakeRunner
+    shape: str,
+    num_threads: int,
+    length: int,
+    cache: str,
+    make_llama: MakeLlama,
+    make_runner: MakeRunner,
 ) -> None:
     torch.set_num_threads(num_threads)
     model_dir, _ = make_llama(**SHAPES[shape])
-    runner = make_runner(model_dir)
+    runner = make_runner(model_dir, kv_cache_dtype=cache)
     assert runner.determinism == "exact"
     tokens = token_ids(length, seed=1)
     table = random.Random(2).sample(range(128), 19)
@@ -72,13 +81,15 @@ def test_chunks_and_single_tokens_equal_one_pass(
         assert torch.equal(whole, one_by_one[end]), f"one pass of {end} tokens differs"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "cache"), [*((shape, "auto") for shape in SHAPES), ("grouped", "fp8")]
+)
 def test_alone_equals_in_a_batch(
-    shape: str, make_llama: MakeLlama, make_runner: MakeRunner
+    shape: str, cache: str, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     """Rows that decode, start, and go on with a chunk, in one step and in shuffled order."""
     model_dir, _ = make_llama(**SHAPES[shape])
-    runner = make_runner(model_dir, num_blocks=600)
+    runner = make_runner(model_dir, num_blocks=600, kv_cache_dtype=cache)
     generator = random.Random(3)
     lengths = [1, 2, 16, 17, 33, 100, 127, 128, 129, 130, 200, 256, 257, 300, 5, 64, 31, 150]
     prompts = [token_ids(length, seed=length) for length in lengths]
@@ -104,11 +115,12 @@ def test_alone_equals_in_a_batch(
             assert torch.equal(together[place], alone[i]), f"row of {lengths[i]} tokens differs"
 
 
+@pytest.mark.parametrize("cache", CACHES)
 def test_a_shared_prefix_equals_a_computed_one(
-    make_llama: MakeLlama, make_runner: MakeRunner
+    cache: str, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     model_dir, _ = make_llama()
-    runner = make_runner(model_dir)
+    runner = make_runner(model_dir, kv_cache_dtype=cache)
     prefix, rest = token_ids(160, seed=1), token_ids(45, seed=2)
     runner.logits(Batch([BatchRow(prefix + token_ids(20, seed=3), 0, [list(range(12))])]))
     table = list(range(10)) + [40, 41, 42]
@@ -117,14 +129,18 @@ def test_a_shared_prefix_equals_a_computed_one(
     assert torch.equal(warm, cold)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 128])
+@pytest.mark.parametrize(
+    ("block_size", "cache"), [(1, "auto"), (2, "fp8"), (8, "auto"), (128, "auto")]
+)
 def test_block_size_does_not_matter(
-    block_size: int, make_llama: MakeLlama, make_runner: MakeRunner
+    block_size: int, cache: str, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     model_dir, _ = make_llama()
     tokens = token_ids(150, seed=1)
-    usual = make_runner(model_dir).logits(Batch([BatchRow(tokens, 0, [list(range(10))])]))
-    runner = make_runner(model_dir, block_size=block_size, num_blocks=160)
+    usual = make_runner(model_dir, kv_cache_dtype=cache).logits(
+        Batch([BatchRow(tokens, 0, [list(range(10))])])
+    )
+    runner = make_runner(model_dir, block_size=block_size, num_blocks=160, kv_cache_dtype=cache)
     table = list(range(159, 159 - -(-150 // block_size), -1))
     logits_of_parts(runner, tokens[:140], table, random_parts(140, seed=1))
     assert torch.equal(runner.logits(Batch([BatchRow(tokens[140:], 140, [table])])), usual)
@@ -145,28 +161,32 @@ def test_how_attention_is_cut_to_save_memory_does_not_matter(
     assert torch.equal(runner.logits(Batch(decode)), usual[1])
 
 
+@pytest.mark.parametrize("cache", CACHES)
 def test_what_lies_in_unused_slots_does_not_matter(
-    make_llama: MakeLlama, make_runner: MakeRunner
+    cache: str, make_llama: MakeLlama, make_runner: MakeRunner
 ) -> None:
     """NaN everywhere but in the slots of tokens already computed, before every step."""
     model_dir, _ = make_llama()
-    runner = make_runner(model_dir)
+    runner = make_runner(model_dir, kv_cache_dtype=cache)
     tokens, table = token_ids(200, seed=1), random.Random(2).sample(range(128), 13)
     parts = [100, 37] + [1] * 63
     clean = logits_of_parts(runner, tokens, table, parts)
-    cache = runner.kv_cache.tensors[0]
-    cache.fill_(float("nan"))
+    poisons = {torch.float32: float("nan"), torch.int8: 0x7F, torch.uint8: 0xFF}
+    views = [(view, poisons[view.dtype]) for view in runner.kv_cache.typed(0)]
+    for view, poison in views:
+        view.fill_(poison)
     position = 0
     for size in parts:
         row = BatchRow(tokens[position : position + size], position, [table])
         other = BatchRow([3], 0, [[next(block for block in range(128) if block not in table)]])
         position += size
         assert torch.equal(runner.logits(Batch([other, row]))[1], clean[position])
-        kept = cache[table].clone()
-        kept[-(-position // 16) :] = float("nan")
-        kept[position // 16, :, :, :, position % 16 :] = float("nan")
-        cache.fill_(float("nan"))
-        cache[table] = kept
+        for view, poison in views:
+            kept = view[table].clone()
+            kept[-(-position // 16) :] = poison
+            kept[position // 16, :, :, :, position % 16 :] = poison
+            view.fill_(poison)
+            view[table] = kept
 
 
 def test_drawn_tokens_do_not_depend_on_the_batch(

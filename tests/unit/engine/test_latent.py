@@ -131,7 +131,9 @@ def test_prompts_that_take_the_slower_form_are_named(
         (tmp_path / "config.json").write_text(json.dumps(fields))
         _, config = load_model_config(tmp_path)
         caplog.clear()
-        model_runner._operations("triton", torch.device("cpu"), torch.bfloat16, config)
+        model_runner._operations(
+            "triton", torch.device("cpu"), torch.bfloat16, config, torch.bfloat16
+        )
         warned = "slower form of latent attention" in caplog.text
         assert warned == bool(reason)
         assert model_runner._why_not_expanded(config).startswith(reason)

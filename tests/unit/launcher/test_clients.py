@@ -212,7 +212,7 @@ def server_info() -> pb.GetServerInfoResponse:
                 num_free_blocks=30,
                 num_blocks=40,
                 capability_hash="c",
-                determinism="exact",
+                determinism="exact (torch, keys and values in fp8)",
                 max_model_len=640,
                 model_impl="other 1.0",
                 num_checkpoints=7,
@@ -243,7 +243,7 @@ def test_status_as_json(
             "num_free_blocks": 30,
             "num_blocks": 40,
             "capability_hash": "c",
-            "determinism": "exact",
+            "determinism": "exact (torch, keys and values in fp8)",
             "max_model_len": 640,
             "model_impl": "other 1.0",
             "num_checkpoints": 7,
@@ -265,6 +265,7 @@ def test_status_as_table(
     assert ["decode-0", "decode", "d1", "NO", "1", "2", "30/40", "640"] in lines
     said = "decode-0 runs the model through other 1.0: slower than Baton's own"
     assert said.split() in lines
+    assert "answers are exact (torch, keys and values in fp8)".split() in lines
     assert "decode-0 keeps 7 states for later prompts".split() in lines
     assert ["digest", "mismatches", "3"] in lines
     assert "ledger: DECODING 2".split() in lines

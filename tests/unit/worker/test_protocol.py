@@ -221,15 +221,20 @@ def test_any_interleaving(
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_blocks"), [("windowed", 12), ("one pool", 24), ("two pools", 14)]
+    ("kind", "num_blocks", "cache"),
+    [("windowed", 12, "auto"), ("one pool", 24, "fp8"), ("two pools", 14, "auto")],
 )
 def test_any_interleaving_of_several_cache_groups(
-    kind: str, num_blocks: int, make_runner: MakeRunner, clock: Clock
+    kind: str, num_blocks: int, cache: str, make_runner: MakeRunner, clock: Clock
 ) -> None:
     """Blocks that windows gave back, prefixes with gaps, pools that run out one before the other:
-    split equals together all the same."""
-    runners = {name: LateRunner(make_runner(num_blocks, kind)) for name in ("prefill", "decode")}
-    _run(runners, Oracle(make_runner(64, kind)), clock, max_examples=40)
+    split equals together all the same, also where keys and values are kept in 8 bits."""
+    runners = {
+        name: LateRunner(make_runner(num_blocks, kind, kv_cache_dtype=cache))
+        for name in ("prefill", "decode")
+    }
+    oracle = Oracle(make_runner(64, kind, kv_cache_dtype=cache))
+    _run(runners, oracle, clock, max_examples=40)
 
 
 @pytest.mark.parametrize(("kind", "runs_ahead"), [("states", True), ("states alone", False)])

@@ -1,0 +1,132 @@
+"""Keys and values in 8 bits for kernels: what kernels/reference_float8.py says, in registers.
+
+Two codes lie beside each other as one number of 16 bits, and are moved as that: the copies to
+shared memory, and those from there to where tensor cores take them, are the ones that keys and
+values of 16 bits have. What is multiplied are then two halves, the even dimensions and the odd
+ones. To bfloat16 a code is widened by moving its bits to their places, which makes 2⁻¹²⁰ times the
+number, and one multiplication, for two codes at a time; `ASM` is False in Triton's interpreter,
+which has no assembler. Codes that are no number do not come up: a vector that is not finite has
+zeros, and an infinite scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baton.kernels import reference_float8
+
+_WIDEN = tl.constexpr(
+    """{
+    .reg .b32 low, s, t, mask, up, zero;
+    mov.b32 mask, 0x07F007F0;
+    mov.b32 up, 0x7B807B80;
+    mov.b32 zero, 0x80008000;
+    shl.b32 low, $2, 8;
+    and.b32 s, low, 0x80008000;
+    shr.b32 t, low, 4;
+    lop3.b32 t, t, mask, s, 0xEA;
+    fma.rn.bf16x2 $0, t, up, zero;
+    and.b32 s, $2, 0x80008000;
+    shr.b32 t, $2, 4;
+    lop3.b32 t, t, mask, s, 0xEA;
+    fma.rn.bf16x2 $1, t, up, zero;
+    }"""
+)
+"""(t & mask) | s is 0xEA."""
+
+
+def is_float8(kv: Tensor) -> bool:
+    return kv.dtype == reference_float8.DTYPE
+
+
+def as_bytes(kv: Tensor) -> Tensor:
+    """What kernels take of a pool: codes as bytes, by which they know them."""
+    return kv.view(torch.uint8) if is_float8(kv) else kv
+
+
+def has_assembler() -> bool:
+    return not triton.knobs.runtime.interpret
+
+
+@triton.jit
+def exponent_of(bits):
+    """The largest of a vector's numbers, its sign left out, as the bits of a float32 → the exponent
+    of its scale."""
+    exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 1)
+    return tl.where(bits >= 0x7F800000, 255, exponent)
+
+
+@triton.jit
+def magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def codes_of(x, exponent):
+    """float32 → uint8: rounded to even, as torch does. No GPU is too old for this."""
+    inverse = (tl.maximum(254 - exponent, 0) << 23).to(tl.float32, bitcast=True)
+    scaled = (x * inverse).to(tl.int32, bitcast=True)
+    bits = scaled & 0x7FFFFFFF
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2⁻⁶ codes are multiples of 2⁻⁹: the last place of a float32 beside 2¹⁴.
+    below = bits.to(tl.float32, bitcast=True) + 16384.0
+    code = tl.where(bits < 0x3C800000, below.to(tl.int32, bitcast=True) - 0x46800000, normal)
+    code = tl.where(exponent == 255, 0, code)
+    sign = tl.where(exponent == 255, 0, (scaled >> 24) & 0x80)
+    return (code | sign).to(tl.uint8)
+
+
+@triton.jit
+def scale_of(exponent):
+    """uint8 → float32."""
+    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def halves(pairs, dtype: tl.constexpr, ASM: tl.constexpr):
+    """int16 → the numbers of the lower bytes, and of the higher ones, before they are scaled."""
+    if ASM and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _WIDEN, "=r,=r,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        bits = pairs.to(tl.int32)
+        return _widened(bits).to(dtype), _widened(bits >> 8).to(dtype)
+
+
+@triton.jit
+def _widened(code):
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2¹²⁰
+
+
+@triton.jit
+def score_halves(query, pairs, scale, ASM: tl.constexpr):
+    """Products of queries, (even, odd) dimensions [M, D / 2] each, with keys, int16 [N, D / 2] and
+    their scales float32 [N] → float32 [M, N]."""
+    even, odd = halves(pairs, query[0].dtype, ASM)
+    scores = tl.dot(query[0], tl.trans(even), input_precision="ieee")
+    scores = tl.dot(query[1], tl.trans(odd), scores, input_precision="ieee")
+    return scores * scale[None, :]
+
+
+@triton.jit
+def add_halves(acc, fade, weight, pairs, scale, dtype: tl.constexpr, ASM: tl.constexpr):
+    """acc · fade [M, 1] + weights [M, N] times values, int16 [N, D / 2] and their scales float32
+    [N]; acc are (even, odd) dimensions, float32 [M, D / 2] each, as is the result."""
+    if dtype == tl.float16:
+        # Weights times scales may be too small for it, or too large.
+        wide_even, wide_odd = halves(pairs, tl.float32, ASM)
+        even = (wide_even * scale[:, None]).to(dtype)
+        odd = (wide_odd * scale[:, None]).to(dtype)
+    else:
+        even, odd = halves(pairs, dtype, ASM)
+        weight *= scale[None, :]
+    weight = weight.to(dtype)
+    return (
+        tl.dot(weight, even, acc[0] * fade, input_precision="ieee"),
+        tl.dot(weight, odd, acc[1] * fade, input_precision="ieee"),
+    )

@@ -1,0 +1,232 @@
+"""Keys and values in 8 bits: stores bit for bit, attention against float64 over the same codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from baton.kernels import reference_float8
+from baton.kernels.kv_store import store_kv
+from baton.kernels.prefill_attention import PrefillConfig, block_m_for
+from baton.kernels.rope_store import rope_and_store
+from baton.kernels.split_prefill_attention import ItemConfig, item_config
+from tests.kernels import test_decode_attention, test_split_prefill_attention
+from tests.kernels.float8_pools import empty_pool, quantised_pool
+from tests.kernels.prefill_cases import Check, make_case
+from tests.kernels.test_decode_attention import SMALL, Problem
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LAYER, NUM_LAYERS = 1, 3
+
+
+def vectors(*shape: int) -> Tensor:
+    """Numbers of all sizes: large and small vectors, with numbers far below their largest."""
+    x = torch.randn(shape) * torch.exp(4 * torch.randn(*shape[:-1], 1))
+    return torch.where(torch.rand(shape) < 0.2, x * 2e-3, x)
+
+
+def test_codes_are_those_of_the_smallest_power_of_two() -> None:
+    x = vectors(1000, 48)
+    x[0], x[1, 0], x[2] = 0, 448 * 2.0**-20, 448.0
+    codes, exponents = reference_float8.quantised(x)
+    scale = reference_float8.scales(exponents)
+    largest = codes.double().abs().amax(-1)
+    assert largest.max() <= 448
+    assert largest[1:].min() >= 224, "half the scale would have done"
+    assert torch.equal(scale.log2().frac(), torch.zeros_like(scale))
+    numbers = codes.double() * scale[:, None]
+    assert not numbers[0].any()
+    # Four digits, or the last place of the smallest codes.
+    allowed = torch.maximum(x.double().abs() * 2**-4, scale[:, None] * 2.0**-10)
+    assert bool(((numbers - x.double()).abs() <= allowed).all())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal((codes.to(dtype) * scale[:, None].to(dtype)).double(), numbers)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_vector_that_is_not_finite_stays_so(bad: float) -> None:
+    x = vectors(3, 16)
+    x[1, 7] = bad
+    codes, exponents = reference_float8.quantised(x)
+    numbers = codes.float() * reference_float8.scales(exponents)[:, None]
+    assert numbers[1].isnan().all() and numbers[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "head_dim", "block_size"),
+    [(1, 2, 128, 16), (9, 3, 18, 16), (3, 5, 80, 2)],
+)
+def test_stores(
+    tokens: int, kv_heads: int, head_dim: int, block_size: int, device: torch.device
+) -> None:
+    """Both kernels and the torch reference, bit for bit; nothing else is touched."""
+    num_heads, num_blocks = 2, 24
+    qkv = vectors(tokens, num_heads + 2 * kv_heads, head_dim)
+    qkv[0, -1, 3] = float("nan")
+    slots = torch.randperm(num_blocks * block_size)[:tokens]
+    slots[tokens // 2] = -1
+    key, value = qkv[:, num_heads:].chunk(2, 1)
+    shape = (num_blocks + 1, kv_heads, NUM_LAYERS, 2, block_size, head_dim)
+
+    expected = empty_pool(shape, torch.device("cpu"))
+    exponents = reference_float8.exponents_of(expected)
+    for token, slot in enumerate(slots.tolist()):
+        for which, column in enumerate((key, value)):
+            if slot >= 0:
+                place = (slot // block_size, slice(None), LAYER, which, slot % block_size)
+                expected[place], exponents[place] = reference_float8.quantised(column[token])
+    wanted = reference_float8.runs_of(expected)
+
+    pool = empty_pool(shape, device)
+    store_kv(key.to(device), value.to(device), pool, LAYER, slots.to(device))
+    assert torch.equal(reference_float8.runs_of(pool).cpu(), wanted)
+
+    pool = empty_pool(shape, device)
+    # An angle of zero turns nothing.
+    cos, sin = (torch.full((1, head_dim // 2), x, device=device) for x in (1.0, 0.0))
+    positions = torch.zeros(tokens, dtype=torch.int32, device=device)
+    rope_and_store(
+        qkv.to(device), cos, sin, positions, slots.to(device), pool, LAYER, num_heads=num_heads
+    )
+    assert torch.equal(reference_float8.runs_of(pool).cpu(), wanted)
+
+    pool = empty_pool(shape, device)
+    rows = torch.arange(kv_heads) + (slots[slots >= 0] // block_size * kv_heads)[:, None]
+    rows = ((rows * NUM_LAYERS + LAYER) * 2) * block_size + (slots[slots >= 0] % block_size)[
+        :, None
+    ]
+    for which, column in enumerate((key, value)):
+        stored = column[slots >= 0].reshape(-1, head_dim)
+        reference_float8.store(stored, pool.cpu(), rows.reshape(-1) + which * block_size)
+    if device.type == "cpu":
+        assert torch.equal(reference_float8.runs_of(pool), wanted)
+
+
+def attended(problem: Problem, **work: Any) -> tuple[Tensor, Tensor]:
+    """Over the problem's keys in 8 bits, and what float64 says of the same."""
+    problem.kv = quantised_pool(problem.kv)
+    made = problem.work(**work)
+    problem.plan(made)
+    return problem.attend(made), problem.reference()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ([35, 0, 16], {"head_dim": 80, "num_heads": 10}),
+        ([33], {"head_dim": 16, "block_size": 32, "num_heads": 3, "num_kv_heads": 1}),
+        ([60, 12], {"head_dim": 22, "window": 23, "soft_cap": 2.0}),
+    ],
+)
+def test_decode(
+    lengths: list[int],
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+) -> None:
+    problem = Problem(lengths, dtype, device, **shape)
+    num_heads = problem.query.shape[1]
+    problem.sinks = torch.linspace(-3.0, 2.0, num_heads, device=device)
+    assert_close(*attended(problem, config=replace(SMALL, fused=bool(problem.window))))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "heads", "kv_heads", "head_dim", "block_size", "block_m", "config", "window"),
+    [
+        ([(37, 21)], 1, 1, 32, 16, 32, PrefillConfig(1, 16, 4, 2), 33),
+        ([(40, 9), (0, 3)], 4, 2, 22, 64, 16, PrefillConfig(2, 32, 4, 2), 0),
+        ([(20, 20)], 1, 1, 16, 16, 64, PrefillConfig(1, 32, 4, 2, tokens=32), 0),
+    ],
+)
+def test_prefill(
+    chunks: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    block_m: int,
+    config: PrefillConfig,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    assert_close: Check,
+) -> None:
+    case = make_case(chunks, heads, kv_heads, head_dim, block_size, device, dtype)
+    case.kv = quantised_pool(case.kv)
+    sinks = torch.linspace(-3.0, 2.0, heads, device=device)
+    case.check(assert_close, block_m, config, window, soft_cap=3.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("window", [0, 33])
+def test_split_prefill(
+    window: int, device: torch.device, dtype: torch.dtype, assert_close: Check
+) -> None:
+    """Some of the keys are NaN that no token sees."""
+    forgotten = max(0, 90 - window + 1) if window else 0
+    case = make_case([(90, 3)], 2, 1, 32, 16, device, dtype, forgotten=forgotten)
+    case.kv = quantised_pool(case.kv)
+    test_split_prefill_attention.check(
+        case,
+        assert_close,
+        ItemConfig(16, 2, 16, 4, 2),
+        window=window,
+        sinks=torch.linspace(-3.0, 2.0, 2, device=device),
+    )
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("lengths", "block_size", "shape"),
+    [
+        ([9000, 0, 3, 64] + [700] * 29, 16, test_decode_attention.LLAMA),
+        ([1025, 17], 16, {"num_heads": 64, "num_kv_heads": 8, "head_dim": 64, "window": 128}),
+        ([1025, 17], 64, {"num_heads": 16, "num_kv_heads": 8, "head_dim": 256, "soft_cap": 5.0}),
+        ([1025, 17], 16, {"num_heads": 32, "num_kv_heads": 4, "head_dim": 512}),
+        ([1025, 17], 64, {"num_heads": 9, "num_kv_heads": 3, "head_dim": 96}),
+    ],
+)
+def test_decode_of_models(
+    lengths: list[int],
+    block_size: int,
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    assert_close: Check,
+) -> None:
+    problem = Problem(lengths, dtype, device, block_size=block_size, **shape)
+    problem.kv = quantised_pool(problem.kv)
+    work = problem.work(itemsize=1)
+    problem.plan(work)
+    first = problem.attend(work)
+    assert_close(first, problem.reference())
+    for turn in range(20):
+        assert torch.equal(problem.attend(work, pdl=turn % 2 == 1), first)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("head_dim", "block_size"), [(64, 16), (96, 64), (128, 16), (256, 16), (512, 64)]
+)
+def test_prefill_of_models(
+    head_dim: int,
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    assert_close: Check,
+) -> None:
+    """Long chunks and short ones, with and without a window, whole and split."""
+    chunks = [(0, 700), (1500, 513), (4000, 20)]
+    case = make_case(chunks, 8, 2, head_dim, block_size, device, dtype)
+    case.kv = quantised_pool(case.kv)
+    for longest, window in ((700, 0), (700, 300), (20, 0)):
+        case.check(assert_close, block_m_for(longest, head_dim, dtype.itemsize), window=window)
+    config = item_config(8, 2, head_dim, dtype.itemsize, device, is_float8=True)
+    test_split_prefill_attention.check(case, assert_close, config)
