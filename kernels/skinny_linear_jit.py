@@ -50,7 +50,7 @@ def fma_kernel(
     tile = tl.program_id(0)
     if PDL:
         if PREFETCH > 0:
-            _prefetch(weight_ptr, tile * BLOCK_N, size_n, size_k, 0, size_k, BLOCK_N,
+            prefetch_weight(weight_ptr, tile * BLOCK_N, size_n, size_k, 0, size_k, BLOCK_N,
                       BLOCK_K * PREFETCH, ACTIVATION is not None, NUM_THREADS)  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
@@ -123,7 +123,7 @@ def dot_kernel(
     end = tl.minimum(size_k, first + steps_per_split * BLOCK_K)
     if PDL:
         if PREFETCH > 0:
-            _prefetch(weight_ptr, tile_n * BLOCK_N, size_n, size_k, first, end, BLOCK_N,
+            prefetch_weight(weight_ptr, tile_n * BLOCK_N, size_n, size_k, first, end, BLOCK_N,
                       BLOCK_K * PREFETCH, ACTIVATION is not None, NUM_THREADS)  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
@@ -249,7 +249,7 @@ def _sum_last(x, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, VEC: tl.cons
 
 
 @triton.jit
-def _prefetch(
+def prefetch_weight(
     weight_ptr, first_n, size_n, size_k, first_k, end_k, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr, TWICE: tl.constexpr, NUM_THREADS: tl.constexpr,
 ):  # fmt: skip

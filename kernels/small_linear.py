@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 
 from baton.kernels.overlap import overlap
+from baton.kernels.reference import Activation
+from baton.kernels.reference_scaled import InputScheme
 from baton.kernels.small_fma_jit import small_fma_kernel
 from baton.kernels.small_linear_jit import add_splits_kernel, expand_kernel, small_linear_kernel
 
@@ -33,6 +35,8 @@ _LEAST_STEPS = 8
 
 _FMA_ROWS = 2
 """Of x, that are multiplied without tensor cores."""
+_MOST_ROWS_WITH_INPUTS = 1
+"""Of them, if each program makes x small for itself."""
 _MORE_PROGRAMS = 900
 """Where rows are so few that what splits leave is little to add up."""
 _FEW_ROWS = 16
@@ -57,12 +61,14 @@ class SmallWeight:
     """int8 or float8 [N, K]; of four bits uint8 [N, K / 2]: a byte has, plus 8, codes of columns
     k (its lower half) and k + K / 2"""
     scale: Tensor
-    """float32 [N, groups]"""
+    """float32 [N, groups]; where blocks share them [N / rows_per_scale, groups]"""
     offset: Tensor | None
     """float32 [N, groups]"""
     num_in: int
     columns: Tensor | None = None
     """int64 [K]: which of x's columns stands where; None: they are in order."""
+    rows_per_scale: int = 1
+    """More than one: for products whose inputs are made small, too (kernels/scaled_linear.py)."""
 
     @property
     def num_out(self) -> int:
@@ -103,12 +109,15 @@ def small_linear(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
+    activation: Activation | None = None,
+    inputs: InputScheme | None = None,
     scale: float = 1.0,
     out: Tensor | None = None,
     split_k: int | None = None,
+    config: FewConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """(norm(x) · weightᵀ + bias) · scale + residual, summed in float32 and rounded once.
+    """f((norm(x) · weightᵀ + bias) · scale) + residual, summed in float32 and rounded once.
 
     Args:
         x: [M, K], M up to about 256, of 16 or 32 bits; rows may be strided.
@@ -116,15 +125,19 @@ def small_linear(
         norm_weight: [K], of any float dtype; if given, norm is RMSNorm with it and `eps`. Where
             `takes_norm` only.
         residual: [M, N]; rows may be strided.
-        out: [M, N], may be `residual`, not x; rows may be strided.
+        activation: f(gate, up) = activation(gate) · up, N' = N / 2; without it f does nothing. As
+            `inputs` with few rows only, and neither bias, nor scale, nor residual.
+        inputs: how norm(x) is made small first.
+        out: [M, N'], may be `residual`, not x; rows may be strided.
         split_k: programs that share the columns of a tile; a guess if not given.
+        config: of few rows, how; what was measured if not given.
         pdl: launch while the kernel before still runs; weights must not come from it.
 
     Returns:
-        out, or a new tensor [M, N] of x's dtype.
+        out, or a new tensor [M, N'] of x's dtype.
     """
     rows, size_k = x.shape
-    size_n = weight.num_out
+    size_n = weight.num_out // (1 if activation is None else 2)
     assert size_k == weight.num_in and x.stride(1) == 1
     if out is None:
         out = torch.empty((rows, size_n), dtype=x.dtype, device=x.device)
@@ -145,11 +158,14 @@ def small_linear(
         "scale": None if scale == 1 else scale,
         **overlap(x, pdl=pdl),
     }
-    config = None if split_k or x.element_size() != 2 else few_config(rows, weight)
+    if config is None and split_k is None and x.element_size() == 2:
+        config = few_config(rows, weight)
     if config is not None:
-        _multiply_few(x, weight, {**ends, "norm_ptr": norm_weight, "eps": eps}, config)
+        assert activation is None or (bias is None and residual is None and scale == 1)
+        ends |= {"norm_ptr": norm_weight, "eps": eps, "ACTIVATION": activation}
+        _multiply_few(x, weight, inputs, ends, config)
     else:
-        assert norm_weight is None
+        assert norm_weight is None and activation is None and inputs is None
         _multiply(x, weight, ends, split_k)
     return out
 
@@ -159,8 +175,12 @@ def most_rows(weight: SmallWeight) -> int:
     return MOST_ROWS if weight.is_packed or _group(weight) else _MOST_ROWS_OF_BYTES
 
 
-def takes_norm(rows: int, weight: SmallWeight, dtype: torch.dtype) -> bool:
-    """Whether the norm of x is part of the product."""
+def takes_norm(
+    rows: int, weight: SmallWeight, dtype: torch.dtype, inputs: InputScheme | None = None
+) -> bool:
+    """Whether the norm of x is part of the product, and that x is made small."""
+    if inputs is not None and rows > _MOST_ROWS_WITH_INPUTS:
+        return False
     is_few = dtype.itemsize == 2 and few_config(rows, weight) is not None
     return is_few and weight.columns is None
 
@@ -179,8 +199,14 @@ def few_config(rows: int, weight: SmallWeight) -> FewConfig | None:
     return None if group else FewConfig(8, 2048, 4, num_stages=2)
 
 
-def _multiply_few(x: Tensor, weight: SmallWeight, ends: dict[str, Any], config: FewConfig) -> None:
-    rows, size_n, width = len(x), weight.num_out, weight.codes.shape[1]
+def _multiply_few(
+    x: Tensor,
+    weight: SmallWeight,
+    inputs: InputScheme | None,
+    ends: dict[str, Any],
+    config: FewConfig,
+) -> None:
+    rows, size_n, width = len(x), ends["size_n"], weight.codes.shape[1]
     block_k = min(config.block_k, max(16, triton.next_power_of_2(width)))
     small_fma_kernel[(triton.cdiv(size_n, config.block_n),)](
         x,
@@ -188,6 +214,10 @@ def _multiply_few(x: Tensor, weight: SmallWeight, ends: dict[str, Any], config: 
         **ends,
         size_k=weight.num_in,
         x_stride=x.stride(0),
+        given_ptr=None if inputs is None else inputs.scale,
+        SCALE_ROWS=weight.rows_per_scale,
+        INPUTS=None if inputs is None else "group" if inputs.group else "row",
+        MOST=0.0 if inputs is None else inputs.largest_code,
         BLOCK_M=triton.next_power_of_2(rows),
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
@@ -266,6 +296,8 @@ def _stored(weight: SmallWeight) -> dict[str, Any]:
 
 def _group(weight: SmallWeight) -> int:
     """Numbers with one scale; 0: all of a row."""
+    if weight.rows_per_scale > 1:
+        return weight.rows_per_scale
     num_groups = weight.scale.shape[1]
     return 0 if num_groups == 1 else weight.num_in // num_groups
 

@@ -4,7 +4,7 @@ Four bytes at a time, by moving bytes and one operation on floats, in the assemb
 is False in Triton's interpreter, which has no assembler, and for types that need no tricks.
 
     four bits → bfloat16    the byte n beside 0x43 is 128 + n, of which 136 is subtracted
-    four bits → float32     the byte n under 0x4B0000 is 2²³ + n, likewise
+    four bits → float32     the byte n under 0x3F is 1/2 + n / 256: left so, see `nibbles_raised`
     float8 → bfloat16       moved to their places the bits are the number times 2⁻¹²⁰
 
 All are exact; a float8 that is no number becomes 480.
@@ -42,31 +42,23 @@ _HIGH_TO_BF16 = tl.constexpr(
 )
 _LOW_TO_F32 = tl.constexpr(
     """{
-    .reg .b32 t, a, b, c, d;
+    .reg .b32 t;
     and.b32 t, $4, 0x0F0F0F0F;
-    prmt.b32 a, t, 0x4B000000, 0x7440;
-    prmt.b32 b, t, 0x4B000000, 0x7441;
-    prmt.b32 c, t, 0x4B000000, 0x7442;
-    prmt.b32 d, t, 0x4B000000, 0x7443;
-    add.rn.f32 $0, a, 0fCB000008;
-    add.rn.f32 $1, b, 0fCB000008;
-    add.rn.f32 $2, c, 0fCB000008;
-    add.rn.f32 $3, d, 0fCB000008;
+    prmt.b32 $0, t, 0x3F000000, 0x7044;
+    prmt.b32 $1, t, 0x3F000000, 0x7144;
+    prmt.b32 $2, t, 0x3F000000, 0x7244;
+    prmt.b32 $3, t, 0x3F000000, 0x7344;
     }"""
 )
 _HIGH_TO_F32 = tl.constexpr(
     """{
-    .reg .b32 t, a, b, c, d;
+    .reg .b32 t;
     shr.b32 t, $4, 4;
     and.b32 t, t, 0x0F0F0F0F;
-    prmt.b32 a, t, 0x4B000000, 0x7440;
-    prmt.b32 b, t, 0x4B000000, 0x7441;
-    prmt.b32 c, t, 0x4B000000, 0x7442;
-    prmt.b32 d, t, 0x4B000000, 0x7443;
-    add.rn.f32 $0, a, 0fCB000008;
-    add.rn.f32 $1, b, 0fCB000008;
-    add.rn.f32 $2, c, 0fCB000008;
-    add.rn.f32 $3, d, 0fCB000008;
+    prmt.b32 $0, t, 0x3F000000, 0x7044;
+    prmt.b32 $1, t, 0x3F000000, 0x7144;
+    prmt.b32 $2, t, 0x3F000000, 0x7244;
+    prmt.b32 $3, t, 0x3F000000, 0x7344;
     }"""
 )
 _FLOAT8_TO_BF16 = tl.constexpr(
@@ -98,15 +90,30 @@ def nibbles(packed, UPPER: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr)
         return tl.inline_asm_elementwise(
             text, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4
         )
-    elif ASM and dtype == tl.float32:
-        text32: tl.constexpr = _HIGH_TO_F32 if UPPER else _LOW_TO_F32
-        return tl.inline_asm_elementwise(
-            text32, "=f,=f,=f,=f,r", [packed], dtype=tl.float32, is_pure=True, pack=4
-        )
     else:
         if UPPER:
             packed = packed >> 4
         return ((packed & 0xF).to(tl.int8) - 8).to(dtype)
+
+
+@triton.jit
+def nibbles_raised(packed, UPPER: tl.constexpr, ASM: tl.constexpr):
+    """uint8 → of codes of four bits 1/2 + (code + 8) / 256, float32: `lowered` takes it from sums
+    of products, which costs less than to take it from each."""
+    if ASM:
+        text: tl.constexpr = _HIGH_TO_F32 if UPPER else _LOW_TO_F32
+        return tl.inline_asm_elementwise(
+            text, "=f,=f,=f,=f,r", [packed], dtype=tl.float32, is_pure=True, pack=4
+        )
+    if UPPER:
+        packed = packed >> 4
+    return 0.5 + (packed & 0xF).to(tl.float32) / 256
+
+
+@triton.jit
+def lowered(sums, ones):
+    """Σ code · x of the sums of raised codes, and of x."""
+    return 256.0 * sums - 136.0 * ones
 
 
 @triton.jit

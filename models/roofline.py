@@ -29,9 +29,23 @@ class Rates:
     """Of large matrix products."""
     attention_flop_per_s: float
     """Of the best kernels of attention over a prompt."""
+    float8_flop_per_s: float | None = None
+    """Of large products of 8-bit floats; None: as of others."""
+
+    def product_s(self, layers: float, head: float, quantization: str | None) -> float:
+        """Of so many operations in the layers, and in the head, which is not made small."""
+        is_float8 = quantization in ("fp8", "fp8-blocks") and self.float8_flop_per_s is not None
+        of_layers = self.float8_flop_per_s if is_float8 else None
+        return layers / (of_layers or self.flop_per_s) + head / self.flop_per_s
 
 
-WEIGHT_ITEMS: dict[str | None, float] = {None: _ITEM, "fp8": 1, "int8": 1, "int4": 0.5 + 4 / 128}
+WEIGHT_ITEMS: dict[str | None, float] = {
+    None: _ITEM,
+    "fp8": 1,
+    "fp8-blocks": 1,
+    "int8": 1,
+    "int4": 0.5 + 4 / 128,
+}
 """Bytes of a weight of attention or an MLP, by what makes it small; scales of rows do not count."""
 
 
@@ -55,17 +69,21 @@ def decode_floor_s(
     """
     num_bytes = step_weight_bytes(model, batch, experts_hit, quantization)
     read_s = num_bytes / rates.bytes_per_s
-    flop = 2 * batch * (num_weights_of_a_token(model) + num_head_weights(model))
+    layers, head = (2 * batch * each(model) for each in (num_weights_of_a_token, num_head_weights))
     kv_bytes = batch * (context_bytes(model, context, kv_cache_dtype) + 2 * state_bytes(model))
-    return max(read_s, flop / rates.flop_per_s) + kv_bytes / rates.bytes_per_s
+    product_s = rates.product_s(layers, head, quantization)
+    return max(read_s, product_s) + kv_bytes / rates.bytes_per_s
 
 
-def prefill_floor_s(model: ModelConfig, num_tokens: int, rates: Rates) -> float:
+def prefill_floor_s(
+    model: ModelConfig, num_tokens: int, rates: Rates, *, quantization: str | None = None
+) -> float:
     """Of a prompt with so many tokens, until its first one is drawn."""
-    flop = 2 * (num_weights_of_a_token(model) * num_tokens + num_head_weights(model))
-    read_s = step_weight_bytes(model, num_tokens) / rates.bytes_per_s
+    layers = 2 * num_weights_of_a_token(model) * num_tokens
+    product_s = rates.product_s(layers, 2 * num_head_weights(model), quantization)
+    read_s = step_weight_bytes(model, num_tokens, None, quantization) / rates.bytes_per_s
     attention_s = attention_flop(model, num_tokens) / rates.attention_flop_per_s
-    return max(flop / rates.flop_per_s, read_s) + attention_s
+    return max(product_s, read_s) + attention_s
 
 
 def behind_floor_s(

@@ -22,6 +22,8 @@ class Ceilings:
     """Device to device, bytes read plus bytes written."""
     matmul_tflop_per_s: float
     """bfloat16, 8192³, random data."""
+    float8_tflop_per_s: float | None = None
+    """Of 8-bit floats with a scale a row, likewise; None: not there."""
 
     def floor_us(self, num_bytes: float, flop: float = 0.0) -> float:
         """How long so many bytes moved take at least at these rates, or so many operations.
@@ -36,6 +38,7 @@ class Ceilings:
             self.copy_tb_per_s * 1e12,
             self.matmul_tflop_per_s * 1e12,
             _ATTENTION_TFLOP_PER_S * 1e12,
+            None if self.float8_tflop_per_s is None else self.float8_tflop_per_s * 1e12,
         )
 
 
@@ -48,9 +51,25 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     copy_s = seconds(lambda: target.copy_(source))
     a, b = (torch.randn((size, size), dtype=torch.bfloat16, device=device) for _ in range(2))
     matmul_s = seconds(lambda: a @ b)
+    float8_tflop_per_s = None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        codes, others = (each.to(torch.float8_e4m3fn) for each in (a, b))
+        scale = torch.ones(size, 1, device=device)
+        float8_s = seconds(
+            lambda: torch._scaled_mm(
+                codes,
+                others.t(),
+                scale_a=scale,
+                scale_b=scale.t(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        )
+        float8_tflop_per_s = 2 * size**3 / float8_s / 1e12
     return Ceilings(
         copy_tb_per_s=2 * num_bytes / copy_s / 1e12,
         matmul_tflop_per_s=2 * size**3 / matmul_s / 1e12,
+        float8_tflop_per_s=float8_tflop_per_s,
     )
 
 

@@ -254,7 +254,9 @@ def _digest_point(
 
 
 def _prefill_floor_ms(runner: ModelRunner, point: Point, ceilings: Ceilings) -> float:
-    one_s = prefill_floor_s(runner.model_config, point.num_tokens, ceilings.rates)
+    one_s = prefill_floor_s(
+        runner.model_config, point.num_tokens, ceilings.rates, quantization=runner.quantization
+    )
     return point.batch * one_s * 1e3
 
 

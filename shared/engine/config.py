@@ -30,10 +30,10 @@ KV_CACHE_DTYPE_HELP = (
 )
 KERNELS = ("auto", "triton", "torch")
 LOAD_FORMATS = ("auto", "dummy")
-QUANTIZATIONS = ("fp8", "int8", "int4")
+QUANTIZATIONS = ("fp8", "fp8-blocks", "int8", "int4")
 QUANTIZATION_HELP = (
     "makes plain weights of linear layers small while they are loaded: fp8 and int8 with a scale "
-    "for each row, int4 for each run of 128 (or 64, or 32) numbers of one"
+    "for each row, fp8-blocks for each block of 128 x 128, int4 for each run of 128 (or 64, or 32) numbers of one"
 )
 MODEL_IMPLS = ("auto", "baton", "transformers")
 MODEL_IMPL_HELP = (
@@ -84,7 +84,7 @@ class EngineConfig:
     state_checkpoints: int | None = 0
     kernels: str = "auto"
     model_impl: str = "auto"
-    quantization: Literal["fp8", "int8", "int4"] | None = None
+    quantization: Literal["fp8", "fp8-blocks", "int8", "int4"] | None = None
     kv_cache_dtype: str = "auto"
     load_format: str = "auto"
     gpu_memory_utilization: float = 0.9

@@ -114,6 +114,7 @@ class _OnCpu:
     """As the forms of quantised weights ask for tensors."""
 
     weights: GgufWeights
+    quantises_inputs = False
 
     def header(self, name: str) -> Header | None:
         return self.weights.header(name)

@@ -14,14 +14,15 @@ A form of weights that is computed as it is stored becomes a kind of `Linear` of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_scaled import InputScheme
 from baton.shared.engine.quantised.quantise import Method, quantise
 from baton.shared.engine.quantised.read import read_quantised
 from baton.shared.engine.quantised.scheme import Quantization
@@ -122,6 +123,10 @@ class PartReader(Protocol):
     """What `expand` needs of whoever loads a model."""
 
     @property
+    def quantises_inputs(self) -> bool:
+        """Activations are made small where a checkpoint says so."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """The activations'."""
 
@@ -162,6 +167,8 @@ class Linear:
     """Of a layer split by rows: adds up the ranks' products, before bias and residual."""
     scale: float = 1.0
     """See `LinearSpec`."""
+    inputs: InputScheme | None = None
+    """How what is multiplied is made small first."""
 
     @property
     def is_small(self) -> bool:
@@ -205,6 +212,26 @@ def joined(parts: Iterable[Tensor | QuantisedWeight], dtype: torch.dtype) -> Ten
     return _joined([each if isinstance(each, Tensor) else each.expand(dtype) for each in parts])
 
 
+def common_inputs(parts: Sequence[Tensor | QuantisedWeight]) -> InputScheme | None:
+    """How what all parts are multiplied by is made small: none of them has it otherwise. Of scales
+    that are given the largest counts, which cuts no part's inputs."""
+    schemes = [each.inputs if isinstance(each, QuantisedWeight) else None for each in parts]
+    first = schemes[0]
+    if first is None:
+        return None
+    scales: list[Tensor] = []
+    for each in schemes:
+        if each is None or (each.dtype, each.group) != (first.dtype, first.group):
+            return None
+        if each.scale is not None:
+            scales.append(each.scale)
+    if not scales:
+        return first
+    if len(scales) < len(schemes):
+        return None
+    return replace(first, scale=scales[0] if scales[0].is_meta else torch.stack(scales).amax(0))
+
+
 def dtype_of(spec: LinearSpec, reader: PartReader) -> torch.dtype:
     return torch.float32 if spec.is_wide else reader.dtype
 
@@ -219,7 +246,9 @@ def read_parts(
     """
     columns = _WHOLE
     if spec.split is Split.ROWS:
-        columns = ranks.share(spec.num_in, spec.in_unit)
+        own = ranks.share(spec.num_in, spec.in_unit)
+        # Of one rank alone the groups of columns stay as they are.
+        columns = _WHOLE if own == slice(0, spec.num_in) else own
     for part in spec.parts:
         rows = _rows(part, spec.split, ranks)
         weight = _weight(part, spec, rows, columns, reader)

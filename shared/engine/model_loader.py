@@ -52,6 +52,7 @@ class ModelLoader:
         linear_shapes: [out, in] of each layer as it is computed here.
         num_bytes: of all that was loaded.
         has_small: whether some layers are computed as they are stored.
+        has_small_inputs: whether activations are made small in front of some.
     """
 
     def __init__(
@@ -78,12 +79,16 @@ class ModelLoader:
         self.taken: dict[str, tuple[int, ...]] = {}
         self.linear_shapes: set[tuple[int, int]] = set()
         self.num_bytes = 0
-        self.has_small = False
+        self.has_small = self.has_small_inputs = False
         self._source = source
         self._device = device
         self._num_positions = num_positions
         self._ropes_made_for = ropes_made_for
         self._on_read = on_read
+
+    @property
+    def quantises_inputs(self) -> bool:
+        return self.ops.quantises_inputs
 
     def embedding(self, module: str, num_rows: int, size: int) -> Tensor:
         """[num_rows, size]"""
@@ -115,6 +120,7 @@ class ModelLoader:
             spec = replace(spec, quantise=self.quantise)
         layer = self.ops.load_linear(spec, self)
         self.has_small |= layer.is_small
+        self.has_small_inputs |= layer.inputs is not None
         self.num_bytes += layer.num_bytes
         self.linear_shapes.add((layer.num_out, layer.num_in))
         return layer
@@ -246,6 +252,8 @@ class ModelPlan:
     num_reads: int
     keeps_small: bool = False
     """Some layers are computed as they are stored."""
+    quantises_inputs: bool = False
+    """Activations are made small in front of some."""
 
 
 def plan_model(
@@ -282,7 +290,14 @@ def plan_model(
     )
     model_type.build(config, load, load.form(model_type.names))
     shapes = frozenset(load.linear_shapes)
-    return ModelPlan(load.taken, shapes, load.num_bytes, num_reads, load.has_small)
+    return ModelPlan(
+        load.taken,
+        shapes,
+        load.num_bytes,
+        num_reads,
+        load.has_small,
+        load.has_small_inputs,
+    )
 
 
 def load_model(

@@ -189,6 +189,7 @@ class ModelRunner:
         weights = find_weights(config, self.model_config)
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
         self._has_small = plan.keeps_small
+        self._has_small_inputs = plan.quantises_inputs
         check_weights_fit(config, plan.num_bytes, self.device)
         self.draft = self._plan_draft(plan.num_bytes)
         if self.device.type == "cpu":
@@ -339,6 +340,8 @@ class ModelRunner:
         choices = describe_choices(ropes, self._most_tokens)
         whose = "" if self.model_impl == "baton" else self._implementation.name
         small = "small weights" if self._has_small else ""
+        if self._has_small_inputs:
+            small += " and activations"
         made = self.quantization or ""
         kept = "" if self.kv_cache_dtype == AUTO else f"keys and values in {self.kv_cache_dtype}"
         parts = (_numerics(self.device, self.kernels), whose, choices, small, made, kept)
@@ -800,6 +803,7 @@ def _operations(
         overlaps=capability >= (9, 0),
         keeps_small=dtype != torch.float32,
         takes_float8=capability >= (8, 9),
+        quantises_inputs=capability >= (9, 0) and dtype != torch.float32,
     )
 
 

@@ -57,6 +57,10 @@ class Operations(Protocol):
     def keeps_small(self) -> bool:
         """Quantised weights are computed as they are stored, where there is a product for that."""
 
+    @property
+    def quantises_inputs(self) -> bool:
+        """Activations are made small in front of layers whose checkpoint says so."""
+
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         """A layer of a checkpoint's parts, this rank's share of it.
 
@@ -99,6 +103,17 @@ class Operations(Protocol):
     ) -> Tensor:
         """activation(gate) · up, where (gate, up) = `norm_linear`: x [T, in] → [T, out / 2]. Not
         for layers that are split by rows."""
+
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm,
+        mlp: GatedLinears,
+        activation: Activation = "silu",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`linear` down of `norm_gate_up`: x [T, in] → [T, out], plus the residual of that
+        shape, whose memory may be taken for the result."""
 
     def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) · up, of [T, size] each, whose rows may be strided → a new tensor."""

@@ -20,6 +20,7 @@ from baton.kernels.cpu_attention import FusedPlan, fused_attention
 from baton.kernels.reference import Activation, AttentionPlan, HeadNorms, Rope
 from baton.kernels.reference_experts import ExpertWeights, Routes
 from baton.kernels.reference_latent import LatentHeads
+from baton.kernels.reference_scaled import quantise_rows_reference
 from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.state_plan import StatePlan
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
@@ -30,6 +31,8 @@ from baton.shared.engine.linear import (
     PartReader,
     Ranks,
     Split,
+    common_inputs,
+    dtype_of,
     expand,
     joined,
     read_bias,
@@ -43,11 +46,19 @@ _ALONE = Ranks()
 
 class ReferenceOperations:
     """`keeps_small`: quantised weights are computed as they are stored, where there is a product
-    for them; activations are bfloat16 then, and on a CPU."""
+    for them; activations are bfloat16 then, and on a CPU. `quantises_inputs`: activations are made
+    small where a checkpoint says so, as they are on a GPU: to compare with, not to serve."""
 
-    def __init__(self, ranks: Ranks = _ALONE, *, keeps_small: bool = False) -> None:
+    def __init__(
+        self,
+        ranks: Ranks = _ALONE,
+        *,
+        keeps_small: bool = False,
+        quantises_inputs: bool = False,
+    ) -> None:
         self.ranks = ranks
         self.keeps_small = keeps_small
+        self.quantises_inputs = quantises_inputs
 
     pack_rope = staticmethod(reference.pack_rope)
     take_rope = staticmethod(reference.take_rope)
@@ -63,7 +74,12 @@ class ReferenceOperations:
 
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         all_reduce = self.ranks.all_reduce if spec.split is Split.ROWS else None
-        if self.keeps_small and not spec.is_wide:
+        if self.quantises_inputs:
+            parts = list(read_parts(spec, reader, self.ranks))
+            weight = joined(parts, dtype_of(spec, reader))
+            layer = self.pack_linear(weight, read_bias(spec, reader, self.ranks), spec.scale)
+            layer = replace(layer, inputs=common_inputs(parts))
+        elif self.keeps_small and not spec.is_wide:
             layer = self._load_small(spec, reader)
         else:
             layer = self.pack_linear(*expand(spec, reader, self.ranks), spec.scale)
@@ -137,6 +153,8 @@ class ReferenceOperations:
         return reference.rms_norm(x, norm.weight, norm.eps)
 
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
+        if layer.inputs is not None:
+            x = quantise_rows_reference(x, layer.inputs).expand(x.dtype)
         if isinstance(layer, SmallLinear):
             y = layer.product(x)
             if layer.all_reduce is not None:
@@ -165,6 +183,16 @@ class ReferenceOperations:
         self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
     ) -> Tensor:
         return reference.activate_and_mul(self.norm_linear(x, norm, layer), activation)
+
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm,
+        mlp: GatedLinears,
+        activation: Activation = "silu",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return self.linear(self.norm_gate_up(x, norm, mlp.gate_up, activation), mlp.down, residual)
 
     def activate_and_mul(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         return reference.activate(gate, activation).mul_(up)

@@ -31,16 +31,19 @@ from baton.kernels.latent_attention import latent_chunk_attention, latent_decode
 from baton.kernels.latent_expand import expand_latents, expands, heads_at_once
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import paged_prefill_attention
+from baton.kernels.quantised_rows import quantise_rows
 from baton.kernels.reference import Activation, HeadNorms
 from baton.kernels.reference_conv import Conv
 from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.reference_latent import LatentHeads
+from baton.kernels.reference_scaled import QuantisedRows
 from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.routing import RoutingRule
+from baton.kernels.scaled_linear import scaled_product
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
 from baton.kernels.split_prefill_attention import ItemWork, split_prefill_attention
@@ -53,13 +56,14 @@ from baton.shared.engine.linear import (
     PartReader,
     Ranks,
     Split,
+    common_inputs,
     expand,
     joined,
     read_bias,
     read_parts,
 )
 from baton.shared.engine.operations import GatedLinears, Norm
-from baton.shared.engine.quantised.stored import StoredLinear, pack_stored
+from baton.shared.engine.quantised.stored import StoredLinear, pack_stored, scaled
 
 
 class ChunkItems(NamedTuple):
@@ -136,7 +140,8 @@ class TritonOperations:
     """`use_skinny`: False leaves all matrix products to cuBLAS. `overlaps`: kernels start while the
     one before ends, and wait for its results by themselves (programmatic dependent launch, compute
     capability 9.0). `keeps_small`: quantised weights are read as they are stored; `takes_float8`:
-    those of 8-bit floats are, too (compute capability 8.9)."""
+    those of 8-bit floats are, too (compute capability 8.9); `quantises_inputs`: activations are
+    made small in front of layers whose checkpoint says so (compute capability 9.0)."""
 
     def __init__(
         self,
@@ -146,9 +151,11 @@ class TritonOperations:
         overlaps: bool = False,
         keeps_small: bool = False,
         takes_float8: bool = False,
+        quantises_inputs: bool = False,
     ) -> None:
         self.ranks = ranks
         self.keeps_small = keeps_small
+        self.quantises_inputs = quantises_inputs
         self._takes_float8 = takes_float8
         self._use_skinny = use_skinny
         self._overlaps = overlaps
@@ -170,11 +177,14 @@ class TritonOperations:
             weight = joined(parts, reader.dtype)
             bias = None if bias is None else bias.to(weight.device)
             return self.pack_linear(weight, bias, spec.scale)
+        inputs = common_inputs(parts) if self.quantises_inputs else None
+        if inputs is not None:
+            with_inputs = scaled(stored, inputs)
+            stored, inputs = (stored, None) if with_inputs is None else (with_inputs, inputs)
         weight = stored.codes.new_empty(0, dtype=reader.dtype)
         bias = None if bias is None else bias.to(weight.device)
-        return StoredLinear(
-            weight, bias, stored.num_out, stored.num_in, scale=spec.scale, stored=stored
-        )
+        shape = stored.num_out, stored.num_in
+        return StoredLinear(weight, bias, *shape, scale=spec.scale, inputs=inputs, stored=stored)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape
@@ -395,7 +405,18 @@ class TritonOperations:
     def norm_gate_up(
         self, x: Tensor, norm: Norm, layer: Linear, activation: Activation = "silu"
     ) -> Tensor:
-        if layer.is_small:
+        if isinstance(layer, StoredLinear):
+            stored, is_plain = layer.stored, layer.bias is None and layer.scale == 1
+            if is_plain and small_linear.takes_norm(len(x), stored, x.dtype, layer.inputs):
+                return small_linear.small_linear(
+                    x,
+                    stored,
+                    norm_weight=norm.weight,
+                    eps=norm.eps,
+                    activation=activation,
+                    inputs=layer.inputs,
+                    pdl=self._overlaps,
+                )
             gate_up = self.norm_linear(x, norm, layer)
             return gated_mul(gate_up, activation=activation, pdl=self._overlaps)
         weight, bias = layer.weight, layer.bias
@@ -577,27 +598,71 @@ class TritonOperations:
             )
         return out
 
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm,
+        mlp: GatedLinears,
+        activation: Activation = "silu",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        gate_up, down = mlp
+        few = isinstance(gate_up, StoredLinear) and small_linear.takes_norm(
+            len(x), gate_up.stored, x.dtype, gate_up.inputs
+        )
+        if not isinstance(down, StoredLinear) or down.inputs is None or few or down.all_reduce:
+            return self.linear(self.norm_gate_up(x, norm, gate_up, activation), down, residual)
+        both = self.norm_linear(x, norm, gate_up)
+        rows = quantise_rows(both, down.inputs, activation=activation, pdl=self._overlaps)
+        return self._scaled(rows, down, residual, x.dtype)
+
+    def _scaled(
+        self, rows: QuantisedRows, layer: StoredLinear, residual: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return scaled_product(
+            rows,
+            layer.stored,
+            layer.bias,
+            residual=residual,
+            scale=layer.scale,
+            dtype=dtype,
+            pdl=self._overlaps,
+        )
+
     def _norm_stored(self, x: Tensor, norm: Norm, layer: StoredLinear) -> Tensor:
-        if not small_linear.takes_norm(len(x), layer.stored, x.dtype):
-            return self.linear(self.norm(x, norm), layer)
+        if not small_linear.takes_norm(len(x), layer.stored, x.dtype, layer.inputs):
+            if layer.inputs is None:
+                return self.linear(self.norm(x, norm), layer)
+            rows = quantise_rows(
+                x, layer.inputs, norm_weight=norm.weight, eps=norm.eps, pdl=self._overlaps
+            )
+            return self._scaled(rows, layer, None, x.dtype)
         return small_linear.small_linear(
             x,
             layer.stored,
             layer.bias,
             norm_weight=norm.weight,
             eps=norm.eps,
+            inputs=layer.inputs,
             scale=layer.scale,
             pdl=self._overlaps,
         )
 
     def _stored(self, x: Tensor, layer: StoredLinear, residual: Tensor | None) -> Tensor:
-        stored = layer.stored
-        if len(x) <= small_linear.most_rows(stored):
+        stored, inputs = layer.stored, layer.inputs
+        if inputs is not None and not small_linear.takes_norm(
+            len(x), stored, x.dtype, layer.inputs
+        ):
+            return self._scaled(
+                quantise_rows(x, inputs, pdl=self._overlaps), layer, residual, x.dtype
+            )
+        if inputs is not None or len(x) <= small_linear.most_rows(stored):
             return small_linear.small_linear(
                 x,
                 stored,
                 layer.bias,
                 residual=residual,
+                inputs=inputs,
                 scale=layer.scale,
                 out=residual,
                 pdl=self._overlaps,

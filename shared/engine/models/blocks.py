@@ -219,5 +219,4 @@ class GatedMlp:
 
     def __call__(self, hidden: Tensor, norm: Norm, residual: Tensor | None = None) -> Tensor:
         """mlp(norm(hidden)) + residual, [T, hidden] each."""
-        x = self._ops.norm_gate_up(hidden, norm, self._gate_up, self._activation)
-        return self._ops.linear(x, self._down, residual)
+        return self._ops.gated_mlp(hidden, norm, self.linears, self._activation, residual)

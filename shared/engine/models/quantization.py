@@ -1,15 +1,23 @@
 """What config.json says of quantised weights: what is served, and what is refused by name.
 
-Activations are computed in their own dtype, whatever a file says of quantising them: that is nearer
-to the model that was quantised. Which tensors hold a layer, and how its numbers are made of them,
-is in shared/engine/quantised/.
+What a file says of quantising activations is taken where a GPU computes so (8 bits, around zero);
+else they stay in their own dtype, which is nearer to the model that was quantised. Which tensors
+hold a layer, and how its numbers are made of them, is in shared/engine/quantised/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme, compiles
+from baton.shared.engine.quantised.scheme import (
+    EVERY_LINEAR,
+    Inputs,
+    Quantization,
+    Rule,
+    Scheme,
+    compiles,
+)
 from baton.shared.model_files.fields import Fields, shown
 
 _BESIDE = "hf_quant_config.json"
@@ -71,13 +79,13 @@ def _compressed_tensors(outer: Fields) -> Quantization:
     rules = []
     for group in outer.objects("config_groups").values():
         group.only("format", *_FORMATS)
-        group.get("input_activations")
+        inputs = _read_inputs(group.get("input_activations"))
         group.only("output_activations", because="what layers give is not quantised here")
         weights = group.object("weights")
         if weights is None:
             continue
         targets = _targets(group, "targets", EVERY_LINEAR)
-        rules.append(Rule(targets, _read_weights(weights)))
+        rules.append(Rule(targets, replace(_read_weights(weights), inputs=inputs)))
         _skip(_TOLD_BY_THE_TENSORS, group, weights)
     ignored = _targets(outer, "ignore", ())
     _skip(_TOLD_BY_THE_TENSORS, outer)
@@ -103,6 +111,25 @@ def _read_weights(weights: Fields) -> Scheme:
     )
 
 
+def _read_inputs(said: object) -> Inputs | None:
+    """What is computed so, or None. One scale for all of a step's tokens becomes one for each:
+    neighbours must not change an answer."""
+    if not isinstance(said, dict) or said.get("num_bits") != 8 or said.get("symmetric") is False:
+        return None
+    kind, strategy, size = (said.get(name) for name in ("type", "strategy", "group_size"))
+    is_static = said.get("dynamic") is False
+    if is_static and strategy not in (None, "tensor"):
+        return None
+    is_grouped = strategy in ("group", "tensor_group", "block")
+    if is_grouped and not isinstance(size, int):
+        return None
+    return Inputs(
+        kind="float" if kind == "float" else "int",
+        group_size=size if is_grouped else None,
+        is_static=is_static,
+    )
+
+
 def _fp8(outer: Fields) -> Quantization:
     """Blocks, or one scale for all of a weight."""
     outer.only("fmt", "e4m3")
@@ -112,8 +139,13 @@ def _fp8(outer: Fields) -> Quantization:
     block = None
     if outer.get("weight_block_size") is not None:
         block = _read_block(outer, "weight_block_size")
+    inputs = Inputs(
+        kind="float",
+        group_size=None if block is None else block[1],
+        is_static=outer.get("activation_scheme") == "static",
+    )
     _skip(_HOW_IT_WAS_MADE, outer)
-    return _for_all("fp8", Scheme(num_bits=8, kind="float", block=block))
+    return _for_all("fp8", Scheme(num_bits=8, kind="float", block=block, inputs=inputs))
 
 
 def _modelopt(outer: Fields) -> Quantization:
@@ -123,7 +155,8 @@ def _modelopt(outer: Fields) -> Quantization:
     inner.only("group_size", *(() if is_of_8_bits else (_NVFP4_GROUP,)))
     _skip(_HOW_IT_WAS_MADE, outer, inner)
     if is_of_8_bits:
-        return _for_all("modelopt", Scheme(num_bits=8, kind="float"))
+        inputs = Inputs(kind="float", is_static=True)
+        return _for_all("modelopt", Scheme(num_bits=8, kind="float", inputs=inputs))
     return _for_all("modelopt", Scheme(num_bits=4, kind="float", group_size=_NVFP4_GROUP))
 
 

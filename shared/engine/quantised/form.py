@@ -15,6 +15,10 @@ from baton.shared.model_files.fields import ModelError
 class TensorReader(Protocol):
     """What a form needs of whoever loads a model."""
 
+    @property
+    def quantises_inputs(self) -> bool:
+        """Activations are made small where a checkpoint says so: its scales of them are read."""
+
     def header(self, name: str) -> Header | None:
         """None: nothing of that name is stored."""
 

@@ -1,26 +1,29 @@
 """Makes plain weights small while they are loaded (`--quantization`): the nearest codes.
 
-fp8     8-bit floats, a scale for each row
-int8    whole numbers, a scale for each row
-int4    whole numbers, a scale for each run of 128, 64 or 32 of a row
+fp8           8-bit floats, a scale for each row; activations likewise, where that is computed
+fp8-blocks    8-bit floats, a scale for each block of 128 x 128, and for 128 activations
+int8          whole numbers, a scale for each row
+int4          whole numbers, a scale for each run of 128, 64 or 32 of a row
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_scaled import GROUP, InputScheme
 from baton.shared.engine.quantised.weight import QuantisedWeight
 
-Method = Literal["fp8", "int8", "int4"]
+Method = Literal["fp8", "fp8-blocks", "int8", "int4"]
 _RUNS = (128, 64, 32)
 _LARGEST_FP8 = 448.0
 
 
 def quantise(weight: Tensor, method: Method) -> QuantisedWeight | None:
-    """Of float32 [out, in], or on paper; None: no run of int4's divides its rows."""
+    """Of float32 [out, in], or on paper; None: no run of int4's, or block, divides its rows."""
     num_out, num_in = weight.shape
     run = num_in
     if method == "int4":
@@ -28,16 +31,29 @@ def quantise(weight: Tensor, method: Method) -> QuantisedWeight | None:
         if not fitting:
             return None
         run = fitting[0]
+    if method == "fp8-blocks":
+        if num_in % GROUP:
+            return None
+        run = GROUP
+    inputs = None
+    if method in ("fp8", "fp8-blocks"):
+        inputs = InputScheme(group=GROUP if method == "fp8-blocks" else 0)
     if weight.is_meta:
-        dtype = torch.float8_e4m3fn if method == "fp8" else torch.int8
+        dtype = torch.int8 if inputs is None else torch.float8_e4m3fn
         bits = 4 if method == "int4" else 8
-        return QuantisedWeight.on_paper(num_out, num_in, bits, num_in // run, dtype)
+        paper = QuantisedWeight.on_paper(num_out, num_in, bits, num_in // run, dtype)
+        return replace(paper, inputs=inputs)
     runs = weight.view(num_out, -1, run)
     largest = runs.abs().amax(-1)
-    if method == "fp8":
+    if method == "fp8-blocks":
+        blocks = [
+            part.amax(0, keepdim=True).expand_as(part) for part in torch.split(largest, GROUP)
+        ]
+        largest = torch.cat(blocks)
+    if inputs is not None:
         scale = _not_zero(largest / _LARGEST_FP8)
         small = (runs / scale[..., None]).to(torch.float8_e4m3fn)
-        return QuantisedWeight(small.view(num_out, num_in), scale, 8)
+        return QuantisedWeight(small.view(num_out, num_in), scale, 8, inputs=inputs)
     if method == "int8":
         scale = _not_zero(largest / 127)
         return QuantisedWeight(_nearest(runs, scale, 8).view(num_out, num_in), scale, 8)

@@ -5,13 +5,17 @@ weight_scale, weight_scale_inv       one, [out] or [out, 1], [out, groups] of eq
                                      [out / rows, in / columns] of blocks; despite its name the
                                      latter is multiplied
 weight_zero_point                    int8, as the scales
+input_scale                          of activations, one for all
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_scaled import InputScheme
 from baton.shared.engine.quantised.form import TensorReader, check_finite, read_scale
 from baton.shared.engine.quantised.scheme import Scheme
 from baton.shared.engine.quantised.weight import QuantisedWeight
@@ -45,11 +49,31 @@ def read(
         zero_name = f"{module}.weight_zero_point"
         zero = _read_zero(zero_name, reader)
         zero, _ = _placed(zero, zero_name, shape, scheme, reader)
+    inputs = _read_inputs(module, scheme, reader)
     if codes.is_meta:
-        return QuantisedWeight.on_paper(*shape, 8, scale.shape[-1], codes.dtype)
+        paper = QuantisedWeight.on_paper(*shape, 8, scale.shape[-1], codes.dtype)
+        return replace(paper, inputs=inputs)
     if header.dtype == "F8_E4M3" and bool(codes.isnan().any()):
         raise reader.error(name, "holds what is no number")
-    return QuantisedWeight(codes, scale, 8, zero=zero, group_of=group_of)
+    return QuantisedWeight(codes, scale, 8, zero=zero, group_of=group_of, inputs=inputs)
+
+
+def _read_inputs(module: str, scheme: Scheme, reader: TensorReader) -> InputScheme | None:
+    """How the layer's inputs are made small; None: they are not, here."""
+    inputs = scheme.inputs
+    if inputs is None or not reader.quantises_inputs:
+        return None
+    scale = None
+    if inputs.is_static:
+        name = f"{module}.input_scale"
+        scale = read_scale(reader, name, "config.json says that activations have a static scale")
+        if scale.numel() != 1:
+            raise reader.error(name, f"shape {list(scale.shape)} is not that of one number")
+        if not scale.is_meta and not bool(scale > 0):
+            raise reader.error(name, f"{scale.item()} is no scale")
+        scale = scale.float().reshape(1)
+    dtype = torch.float8_e4m3fn if inputs.kind == "float" else torch.int8
+    return InputScheme(dtype, inputs.group_size or 0, scale)
 
 
 def _read_scale(name: str, reader: TensorReader) -> Tensor:
@@ -83,7 +107,7 @@ def _placed(
             name, f"shape {list(found)} does not fit a weight of {list(shape)}{expected}"
         )
 
-    if scheme.block is not None and of_groups.numel() > 1:
+    if scheme.block is not None and of_groups.dim() == 2:
         rows, columns = scheme.block
         if found != (-(-num_out // rows), -(-num_in // columns)):
             raise misfit(f" in blocks of {rows} x {columns}")

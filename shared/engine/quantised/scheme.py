@@ -15,6 +15,17 @@ _PATTERN = "re:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """How activations are made small in front of a layer, to 8 bits around zero."""
+
+    kind: Kind
+    group_size: int | None = None
+    """So many numbers of a row have a scale of their own; None: all of a row."""
+    is_static: bool = False
+    """The checkpoint has a scale for all rows; else each is scaled by what it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """Of the weights of some layers. None: the tensors say it."""
 
@@ -26,6 +37,8 @@ class Scheme:
     """Rows and columns that have a scale together."""
     is_symmetric: bool = True
     """There are no zeros but the middle of the range."""
+    inputs: Inputs | None = None
+    """None: activations stay as they are."""
 
     @property
     def numbers(self) -> str:

@@ -7,11 +7,13 @@ expanded to the activations' dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_scaled import GROUP, InputScheme
+from baton.kernels.scaled_linear import LEAST_COLUMNS
 from baton.kernels.small_linear import SmallWeight, pack_nibbles, takes
 from baton.shared.engine.linear import Linear
 from baton.shared.engine.quantised.weight import QuantisedWeight
@@ -77,6 +79,29 @@ def pack_stored(
     )
 
 
+def scaled(stored: SmallWeight, inputs: InputScheme) -> SmallWeight | None:
+    """The weight as products with such inputs take it; None: they do not."""
+    is_float = stored.codes.dtype == torch.float8_e4m3fn
+    if stored.is_packed or stored.offset is not None or stored.columns is not None:
+        return None
+    if inputs.dtype.is_floating_point != is_float or stored.num_in % LEAST_COLUMNS:
+        return None
+    num_groups = stored.scale.shape[1]
+    if not inputs.group:
+        return stored if num_groups == 1 else None
+    if inputs.group != GROUP or num_groups * GROUP != stored.num_in:
+        return None
+    if stored.scale.is_meta:
+        num_blocks = -(-stored.num_out // GROUP)
+        compact = stored.scale.new_empty((num_blocks, num_groups))
+        return replace(stored, scale=compact, rows_per_scale=GROUP)
+    compact = stored.scale[::GROUP].contiguous()
+    spread = compact.repeat_interleave(GROUP, 0)[: stored.num_out]
+    if not torch.equal(spread, stored.scale):
+        return None
+    return replace(stored, scale=compact, rows_per_scale=GROUP)
+
+
 def _signed(part: QuantisedWeight, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes around zero, and float32 [out, groups]: what they are multiplied by, what is added."""
 
@@ -100,7 +125,8 @@ def _on_paper(
     """Offsets counted where there may be some."""
     num_in = parts[0].num_in
     width = num_in // 2 if is_packed else num_in
-    codes = parts[0].codes.new_empty((num_out, width), dtype=torch.uint8)
+    dtype = torch.uint8 if is_packed else parts[0].codes.dtype
+    codes = parts[0].codes.new_empty((num_out, width), dtype=dtype)
     scale = codes.new_empty((num_out, num_groups), dtype=torch.float32)
     has_offset = parts[0].codes.dtype == torch.uint8
     return SmallWeight(codes, scale, scale if has_offset else None, num_in)

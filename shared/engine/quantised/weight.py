@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_scaled import InputScheme
+
 WHOLE = slice(None)
 Change = Callable[[Tensor], Tensor]
 
@@ -38,6 +40,8 @@ class QuantisedWeight:
     """[out or 1, groups], of the scale's dtype"""
     group_of: Tensor | None = None
     """int64 [in], the group of each column; None: equal runs in order."""
+    inputs: InputScheme | None = None
+    """How activations are to be made small, for whoever computes so."""
 
     @classmethod
     def on_paper(
@@ -77,7 +81,8 @@ class QuantisedWeight:
             num_rows = len(range(self.num_out)[rows])
             num_columns = len(range(self.num_in)[columns])
             shape, groups = (num_rows, num_columns), self.scale.shape[1]
-            return QuantisedWeight.on_paper(*shape, self.num_bits, groups, self.codes.dtype)
+            paper = QuantisedWeight.on_paper(*shape, self.num_bits, groups, self.codes.dtype)
+            return replace(paper, inputs=self.inputs)
         taken = self._with(lambda of_groups: of_groups if len(of_groups) == 1 else of_groups[rows])
         group_of = None if columns == WHOLE else self._group_of()[columns]
         return replace(

@@ -18,7 +18,8 @@ from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.quantization import read_quantization
-from baton.shared.engine.quantised.scheme import Quantization
+from baton.shared.engine.operations import Operations
+from baton.shared.engine.quantised.scheme import Inputs, Quantization
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.triton_operations import TritonOperations
@@ -54,10 +55,11 @@ def load(tmp_path: Path) -> Load:
         quantization: dict[str, Any],
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
+        ops: Operations | None = None,
     ) -> ModelLoader:
         save_file(tensors, tmp_path / "model.safetensors")
         return ModelLoader(
-            TritonOperations(use_skinny=False),
+            ops or TritonOperations(use_skinny=False),
             WeightFiles(tmp_path),
             dtype=dtype,
             device=torch.device(device),
@@ -145,12 +147,94 @@ def test_groups_of_modules_have_schemes_of_their_own(load: Load) -> None:
         load(renamed, fields).linear(spec(module="lm_head"))
 
 
-def test_activations_and_caches_are_not_quantised_here() -> None:
-    """What a file says of them changes nothing."""
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"type": "float", "dynamic": True, "strategy": "token"}, Inputs(kind="float")),
+        # A scale of all tokens would let them change each other's answers.
+        ({"type": "float", "dynamic": True, "strategy": "tensor"}, Inputs(kind="float")),
+        ({"type": "int", "dynamic": False}, Inputs(kind="int", is_static=True)),
+        (
+            {"type": "float", "dynamic": True, "strategy": "group", "group_size": 128},
+            Inputs(kind="float", group_size=128),
+        ),
+        ({"type": "float", "dynamic": False, "strategy": "channel"}, None),
+        ({"type": "int", "dynamic": True, "symmetric": False}, None),
+        ({"type": "float", "num_bits": 4}, None),
+        (None, None),
+    ],
+)
+def test_what_a_file_says_of_activations(
+    said: dict[str, Any] | None, expected: Inputs | None
+) -> None:
+    """Of caches it changes nothing."""
     weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     fields = compressed(weights, kv_cache_scheme={"num_bits": 8, "type": "float"})
-    fields["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True}
-    assert config(fields) == config(compressed(weights))
+    group = fields["config_groups"]["group_0"]
+    group["input_activations"] = None if said is None else {"num_bits": 8, **said}
+    read = config(fields)
+    assert read is not None and read.rules[0].scheme.inputs == expected
+
+
+def test_other_formats_say_it_in_their_way() -> None:
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for fields, expected in (
+        (blocks, Inputs(kind="float", group_size=128)),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, Inputs(kind="float")),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+            Inputs(kind="float", is_static=True),
+        ),
+    ):
+        read = config(fields)
+        assert read is not None and read.rules[0].scheme.inputs == expected
+
+
+def static(*scales: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of modules a, b and so on with these scales of activations, and what config.json says."""
+    tensors = {}
+    for module, scale in zip("abc", scales, strict=False):
+        tensors[f"{module}.weight"] = rand(8, 64).to(torch.float8_e4m3fn)
+        tensors[f"{module}.weight_scale"] = torch.tensor(0.5)
+        tensors[f"{module}.input_scale"] = torch.tensor(scale)
+    return tensors, {"quant_method": "modelopt", "quant_algo": "FP8"}
+
+
+def test_scales_of_activations_that_are_given(load: Load) -> None:
+    """Parts of a layer have the same inputs: the largest of their scales cuts none of them. Who
+    does not quantise activations leaves them where they are."""
+    tensors, fields = static(0.25, 0.75, 0.5)
+    joined = LinearSpec(64, tuple(Part(module, 8) for module in "abc"))
+    ops = ReferenceOperations(quantises_inputs=True)
+    loader = load(tensors, fields, torch.float32, ops=ops)
+    layer = loader.linear(joined)
+    assert layer.inputs is not None and layer.inputs.scale is not None
+    assert layer.inputs.scale.tolist() == [0.75] and loader.has_small_inputs
+    x = rand(3, 64) * 100
+    made = (x / 0.75).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.75
+    weight = torch.cat([tensors[f"{module}.weight"].float() / 2 for module in "abc"])
+    torch.testing.assert_close(ops.linear(x, layer), made @ weight.t(), rtol=1e-5, atol=1e-3)
+    loader = load(tensors, fields, torch.float32)
+    assert loader.linear(joined).inputs is None and "a.input_scale" not in loader.taken
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (torch.tensor(0.0), "0.0 is no scale"),
+        (torch.tensor(float("nan")), "holds what is no number"),
+        (torch.ones(3), r"shape \[3\] is not that of one number"),
+        (None, "missing tensor, though config.json says that activations have a static scale"),
+    ],
+)
+def test_scales_of_activations_that_are_none(scale: Tensor | None, reason: str, load: Load) -> None:
+    tensors, fields = static(1.0)
+    del tensors["a.input_scale"]
+    if scale is not None:
+        tensors["a.input_scale"] = scale
+    loader = load(tensors, fields, ops=ReferenceOperations(quantises_inputs=True))
+    with pytest.raises(ModelError, match=f"a.input_scale: {reason}"):
+        loader.linear(spec(8))
 
 
 # GPTQ and AWQ, from their documentation

@@ -1,0 +1,162 @@
+"""Activations made small: a scale for each row, or for each 128 numbers of one, and codes.
+
+    number ≈ code · scale        scale = largest number / largest code
+
+What makes the numbers, a norm or a gated activation, is part of it. A row's codes are made of that
+row alone: neighbours change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from baton.kernels.gated_mul import activate
+from baton.kernels.overlap import overlap
+from baton.kernels.reference import Activation
+from baton.kernels.reference_scaled import GROUP, InputScheme, QuantisedRows
+
+_LEAST = tl.constexpr(1e-30)
+"""Of a row's largest number: what is less is nothing."""
+_ROUNDS = tl.constexpr(12582912.0)
+"""1.5 · 2²³: added and taken away it leaves the nearest whole number."""
+
+_LIBRARYS_ROWS = 16
+"""With groups the library takes multiples of it only."""
+_ROUNDS_TINY = tl.constexpr(24576.0)
+"""The same of steps of 2⁻⁹."""
+
+
+@triton.jit
+def to_code(x, MOST: tl.constexpr, IS_FLOAT: tl.constexpr, CASTS: tl.constexpr):
+    """The nearest code, as float32, of float32 numbers that are scaled already. CASTS: by the
+    processor's own conversion; Triton's interpreter loses a carry into the exponent."""
+    x = tl.minimum(tl.maximum(x, -MOST), MOST)
+    if not IS_FLOAT:
+        return (x + _ROUNDS) - _ROUNDS
+    elif CASTS:
+        return x.to(tl.float8e4nv).to(tl.float32)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        tiny = (x + _ROUNDS_TINY) - _ROUNDS_TINY
+        return tl.where(tl.abs(x) < 0.015625, tiny, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["scale_stride"])
+def _quantise_kernel(
+    x_ptr,
+    norm_ptr,
+    given_ptr,
+    codes_ptr,
+    scale_ptr,
+    x_stride,
+    scale_stride,
+    size,
+    eps,
+    ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr,
+    MOST: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    CASTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A row. `given_ptr`: its scale, if it does not depend on what the row holds."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    if norm_ptr is not None:
+        gain = tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x_row = x_ptr + row * x_stride + columns
+    x = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        up = tl.load(x_row + size, mask=inside, other=0.0).to(tl.float32)
+        x = activate(x, ACTIVATION) * up
+    if norm_ptr is not None:
+        x *= tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * gain
+    if GROUP:
+        runs = tl.reshape(x, (BLOCK // GROUP, GROUP))
+        largest = tl.maximum(tl.max(tl.abs(runs), axis=1), _LEAST)
+        scale = largest / MOST
+        code = to_code(runs * (MOST / largest)[:, None], MOST, IS_FLOAT, CASTS)
+        code = tl.reshape(code, (BLOCK,))
+        group = tl.arange(0, BLOCK // GROUP)
+        at = scale_ptr + group.to(tl.int64) * scale_stride + row
+        tl.store(at, scale, mask=group < size // GROUP)
+    else:
+        if given_ptr is not None:
+            scale = tl.load(given_ptr)
+            inverse = 1.0 / scale
+        else:
+            largest = tl.maximum(tl.max(tl.abs(x), axis=0), _LEAST)
+            scale = largest / MOST
+            inverse = MOST / largest
+        code = to_code(x * inverse, MOST, IS_FLOAT, CASTS)
+        tl.store(scale_ptr + row, scale)
+    out = codes_ptr + row * size + columns
+    if IS_FLOAT:
+        tl.store(out, code.to(tl.float8e4nv), mask=inside)
+    else:
+        tl.store(out, code.to(tl.int8), mask=inside)
+
+
+def quantise_rows(
+    x: Tensor,
+    scheme: InputScheme,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    activation: Activation | None = None,
+    pdl: bool = False,
+) -> QuantisedRows:
+    """f(x), made small.
+
+    Args:
+        x: [T, K], K ≤ 16,384; with an activation [T, 2K] = (gate, up). Rows may be strided.
+        norm_weight: [K], of any float dtype; if given, f is RMSNorm with it and `eps`.
+        activation: if given, f is activation(gate) · up.
+        pdl: launch while the previous kernel still runs.
+    """
+    num_rows, size = x.shape[0], x.shape[1] // (1 if activation is None else 2)
+    assert size <= 16384 and x.stride(1) == 1 and not (scheme.group and size % GROUP)
+    num_padding = -num_rows % _LIBRARYS_ROWS if scheme.group else 0
+    num_padded = num_rows + num_padding
+    codes = torch.empty((num_padded, size), dtype=scheme.dtype, device=x.device)
+    num_groups = size // scheme.group if scheme.group else 1
+    # Column by column: so the library takes them.
+    scale = torch.empty((num_groups, num_padded), dtype=torch.float32, device=x.device)
+    if num_rows:
+        block = triton.next_power_of_2(size)
+        _quantise_kernel[(num_rows,)](
+            x,
+            norm_weight,
+            scheme.scale,
+            codes,
+            scale,
+            x.stride(0),
+            num_padded,
+            size,
+            eps,
+            ACTIVATION=activation,
+            GROUP=scheme.group,
+            MOST=scheme.largest_code,
+            IS_FLOAT=scheme.dtype.is_floating_point,
+            CASTS=x.is_cuda,
+            BLOCK=block,
+            num_warps=_num_warps(block, num_rows),
+            **overlap(x, pdl=pdl),
+        )
+    return QuantisedRows(codes, scale.t(), num_padding)
+
+
+def _num_warps(block: int, num_rows: int) -> int:
+    """As of a norm: with few rows latency counts, with many work per thread."""
+    per_thread = 8 if num_rows <= 132 else 16
+    return max(1, min(16, block // (32 * per_thread)))

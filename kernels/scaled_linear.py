@@ -1,0 +1,165 @@
+"""Products of codes with codes, whose scales come behind: weights and inputs are both small.
+
+    x · weightᵀ = Σ code · code, · scale of the row · scale of the column
+
+of 8-bit floats or whole numbers, on tensor cores that take them. All sums have a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from baton.kernels.overlap import overlap
+from baton.kernels.reference_scaled import GROUP, QuantisedRows
+from baton.kernels.scaled_linear_jit import scaled_linear_kernel
+from baton.kernels.scaled_table import MANY_ROWS, ROWS, ScaledConfig, choose, guess
+from baton.kernels.skinny_linear import linear_work
+from baton.kernels.small_linear import SmallWeight
+
+LEAST_COLUMNS = 32
+"""A weight's columns are a multiple of it: as many as tensor cores take at once."""
+_LIBRARYS = 16
+"""It takes no other multiples of rows and columns."""
+_LIBRARYS_BLOCKS = 4
+"""Nor of blocks in a row."""
+
+
+def scaled_linear(
+    x: QuantisedRows,
+    weight: SmallWeight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    config: ScaledConfig | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """(x · weightᵀ + bias) · scale + residual, rounded once.
+
+    Args:
+        x: [M, K]; a scale a row, as the weight has, or in groups of as many as the weight's blocks
+            have rows.
+        bias: [N].
+        residual: [M, N]; rows may be strided.
+        out: [M, N], may be `residual`; rows may be strided.
+        dtype: of a new result.
+        pdl: launch while the kernel before still runs; weights must not come from it.
+
+    Returns:
+        out, or a new tensor [M, N].
+    """
+    rows, size_k = x.num_rows, weight.num_in
+    size_n, group = weight.num_out, _group(weight)
+    assert x.scale.shape[1] == weight.scale.shape[1] and group in (0, GROUP)
+    if out is None:
+        out = torch.empty((rows, size_n), dtype=dtype, device=x.codes.device)
+    if rows == 0:
+        return out
+    config = config or guess(rows, size_n, size_k)
+    # Of whole tiles, and of one group.
+    block_k = min(config.block_k, group or config.block_k, size_k & -size_k)
+    assert size_k % LEAST_COLUMNS == 0
+    num_tiles = triton.cdiv(size_n, config.block_n) * triton.cdiv(rows, config.block_m)
+    num_steps = size_k // block_k
+    steps = triton.cdiv(num_steps, config.split_k)
+    work = linear_work(x.codes.device) if config.split_k > 1 else None
+    if work is not None:
+        needed = config.split_k * num_tiles * config.block_m * config.block_n
+        assert num_tiles <= len(work.arrivals) and needed <= len(work.partials)
+    scaled_linear_kernel[(num_tiles, config.split_k)](
+        x.codes,
+        x.scale.t(),
+        weight.codes,
+        weight.scale,
+        bias,
+        residual,
+        out,
+        None if work is None else work.partials,
+        None if work is None else work.arrivals,
+        rows,
+        size_n,
+        size_k,
+        steps,
+        x.scale.stride(1),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        # Without a scale the kernel has none.
+        None if scale == 1 else scale,
+        GROUP=group,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        SPLIT_K=config.split_k,
+        IMPRECISE=None if config.is_fast else min(128, block_k),
+        PREFETCH=config.prefetch,
+        NUM_THREADS=32 * config.num_warps,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **overlap(x.codes, pdl=pdl),
+    )
+    return out
+
+
+def scaled_product(
+    x: QuantisedRows,
+    weight: SmallWeight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+    pdl: bool = False,
+) -> Tensor:
+    """`scaled_linear` into the residual, or by the library where that is faster."""
+    rows, size_k = x.num_rows, weight.num_in
+    size_n = weight.num_out
+    config = choose(rows, size_n, size_k, group=_group(weight))
+    if config is None and not _librarys(weight, dtype):
+        config = MANY_ROWS if rows > ROWS[-1] else guess(rows, size_n, size_k)
+    if config is not None:
+        return scaled_linear(
+            x,
+            weight,
+            bias,
+            residual=residual,
+            scale=scale,
+            out=residual,
+            dtype=dtype,
+            config=config,
+            pdl=pdl,
+        )
+    y = _by_library(x, weight, dtype)
+    if bias is not None:
+        y += bias
+    if scale != 1:
+        y *= scale
+    return y if residual is None else residual.add_(y)
+
+
+def _librarys(weight: SmallWeight, dtype: torch.dtype) -> bool:
+    is_float = weight.codes.dtype == torch.float8_e4m3fn
+    is_whole = weight.num_out % _LIBRARYS == 0 and weight.num_in % _LIBRARYS == 0
+    if weight.rows_per_scale > 1:
+        is_whole &= weight.scale.shape[1] % _LIBRARYS_BLOCKS == 0
+    return is_float and is_whole and dtype == torch.bfloat16 and weight.codes.is_cuda
+
+
+def _by_library(x: QuantisedRows, weight: SmallWeight, dtype: torch.dtype) -> Tensor:
+    has_blocks = weight.rows_per_scale > 1
+    product = torch._scaled_mm(
+        x.codes,
+        weight.codes.t(),
+        scale_a=x.scale,
+        scale_b=weight.scale.t(),
+        out_dtype=dtype,
+        use_fast_accum=not has_blocks,
+    )
+    return product[: x.num_rows]
+
+
+def _group(weight: SmallWeight) -> int:
+    return weight.rows_per_scale if weight.rows_per_scale > 1 else 0

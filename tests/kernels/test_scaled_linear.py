@@ -1,0 +1,328 @@
+"""Activations made small, and products with them, against float64; outputs poisoned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from baton.kernels.quantised_rows import quantise_rows
+from baton.kernels.reference_scaled import (
+    GROUP,
+    InputScheme,
+    QuantisedRows,
+    quantise_rows_reference,
+)
+from baton.kernels.scaled_linear import scaled_linear, scaled_product
+from baton.kernels.scaled_table import ROWS, ScaledConfig, choose
+from baton.kernels.small_linear import FewConfig, SmallWeight, small_linear
+from baton.shared.engine import model_runner, triton_operations
+from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.quantised.stored import StoredLinear, pack_stored, scaled
+from baton.shared.engine.quantised.weight import QuantisedWeight
+from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.triton_operations import TritonOperations
+from tests.kernels.test_engine import SMALL, maker
+
+AssertClose = Callable[[Tensor, Tensor], None]
+Poisoned = Callable[..., Tensor]
+FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
+SCHEMES = {
+    "float8": InputScheme(),
+    "float8 in groups": InputScheme(group=GROUP),
+    "float8, scale given": InputScheme(scale=torch.tensor([0.01])),
+    "int8": InputScheme(INT8),
+}
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on(device: torch.device, scheme: InputScheme) -> InputScheme:
+    given = None if scheme.scale is None else scheme.scale.to(device)
+    return InputScheme(scheme.dtype, scheme.group, given)
+
+
+def make_weight(
+    num_out: int, num_in: int, dtype: torch.dtype, group: int, device: torch.device
+) -> tuple[SmallWeight, Tensor]:
+    """And its numbers, float64."""
+    codes = (rand(num_out, num_in, seed=3) * 30).clamp(-127, 127).to(dtype)
+    shape = (-(-num_out // GROUP), num_in // GROUP) if group else (num_out, 1)
+    scale = rand(*shape, seed=1).abs() + 0.5
+    numbers = scale.double()
+    if group:
+        numbers = numbers.repeat_interleave(GROUP, 0)[:num_out].repeat_interleave(GROUP, 1)
+    weight = SmallWeight(
+        codes.to(device), scale.to(device), None, num_in, rows_per_scale=group or 1
+    )
+    return weight, codes.double() * numbers
+
+
+# Codes of activations
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("form", ["plain", "norm", "gated"])
+def test_codes_are_the_nearest(
+    form: str, scheme: InputScheme, dtype: torch.dtype, device: torch.device
+) -> None:
+    size = 384
+    x = rand(5, (2 if form == "gated" else 1) * size + 8)[:, :-8] * 3
+    # A row of nothing, one of tiny numbers, and one with a number far from all others.
+    x[1] = 0
+    x[2] *= 1e-3
+    x[3, 7] = 300
+    x = x.to(device, dtype)
+    gain = rand(size, seed=2).to(device)
+    options: dict[str, Any] = {}
+    wide = x.float()
+    if form == "norm":
+        options = {"norm_weight": gain, "eps": 1e-3}
+        wide = rms_norm(wide, (size,), gain, 1e-3)
+    elif form == "gated":
+        options = {"activation": "silu"}
+        wide = silu(wide[:, :size]) * wide[:, size:]
+    scheme = on(device, scheme)
+    got, expected = quantise_rows(x, scheme, **options), quantise_rows_reference(wide, scheme)
+    assert got.num_rows == len(x)
+    torch.testing.assert_close(got.scale[:5], expected.scale, rtol=1e-5, atol=0)
+    # Sums of another order may round to the code beside it.
+    codes = got.codes[:5].float()
+    same = codes == expected.codes.float()
+    assert float(same.float().mean()) > 0.99
+    step = expected.codes.float().abs() / 8 + (1 if scheme.dtype == INT8 else 2**-9)
+    assert bool(((codes - expected.codes.float()).abs() <= step).all())
+    alone = quantise_rows(x[3:4], scheme, **options)
+    assert torch.equal(alone.codes.view(torch.uint8)[0], got.codes.view(torch.uint8)[3])
+    assert torch.equal(alone.scale[0], got.scale[3])
+
+
+def test_every_float8_is_met(device: torch.device) -> None:
+    """Codes of numbers that are codes are these: subnormal ones, ties and carries too."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float()
+    numbers = numbers[numbers.isfinite()]
+    between = (numbers[:-1] + numbers[1:]) / 2
+    x = torch.cat([numbers, between, torch.zeros(3)])[None].to(device)
+    got = quantise_rows(x, InputScheme(scale=torch.ones(1, device=device)))
+    assert torch.equal(got.codes.float(), x.to(FLOAT8).float())
+
+
+# Products
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_out", "num_in", "code", "group", "config"),
+    [
+        (1, 70, 96, FLOAT8, 0, ScaledConfig(16, 64, 128)),
+        (21, 200, 256, FLOAT8, GROUP, ScaledConfig(16, 64, 128, split_k=2)),
+        (21, 130, 384, INT8, 0, ScaledConfig(32, 128, 128, split_k=2)),
+        (3, 70, 384, FLOAT8, 0, ScaledConfig(16, 64, 64, split_k=4)),
+    ],
+)
+def test_against_float64(
+    rows: int,
+    num_out: int,
+    num_in: int,
+    code: torch.dtype,
+    group: int,
+    config: ScaledConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    poisoned: Poisoned,
+    assert_close: AssertClose,
+) -> None:
+    weight, numbers = make_weight(num_out, num_in, code, group, device)
+    x = quantise_rows_reference(rand(rows, num_in) / 1000, InputScheme(code, group))
+    wide = x.expand(torch.float64)
+    x = QuantisedRows(x.codes.to(device), x.scale.t().contiguous().t().to(device))
+    bias, residual = rand(num_out, seed=5).to(device, dtype), rand(rows, num_out + 3, seed=6)
+    residual = residual.to(device, dtype)[:, :num_out]
+    out = poisoned(rows, num_out + 5, dtype=dtype)[:, :num_out]
+    product = wide @ numbers.t()
+    scaled_linear(x, weight, out=out, config=config)
+
+    def assert_right(actual: Tensor, expected: Tensor) -> None:
+        # Tensor cores add 8-bit floats up with 14 bits.
+        is_wide = code == FLOAT8 and actual.dtype == torch.float32
+        assert_close(actual.half() if is_wide else actual, expected)
+
+    assert_right(out, product)
+    expected = (product + bias.double().cpu()) * 0.25 + residual.double().cpu()
+    got = scaled_product(x, weight, bias, residual=residual, scale=0.25, dtype=dtype)
+    assert_right(got, expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize(("rows", "num_out"), [(1, 32), (2, 42)])
+def test_few_rows(
+    rows: int,
+    num_out: int,
+    scheme: InputScheme,
+    device: torch.device,
+    poisoned: Poisoned,
+    assert_close: AssertClose,
+) -> None:
+    """Their kernel makes them small itself, behind the norm, in front of the activation."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    num_in = 384
+    weight, numbers = make_weight(num_out, num_in, scheme.dtype, scheme.group, device)
+    numbers /= 1000
+    weight.scale.div_(1000)
+    scheme, config = on(device, scheme), FewConfig(4, 256, 4)
+    x = rand(rows, num_in + 8).to(device, dtype)[:, :num_in]
+    residual = rand(rows, num_out, seed=5).to(device, dtype)
+    product = quantise_rows_reference(x, scheme).expand(torch.float64).cpu() @ numbers.t()
+    out = poisoned(rows, num_out, dtype=dtype)
+    small_linear(x, weight, residual=residual, inputs=scheme, scale=0.25, out=out, config=config)
+    assert_close(out, product * 0.25 + residual.double().cpu())
+    gain = rand(num_in, seed=9).to(device)
+    normed = rms_norm(x.float(), (num_in,), gain, 1e-3)
+    product = quantise_rows_reference(normed, scheme).expand(torch.float64).cpu() @ numbers.t()
+    gate, up = product.chunk(2, 1)
+    out = poisoned(rows, num_out // 2, dtype=dtype)
+    small_linear(
+        x,
+        weight,
+        norm_weight=gain,
+        eps=1e-3,
+        activation="silu",
+        inputs=scheme,
+        out=out,
+        config=config,
+    )
+    # A code that is rounded to its neighbour, for sums of another order, is an eighth off.
+    off = (out.double().cpu() - silu(gate) * up).norm() / (silu(gate) * up).norm()
+    assert float(off) < 1e-2
+
+
+def test_the_choice() -> None:
+    """Few rows by our kernel, many by the library; what is like what was measured as that was."""
+    assert choose(257, 6144, 4096, group=0) is None
+    known = choose(1, 6144, 4096, group=0)
+    assert known is not None and known.block_m == ROWS[0]
+    assert choose(9, 6400, 4096, group=0) == known
+    other = choose(32, 100, 256, group=GROUP)
+    assert other is not None and other.block_m == 32 and other.split_k == 1
+
+
+# Layers and models
+
+
+def quantised(
+    num_out: int, num_in: int, inputs: InputScheme | None, seed: int = 0
+) -> QuantisedWeight:
+    codes = rand(num_out, num_in, seed=seed).to(FLOAT8)
+    scale = rand(num_out, 1, seed=seed + 1).abs()
+    return QuantisedWeight(codes, scale, 8, inputs=inputs)
+
+
+def test_which_weights_take_small_inputs() -> None:
+    def packed(*parts: QuantisedWeight) -> SmallWeight:
+        stored = pack_stored(parts, takes_float8=True)
+        assert stored is not None
+        return stored
+
+    one = packed(quantised(8, 64, InputScheme()))
+    assert scaled(one, InputScheme()) is one
+    assert scaled(one, InputScheme(INT8)) is None and scaled(one, InputScheme(group=128)) is None
+    assert scaled(packed(quantised(8, 48, None)), InputScheme()) is None
+    by_block = rand(2, 2, seed=4).abs().repeat_interleave(128, 0)[:200]
+    codes = rand(200, 256).to(FLOAT8)
+    blocks = packed(QuantisedWeight(codes, by_block, 8))
+    made = scaled(blocks, InputScheme(group=128))
+    assert made is not None and made.scale.shape == (2, 2) and made.rows_per_scale == 128
+    by_block[130] *= 2
+    assert scaled(packed(QuantisedWeight(codes, by_block, 8)), InputScheme(group=128)) is None
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "float8": {"type": "float", "strategy": "token", "dynamic": True},
+    "float8 in blocks": {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
+}
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_with_small_inputs(
+    form: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt and decode, against a reference that makes activations small alike."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 40, "head_dim": 128}
+    sizes |= {"num_attention_heads": 1}
+    make = maker(tmp_path, {**SMALL, **sizes})
+    path = tmp_path / "model.safetensors"
+    # What 16 bits hold: a weight that is rounded moves activations from code to code.
+    tensors = {name: each.half().float() for name, each in load_file(path).items()}
+    small = {}
+    weights: dict[str, Any] = {"num_bits": 8, "type": FORMS[form]["type"], "strategy": "channel"}
+    if form.endswith("blocks"):
+        weights |= {"strategy": "block", "block_structure": [128, 128]}
+    for name in [name for name in tensors if "proj" in name]:
+        # So small that a code that is rounded to its neighbour, for sums of another order, does
+        # not move all that comes behind it.
+        weight, module = tensors.pop(name) / 8, name.removesuffix(".weight")
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        if form.endswith("blocks"):
+            blocks = weight.view(-1, min(128, len(weight)), weight.shape[1] // 128, 128)
+            scale = blocks.abs().amax((1, 3)) / 448
+            spread = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
+        numbers = weight / (spread if form.endswith("blocks") else scale)
+        small[name] = numbers.to(FLOAT8)
+        small[f"{module}.weight_scale"] = scale
+    save_file({**tensors, **small}, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": {"num_bits": 8, **FORMS[form]},
+    }
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"all": group},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = partial(TritonOperations, quantises_inputs=True)
+    theirs = partial(ReferenceOperations, quantises_inputs=True)
+    if device.type == "cpu":
+        monkeypatch.setattr(
+            triton_operations,
+            "TritonOperations",
+            lambda **options: ours(keeps_small=True, takes_float8=True),
+        )
+    monkeypatch.setattr(model_runner, "ReferenceOperations", lambda **options: theirs())
+    dtype = "bfloat16" if device.type == "cuda" else "float16"
+    runner = make("triton", device, dtype=dtype)
+    reference = make("torch", torch.device("cpu"))
+    assert "small weights and activations" in runner.numerics
+    rows = [BatchRow([5, 6, 7, 8, 9], 0, [[1]]), BatchRow([11], 0, [[2]])]
+    for batch in (Batch(rows), Batch([BatchRow([10], 5, [[1]])])):
+        got, expected = runner.logits(batch).cpu().float(), reference.logits(batch)
+        assert float((got - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_a_layer_of_a_step_is_that_of_its_rows(device: torch.device) -> None:
+    """Whichever kernel has a row, it multiplies the same codes."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    parts = [quantised(64, 128, InputScheme())]
+    stored = pack_stored(parts, takes_float8=True)
+    assert stored is not None
+    stored = SmallWeight(stored.codes.to(device), stored.scale.to(device), None, 128)
+    layer = StoredLinear(
+        torch.empty(0, device=device), None, 64, 128, inputs=InputScheme(), stored=stored
+    )
+    ops = TritonOperations(use_skinny=False, keeps_small=True, quantises_inputs=True)
+    x = rand(20, 128, seed=8).to(device, dtype)
+    x[1:] *= 100
+    whole = ops.linear(x, layer)
+    alone = ops.linear(x[:1], layer)
+    assert float((whole[:1] - alone).abs().max() / alone.abs().max()) < 2e-3
