@@ -33,7 +33,8 @@ LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("fp8", "fp8-blocks", "int8", "int4")
 QUANTIZATION_HELP = (
     "makes plain weights of linear layers small while they are loaded: fp8 and int8 with a scale "
-    "for each row, fp8-blocks for each block of 128 x 128, int4 for each run of 128 (or 64, or 32) numbers of one"
+    "for each row, fp8-blocks for each block of 128 x 128, int4 for each run of 128 (or 64, or 32) "
+    "numbers of one; on a GPU fp8 and fp8-blocks make activations small likewise"
 )
 MODEL_IMPLS = ("auto", "baton", "transformers")
 MODEL_IMPL_HELP = (
