@@ -245,6 +245,18 @@ def _measure_one(name: str, n: int, k: int, rows: int, group: int) -> dict[str, 
     }  # fmt: skip
 
 
+def _write_table(entries: Sequence[dict[str, Any]], environment: Any) -> None:
+    """What was measured now takes the place of what was before."""
+    names = ("m", "n", "k", "group")
+    known = json.loads(TABLE.read_text())["entries"] if TABLE.exists() else []
+    by_shape = {tuple(entry[name] for name in names): entry for entry in [*known, *entries]}
+    kept = [
+        {key: value for key, value in entry.items() if key != "next"}
+        for _, entry in sorted(by_shape.items())
+    ]
+    TABLE.write_text(json.dumps({"environment": environment, "entries": kept}, indent=1) + "\n")
+
+
 def measure_rows(save: Save, deadline: float) -> None:
     """What makes activations small."""
     for rows in (1, 32, 256, 8192):
@@ -283,7 +295,7 @@ _FEW = [
     FewConfig(4, 2048, 4, num_stages=2),
     FewConfig(8, 2048, 4, num_stages=2),
 ]
-_FORMS = ("fp8 both", "int4", "blocks", "fp8")
+_FORMS = ("fp8 both", "int4")
 
 
 def _layer(form: str) -> dict[str, SmallWeight]:
@@ -334,11 +346,10 @@ def _compile_few(form: str, rows: int, configs: Sequence[FewConfig]) -> None:
 
 
 def measure_few(save: Save, deadline: float) -> None:
-    jobs = [(form, rows) for rows in (1, 2) for form in _FORMS]
+    jobs = [(form, 1) for form in _FORMS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(12, mp_context=context) as pool:
-        futures = [pool.submit(_compile_few, *job, _FEW[start::2])
-                   for job in jobs for start in (0, 1)]  # fmt: skip
+        futures = [pool.submit(_compile_few, *job, [config]) for job in jobs for config in _FEW]
         for future in as_completed(futures):
             future.result()
     for form, rows in jobs:
@@ -391,11 +402,7 @@ def main() -> None:
             rows = [int(each) for each in args.rows.split(",")]
             entries = measure_tiles(save, deadline, groups, rows)
             if args.write_table:
-                TABLE.write_text(json.dumps({
-                    "environment": result["environment"],
-                    "entries": [{key: value for key, value in entry.items() if key != "next"}
-                                for entry in entries],
-                }, indent=1) + "\n")  # fmt: skip
+                _write_table(entries, result["environment"])
 
 
 if __name__ == "__main__":
