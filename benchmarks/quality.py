@@ -5,7 +5,8 @@ are from those of the reference (KL divergence, nats a token), and how often the
 same. The reference is the model that MODEL, or `--against`, is in float32.
 
 A form is a dtype, with `+` and a method of `--quantization` if one is to be taken, and `+kv-fp8` if
-keys and values are kept in 8 bits: bfloat16, float32+int4, float32+kv-fp8.
+keys and values are kept in 8 bits: bfloat16, float32+int4, float32+kv-fp8. `--checkpoints` are of
+the same model, quantised by whoever; each is a row in float32.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ def _measure(args: argparse.Namespace) -> Iterator[Row]:
     for form in args.forms:
         found = [logits.log_softmax(-1) for logits in _logits(args, args.model, form, windows)]
         yield _row(form, windows, found, reference)
+    for directory in args.checkpoints:
+        logits = _logits(args, directory, "float32", windows)
+        found = [each.log_softmax(-1) for each in logits]
+        yield _row(f"checkpoint {directory.name}", windows, found, reference)
 
 
 def _row(form: str, windows: list[list[int]], found: list[Tensor], reference: list[Tensor]) -> Row:
@@ -154,7 +159,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("model", type=model_dir, metavar="MODEL", help="directory, name or GGUF file")
     add("--against", type=model_dir, metavar="MODEL", help="default: MODEL itself")
     add("--text", type=Path, default=ROOT / "docs/gateway.md", help="default: docs/gateway.md")
-    add("--forms", type=_form, nargs="+", default=["bfloat16"], help="default: bfloat16")
+    add("--forms", type=_form, nargs="*", default=["bfloat16"], help="default: bfloat16")
+    add("--checkpoints", type=model_dir, nargs="+", default=[], metavar="MODEL")
     add("--tokens", type=int, default=2000)
     add("--window", type=int, default=500, help="tokens of a prompt")
     add("--device", default="cpu", choices=("cpu", "cuda"))

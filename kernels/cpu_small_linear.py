@@ -100,7 +100,7 @@ class SmallWeight:
         if self.columns is not None:
             x = x.index_select(1, self.columns)
         first, *others = self.planes
-        if len(x) > MOST_ROWS and all(plane.can_expand for plane in self.planes):
+        if x.shape[0] > MOST_ROWS and all(plane.can_expand for plane in self.planes):
             weight = first.expand()
             for plane in others:
                 weight += plane.expand()

@@ -159,7 +159,7 @@ class Attention:
             self._ops.linear(hidden, self._qkv)
             if norm is None
             else self._ops.norm_linear(hidden, norm, self._qkv)
-        ).view(len(hidden), -1, self._head_dim)
+        ).view(hidden.shape[0], -1, self._head_dim)
         if not self._has_cache:
             return self._ops.rope_query(heads, rope, self._norms)
         return self._ops.rope_and_store(
@@ -180,7 +180,7 @@ class Attention:
         """
         attended = self._ops.paged_attention(
             query, kv, self._place, plan, self._scale, self._soft_cap, self._sinks
-        ).view(len(query), -1)
+        ).view(query.shape[0], -1)
         if gate is not None:
             attended = self._ops.activate_and_mul(gate, attended, "sigmoid")
         return self._ops.linear(attended, self._output, residual)
