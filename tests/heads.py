@@ -116,7 +116,7 @@ def fit_head(directory: Path, runner: ModelRunner) -> None:
     assert runner.draft is not None
     head: Any = runner.draft._model
     block_size, seen, wanted = runner.kv_cache.block_size, [], []
-    length = runner.max_model_len // 2
+    length = min(runner.max_model_len // 2, 256)
     table = [[*range(length // block_size)]]
     assert runner.draft.config.cache_specs and len(runner.kv_cache.groups) == 1
     for seed in range(_NUM_FITTED // length):
