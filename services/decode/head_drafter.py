@@ -22,13 +22,10 @@ from torch import Tensor
 from baton.services.decode import chains
 from baton.services.decode.chains import ChainDrafter, Guessing
 from baton.shared.engine.batch import BatchRow
+from baton.shared.engine.draft_model import MOST_PENDING
 from baton.shared.engine.executor import Step
 from baton.shared.kv.sequence import Sequence
 from baton.shared.sampling import SamplingParams
-
-MOST_PENDING = 128
-"""Tokens of a sequence whose hidden states are kept until the head computes them; of a chunk that
-is longer all of it."""
 
 
 class _Seen(NamedTuple):

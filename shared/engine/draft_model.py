@@ -42,6 +42,9 @@ from baton.shared.tokenizer.compare import different_token
 
 CHUNK = 512
 """Tokens that it computes at once, when it catches up."""
+MOST_PENDING = 128
+"""Tokens of a sequence whose hidden states are kept until a head computes them; of a chunk that is
+longer all of it."""
 
 
 class DraftModel:
@@ -137,6 +140,14 @@ class DraftModel:
     @property
     def weight_bytes(self) -> int:
         return self._plan.num_bytes
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of a head: what hidden states take that it has not computed yet."""
+        if self.tapped is None:
+            return 0
+        num_numbers = len(self.tapped.layers) * self.tapped.hidden_size
+        return self.max_rows * MOST_PENDING * num_numbers * self.tapped.dtype.itemsize
 
     def load(self, progress: Progress, target: Model) -> None:
         """Reads its weights. ModelError: a file cannot be read, or `target` cannot be guessed

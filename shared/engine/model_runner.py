@@ -193,7 +193,8 @@ class ModelRunner:
         check_weights_fit(config, plan.num_bytes, self.device)
         self.draft = self._plan_draft(plan.num_bytes)
         if self.device.type == "cpu":
-            draft_bytes = 0 if self.draft is None else self.draft.weight_bytes
+            draft = self.draft
+            draft_bytes = 0 if draft is None else draft.weight_bytes + draft.pending_bytes
             self._choose_pools(plan.num_bytes + draft_bytes, progress)
         self.model_identity = self._identify(weights, progress)
         on_identity(self.model_identity)
@@ -522,6 +523,7 @@ class ModelRunner:
         if self._captures_prompts:
             # What graphs compute in is theirs alone.
             peak += (peak - resident) * min(num_tokens, MOST_CAPTURED_TOKENS) // num_tokens
+        peak += 0 if self.draft is None else self.draft.pending_bytes
         peak -= pool_bytes
         del executor, cache, beside
         torch.cuda.empty_cache()
