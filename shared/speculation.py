@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NGRAM, DRAFT_MODEL, EAGLE3 = KINDS = ("ngram", "draft-model", "eagle3")
+NGRAM, DRAFT_MODEL, EAGLE3, MTP = KINDS = ("ngram", "draft-model", "eagle3", "mtp")
 WITH_MODEL = (DRAFT_MODEL, EAGLE3)
 """Kinds for which a directory is given."""
 MAX_DRAFTS = 15
@@ -19,8 +19,8 @@ HELP = (
     f"decode guesses tokens and verifies several in a step, K at most (1 to {MAX_DRAFTS}, default "
     f"{DEFAULT_DRAFTS}), fewer where fewer pay; answers stay the same. {NGRAM}: as prompt and "
     f"answer went on before; {DRAFT_MODEL}: as the smaller model of --draft-model does; "
-    f"{EAGLE3}: as the EAGLE-3 head of --draft-model does by the model's hidden states; default: "
-    "none"
+    f"{EAGLE3}: as the EAGLE-3 head of --draft-model does by the model's hidden states; {MTP}: as "
+    "a layer does by them that the model's own checkpoint ships; default: none"
 )
 DRAFT_MODEL_HELP = (
     f"of --speculate {' or '.join(WITH_MODEL)}: directory, or name, of the model, or head, that "

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -23,6 +25,7 @@ from baton.shared.engine.executor import Step
 from baton.shared.kv.block_pool import PoolExhausted
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence
+from baton.shared.rpc.errors import EngineFailure
 from baton.shared.sampling import SamplingParams
 
 FEW = 64
@@ -120,17 +123,19 @@ class ChainDrafter(ABC, Generic[Known]):
                 continue
             going.append((known, count))
             left -= count
-        self._prepare([known for known, _ in going])
-        for known, count in going:
-            rows.append(self._row(known, count, draws=False))
-            known.num_computed += count
-        if rows:
-            self._launch(rows)
+        with self._computing():
+            self._prepare([known for known, _ in going])
+            for known, count in going:
+                rows.append(self._row(known, count, draws=False))
+                known.num_computed += count
+            if rows:
+                self._launch(rows)
         return bool(rows)
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
         drafts = [self._predictions.draft(sequence, most) for sequence, most in wanted]
         guessing: list[tuple[Known, int]] = []
+        left = CHUNK
         for (sequence, most), predicted in zip(wanted, drafts, strict=True):
             if predicted is None and self._can_guess(sequence):
                 known = self._settled(sequence)
@@ -138,12 +143,16 @@ class ChainDrafter(ABC, Generic[Known]):
                 if (
                     known.can_begin()
                     and not self.is_behind(sequence)
+                    and known.num_new - 1 <= left
                     and self._has_room(known, known.num_computed + known.num_new + most - 1)
                 ):
                     self._open(known)
                     guessing.append((known, most))
+                    # One token of each is what a step of decode rows has anyway.
+                    left -= known.num_new - 1
         if guessing:
-            self._guess(guessing)
+            with self._computing():
+                self._guess(guessing)
         chains = {known.sequence: Draft(tuple(known.guesses)) for known, _ in guessing}
         for known, _ in guessing:
             # The last one was drawn, and is not in the cache.
@@ -159,6 +168,16 @@ class ChainDrafter(ABC, Generic[Known]):
         if known is not None:
             self._pools.release(known.held.block_tables)
             self._close(known)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """What fails within ends no worker, unless the device is in no state to go on."""
+        try:
+            yield
+        except Exception as error:
+            self._in_flight.clear()
+            self._model.check_device()
+            raise EngineFailure(f"guessing failed: {type(error).__name__}") from error
 
     def check_integrity(self) -> None:
         """Raises AssertionError with what is wrong."""

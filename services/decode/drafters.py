@@ -44,10 +44,14 @@ class Drafter(Protocol):
 
     def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
         """Does so for some tokens, of the first sequences first, fewer if `others_wait` for theirs
-        meanwhile; whether for any."""
+        meanwhile; whether for any. EngineFailure: as of `drafts`."""
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
-        """For each sequence guesses of the tokens behind those that are known, at most so many."""
+        """For each sequence guesses of the tokens behind those that are known, at most so many.
+
+        EngineFailure: computing failed. Nothing is known of these sequences from then on but what
+        `forget` lets go.
+        """
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence takes part in no further step."""

@@ -36,6 +36,7 @@ from baton.shared.speculation import (
     DRAFT_MODEL_HELP,
     HELP,
     METAVAR,
+    MTP,
     speculation,
     why_not_together,
 )
@@ -289,6 +290,7 @@ def _positive_ms(text: str) -> float:
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    is_mtp = args.speculate is not None and args.speculate.kind == MTP
     return EngineConfig(
         model_dir=args.model,
         device=args.device,
@@ -309,8 +311,9 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         cuda_graphs=not args.no_cuda_graphs,
         prompt_graphs=not args.no_prompt_graphs,
         num_drafts=args.speculate.num_drafts if args.speculate is not None else 0,
-        draft_model_dir=args.draft_model,
-        draft_kind=args.speculate.kind if args.draft_model is not None else DRAFT_MODEL,
+        # Whose checkpoint has what guesses.
+        draft_model_dir=args.model if is_mtp else args.draft_model,
+        draft_kind=DRAFT_MODEL if args.speculate is None else args.speculate.kind,
     )
 
 

@@ -9,6 +9,7 @@ stands exactly while it is what would have been drawn without it, and the answer
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
@@ -23,7 +24,11 @@ from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.part import Part
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.kv.sequence import Sequence
+from baton.shared.rpc.errors import EngineFailure
 from baton.shared.speculation import Speculation
+from baton.shared.telemetry import log_event
+
+logger = logging.getLogger(__name__)
 
 
 class Lengths(Protocol):
@@ -52,6 +57,7 @@ class Drafting:
     """
     Attributes:
         accepted_by_position: by place in its chain, tokens that stood, from the worker's start.
+        num_given_up: sequences for which nobody guesses any more, as a step of who guesses failed.
     """
 
     def __init__(self, drafter: Drafter, lengths: Lengths, num_drafts: int) -> None:
@@ -60,6 +66,8 @@ class Drafting:
         self._lengths = lengths
         self._num_drafts = num_drafts
         self.accepted_by_position = [0] * num_drafts
+        self.num_given_up = 0
+        self._given_up: set[Sequence] = set()
         self._head = drafter if isinstance(drafter, HeadDrafter) else None
         self._missed: dict[Sequence, None] = {}
         """Those for which guesses were wanted while the drafter was behind."""
@@ -85,20 +93,20 @@ class Drafting:
         ones, which are in the answer or the prompt. None: it is not told."""
         sequence = part.sequence
         if self._head is not None and states is not None:
-            if num_tokens and sequence.is_admitted and sequence.params.speculate:
+            if num_tokens and sequence.is_admitted and self._may_guess(sequence):
                 self._head.saw(sequence, part.start, states[:num_tokens])
 
     def must_know_all(self, decoding: Seq[Sequence]) -> bool:
         """Whether guesses are worth more than a step that is launched ahead."""
         if not self._drafter.needs_known:
             return False
-        asking = (each for each in decoding if each.params.speculate)
+        asking = (each for each in decoding if self._may_guess(each))
         return self._lengths.pays(len(decoding), asking)
 
     def is_behind(self, sequences: Iterable[Sequence]) -> bool:
         """Whether there is anything to catch up with for any of them."""
         return any(
-            sequence.params.speculate and self._drafter.is_behind(sequence)
+            self._may_guess(sequence) and self._drafter.is_behind(sequence)
             for sequence in sequences
         )
 
@@ -113,14 +121,17 @@ class Drafting:
         behind = [
             sequence
             for sequence in sequences
-            if sequence.params.speculate
+            if self._may_guess(sequence)
             and (pays or sequence in self._missed)
             and self._drafter.is_behind(sequence)
         ]
         if not behind:
             return False
         started_s = time.monotonic()
-        self._has_caught_up = self._drafter.catch_up(behind, others_wait=num_decoding > 0)
+        try:
+            self._has_caught_up = self._drafter.catch_up(behind, others_wait=num_decoding > 0)
+        except EngineFailure:
+            self._give_up(behind)
         if not pays:
             self._lengths.spent(time.monotonic() - started_s)
         for sequence in behind:
@@ -140,7 +151,7 @@ class Drafting:
         `extend` finds room for so many tokens of a sequence; without it a part gets none.
         `num_allowed` says how many of a sequence's guesses its constraint lets be drawn.
         """
-        asking = [part for part in parts if part.sequence.params.speculate and not part.draft_ids]
+        asking = [part for part in parts if self._may_guess(part.sequence) and not part.draft_ids]
         if not asking or num_more < 1:
             return
         wanted = self._wanted(len(parts), asking)
@@ -190,9 +201,13 @@ class Drafting:
         wanted = [(part, length) for part, length in wanted if length]
         if not wanted:
             return []
-        drafts = self._drafter.drafts(
-            [(part.sequence, _num_supposed(part) + length) for part, length in wanted]
-        )
+        try:
+            drafts = self._drafter.drafts(
+                [(part.sequence, _num_supposed(part) + length) for part, length in wanted]
+            )
+        except EngineFailure:
+            self._give_up([part.sequence for part, _ in wanted])
+            return []
         self._missed = {
             part.sequence: None for part, _ in wanted if self._drafter.is_behind(part.sequence)
         }
@@ -202,6 +217,24 @@ class Drafting:
             for most in [num_allowed(part.sequence, draft.token_ids)]
         ]
         return [(part, draft) for part, draft in made if len(draft.token_ids) > _num_supposed(part)]
+
+    def _may_guess(self, sequence: Sequence) -> bool:
+        return sequence.params.speculate and sequence not in self._given_up
+
+    def _give_up(self, sequences: Seq[Sequence]) -> None:
+        """A step of who guesses failed, in an `except` block. Their answers go on without."""
+        log_event(
+            logger,
+            logging.ERROR,
+            "guessing failed: these sequences go on without",
+            exc_info=True,
+            num_sequences=len(sequences),
+        )
+        self.num_given_up += len(sequences)
+        for sequence in sequences:
+            self._drafter.forget(sequence)
+            self._missed.pop(sequence, None)
+        self._given_up.update(sequences)
 
     def took(self, part: Part, num_stood: int) -> None:
         """How many of a part's drafts stood. What the steps before drew is known by now."""
@@ -226,6 +259,7 @@ class Drafting:
     def forget(self, sequence: Sequence) -> None:
         self._drafter.forget(sequence)
         self._missed.pop(sequence, None)
+        self._given_up.discard(sequence)
         self._lengths.forget(sequence)
 
 

@@ -208,6 +208,7 @@ class EngineLoop:
                 )
                 state.num_claims = len(self._claims)
                 state.num_accepted_by_position.extend(self._stepper.accepted_by_position)
+                self._metrics.num_given_up = self._stepper.num_given_up
                 counts = self._runner.num_prompt_steps
                 state.counters.num_captured_prompt_steps = counts.captured
                 state.counters.num_launched_prompt_steps = counts.launched

@@ -81,6 +81,8 @@ class EngineMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.num_queried_tokens = 0
         """Prompt tokens of the sequences admitted to be computed here."""
+        self.num_given_up = 0
+        """As of `Drafting`."""
         self.num_joined = 0
         """Sequences whose prompt, and first token, came from another worker."""
         self._prompt_tokens = self._prompt_s = 0.0
@@ -278,6 +280,11 @@ class WorkerCollector(Collector):
             "baton_mean_accepted_length",
             "Tokens that a chain of drafts brought on average, the one drawn behind it included",
             1 + counters.num_accepted_tokens / num_drafts if num_drafts else 0.0,
+        )
+        yield counter(
+            "baton_given_up_drafts",
+            "Sequences for which nobody guesses any more: a step of who guesses failed",
+            self._engine.num_given_up,
         )
         labels = {"model_name": self._about["model_name"], "engine": self._about["worker_id"]}
         for name, help, value in (

@@ -120,6 +120,11 @@ class Stepper:
         """By place in its chain, drafted tokens that stood; empty where nobody drafts."""
         return () if self._drafting is None else self._drafting.accepted_by_position
 
+    @property
+    def num_given_up(self) -> int:
+        """See `Drafting`."""
+        return 0 if self._drafting is None else self._drafting.num_given_up
+
     def must_know_all(self) -> bool:
         """Whether the next step has to wait for those in flight, so that guesses are good ones."""
         return self._drafting is not None and self._drafting.must_know_all(

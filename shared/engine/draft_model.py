@@ -32,12 +32,14 @@ from baton.shared.engine.model_digest import Progress, ProgressReport
 from baton.shared.engine.models.decoder import Decoder
 from baton.shared.engine.models.eagle3 import Eagle3Config, check_target, find_head
 from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.models.mtp import MtpConfig, find_layer
+from baton.shared.engine.models.mtp_head import MtpHead
 from baton.shared.engine.operations import Operations
 from baton.shared.kv.arrangement import arrange
 from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
-from baton.shared.speculation import EAGLE3
+from baton.shared.speculation import EAGLE3, MTP
 from baton.shared.tokenizer.compare import different_token
 
 CHUNK = 512
@@ -91,16 +93,20 @@ class DraftModel:
         self.tapped: Tapped | None = None
         self._own_taps: Tapped | None = None
         try:
-            if engine.draft_kind == EAGLE3:
-                self._implementation: Implementation = find_head(own.model_dir)
-            else:
-                self._implementation = find_implementation(own)
+            self._implementation = _find(own, engine.draft_kind)
         except ModelError as error:
-            raise ModelError(f"draft_model: {error}") from error
+            name = "speculate" if engine.draft_kind == MTP else "draft_model"
+            raise ModelError(f"{name}: {error}") from error
         self.config = self._implementation.config
+        layers: tuple[int, ...] = ()
         if isinstance(self.config, Eagle3Config):
             check_target(self.config, own.model_dir, target, engine.model_dir)
             layers = self.config.taps_of(target.num_layers)
+        elif isinstance(self.config, MtpConfig):
+            layers = (target.num_layers,)
+        else:
+            _check_model(own, self.config, engine, target)
+        if layers:
             stored = [each for each, spec in enumerate(target.cache_specs) if spec is not None]
             self.tapped = Tapped(
                 layers, target.hidden_size, dtype, to_the_end=max(layers) > max(stored)
@@ -108,8 +114,6 @@ class DraftModel:
             self._own_taps = Tapped(
                 (1,), self.config.hidden_size, dtype, to_the_end=True, takes_features=True
             )
-        else:
-            _check_model(own, self.config, engine, target)
         _check_positions(own, self.config, max_model_len)
         self._eos_token_ids = target.eos_token_ids
         self._engine = engine
@@ -231,6 +235,11 @@ class DraftModel:
         """Starts a step. Raises as `Executor.launch` does."""
         return self.executor.launch(Batch(rows))
 
+    def check_device(self) -> None:
+        """After a failure: raises when the device is in no state to go on."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def warm_up(self, progress: Progress) -> None:
         """On a GPU: compiles kernels and captures graphs."""
         if self._kernels != "triton" or self._device.type != "cuda":
@@ -260,6 +269,13 @@ class DraftModel:
         return BatchRow([0] * num_tokens, 0, tables, params, features=features)
 
 
+def _find(own: EngineConfig, kind: str) -> Implementation:
+    """ModelError: there is nothing that guesses, or nothing that is computed here."""
+    if kind == EAGLE3:
+        return find_head(own.model_dir)
+    return find_layer(own.model_dir) if kind == MTP else find_implementation(own)
+
+
 def _complete(head: HeadModel, target: Model, engine: EngineConfig) -> None:
     """Gives a head that has no embedding the model's. ModelError: that cannot be, or the model's
     hidden states are nobody's to read."""
@@ -276,6 +292,8 @@ def _complete(head: HeadModel, target: Model, engine: EngineConfig) -> None:
             f"draft_model: {engine.draft_model_dir} has no embedding, and its hidden size is "
             f"{own}, that of {engine.model_dir} {of_target}"
         )
+    if isinstance(head, MtpHead):
+        head.complete(target)
 
 
 def _check_model(

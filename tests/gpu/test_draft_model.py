@@ -4,6 +4,7 @@ is compiled once they are ready."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
+from baton.shared.speculation import MTP
 from tests.device import ROOT
 from tests.gpu.conftest import DEMO, MakeRunner
 from tests.gpu.test_no_late_compilation import forget_kernels
 from tests.heads import fit_head, make_head
+from tests.unit.worker.conftest import runners
 from tests.unit.worker.drafting import GuessingRunner
 from tests.unit.worker.sim_worker import SimWorker
 
@@ -33,6 +36,8 @@ WAYS = [
     ),
 ]
 LENGTHS = (3, 90, 700, 16, 17, 255)
+FEW = ((5, 3), (12, 90), (19, 16))
+"""First tokens, and lengths, of a small model's prompts."""
 
 
 def answers(runner: ModelRunner, prompts: list[list[int]]) -> tuple[list[list[int]], Any]:
@@ -52,12 +57,33 @@ def answers(runner: ModelRunner, prompts: list[list[int]]) -> tuple[list[list[in
     return [sequence.output_token_ids for sequence in sequences], worker.counters
 
 
+def check(
+    runner_of: Callable[[], ModelRunner],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """What was counted."""
+    import triton
+
+    forget_kernels()
+    runner = runner_of()
+    names: list[str] = []
+
+    def listen(*, src: Any, **_: Any) -> None:
+        names.append(f"{getattr(src, 'name', src)} {getattr(src, 'constants', '')}")
+
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    guessed, counters = answers(runner, prompts)
+    assert not names, f"{len(names)} kernels were late, such as {names[0]}"
+    params = [WAYS[number % len(WAYS)] for number in range(len(prompts))]
+    assert guessed == PlainLoop(runner).generate(prompts, params)
+    return counters
+
+
 @pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
 def test_answers_are_those_without(
     make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
-    import triton
-
     how: dict[str, Any] = {"dtype": "float32", "num_blocks": 400, "num_drafts": 4}
     how |= {"draft_kind": kind, "draft_model_dir": ROOT / "models" / "demo-draft"}
     if kind == "eagle3":
@@ -65,18 +91,19 @@ def test_answers_are_those_without(
         # What it is right about at times is what the model would say again.
         how["draft_model_dir"] = make_head(tmp_path, config, draft_vocab_size=3000)
         fit_head(tmp_path, make_gpu_runner(DEMO, **how))
-    forget_kernels()
-    runner = make_gpu_runner(DEMO, **how)
-    names: list[str] = []
-
-    def listen(*, src: Any, **_: Any) -> None:
-        names.append(f"{getattr(src, 'name', src)} {getattr(src, 'constants', '')}")
-
-    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     prompts = [[5 + 7 * number + n % 900 for n in range(n)] for number, n in enumerate(LENGTHS)]
-    guessed, counters = answers(runner, prompts)
-    assert not names, f"{len(names)} kernels were late, such as {names[0]}"
-    params = [WAYS[number % len(WAYS)] for number in range(len(prompts))]
-    assert guessed == PlainLoop(runner).generate(prompts, params)
+    counters = check(lambda: make_gpu_runner(DEMO, **how), prompts, monkeypatch)
     assert counters["drafted_tokens"] > counters["accepted_tokens"]
     assert counters["accepted_tokens"] > (counters["drafts"] if kind == "draft-model" else 0)
+
+
+def test_a_layer_of_the_checkpoint_guesses(
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over latents, in the model and in the layer."""
+    model_dir = runners(lambda _: tmp_path)(8, "layer ahead")._config.model_dir
+    how: dict[str, Any] = {"dtype": "float32", "num_blocks": 400, "num_drafts": 4}
+    how |= {"draft_kind": MTP, "draft_model_dir": model_dir}
+    prompts = [[(first + n) % 61 for n in range(length)] for first, length in FEW]
+    counters = check(lambda: make_gpu_runner(model_dir, **how), prompts, monkeypatch)
+    assert counters["drafted_tokens"] > counters["accepted_tokens"] > 10

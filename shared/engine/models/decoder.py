@@ -15,6 +15,7 @@ from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Names, load_norm
 from baton.shared.engine.models.layers import PreNormLayer, SandwichLayer
 from baton.shared.engine.models.model_config import ModelConfig
+from baton.shared.engine.operations import Norm
 
 
 class Layer(Protocol):
@@ -179,10 +180,15 @@ class Decoder:
     def _take_ropes(self, positions: Tensor) -> list[Any]:
         return [self._ops.take_rope(table, positions) for table in self._ropes]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] of `hidden_states` → [R, vocab]."""
-        logits = self._ops.norm_linear(hidden, self._norm, self._head)
+    def logits(self, hidden: Tensor, norm: Norm | None = None) -> Tensor:
+        """hidden [R, hidden] of `hidden_states` → [R, vocab]. `norm`: of who has one of its own
+        before the same head."""
+        logits = self._ops.norm_linear(hidden, norm or self._norm, self._head)
         return self._ops.soft_cap(logits, self._soft_cap) if self._soft_cap else logits
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head reads of `hidden_states`."""
+        return self._ops.norm(hidden, self._norm)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         hidden = self.embedding.index_select(0, input_ids)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from tests import recurrent
-from tests.weights import weight_shapes
+from tests.weights import shapes_ahead, weight_shapes
 
 MakeRunner = Callable[..., ModelRunner]
 BLOCK_SIZE = 4
@@ -85,12 +85,21 @@ LATENTS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+# A layer that guesses is as the only one, and so are its weights (`_guess_well`).
+AHEAD = {
+    **LATENTS,
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 1,
+    "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": CONFIG,
     "windowed": WINDOWED,
     "one pool": ALTERNATING,
     "two pools": UNEQUAL,
     "latents": LATENTS,
+    "layer ahead": AHEAD,
     "states": {**STATES, "layer_types": ["recurrent", "full_attention"]},
     "states alone": {**STATES, "layer_types": ["recurrent", "recurrent"]},
     "states alone, long": {
@@ -135,10 +144,30 @@ def runners(new_directory: Callable[[str], Path]) -> MakeRunner:
 def _write_model(directory: Path, config: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(11)
+    has_layer_ahead = "num_nextn_predict_layers" in config
+    shapes = weight_shapes(directory) | (shapes_ahead(directory) if has_layer_ahead else {})
     weights = {
         name: torch.ones(shape)
         if len(shape) == 1
         else torch.randn(shape, generator=generator) * 0.5
-        for name, shape in weight_shapes(directory).items()
+        for name, shape in shapes.items()
     }
+    if has_layer_ahead:
+        _guess_well(weights)
     save_file(weights, directory / "model.safetensors")
+
+
+def _guess_well(weights: dict[str, torch.Tensor]) -> None:
+    """The layer ahead, the second, is nearly the first one: of embeddings as long as each other the
+    norm takes nothing, and what came of the token before is left out. It never sees the prompt's
+    first token, so neither attends to much."""
+    generator = torch.Generator().manual_seed(12)
+    weights["model.layers.0.self_attn.o_proj.weight"] *= 0.5
+    embedding = weights["model.embed_tokens.weight"]
+    embedding /= embedding.pow(2).mean(-1, keepdim=True).sqrt()
+    size = embedding.shape[1]
+    weights["model.layers.1.eh_proj.weight"] = torch.eye(size, 2 * size)
+    for name in [each for each in weights if ".layers.0." in each]:
+        weight = weights[name]
+        noise = torch.randn(weight.shape, generator=generator)
+        weights[name.replace(".layers.0.", ".layers.1.")] = weight + 0.02 * noise

@@ -348,3 +348,66 @@ def test_other_tokens_are_named(tmp_path: Path) -> None:
     assert different_token(draft, model) == (1, "'c'", "'b'")
     assert different_token(model, model) is None
     assert different_token(tmp_path / "none", model) is None
+
+
+@pytest.mark.parametrize("fails_at", ["drafts", "catch_up"])
+def test_a_step_of_who_guesses_that_fails_costs_guesses_only(
+    make_runner: MakeRunner,
+    make_guessing: Callable[..., Any],
+    answers: Answers,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails_at: str,
+) -> None:
+    """Of the sequences that it was for; those that come later are guessed for again."""
+    monkeypatch.setattr("baton.services.decode.chains.FEW", 4)
+    decode = make_guessing(64)
+    launch, num_failures = decode.draft.launch, 0
+
+    def fail_once(rows: Any) -> Any:
+        nonlocal num_failures
+        if not num_failures and (rows[0].sampling is None) == (fails_at == "catch_up"):
+            num_failures += 1
+            raise torch.OutOfMemoryError("no room for a guess")
+        return launch(rows)
+
+    monkeypatch.setattr(decode.draft, "launch", fail_once)
+    cluster = Cluster({"prefill": make_runner(64), "decode": decode}, clock)
+    request = cluster.submit(PLAIN, PARAMS[0], answers.to(PLAIN, PARAMS[0]))
+    cluster.settle()
+    assert request.token_ids == request.expected and request.num_attempts == 1
+    assert num_failures == 1 and decode.drafting.num_given_up == 1
+    assert "these sequences go on without" in caplog.text and "no room for" in caplog.text
+    counters = cluster.network.workers["decode"].counters
+    assert counters["drafts"] == 0
+    request = cluster.submit(COPYING, PARAMS[1], answers.to(COPYING, PARAMS[1]))
+    cluster.settle()
+    assert request.token_ids == request.expected and counters["drafts"] > 0
+    decode.check()
+    assert not decode.drafting._given_up
+
+
+def test_many_new_tokens_at_once_are_no_more_than_it_has_memory_for(
+    make_guessing: Callable[..., Any], answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short prompts are computed with the first chains: of so many sequences as fit into a step."""
+    monkeypatch.setattr("baton.services.decode.chains.CHUNK", 30)
+    runner = make_guessing(64)
+    launch, most = runner.draft.launch, 0
+
+    def counting(rows: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(row.num_tokens - 1 for row in rows))
+        return launch(rows)
+
+    monkeypatch.setattr(runner.draft, "launch", counting)
+    params = dataclasses.replace(PARAMS[0], ignore_eos=True)
+    sequences = [Sequence(AttemptKey(f"r{i}", 0, 1), PLAIN, params) for i in range(4)]
+    drafts = runner.drafter.drafts([(sequence, 3) for sequence in sequences])
+    assert [len(draft.token_ids) for draft in drafts] == [3, 0, 0, 0] and 15 < most <= 30
+    drafts = runner.drafter.drafts([(sequence, 3) for sequence in sequences[1:]])
+    assert [len(draft.token_ids) for draft in drafts] == [3, 0, 0]
+    for sequence in sequences:
+        runner.drafter.forget(sequence)
+    runner.check()
