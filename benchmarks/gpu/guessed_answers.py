@@ -8,7 +8,9 @@ equal    the same prompts with and without guesses, greedy and drawn. Rows that 
          tokens are as good as tied another one may win. Of each first difference: how far apart the
          scores of the two tokens are (logits over the temperature, less what the race of that draw
          adds to either), in units of the last place of the logits (bfloat16's 8 bits), and which
-         share of all draws is as near to a tie. Every guess is checked.
+         share of all draws is as near to a tie. Where top-p keeps tokens, one of the two may be out
+         instead: how far it is from the edge, in units of what such a last place makes of shares.
+         Every guess is checked.
 speed    tokens a second over those without guesses, of guesses by the smaller model, beside
          E / (ratio + k · c): E tokens of a sequence in a step, as counted; ratio a step that
          verifies guesses that fall over one without; c a step of the smaller model by itself over
@@ -183,9 +185,16 @@ def _difference(runner: ModelRunner, plain: Answer, guessed: Answer) -> Differen
     pairs = enumerate(zip(plain.output_token_ids, guessed.output_token_ids, strict=True))
     index, tokens = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
     end = plain.num_prompt_tokens + index
-    [scores], [place] = _scores(runner, plain, end, 1)
+    [scores], [place], [logits] = _scores(runner, plain, end, 1)
     margin = abs(float(scores[tokens[0]] - scores[tokens[1]]))
-    return Difference(index, tokens, margin, margin / float(place))
+    top_p, found = plain.params.top_p, [margin / float(place)]
+    if top_p < 1:
+        chances = (logits / plain.params.temperature).softmax(-1)
+        for token in tokens:
+            # The likelier ones' share says whether it is kept.
+            share = float(chances[chances > chances[token]].sum())
+            found.append(abs(share - top_p) / (float(place) * top_p * (1 - top_p)))
+    return Difference(index, tokens, margin, min(found))
 
 
 def _margins(runner: ModelRunner, answers: Sequence[Answer]) -> list[float]:
@@ -193,7 +202,7 @@ def _margins(runner: ModelRunner, answers: Sequence[Answer]) -> list[float]:
     found: list[float] = []
     for answer in answers:
         num_drawn = len(answer.output_token_ids)
-        scores, places = _scores(runner, answer, answer.num_tokens - 1, num_drawn)
+        scores, places, _ = _scores(runner, answer, answer.num_tokens - 1, num_drawn)
         best = scores.topk(2, -1).values
         found += ((best[:, 0] - best[:, 1]) / places).tolist()
     return found
@@ -201,23 +210,23 @@ def _margins(runner: ModelRunner, answers: Sequence[Answer]) -> list[float]:
 
 def _scores(
     runner: ModelRunner, answer: Answer, end: int, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the draws behind the last `count` tokens up to `end`: float64 [count, vocab] and the last
-    place of the highest logit, in units of the score, [count]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the draws behind the last `count` tokens up to `end`: float64 [count, vocab], the last
+    place of the highest logit, in units of the score, [count], and the logits."""
     row = runner._prompt_row(end)
     row.token_ids, row.num_logits = answer.token_slice(0, end), count
     logits = runner.logits(Batch([row])).double()
     places = logits.amax(-1).abs() * _LAST_PLACE
     params = answer.params
     if params.temperature == 0:
-        return logits, places
+        return logits, places, logits
     keys = [
         draw_key(params.seed, answer.key.sample, position)
         for position in range(end - count + 1, end + 1)
     ]
     key = torch.tensor(keys, device=logits.device)
     head_start = _exponential(key, logits.shape[1]).double().log()
-    return logits / params.temperature - head_start, places / params.temperature
+    return logits / params.temperature - head_start, places / params.temperature, logits
 
 
 def _rates(
