@@ -15,7 +15,7 @@ import torch
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
-from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.batch import Batch
 from baton.shared.engine.config import DeviceError
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import AttemptKey, Sequence
@@ -141,32 +141,6 @@ def test_a_step_without_memory_fails_one_request(
     engine.run_until_idle()
     assert engine.num_tokens == 4 * NUM_ANSWER and len(engine.failures) == 1
     assert engine.leftovers == {}
-
-
-def test_many_short_prompts_are_in_the_measured_peak(
-    tmp_path: Path, make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of layers with states, which compute each in tiles of its own."""
-    heads = {"linear_num_key_heads": 8, "linear_num_value_heads": 16}
-    dims = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
-    fields = {**TINY_MODELS["qwen3_5_text"]["all linear"], **heads, **dims}
-    make_tiny(tmp_path, "qwen3_5_text", fields)
-    runner = make_gpu_runner(tmp_path, max_num_seqs=64, cuda_graphs=False)
-
-    def scratch(*lengths: int) -> int:
-        """Of a step of such prompts, each in a slot of its own."""
-        rows = [BatchRow([7] * length, 0, [[slot]]) for slot, length in enumerate(lengths)]
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        runner.forward(Batch(rows))
-        return torch.cuda.max_memory_allocated() - before
-
-    more = scratch(*[8] * 64) - scratch(512)
-    assert more > 4 * 2**20
-    peak = runner._measure_peak(lambda _: None)
-    monkeypatch.setattr(ModelRunner, "_largest_steps", lambda self, num_tokens: [[num_tokens]])
-    # Logprobs of a whole prompt take some of what tiles take, at another time.
-    assert peak - runner._measure_peak(lambda _: None) > 0.8 * more
 
 
 def test_kernels_that_the_gpu_has_no_room_for_are_told_with_both_sizes(
