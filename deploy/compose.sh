@@ -60,6 +60,7 @@ find_model() {
     [[ -d $MODEL ]] || fail "MODEL=$MODEL: no such directory" 2
     [[ -f $MODEL/config.json ]] || fail "MODEL=$MODEL: no config.json in it, or a link to nowhere" 2
     export MODEL
+    may_be_entered "$MODEL"
     if [[ -n ${MODEL_LINKS:-} ]]; then return; fi
     local directories
     directories=$(linked_directories "$MODEL" | sort -u)
@@ -68,6 +69,13 @@ find_model() {
 that holds them all: ${directories//$'\n'/, }" 2
     fi
     export MODEL_LINKS=$directories
+    may_be_entered "$directories"
+}
+
+# The image has a folder /root, which is for root only, and the roles are another user.
+may_be_entered() {
+    [[ $1/ != /root/* ]] || fail "$1: nobody but root may look into /root of a container; move \
+the model elsewhere" 2
 }
 
 # Where the links in a directory lead, link after link, as far as that is elsewhere: the cache of

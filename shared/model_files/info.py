@@ -46,7 +46,8 @@ def open_config(model_dir: Path) -> Fields:
     Raises:
         ModelError: no such directory, or no config.json with an object in it.
     """
-    if not model_dir.is_dir():
+    # Path.is_dir raises where a directory above may not be entered.
+    if not os.path.isdir(model_dir):
         raise ModelError(missing_model(model_dir))
     fields = Fields.of_file(model_dir / "config.json")
     assume_defaults(fields)

@@ -132,7 +132,7 @@ def model_dir(text: str) -> Path:
         ArgumentTypeError: the GGUF file cannot be read.
     """
     path = Path(text)
-    if path.suffix.lower() == ".gguf" and not path.is_dir():
+    if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
         # Loaded only where it is needed.
         from baton.shared.model_files.gguf.directory import directory_of
 
@@ -140,12 +140,16 @@ def model_dir(text: str) -> Path:
             return directory_of(path, cache_dir().parent / "gguf")
         except ModelError as error:
             raise ArgumentTypeError(str(error)) from None
-    return cache_dir() / text if text in NAMED_MODELS and not path.is_dir() else path
+    return cache_dir() / text if text in NAMED_MODELS and not os.path.isdir(path) else path
 
 
 def missing_model(path: Path) -> str:
-    """One line about a model directory that is not there."""
-    if path.is_file():
+    """One line about a model directory that is not there, or not to be seen."""
+    try:
+        is_file = path.is_file()
+    except PermissionError as error:
+        return f"{path}: {error.strerror}"
+    if is_file:
         return f"{path}: a file; a model is its directory, {path.parent}, or a GGUF file"
     if path.parent == cache_dir() and path.name in NAMED_MODELS:
         how = f"`baton fetch {path.name}` or `make {path.name}`"

@@ -84,6 +84,14 @@ def test_a_wrong_path_is_refused_before_the_engine_is_asked(
     assert engine.calls() == []
 
 
+def test_a_model_that_the_roles_may_not_see_is_refused(engine: Engine, tmp_path: Path) -> None:
+    model = model_in(tmp_path / "m")
+    (model / "model.safetensors").symlink_to("/root/blobs/0")
+    run = engine.run("up", MODEL=str(model))
+    assert run.returncode == 2 and run.stderr.startswith("/root/blobs: nobody but root may look")
+    assert engine.calls() == []
+
+
 def test_paths_are_made_absolute_and_may_have_spaces(engine: Engine, tmp_path: Path) -> None:
     model = model_in(tmp_path / "my models" / "one:two")
     relative = os.path.relpath(model, ROOT)

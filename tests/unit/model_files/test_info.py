@@ -156,6 +156,18 @@ def test_a_file_that_is_not_a_json_object(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_directory_that_may_not_be_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ModelError, match="closed/model: Permission denied"):
+        load_model_info(tmp_path / "closed" / "model")
+
+
 def test_a_directory_or_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere: no such model directory"):
         load_model_info(tmp_path / "nowhere")
