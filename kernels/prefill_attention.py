@@ -495,8 +495,12 @@ def why_not_hopper(
     return reason
 
 
-def is_wide(kv: Tensor, window: int) -> bool:
-    """Whether layers over that pool may have the kernel for compute capability 9.0."""
+def is_wide(kv: Tensor, window: int, itemsize: int) -> bool:
+    """Whether long chunks over that pool are faster in tiles of 128 tokens than cut into items:
+    where there is the kernel for compute capability 9.0, and where codes have to be widened for
+    each tile. `itemsize`: bytes of a query's number."""
+    if is_float8(kv):
+        return itemsize == 2 and kv.shape[5] <= 128
     return _hopper is not None and _hopper.covers(kv, kv, block_m=128, window=window)
 
 

@@ -320,7 +320,8 @@ class PromptSteps:
 
     def _kind(self, num_tokens: int, group: int) -> ItemKind:
         work, window = self._work_of(group), self._context.windows[group]
-        has_wide = num_tokens > _ITEMS_ONLY and is_wide(self._context.kv[group], window)
+        kv, itemsize = self._context.kv[group], self._context.dtype.itemsize
+        has_wide = num_tokens > _ITEMS_ONLY and is_wide(kv, window, itemsize)
         config = work.config
         return ItemKind(config.block_m, config.block_n, work.most_cuts, window, has_wide)
 
