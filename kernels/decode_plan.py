@@ -50,8 +50,10 @@ def decode_config(
     programs = 256 if num_rows <= 8 else 384
     # Of the widest heads a tile of 16 keys has as many bytes as one of 32 of the others.
     block_n = 32 if head_dim <= 256 else 16
-    # Of one byte a tile takes twice as many, for as many bytes under way.
-    return DecodeConfig(block_n=2 * block_n if itemsize == 1 else block_n, programs=programs)
+    if itemsize == 1:
+        # As many bytes of a tile, and less ahead: more programs at once hide what widening takes.
+        return DecodeConfig(block_n=2 * block_n, num_stages=3, programs=programs)
+    return DecodeConfig(block_n=block_n, programs=programs)
 
 
 class Scratch:
