@@ -74,11 +74,11 @@ def test_a_head_guesses_what_it_guesses_by_plain_torch(
     layers: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
     head_dir = make_head(tmp_path / "head", SMALL, draft_vocab_size=50, **layers)
     how = {"num_drafts": 2, "draft_model_dir": head_dir, "draft_kind": "eagle3"}
-    prompts, ways = prompts_of((3, 6)), [replace(way, max_tokens=4) for way in WAYS[1:]]
+    prompts, ways = prompts_of((3, 6)), [replace(way, max_tokens=3) for way in WAYS[1:]]
     runner = make("triton", device, **how)
     expected = PlainLoop(runner).generate(prompts, ways)
     answers, guesses, counters = guessed(runner, prompts, ways)
-    assert answers == expected and counters["drafted_tokens"] > 3
+    assert answers == expected and counters["drafted_tokens"] > 1
     assert guesses == guessed(make("torch", torch.device("cpu"), **how), prompts, ways)[1]
 
 
