@@ -35,7 +35,7 @@ class GgufFile:
             ) from None
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _whole_reader(gguf.GGUFReader)(path)
             # The library looks at what each tensor's numbers are only when they are asked for.
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         # What is read as a length or a type may be anything, and fail anywhere.
@@ -112,3 +112,16 @@ class GgufFile:
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise self.error(key, f"must be a list of {kind.__name__}")
         return values
+
+
+def _whole_reader(base: Any) -> Any:
+    """The library's reader, which says by how much a file is too short."""
+
+    class WholeReader(base):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, **named: Any) -> Any:
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, and {end} are needed")
+            return super()._get(offset, dtype, count, **named)
+
+    return WholeReader

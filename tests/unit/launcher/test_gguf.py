@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
@@ -305,8 +306,12 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "m.gguf"
     write_llama(path, llama())
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ModelError, match="m.gguf: not a whole GGUF file"):
+    with pytest.raises(ModelError, match="m.gguf: not a whole GGUF file") as caught:
         expanded(path, tmp_path / "made")
+    if kept not in (0, 3, 4):
+        size = path.stat().st_size
+        told = re.search(r"it ends at byte (\d+), and (\d+) are needed", str(caught.value))
+        assert told is not None and int(told[1]) == size < int(told[2])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
