@@ -14,7 +14,7 @@ from torch import Tensor
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_scaled import GROUP, QuantisedRows
 from baton.kernels.scaled_linear_jit import scaled_linear_kernel
-from baton.kernels.scaled_table import MANY_ROWS, ROWS, ScaledConfig, choose, guess
+from baton.kernels.scaled_table import MANY_ROWS, ScaledConfig, choose, guess
 from baton.kernels.skinny_linear import linear_work
 from baton.kernels.small_linear import SmallWeight
 
@@ -59,7 +59,7 @@ def scaled_linear(
         out = torch.empty((rows, size_n), dtype=dtype, device=x.codes.device)
     if rows == 0:
         return out
-    config = config or guess(rows, size_n, size_k)
+    config = config or guess(rows, size_n, size_k) or MANY_ROWS
     # Of whole tiles, and of one group.
     block_k = min(config.block_k, group or config.block_k, size_k & -size_k)
     assert size_k % LEAST_COLUMNS == 0
@@ -119,7 +119,7 @@ def scaled_product(
     size_n = weight.num_out
     config = choose(rows, size_n, size_k, group=_group(weight))
     if config is None and not _librarys(weight, dtype):
-        config = MANY_ROWS if rows > ROWS[-1] else guess(rows, size_n, size_k)
+        config = guess(rows, size_n, size_k) or MANY_ROWS
     if config is not None:
         return scaled_linear(
             x,

@@ -76,10 +76,13 @@ def choose(M: int, N: int, K: int, *, group: int) -> ScaledConfig | None:
     return min(similar, key=lambda entry: _ratio(entry.n, N) * _ratio(entry.k, K)).config
 
 
-def guess(M: int, N: int, K: int) -> ScaledConfig:
-    """For a shape that was never measured, on a GPU with about 132 processors."""
-    block_m = next((each for each in (16, 32) if each >= M), 64)
-    tiles = -(-N // 64) * -(-M // block_m)
+def guess(M: int, N: int, K: int) -> ScaledConfig | None:
+    """For a shape that was never measured, on a GPU with about 132 processors; None: the library,
+    which of more rows was never far behind."""
+    if M > 64:
+        return None
+    block_m = next(each for each in (16, 32, 64) if each >= M)
+    tiles = -(-N // 64)
     split = 1
     while tiles * split < 200 and split < 4 and K // (2 * split) >= 1024:
         split *= 2
