@@ -63,7 +63,11 @@ TINY_DELTAS: dict[str, dict[str, Fields]] = {
     },
     "qwen3_5_text": {
         "as they come": _HEADS,
-        "uneven heads, tied": {**_UNEVEN, "tie_word_embeddings": True},
+        "uneven heads, tied": {
+            **_UNEVEN,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
         "all linear": _ALL_LINEAR,
     },
     "qwen3_5": {"tied": {**_TWO_LAYERS, "tie_word_embeddings": True}},
@@ -73,6 +77,7 @@ TINY_DELTAS: dict[str, dict[str, Fields]] = {
             **_UNEVEN,
             **_EXPERTS,
             "num_experts": 5,
+            "attention_bias": True,
             "num_experts_per_tok": 5,
             "shared_expert_intermediate_size": 33,
         },
