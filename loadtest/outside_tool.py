@@ -151,15 +151,23 @@ async def _theirs(tool: Tool, program: str, loop: Closed) -> Figures:
 async def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
     """The exit code, and what the tool wrote: to standard error, if it wrote there at all. When
     this is cancelled, the tool is ended. Raises OSError."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment,
-        # The tools start processes of their own: they are ended as one group.
-        start_new_session=True,
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            # The tools start processes of their own: they are ended as one group.
+            start_new_session=True,
+        )
     )
+    try:
+        # Cancelled in between, asyncio would end the tool and not what that has started already.
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _end(await starting)
+        raise
     try:
         out, err = await process.communicate()
         return process.returncode or 0, (err or out).decode(errors="replace")

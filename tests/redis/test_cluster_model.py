@@ -151,6 +151,9 @@ async def test_a_gateway_of_another_model_is_refused_when_its_workers_stay(
     await directory.workers.publish(of_model("b"))
     async with asyncio.timeout(60):
         await connecting
+        # It may have looked while neither was there, and have come with a model of its own.
+        while not gateway.records():
+            await asyncio.sleep(0.01)
     assert gateway.records() == [of_model("b")]
     await gateway.close()
 
