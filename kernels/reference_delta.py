@@ -104,8 +104,8 @@ class _Inputs:
 
     def through(self, s: Tensor, tokens: int | Tensor) -> Tensor:
         """Takes a state [num_value_heads, key_dim, value_dim] through a token, or several states
-        through one each, in place → what comes out, without key_dim. Sums go over keys one by one,
-        whatever else there is."""
+        through one each, in place → what comes out, without key_dim. That sums over keys do not
+        depend on how many there are is measured at start (determinism.py)."""
         k = self._key[tokens][..., None]
         s.mul_(self._decay[tokens][..., None, None])
         known = (s * k).sum(-2)

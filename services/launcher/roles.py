@@ -57,8 +57,8 @@ class StackConfig:
     model_impl: str = "auto"
     """Whose code computes the model."""
     quantization: str | None = None
-    kv_cache_dtype: str = "auto"
     """How plain weights are made small."""
+    kv_cache_dtype: str = "auto"
     redis_url: str | None = None
     cluster: str = "default"
     num_blocks: int | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from baton.kernels.reference import TILE
 from baton.kernels.reference_latent import of_each_head
 from baton.shared.engine.linear import Linear
+from baton.shared.engine.models.delta_config import DeltaModelConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
 from baton.shared.engine.operations import Operations
 
@@ -114,6 +115,21 @@ def elementwise_is_stable() -> bool:
         if not all(torch.equal(function(inputs[a:b].clone()), whole[a:b]) for a, b in spans):
             return False
     return True
+
+
+def deltas_are_stable(config: ModelConfig) -> bool:
+    """Whether a delta rule's sums over keys give a row the same bits beside others as alone: where
+    heads are few, torch may share value columns out over threads."""
+    if not isinstance(config, DeltaModelConfig):
+        return True
+    own = config.delta
+    num_heads = own.num_value_heads
+    # With more heads than threads it shares out heads.
+    most = 2 + torch.get_num_threads() // num_heads
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(most, num_heads, own.key_dim, own.value_dim, generator=generator)
+    alone = torch.stack([row.sum(-2) for row in x])
+    return all(torch.equal(x[:rows].sum(-2), alone[:rows]) for rows in range(1, most + 1))
 
 
 def _is_stable(product: Callable[[int, int], Tensor], min_rows: int) -> bool:

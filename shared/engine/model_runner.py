@@ -332,6 +332,7 @@ class ModelRunner:
                 or not determinism.linear_is_stable(plan.linear_shapes, self._ops)
                 or not determinism.latents_are_stable(self.model_config)
                 or not determinism.elementwise_is_stable()
+                or not determinism.deltas_are_stable(self.model_config)
             ):
                 return "consistent", determinism.MIN_LINEAR_ROWS
         return "exact", min_rows

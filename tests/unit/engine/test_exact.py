@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from baton.kernels.reference_delta import DeltaGates, gated_delta
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.sampling import SamplingParams
+from tests.kernels.state_cases import ways_to_compute
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
+from tests.unit.engine.tiny_deltas import TINY_DELTAS
+from tests.unit.engine.tiny_models import make_tiny
 
 pytestmark = pytest.mark.exact
 
@@ -209,3 +214,30 @@ def test_drawn_tokens_do_not_depend_on_the_batch(
     assert runner.forward(Batch(rows)) == alone
     assert runner.forward(Batch(rows[::-1])) == alone[::-1]
     assert alone[-1] == []
+
+
+@pytest.mark.parametrize("value_dim", [100, 128])
+def test_a_delta_rule_whose_bits_depend_on_company_is_not_exact(
+    value_dim: int, tmp_path: Path, make_runner: MakeRunner
+) -> None:
+    """Over more threads than there are heads torch shares columns out, and adds up a few that are
+    left over in another order."""
+    torch.set_num_threads(16)
+    changes = {"linear_key_head_dim": 128, "linear_value_head_dim": value_dim}
+    make_tiny(tmp_path, "qwen3_5_text", {**TINY_DELTAS["qwen3_5_text"]["all linear"], **changes})
+    determinism = make_runner(tmp_path).determinism
+
+    num_rows, num_heads, key_dim = 9, 2, 128
+    qkv = torch.randn(num_rows, num_heads * (2 * key_dim + value_dim))
+    strength, decay = torch.randn(2, num_rows, num_heads)
+    gates = DeltaGates(torch.ones(num_heads), torch.zeros(num_heads))
+    state = torch.zeros(num_rows + 1, num_heads, 1, 1, key_dim, value_dim)
+    ways = ways_to_compute(num_rows, 1)
+    together, alone = (
+        [gated_delta(qkv[t], strength[t], decay[t], gates, state.clone(), 0, plan) for t, plan in w]
+        for w in (ways["together"], ways["alone"])
+    )
+    if value_dim % 32 == 0:
+        assert determinism == "exact"
+    if determinism == "exact":
+        assert torch.equal(torch.cat(together), torch.cat(alone))
