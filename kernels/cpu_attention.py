@@ -80,7 +80,7 @@ def fused_attention(query: Tensor, kv: Tensor, layer: int, plan: FusedPlan, scal
     """As `reference.paged_attention`, without caps and sinks."""
     num_heads, head_dim = query.shape[1:]
     if len(plan.fused) == 1 and plan.fused[0].num_units == query.shape[0]:
-        # One token of each row: where there is one unit of them they are in the step's order.
+        # One token of each row, all in one, in the step's order.
         return _attend(query, kv, layer, plan.fused[0], scale).view(query.shape)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for units in plan.fused:
@@ -122,6 +122,9 @@ def _alike(span: Span, block_size: int, window: int | None) -> Iterator[Span]:
         least = num_blocks[order[0]] * _LEAST_FULL
         alike = order[num_blocks[order] >= least]
         order = order[len(alike) :]
+        # As the step has them, which spans need not: where they are all of its tokens, attention
+        # takes and gives them as they stand.
+        alike = alike[np.argsort(span.first_token[alike])]
         yield replace(
             span,
             first_token=span.first_token[alike],

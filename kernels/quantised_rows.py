@@ -3,7 +3,8 @@
     number ≈ code · scale        scale = largest number / largest code
 
 What makes the numbers, a norm or a gated activation, is part of it. A row's codes are made of that
-row alone: neighbours change nothing.
+row alone: neighbours change nothing. Codes hold no NaN and no infinity: of numbers that are not all
+finite the scale is NaN, and so is what is made of them.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baton.kernels.float8_jit import magnitude_bits
 from baton.kernels.gated_mul import activate
 from baton.kernels.overlap import overlap
 from baton.kernels.reference import Activation
 from baton.kernels.reference_scaled import GROUP, InputScheme, QuantisedRows
 
-_LEAST = tl.constexpr(1e-30)
-"""Of a row's largest number: what is less is nothing."""
+_LEAST_BITS = tl.constexpr(0x0DA24260)
+"""1e-30, of a row's largest number: what is less is nothing."""
 _ROUNDS = tl.constexpr(12582912.0)
 """1.5 · 2²³: added and taken away it leaves the nearest whole number."""
 
+MOST_COLUMNS = 65536
+"""Of a row that a program makes small."""
 _LIBRARYS_ROWS = 16
 """With groups the library takes multiples of it only."""
 _ROUNDS_TINY = tl.constexpr(24576.0)
@@ -31,10 +35,21 @@ _ROUNDS_TINY = tl.constexpr(24576.0)
 
 
 @triton.jit
+def largest_of(bits):
+    """The largest of some numbers, from that of their `magnitude_bits`; NaN: not all are finite.
+    The processor's own maximum leaves NaN out."""
+    largest = tl.maximum(bits, _LEAST_BITS).to(tl.float32, bitcast=True)
+    return tl.where(bits >= 0x7F800000, float("nan"), largest)
+
+
+@triton.jit
 def to_code(x, MOST: tl.constexpr, IS_FLOAT: tl.constexpr, CASTS: tl.constexpr):
     """The nearest code, as float32, of float32 numbers that are scaled already. CASTS: by the
     processor's own conversion; Triton's interpreter loses a carry into the exponent."""
     x = tl.minimum(tl.maximum(x, -MOST), MOST)
+    if not CASTS:
+        # The interpreter's minimum keeps NaN, too; a processor's does not.
+        x = tl.where(x == x, x, 0.0)
     if not IS_FLOAT:
         return (x + _ROUNDS) - _ROUNDS
     elif CASTS:
@@ -83,7 +98,7 @@ def _quantise_kernel(
         x *= tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * gain
     if GROUP:
         runs = tl.reshape(x, (BLOCK // GROUP, GROUP))
-        largest = tl.maximum(tl.max(tl.abs(runs), axis=1), _LEAST)
+        largest = largest_of(tl.max(magnitude_bits(runs), axis=1))
         scale = largest / MOST
         code = to_code(runs * (MOST / largest)[:, None], MOST, IS_FLOAT, CASTS)
         code = tl.reshape(code, (BLOCK,))
@@ -91,11 +106,12 @@ def _quantise_kernel(
         at = scale_ptr + group.to(tl.int64) * scale_stride + row
         tl.store(at, scale, mask=group < size // GROUP)
     else:
+        largest = largest_of(tl.max(magnitude_bits(x), axis=0))
         if given_ptr is not None:
             scale = tl.load(given_ptr)
             inverse = 1.0 / scale
+            scale = tl.where(largest == largest, scale, largest)
         else:
-            largest = tl.maximum(tl.max(tl.abs(x), axis=0), _LEAST)
             scale = largest / MOST
             inverse = MOST / largest
         code = to_code(x * inverse, MOST, IS_FLOAT, CASTS)
@@ -119,13 +135,14 @@ def quantise_rows(
     """f(x), made small.
 
     Args:
-        x: [T, K], K ≤ 16,384; with an activation [T, 2K] = (gate, up). Rows may be strided.
+        x: [T, K], K at most `MOST_COLUMNS`; with an activation [T, 2K] = (gate, up). Rows may be
+            strided.
         norm_weight: [K], of any float dtype; if given, f is RMSNorm with it and `eps`.
         activation: if given, f is activation(gate) · up.
         pdl: launch while the previous kernel still runs.
     """
     num_rows, size = x.shape[0], x.shape[1] // (1 if activation is None else 2)
-    assert size <= 16384 and x.stride(1) == 1 and not (scheme.group and size % GROUP)
+    assert size <= MOST_COLUMNS and x.stride(1) == 1 and not (scheme.group and size % GROUP)
     num_padding = -num_rows % _LIBRARYS_ROWS if scheme.group else 0
     num_padded = num_rows + num_padding
     codes = torch.empty((num_padded, size), dtype=scheme.dtype, device=x.device)
@@ -159,4 +176,5 @@ def quantise_rows(
 def _num_warps(block: int, num_rows: int) -> int:
     """As of a norm: with few rows latency counts, with many work per thread."""
     per_thread = 8 if num_rows <= 132 else 16
-    return max(1, min(16, block // (32 * per_thread)))
+    most = 16 if block <= 16384 else 32
+    return max(1, min(most, block // (32 * per_thread)))

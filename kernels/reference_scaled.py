@@ -55,11 +55,14 @@ def quantise_rows_reference(x: Tensor, scheme: InputScheme) -> QuantisedRows:
     num_rows, size = x.shape
     most = scheme.largest_code
     runs = x.float().view(num_rows, -1, scheme.group or size)
+    largest = runs.abs().amax(-1).clamp_min(_LEAST)
+    # Of numbers that are not all finite nothing that is follows.
+    largest = largest.masked_fill(~largest.isfinite(), float("nan"))
     if scheme.scale is not None:
         scale = scheme.scale.float().expand(num_rows, 1)
         inverse = 1 / scale
+        scale = scale.where(largest.isfinite(), largest)
     else:
-        largest = runs.abs().amax(-1).clamp_min(_LEAST)
         scale, inverse = largest / most, most / largest
     scaled = (runs * inverse[..., None]).clamp(-most, most)
     if not scheme.dtype.is_floating_point:

@@ -7,6 +7,8 @@ of 8-bit floats or whole numbers, on tensor cores that take them. All sums have 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -145,7 +147,14 @@ def _librarys(weight: SmallWeight, dtype: torch.dtype) -> bool:
     is_whole = weight.num_out % _LIBRARYS == 0 and weight.num_in % _LIBRARYS == 0
     if weight.rows_per_scale > 1:
         is_whole &= weight.scale.shape[1] % _LIBRARYS_BLOCKS == 0
+        is_whole = is_whole and _takes_blocks(weight.codes.device)
     return is_float and is_whole and dtype == torch.bfloat16 and weight.codes.is_cuda
+
+
+@cache
+def _takes_blocks(device: torch.device) -> bool:
+    """Whether the library multiplies blocks there: of all GPUs those of compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _by_library(x: QuantisedRows, weight: SmallWeight, dtype: torch.dtype) -> Tensor:

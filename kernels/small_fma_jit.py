@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baton.kernels.float8_jit import magnitude_bits
 from baton.kernels.gated_mul import activate
-from baton.kernels.quantised_rows import to_code
+from baton.kernels.quantised_rows import largest_of, to_code
 from baton.kernels.small_linear_jit import deliver
 from baton.kernels.small_widen_jit import bytes_of, lowered, nibbles_raised
 
@@ -78,7 +79,7 @@ def small_fma_kernel(
     inverse = tl.full((BLOCK_M,), 1.0, tl.float32)
     of_x = tl.full((BLOCK_M,), 1.0, tl.float32)
     if INPUTS == "row":
-        largest = tl.zeros((BLOCK_M, 1, RUNS), tl.float32)
+        largest = tl.zeros((BLOCK_M, 1, RUNS), tl.int32)
         for start in range(0, width, BLOCK_K):
             k = (start + tl.arange(0, BLOCK_K))[None, None, :]
             in_x = m < rows if EVEN else (m < rows) & (k < width)
@@ -86,10 +87,10 @@ def small_fma_kernel(
             if norm_ptr is not None:
                 squares += tl.sum(tl.reshape(x * x, (BLOCK_M, 1, RUNS, VEC)), 3)
                 x *= _gain(norm_ptr, k, width, EVEN)
-            runs = tl.reshape(tl.abs(x), (BLOCK_M, 1, RUNS, VEC))
+            runs = tl.reshape(magnitude_bits(x), (BLOCK_M, 1, RUNS, VEC))
             largest = tl.maximum(largest, tl.max(runs, 3))
+        of_row = largest_of(tl.max(tl.max(largest, 2), 1))
         if given_ptr is None:
-            of_row = tl.maximum(tl.max(tl.max(largest, 2), 1), 1e-30)
             inverse = MOST / of_row
             of_x = of_row / MOST
         else:
@@ -99,6 +100,7 @@ def small_fma_kernel(
                 factor = tl.rsqrt(tl.sum(tl.sum(squares, 2), 1) / size_k + eps)
                 inverse *= factor
                 of_x /= factor
+            of_x = tl.where(of_row == of_row, of_x, of_row)
     for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         k = (start + tl.arange(0, BLOCK_K))[None, None, :]
         in_x = m < rows if EVEN else (m < rows) & (k < width)
@@ -119,7 +121,7 @@ def small_fma_kernel(
         elif INPUTS == "group":
             COUNT: tl.constexpr = BLOCK_K // GROUP
             groups = tl.reshape(x, (BLOCK_M, 1, COUNT, GROUP))
-            of_group = tl.maximum(tl.max(tl.abs(groups), 3), 1e-30)[:, :, :, None]
+            of_group = largest_of(tl.max(magnitude_bits(groups), 3))[:, :, :, None]
             groups = to_code(groups * (MOST / of_group), MOST, IS_FLOAT, ASM)
             x = tl.reshape(groups, (BLOCK_M, 1, BLOCK_K))
             spread = tl.broadcast_to(of_group / MOST, (BLOCK_M, 1, COUNT, GROUP // VEC))

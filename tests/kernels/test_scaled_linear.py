@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from baton.kernels import scaled_linear as scaled_linear_module
 from baton.kernels.quantised_rows import quantise_rows
 from baton.kernels.reference_scaled import (
     GROUP,
@@ -117,6 +118,40 @@ def test_every_float8_is_met(device: torch.device) -> None:
     assert torch.equal(got.codes.float(), x.to(FLOAT8).float())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_made_so(
+    bad: float, scheme: InputScheme, device: torch.device
+) -> None:
+    """Who draws a token sees that there is none; rows beside it are what they are."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    num_out, num_in = 32, 384
+    weight, _ = make_weight(num_out, num_in, scheme.dtype, scheme.group, device)
+    weight.scale.div_(1000)
+    scheme = on(device, scheme)
+    x = rand(3, num_in).to(device, dtype)
+    x[1, 200] = bad
+    rows = quantise_rows(x, scheme)
+    assert rows.expand(torch.float32)[1].isnan().any()
+    assert not quantise_rows_reference(x, scheme).expand(torch.float32)[1].isfinite().all()
+    y = scaled_linear(rows, weight, dtype=dtype)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    one = small_linear(x[1:2], weight, inputs=scheme, config=FewConfig(4, 256, 4))
+    assert one.isnan().all()
+
+
+def test_rows_of_large_models(device: torch.device) -> None:
+    """Of more numbers than a hidden state has: gates of llama-70b have 28,672."""
+    x = rand(2, 2 * 20096).to(device)
+    got = quantise_rows(x, InputScheme(group=GROUP), activation="silu")
+    expected = quantise_rows_reference(silu(x[:, :20096]) * x[:, 20096:], InputScheme(group=GROUP))
+    torch.testing.assert_close(got.scale[:2], expected.scale, rtol=1e-5, atol=0)
+    same = got.codes[:2].float() == expected.codes.float()
+    assert float(same.float().mean()) > 0.99
+    too_wide = SmallWeight(torch.empty(8, 2**17, dtype=INT8), torch.ones(8, 1), None, 2**17)
+    assert scaled(too_wide, InputScheme(INT8)) is None
+
+
 # Products
 
 
@@ -213,6 +248,16 @@ def test_the_choice() -> None:
     other = choose(32, 100, 256, group=GROUP)
     assert other is not None and other.block_m == 32 and other.split_k == 1
     assert choose(65, 100, 256, group=GROUP) is None
+
+
+@pytest.mark.parametrize(("capability", "takes"), [((9, 0), True), ((10, 0), False)])
+def test_which_gpus_have_blocks_in_the_library(
+    capability: tuple[int, int], takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of others it says that it multiplies none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert scaled_linear_module._takes_blocks.__wrapped__(torch.device("cuda")) == takes
+    assert not scaled_linear_module._takes_blocks.__wrapped__(torch.device("cpu"))
 
 
 # Layers and models

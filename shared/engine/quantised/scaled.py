@@ -5,7 +5,7 @@ weight_scale, weight_scale_inv       one, [out] or [out, 1], [out, groups] of eq
                                      [out / rows, in / columns] of blocks; despite its name the
                                      latter is multiplied
 weight_zero_point                    int8, as the scales
-input_scale                          of activations, one for all
+input_scale, activation_scale        of activations, one for all
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from baton.shared.engine.weight_headers import FLOATS
 
 _NUMBERS = {"I8": "int8", "F8_E4M3": "float8"}
 _SCALES = ("weight_scale", "weight_scale_inv")
+_INPUT_SCALES = ("input_scale", "activation_scale")
 _BECAUSE = "the weight is of 8 bits"
 
 
@@ -65,7 +66,8 @@ def _read_inputs(module: str, scheme: Scheme, reader: TensorReader) -> InputSche
         return None
     scale = None
     if inputs.is_static:
-        name = f"{module}.input_scale"
+        names = [f"{module}.{suffix}" for suffix in _INPUT_SCALES]
+        name = next((each for each in names if reader.header(each) is not None), names[0])
         scale = read_scale(reader, name, "config.json says that activations have a static scale")
         if scale.numel() != 1:
             raise reader.error(name, f"shape {list(scale.shape)} is not that of one number")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baton.kernels.quantised_rows import MOST_COLUMNS
 from baton.kernels.reference_scaled import GROUP, InputScheme
 from baton.kernels.scaled_linear import LEAST_COLUMNS
 from baton.kernels.small_linear import SmallWeight, pack_nibbles, takes
@@ -85,6 +86,8 @@ def scaled(stored: SmallWeight, inputs: InputScheme) -> SmallWeight | None:
     if stored.is_packed or stored.offset is not None or stored.columns is not None:
         return None
     if inputs.dtype.is_floating_point != is_float or stored.num_in % LEAST_COLUMNS:
+        return None
+    if stored.num_in > MOST_COLUMNS:
         return None
     num_groups = stored.scale.shape[1]
     if not inputs.group:

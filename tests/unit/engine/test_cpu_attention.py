@@ -30,8 +30,10 @@ BLOCK, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 2, 6, 2, 32
         [(1, 400), (1, 390), (1, 31), (1, 16)],
         [(40, 40)],
         [(1, 200), (1, 7), (150, 290), (3, 18)],
+        [(1, 120), (1, 200)],
+        [(1, 300), (1, 262)],
     ],
-    ids=["first", "one", "unequal", "prompt", "mixed"],
+    ids=["first", "one", "unequal", "prompt", "mixed", "wanted", "fewer tiles first"],
 )
 def test_it_is_the_plain_form_rounded(
     rows: list[tuple[int, int]], window: int | None, dtype: torch.dtype
@@ -65,6 +67,19 @@ def test_it_is_the_plain_form_rounded(
     expected = paged_attention(query.float(), kv.float(), 1, plain, 0.3)
     assert found.dtype == dtype and found.shape == query.shape
     torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_sequences_of_a_step_do_not_change_places(make_llama: MakeLlama) -> None:
+    """One that decodes stands before a longer one whose prompt ends."""
+    model, _ = make_llama(std=0.1)
+    runner = ModelRunner(EngineConfig(model, "cpu", "bfloat16", num_blocks=32))
+    short, long = ([token % 60 for token in range(5, 5 + length)] for length in (120, 200))
+    tables = [[list(range(8))], [list(range(8, 21))]]
+    runner.logits(Batch([BatchRow(short[:-1], 0, tables[0])]))
+    rows = [BatchRow(short[-1:], 119, tables[0]), BatchRow(long, 0, tables[1])]
+    together = runner.logits(Batch(rows)).float()
+    alone = torch.cat([runner.logits(Batch([row])).float() for row in rows])
+    assert float((together - alone).norm() / alone.norm()) < 0.02
 
 
 def test_only_what_needs_the_plain_form_takes_it(make_llama: MakeLlama, tmp_path: Path) -> None:

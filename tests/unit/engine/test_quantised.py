@@ -218,6 +218,17 @@ def test_scales_of_activations_that_are_given(load: Load) -> None:
     assert loader.linear(joined).inputs is None and "a.input_scale" not in loader.taken
 
 
+def test_scales_of_activations_as_transformers_calls_them(load: Load) -> None:
+    tensors, _ = static(0.25)
+    tensors["a.activation_scale"] = tensors.pop("a.input_scale")
+    tensors["a.weight_scale_inv"] = tensors.pop("a.weight_scale")
+    fields = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    loader = load(tensors, fields, ops=ReferenceOperations(quantises_inputs=True))
+    layer = loader.linear(spec(8))
+    assert layer.inputs is not None and layer.inputs.scale is not None
+    assert layer.inputs.scale.tolist() == [0.25]
+
+
 @pytest.mark.parametrize(
     ("scale", "reason"),
     [
