@@ -90,11 +90,20 @@ class Drafting:
 
     def saw(self, part: Part, num_tokens: int, states: Tensor | None) -> None:
         """What the model made of a part's tokens, [part.num_tokens, taps · hidden]: of the first
-        ones, which are in the answer or the prompt. None: it is not told."""
+        ones, which are in the answer or the prompt. None: it is not told.
+
+        What the steps before drew is in the answer by now, and what this one drew is not.
+        """
         sequence = part.sequence
-        if self._head is not None and states is not None:
-            if num_tokens and sequence.is_admitted and self._may_guess(sequence):
-                self._head.saw(sequence, part.start, states[:num_tokens])
+        if self._head is None or states is None or not num_tokens:
+            return
+        if sequence.is_admitted and self._may_guess(sequence):
+            # Not where it was planned: guesses that fell since then put it further back.
+            start = sequence.num_computed_tokens
+            try:
+                self._head.saw(sequence, start, states[:num_tokens])
+            except EngineFailure:
+                self._give_up([sequence])
 
     def must_know_all(self, decoding: Seq[Sequence]) -> bool:
         """Whether guesses are worth more than a step that is launched ahead."""

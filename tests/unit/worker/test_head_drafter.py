@@ -215,6 +215,38 @@ def test_tokens_that_it_missed_are_left_out(
     runner.check()
 
 
+def test_steps_that_were_launched_ahead_of_guesses_that_fell(
+    make_guessing: Callable[..., Any], answers: Answers
+) -> None:
+    """They are further back than they were planned, and so is what they tell."""
+
+    class SeldomWaits(AllOfThem):
+        num_asked = 0
+
+        def pays(self, num_rows: int, sequences: Any) -> bool:
+            self.num_asked += 1
+            return self.num_asked % 3 == 1
+
+    params = dataclasses.replace(PARAMS[1], max_tokens=60)
+    runner = make_guessing(64)
+    runner._runner = LateRunner(runner._runner)
+    runner.drafting = Drafting(runner.drafter, SeldomWaits(4), 4)
+    saw = runner.drafter.saw
+    places: list[tuple[int, int]] = []
+
+    def noting(sequence: Sequence, position: int, states: Any) -> None:
+        if position >= sequence.num_prompt_tokens:
+            places.append((position, sequence.num_tokens - 1))
+        saw(sequence, position, states)
+
+    runner.drafter.saw = noting
+    worker = OneWorker(runner)
+    assert answer(worker, params) == answers.to(PLAIN, params)
+    assert [told for told, _ in places] == [known for _, known in places]
+    assert worker.counters["drafts"] > 8 and runner.drafting.num_given_up == 0
+    runner.check()
+
+
 def test_who_does_not_want_it_gets_none(
     make_guessing: Callable[..., Any], answers: Answers
 ) -> None:
