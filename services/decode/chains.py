@@ -201,6 +201,9 @@ class ChainDrafter(ABC, Generic[Known]):
             held.block_tables = [BlockTable() for _ in self._pools.groups]
             known = self._known[sequence] = self._make(sequence, held, params)
         known.settle()
+        if known.handle is not None:
+            # What it drew last was a guess: rows that are there say what was drawn.
+            known.handle.drawn_at = -1
         return known
 
     def _has_room(self, known: Known, num_tokens: int) -> bool:

@@ -82,6 +82,26 @@ def test_a_head_guesses_what_it_guesses_by_plain_torch(
     assert guesses == guessed(make("torch", torch.device("cpu"), **how), prompts, ways)[1]
 
 
+@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
+def test_a_guess_that_fell_is_no_token_to_go_on_from(
+    tmp_path: Path, device: torch.device, kind: str
+) -> None:
+    """It lies where the token is that was drawn instead."""
+    (tmp_path / "model").mkdir()
+    make = maker(tmp_path / "model", SMALL)
+    if kind == "eagle3":
+        layers: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
+        draft_dir = make_head(tmp_path / "draft", SMALL, draft_vocab_size=50, **layers)
+    else:
+        draft_dir = twin_of(tmp_path / "model", tmp_path / "draft", 0.1)
+    how = {"num_drafts": 1, "draft_model_dir": draft_dir, "draft_kind": kind}
+    prompts, ways = prompts_of((3,)), [replace(WAYS[0], max_tokens=6)]
+    plain, expected, counters = guessed(make("torch", torch.device("cpu"), **how), prompts, ways)
+    assert counters["drafted_tokens"] > counters["accepted_tokens"]
+    answers, guesses, _ = guessed(make("triton", device, **how), prompts, ways)
+    assert answers == plain and guesses == expected
+
+
 def prompts_of(lengths: Seq[int]) -> list[list[int]]:
     return [random.Random(n).choices(range(SMALL["vocab_size"]), k=n) for n in lengths]
 
