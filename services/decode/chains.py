@@ -124,7 +124,7 @@ class ChainDrafter(ABC, Generic[Known]):
             going.append((known, count))
             left -= count
         with self._computing():
-            self._prepare([known for known, _ in going])
+            self._prepare(going)
             for known, count in going:
                 rows.append(self._row(known, count, draws=False))
                 known.num_computed += count
@@ -215,12 +215,12 @@ class ChainDrafter(ABC, Generic[Known]):
             return False
         return True
 
-    def _prepare(self, guessing: Seq[Known]) -> None:
-        """Before rows of new tokens."""
+    def _prepare(self, going: Seq[tuple[Known, int]]) -> None:
+        """Before rows of so many new tokens."""
 
     def _guess(self, guessing: Seq[tuple[Known, int]]) -> None:
         """Makes their chains, each of so many guesses."""
-        self._prepare([known for known, _ in guessing])
+        self._prepare([(known, known.num_new) for known, _ in guessing])
         if self._model.computes_tokens_singly:
             self._compute_singly([known for known, _ in guessing])
         going = [known for known, _ in guessing]

@@ -46,7 +46,9 @@ CHUNK = 512
 """Tokens that it computes at once, when it catches up."""
 MOST_PENDING = 128
 """Tokens of a sequence whose hidden states are kept until a head computes them; of a chunk that is
-longer all of it."""
+longer all of it, while others have fewer."""
+MOST_LOOSE = 8
+"""Steps of a sequence whose hidden states lie there with those of the steps' other tokens."""
 
 
 class DraftModel:
@@ -151,7 +153,13 @@ class DraftModel:
         if self.tapped is None:
             return 0
         num_numbers = len(self.tapped.layers) * self.tapped.hidden_size
-        return self.max_rows * MOST_PENDING * num_numbers * self.tapped.dtype.itemsize
+        num_tokens = self.max_rows * MOST_PENDING + MOST_LOOSE * self.most_decode_tokens
+        return num_tokens * num_numbers * self.tapped.dtype.itemsize
+
+    @property
+    def most_decode_tokens(self) -> int:
+        """Of a step of the larger model without chunks of prompts."""
+        return self.max_rows * (1 + self._engine.num_drafts)
 
     def load(self, progress: Progress, target: Model) -> None:
         """Reads its weights. ModelError: a file cannot be read, or `target` cannot be guessed
@@ -179,6 +187,12 @@ class DraftModel:
             fused = self._model.fuse(torch.cat(flat))
         ends = list(accumulate(sum(map(len, each)) for each in states))
         return list(fused.tensor_split(ends[:-1]))
+
+    def join(self, states: Sequence[Tensor]) -> Tensor:
+        """Of a head: hidden states of some tokens, [n, taps · hidden] each, in memory of their
+        own."""
+        with torch.inference_mode(), self.executor.computing(states):
+            return torch.cat(list(states))
 
     @property
     def longest_bytes(self) -> int:

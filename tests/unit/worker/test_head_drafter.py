@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from baton.services.decode import chains
+from baton.services.worker import messages as msg
 from baton.services.worker.drafting import Drafting
+from baton.services.worker.sequence_table import Recipient
+from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
@@ -27,6 +31,7 @@ from tests.unit.worker.conftest import BLOCK_SIZE, CONFIG
 from tests.unit.worker.drafting import AllOfThem, GuessingRunner
 from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.network import Clock
+from tests.unit.worker.sim_worker import SimWorker
 from tests.unit.worker.simulation import Cluster
 from tests.unit.worker.test_speculation import COPYING, PARAMS, PLAIN, Answers, OneWorker
 
@@ -245,6 +250,71 @@ def test_steps_that_were_launched_ahead_of_guesses_that_fell(
     assert [told for told, _ in places] == [known for _, known in places]
     assert worker.counters["drafts"] > 8 and runner.drafting.num_given_up == 0
     runner.check()
+
+
+def test_what_waits_for_a_head_takes_no_more_memory_than_was_reckoned(
+    make_guessing: Callable[..., Any],
+) -> None:
+    """Where nobody wants guesses for a while: neither long chunks nor what steps told of others."""
+
+    class WantsNone(AllOfThem):
+        def wanted(self, num_rows: int, sequences: Any) -> list[int]:
+            return [0] * len(sequences)
+
+        def expects(self, num_rows: int) -> bool:
+            return False
+
+    runner = make_guessing(300, max_num_seqs=4)
+    drafter, saw, most = runner.drafter, runner.drafter.saw, 0
+    runner.drafting = Drafting(drafter, WantsNone(4), 4)
+
+    def measuring(*told: Any) -> None:
+        nonlocal most
+        saw(*told)
+        tensors = [
+            seen.states
+            for known in drafter._known.values()
+            for seen in (*known.pending, known.last)
+            if seen is not None
+        ]
+        memory = [tensor.untyped_storage() for tensor in tensors]
+        most = max(most, sum({each.data_ptr(): each.nbytes() for each in memory}.values()))
+        for known in drafter._known.values():
+            assert known.num_pending == sum(len(seen.states) for seen in known.pending)
+
+    drafter.saw = measuring
+    limits = BatchLimits(token_budget=800, max_num_seqs=4)
+    worker = SimWorker("w", "ab" * 16, runner, lambda _, mail: None, limits)  # type: ignore[arg-type]
+    params = dataclasses.replace(GREEDY, max_tokens=40)
+    for number in range(4):
+        prompt = tuple(3 + (number + 7 * i) % 50 for i in range(200))
+        sequence = Sequence(AttemptKey(f"r{number}", 0, 1), prompt, params)
+        worker.inbox.put(msg.StartDecode(sequence, Recipient(worker.gateway_stream, number), None))
+    for _ in range(80):
+        worker.engine.run_once(may_wait=False)
+    assert worker.leftovers == {} and worker.counters["generated_tokens"] == 160
+    assert runner.draft.pending_bytes / 2 < most <= runner.draft.pending_bytes
+    runner.check()
+
+
+def test_of_what_waits_only_what_is_computed_is_fused(
+    make_guessing: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chains, "CHUNK", 8)
+    monkeypatch.setattr(chains, "_CHUNK_BESIDE", 8)
+    monkeypatch.setattr(chains, "FEW", 4)
+    runner = make_guessing(64)
+    fuse = runner.draft.fuse
+    fused: list[int] = []
+
+    def noting(states: Any) -> Any:
+        fused.append(sum(len(each) for of_one in states for each in of_one))
+        return fuse(states)
+
+    runner.draft.fuse = noting
+    worker = OneWorker(runner)
+    answer(worker)
+    assert worker.counters["drafts"] > 4 and max(fused) == 8
 
 
 def test_who_does_not_want_it_gets_none(
