@@ -284,7 +284,7 @@ def test_what_waits_for_a_head_takes_no_more_memory_than_was_reckoned(
 
     drafter.saw = measuring
     limits = BatchLimits(token_budget=800, max_num_seqs=4)
-    worker = SimWorker("w", "ab" * 16, runner, lambda _, mail: None, limits)  # type: ignore[arg-type]
+    worker = SimWorker("w", "ab" * 16, runner, lambda _, mail: None, limits)
     params = dataclasses.replace(GREEDY, max_tokens=40)
     for number in range(4):
         prompt = tuple(3 + (number + 7 * i) % 50 for i in range(200))
