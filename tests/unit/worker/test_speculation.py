@@ -164,12 +164,7 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
         COPYING, params, expected, is_local=is_local, prediction=nearly(expected)
     )
     for _ in range(num_rounds):
-        for name in network.workers:
-            for channel in network.busy_channels:
-                while network.channels[channel]:
-                    network.deliver(channel)
-            network.finish_pull(name)
-            network.step(name)
+        network.go_round()
     if num_rounds % 2:
         network._runners["decode"] = make_runner(64)
     network.kill("decode")
