@@ -30,6 +30,7 @@ from baton.v1 import (
     worker_service_pb2_grpc,
 )
 from tests.device import PATIENCE, ROOT, process_environment
+from tests.e2e.forks import Forked, can_fork, fork
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Process:
     command: list[str]
     environment: dict[str, str]
     log: Path
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[str] | Forked
     address: str = ""
     addresses: dict[str, str] = field(default_factory=dict)
     """As its READY line names them."""
@@ -166,14 +167,17 @@ class Stack:
         )
         log = self.directory / f"{name}.log"
         with log.open("a") as stderr:
-            popen = subprocess.Popen(
-                [sys.executable, *command],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                cwd=ROOT,
-                env=environment,
-            )
+            if name in self._roles and can_fork(command, environment):
+                popen: subprocess.Popen[str] | Forked = fork(command, environment, stderr)
+            else:
+                popen = subprocess.Popen(
+                    [sys.executable, *command],
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                    cwd=ROOT,
+                    env=environment,
+                )
         process = Process(name, command, environment, log, popen)
         self.processes[name] = process
         return process
