@@ -57,6 +57,9 @@ class Trace:
             self._file.close()
 
 
+NO_TRACE = Trace(None, "")
+
+
 class Counters(Counter[str]):
     """Counts from the start of the process; names as in the protos, without `num_`."""
 

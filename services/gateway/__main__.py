@@ -8,6 +8,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import uvloop
 
@@ -35,7 +36,7 @@ from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.convert import sampling_to_json
 from baton.shared.rpc.flags import Parser, add_flag, add_switch, optional_port
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint, stop_event
-from baton.shared.telemetry import add_log_flags, configure_logging, log_event
+from baton.shared.telemetry import Trace, add_log_flags, configure_logging, log_event
 from baton.v1 import inference_service_pb2_grpc, types_pb2
 
 logger = logging.getLogger("gateway")
@@ -158,6 +159,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_flag(
         parser,
+        "--trace-dir",
+        type=Path,
+        help="folder to write a trace of requests to; default: none is written",
+    )
+    add_flag(
+        parser,
         "--drain-s",
         type=float,
         default=30.0,
@@ -229,6 +236,7 @@ async def serve(
         media_tokens=media_tokens,
     )
     constraints = ConstraintChecker(args.model, model.vocab_size)
+    trace = Trace(args.trace_dir, f"gateway-{incarnation[:8]}")
     frontend = Frontend(
         cluster,
         codec,
@@ -238,6 +246,7 @@ async def serve(
         incarnation=incarnation,
         default_sampling=default_sampling,
         chat_format=_chat_format(args, codec),
+        trace=trace,
     )
     connection_age_s = args.connection_age_s if args.reuse_port else None
     endpoint = Endpoint(
@@ -302,6 +311,7 @@ async def serve(
     await cluster.close()
     if metrics is not None:
         metrics.close()
+    trace.close()
     return 1 if has_failed else 0
 
 

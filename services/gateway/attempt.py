@@ -47,6 +47,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
         begun_on=generation.model_digest,
         beside=generation.beside,
     )
+    generation.routed_at = generation.routed_at or time.monotonic()
     attempt = _Attempt(generation, cluster, route)
     try:
         attempt.start()

@@ -32,7 +32,7 @@ from baton.shared.directory.workers import accepted_at
 from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.convert import ROLE_TO_PB
 from baton.shared.rpc.errors import DeadlineExceeded, Draining, NoTokenizer
-from baton.shared.telemetry import Counters, baton_version
+from baton.shared.telemetry import NO_TRACE, Counters, Trace, baton_version
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2
 
@@ -50,11 +50,13 @@ class Frontend:
         identify: Identify = ask_nobody,
         check_constraint: CheckConstraint | None = None,
         chat_format: ChatFormat = NO_FORMAT,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """`default_sampling`: its fields are for requests that do not set them. `identify`:
         asked by every door before anything else of a request is looked at. `chat_format`: how the
         model writes calls of tools and reasoning."""
         self.identify = identify
+        self._trace = trace
         self._check_constraint = check_constraint
         self.cluster = cluster
         self.codec = codec
@@ -119,6 +121,7 @@ class Frontend:
             metrics=self.metrics,
             shown_token_ids=shown_token_ids,
             is_cut_off=lambda: self._is_cut_off,
+            trace=self._trace,
         )
         self.num_in_flight += 1
         limit = asyncio.timeout(time_left_s)

@@ -45,7 +45,7 @@ from baton.shared.rpc.errors import (
     EngineFailure,
     TooManyAttempts,
 )
-from baton.shared.telemetry import Counters, log_event
+from baton.shared.telemetry import NO_TRACE, Counters, Trace, log_event
 from baton.v1 import inference_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ async def generate(
     shown_token_ids: Collection[int] = (),
     check_constraint: CheckConstraint | None = None,
     is_cut_off: Callable[[], bool] = lambda: False,
+    trace: Trace = NO_TRACE,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Everything that happens to a request, in order. `shown_token_ids`: see StreamDecoder,
     `is_cut_off`: RequestReport.
@@ -80,7 +81,9 @@ async def generate(
     anywhere.
     """
     arrived_at = time.monotonic()
-    with RequestReport(request_id, arrived_at, deadline, metrics, is_cut_off=is_cut_off) as report:
+    with RequestReport(
+        request_id, arrived_at, deadline, metrics, is_cut_off=is_cut_off, trace=trace
+    ) as report:
         limits = cluster.limits()
         admitted = await admit(
             request,

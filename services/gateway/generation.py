@@ -46,6 +46,8 @@ class Generation:
     transfer_s: float | None = None
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
+    routed_at: float = 0.0
+    """When the first attempt had its workers."""
     prefill_admitted_at: float = 0.0
     """By the first attempt's prefill worker."""
     first_token_at: float = 0.0

@@ -11,7 +11,7 @@ from types import TracebackType
 from baton.services.gateway.generation import Generation
 from baton.services.gateway.metrics import GatewayMetrics
 from baton.shared.rpc.errors import BatonError, Draining
-from baton.shared.telemetry import log_event
+from baton.shared.telemetry import NO_TRACE, Trace, log_event
 from baton.v1 import error_details_pb2
 
 logger = logging.getLogger("gateway.request")
@@ -31,9 +31,11 @@ class RequestReport:
         metrics: GatewayMetrics,
         *,
         is_cut_off: Callable[[], bool] = lambda: False,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Moments are seconds on the monotonic clock. `is_cut_off`: whether the gateway itself is
         what ends requests now."""
+        self._trace = trace
         self._request_id = request_id
         self._arrived_at = arrived_at
         self._deadline = deadline
@@ -41,6 +43,7 @@ class RequestReport:
         self._is_cut_off = is_cut_off
         self._samples: Sequence[Generation] = ()
         """Empty before it is admitted."""
+        self._admitted_at = 0.0
         self._heard_at: dict[int, float] = {}
         """By sample."""
         self._num_finished = 0
@@ -60,6 +63,7 @@ class RequestReport:
 
     def admitted(self, samples: Sequence[Generation]) -> None:
         self._samples = samples
+        self._admitted_at = time.monotonic()
         admitted = samples[0].admitted
         log_event(
             logger,
@@ -134,6 +138,15 @@ class RequestReport:
             )
             return
         first_token_at = min(filter(None, (each.first_token_at for each in samples)), default=None)
+        self._trace.emit(
+            "request",
+            request_id=self._request_id,
+            status=status,
+            arrived=self._arrived_at,
+            admitted=self._admitted_at,
+            routed=samples[0].routed_at or None,
+            first_token=first_token_at,
+        )
         log_event(
             logger,
             logging.INFO,

@@ -29,8 +29,9 @@ from baton.shared.rpc.errors import (
     StaleAttempt,
     to_failure,
 )
-from baton.shared.telemetry import log_event
+from baton.shared.telemetry import NO_TRACE, Trace, log_event
 from baton.v1 import decode_service_pb2, kv_service_pb2, types_pb2, worker_service_pb2
+from baton.v1.prefill_service_pb2 import PrefillResponse
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,10 @@ class Mailroom:
         drop_peer: Callable[[str], None],
         directory: DirectorySync,
         grammars: Grammars | None = None,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """`grammars`: None where no sequence is constrained."""
+        self._trace = trace
         self.identity = identity
         self.capability_hash = capability_hash
         self.describe_pool = describe_pool
@@ -93,6 +96,8 @@ class Mailroom:
                 case msg.ToPrefillStream(key, event):
                     if key in self._prefills:
                         self._prefills[key].put_nowait(event)
+                    if isinstance(event, PrefillResponse) and event.HasField("first_token"):
+                        self._trace.emit("first token sent", key=key)
                 case msg.ToReader(reader, hold_response):
                     if reader in self._readers:
                         self._readers[reader].put_nowait(hold_response)
@@ -176,6 +181,7 @@ class Mailroom:
         fail: Callable[[BatonError], None],
     ) -> None:
         """At once, or when its constraint is compiled, unless it is cancelled before."""
+        self._trace.emit("received", key=sequence.key)
         if not sequence.constraint:
             self._inbox.put(start)
             return

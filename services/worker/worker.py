@@ -114,7 +114,10 @@ class Worker:
         self._counters = Counters()
         self._failpoints = Failpoints.from_environment()
         self._state = worker_service_pb2.GetWorkerStateResponse()
-        self._trace = Trace(args.trace_dir, f"{args.worker_id}-{self._incarnation[:8]}")
+        name = f"{args.worker_id}-{self._incarnation[:8]}"
+        self._trace = Trace(args.trace_dir, name)
+        # Of the streams' thread, so that no line of one is within a line of the other.
+        self._streams_trace = Trace(args.trace_dir, f"{name}-streams")
         torch.set_num_threads(args.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         sweep_stale(args.shm_dir)
@@ -200,6 +203,7 @@ class Worker:
             drop_peer=puller.drop_peer,
             directory=directory,
             grammars=self._grammars,
+            trace=self._streams_trace,
         )
         metrics = EngineMetrics(self._registry)
         engine = self._build_engine(identity, inbox, mailroom, puller, metrics)
@@ -261,6 +265,7 @@ class Worker:
             with contextlib.suppress(OSError):
                 args.shm_dir.rmdir()
         self._trace.close()
+        self._streams_trace.close()
         if problem is not None and not was_ready:
             sys.stderr.write(f"baton worker: {problem}\n")
             return 2
