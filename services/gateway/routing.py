@@ -27,7 +27,7 @@ from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.shared_prompt import Beside
 from baton.services.gateway.turns import Turn, Turns
 from baton.services.gateway.workers import Workers
-from baton.shared.kv.block_hash import boundary_hashes, root_hash
+from baton.shared.kv.block_hash import KnownHashes, boundary_hashes, root_hash
 from baton.shared.rpc.errors import InvalidField
 
 Lookup = Callable[[list[bytes]], Awaitable[Sequence[Mapping[str, str]] | None]]
@@ -86,6 +86,7 @@ class Routing:
         self._workers = workers
         self._served = served
         self._lookup = lookup
+        self._known_hashes = KnownHashes()
         self._local_prefill = local_prefill
         late_after_s = local_prefill.late_after_s if local_prefill is not None else None
         self._may_hold = late_after_s is not None
@@ -217,7 +218,8 @@ class Routing:
         for capability_hash in {snapshot.capability_hash for snapshot in snapshots}:
             alike = [s for s in snapshots if s.capability_hash == capability_hash]
             root = root_hash(capability_hash, salt=wanted.salt)
-            listed = boundary_hashes(root, wanted.token_ids, alike[0].capacity.block_size)
+            block_size = alike[0].capacity.block_size
+            listed = boundary_hashes(root, wanted.token_ids, block_size, self._known_hashes)
             holders = await self._lookup(listed) if listed else None
             if holders is not None:
                 hits.update(longest_run(holders, alike))

@@ -145,18 +145,19 @@ class Admitter:
             self._pools.block_size,
             self._pools.groups,
         )
-        depth = cache.match(hashes, token_ids)
+        nodes = cache.walk(hashes, token_ids)
+        depth = cache.depth(nodes)
         if sequence.distrust:
-            hashes = hashes[: self._num_with_digests(sequence, depth)]
-            depth = cache.match(hashes, token_ids)
+            nodes = nodes[: self._num_with_digests(sequence, depth)]
+            depth = cache.depth(nodes)
         num_seen, is_branch = depth, False
-        if self._slot_groups:
-            num_seen, is_branch = cache.seen(hashes, token_ids)
+        if self._slot_groups and nodes:
+            num_seen, is_branch = len(nodes), bool(nodes[-1].children)
         if not may_restore:
             depth = 0
         first = [group.first_block(depth * block_size, block_size) for group in groups]
         cached = {
-            group: self._find_each(sequence, group, first[group], num_seen)
+            group: [node.blocks[group] for node in nodes[first[group] : num_seen]]
             for group in self._growing
         }
         num_stored = min(

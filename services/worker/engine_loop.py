@@ -376,6 +376,8 @@ class EngineLoop:
         # A device has its step by now, which the streams' thread would have kept from it, and they
         # need not wait for its result.
         self._publish()
+        if launched.sums is not None:
+            self._sealer.note_sealed(launched.sums)
         # After a failure nothing is planned before everything is known again.
         self._retire_all_but(0 if launched.has_failed else self._steps_ahead)
         if launched.begun is not None:

@@ -8,15 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from baton.services.worker.failpoints import Failpoints
 from baton.shared.engine.block_sums import BlockSums, TakeSums, Writes
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.kv import digest as block_digest
-from baton.shared.kv.block_hash import chain_hashes, root_hash
+from baton.shared.kv.block_hash import KnownHashes, root_hash
 from baton.shared.kv.block_pool import DigestRow
 from baton.shared.kv.digest import Uint64Array
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """What sums of blocks have to be, by the digests that these have."""
+
+    block_ids: frozenset[int]
+    rows: npt.NDArray[np.int64]
+    """[n]: in which rows of the sums they are."""
+    sums: Uint64Array
+    """[n, num_heads]"""
 
 
 class PendingSums:
@@ -28,6 +42,30 @@ class PendingSums:
         self._taking = taking
         self._rows = rows
         self._taken: dict[int, Uint64Array] = {}
+        self._sealed: dict[int, _Sealed] = {}
+
+    def block_ids(self, group: int) -> list[int]:
+        return list(self._rows[group])
+
+    def note_sealed(self, group: int, block_ids: Seq[int], sums: Uint64Array) -> None:
+        """What these are by their digests, for `unchecked`; while the step computes it costs
+        nobody's time. As long as they are held they get no other digest.
+
+        `sums`: [len(block_ids), num_heads]
+        """
+        rows = np.array([self._rows[group][block_id] for block_id in block_ids])
+        self._sealed[group] = _Sealed(frozenset(block_ids), rows, sums)
+
+    def unchecked(self, group: int, block_ids: Seq[int]) -> Seq[int]:
+        """Those that are not known to be what was sealed: all, unless all that was noted is as it
+        was. Waits for the sums."""
+        sealed = self._sealed.get(group)
+        if sealed is None or not np.array_equal(self._take(group)[sealed.rows], sealed.sums):
+            return block_ids
+        known = sealed.block_ids
+        if known.issuperset(block_ids):
+            return ()
+        return [block_id for block_id in block_ids if block_id not in known]
 
     def of(self, group: int, block_ids: Seq[int]) -> Uint64Array | None:
         """[len(block_ids), num_heads]; None when some are not among them. Waits for them."""
@@ -36,9 +74,12 @@ class PendingSums:
             wanted = [rows[block_id] for block_id in block_ids]
         except KeyError:
             return None
+        return self._take(group)[wanted]
+
+    def _take(self, group: int) -> Uint64Array:
         if group not in self._taken:
             self._taken[group] = self._taking[group]()
-        return self._taken[group][wanted]
+        return self._taken[group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +111,7 @@ class Sealer:
         self._incarnation = incarnation
         self._capability_hash = capability_hash
         self._failpoints = failpoints
+        self._known_hashes = KnownHashes()
 
     def hash_blocks(self, sequence: Sequence) -> None:
         """Brings the sequence's block hashes up to its full blocks."""
@@ -78,7 +120,7 @@ class Sealer:
         if first < end:
             parent = hashes[-1] if hashes else self.root(sequence)
             token_ids = sequence.token_slice(first * block_size, end * block_size)
-            hashes += chain_hashes(parent, token_ids, block_size)
+            hashes += self._known_hashes.chain(parent, token_ids, block_size)
 
     def root(self, sequence: Sequence) -> bytes:
         return root_hash(self._capability_hash, salt=sequence.salt)
@@ -93,6 +135,15 @@ class Sealer:
             [{block_id: row for row, block_id in enumerate(ids)} for ids in block_ids],
         )
 
+    def note_sealed(self, pending: PendingSums) -> None:
+        """Of its blocks those that have a digest now: then they are checked in no time."""
+        for group in range(len(self._pools.groups)):
+            known = self._pools.of(group).digests(pending.block_ids(group))
+            if known:
+                block_ids, digests = list(known), np.array(list(known.values()), dtype=np.uint64)
+                sums = block_digest.sums(digests, self._seeds(group, block_ids, digests.shape[1]))
+                pending.note_sealed(group, block_ids, sums)
+
     def digests(self, group: int, block_ids: Seq[int]) -> list[DigestRow]:
         """As the bytes are now."""
         return self.digests_of_sums(group, block_ids, self._block_sums(block_ids, group))
@@ -101,12 +152,15 @@ class Sealer:
         self, group: int, block_ids: Seq[int], sums: Uint64Array
     ) -> list[DigestRow]:
         """`sums`: [n, num_heads], of what the blocks hold."""
-        generations = self._pools.of(group).generations(block_ids)
         num_heads = sums.shape[1]
-        seeds = block_digest.seeds(self._incarnation, block_ids, generations, num_heads)
+        seeds = self._seeds(group, block_ids, num_heads)
         # Nobody needs them as ints before a reader is told of them.
         values = block_digest.digests(sums, seeds).ravel().data
         return [values[i : i + num_heads] for i in range(0, len(values), num_heads)]
+
+    def _seeds(self, group: int, block_ids: Seq[int], num_heads: int) -> Uint64Array:
+        generations = self._pools.of(group).generations(block_ids)
+        return block_digest.seeds(self._incarnation, block_ids, generations, num_heads)
 
     def seal_computed(
         self, sequence: Sequence, *, with_digests: bool, sums: PendingSums | None = None
@@ -227,6 +281,8 @@ class Sealer:
         `sums`: of what the blocks hold, where they are known.
         """
         corrupt = Corrupt(group, [], set())
+        if sums is not None:
+            block_ids = sums.unchecked(group, block_ids)
         known = self._pools.of(group).digests(block_ids)
         checked = list(known)
         if not checked:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 _SCHEMA = b"baton.block.v2"
@@ -18,6 +19,9 @@ PREFIX_STRIDE_TOKENS = 256
 
 
 _TAG = struct.Struct("<4sQ")
+_BLOCKS_A_RUN = 16
+_MOST_RUNS = 4096
+"""Of a million tokens, in blocks of 16: ten megabytes."""
 
 
 def _tagged(tag: bytes, value: bytes) -> bytes:
@@ -60,6 +64,41 @@ def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> li
     return hashes
 
 
+class KnownHashes:
+    """`chain_hashes`, looked up where the same tokens stood behind the same parent before: a prompt
+    that goes on from another has most of its blocks in common with it.
+
+    What was looked up last is kept; tokens are compared, all of them.
+    """
+
+    def __init__(self, most_runs: int = _MOST_RUNS) -> None:
+        self._most_runs = most_runs
+        self._runs: OrderedDict[tuple[int, bytes, bytes], list[bytes]] = OrderedDict()
+        """Block size, parent, and tokens of so many blocks → their hashes."""
+
+    def chain(self, parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+        """As `chain_hashes`."""
+        hashes: list[bytes] = []
+        num_tokens, runs = _BLOCKS_A_RUN * block_size, self._runs
+        end = len(token_ids) - len(token_ids) % num_tokens
+        tokens = array("I", token_ids[:end])
+        data, num_bytes = tokens.tobytes(), num_tokens * tokens.itemsize
+        for number, start in enumerate(range(0, len(data), num_bytes)):
+            key = (block_size, parent, data[start : start + num_bytes])
+            run = runs.get(key)
+            if run is None:
+                first = number * num_tokens
+                run = chain_hashes(parent, tokens[first : first + num_tokens], block_size)
+                runs[key] = run
+                if len(runs) > self._most_runs:
+                    runs.popitem(last=False)
+            else:
+                runs.move_to_end(key)
+            hashes += run
+            parent = run[-1]
+        return hashes + chain_hashes(parent, token_ids[end:], block_size)
+
+
 def stride_blocks(block_size: int) -> int:
     """Blocks from one hash that the directory lists to the next."""
     return max(1, PREFIX_STRIDE_TOKENS // block_size)
@@ -70,7 +109,9 @@ def is_boundary(index: int, block_size: int) -> bool:
     return (index + 1) % stride_blocks(block_size) == 0
 
 
-def boundary_hashes(root: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+def boundary_hashes(
+    root: bytes, token_ids: Sequence[int], block_size: int, known: KnownHashes | None = None
+) -> list[bytes]:
     """Those hashes of a prompt's blocks that the directory lists, in order."""
-    stride = stride_blocks(block_size)
-    return chain_hashes(root, token_ids, block_size)[stride - 1 :: stride]
+    stride, chain = stride_blocks(block_size), chain_hashes if known is None else known.chain
+    return chain(root, token_ids, block_size)[stride - 1 :: stride]

@@ -72,3 +72,9 @@ def digests(sums: Uint64Array, seed: Uint64Array) -> Uint64Array:
     """[n, num_heads] uint64 from sums and seeds of the same shape."""
     with np.errstate(over="ignore"):
         return sums + seed
+
+
+def sums(digest: Uint64Array, seed: Uint64Array) -> Uint64Array:
+    """[n, num_heads] uint64: what blocks must sum to that have these digests."""
+    with np.errstate(over="ignore"):
+        return digest - seed

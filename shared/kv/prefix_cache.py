@@ -94,7 +94,30 @@ class PrefixCache:
         hashes: of the prompt's blocks that may be used. Token ids are compared too, so that a hash
         collision cannot serve another prompt's blocks.
         """
-        node = self._deepest(hashes, token_ids)
+        return self.depth(self.walk(hashes, token_ids))
+
+    def walk(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> list[Node]:
+        """The deepest prefix that another prompt had, as far as is known here, block by block (of
+        groups that read everything they are all there). Arguments as of `match`."""
+        nodes: list[Node] = []
+        tokens, block_size = tuple(token_ids), self._block_size
+        first, anchors = 0, self._anchors
+        for node in map(self._nodes.get, hashes):
+            if node is None:
+                break
+            end = first + block_size
+            # As `_may_have_tokens` and `_is_anchor`: a prompt may have thousands of blocks.
+            if node.token_ids and node.token_ids != tokens[first:end]:
+                break
+            if NO_BLOCK in map(node.blocks.__getitem__, anchors):
+                break
+            nodes.append(node)
+            first = end
+        return nodes
+
+    def depth(self, nodes: Sequence[Node]) -> int:
+        """Blocks of the deepest hit among those of a `walk`."""
+        node = nodes[-1] if nodes else None
         while node is not None:
             gap = self._gap(node)
             if gap is None:
@@ -102,25 +125,6 @@ class PrefixCache:
             # No hit between the two is valid either.
             node = gap.parent
         return 0
-
-    def seen(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> tuple[int, bool]:
-        """Blocks of the deepest prefix that another prompt had, as far as is known here (of groups
-        that read everything they are all there), and whether that one goes on differently."""
-        node = self._deepest(hashes, token_ids)
-        return (0, False) if node is None else (node.index + 1, bool(node.children))
-
-    def _deepest(self, hashes: Sequence[bytes], token_ids: Sequence[int]) -> Node | None:
-        node = None
-        for chain_hash in hashes:
-            following = self._nodes.get(chain_hash)
-            if (
-                following is None
-                or not self._is_anchor(following)
-                or not self._may_have_tokens(following, token_ids)
-            ):
-                break
-            node = following
-        return node
 
     def find(self, chain_hash: bytes, group: int, token_ids: Sequence[int]) -> int:
         """The block of one group that ends this prefix of `token_ids`, or NO_BLOCK."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from baton.shared.kv.block_hash import (
     PREFIX_STRIDE_TOKENS,
+    KnownHashes,
     block_hash,
     boundary_hashes,
     chain_hashes,
@@ -119,6 +120,24 @@ def test_the_listed_hashes_are_those_at_boundaries(block_size: int) -> None:
     listed = [each for index, each in enumerate(hashes) if is_boundary(index, block_size)]
     assert boundary_hashes(root, tokens, block_size) == listed
     assert len(listed) == 1100 // max(PREFIX_STRIDE_TOKENS, block_size)
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), max_size=200), max_size=8),
+    most_runs=st.integers(0, 3),
+)
+def test_hashes_that_are_known_are_those_that_are_made(
+    prompts: list[list[int]], most_runs: int
+) -> None:
+    root, known = root_hash("x"), KnownHashes(most_runs)
+    for prompt in prompts:
+        for start in (0, BLOCK_SIZE):
+            made = chain_hashes(root, prompt[start:], BLOCK_SIZE)
+            assert known.chain(root, prompt[start:], BLOCK_SIZE) == made
+            assert known.chain(root, tuple(prompt[start:]), 1) == chain_hashes(
+                root, prompt[start:], 1
+            )
+    assert len(known._runs) <= most_runs
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**32])

@@ -114,6 +114,25 @@ def test_all_chunks_of_a_step_are_started_at_once(bench: SumsBench) -> None:
     bench.check_digests([*tables[0][:2], tables[1][0]])
 
 
+def test_a_cached_block_that_is_spoiled_ends_only_whose_prompt_has_it(bench: SumsBench) -> None:
+    prompts = PROMPT[:9], PROMPT[9:18]
+    for number, prompt in enumerate(prompts):
+        bench.start(number, prompt, sampling(number, 1))
+    bench.run()
+    launches = bench.runner.log.count("launch")
+    first, second = (
+        bench.start(number + 2, (*prompt, 7), sampling(number, 2))
+        for number, prompt in enumerate(prompts)
+    )
+    while bench.runner.log.count("launch") == launches:
+        bench.step()
+    assert first.num_cached_tokens == second.num_cached_tokens == 8
+    bench.cache.tensors[0][first.block_tables[0][1]].add_(1.0)
+    bench.run()
+    assert isinstance(bench.failures[2], DigestMismatch) and not bench.tokens[2]
+    assert len(bench.tokens[3]) == 2 and 3 not in bench.failures
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_sums_of_a_sequence_that_was_cancelled_are_nobodys(
     bench: SumsBench, num_steps: int
