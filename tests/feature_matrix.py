@@ -28,7 +28,7 @@ from baton.services.worker import messages as msg
 from baton.services.worker.__main__ import parse_args as worker_args
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
-from baton.shared.engine import model_runner
+from baton.shared.engine import device_choices
 from baton.shared.engine.config import DEVICES, DTYPES, QUANTIZATIONS
 from baton.shared.engine.models import quantization, registry
 from baton.shared.engine.plain_loop import PlainLoop
@@ -62,7 +62,7 @@ GUESS = 50
 DEVICE_NAMES = {
     "cpu": "a CPU, with torch",
     "cuda": "NVIDIA GPUs of compute capability {}.{} or newer, with Triton and CUDA graphs".format(
-        *model_runner._MIN_CAPABILITY
+        *device_choices.MIN_CAPABILITY
     ),
 }
 ROLES = ("prefill", "decode")
@@ -224,7 +224,7 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     of = [(where, make(NUM_BLOCKS, **KINDS[where])) for where in KINDS]
     rows[GPU] = [
-        cell(where, GPU, model_runner._why_not_with_triton(runner.model_config) is None)
+        cell(where, GPU, device_choices.why_not_with_triton(runner.model_config) is None)
         for where, runner in of
     ]
     rows[GRAPHS] = [cell(where, GRAPHS, runner._implementation.has_graphs) for where, runner in of]

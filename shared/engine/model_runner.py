@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,11 +17,18 @@ from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockS
 from baton.shared.engine.config import (
     AUTO,
     HOST_TOKEN_BUDGET,
-    DeviceError,
     EngineConfig,
     most_checkpoints,
     most_model_len,
     most_num_seqs,
+)
+from baton.shared.engine.device_choices import (
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    describe_numerics,
+    make_operations,
+    why_not_with_triton,
 )
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.executor import BegunStep, Copied, Executor, Model, Step, StepCounts
@@ -44,12 +50,18 @@ from baton.shared.engine.model_digest import (
     identify_model,
 )
 from baton.shared.engine.model_loader import ModelPlan
-from baton.shared.engine.models.mamba_config import HybridConfig
-from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
+from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.rope_config import describe_choices
 from baton.shared.engine.operations import Operations
-from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.shaping import History
+from baton.shared.engine.token_budgets import (
+    MEASURED_TOKENS,
+    PACKED_TOKENS,
+    TOKEN_BUDGETS,
+    choose_budgets,
+    long_steps,
+    packed_steps,
+)
 from baton.shared.engine.weights import DummyWeights
 from baton.shared.kv.arrangement import Arrangement, arrange
 from baton.shared.kv.block_pool import NO_BLOCK
@@ -59,7 +71,6 @@ from baton.shared.kv.cache_spec import (
     Full,
     Latent,
     Sliding,
-    State,
     in_float8,
 )
 from baton.shared.kv.drawn import Drawn
@@ -70,25 +81,11 @@ from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _FLOAT8 = torch.float8_e4m3fn
 _MOST_FORCED_ON_HOST = 16
-_TOKEN_BUDGETS = (512, 1024, 2048, 4096)
-_MEASURED_TOKENS = 8192
 MOST_CAPTURED_TOKENS = 2048
 """Of a step that comes from a graph; longer ones keep a GPU busy for as long as launching takes."""
-_PACKED_TOKENS = 256
-"""Of short prompts."""
-_GOOD_ENOUGH, _GOOD_ENOUGH_FOR_A_BACKLOG = 0.95, 0.99
-"""The smallest token budget with so much of the best throughput is taken: steps stay short."""
-_MIN_CAPABILITY = (8, 0)
 _WORD_BYTES = 4
-_MOST_WITH_TRITON = {"vocab_size": 1 << 20, "hidden_size": 1 << 14, "head_dim": 512}
-"""Of the model's fields, what kernels take: sampling.py, rms_norm.py, the attentions."""
 
 
 class ModelRunner:
@@ -145,11 +142,11 @@ class ModelRunner:
         # What cache and rope are made for, and until the pools are known the longest sequence.
         self._most_tokens = most_model_len(config, self.model_config.max_position_embeddings)
         self.max_model_len = self._most_tokens
-        self.device = _device(config.device)
-        self.dtype = _dtype(config.dtype, self.device)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.dtype, self.device)
         specs = _cache_specs(self.model_config, config.kv_cache_dtype)
         self.cache_dtype = _FLOAT8 if config.kv_cache_dtype == "fp8" else self.dtype
-        self.kernels = _kernels(config.kernels, self.device, self.model_config)
+        self.kernels = choose_kernels(config.kernels, self.device, self.model_config)
         self.model_impl = self._implementation.name
         if self.device.type == "cuda" and not self._implementation.has_graphs:
             self.model_impl += " (eager steps)"
@@ -182,7 +179,7 @@ class ModelRunner:
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         _check_blocks(self.arrangement, config.block_size)
-        self._ops = _operations(
+        self._ops = make_operations(
             self.kernels, self.device, self.dtype, self.model_config, self.cache_dtype
         )
 
@@ -346,12 +343,12 @@ class ModelRunner:
             small += " and activations"
         made = self.quantization or ""
         kept = "" if self.kv_cache_dtype == AUTO else f"keys and values in {self.kv_cache_dtype}"
-        parts = (_numerics(self.device, self.kernels), whose, choices, small, made, kept)
+        parts = (describe_numerics(self.device, self.kernels), whose, choices, small, made, kept)
         return " ".join(part for part in parts if part)
 
     @property
     def _most_tokens_of_a_step(self) -> int:
-        largest = _TOKEN_BUDGETS[-1] if self.device.type == "cuda" else HOST_TOKEN_BUDGET
+        largest = TOKEN_BUDGETS[-1] if self.device.type == "cuda" else HOST_TOKEN_BUDGET
         return self._config.token_budget or largest
 
     @property
@@ -384,10 +381,10 @@ class ModelRunner:
         )
 
     def _draft_operations(self, model: ModelConfig) -> Operations:
-        problem = _why_not_with_triton(model) if self.kernels == "triton" else None
+        problem = why_not_with_triton(model) if self.kernels == "triton" else None
         if problem is not None:
             raise ModelError(f"draft_model: {self._config.draft_model_dir}: {problem}")
-        return _operations(self.kernels, self.device, self.dtype, model, self.dtype)
+        return make_operations(self.kernels, self.device, self.dtype, model, self.dtype)
 
     def _choose_pools(self, used_bytes: int, progress: Progress) -> None:
         sizes = PoolSizes(
@@ -466,8 +463,8 @@ class ModelRunner:
         if self._config.token_budget is not None:
             return [self._config.token_budget]
         if self._captures_prompts:
-            return [budget for budget in _TOKEN_BUDGETS if budget <= MOST_CAPTURED_TOKENS]
-        return _TOKEN_BUDGETS
+            return [budget for budget in TOKEN_BUDGETS if budget <= MOST_CAPTURED_TOKENS]
+        return TOKEN_BUDGETS
 
     @property
     def _captures(self) -> bool:
@@ -602,12 +599,12 @@ class ModelRunner:
                 self._executor.capture_prompts(min(max(usable), MOST_CAPTURED_TOKENS))
             # All at the clock of a GPU that is warm: the first ones would be measured too fast.
             for budget in usable:
-                self._sustained_rate(_long_steps(min(_MEASURED_TOKENS, limit), budget))
+                self._sustained_rate(long_steps(min(MEASURED_TOKENS, limit), budget))
             rates = {
                 budget: (
-                    self._sustained_rate(_long_steps(min(_MEASURED_TOKENS, limit), budget)),
+                    self._sustained_rate(long_steps(min(MEASURED_TOKENS, limit), budget)),
                     self._sustained_rate(
-                        _packed_steps(min(_PACKED_TOKENS, limit), budget, self.max_num_seqs)
+                        packed_steps(min(PACKED_TOKENS, limit), budget, self.max_num_seqs)
                     ),
                 )
                 for budget in usable
@@ -661,189 +658,6 @@ class ModelRunner:
         return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
 
 
-def choose_budgets(rates: Mapping[int, Sequence[float]]) -> tuple[int, int]:
-    """The tokens of a usual step, and of one where prompts have queued up.
-
-    `rates`: by token budget, prompt tokens per second of each kind of load.
-    """
-    best = [max(each) for each in zip(*rates.values(), strict=True)]
-    shares = {
-        budget: min(rate / most for rate, most in zip(of_budget, best, strict=True))
-        for budget, of_budget in rates.items()
-    }
-    # Of no budget both rates may be the best ones.
-    most = max(shares.values())
-
-    def smallest(share: float) -> int:
-        return min(budget for budget, own in shares.items() if own >= share * most)
-
-    return smallest(_GOOD_ENOUGH), smallest(_GOOD_ENOUGH_FOR_A_BACKLOG)
-
-
-def _long_steps(num_tokens: int, budget: int) -> list[list[range]]:
-    """One long prompt in steps of so many tokens."""
-    starts = range(0, num_tokens, budget)
-    return [[range(start, min(start + budget, num_tokens))] for start in starts]
-
-
-def _packed_steps(num_tokens: int, budget: int, most_rows: int) -> list[list[range]]:
-    """Short prompts, as many in each step as its budget takes, and as many tokens in all as the
-    long prompt has."""
-    num_rows = min(max(budget // num_tokens, 1), most_rows)
-    num_steps = max(_MEASURED_TOKENS // (num_rows * num_tokens), 1)
-    return [[range(min(num_tokens, budget))] * num_rows] * num_steps
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise DeviceError("device: cuda was asked for, but torch finds no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return _DTYPES[name]
-
-
-def _kernels(name: str, device: torch.device, model: ModelConfig) -> str:
-    """'torch' or 'triton'. DeviceError when Triton was named and cannot be had."""
-    if name == "torch" or (name == "auto" and device.type == "cpu"):
-        return "torch"
-    problem = _why_no_triton(device) or _why_not_with_triton(model)
-    if problem is None:
-        return "triton"
-    if name == "triton":
-        raise DeviceError(f"kernels: triton was asked for, but {problem}")
-    if any(layer.latent is not None for layer in model.attentions):
-        raise DeviceError(
-            f"kernels: {problem}; set kernels to torch for the reference, which is slow on a GPU"
-        )
-    log_event(
-        logger,
-        logging.WARNING,
-        "kernels are the torch reference, which is slow on a GPU",
-        message=problem,
-    )
-    return "torch"
-
-
-def _why_no_triton(device: torch.device) -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if device.type == "cpu":
-        # The interpreter computes on the CPU what the kernels would: for tests.
-        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if is_interpreted else "the device is a CPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _MIN_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return (
-            f"{name} has compute capability {capability[0]}.{capability[1]}, "
-            f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} is needed"
-        )
-    return None
-
-
-def _why_not_with_triton(model: ModelConfig) -> str | None:
-    for spec in model.cache_specs:
-        if isinstance(spec, Latent):
-            from baton.kernels.latent_attention import why_no_latents
-
-            if (problem := why_no_latents(spec.rank, spec.rope_dim)) is not None:
-                return problem
-        elif isinstance(spec, State):
-            from baton.kernels.gated_delta import why_no_delta
-
-            for tensor in spec.tensors:
-                if tensor.name == "delta" and (problem := why_no_delta(*tensor.shape[1:])):
-                    return problem
-        elif spec is not None and not isinstance(spec, Full | Sliding):
-            return f"its kernels know no layers that cache {type(spec).__name__}"
-    if isinstance(model, HybridConfig):
-        from baton.kernels.gated_norm import why_no_gated_norm
-
-        own = model.mamba
-        if own.has_norm and (problem := why_no_gated_norm(own.inner_size // own.num_groups)):
-            return problem
-    for field, most in _MOST_WITH_TRITON.items():
-        value = getattr(model, field)
-        if value > most:
-            return f"the model's {field} is {value}, and its kernels take {most} at most"
-    return None
-
-
-def _operations(
-    kernels: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    model: ModelConfig,
-    cache_dtype: torch.dtype,
-) -> Operations:
-    if kernels == "torch":
-        return ReferenceOperations(keeps_small=device.type == "cpu" and dtype == torch.bfloat16)
-    from baton.shared.engine.triton_operations import TritonOperations
-
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability == (9, 0) and (problem := _why_not_hopper(model, cache_dtype)):
-        log_event(
-            logger,
-            logging.WARNING,
-            "long prompts are computed by the slower kernel of attention",
-            message=problem,
-        )
-    if problem := _why_not_expanded(model):
-        log_event(
-            logger,
-            logging.WARNING,
-            "long prompts are computed by the slower form of latent attention",
-            message=problem,
-        )
-    return TritonOperations(
-        overlaps=capability >= (9, 0),
-        keeps_small=dtype != torch.float32,
-        takes_float8=capability >= (8, 9),
-        quantises_inputs=capability >= (9, 0) and dtype != torch.float32,
-    )
-
-
-def _why_not_hopper(model: ModelConfig, cache_dtype: torch.dtype) -> str:
-    """What keeps layers from the faster kernel; empty: nothing."""
-    if cache_dtype == _FLOAT8:
-        return "keys and values are kept in 8 bits, and the faster one takes 16"
-    from baton.kernels.prefill_attention import why_not_hopper
-
-    kinds = {
-        (_head_dim_of_prompts(layer), layer.window or 0, layer.soft_cap)
-        for layer in model.attentions
-    }
-    has_sinks = model.style.has_sinks
-    found = [why_not_hopper(*kind, has_sinks=has_sinks) for kind in kinds]
-    reasons = {reason for reason in found if reason is not None}
-    return "; ".join(sorted(reasons))
-
-
-def _why_not_expanded(model: ModelConfig) -> str:
-    """What keeps layers with latents from it; empty: nothing."""
-    from baton.kernels.latent_expand import why_never_expanded
-
-    kinds = {(layer.latent, layer.head_dim) for layer in model.attentions}
-    found = [
-        why_never_expanded(latent.rank, rope_dim, latent.key_dim, latent.value_dim)
-        for latent, rope_dim in kinds
-        if latent is not None
-    ]
-    return "; ".join(sorted({reason for reason in found if reason is not None}))
-
-
-def _head_dim_of_prompts(layer: AttentionConfig) -> int:
-    """With latents, of expanded keys."""
-    return layer.head_dim + (0 if layer.latent is None else layer.latent.key_dim)
-
-
 def _check_blocks(arrangement: Arrangement, block_size: int) -> None:
     """ModelError: a block is not made of whole words, of which digests are."""
     for num_bytes in arrangement.block_bytes:
@@ -879,12 +693,3 @@ def _describe_length(choice: PoolChoice, most_tokens: int) -> str:
         f"max_model_len auto: {choice.max_model_len} of {most_tokens} tokens, "
         f"the longest sequence that the block pools hold: {choice.limit}"
     )
-
-
-def _numerics(device: torch.device, kernels: str) -> str:
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    return f"torch {torch.__version__} {where} {kernels}"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from baton.shared.engine import model_runner
+from baton.shared.engine import device_choices
 from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
@@ -48,7 +48,7 @@ def main(model_dir: str, dtype: str) -> None:
         return kernel
 
     JITFunction._do_compile = note
-    model_runner._why_no_triton = lambda _: None  # type: ignore[assignment]
+    device_choices.why_no_triton = lambda _: None  # type: ignore[assignment]
     with recording(90), torch.inference_mode():
         runner = _ready(model_dir, dtype)
         num_known = len(noted)

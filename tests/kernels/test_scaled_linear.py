@@ -25,7 +25,7 @@ from baton.kernels.reference_scaled import (
 from baton.kernels.scaled_linear import scaled_linear, scaled_product
 from baton.kernels.scaled_table import ROWS, ScaledConfig, choose
 from baton.kernels.small_linear import FewConfig, SmallWeight, small_linear
-from baton.shared.engine import model_runner, triton_operations
+from baton.shared.engine import device_choices, triton_operations
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.quantised.stored import StoredLinear, pack_stored, scaled
 from baton.shared.engine.quantised.weight import QuantisedWeight
@@ -323,7 +323,7 @@ def test_a_model_with_small_inputs(
             "TritonOperations",
             lambda **options: ours(keeps_small=True, takes_float8=True),
         )
-    monkeypatch.setattr(model_runner, "ReferenceOperations", lambda **options: theirs())
+    monkeypatch.setattr(device_choices, "ReferenceOperations", lambda **options: theirs())
     dtype = "bfloat16" if device.type == "cuda" else "float16"
     runner = make("triton", device, dtype=dtype)
     reference = make("torch", torch.device("cpu"))

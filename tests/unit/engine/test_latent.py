@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baton.kernels.reference import plan_attention
-from baton.shared.engine import model_runner
+from baton.shared.engine import device_choices
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import DeviceError, EngineConfig
 from baton.shared.engine.linear import Ranks
@@ -116,11 +116,11 @@ def test_what_no_kernel_takes_is_refused_on_a_gpu(
     fields = {"model_type": "kimi_k2", "kv_lora_rank": 640}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     _, config = load_model_config(tmp_path)
-    monkeypatch.setattr(model_runner, "_why_no_triton", lambda _: None)
+    monkeypatch.setattr(device_choices, "why_no_triton", lambda _: None)
     for asked in ("auto", "triton"):
         with pytest.raises(DeviceError, match="latents have 640 numbers, .* take 512"):
-            model_runner._kernels(asked, torch.device("cuda"), config)
-    assert model_runner._kernels("torch", torch.device("cuda"), config) == "torch"
+            device_choices.choose_kernels(asked, torch.device("cuda"), config)
+    assert device_choices.choose_kernels("torch", torch.device("cuda"), config) == "torch"
 
 
 def test_prompts_that_take_the_slower_form_are_named(
@@ -131,12 +131,12 @@ def test_prompts_that_take_the_slower_form_are_named(
         (tmp_path / "config.json").write_text(json.dumps(fields))
         _, config = load_model_config(tmp_path)
         caplog.clear()
-        model_runner._operations(
+        device_choices.make_operations(
             "triton", torch.device("cpu"), torch.bfloat16, config, torch.bfloat16
         )
         warned = "slower form of latent attention" in caplog.text
         assert warned == bool(reason)
-        assert model_runner._why_not_expanded(config).startswith(reason)
+        assert device_choices.why_not_expanded(config).startswith(reason)
 
 
 def test_blocks_that_are_not_whole_words_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from baton.shared.engine import model_runner
+from baton.shared.engine import device_choices
 from baton.shared.engine.config import DeviceError
 from baton.shared.engine.models.mamba_config import HybridConfig
 from baton.shared.engine.models.registry import load_model_config
@@ -152,11 +152,11 @@ def test_patterns_are_spelled_in_several_ways(tmp_path: Path) -> None:
 def test_groups_that_no_kernel_normalises_are_refused_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_runner, "_why_no_triton", lambda _: None)
+    monkeypatch.setattr(device_choices, "why_no_triton", lambda _: None)
     device = torch.device("cuda")
     wide = {"hidden_size": 16384, "num_heads": 512, "head_dim": 64}
     config = read(tmp_path, "mamba2", {**wide, "n_groups": 2})
-    assert model_runner._kernels("triton", device, config) == "triton"
+    assert device_choices.choose_kernels("triton", device, config) == "triton"
     config = read(tmp_path, "mamba2", {**wide, "n_groups": 1})
     with pytest.raises(DeviceError, match="32768 numbers are normalised together, .* take 16384"):
-        model_runner._kernels("triton", device, config)
+        device_choices.choose_kernels("triton", device, config)

@@ -9,7 +9,7 @@ import pytest
 
 from baton.services.prefill.scheduler import choose_chunks
 from baton.services.prefill.token_budget import TokenBudget
-from baton.shared.engine.model_runner import choose_budgets
+from baton.shared.engine.token_budgets import choose_budgets
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
 
