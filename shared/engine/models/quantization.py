@@ -24,12 +24,14 @@ _BESIDE = "hf_quant_config.json"
 """Where ModelOpt says it, if not in config.json."""
 _MXFP4 = "mxfp4"
 _NVFP4_GROUP = 16
+_MIXED = "mixed-precision"
 _SCALED = ("naive-quantized", "int-quantized", "float-quantized")
 _FORMATS = (
     *_SCALED,
-    *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision"),
+    *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", _MIXED),
 )
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
+_OF_RUNS, _OF_ROWS = ("group", "tensor_group"), ("tensor", "channel")
 _NUMBERS = ("int8", "float8", "int4", "float4", "int2", "int3", "int5", "int6", "int7")
 _TOLD_BY_THE_TENSORS = """
     actorder global_compression_ratio observer observer_kwargs quantization_status scale_dtype
@@ -77,15 +79,20 @@ def _compressed_tensors(outer: Fields) -> Quantization:
     outer.only("transform_config", {})
     outer.get("kv_cache_scheme")
     rules = []
-    for group in outer.objects("config_groups").values():
+    groups = outer.objects("config_groups").values()
+    # Of several groups older files name one format for all, which need not be each one's.
+    of_all = form if len(groups) == 1 and form != _MIXED else None
+    for group in groups:
         group.only("format", *_FORMATS)
+        of_group = of_all if group.get("format") in (None, _MIXED) else group.string("format")
         inputs = _read_inputs(group.get("input_activations"))
         group.only("output_activations", because="what layers give is not quantised here")
         weights = group.object("weights")
         if weights is None:
             continue
         targets = _targets(group, "targets", EVERY_LINEAR)
-        rules.append(Rule(targets, replace(_read_weights(weights), inputs=inputs)))
+        scheme = replace(_read_weights(weights), inputs=inputs, form=of_group)
+        rules.append(Rule(targets, scheme))
         _skip(_TOLD_BY_THE_TENSORS, group, weights)
     ignored = _targets(outer, "ignore", ())
     _skip(_TOLD_BY_THE_TENSORS, outer)
@@ -102,12 +109,23 @@ def _read_weights(weights: Fields) -> Scheme:
     weights.only("dynamic", False)
     weights.only("strategy", *_STRATEGIES)
     has_blocks = weights.get("block_structure") is not None
+    strategy = None if weights.get("strategy") is None else weights.string("strategy")
+    if strategy == "block" and not has_blocks:
+        raise weights.error("block_structure", "missing, though strategy is block")
+    if strategy in _OF_RUNS and weights.get("group_size") in (None, -1):
+        said = shown(weights.get("group_size"))
+        raise weights.error("group_size", f"{said}, though strategy is {strategy}")
+    if strategy in _OF_ROWS and weights.get("group_size") not in (None, -1):
+        said = shown(weights.get("group_size"))
+        raise weights.error("group_size", f"{said}, though strategy is {strategy}")
     return Scheme(
         num_bits=bits,
         kind="int" if kind == "int" else "float",
         group_size=_read_group_size(weights, "group_size"),
         block=_read_block(weights, "block_structure") if has_blocks else None,
         is_symmetric=weights.boolean("symmetric", default=True),
+        is_ordered=weights.get("actorder") != "group",
+        strategy=strategy,
     )
 
 
@@ -156,7 +174,8 @@ def _modelopt(outer: Fields) -> Quantization:
     _skip(_HOW_IT_WAS_MADE, outer, inner)
     if is_of_8_bits:
         inputs = Inputs(kind="float", is_static=True)
-        return _for_all("modelopt", Scheme(num_bits=8, kind="float", inputs=inputs))
+        scheme = Scheme(num_bits=8, kind="float", inputs=inputs, strategy="tensor")
+        return _for_all("modelopt", scheme)
     return _for_all("modelopt", Scheme(num_bits=4, kind="float", group_size=_NVFP4_GROUP))
 
 
@@ -169,10 +188,14 @@ def _gptq(outer: Fields) -> Quantization:
     outer.only("pack_dtype", "int32")
     outer.only("dynamic", {}, because="one setting for all modules is read")
     stored = outer.get("checkpoint_format") or outer.get("format")
+    if outer.get("format") not in (None, stored):
+        other = shown(outer.get("format"))
+        raise outer.error("format", f"{other}, though checkpoint_format is {shown(stored)}")
     scheme = Scheme(
         num_bits=bits,
         group_size=_read_group_size(outer, "group_size"),
         is_symmetric=outer.boolean("sym", default=True),
+        is_ordered=not outer.boolean("desc_act", default=False),
     )
     _skip(_HOW_IT_WAS_MADE, outer)
     return Quantization(

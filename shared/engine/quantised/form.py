@@ -57,6 +57,27 @@ def read_scale(reader: TensorReader, name: str, because: str) -> Tensor:
     return scale
 
 
+def check_scales(
+    reader: TensorReader, name: str, scale: Tensor, largest: float, *, is_signed: bool = False
+) -> None:
+    """What codes of up to `largest` are multiplied by: numbers, not all of them zero, none so large
+    that a product is no number; below zero where it `is_signed`, as AutoRound makes them of whole
+    numbers around zero."""
+    check_finite(reader, name, scale)
+    if scale.is_meta:
+        return
+    numbers = scale.float()
+    least, most = float(numbers.min()), float(numbers.max())
+    if least < 0 and not is_signed:
+        raise reader.error(name, f"{least:.6g} where no scale may be below zero")
+    if not least and not most:
+        raise reader.error(name, "all scales are 0, and so were all of the weight")
+    largest_number = max(-least, most) * largest
+    if largest_number > torch.finfo(scale.dtype).max:
+        reason = f"of codes of up to {largest:g} a scale of {max(-least, most):.6g} makes no number"
+        raise reader.error(name, reason)
+
+
 def check_finite(reader: TensorReader, name: str, scale: Tensor) -> None:
     if not scale.is_meta and not bool(scale.isfinite().all()):
         raise reader.error(name, "holds what is no number")

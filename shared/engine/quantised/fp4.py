@@ -15,6 +15,7 @@ from baton.shared.engine.quantised.bits import nibbles
 from baton.shared.engine.quantised.form import (
     TensorReader,
     check_finite,
+    check_scales,
     num_groups,
     read_exponents,
     read_scale,
@@ -28,6 +29,7 @@ _TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
 _BITS = 5
 """Of these whole numbers."""
 _NV_GROUP, _MX_GROUP = 16, 32
+_GROUPS = {"nvfp4-pack-quantized": _NV_GROUP, "mxfp4-pack-quantized": _MX_GROUP}
 
 
 def holds(module: str, reader: TensorReader) -> bool:
@@ -44,6 +46,9 @@ def read(
         raise reader.error(name, f"floats of 4 bits where config.json says {scheme.numbers}")
     if scheme.group_size not in (_NV_GROUP, _MX_GROUP):
         raise reader.error(name, f"group_size {scheme.group_size} is neither 16 nor 32")
+    if scheme.form is not None and scheme.group_size != _GROUPS[scheme.form]:
+        is_for = f"{_GROUPS[scheme.form]}, as format {scheme.form} has it"
+        raise reader.error(name, f"group_size {scheme.group_size} is not {is_for}")
     because = f"config.json makes the weight {list(shape)} of 4 bits"
     packed = read_words(reader, name, (num_out, num_in // 2), "U8", because)
     of_groups = (num_out, num_groups(reader, scale_name, scheme, num_in))
@@ -79,6 +84,8 @@ def _nv_scale(module: str, shape: tuple[int, int], because: str, reader: TensorR
         raise reader.error(whole_name, f"shape {list(whole.shape)} is not [1]")
     if scale.is_meta:
         return scale
+    check_scales(reader, whole_name, whole, 1)
+    check_scales(reader, name, scale.float(), 1)
     scale = scale.float() * whole.float() if multiplies else scale.float() / whole.float()
     check_finite(reader, name, scale)
     return scale

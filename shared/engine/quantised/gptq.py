@@ -14,7 +14,7 @@ from torch import Tensor
 from baton.shared.engine.quantised.bits import num_words, unpack_columns, unpack_rows
 from baton.shared.engine.quantised.form import (
     TensorReader,
-    check_finite,
+    check_scales,
     num_groups,
     read_words,
 )
@@ -22,6 +22,8 @@ from baton.shared.engine.quantised.packed import read_group_of
 from baton.shared.engine.quantised.scheme import Scheme
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.weight_headers import FLOATS
+
+_WORD = 32
 
 
 def read(
@@ -43,26 +45,37 @@ def read(
     zeros = read_words(
         reader, f"{module}.qzeros", (count, num_words(num_out, bits)), "I32", because
     )
-    group_of = read_group_of(f"{module}.g_idx", num_in, count, reader)
+    group_of = read_group_of(f"{module}.g_idx", num_in, count, reader, scheme)
     if words.is_meta:
         return QuantisedWeight.on_paper(*shape, bits, count)
-    zero = unpack_columns(zeros, bits, num_out).to(torch.int16)
+    zero = _zeros(f"{module}.qzeros", zeros, num_out, scheme, reader, zeros_are_less_one)
     codes = unpack_rows(words, bits, num_in).t().contiguous()
-    zero += _missing(zero, scheme, zeros_are_less_one)
     return QuantisedWeight(
         codes, scale.t().contiguous(), bits, zero=zero.t().contiguous(), group_of=group_of
     )
 
 
-def _missing(zero: Tensor, scheme: Scheme, are_less_one: bool) -> int:
-    """What is to be added to stored zeros. Files lie about their format: of symmetric numbers it
-    is known where the zero must be, and so what the file holds."""
-    middle = 2 ** (scheme.num_bits - 1)
-    if scheme.is_symmetric and bool((zero == middle).all()):
-        return 0
-    if scheme.is_symmetric and bool((zero == middle - 1).all()):
-        return 1
-    return int(are_less_one)
+def _zeros(
+    name: str, words: Tensor, num_out: int, scheme: Scheme, reader: TensorReader, are_less_one: bool
+) -> Tensor:
+    """uint8 [groups, out]. Files lie about their format: of symmetric numbers it is known where the
+    zero must be, and so what the file holds."""
+    bits = scheme.num_bits
+    if not scheme.is_symmetric and are_less_one:
+        if _WORD % bits:
+            return unpack_columns(words, bits, num_out) + 1
+        # One is taken from each by a subtraction from words: a zero of 0 borrows from its neighbour
+        # what it gets back here.
+        words = words + sum(1 << at for at in range(0, _WORD, bits))
+    stored = unpack_columns(words, bits, num_out)
+    if not scheme.is_symmetric:
+        return stored
+    middle = 2 ** (bits - 1)
+    for zero in (middle, middle - 1):
+        if bool((stored == zero).all()):
+            return torch.full_like(stored, middle)
+    found = f"zeros {int(stored.min())} to {int(stored.max())}"
+    raise reader.error(name, f"{found} are neither {middle} nor {middle - 1}: config.json says sym")
 
 
 def read_scales(name: str, shape: tuple[int, int], scheme: Scheme, reader: TensorReader) -> Tensor:
@@ -72,5 +85,5 @@ def read_scales(name: str, shape: tuple[int, int], scheme: Scheme, reader: Tenso
         raise reader.error(name, f"dtype {header.dtype} is not one of {', '.join(FLOATS)}")
     because = f"config.json says group_size {scheme.group_size}"
     scale = read_words(reader, name, shape, header.dtype if header else "F16", because)
-    check_finite(reader, name, scale)
+    check_scales(reader, name, scale, 2**scheme.num_bits, is_signed=scheme.is_symmetric)
     return scale

@@ -15,6 +15,7 @@ from torch import Tensor
 from baton.shared.engine.quantised.bits import num_words, unpack_columns, unpack_rows
 from baton.shared.engine.quantised.form import (
     TensorReader,
+    check_scales,
     num_groups,
     read_scale,
     read_words,
@@ -41,9 +42,15 @@ def read(
     scale_name = f"{module}.weight_scale"
     count = num_groups(reader, scale_name, scheme, num_in)
     scale = read_scale(reader, scale_name, "the weight is packed")
-    if tuple(scale.shape) not in ((num_out, count), (1,) if count == 1 else ()):
+    check_scales(reader, scale_name, scale, 2**bits, is_signed=scheme.is_symmetric)
+    found = tuple(scale.shape)
+    if scheme.strategy == "tensor":
+        if scale.numel() != 1:
+            reason = f"shape {list(found)} is not [1]: strategy tensor of config.json"
+            raise reader.error(scale_name, reason)
+    elif found != (num_out, count) and (found, count, scheme.strategy) != ((1,), 1, None):
         expected = f"{[num_out, count]}: group_size {scheme.group_size} of config.json"
-        raise reader.error(scale_name, f"shape {list(scale.shape)} is not {expected}")
+        raise reader.error(scale_name, f"shape {list(found)} is not {expected}")
     scale = scale.view(-1, count)
     packed_zero = None
     if not scheme.is_symmetric:
@@ -54,7 +61,7 @@ def read(
             "I32",
             "config.json says that zeros are anywhere",
         )
-    group_of = read_group_of(f"{module}.weight_g_idx", num_in, count, reader)
+    group_of = read_group_of(f"{module}.weight_g_idx", num_in, count, reader, scheme)
     if words.is_meta:
         return QuantisedWeight.on_paper(*shape, bits, count)
     middle = 2 ** (bits - 1)
@@ -65,11 +72,14 @@ def read(
     return QuantisedWeight(codes, scale, bits, zero=zero, group_of=group_of)
 
 
-def read_group_of(name: str, num_in: int, count: int, reader: TensorReader) -> Tensor | None:
+def read_group_of(
+    name: str, num_in: int, count: int, reader: TensorReader, scheme: Scheme
+) -> Tensor | None:
     """The group of each column; None: they are in order, or there is no such tensor."""
-    header = reader.header(name)
-    if header is None:
-        return None
+    if reader.header(name) is None:
+        if scheme.is_ordered or count == 1:
+            return None
+        raise reader.error(name, "missing tensor, though config.json says groups have an order")
     group_of = read_words(reader, name, (num_in,), "I32", f"rows are of {num_in}")
     if group_of.is_meta:
         return None
@@ -79,6 +89,10 @@ def read_group_of(name: str, num_in: int, count: int, reader: TensorReader) -> T
         return None
     if int(group_of.min()) < 0 or int(group_of.max()) >= count:
         raise reader.error(name, f"names a group beside the {count} of the scales")
+    sizes = group_of.bincount(minlength=count)
+    if int(sizes.max()) > num_in // count:
+        largest, most = int(sizes.argmax()), int(sizes.max())
+        raise reader.error(name, f"group {largest} has {most} columns, not {num_in // count}")
     in_order = torch.arange(count, device=group_of.device).repeat_interleave(num_in // count)
     return None if torch.equal(group_of, in_order) else group_of
 

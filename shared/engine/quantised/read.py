@@ -62,6 +62,15 @@ _METHODS = {
     "qweight": ("gptq", "awq"),
 }
 """Whose tensors have which name."""
+_DTYPES = {
+    "naive-quantized": ("I8", "F8_E4M3"),
+    "int-quantized": ("I8",),
+    "float-quantized": ("F8_E4M3",),
+    "pack-quantized": ("I32",),
+    "nvfp4-pack-quantized": ("U8",),
+    "mxfp4-pack-quantized": ("U8",),
+}
+"""Of weights, by format."""
 
 
 def _scheme(module: str, suffix: str, reader: QuantisedReader) -> Scheme:
@@ -77,5 +86,9 @@ def _scheme(module: str, suffix: str, reader: QuantisedReader) -> Scheme:
     scheme = quantization.scheme(module)
     if scheme is None:
         reason = f"dtype {header.dtype}, but config.json's quantization_config leaves it out"
+        raise reader.error(name, reason)
+    if scheme.form is not None and header.dtype not in _DTYPES[scheme.form]:
+        fitting = " or ".join(_DTYPES[scheme.form])
+        reason = f"dtype {header.dtype}, where format {scheme.form} of config.json has {fitting}"
         raise reader.error(name, reason)
     return scheme

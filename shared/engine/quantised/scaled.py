@@ -1,7 +1,7 @@
 """8-bit numbers as they are, with scales beside them.
 
 weight                               int8 or float8 [out, in]
-weight_scale, weight_scale_inv       one, [out] or [out, 1], [out, groups] of equal runs, or
+weight_scale, weight_scale_inv       one, [out, 1], [out, groups] of equal runs, or
                                      [out / rows, in / columns] of blocks; despite its name the
                                      latter is multiplied
 weight_zero_point                    int8, as the scales
@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference_scaled import InputScheme
-from baton.shared.engine.quantised.form import TensorReader, check_finite, read_scale
+from baton.shared.engine.quantised.form import (
+    TensorReader,
+    check_finite,
+    check_scales,
+    num_groups,
+    read_scale,
+)
 from baton.shared.engine.quantised.scheme import Scheme
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.weight_headers import FLOATS
 
 _NUMBERS = {"I8": "int8", "F8_E4M3": "float8"}
+_LARGEST = {"I8": 255.0, "F8_E4M3": 448.0}
+_FEWEST = -128
+"""Of zeros; the most is 127."""
 _SCALES = ("weight_scale", "weight_scale_inv")
 _INPUT_SCALES = ("input_scale", "activation_scale")
 _BECAUSE = "the weight is of 8 bits"
@@ -44,7 +53,10 @@ def read(
     codes = reader.read(name, shape)
     by_row = [suffix for suffix in _SCALES if reader.header(f"{module}.{suffix}") is not None]
     scale_name = f"{module}.{(by_row or _SCALES)[0]}"
-    scale, group_of = _placed(_read_scale(scale_name, reader), scale_name, shape, scheme, reader)
+    stored = _read_scale(scale_name, reader)
+    is_signed = scheme.kind == "int" and scheme.is_symmetric
+    check_scales(reader, scale_name, stored, _LARGEST[header.dtype], is_signed=is_signed)
+    scale, group_of = _placed(stored, scale_name, shape, scheme, reader)
     zero = None
     if not scheme.is_symmetric:
         zero_name = f"{module}.weight_zero_point"
@@ -94,7 +106,14 @@ def _read_zero(name: str, reader: TensorReader) -> Tensor:
     if header is None or header.dtype not in ("I8", *FLOATS):
         found = "missing tensor" if header is None else f"dtype {header.dtype} is not I8"
         raise reader.error(name, f"{found}, though config.json says that zeros are anywhere")
-    return reader.read(name, header.shape)
+    zero = reader.read(name, header.shape)
+    if zero.is_meta or not zero.dtype.is_floating_point:
+        return zero
+    check_finite(reader, name, zero)
+    least, most = float(zero.min()), float(zero.max())
+    if least < _FEWEST or most >= -_FEWEST or bool((zero != zero.round()).any()):
+        raise reader.error(name, f"{least:g} to {most:g} are no zeros of int8")
+    return zero
 
 
 def _placed(
@@ -109,7 +128,7 @@ def _placed(
             name, f"shape {list(found)} does not fit a weight of {list(shape)}{expected}"
         )
 
-    if scheme.block is not None and of_groups.dim() == 2:
+    if scheme.block is not None:
         rows, columns = scheme.block
         if found != (-(-num_out // rows), -(-num_in // columns)):
             raise misfit(f" in blocks of {rows} x {columns}")
@@ -119,12 +138,14 @@ def _placed(
         if num_in % columns:
             group_of = torch.arange(num_in, device=of_groups.device) // columns
         return of_groups.repeat_interleave(rows, 0)[:num_out], group_of
-    if of_groups.numel() == 1 and of_groups.dim() <= 1:
+    if found in ((), (1,)) and scheme.strategy in (None, "tensor"):
         return of_groups.reshape(1, 1), None
-    if of_groups.dim() != 2 or found[0] != num_out or not found[1] or num_in % found[1]:
-        raise misfit("")
-    if scheme.group_size is not None and found[1] > 1:
-        size = num_in // found[1]
-        if size != scheme.group_size:
-            raise misfit(f" in groups of {scheme.group_size}, as config.json has it")
+    if scheme.strategy == "tensor":
+        if found != (1, 1):
+            raise misfit(" with one scale: strategy tensor of config.json")
+        return of_groups, None
+    count = num_groups(reader, name, scheme, num_in)
+    if found != (num_out, count):
+        told = f"strategy {scheme.strategy}, group_size {scheme.group_size} of config.json"
+        raise misfit(f", of which {[num_out, count]} does: {told}")
     return of_groups, None

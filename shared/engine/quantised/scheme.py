@@ -37,6 +37,12 @@ class Scheme:
     """Rows and columns that have a scale together."""
     is_symmetric: bool = True
     """There are no zeros but the middle of the range."""
+    is_ordered: bool = True
+    """Runs are of neighbours; else a tensor says which column is of which."""
+    strategy: str | None = None
+    """What shares a scale, as compressed-tensors calls it: tensor, channel, group, …"""
+    form: str | None = None
+    """The `format` of compressed-tensors."""
     inputs: Inputs | None = None
     """None: activations stay as they are."""
 

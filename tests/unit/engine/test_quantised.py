@@ -272,9 +272,13 @@ def gptq(
     """A module's tensors and its weight. `zero`: every one; None: anywhere."""
     codes = whole(0, 2**bits - 1, NUM_OUT, NUM_IN)
     zeros = whole(1, 2**bits - 1, NUM_OUT, 4, seed=1)
+    if 32 % bits == 0:
+        zeros[::16, :2] = 0  # Less one it borrows from its neighbour.
     if zero is not None:
         zeros = torch.full_like(zeros, zero)
     scale = rand(NUM_OUT, 4, seed=2).abs().half()
+    if zero is not None:
+        scale[::2] *= -1  # As AutoRound writes it.
     g_idx = torch.arange(NUM_IN) // 16
     if shuffled:
         g_idx = g_idx[torch.randperm(NUM_IN, generator=torch.Generator().manual_seed(3))]
@@ -444,7 +448,7 @@ def changed(case: str, **tensors: Tensor | None) -> dict[str, Tensor]:
         (
             changed("nvfp4", weight_global_scale=torch.zeros(1)),
             compressed(cases()["nvfp4"]),
-            "a.weight_scale: holds what is no number",
+            "a.weight_global_scale: all scales are 0",
         ),
         (
             changed("mxfp4", weight_scale=torch.full((24, 2), 255, dtype=torch.uint8)),
@@ -466,6 +470,76 @@ def changed(case: str, **tensors: Tensor | None) -> dict[str, Tensor]:
             gptq_fields(),
             "a.scales: dtype I32",
         ),
+        (
+            stored("fp8_channel")[0],
+            compressed(cases()["fp8_tensor"]),
+            r"a.weight_scale: shape \[24, 1\] does not fit .* with one scale: strategy tensor",
+        ),
+        (
+            stored("int4_channel")[0],
+            compressed({"num_bits": 4, "strategy": "tensor"}),
+            r"a.weight_scale: shape \[24, 1\] is not \[1\]: strategy tensor",
+        ),
+        (
+            stored("fp8_tensor")[0],
+            compressed(cases()["fp8_channel"]),
+            r"a.weight_scale: shape \[1\] does not fit .* of which \[24, 1\] does: strategy chan",
+        ),
+        (
+            stored("fp8_tensor")[0],
+            compressed(cases()["fp8_block"]),
+            r"a.weight_scale: shape \[1\] does not fit .* in blocks of 16 x 24",
+        ),
+        (
+            stored("int8")[0],
+            compressed({"num_bits": 8, "strategy": "group", "group_size": 16}),
+            r"a.weight_scale: shape \[24, 1\] does not fit .* \[24, 4\] does: .* group_size 16",
+        ),
+        (
+            stored("int4_group")[0],
+            compressed(INT4, format="nvfp4-pack-quantized"),
+            "a.weight_packed: dtype I32, where format nvfp4-pack-quantized .* has U8",
+        ),
+        (
+            stored("nvfp4")[0],
+            compressed(cases()["nvfp4"], format="mxfp4-pack-quantized"),
+            "a.weight_packed: group_size 16 is not 32, as format mxfp4-pack-quantized has it",
+        ),
+        (
+            changed("fp8_channel", weight_scale=-stored("fp8_channel")[0]["a.weight_scale"]),
+            compressed(cases()["fp8_channel"]),
+            "a.weight_scale: -0.00885.* where no scale may be below zero",
+        ),
+        (
+            changed("nvfp4", weight_global_scale=torch.tensor([-2.0])),
+            compressed(cases()["nvfp4"]),
+            "a.weight_global_scale: -2 where no scale may be below zero",
+        ),
+        (
+            changed("fp8_channel", weight_scale=torch.full((24, 1), 3e38)),
+            compressed(cases()["fp8_channel"]),
+            r"a.weight_scale: of codes of up to 448 a scale of 3e\+38 makes no number",
+        ),
+        (
+            changed("int8_zeros", weight_zero_point=torch.full((24, 1), 0.5)),
+            compressed(cases()["int8_zeros"]),
+            "a.weight_zero_point: 0.5 to 0.5 are no zeros of int8",
+        ),
+        (
+            stored("int4_group")[0],
+            compressed({**INT4, "actorder": "group"}),
+            "a.weight_g_idx: missing tensor, though config.json says groups have an order",
+        ),
+        (
+            {**gptq(zero=8)[0], "a.g_idx": torch.zeros(64, dtype=torch.int32)},
+            gptq_fields(),
+            "a.g_idx: group 0 has 64 columns, not 16",
+        ),
+        (
+            gptq()[0],
+            gptq_fields(),
+            "a.qzeros: zeros 0 to 15 are neither 8 nor 7: config.json says sym",
+        ),
     ],
 )
 def test_what_contradicts_the_config(
@@ -484,12 +558,21 @@ def test_what_contradicts_the_config(
         (gptq_fields(bits=5), "bits: must be 2, 3, 4 or 8, not 5"),
         (gptq_fields(checkpoint_format="marlin"), 'checkpoint_format: only "gptq" or "gptq_v2"'),
         (gptq_fields(dynamic={"-:lm_head": {}}), "dynamic: only {} is supported"),
+        (gptq_fields(format="gptq", checkpoint_format="gptq_v2"), 'format: "gptq", though chec'),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version: only"),
         ({"quant_method": "awq", "bits": 3}, "bits: only 4"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, 'quant_algo: only "FP8"'),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size: must be two"),
         (compressed({"num_bits": 9}), "config_groups.group_0.weights.num_bits: int9 is none of"),
         (compressed(INT4, format="marlin-24"), "format: only"),
+        (
+            compressed({**INT4, "strategy": "channel"}),
+            "config_groups.group_0.weights.group_size: 16, though strategy is channel",
+        ),
+        (
+            compressed({"num_bits": 4, "strategy": "group"}),
+            "config_groups.group_0.weights.group_size: null, though strategy is group",
+        ),
         (compressed(INT4, ignore=["re:("]), "ignore: .* is no regular expression"),
         (compressed(INT4, config_groups={}), "config_groups: names no weights"),
         (compressed(INT4, transform_config={"config_groups": {"a": {}}}), "transform_config: only"),
