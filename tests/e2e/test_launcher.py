@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def test_bad_model_is_one_line_and_nothing_listens(
     while launched.process.poll() is None:
         launched.pids()
         listened |= _answers(address)
+        time.sleep(0.02)
 
     assert launched.wait_exit() == 2
     assert re.match(f"baton( worker)?: {re.escape(names)}", launched.stderr)
