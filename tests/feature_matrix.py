@@ -30,6 +30,7 @@ from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine import device_choices
 from baton.shared.engine.config import DEVICES, DTYPES, QUANTIZATIONS
+from baton.shared.engine.model_runner import can_capture_prompts
 from baton.shared.engine.models import quantization, registry
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.engine.quantised import gguf
@@ -227,7 +228,7 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
         cell(where, GPU, device_choices.why_not_with_triton(runner.model_config) is None)
         for where, runner in of
     ]
-    rows[GRAPHS] = [cell(where, GRAPHS, runner._implementation.has_graphs) for where, runner in of]
+    rows[GRAPHS] = [in_graphs(runner) for _, runner in of]
     for name, how in ((SMALL, {"quantization": "int8"}), (SMALL_CACHE, {"kv_cache_dtype": "fp8"})):
         rows[name] = [cell(where, name, is_made_small(make, where, **how)) for where in KINDS]
     rows[HAND_OFF] = [cell(where, HAND_OFF, is_handed_over(make, where)) for where in KINDS]
@@ -236,6 +237,13 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
     # `make` refuses a runner of another class.
     rows[EXACT] = ["yes" for _ in KINDS]
     return rows
+
+
+def in_graphs(runner: Any) -> str:
+    """Which steps come from graphs."""
+    if not runner._implementation.has_graphs:
+        return "no"
+    return "yes" if can_capture_prompts(runner.groups) else "decode"
 
 
 def by_pairs(make: MakeRunner) -> dict[str, list[str]]:

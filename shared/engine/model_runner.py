@@ -472,9 +472,8 @@ class ModelRunner:
 
     @property
     def _captures_prompts(self) -> bool:
-        """Steps with prompt chunks: of layers that attend to keys and values."""
-        attend = all(isinstance(group.spec, Full | Sliding) for group in self.groups)
-        return self._captures and self._config.prompt_graphs and attend
+        """Steps with prompt chunks."""
+        return self._captures and self._config.prompt_graphs and can_capture_prompts(self.groups)
 
     def _make_scratch_executor(self, num_blocks: int, num_rows: int) -> Executor:
         """Over a cache of its own, with so many blocks in each pool; for so many rows."""
@@ -656,6 +655,11 @@ class ModelRunner:
             tables.append(list(range(taken[pool], taken[pool] + count)))
             taken[pool] += count
         return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
+
+
+def can_capture_prompts(groups: Sequence[CacheGroup]) -> bool:
+    """Of layers that attend to keys and values."""
+    return all(isinstance(group.spec, Full | Sliding) for group in groups)
 
 
 def _check_blocks(arrangement: Arrangement, block_size: int) -> None:
