@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference import Activation, activate
-from baton.kernels.state_plan import StatePlan
+from baton.kernels.state_plan import StandingPlan, StatePlan
 
 
 class Conv(NamedTuple):
@@ -42,7 +42,9 @@ def conv_places(num_heads: int, units: Sequence[int]) -> Tensor:
     return torch.cat(sections)
 
 
-def causal_conv(x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePlan) -> Tensor:
+def causal_conv(
+    x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePlan | StandingPlan
+) -> Tensor:
     """The convolution of every row's tokens, each element by itself in float32, the oldest token
     first: bits do not depend on the step.
 
@@ -55,6 +57,11 @@ def causal_conv(x: Tensor, conv: Conv, state: Tensor, layer: int, plan: StatePla
     Returns:
         A new tensor of x's shape and dtype; zeros in tokens of no row.
     """
+
+    def again(x: Tensor, plan: StandingPlan) -> Tensor:
+        return causal_conv(x, conv, state, layer, plan)
+
+    plan.note(again, x)
     num_before = state.shape[3]
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     places, own = conv.places.long(), state[:, :, layer]

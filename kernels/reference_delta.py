@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference import activate
-from baton.kernels.state_plan import StatePlan
+from baton.kernels.state_plan import StandingPlan, StatePlan
 
 UNIT_EPS = 1e-6
 """Added to the sum of squares of queries and keys."""
@@ -40,7 +40,7 @@ def gated_delta(
     gates: DeltaGates,
     state: Tensor,
     layer: int,
-    plan: StatePlan,
+    plan: StatePlan | StandingPlan,
 ) -> Tensor:
     """The rule over every row's tokens, one after another, each as if it were alone: bits depend on
     nothing else in the step. Rows of one token are computed together.
@@ -57,6 +57,11 @@ def gated_delta(
         [≥ T, num_value_heads, value_dim] of qkv's dtype; zeros in tokens of no row.
     """
     _, num_key_heads, _, num_each, key_dim, value_dim = state.shape
+
+    def again(qkv: Tensor, strength: Tensor, decay: Tensor, plan: StandingPlan) -> Tensor:
+        return gated_delta(qkv, strength, decay, gates, state, layer, plan)
+
+    plan.note(again, qkv, strength, decay)
     num_heads = num_key_heads * num_each
     inputs = _Inputs(qkv, strength, decay, gates, state)
     out = torch.zeros(len(qkv), num_heads, value_dim, device=qkv.device)

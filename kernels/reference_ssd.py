@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baton.kernels.state_plan import TILE_TOKENS, StatePlan, StateRow
+from baton.kernels.state_plan import TILE_TOKENS, StandingPlan, StatePlan, StateRow
 
 CHUNK = TILE_TOKENS
 """Tokens of a product of the chunked form."""
@@ -52,7 +52,12 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def ssd(
-    x: Tensor, dt: Tensor, weights: SsdWeights, state: Tensor, layer: int, plan: StatePlan
+    x: Tensor,
+    dt: Tensor,
+    weights: SsdWeights,
+    state: Tensor,
+    layer: int,
+    plan: StatePlan | StandingPlan,
 ) -> Tensor:
     """The recurrence, token by token.
 
@@ -65,6 +70,7 @@ def ssd(
     Returns:
         y [≥ T, H, head_dim], in x's dtype; zeros in tokens of no row.
     """
+    _note(x, dt, weights, state, layer, plan)
     states = state[:, :, layer]
     inputs = _Inputs(x, dt, weights, states)
     y = torch.zeros_like(inputs.x)
@@ -94,6 +100,7 @@ def ssd_in_chunks(
     x: Tensor, dt: Tensor, weights: SsdWeights, state: Tensor, layer: int, plan: StatePlan
 ) -> Tensor:
     """As `ssd`, up to CHUNK tokens of a row at once."""
+    _note(x, dt, weights, state, layer, plan)
     states = state[:, :, layer]
     inputs = _Inputs(x, dt, weights, states)
     y = torch.zeros_like(inputs.x)
@@ -103,6 +110,22 @@ def ssd_in_chunks(
             y[these], own = inputs.chunk(own, these)
             _store(states, row, these.stop, own)
     return y.to(x.dtype)
+
+
+def _note(
+    x: Tensor,
+    dt: Tensor,
+    weights: SsdWeights,
+    state: Tensor,
+    layer: int,
+    plan: StatePlan | StandingPlan,
+) -> None:
+    """Guesses that stand are gone through token by token, as others are that decode."""
+
+    def again(x: Tensor, dt: Tensor, plan: StandingPlan) -> Tensor:
+        return ssd(x, dt, weights, state, layer, plan)
+
+    plan.note(again, x, dt)
 
 
 def _begin(states: Tensor, row: StateRow, dtype: torch.dtype) -> Tensor:

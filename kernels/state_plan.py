@@ -8,6 +8,10 @@ tokens of a row may be wanted too: it goes to a slot of its own, whatever that h
 belong to no row are padding, and touch no slot; so do rows whose slot is NO_SLOT, which begin with
 zeros.
 
+A row's last tokens may be guesses. Then what the slot gets is the state before them, and a plan
+keeps what the operation was told of them (`note`): when it is known how many of them stand, these
+are gone through once more, from the slot on, and that is what the slot gets.
+
 An operation takes one of the layer's tensors, [num_slots + 1, heads, layers, …] (`KvCache.caches`),
 which of the layers it is, and a plan: `StatePlan` for the torch reference, which walks `rows`;
 `DeviceStatePlan` for kernels, which have one program, or several, a row of one token, and take the
@@ -16,8 +20,9 @@ others tile by tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -73,6 +78,10 @@ class StatePlan:
     """[R]"""
     kept: Sequence[Kept] = ()
     """By row, those of a row in the order of its tokens."""
+    num_guesses: Ints | None = None
+    """[R]: how many of each row's tokens, its last, are guesses; None: none are."""
+    noted: list[Callable[[StandingPlan], object]] = field(default_factory=list)
+    """Operations, to be done again over guesses that stand."""
 
     def rows(self) -> Iterator[StateRow]:
         for row, slot in enumerate(self.slots.tolist()):
@@ -80,8 +89,51 @@ class StatePlan:
             begins = not self.first_positions[row] or slot == NO_SLOT
             stores = [(each.num_tokens, each.slot) for each in self.kept if each.row == row]
             if slot != NO_SLOT:
-                stores.append((end - first, slot))
+                stores.append((end - first - self._num_guesses_of(row), slot))
             yield StateRow(slice(first, end), slot, begins, stores)
+
+    def _num_guesses_of(self, row: int) -> int:
+        return 0 if self.num_guesses is None else int(self.num_guesses[row])
+
+    def note(self, operation: Callable[..., object], *by_token: Tensor) -> None:
+        """`operation`, which was done over `by_token`, [≥ T, ...] each, and this plan: takes such
+        tensors and a plan. Of them the guesses' rows are kept, if there are any."""
+        if self.num_guesses is not None:
+            ends = self.query_start[1:].tolist()
+            places = [
+                place
+                for end, count in zip(ends, self.num_guesses.tolist(), strict=True)
+                for place in range(end - count, end)
+            ]
+            self.noted.append(partial(operation, *(each[places] for each in by_token)))
+
+    def settle(self, num_standing: Ints) -> None:
+        """Takes each row's slot through those of its guesses that stand, [R] of them."""
+        if self.num_guesses is None:
+            return
+        ends = np.cumsum(self.num_guesses)
+        rows = np.flatnonzero(num_standing)
+        starts = ends[rows] - self.num_guesses[rows]
+        for operation in self.noted:
+            operation(StandingPlan(starts, num_standing[rows], self.slots[rows]))
+        self.noted.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class StandingPlan:
+    """As `StatePlan`, of guesses that stand, among those that were noted. All int64 [R]."""
+
+    starts: Ints
+    num_tokens: Ints
+    slots: Ints
+
+    def rows(self) -> Iterator[StateRow]:
+        columns = (self.starts, self.num_tokens, self.slots)
+        for start, count, slot in zip(*(each.tolist() for each in columns), strict=True):
+            yield StateRow(slice(start, start + count), slot, False, [(count, slot)])
+
+    def note(self, operation: Callable[..., object], *by_token: Tensor) -> None:
+        """Nothing of it is a guess any more."""
 
 
 @dataclass(frozen=True, slots=True)

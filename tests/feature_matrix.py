@@ -130,7 +130,7 @@ FEATURES = {
 HAND_OFF, GPU, GRAPHS = "hand-off", "GPU kernels (Triton)", "CUDA graphs"
 SMALL, SMALL_CACHE = "`--quantization`", "`--kv-cache-dtype fp8`"
 EXACT = "[`exact`](docs/determinism.md) in float32 on a CPU"
-PLANNED = {("states", GPU), ("states", "guesses"), ("states", "prefix cache")}
+PLANNED = {("states", GPU), ("states", "prefix cache")}
 ABSENT = {
     "one model on several GPUs": ("parallel", "rank"),
     "adapters": ("lora", "adapter"),

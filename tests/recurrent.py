@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from baton.kernels.state_plan import StatePlan
+from baton.kernels.state_plan import StandingPlan, StatePlan
 from baton.shared.engine.linear import LinearSpec, Split
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import GatedMlp, Names, Piece, load_norm, parts
@@ -97,27 +97,8 @@ class RecurrentLayer:
     def query(self, hidden: Tensor, rope: Any, kv: dict[str, Tensor], plan: StatePlan) -> Tensor:
         values = self._ops.norm_linear(hidden, self._norm, self._values)
         values = values.view(len(hidden), self._heads, -1)
-        sums, befores = kv["sum"][:, :, self._place], kv["before"][:, :, self._place]
-        decays, mixed = _decays(self._heads), torch.zeros_like(values)
-        for tokens, slot, is_first, stores in plan.rows():
-            if is_first:
-                sums[slot] = befores[slot] = 0
-            total, wanted = sums[slot].clone(), {number for number, _ in stores}
-            kept_sums: dict[int, Tensor] = {}
-            for number, (token, value) in enumerate(
-                zip(mixed[tokens], values[tokens], strict=True), 1
-            ):
-                token.copy_(total.mul_(decays).add_(value))
-                if number in wanted:
-                    kept_sums[number] = total.clone()
-            kept = torch.cat((befores[slot].transpose(0, 1), values[tokens].to(befores.dtype)))
-            for back, weight in enumerate(_WEIGHTS_BEFORE, 1):
-                first = _NUM_BEFORE - back
-                mixed[tokens] += kept[first : len(kept) - back].float() * weight
-            for number, to in stores:
-                sums[to] = kept_sums[number]
-                befores[to] = kept[number : number + _NUM_BEFORE].transpose(0, 1)
-        return mixed
+        states = kv["sum"][:, :, self._place], kv["before"][:, :, self._place]
+        return _mix(values, *states, plan)
 
     def finish(
         self, hidden: Tensor, query: Tensor, kv: Any, plan: Any, extra: Tensor | None = None
@@ -125,6 +106,31 @@ class RecurrentLayer:
         assert extra is None
         hidden = self._ops.linear(query.reshape(len(hidden), -1), self._output, hidden)
         return self._mlp(hidden, self._mlp_norm, hidden)
+
+
+def _mix(values: Tensor, sums: Tensor, befores: Tensor, plan: StatePlan | StandingPlan) -> Tensor:
+    def again(values: Tensor, plan: StandingPlan) -> Tensor:
+        return _mix(values, sums, befores, plan)
+
+    plan.note(again, values)
+    decays, mixed = _decays(values.shape[1]), torch.zeros_like(values)
+    for tokens, slot, is_first, stores in plan.rows():
+        if is_first:
+            sums[slot] = befores[slot] = 0
+        total, wanted = sums[slot].clone(), {number for number, _ in stores}
+        kept_sums: dict[int, Tensor] = {}
+        for number, (token, value) in enumerate(zip(mixed[tokens], values[tokens], strict=True), 1):
+            token.copy_(total.mul_(decays).add_(value))
+            if number in wanted:
+                kept_sums[number] = total.clone()
+        kept = torch.cat((befores[slot].transpose(0, 1), values[tokens].to(befores.dtype)))
+        for back, weight in enumerate(_WEIGHTS_BEFORE, 1):
+            first = _NUM_BEFORE - back
+            mixed[tokens] += kept[first : len(kept) - back].float() * weight
+        for number, to in stores:
+            sums[to] = kept_sums[number]
+            befores[to] = kept[number : number + _NUM_BEFORE].transpose(0, 1)
+    return mixed
 
 
 def configure(fields: Fields) -> Config:

@@ -3,7 +3,8 @@
     prompt   ──── chunk ──── branch ──── chunk ──── last block edge ── rest ─►  first token
                                │                            │
     by the step itself, or copied where a chunk ends ───────┴──► sealed when the step has retired
-    answer   … one for its last block edge, in place of the one for the edge before: copied
+    answer   … one for its last block edge, in place of the one for the edge before: copied, and
+             sealed unless the part turns out to have ended before it, as guesses fell
 
 A state is kept in a slot that no sequence has; the least recently used checkpoint makes room. It is
 found by its prefix as blocks are (prefix_cache.py), with a digest of its own, and never written
@@ -152,7 +153,8 @@ class Checkpoints:
     def seal(self, part: Part, sums: PendingSums | None) -> None:
         """The part's blocks are sealed: so are the states that were kept of it."""
         for kept in part.kept:
-            self._seal(part, kept, sums)
+            if part.is_chunk or kept.position == part.sequence.num_computed_tokens:
+                self._seal(part, kept, sums)
 
     def _seal(self, part: Part, kept: KeptState, sums: PendingSums | None) -> None:
         sequence, index = part.sequence, kept.position // self._pools.block_size - 1

@@ -54,12 +54,17 @@ class Constraining:
         self._taken_s: dict[Sequence, float] = {}
 
     def add_forced(
-        self, parts: Seq[Part], extend: Callable[[Sequence, int], bool], num_more: int
+        self,
+        parts: Seq[Part],
+        extend: Callable[[Sequence, int], bool],
+        num_more: int,
+        edge: int | None = None,
     ) -> None:
         """Begins a step. Gives decode parts the tokens that must follow as drafts, `num_more` at
         most in all.
 
-        `extend` finds room for so many tokens of a sequence; without it a part gets none.
+        `extend` finds room for so many tokens of a sequence; without it a part gets none. No part
+        goes beyond the next multiple of `edge`.
         """
         self._left_s, self._taken_s, self._num_made = _STEP_S, {}, 0
         for part, matcher in self._in_turn(parts):
@@ -70,6 +75,8 @@ class Constraining:
                     continue
                 # What is drawn last is not computed.
                 left = part.sequence.num_to_compute - part.end
+                if edge is not None:
+                    left = min(left, -part.end % edge)
                 forced = matcher.forced(max(0, min(self.most_forced, left, num_more)))
             if forced and extend(part.sequence, part.end + len(forced)):
                 part.draft_ids, part.is_forced = forced, True

@@ -154,16 +154,18 @@ class Drafting:
         extend: Callable[[Sequence, int], bool],
         num_more: int,
         num_allowed: Callable[[Sequence, Seq[int]], int],
+        edge: int | None = None,
     ) -> None:
         """Gives decode parts drafts, `num_more` at most in all.
 
         `extend` finds room for so many tokens of a sequence; without it a part gets none.
-        `num_allowed` says how many of a sequence's guesses its constraint lets be drawn.
+        `num_allowed` says how many of a sequence's guesses its constraint lets be drawn. No part
+        goes beyond the next multiple of `edge`.
         """
         asking = [part for part in parts if self._may_guess(part.sequence) and not part.draft_ids]
         if not asking or num_more < 1:
             return
-        wanted = self._wanted(len(parts), asking)
+        wanted = self._wanted(len(parts), asking, edge)
         if self._drafter.needs_known:
             # Guesses that nobody checks would cost as much.
             wanted = self._choose(len(parts), wanted, num_more)
@@ -180,13 +182,15 @@ class Drafting:
                 part.is_predicted = draft.is_predicted
                 part.num_tokens += length
 
-    def _wanted(self, num_rows: int, asking: Seq[Part]) -> list[tuple[Part, int]]:
+    def _wanted(self, num_rows: int, asking: Seq[Part], edge: int | None) -> list[tuple[Part, int]]:
         """Whose drafts may pay, and how many at most."""
         limits = self._lengths.wanted(num_rows, [part.sequence for part in asking])
         wanted = []
         for part, limit in zip(asking, limits, strict=True):
             # What is drawn last is not computed.
             length = min(limit, self._num_drafts, part.sequence.num_to_compute - part.end)
+            if edge is not None:
+                length = min(length, -part.end % edge)
             if length > 0:
                 wanted.append((part, length))
         return wanted

@@ -172,10 +172,13 @@ class Stepper:
         ]
         # Drafts last: nobody yields for what they take.
         num_more = self._limits.token_budget - len(parts)
-        self._constraining.add_forced(parts, self._has_room, num_more)
+        # Where a state is kept a part ends: in the middle of it there is none.
+        edge = self._pools.block_size if self._runner.keeps_checkpoints else None
+        self._constraining.add_forced(parts, self._has_room, num_more, edge)
         if self._drafting is not None:
             num_more -= sum(len(part.draft_ids) for part in parts)
-            self._drafting.add(parts, self._has_room, num_more, self._constraining.num_allowed)
+            num_allowed = self._constraining.num_allowed
+            self._drafting.add(parts, self._has_room, num_more, num_allowed, edge)
         # Without those that had to yield.
         chunks = self._choose_chunks([each for each in prefilling if each.is_admitted], parts)
         return self._constraining.add_masks(parts + chunks)

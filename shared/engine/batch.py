@@ -204,6 +204,8 @@ class BatchColumns:
     NOT_STORED. Of a group of states the row's slot."""
     kept: Sequence[Sequence[Kept]] = ()
     """By group, of groups of states, what rows keep; by row."""
+    num_drafts: Ints | None = None
+    """[R]: how many of each row's last tokens are guesses; None: none are."""
 
 
 def _columns(
@@ -258,6 +260,9 @@ def _columns(
             for group, table in enumerate(block_tables)
         ],
         kept=[kept_states(ordered, group) for group in range(len(block_tables))],
+        num_drafts=np.array([len(row.draft_ids) for row in ordered], np.int64)
+        if any(row.draft_ids for row in ordered)
+        else None,
     )
 
 

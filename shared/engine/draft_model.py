@@ -109,10 +109,10 @@ class DraftModel:
         else:
             _check_model(own, self.config, engine, target)
         if layers:
-            stored = [each for each, spec in enumerate(target.cache_specs) if spec is not None]
-            self.tapped = Tapped(
-                layers, target.hidden_size, dtype, to_the_end=max(layers) > max(stored)
-            )
+            # Layers have two caches, where some keep states.
+            num_layers, specs = target.num_layers, target.cache_specs
+            last = max(each % num_layers for each, spec in enumerate(specs) if spec is not None)
+            self.tapped = Tapped(layers, target.hidden_size, dtype, to_the_end=max(layers) > last)
             self._own_taps = Tapped(
                 (1,), self.config.hidden_size, dtype, to_the_end=True, takes_features=True
             )

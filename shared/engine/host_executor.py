@@ -147,7 +147,8 @@ class HostExecutor:
         wanted = [int(columns.query_start[i]) + at for i, at in drawing]
         asking = [i for i, row in enumerate(rows) if row.prompt_logprobs is not None]
         inputs = self._inputs(columns, rows)
-        hidden = self._hidden_states(columns, None if asking else wanted, inputs)
+        plans = self._plan(columns)
+        hidden = self._hidden_states(columns, plans, None if asking else wanted, inputs)
         told = self._told(columns, inputs)
         of_prompts: dict[int, Sequence[TokenLogprobs | None]] = {}
         for i in asking:
@@ -166,6 +167,7 @@ class HostExecutor:
             result: list[Sequence[Drawn]] = [[] for _ in rows]
             for i, of_row in by_row.items():
                 result[columns.order[i]] = self._stands(rows[i], of_row)
+            self._settle(plans, rows, [result[index] for index in columns.order])
             return DoneStep(result, of_prompts, told)
 
         return HostBegun(batch.rows, finish)
@@ -224,6 +226,19 @@ class HostExecutor:
             row.handle.drawn_token = drawn[standing].token_id
         return drawn[: standing + 1]
 
+    def _settle(
+        self,
+        plans: Sequence[AttentionPlan | StatePlan],
+        rows: Sequence[BatchRow],
+        drawn: Sequence[Sequence[Drawn]],
+    ) -> None:
+        """States go on to the last draft that stands. `drawn`: by row, what does."""
+        pairs = zip(rows, drawn, strict=True)
+        standing = [len(each) - 1 if row.draft_ids else 0 for row, each in pairs]
+        for plan in plans:
+            if isinstance(plan, StatePlan):
+                plan.settle(np.array(standing, np.int64))
+
     def _prompt_logprobs(
         self, hidden: Tensor, first: int, row: BatchRow
     ) -> Sequence[TokenLogprobs | None]:
@@ -256,7 +271,8 @@ class HostExecutor:
             for before in range(row.num_logits, 0, -1)
         ]
         inputs = self._inputs(columns, [batch.rows[i] for i in columns.order])
-        return self._logits(self._hidden_states(columns, wanted, inputs), len(wanted))
+        plans = self._plan(columns)
+        return self._logits(self._hidden_states(columns, plans, wanted, inputs), len(wanted))
 
     def _inputs(self, columns: BatchColumns, rows: Sequence[BatchRow]) -> dict[str, Any]:
         """What a model gets, and fills, beside its tokens. `rows`: in the columns' order."""
@@ -283,6 +299,7 @@ class HostExecutor:
     def _hidden_states(
         self,
         columns: BatchColumns,
+        plans: Sequence[AttentionPlan | StatePlan],
         tokens: Sequence[int] | None,
         inputs: Mapping[str, Any],
     ) -> Tensor:
@@ -298,7 +315,7 @@ class HostExecutor:
             self._padded(columns.input_ids),
             self._padded(columns.positions),
             self.kv_cache.caches,
-            self._plan(columns),
+            plans,
             wanted,
             **inputs,
         )
@@ -350,6 +367,7 @@ class HostExecutor:
             columns.positions[columns.query_start[:-1]],
             columns.block_tables[group][:, 0],
             columns.kept[group] if columns.kept else (),
+            columns.num_drafts,
         )
 
     def _padded(self, column: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:

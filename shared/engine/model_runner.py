@@ -154,16 +154,16 @@ class ModelRunner:
         self.num_drafts = config.num_drafts
         self.max_num_seqs = most_num_seqs(config)
         grow = all(spec.grows for spec in specs if spec is not None)
-        if self.num_drafts and not grow:
+        if self.num_drafts and not grow and self.kernels == "triton":
             raise ModelError(
-                "num_drafts: --speculate is not for a model whose layers keep a state: "
-                "drafts that do not stand would change it"
+                "num_drafts: --speculate is not for a model whose layers keep a state, by kernels "
+                "of a GPU: they write such a state with every token, and drafts may fall"
             )
         if config.draft_model_dir is not None and not self.num_drafts:
             raise ModelError("draft_model: num_drafts is 0, so nothing is guessed")
         self.keeps_checkpoints = not grow and config.state_checkpoints != 0
-        # The host computes rows of any length; a state never takes a token back.
-        takes_many = self.kernels == "torch" and grow
+        # The host computes rows of any length.
+        takes_many = self.kernels == "torch"
         self.most_forced = _MOST_FORCED_ON_HOST if takes_many else self.num_drafts
         self.quantization = config.quantization
         self.kv_cache_dtype = config.kv_cache_dtype

@@ -17,6 +17,7 @@ from baton.shared.engine.models.decoder import Decoder, Layer
 from baton.shared.engine.models.delta_config import DeltaModelConfig
 from baton.shared.engine.models.layers import PreNormLayer
 from baton.shared.engine.models.mixture import load_mlp
+from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.state_layers import load_conv
 
 
@@ -26,9 +27,7 @@ class GatedAttentionLayer(PreNormLayer):
     Names: as of `PreNormLayer`, and output_gate, beside each head's query in its module.
     """
 
-    def __init__(
-        self, config: DeltaModelConfig, load: ModelLoader, names: Names, index: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, load: ModelLoader, names: Names, index: int) -> None:
         super().__init__(config, load, names, index)
         own, style = config.layers[index], config.style
         assert own is not None

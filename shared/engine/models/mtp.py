@@ -10,6 +10,7 @@ do who keep one cache of them.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
 from baton.shared.model_files.fields import ModelError, shown
 from baton.shared.model_files.info import open_config
+from baton.shared.model_files.type_defaults import text_part
 from baton.shared.telemetry import log_event
 
 if TYPE_CHECKING:
@@ -30,41 +32,88 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMES = {
-    "embedding_norm": "enorm",
-    "hidden_norm": "hnorm",
-    "projection": "eh_proj",
-    "own_norm": "shared_head.norm",
+
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """How checkpoints have such a layer. In names {} is how many layers the model has."""
+
+    layer: str
+    """What the names of the layer's modules begin with."""
+    others: Mapping[str, str]
+    """Of the modules around it."""
+    counts: Sequence[str]
+    """Fields of config.json, any of which says how many such layers there are."""
+    may_be_uncounted: bool = False
+    """Where there is no such field, there is one layer."""
+
+
+_BEHIND = _Spelling(
+    "model.layers.{}.",
+    {
+        "embedding_norm": "model.layers.{}.enorm",
+        "hidden_norm": "model.layers.{}.hnorm",
+        "projection": "model.layers.{}.eh_proj",
+        "own_norm": "model.layers.{}.shared_head.norm",
+    },
+    ("num_nextn_predict_layers", "num_mtp_layers"),
+)
+"""Behind the last layer. Embedding and head beside it are those of the model, once more."""
+_BESIDE = _Spelling(
+    "mtp.layers.0.",
+    {
+        "embedding_norm": "mtp.pre_fc_norm_embedding",
+        "hidden_norm": "mtp.pre_fc_norm_hidden",
+        "projection": "mtp.fc",
+        "own_norm": "mtp.norm",
+    },
+    ("mtp_num_hidden_layers", "num_nextn_predict_layers"),
+    may_be_uncounted=True,
+)
+"""Beside the model."""
+_SPELLINGS = {
+    **dict.fromkeys(("deepseek_v3", "glm4_moe", "glm4_moe_lite", "kimi_k2"), _BEHIND),
+    "qwen3_next": _BESIDE,
+    **{f"{name}{part}": _BESIDE for name in ("qwen3_5", "qwen3_5_moe") for part in ("", "_text")},
 }
-"""Within the layer. The embedding and the head beside them are those of the model, once more."""
-_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
-_TYPES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "kimi_k2")
+"""By model type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MtpConfig(ModelConfig):
     """Of the one layer that guesses."""
 
-    number: int
-    """Of the layer in the checkpoint: how many layers the model has."""
-
 
 def find_layer(model_dir: Path) -> OwnImplementation:
     """The layer of a model's checkpoint. ModelError: it ships none, or none that is known here."""
     fields = open_config(model_dir)
     name = fields.string("model_type")
-    if name not in _TYPES:
+    spelling = _SPELLINGS.get(name)
+    if spelling is None:
         raise ModelError(
             f"{model_dir} is a {shown(name)}, of which no layers are known that guess tokens "
-            f"ahead; they are of {', '.join(_TYPES)}"
+            f"ahead; they are of {', '.join(_SPELLINGS)}"
         )
     model_type, model = registry.load_model_config(model_dir)
-    counts = [fields.integer(each, least=0) for each in _COUNTS if fields.has(each)]
+    text = text_part(fields)
+    named = [each for each in spelling.counts if text.has(each)]
+    counts = [text.integer(each, least=0) for each in named]
+    if not counts and spelling.may_be_uncounted:
+        counts = [1]
     if not any(counts):
-        said = " and ".join(each for each in _COUNTS if fields.has(each))
         raise ModelError(
             f"{model_dir} has no layers that guess tokens ahead: "
-            + (f"{said} is 0" if counts else f"its config.json has no {_COUNTS[0]}")
+            + (
+                f"{' and '.join(named)} is 0"
+                if counts
+                else f"its config.json has no {spelling.counts[0]}"
+            )
+        )
+    # Else it has an embedding of its own.
+    text.only("mtp_use_dedicated_embeddings", False)
+    if not model.attentions:
+        raise ModelError(
+            f"{model_dir} has a layer that guesses tokens ahead, which attends as a layer of the "
+            "model does, and no layer of the model attends"
         )
     if max(counts) > 1:
         log_event(
@@ -74,26 +123,31 @@ def find_layer(model_dir: Path) -> OwnImplementation:
             model_dir=str(model_dir),
             num_layers=max(counts),
         )
-    names = {**model_type.names[0], **_NAMES}
+    own = {"layer": spelling.layer, **spelling.others}
+    names = {
+        **model_type.names[0],
+        **{each: module.format(model.num_layers) for each, module in own.items()},
+    }
     # All else that the files have is the model's.
     layer = ModelType("mtp", _no_config, _build, (names,), ignored_modules=("",))
     return OwnImplementation(layer, _configure(model))
 
 
 def _configure(model: ModelConfig) -> MtpConfig:
-    """Its layer is as the model's last one."""
+    """Its layer is as the model's last one that attends."""
+    last = max(index for index, layer in enumerate(model.layers) if layer is not None)
     own = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
     mixture = model.mixture
     if mixture is not None:
-        mixture = replace(mixture, layers=mixture.layers[-1:])
-    own |= {"layers": model.layers[-1:], "mixture": mixture}
-    return MtpConfig(**own, number=model.num_layers)
+        mixture = replace(mixture, layers=(mixture.layers[last],))
+    own |= {"layers": (model.layers[last],), "states": (), "mixture": mixture}
+    return MtpConfig(**own)
 
 
 def _build(config: MtpConfig, load: ModelLoader, names: Names) -> MtpHead:
     from baton.shared.engine.models.mtp_head import MtpHead
 
-    return MtpHead(config, load, {**names, "layer": names["layer"].format(config.number)})
+    return MtpHead(config, load, names)
 
 
 def _no_config(_: object) -> ModelConfig:

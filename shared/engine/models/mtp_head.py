@@ -13,6 +13,7 @@ from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.blocks import Names, load_norm
 from baton.shared.engine.models.decoder import Decoder
+from baton.shared.engine.models.delta_layers import GatedAttentionLayer
 from baton.shared.engine.models.layers import PreNormLayer
 from baton.shared.engine.models.mtp import MtpConfig
 
@@ -20,20 +21,22 @@ from baton.shared.engine.models.mtp import MtpConfig
 class MtpHead:
     """layer(projection([norm(embedding); norm(what came of the token before)])).
 
-    Names: those of `PreNormLayer`, and embedding_norm, hidden_norm, projection, own_norm. Embedding
-    and head are those of the model whose tokens it guesses: nothing is computed before `complete`.
+    Names: those of `PreNormLayer`, or `GatedAttentionLayer` where attention has a gate; and not
+    within the layer embedding_norm, hidden_norm, projection, own_norm. Embedding and head are those
+    of the model whose tokens it guesses: nothing is computed before `complete`.
     """
 
     def __init__(self, config: MtpConfig, load: ModelLoader, names: Names) -> None:
-        self._ops, size, prefix = load.ops, config.hidden_size, names["layer"]
+        self._ops, size = load.ops, config.hidden_size
         self.hidden_size = size
         self.embedding: Tensor | None = None
-        self._embedding_norm = load_norm(config, load, prefix + names["embedding_norm"])
-        self._hidden_norm = load_norm(config, load, prefix + names["hidden_norm"])
-        projection = Part(prefix + names["projection"], size)
+        self._embedding_norm = load_norm(config, load, names["embedding_norm"])
+        self._hidden_norm = load_norm(config, load, names["hidden_norm"])
+        projection = Part(names["projection"], size)
         self._projection = load.linear(LinearSpec(2 * size, (projection,)))
-        self._layer = PreNormLayer(config, load, names, 0)
-        self._norm = load_norm(config, load, prefix + names["own_norm"])
+        kind = GatedAttentionLayer if config.style.has_output_gate else PreNormLayer
+        self._layer = kind(config, load, names, 0)
+        self._norm = load_norm(config, load, names["own_norm"])
         [attention] = config.attentions
         self._rope = load.rope(attention.rope, attention.head_dim)
 

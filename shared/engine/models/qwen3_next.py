@@ -45,6 +45,11 @@ NAMES = {
 }
 IGNORED_MODULES = ("mtp.",)
 """What guesses tokens ahead."""
+FIELDS_OF_LAYER_BESIDE = (
+    "mtp_num_hidden_layers",
+    "num_nextn_predict_layers",
+    "mtp_use_dedicated_embeddings",
+)
 ROPE = RopeRules(partial_rotary_factor=0.25)
 
 
@@ -64,8 +69,9 @@ def configure_layers(fields: Fields, common: dict[str, Any]) -> dict[str, Any]:
     # The convolution's too.
     fields.only("hidden_act", "silu", "swish")
     fields.only("attn_output_gate", True)
-    # States are float32 whatever it says.
-    fields.get("mamba_ssm_dtype")
+    # States are float32 whatever it says; who guesses by a layer beside the model reads the others.
+    for name in ("mamba_ssm_dtype", *FIELDS_OF_LAYER_BESIDE):
+        fields.get(name)
     has_bias = fields.boolean("attention_bias")
     attention = AttentionConfig(
         **read_heads(fields, common["hidden_size"]),

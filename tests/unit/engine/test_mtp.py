@@ -30,6 +30,9 @@ CASES = [
     ("kimi_k2", "as it comes"),
     ("glm4_moe", "groups, norms of heads"),
     ("glm4_moe_lite", next(iter(TINY_MODELS["glm4_moe_lite"]))),
+    ("qwen3_next", "as they come"),
+    ("qwen3_5_text", "uneven heads, tied"),
+    ("qwen3_5_moe", "untied"),
 ]
 
 
@@ -42,46 +45,40 @@ class Reference:
 
     def __init__(self, model: Any) -> None:
         self._model, self._own = model, model.own
-        self._eps = model.config.rms_norm_eps
+        self._inner = model.get_decoder()
+        self._eps = self._inner.config.rms_norm_eps
 
     @torch.no_grad()
     def run(self, tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """What the model's head reads of each token; of each but the first what the layer makes of
         it, for the next guess, and the logits."""
-        inner, ids = self._model.model, torch.tensor([tokens])
-        hidden = inner.embed_tokens(ids)
-        hidden = self._layers(hidden, inner.layers[: self._model.num_layers])
-        read = inner.norm(hidden)
+        inner, ids = self._inner, torch.tensor([tokens])
+        [*layers, ahead] = inner.layers
+        inner.layers = inner.layers[: len(layers)]
+        inner.config.num_hidden_layers = len(layers)
+        read = inner(ids, use_cache=False).last_hidden_state
         own = torch.cat(
             (
-                self._norm(inner.embed_tokens(ids[:, 1:]), "enorm"),
-                self._norm(read[:, :-1], "hnorm"),
+                self._norm(inner.embed_tokens(ids[:, 1:]), "embedding"),
+                self._norm(read[:, :-1], "hidden"),
             ),
             -1,
         )
-        made = self._layers(own @ self._own["eh_proj"].T, inner.layers[self._model.num_layers :])
-        made = self._norm(made, "shared_head.norm")
+        made = self._norm(self._layer(own @ self._own["projection"].T, ahead), "norm")
         return read[0], made[0], self._model.lm_head(made)[0]
 
-    def _layers(self, hidden: Tensor, layers: Any) -> Tensor:
+    def _layer(self, hidden: Tensor, layer: Any) -> Tensor:
         positions = torch.arange(hidden.shape[1])[None]
-        rope = self._model.model.rotary_emb(hidden, position_ids=positions)
+        rope = self._inner.rotary_emb(hidden, position_ids=positions)
         mask = create_causal_mask(
-            config=self._model.config,
+            config=self._inner.config,
             inputs_embeds=hidden,
             attention_mask=None,
             past_key_values=None,
             position_ids=positions,
         )
-        for layer in layers:
-            out = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                position_embeddings=rope,
-            )
-            hidden = out if isinstance(out, Tensor) else out[0]
-        return hidden
+        out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+        return out if isinstance(out, Tensor) else out[0]
 
     def _norm(self, hidden: Tensor, name: str) -> Tensor:
         scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self._eps)
@@ -97,10 +94,13 @@ def test_what_it_makes_of_tokens(
     runner = mtp_runner(make_runner, tmp_path)
     draft = runner.draft
     assert draft is not None
-    tokens = random_prompt(37, model.config.vocab_size)
+    tokens = random_prompt(37, model.config.get_text_config().vocab_size)
     read, made, logits = Reference(model).run(tokens)
     greedy = SamplingParams(temperature=0.0)
-    tables = [list(range(16 * i, 16 * i + 16)) for i in range(len(runner.groups))]
+    tables = [
+        list(range(16 * i, 16 * i + 16)) if group.spec.grows else [0]
+        for i, group in enumerate(runner.groups)
+    ]
     step = runner.launch(Batch([BatchRow(tokens, 0, tables, greedy)]))
     step.result()
     states = step.taps(0)

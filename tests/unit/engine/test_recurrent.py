@@ -12,11 +12,11 @@ import torch
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.capacity import GroupShare
-from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from tests.recurrent import FULL, RECURRENT, known, make_recurrent
 from tests.unit.engine.conftest import TINY, MakeRunner
 from tests.unit.engine.test_logits_vs_transformers import check_logits, expected_tokens
+from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
 
 FIELDS: dict[str, Any] = {
     **TINY,
@@ -134,9 +134,57 @@ def test_another_state_is_another_layout(tmp_path: Path, make_runner: MakeRunner
     assert len(layouts) == 3
 
 
-def test_what_cannot_serve_a_state_is_refused_by_name(
-    tmp_path: Path, make_runner: MakeRunner
+STATEFUL = {
+    "test_recurrent": FIELDS,
+    "qwen3_next": TINY_MODELS["qwen3_next"]["uneven heads, some layers dense"],
+    "qwen3_5_text": TINY_MODELS["qwen3_5_text"]["all linear"],
+    "mamba2": next(iter(TINY_MODELS["mamba2"].values())),
+    "falcon_h1": next(iter(TINY_MODELS["falcon_h1"].values())),
+}
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("model_type", STATEFUL)
+def test_a_state_has_seen_the_guesses_that_stand_and_no_others(
+    model_type: str, tmp_path: Path, make_runner: MakeRunner
 ) -> None:
-    make_recurrent(tmp_path, FIELDS)
-    with pytest.raises(ModelError, match="num_drafts: .* state"):
-        make_runner(tmp_path, num_drafts=2)
+    """To the bit what tokens one by one leave, whatever is computed beside them."""
+    if model_type == "test_recurrent":
+        make_recurrent(tmp_path, FIELDS)
+    else:
+        make_tiny(tmp_path, model_type, STATEFUL[model_type])
+    runner = make_runner(tmp_path, num_drafts=3)
+    assert runner.determinism == "exact"
+
+    def row(token_ids: list[int], position: int, first: int, **how: Any) -> BatchRow:
+        """`first`: of its slots, and of its blocks."""
+        tables = [
+            list(range(4 * first, 4 * first + 4)) if group.spec.grows else [first]
+            for group in runner.groups
+        ]
+        return BatchRow(token_ids, position, tables, GREEDY, **how)
+
+    def slots(number: int) -> list[torch.Tensor]:
+        tensors = zip(runner.groups, runner.kv_cache.tensors, strict=True)
+        return [tensor[number].clone() for group, tensor in tensors if not group.spec.grows]
+
+    def draw(*rows: BatchRow) -> list[list[int]]:
+        return [[each.token_id for each in drawn] for drawn in runner.forward(Batch(rows))]
+
+    answer = draw(row(PROMPT[:17], 0, 0))[0]
+    states = [slots(0)]
+    for position in range(17, 32):
+        answer += draw(row(answer[-1:], position, 0))[0]
+        states.append(slots(0))
+    draw(row(PROMPT[:17], 0, 1))
+    index, chunk = 0, 0
+    for num_right in (0, 3, 1, 2, 3):
+        guesses = answer[index + 1 : index + 4]
+        for place in range(num_right, 3):
+            guesses[place] = (guesses[place] + 1) % 300
+        others = row(PROMPT[chunk : chunk + 3], chunk, 2), row([5], 0, 3)
+        guessed = row([answer[index]], 17 + index, 1, draft_ids=guesses)
+        [*_, drawn] = draw(*others, guessed)
+        index, chunk = index + num_right + 1, chunk + 3
+        assert drawn == answer[index - num_right : index + 1]
+        assert all(map(torch.equal, slots(1), states[index]))

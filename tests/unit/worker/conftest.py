@@ -93,6 +93,18 @@ AHEAD = {
     "num_nextn_predict_layers": 1,
     "tie_word_embeddings": False,
 }
+AHEAD_WITH_STATES = {
+    **CONFIG,
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": False,
+    "mtp_num_hidden_layers": 1,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "full": CONFIG,
     "windowed": WINDOWED,
@@ -100,6 +112,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "two pools": UNEQUAL,
     "latents": LATENTS,
     "layer ahead": AHEAD,
+    "layer ahead, states": AHEAD_WITH_STATES,
     "states": {**STATES, "layer_types": ["recurrent", "full_attention"]},
     "states alone": {**STATES, "layer_types": ["recurrent", "recurrent"]},
     "states alone, long": {
@@ -144,7 +157,7 @@ def runners(new_directory: Callable[[str], Path]) -> MakeRunner:
 def _write_model(directory: Path, config: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(11)
-    has_layer_ahead = "num_nextn_predict_layers" in config
+    has_layer_ahead = bool({"num_nextn_predict_layers", "mtp_num_hidden_layers"} & config.keys())
     shapes = weight_shapes(directory) | (shapes_ahead(directory) if has_layer_ahead else {})
     weights = {
         name: torch.ones(shape)
@@ -158,16 +171,28 @@ def _write_model(directory: Path, config: dict[str, Any]) -> None:
 
 
 def _guess_well(weights: dict[str, torch.Tensor]) -> None:
-    """The layer ahead, the second, is nearly the first one: of embeddings as long as each other the
-    norm takes nothing, and what came of the token before is left out. It never sees the prompt's
-    first token, so neither attends to much."""
+    """The layer ahead is nearly the last one: of embeddings as long as each other the norm takes
+    nothing, and what came of the token before is left out. It never sees the prompt's first token,
+    so neither attends to much, nor does a layer before the last one add much."""
     generator = torch.Generator().manual_seed(12)
-    weights["model.layers.0.self_attn.o_proj.weight"] *= 0.5
     embedding = weights["model.embed_tokens.weight"]
     embedding /= embedding.pow(2).mean(-1, keepdim=True).sqrt()
-    size = embedding.shape[1]
-    weights["model.layers.1.eh_proj.weight"] = torch.eye(size, 2 * size)
-    for name in [each for each in weights if ".layers.0." in each]:
+    projection = torch.eye(embedding.shape[1], 2 * embedding.shape[1])
+    if "mtp.fc.weight" in weights:
+        last, ahead = "model.layers.1.", "mtp.layers.0."
+        # Norms multiply by one more than they say.
+        for name in [each for each in weights if "norm" in each and "linear_attn" not in each]:
+            weights[name] -= 1.0
+        for name in ("q_norm", "k_norm"):
+            weights[f"{last}self_attn.{name}.weight"] -= 0.5
+        weights["mtp.fc.weight"] = projection
+        weights["model.layers.0.linear_attn.out_proj.weight"] *= 0.02
+        weights["model.layers.0.mlp.down_proj.weight"] *= 0.001
+    else:
+        last, ahead = "model.layers.0.", "model.layers.1."
+        weights["model.layers.1.eh_proj.weight"] = projection
+    weights[f"{last}self_attn.o_proj.weight"] *= 0.5
+    for name in [each for each in weights if each.startswith(last)]:
         weight = weights[name]
         noise = torch.randn(weight.shape, generator=generator)
-        weights[name.replace(".layers.0.", ".layers.1.")] = weight + 0.02 * noise
+        weights[name.replace(last, ahead)] = weight + 0.02 * noise

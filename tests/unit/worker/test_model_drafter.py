@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,14 @@ def make_guessing(make_runner: MakeRunner, draft_dir: Path) -> Callable[..., Any
     return make
 
 
-def submit_all(cluster: Cluster, answers: Answers) -> list[Any]:
-    """In each way of drawing, one that is handed over and one that the worker computes itself."""
+def submit_all(
+    cluster: Cluster, answers: Answers, ways: Iterable[SamplingParams] = PARAMS
+) -> list[Any]:
+    """In each of these ways of drawing, one that is handed over and one that the worker computes
+    itself."""
     return [
         cluster.submit(prompt, params, answers.to(prompt, params), is_local=is_local)
-        for number, params in enumerate(PARAMS)
+        for number, params in enumerate(ways)
         for prompt in ([PLAIN] if number % 2 else [COPYING])
         for is_local in (False, True)
     ]

@@ -20,33 +20,43 @@ from tests.unit.worker.test_model_drafter import clock, submit_all
 from tests.unit.worker.test_speculation import COPYING, PARAMS, PLAIN, Answers, OneWorker
 
 __all__ = ["clock"]
-KIND = "layer ahead"
+KINDS = ("layer ahead", "layer ahead, states")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
-def answers(make_runner: MakeRunner) -> Answers:
-    return Answers(make_runner(64, KIND))
+def answers(make_runner: MakeRunner, kind: str) -> Answers:
+    return Answers(make_runner(64, kind))
 
 
 @pytest.fixture
-def make_guessing(make_runner: MakeRunner) -> Callable[..., Any]:
-    model_dir = make_runner(8, KIND)._config.model_dir
+def make_guessing(make_runner: MakeRunner, kind: str) -> Callable[..., Any]:
+    model_dir = make_runner(8, kind)._config.model_dir
 
     def make(num_blocks: int, num_drafts: int = 5) -> Any:
         how = {"num_drafts": num_drafts, "draft_model_dir": model_dir, "draft_kind": MTP}
-        return GuessingRunner(make_runner(num_blocks, KIND, **how))
+        return GuessingRunner(make_runner(num_blocks, kind, **how))
 
     return make
 
 
 def test_mixed_batches_in_every_way_of_drawing(
-    make_runner: MakeRunner, make_guessing: Callable[..., Any], answers: Answers, clock: Clock
+    make_runner: MakeRunner,
+    make_guessing: Callable[..., Any],
+    answers: Answers,
+    clock: Clock,
+    kind: str,
 ) -> None:
     """Where steps are launched ahead, and blocks are too few."""
     decode = make_guessing(16)
     decode._runner = LateRunner(decode._runner)
-    cluster = Cluster({"prefill": make_runner(16, KIND), "decode": decode}, clock)
-    requests = submit_all(cluster, answers)
+    cluster = Cluster({"prefill": make_runner(16, kind), "decode": decode}, clock)
+    requests = submit_all(cluster, answers, PARAMS if kind == "layer ahead" else PARAMS[1:])
     cluster.settle()
     assert [request.token_ids for request in requests] == [each.expected for each in requests]
     counters = cluster.network.workers["decode"].counters
@@ -62,9 +72,10 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
     answers: Answers,
     clock: Clock,
     num_rounds: int,
+    kind: str,
 ) -> None:
     """Another takes over that guesses, or one that does not."""
-    runners = {"prefill": make_runner(64, KIND), "decode": make_guessing(64)}
+    runners = {"prefill": make_runner(64, kind), "decode": make_guessing(64)}
     cluster = Cluster(runners, clock)
     network, params = cluster.network, PARAMS[num_rounds % len(PARAMS)]
     expected = answers.to(COPYING, params)
@@ -72,7 +83,7 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
     for _ in range(num_rounds):
         network.go_round()
     is_plain = bool(num_rounds % 2)
-    network._runners["decode"] = make_runner(64, KIND) if is_plain else make_guessing(64)
+    network._runners["decode"] = make_runner(64, kind) if is_plain else make_guessing(64)
     network.kill("decode")
     cluster.settle()
     assert request.token_ids == expected and request.num_attempts == 2
@@ -106,9 +117,9 @@ def test_who_does_not_want_it_gets_none(
 
 
 def test_it_is_no_part_of_what_workers_must_have_in_common(
-    make_runner: MakeRunner, make_guessing: Callable[..., Any]
+    make_runner: MakeRunner, make_guessing: Callable[..., Any], kind: str
 ) -> None:
-    plain, guessing = make_runner(48, KIND), make_guessing(48)._runner
+    plain, guessing = make_runner(48, kind), make_guessing(48)._runner
     assert plain.kv_cache.layout() == guessing.kv_cache.layout()
     assert plain.numerics == guessing.numerics and plain.capacity == guessing.capacity
     assert plain.model_identity.digest == guessing.model_identity.digest

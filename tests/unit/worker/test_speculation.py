@@ -7,6 +7,7 @@ simulated gateway compares each token with that of an undisturbed run without gu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -78,6 +79,15 @@ def answers(make_runner: MakeRunner) -> Answers:
     return Answers(make_runner(64))
 
 
+@pytest.fixture(scope="module")
+def answers_by(make_runner: MakeRunner, answers: Answers) -> dict[str, Answers]:
+    """Kind of layers → its answers."""
+    return {
+        "full": answers,
+        **{kind: Answers(make_runner(64, kind)) for kind in ("states", "states alone")},
+    }
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -117,13 +127,30 @@ def counted(cluster: Cluster) -> dict[str, int]:
     return dict(cluster.network.workers["decode"].counters)
 
 
-@pytest.mark.parametrize("runs_ahead", [False, True])
-@pytest.mark.parametrize("predicts", [False, True], ids=["ngram", "prediction"])
+@pytest.mark.parametrize(
+    ("kind", "predicts", "runs_ahead"),
+    [
+        ("full", False, False),
+        ("full", False, True),
+        ("full", True, False),
+        ("full", True, True),
+        ("states", True, False),
+        ("states alone", True, True),
+    ],
+)
 def test_mixed_batches_in_every_way_of_drawing(
-    make_runner: MakeRunner, answers: Answers, clock: Clock, predicts: bool, runs_ahead: bool
+    make_runner: MakeRunner,
+    answers_by: dict[str, Answers],
+    clock: Clock,
+    kind: str,
+    predicts: bool,
+    runs_ahead: bool,
 ) -> None:
     """Chunked prompts, prefix hits, answers that are handed over and that are not, together."""
-    runners: dict[str, Any] = {name: make_runner(120) for name in ("prefill", "decode")}
+    answers = answers_by[kind]
+    how = {} if kind == "full" else {"state_checkpoints": 4}
+    names = ("prefill", "decode")
+    runners: dict[str, Any] = {name: make_runner(120, kind, **how) for name in names}
     if runs_ahead:
         runners = {name: LateRunner(runner) for name, runner in runners.items()}
     cluster = drafting_cluster(runners, clock)
@@ -139,10 +166,14 @@ def test_mixed_batches_in_every_way_of_drawing(
     assert sorted(by_position, reverse=True) == by_position
 
 
-def test_with_too_few_blocks(make_runner: MakeRunner, answers: Answers, clock: Clock) -> None:
+@pytest.mark.parametrize("kind", ["full", "states"])
+def test_with_too_few_blocks(
+    make_runner: MakeRunner, answers_by: dict[str, Answers], clock: Clock, kind: str
+) -> None:
     """Answers give way to each other, and go on in other attempts; guesses never make one give
     way."""
-    cluster = drafting_cluster({name: make_runner(16) for name in ("prefill", "decode")}, clock)
+    answers, names = answers_by[kind], ("prefill", "decode")
+    cluster = drafting_cluster({name: make_runner(16, kind) for name in names}, clock)
     requests = submit_all(cluster, answers, predicts=True)
     cluster.settle()
     assert [request.token_ids for request in requests] == [each.expected for each in requests]
@@ -150,14 +181,25 @@ def test_with_too_few_blocks(make_runner: MakeRunner, answers: Answers, clock: C
 
 
 @pytest.mark.parametrize(
-    ("is_local", "num_rounds"), [(False, 4), (False, 5), (False, 6), (False, 7), (True, 6)]
+    ("is_local", "num_rounds", "kind"),
+    [
+        *[(False, rounds, kind) for rounds in (4, 5, 6, 7) for kind in ("full", "states")],
+        (True, 6, "full"),
+        (True, 6, "states"),
+    ],
 )
 def test_a_decode_worker_that_dies_after_so_many_rounds(
-    make_runner: MakeRunner, answers: Answers, clock: Clock, is_local: bool, num_rounds: int
+    make_runner: MakeRunner,
+    answers_by: dict[str, Answers],
+    clock: Clock,
+    is_local: bool,
+    num_rounds: int,
+    kind: str,
 ) -> None:
     """However long the accepted chain was: the answer goes on where it was, on a worker that
     guesses or on one that does not."""
-    cluster = drafting_cluster({name: make_runner(64) for name in ("prefill", "decode")}, clock)
+    answers, names = answers_by[kind], ("prefill", "decode")
+    cluster = drafting_cluster({name: make_runner(64, kind) for name in names}, clock)
     network, params = cluster.network, PARAMS[num_rounds % len(PARAMS)]
     expected = answers.to(COPYING, params)
     request = cluster.submit(
@@ -166,7 +208,7 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
     for _ in range(num_rounds):
         network.go_round()
     if num_rounds % 2:
-        network._runners["decode"] = make_runner(64)
+        network._runners["decode"] = make_runner(64, kind)
     network.kill("decode")
     cluster.settle()
     assert request.token_ids == expected and request.num_attempts == 2
@@ -188,7 +230,9 @@ class OneWorker(SimWorker):
         for _ in range(150):
             self.engine.run_once(may_wait=False)
             self.check()
-            for table in sequence.block_tables if sequence.output_token_ids else ():
+            tables = sequence.block_tables if sequence.output_token_ids else ()
+            grow = [group.spec.grows for group in self.pools.groups]
+            for table in itertools.compress(tables, grow):
                 assert len(table) == num_blocks_for(sequence.num_scheduled_tokens, BLOCK_SIZE)
                 assert table.num_sealed <= sequence.num_computed_tokens // BLOCK_SIZE
             held = [len(table) - table.count(NO_BLOCK) for table in sequence.block_tables]
@@ -207,7 +251,14 @@ class OneWorker(SimWorker):
 
 @pytest.mark.parametrize(
     ("kind", "runs_ahead"),
-    [("full", True), ("windowed", False), ("one pool", False), ("two pools", True)],
+    [
+        ("full", True),
+        ("windowed", False),
+        ("one pool", False),
+        ("two pools", True),
+        ("states", False),
+        ("states alone", True),
+    ],
 )
 def test_only_what_stands_is_sealed_and_keeps_blocks(
     make_runner: MakeRunner, kind: str, runs_ahead: bool
@@ -221,8 +272,9 @@ def test_only_what_stands_is_sealed_and_keeps_blocks(
         coming = enumerate(expected[index : index + most], index)
         return [token if at % 4 else (token + 1) % 61 for at, token in coming]
 
-    runner: Any = make_runner(48, kind, num_drafts=15)
-    plain = make_runner(48, kind)
+    how = {"state_checkpoints": 4, "max_num_seqs": 4} if "states" in kind else {}
+    runner: Any = make_runner(48, kind, num_drafts=15, **how)
+    plain = make_runner(48, kind, **how)
     assert plain.kv_cache.layout() == runner.kv_cache.layout()
     worker = OneWorker(
         DraftingRunner(LateRunner(runner) if runs_ahead else runner, Planned(guess), 15)
