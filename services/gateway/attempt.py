@@ -99,7 +99,7 @@ class _Attempt:
             request = prefill_service_pb2.PrefillRequest(unclaimed=not wants_decode)
             add_sequence(request.sequence, spec)
             call = follow_prefill(
-                self._cluster.channel(route.prefill),
+                self._cluster.prefill_calls(route.prefill),
                 route.prefill.incarnation,
                 request,
                 self.events,

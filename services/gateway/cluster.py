@@ -12,10 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
-import grpc
-
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.links import DecodeLink
+from baton.services.gateway.prefill_calls import PrefillCalls
 from baton.services.gateway.router import LocalPrefill, WorkerSnapshot, choose, longest_sequence
 from baton.services.gateway.routing import Routing
 from baton.services.gateway.served_model import ServedModel
@@ -107,7 +106,7 @@ class Cluster:
         # Where nobody can write, workers that have said nothing may live all the same.
         unseen_s = WORKER_TTL_S if view.refusal is None else math.inf
         self.workers.keep(unseen_s=unseen_s, wanted=self.served.takes)
-        await self._ways.prune(self.workers.records())
+        await self._ways.follow(self.workers.records())
 
     async def _view(self) -> ClusterView:
         if self._directory is None:
@@ -201,8 +200,8 @@ class Cluster:
     def link(self, worker: WorkerSnapshot) -> DecodeLink:
         return self._ways.link(worker)
 
-    def channel(self, worker: WorkerSnapshot) -> grpc.aio.Channel:
-        return self._ways.channel(worker)
+    def prefill_calls(self, worker: WorkerSnapshot) -> PrefillCalls:
+        return self._ways.prefill_calls(worker)
 
     async def close(self) -> None:
         await self._ways.close()

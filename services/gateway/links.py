@@ -16,6 +16,7 @@ from itertools import count
 
 import grpc
 
+from baton.services.gateway.prefill_calls import PrefillCalls, ask
 from baton.shared.kv.sequence import AttemptKey, FinishReason
 from baton.shared.rpc.convert import (
     FINISH_REASON_FROM_PB,
@@ -40,7 +41,6 @@ from baton.v1 import (
     decode_service_pb2,
     decode_service_pb2_grpc,
     prefill_service_pb2,
-    prefill_service_pb2_grpc,
     types_pb2,
 )
 
@@ -282,7 +282,7 @@ def _tick_request() -> decode_service_pb2.DecodeRequest:
 
 
 async def follow_prefill(
-    channel: grpc.aio.Channel,
+    calls: PrefillCalls,
     incarnation: str,
     request: prefill_service_pb2.PrefillRequest,
     events: Events,
@@ -290,13 +290,13 @@ async def follow_prefill(
 ) -> None:
     """Runs one Prefill call until its first token or its failure. Cancelling the task cancels the
     call."""
-    call = prefill_service_pb2_grpc.PrefillServiceStub(channel).Prefill(request)
+    call = calls.take()
     first_index, steps = request.sequence.first_index, StallWatch()
     error: BatonError = WorkerLost("the prefill worker ended without a token")
     is_doubtful = True
     try:
         with only_own_cancels():
-            async for event in until_silence(aiter(call), patience * SILENCE_S):
+            async for event in until_silence(ask(call, request), patience * SILENCE_S):
                 if event.HasField("tick"):
                     steps.heard(event.tick.step, busy=event.tick.busy)
                     if steps.is_stuck(patience):

@@ -79,19 +79,28 @@ if TYPE_CHECKING:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what servicers raise into status codes. What other errors say stays in the log."""
 
+    def __init__(self) -> None:
+        self._guarded: dict[str, _Handler] = {}
+        """By method: a call shall not wait until its handler is made."""
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
+        method = handler_call_details.method
+        if (guarded := self._guarded.get(method)) is not None:
+            return guarded
         handler = await continuation(handler_call_details)
         # Health and reflection bring handlers of their own, which raise none of our errors.
-        if handler is None or not handler_call_details.method.startswith("/baton."):
+        if handler is None or not method.startswith("/baton."):
             return handler
         field = "stream" if handler.request_streaming else "unary"
         field += "_stream" if handler.response_streaming else "_unary"
         guard = _guard_stream if handler.response_streaming else _guard_unary
-        return _with_behaviour(handler, field, guard(getattr(handler, field)))
+        made = _with_behaviour(handler, field, guard(getattr(handler, field)))
+        self._guarded[method] = made
+        return made
 
 
 def _with_behaviour(handler: _Handler, field: str, behaviour: object) -> _Handler:

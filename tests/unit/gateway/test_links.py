@@ -9,6 +9,7 @@ from typing import Any, NoReturn, cast
 import grpc
 import pytest
 
+from baton.services.gateway import prefill_calls
 from baton.services.gateway.cluster import Cluster
 from baton.services.gateway.links import (
     DecodeLink,
@@ -20,6 +21,7 @@ from baton.services.gateway.links import (
     Token,
     follow_prefill,
 )
+from baton.services.gateway.prefill_calls import PrefillCalls
 from baton.services.gateway.router import WorkerSnapshot
 from baton.services.gateway.served_model import ServedModel
 from baton.shared.kv.capacity import Capacity, GroupShare
@@ -250,20 +252,55 @@ async def test_a_decode_link_that_is_closed_says_nothing(worker: Worker) -> None
     await asyncio.wait_for(worker.let_go.wait(), 30)
 
 
-def following_prefill(channel: grpc.aio.Channel) -> tuple[asyncio.Task[None], Events]:
+def following_prefill(calls: PrefillCalls) -> tuple[asyncio.Task[None], Events]:
     events: Events = asyncio.Queue()
     request = prefill_service_pb2.PrefillRequest(sequence=types_pb2.SequenceSpec(first_index=3))
-    call = follow_prefill(channel, INCARNATION, request, events, PATIENCE)
+    call = follow_prefill(calls, INCARNATION, request, events, PATIENCE)
     return asyncio.create_task(call), events
 
 
 async def test_a_prefill_call_brings_its_token(worker: Worker, channel: grpc.aio.Channel) -> None:
     worker.ending = returns
-    task, events = following_prefill(channel)
+    task, events = following_prefill(PrefillCalls(channel))
     assert await following(events) == PromptAdmitted(2)
     assert await following(events) == Token(3, 7, None)
     await task
     assert events.empty()
+
+
+async def test_calls_that_are_made_before_there_is_a_prompt_bring_its_token(
+    worker: Worker, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.ending = returns
+    monkeypatch.setattr(prefill_calls, "_SPARE_AFTER_S", 60.0)
+    calls = PrefillCalls(channel)
+    calls.fill()
+    num_ready = calls.num_spare
+    for number in range(num_ready + 1):
+        assert calls.num_spare == num_ready - number
+        task, events = following_prefill(calls)
+        assert await following(events) == PromptAdmitted(2)
+        assert await following(events) == Token(3, 7, None)
+        await task
+    assert worker.num_calls == num_ready + 1, "of a spare call the worker knows no prompt"
+    calls.fill()
+    assert calls.num_spare == num_ready
+    calls.close()
+
+
+async def test_calls_to_a_worker_that_is_gone_are_not_taken(worker: Worker) -> None:
+    worker.ending = returns
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        calls = PrefillCalls(channel)
+        calls.fill()
+        spare = list(calls._spare)
+    await asyncio.gather(*(call.code() for call in spare))
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        calls._open = PrefillCalls(channel)._open
+        task, events = following_prefill(calls)
+        assert await following(events) == PromptAdmitted(2)
+        await task
+        calls.close()
 
 
 async def mismatches(worker: Worker, context: Context) -> None:
@@ -292,7 +329,7 @@ async def test_a_prefill_call_that_fails_is_reported(
     doubted: str | None,
 ) -> None:
     worker.ending = ending
-    task, events = following_prefill(channel)
+    task, events = following_prefill(PrefillCalls(channel))
     failed = await the_failure(events)
     assert type(failed.error) is error and failed.worker_incarnation == doubted
     assert failed.is_hearsay == (error is Cancelled), "its reader gave the claim up"
@@ -303,7 +340,7 @@ async def test_a_prefill_call_whose_channel_is_closed_is_reported(
     worker: Worker, channel: grpc.aio.Channel
 ) -> None:
     """As that of a worker which is gone from the directory. Nobody cancelled the task."""
-    task, events = following_prefill(channel)
+    task, events = following_prefill(PrefillCalls(channel))
     await worker.hanging.wait()
     await channel.close()
     assert isinstance((await the_failure(events)).error, WorkerLost)
@@ -313,7 +350,7 @@ async def test_a_prefill_call_whose_channel_is_closed_is_reported(
 async def test_a_prefill_call_that_is_cancelled_says_nothing(
     worker: Worker, channel: grpc.aio.Channel
 ) -> None:
-    task, events = following_prefill(channel)
+    task, events = following_prefill(PrefillCalls(channel))
     assert await following(events) == PromptAdmitted(2)
     await worker.hanging.wait()
     task.cancel()
