@@ -237,6 +237,8 @@ class DecodeLink:
             case "step":
                 step = message.step
                 self._steps.heard(step.step)
+                for joined in step.joined:
+                    self._take_joined(joined)
                 for checked in step.predictions:
                     attempt = self._attempts.get(checked.slot)
                     if attempt is not None:
@@ -258,13 +260,7 @@ class DecodeLink:
                 if attempt is not None:
                     attempt.events.put_nowait(PromptTold(message.prompt_logprobs.logprobs))
             case "joined":
-                attempt = self._attempts.get(message.joined.slot)
-                if attempt is not None:
-                    joined = message.joined
-                    transfer_s = None
-                    if joined.HasField("transfer_time"):
-                        transfer_s = duration_from_pb(joined.transfer_time)
-                    attempt.events.put_nowait(Joined(joined.num_cached_tokens, transfer_s))
+                self._take_joined(message.joined)
             case "failed":
                 attempt = self._attempts.pop(message.failed.slot, None)
                 if attempt is not None:
@@ -272,6 +268,14 @@ class DecodeLink:
                     # What breaks a claim is known to the source.
                     is_hearsay = isinstance(error, ClaimBroken)
                     attempt.events.put_nowait(Failed(error, self._doubted(error), is_hearsay))
+
+    def _take_joined(self, joined: decode_service_pb2.SequenceJoined) -> None:
+        attempt = self._attempts.get(joined.slot)
+        if attempt is not None:
+            transfer_s = None
+            if joined.HasField("transfer_time"):
+                transfer_s = duration_from_pb(joined.transfer_time)
+            attempt.events.put_nowait(Joined(joined.num_cached_tokens, transfer_s))
 
     def _doubted(self, error: BatonError) -> str | None:
         return self.incarnation if isinstance(error, Draining) else None

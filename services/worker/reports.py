@@ -47,6 +47,8 @@ class Reports:
         self._prompt_logprobs = defaultdict(list)
         self._predictions: defaultdict[str, list[dec.CheckedPrediction]] = defaultdict(list)
         """By gateway."""
+        self._joined: defaultdict[str, list[dec.SequenceJoined]] = defaultdict(list)
+        """By gateway, as well."""
 
     def emit(self, message: Outgoing) -> None:
         self._outbox.append(message)
@@ -63,6 +65,7 @@ class Reports:
             output.token_ids.extend([each.token_id for each in drawn])
             output.finish_reasons.extend([FINISH_REASON_TO_PB[reason] for reason in reasons])
             output.predictions.extend(self._predictions.pop(gateway, ()))
+            output.joined.extend(self._joined.pop(gateway, ()))
             for column, each in enumerate(drawn):
                 if each.logprobs is not None:
                     told = logprobs_to_pb(each.logprobs)
@@ -70,6 +73,7 @@ class Reports:
             self.emit(ToGateway(gateway, response))
         self._tokens.clear()
         self._predictions.clear()
+        self._joined.clear()
         if self._outbox:
             self._deliver(self._outbox[:])
             self._outbox.clear()
@@ -120,13 +124,14 @@ class Reports:
     # To a gateway's Decode stream
 
     def joined(self, sequence: Sequence, recipient: Recipient, pull: Pull | None) -> None:
+        """Goes along with its first token."""
         joined = dec.SequenceJoined(
             slot=recipient.number, num_cached_tokens=sequence.num_cached_tokens
         )
         if pull is not None:
             joined.transfer_time.CopyFrom(duration_to_pb(pull.transfer_s))
             joined.num_pulled_blocks = pull.num_pulled_blocks
-        self.emit(ToGateway(recipient.gateway, dec.DecodeResponse(joined=joined)))
+        self._joined[recipient.gateway].append(joined)
 
     def token(
         self, recipient: Recipient, index: int, drawn: Drawn, finish_reason: FinishReason | None

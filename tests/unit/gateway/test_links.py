@@ -25,6 +25,7 @@ from baton.services.gateway.prefill_calls import PrefillCalls
 from baton.services.gateway.router import WorkerSnapshot
 from baton.services.gateway.served_model import ServedModel
 from baton.shared.kv.capacity import Capacity, GroupShare
+from baton.shared.kv.sequence import FinishReason
 from baton.shared.model_files.info import ModelInfo
 from baton.shared.rpc.errors import (
     BatonError,
@@ -88,6 +89,7 @@ class Worker(
         """Sequences that a Decode call waits for."""
         self.failure: BatonError | None = None
         """Of each sequence, once it has joined."""
+        self.joins_with_a_token = False
         self.num_calls = 0
         self.hanging, self.let_go = asyncio.Event(), asyncio.Event()
 
@@ -101,7 +103,17 @@ class Worker(
                 num_started += 1
                 slot = message.start.slot
                 joined = decode_service_pb2.SequenceJoined(slot=slot, num_cached_tokens=slot)
-                yield decode_service_pb2.DecodeResponse(joined=joined)
+                if self.joins_with_a_token:
+                    step = decode_service_pb2.StepOutput(
+                        slots=[slot],
+                        indices=[0],
+                        token_ids=[7],
+                        finish_reasons=[types_pb2.FINISH_REASON_LENGTH],
+                        joined=[joined],
+                    )
+                    yield decode_service_pb2.DecodeResponse(step=step)
+                else:
+                    yield decode_service_pb2.DecodeResponse(joined=joined)
                 if self.failure is not None:
                     failed = decode_service_pb2.SequenceFailed(
                         slot=slot, failure=to_failure(self.failure)
@@ -238,6 +250,15 @@ async def test_what_a_decode_worker_says_of_one_sequence_is_told_to_its_attempt(
     failed = await the_failure(start(cluster.link(snapshot(worker.address))))
     assert type(failed.error) is type(failure) and failed.error.message == failure.message
     assert (failed.worker_incarnation, failed.is_hearsay) == (doubted, is_hearsay)
+
+
+async def test_a_sequence_joins_before_its_first_token_also_in_one_message(
+    worker: Worker, cluster: Cluster
+) -> None:
+    worker.joins_with_a_token = True
+    events = start(cluster.link(snapshot(worker.address)))
+    assert await following(events) == Joined(1, None)
+    assert await following(events) == Token(0, 7, FinishReason.LENGTH)
 
 
 async def test_a_decode_link_that_is_closed_says_nothing(worker: Worker) -> None:

@@ -28,7 +28,7 @@ from baton.shared.rpc.errors import BatonError, EngineFailure, from_failure
 from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
 from baton.shared.token_masks import TokenMasks
-from baton.v1 import worker_service_pb2
+from baton.v1 import decode_service_pb2, worker_service_pb2
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 from tests.unit.worker.late_runner import LateBegun, LateRunner, LateStep
 
@@ -258,6 +258,25 @@ def test_a_first_token_leaves_before_its_prompt_is_sealed(
         bench.engine.run_once()
     # Of two chunks.
     assert log[:3] == ["seal", "1 out", "seal"] and log[3:] == ["seal"] * (len(log) - 3)
+
+
+def test_a_sequence_joins_in_the_message_of_its_first_token(bench: Bench) -> None:
+    heard: list[decode_service_pb2.DecodeResponse] = []
+    bench.engine._reports._deliver = lambda mail: heard.extend(
+        each.message for each in mail if isinstance(each, msg.ToGateway)
+    )
+    for number in range(2):
+        bench.start(number, PROMPTS[number], sampling(number, 2))
+    bench.run()
+    joined = [(number, each.slot) for number, all in enumerate(heard) for each in all.step.joined]
+    firsts = [
+        (number, slot)
+        for number, each in enumerate(heard)
+        for slot, index in zip(each.step.slots, each.step.indices, strict=True)
+        if index == 0
+    ]
+    assert joined == firsts and len(joined) == 2
+    assert all(each.step.token_ids for each in heard), "no message but those with tokens"
 
 
 # Blocks under a step in flight
