@@ -80,6 +80,9 @@ class AdmittedRequest:
     wants_no_token: bool = False
     """The prompt's logprobs are the whole answer: `params.max_tokens` is 1, as workers draw one
     behind every prompt."""
+    sent_token_ids: Sequence[int] | None = field(default=None, compare=False, repr=False)
+    """The prompt as the list of a message, if it was sent so: into another message it is copied as
+    it is."""
 
     @property
     def num_samples(self) -> int:
@@ -169,6 +172,7 @@ async def admit(
         banned,
         constraint,
         wants_no_token=max_tokens == 0,
+        sent_token_ids=request.token_ids.token_ids if prompt_field == "token_ids" else None,
     )
 
 
@@ -247,7 +251,8 @@ async def _prompt_token_ids(
         return await _encoded(request.text, limits, encode)
     if kind == "messages":
         return await _encoded_chat(request.messages.messages, limits, encode_chat)
-    token_ids = tuple(request.token_ids.token_ids)
+    # By way of a list, which the library makes at once, and not token by token.
+    token_ids = tuple(request.token_ids.token_ids[:])
     if not token_ids:
         raise InvalidField("token_ids", "is empty", limit="at least 1 token")
     # Before its length: an id that the model lacks says more about a wrong caller.

@@ -222,8 +222,7 @@ class _Attempt:
 
 def _spec_of(admitted: AdmittedRequest) -> types_pb2.SequenceSpec:
     """What all attempts at all samples have in common."""
-    return types_pb2.SequenceSpec(
-        token_ids=admitted.prompt_token_ids,
+    spec = types_pb2.SequenceSpec(
         sampling=sampling_to_pb(admitted.params),
         cache_salt=admitted.identity.cache_salt,
         prediction_token_ids=admitted.prediction_token_ids,
@@ -232,6 +231,11 @@ def _spec_of(admitted: AdmittedRequest) -> types_pb2.SequenceSpec:
         ],
         constraint=admitted.constraint,
     )
+    if admitted.sent_token_ids is not None:
+        spec.token_ids.MergeFrom(admitted.sent_token_ids)
+    else:
+        spec.token_ids.extend(admitted.prompt_token_ids)
+    return spec
 
 
 def _source(route: Route) -> types_pb2.WorkerAddress | None:

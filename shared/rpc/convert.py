@@ -137,7 +137,8 @@ def sequence_from_pb(spec: pb.SequenceSpec, capability_hash: str) -> Sequence:
         deadline = time.monotonic() + duration_from_pb(spec.time_left)
     return Sequence(
         key=key_from_pb(spec.key),
-        prompt_token_ids=tuple(spec.token_ids),
+        # By way of a list, which the library makes at once, and not token by token.
+        prompt_token_ids=tuple(spec.token_ids[:]),
         params=sampling_from_pb(spec.sampling),
         first_index=spec.first_index,
         salt=spec.cache_salt,
