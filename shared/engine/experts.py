@@ -5,7 +5,8 @@
                 their downs, [experts, hidden, size]; or both turned round, gate and up alternating
     MXFP4       the latter, each row in runs of 32 numbers of four bits with one exponent
 
-All become the weights of one expert after another, gate above up, in the activations' dtype.
+All become the weights of one expert after another, gate above up: plain numbers in the activations'
+dtype, or what a quantised checkpoint has of them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,25 @@ import torch
 from torch import Tensor
 
 from baton.kernels.reference_experts import ExpertActivation
-from baton.shared.engine.linear import LinearSpec, Part, PartReader, Ranks, Split, expand
+from baton.shared.engine.linear import (
+    LinearSpec,
+    Part,
+    PartReader,
+    Ranks,
+    Split,
+    joined,
+    read_bias,
+    read_parts,
+)
+from baton.shared.engine.quantised import fp4
+from baton.shared.engine.quantised.weight import QuantisedWeight
 
 _BLOCK = 32
 """Numbers of an MXFP4 block; two are in a byte, the lower half first."""
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_EXPONENT_BIAS = 127
 _NO_NUMBER = 255
+_WHOLE = slice(None)
+Matrix = tuple[Tensor | QuantisedWeight, ...]
+"""Parts, one below the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +82,8 @@ class Experts:
     """In whatever form the operations packed them."""
     activation: ExpertActivation
     num_bytes: int
+    is_small: bool = False
+    """Computed as they are stored."""
     all_reduce: Callable[[Tensor], object] | None = None
     """Adds up the ranks' results."""
 
@@ -76,9 +91,9 @@ class Experts:
 class Expert(NamedTuple):
     """One of them, this rank's share."""
 
-    gate_up: Tensor
+    gate_up: Matrix
     """[2 · size, hidden]; without a gate [size, hidden]"""
-    down: Tensor
+    down: Matrix
     """[hidden, size]"""
     gate_up_bias: Tensor | None
     """[2 · size]"""
@@ -86,12 +101,17 @@ class Expert(NamedTuple):
     """[hidden]; of the first rank only, since results are added up."""
 
     @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
+    def bias_bytes(self) -> int:
+        biases = (self.gate_up_bias, self.down_bias)
+        return sum(bias.nbytes for bias in biases if bias is not None)
+
+    def expanded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        weights = joined(self.gate_up, dtype), joined(self.down, dtype)
+        return (*weights, self.gate_up_bias, self.down_bias)
 
 
-def expand_experts(spec: ExpertsSpec, reader: PartReader, ranks: Ranks) -> Iterator[Expert]:
-    """One after another, in the activations' dtype.
+def read_experts(spec: ExpertsSpec, reader: PartReader, ranks: Ranks) -> Iterator[Expert]:
+    """One after another.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or a form that is not served.
@@ -118,8 +138,12 @@ def _separate(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -
     if spec.num_up > spec.size:
         gate_up = (part(names.gate, spec.size), *gate_up)
     down = (part(names.down, spec.num_in),)
-    up_weight, up_bias = expand(LinearSpec(spec.num_in, gate_up, Split.COLUMNS), reader, ranks)
-    down_weight, down_bias = expand(LinearSpec(spec.size, down, Split.ROWS), reader, ranks)
+    both = (
+        LinearSpec(spec.num_in, gate_up, Split.COLUMNS),
+        LinearSpec(spec.size, down, Split.ROWS),
+    )
+    up_weight, down_weight = (tuple(read_parts(each, reader, ranks)) for each in both)
+    up_bias, down_bias = (read_bias(each, reader, ranks) for each in both)
     return Expert(up_weight, down_weight, up_bias, None if ranks.rank else down_bias)
 
 
@@ -136,7 +160,7 @@ def _fused(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> E
 
 
 def _mxfp4(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> Expert:
-    def read(name: str, num_out: int, num_in: int) -> Tensor:
+    def read(name: str, num_out: int, num_in: int) -> QuantisedWeight:
         if num_in % _BLOCK:
             raise reader.error(f"{name}_blocks", f"rows of {num_in} are not in runs of {_BLOCK}")
         shape = (spec.num_experts, num_out, num_in // _BLOCK)
@@ -146,26 +170,14 @@ def _mxfp4(spec: ExpertsSpec, index: int, reader: PartReader, ranks: Ranks) -> E
                 raise reader.error(f"{name}_{suffix}", f"dtype {header.dtype} is not U8")
         blocks = _one(reader.read, f"{name}_blocks", (*shape, _BLOCK // 2), index)
         scales = _one(reader.read, f"{name}_scales", shape, index)
-        if blocks.is_meta:
-            return blocks.new_empty((num_out, num_in), dtype=reader.dtype)
-        if bool((scales == _NO_NUMBER).any()):
+        if not scales.is_meta and bool((scales == _NO_NUMBER).any()):
             raise reader.error(f"{name}_scales", "holds what is no number")
-        return expand_mxfp4(blocks, scales, reader.dtype)
+        return fp4.mxfp4(blocks, scales)
 
     names = spec.names
     gate_up = read(names.fused_gate_up, 2 * spec.size, spec.num_in)
     down = read(names.fused_down, spec.num_in, spec.size)
     return _shared_out(spec, index, gate_up, down, reader, ranks)
-
-
-def expand_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """blocks uint8 [rows, runs, 16], scales uint8 [rows, runs], exponents plus 127 → [rows, runs ·
-    32] in that dtype: each number times two to its run's exponent, rounded once."""
-    values = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=dtype, device=blocks.device)
-    codes = torch.stack((blocks & 0xF, blocks >> 4), -1).flatten(-2)
-    exponents = scales.to(torch.int32)[..., None] - _EXPONENT_BIAS
-    numbers = values[codes.int()]
-    return torch.ldexp(numbers, exponents, out=numbers).flatten(1)
 
 
 def _one(read: Callable[..., Tensor], name: str, shape: tuple[int, ...], index: int) -> Tensor:
@@ -175,7 +187,12 @@ def _one(read: Callable[..., Tensor], name: str, shape: tuple[int, ...], index: 
 
 
 def _shared_out(
-    spec: ExpertsSpec, index: int, gate_up: Tensor, down: Tensor, reader: PartReader, ranks: Ranks
+    spec: ExpertsSpec,
+    index: int,
+    gate_up: Tensor | QuantisedWeight,
+    down: Tensor | QuantisedWeight,
+    reader: PartReader,
+    ranks: Ranks,
 ) -> Expert:
     """This rank's share of a whole expert."""
     bias = down_bias = None
@@ -186,12 +203,28 @@ def _shared_out(
         of_down = (count, spec.num_in)
         down_bias = _one(reader.read_float, f"{names.fused_down}_bias", of_down, index)
     own = ranks.share(spec.size, 1)
+    if ranks.size > 1:
+        down = down[:, own] if isinstance(down, Tensor) else down.part(_WHOLE, own)
+    if isinstance(gate_up, Tensor):
+        gate_up = _rows(gate_up, own, spec)
+    else:
+        gate_up = _small_rows(gate_up, own, spec)
     return Expert(
-        _rows(gate_up, own, spec),
-        down if ranks.size == 1 else down[:, own],
+        (gate_up,),
+        (down,),
         None if bias is None else _rows(bias, own, spec),
         None if ranks.rank else down_bias,
     )
+
+
+def _small_rows(gate_up: QuantisedWeight, own: slice, spec: ExpertsSpec) -> QuantisedWeight:
+    """As `_rows`."""
+    num_own = own.stop - own.start
+    num_rows = num_own * spec.num_up // spec.size
+    if gate_up.is_meta:
+        return gate_up.part(slice(0, num_rows), _WHOLE)
+    index = _rows(torch.arange(gate_up.num_out, device=gate_up.codes.device), own, spec)
+    return gate_up.take_rows(index)
 
 
 def _rows(gate_up: Tensor, own: slice, spec: ExpertsSpec) -> Tensor:

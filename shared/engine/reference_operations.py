@@ -24,7 +24,7 @@ from baton.kernels.reference_scaled import quantise_rows_reference
 from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.state_plan import StatePlan
 from baton.shared.engine.determinism import MIN_LINEAR_ROWS
-from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
+from baton.shared.engine.experts import Experts, ExpertsSpec, read_experts
 from baton.shared.engine.linear import (
     Linear,
     LinearSpec,
@@ -39,6 +39,7 @@ from baton.shared.engine.linear import (
     read_parts,
 )
 from baton.shared.engine.operations import GatedLinears, Norm
+from baton.shared.engine.quantised.kept import Expanding, KeptMatrix, keep
 from baton.shared.engine.quantised.small import SmallLinear, pack_small
 
 _ALONE = Ranks()
@@ -101,13 +102,23 @@ class ReferenceOperations:
         return Linear(reference.pack_weight(weight), bias, num_out, num_in, scale=scale)
 
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
-        packed, num_bytes = [], 0
-        for expert in expand_experts(spec, reader, self.ranks):
-            num_bytes += expert.num_bytes
-            gate_up, down = (reference.pack_weight(each) for each in (expert.gate_up, expert.down))
-            packed.append((gate_up, down, expert.gate_up_bias, expert.down_bias))
-        weights = ExpertWeights(*(list(each) for each in zip(*packed, strict=True)))
-        return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
+        """What is small stays so, and is expanded whenever a token has the expert: to the numbers,
+        and in the form, that it would have been kept in."""
+        form, num_bytes = reference.pack_weight, 0
+        matrices: tuple[list[Tensor | KeptMatrix], ...] = ([], [])
+        biases: tuple[list[Tensor | None], ...] = ([], [])
+        for expert in read_experts(spec, reader, self.ranks):
+            num_bytes += expert.bias_bytes
+            for parts, own in zip((expert.gate_up, expert.down), matrices, strict=True):
+                kept = keep(parts)
+                weight = joined(parts, reader.dtype) if kept is None else kept
+                num_bytes += weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
+                own.append(form(weight) if isinstance(weight, Tensor) else weight)
+            for bias, each in zip(biases, (expert.gate_up_bias, expert.down_bias), strict=True):
+                bias.append(each)
+        gate_up, down = (Expanding(each, form, reader.dtype) for each in matrices)
+        weights = ExpertWeights(gate_up, down, *biases)
+        return Experts(weights, spec.activation, num_bytes, all_reduce=self.ranks.all_reduce)
 
     def paged_attention(
         self,

@@ -49,7 +49,7 @@ from baton.kernels.soft_cap import soft_cap
 from baton.kernels.split_prefill_attention import ItemWork, split_prefill_attention
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.device_columns import Chunk
-from baton.shared.engine.experts import Experts, ExpertsSpec, expand_experts
+from baton.shared.engine.experts import Experts, ExpertsSpec, read_experts
 from baton.shared.engine.linear import (
     Linear,
     LinearSpec,
@@ -222,20 +222,21 @@ class TritonOperations:
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
         tensors: list[Tensor | None] = []
         num_bytes = 0
-        for index, expert in enumerate(expand_experts(spec, reader, self.ranks)):
-            num_bytes += expert.num_bytes
+        for index, expert in enumerate(read_experts(spec, reader, self.ranks)):
+            expanded = expert.expanded(reader.dtype)
+            num_bytes += sum(each.nbytes for each in expanded if each is not None)
             if not tensors:
                 tensors = [
                     None if each is None else each.new_empty((spec.num_experts, *each.shape))
-                    for each in expert
+                    for each in expanded
                 ]
-            for whole, own in zip(tensors, expert, strict=True):
+            for whole, own in zip(tensors, expanded, strict=True):
                 if whole is not None and own is not None and not own.is_meta:
                     whole[index] = own
         gate_up, down, *biases = tensors
         assert gate_up is not None and down is not None
         weights = ExpertWeights(gate_up, down, *biases)
-        return Experts(weights, spec.activation, num_bytes, self.ranks.all_reduce)
+        return Experts(weights, spec.activation, num_bytes, all_reduce=self.ranks.all_reduce)
 
     def joins_shared(self, num_tokens: int, layer: Experts, mlp: GatedLinears) -> bool:
         gate_up, down = mlp

@@ -34,7 +34,9 @@ def read(
     scale = read_scales(scale_name, (count, num_out), scheme, reader)
     zeros = read_words(reader, f"{module}.qzeros", (count, num_columns), "I32", because)
     if words.is_meta:
-        return QuantisedWeight.on_paper(*shape, 4, count)
+        return QuantisedWeight.on_paper(
+            *shape, 4, count, torch.uint8, scale=scale.dtype, zero=torch.uint8
+        )
     codes, zero = _in_order(words, num_out).t(), _in_order(zeros, num_out).t()
     return QuantisedWeight(codes.contiguous(), scale.t().contiguous(), 4, zero=zero.contiguous())
 

@@ -8,6 +8,8 @@ weight_global_scale    NVFP4: float32 [1], which divides the scales
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from baton.shared.engine.quantised.form import (
     check_finite,
     check_scales,
     num_groups,
+    powers_of_two,
     read_exponents,
     read_scale,
     read_words,
@@ -26,6 +29,7 @@ from baton.shared.engine.quantised.weight import QuantisedWeight
 
 _TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
 """The numbers times two, which are whole; those behind them are negative."""
+_LEVELS = (*_TWICE, *(-value for value in _TWICE))
 _BITS = 5
 """Of these whole numbers."""
 _NV_GROUP, _MX_GROUP = 16, 32
@@ -57,8 +61,22 @@ def read(
     else:
         scale = _nv_scale(module, of_groups, because, reader)
     if packed.is_meta:
-        return QuantisedWeight.on_paper(*shape, _BITS, of_groups[1])
-    return QuantisedWeight(whole_numbers(packed), scale / 2, _BITS)
+        paper = QuantisedWeight.on_paper(*shape, _BITS, of_groups[1])
+        return replace(paper, levels=_LEVELS)
+    return QuantisedWeight(whole_numbers(packed), scale / 2, _BITS, levels=_LEVELS)
+
+
+def mxfp4(blocks: Tensor, exponents: Tensor) -> QuantisedWeight:
+    """As gpt-oss has them: blocks uint8 [out, runs, 16], exponents of two plus 127 uint8 [out,
+    runs], or on paper. Powers of two are kept in bfloat16, which holds each of them."""
+    num_out, num_runs, _ = blocks.shape
+    if blocks.is_meta:
+        shape = num_out, num_runs * _MX_GROUP
+        paper = QuantisedWeight.on_paper(*shape, _BITS, num_runs, scale=torch.bfloat16)
+        return replace(paper, levels=_LEVELS)
+    scale = (powers_of_two(exponents) / 2).bfloat16()
+    codes = whole_numbers(blocks).flatten(1)
+    return QuantisedWeight(codes, scale, _BITS, levels=_LEVELS)
 
 
 def _packed_name(module: str, reader: TensorReader) -> str:
@@ -68,9 +86,7 @@ def _packed_name(module: str, reader: TensorReader) -> str:
 
 def whole_numbers(packed: Tensor) -> Tensor:
     """uint8 [..., n] → int8 [..., 2 n], twice the numbers."""
-    values = torch.tensor(
-        [*_TWICE, *(-value for value in _TWICE)], dtype=torch.int8, device=packed.device
-    )
+    values = torch.tensor(_LEVELS, dtype=torch.int8, device=packed.device)
     return values[nibbles(packed).int()]
 
 

@@ -63,7 +63,14 @@ def read(
         )
     group_of = read_group_of(f"{module}.weight_g_idx", num_in, count, reader, scheme)
     if words.is_meta:
-        return QuantisedWeight.on_paper(*shape, bits, count)
+        return QuantisedWeight.on_paper(
+            *shape,
+            bits,
+            count,
+            scale=scale.dtype,
+            num_scales=len(scale),
+            zero=None if packed_zero is None else torch.int8,
+        )
     middle = 2 ** (bits - 1)
     zero = None
     if packed_zero is not None:

@@ -64,7 +64,17 @@ def read(
         zero, _ = _placed(zero, zero_name, shape, scheme, reader)
     inputs = _read_inputs(module, scheme, reader)
     if codes.is_meta:
-        paper = QuantisedWeight.on_paper(*shape, 8, scale.shape[-1], codes.dtype)
+        is_one = scale.numel() == 1
+        count = 1 if is_one else scale.shape[-1]
+        paper = QuantisedWeight.on_paper(
+            *shape,
+            8,
+            count,
+            codes.dtype,
+            scale=scale.dtype,
+            num_scales=1 if is_one else None,
+            zero=None if zero is None else zero.dtype,
+        )
         return replace(paper, inputs=inputs)
     if header.dtype == "F8_E4M3" and bool(codes.isnan().any()):
         raise reader.error(name, "holds what is no number")
@@ -95,9 +105,10 @@ def _read_scale(name: str, reader: TensorReader) -> Tensor:
     if header is None or header.dtype != "F8_E8M0":
         return read_scale(reader, name, _BECAUSE)
     scale = reader.read(name, header.shape)
-    if not scale.is_meta:
-        scale = scale.float()
-        check_finite(reader, name, scale)
+    if scale.is_meta:
+        return torch.empty_like(scale, dtype=torch.float32)
+    scale = scale.float()
+    check_finite(reader, name, scale)
     return scale
 
 

@@ -34,6 +34,8 @@ class QuantisedWeight:
     """[out or 1, groups], of a float dtype"""
     num_bits: int
     """That a code needs: integers of 4 lie in a range of 16."""
+    levels: tuple[int, ...] | None = None
+    """Sixteen numbers, if codes are no others."""
     zero: Tensor | None = None
     """int8, uint8 or int16 [out or 1, groups]"""
     offset: Tensor | None = None
@@ -51,10 +53,18 @@ class QuantisedWeight:
         num_bits: int,
         num_groups: int,
         dtype: torch.dtype = torch.int8,
+        *,
+        scale: torch.dtype = torch.float32,
+        num_scales: int | None = None,
+        zero: torch.dtype | None = None,
     ) -> QuantisedWeight:
-        """Of which only shapes and the codes' dtype count."""
+        """Of which only shapes and dtypes count. `num_scales`: rows that have some of their own;
+        None: all."""
         codes = torch.empty(num_out, num_in, dtype=dtype, device="meta")
-        return cls(codes, codes.new_empty((1, num_groups), dtype=torch.float32), num_bits)
+        of_groups = (num_out if num_scales is None else num_scales, num_groups)
+        scales = codes.new_empty(of_groups, dtype=scale)
+        zeros = None if zero is None else codes.new_empty(of_groups, dtype=zero)
+        return cls(codes, scales, num_bits, zero=zeros)
 
     @property
     def num_out(self) -> int:
@@ -76,20 +86,24 @@ class QuantisedWeight:
         """Some of the rows, and of the columns."""
         if rows == WHOLE and columns == WHOLE:
             return self
-        if self.is_meta:
-            # Groups that are cut are as many as there were, at most.
-            num_rows = len(range(self.num_out)[rows])
-            num_columns = len(range(self.num_in)[columns])
-            shape, groups = (num_rows, num_columns), self.scale.shape[1]
-            paper = QuantisedWeight.on_paper(*shape, self.num_bits, groups, self.codes.dtype)
-            return replace(paper, inputs=self.inputs)
-        taken = self._with(lambda of_groups: of_groups if len(of_groups) == 1 else of_groups[rows])
-        group_of = None if columns == WHOLE else self._group_of()[columns]
-        return replace(
-            taken,
-            codes=self.codes[rows, columns],
-            group_of=self.group_of if columns == WHOLE else group_of,
+        groups = self._groups_of(columns)
+        taken = self._with(
+            lambda each: (each if len(each) == 1 else each[rows])[:, groups or WHOLE]
         )
+        group_of = self.group_of
+        if groups is None and not self.is_meta:
+            group_of = self._group_of()[columns]
+        return replace(taken, codes=self.codes[rows, columns], group_of=group_of)
+
+    def _groups_of(self, columns: slice) -> slice | None:
+        """Those of columns that have whole groups of their own; None: others share them."""
+        if columns == WHOLE:
+            return WHOLE
+        size = self.num_in // self.scale.shape[1]
+        first, last, step = columns.indices(self.num_in)
+        if self.group_of is not None or step != 1 or first % size or last % size:
+            return None
+        return slice(first // size, last // size)
 
     def in_order(self) -> tuple[QuantisedWeight, Tensor] | None:
         """With columns sorted by group, and which these are, int64 [in]; None: groups are of

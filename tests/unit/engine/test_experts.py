@@ -19,10 +19,12 @@ from baton.kernels.reference_experts import Routes, route
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
-from baton.shared.engine.experts import ExpertNames, ExpertsSpec, expand_experts, expand_mxfp4
+from baton.shared.engine.experts import ExpertNames, ExpertsSpec, read_experts
 from baton.shared.engine.linear import Ranks
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.quantised import fp4
+from baton.shared.engine.quantised.read import read_quantised
 from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
@@ -145,12 +147,78 @@ def test_experts_of_8_bits_are_expanded_as_any_linear_layer(load: Load) -> None:
         numbers, scale = (weight * 20).to(torch.int8), rand(len(weight), 1).abs()
         tensors |= {name: numbers, f"{name}_scale": scale}
         expanded[name] = numbers * scale
-    ours = list(expand_experts(SPEC, load(tensors, quantization=INT8), Ranks()))
-    theirs = list(expand_experts(SPEC, load(expanded), Ranks()))
+    ours = list(read_experts(SPEC, load(tensors, quantization=INT8), Ranks()))
+    theirs = list(read_experts(SPEC, load(expanded), Ranks()))
     for one, other in zip(ours, theirs, strict=True):
-        assert torch.equal(one.gate_up, other.gate_up) and torch.equal(one.down, other.down)
+        for a, b in zip(one.expanded(torch.float32), other.expanded(torch.float32), strict=True):
+            assert a is b is None or (a is not None and b is not None and torch.equal(a, b))
+    assert_kept(lambda: load(tensors, quantization=INT8), lambda: load(expanded), SPEC, 0.28)
     with pytest.raises(ModelError, match=r"e.gate_up: dtype I8 is not one of"):
         load({"e.gate_up": torch.ones(5, 64, 64).char()}, device="meta").experts(SPEC)
+
+
+def assert_kept(
+    small: Callable[..., ModelLoader],
+    plain: Callable[..., ModelLoader],
+    spec: ExpertsSpec,
+    share: float,
+) -> None:
+    """In memory as small as they are stored, on paper too, and computed to the same bits."""
+    loader = small()
+    layer = loader.experts(spec)
+    expanded = plain().experts(spec)
+    assert loader.num_bytes == layer.num_bytes < share * expanded.num_bytes
+    x, routes = rand(7, HIDDEN, seed=99), Routes(whole(0, 4, 7, 2), rand(7, 2).abs())
+    ours, theirs = (loader.ops.experts(x, routes, each) for each in (layer, expanded))
+    assert torch.equal(ours, theirs) and bool(ours.any())
+
+
+def whole(least: int, most: int, *shape: int) -> Tensor:
+    return torch.randint(least, most + 1, shape, generator=torch.Generator().manual_seed(5))
+
+
+INT4 = Quantization(
+    method="gptq",
+    rules=(Rule(EVERY_LINEAR, Scheme(num_bits=4, group_size=16, is_symmetric=False)),),
+)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Load) -> None:
+    """Of ranks that cut groups, too; and as many bytes on paper as there are."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in separate().items():
+        module, (num_out, num_in) = name.removesuffix(".weight"), weight.shape
+        words = torch.iinfo(torch.int32)
+        tensors |= {
+            f"{module}.qweight": whole(words.min, words.max, num_in // 8, num_out).int(),
+            f"{module}.qzeros": whole(words.min, words.max, num_in // 16, num_out // 8).int(),
+            f"{module}.scales": (rand(num_in // 16, num_out).abs() / 8).half(),
+        }
+    expanded = {}
+    reader = load(tensors, quantization=INT4)
+    for index in range(NUM_EXPERTS):
+        for name, num_out, num_in in (
+            ("g", SIZE, HIDDEN),
+            ("u", SIZE, HIDDEN),
+            ("d", HIDDEN, SIZE),
+        ):
+            module = f"e.{index}.{name}"
+            read = read_quantised(module, (num_out, num_in), reader)
+            assert read is not None
+            expanded[f"{module}.weight"] = read.expand(torch.float32)
+    for rank in range(num_ranks):
+        ranks = Ranks(rank, num_ranks, lambda y: None)
+        assert_kept(
+            lambda: load(tensors, ranks, quantization=INT4),  # noqa: B023
+            lambda: load(expanded, ranks),  # noqa: B023
+            SPEC,
+            0.2,
+        )
+        on_paper = load(tensors, ranks, "meta", quantization=INT4)
+        loaded = load(tensors, ranks, quantization=INT4).experts(SPEC)
+        on_paper.experts(SPEC)
+        assert on_paper.num_bytes == loaded.num_bytes
 
 
 def packed(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +236,7 @@ def test_mxfp4_is_expanded_to_transformers_bits(dtype: torch.dtype, load: Load) 
     blocks, scales = packed(NUM_EXPERTS, 2 * SIZE, HIDDEN // 32, seed=1)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
     for expert in range(NUM_EXPERTS):
-        got = expand_mxfp4(blocks[expert], scales[expert], dtype)
+        got = fp4.mxfp4(blocks[expert], scales[expert]).expand(dtype)
         assert got.dtype == dtype and torch.equal(got, expected[expert].t())
 
 
@@ -198,17 +266,32 @@ MXFP4 = ExpertsSpec(
 
 def test_mxfp4_experts_are_those_that_transformers_expands(load: Load) -> None:
     tensors = mxfp4()
-    expanded = {
-        name: convert_moe_packed_tensors(
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"], dtype=torch.float32
-        )
-        for name in ("e.gate_up", "e.down")
+
+    def by_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: convert_moe_packed_tensors(
+                tensors[f"{name}_blocks"], tensors[f"{name}_scales"], dtype=torch.float32
+            )
+            for name in ("e.gate_up", "e.down")
+        }
+
+    expanded = by_transformers(tensors)
+    # Products with the largest numbers are none.
+    mild = {
+        name: each.clamp(110, 130) if name.endswith("scales") else each
+        for name, each in tensors.items()
     }
+    mildly = by_transformers(mild)
     biases = {name: tensor for name, tensor in tensors.items() if name.endswith("bias")}
-    ours = list(expand_experts(MXFP4, load(tensors), Ranks()))
-    theirs = list(expand_experts(MXFP4, load({**expanded, **biases}), Ranks()))
+    ours = list(read_experts(MXFP4, load(tensors), Ranks()))
+    theirs = list(read_experts(MXFP4, load({**expanded, **biases}), Ranks()))
     for one, other in zip(ours, theirs, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
+        for a, b in zip(one.expanded(torch.float32), other.expanded(torch.float32), strict=True):
+            assert a is not None and b is not None and torch.equal(a, b)
+    assert_kept(lambda: load(mild), lambda: load({**mildly, **biases}), MXFP4, 0.2)
+    on_paper = load(mild, device="meta")
+    on_paper.experts(MXFP4)
+    assert on_paper.num_bytes == load(mild).experts(MXFP4).num_bytes
     gate_bias = tensors["e.gate_up_bias"][0, ::2]
     assert ours[0].gate_up_bias is not None
     assert torch.equal(ours[0].gate_up_bias[:SIZE], gate_bias)
