@@ -15,7 +15,12 @@ from collections.abc import Callable, Collection, Mapping
 from baton.services.gateway.admission import Limits
 from baton.services.gateway.links import DecodeLink
 from baton.services.gateway.prefill_calls import PrefillCalls
-from baton.services.gateway.router import LocalPrefill, WorkerSnapshot, choose, longest_sequence
+from baton.services.gateway.router import (
+    LocalPrefill,
+    WorkerSnapshot,
+    longest_sequence,
+    takes_prompts,
+)
 from baton.services.gateway.routing import Routing
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.ways import Ways
@@ -65,6 +70,8 @@ class Cluster:
         self.directory_problem: DirectoryUnavailable | None = _NOT_ASKED
         """None while the directory answers and takes writes."""
         self.workers = Workers()
+        self._limits: tuple[int, Limits] | None = None
+        """Of which changes of the workers, and what they were then."""
         self._ways = Ways(incarnation, self.workers.doubt)
         self.routing = Routing(self.workers, served, self._lookup, local_prefill)
 
@@ -182,6 +189,11 @@ class Cluster:
         Only some of them may take the longest: each request goes to workers that take it
         (`choose`).
         """
+        if self._limits is None or self._limits[0] != self.workers.num_changes:
+            self._limits = self.workers.num_changes, self._find_limits()
+        return self._limits[1]
+
+    def _find_limits(self) -> Limits:
         workers = self.snapshots()
         own_len = self._model.max_position_embeddings or _SHORT_MODEL_LEN
         return Limits(
@@ -193,7 +205,7 @@ class Cluster:
         )
 
     def has_route(self) -> bool:
-        return choose(self.snapshots(), {}, 1, 1) is not None
+        return takes_prompts(self.snapshots())
 
     # The ways to its workers
 

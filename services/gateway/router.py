@@ -162,6 +162,13 @@ def choose(
     return None if prompt.may_be_held else prompt.pair(first, partners)
 
 
+def takes_prompts(
+    workers: Collection[WorkerSnapshot], *, capability_hash: str | None = None
+) -> bool:
+    """Whether `choose` finds a route for the shortest of sequences."""
+    return bool(_candidates(workers, 1, 1, capability_hash)[0])
+
+
 def depends_on_hits(
     workers: Collection[WorkerSnapshot],
     num_prompt_tokens: int,

@@ -22,6 +22,7 @@ from baton.services.gateway.router import (
     depends_on_hits,
     longest_run,
     longest_sequence,
+    takes_prompts,
 )
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.shared_prompt import Beside
@@ -144,17 +145,18 @@ class Routing:
         """The route as things are now, noted as started, or for what to wait."""
         self._served.check(wanted.begun_on)
         snapshots = self._workers.snapshots()
-        if choose(snapshots, {}, 1, 1, capability_hash=wanted.capability_hash) is None:
+        if not takes_prompts(snapshots, capability_hash=wanted.capability_hash):
             # No worker takes prompts now. Held prompts need not all look again at each news: they
             # wait in line, and go one by one when there is a worker.
             return Wait.ROOM if wanted.may_hold else Wait.NEWS
-        if (route := self._choose_beside(wanted, snapshots)) is not None:
+        if wanted.beside and (route := self._choose_beside(wanted, snapshots)) is not None:
             return self._take(route, wanted)
         hits = wanted.hits_beside(snapshots)
         if self._depends_on_hits(wanted, snapshots):
             hits = {**await self._locate(wanted, snapshots), **hits}
-        # Others may have been sent meanwhile; until the route is noted nothing else runs.
-        snapshots = self._workers.snapshots()
+            # Others may have been sent meanwhile.
+            snapshots = self._workers.snapshots()
+        # Until the route is noted nothing else runs.
         in_time = self._choose(wanted, snapshots, hits, self._local_prefill)
         route = in_time or self._choose(wanted, snapshots, hits, None)
         if route is None:

@@ -253,9 +253,11 @@ class StreamDecoder:
         self._has_stops = bool(stops)
         self._includes_stop = include_stop
         self._silent_ids = frozenset(() if include_stop else end_token_ids)
-        silent_ids = {codec.written(token_id): token_id for token_id in self._silent_ids}
-        if skip_special:
-            silent_ids = {**codec.special_ids, **silent_ids}
+        silent_ids: dict[str, int] = {}
+        if stops or shown_token_ids:
+            silent_ids = {codec.written(token_id): token_id for token_id in self._silent_ids}
+            if skip_special:
+                silent_ids = {**codec.special_ids, **silent_ids}
         self._marks, self._written = _mark_tokens(silent_ids, stops, shown_token_ids)
         """The latter: what is looked for → the stop string that it stands for."""
         self._shown_as = {

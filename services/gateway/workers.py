@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.services.gateway.router import Route, WorkerSnapshot
 from baton.shared.directory.workers import WorkerRecord
@@ -49,6 +49,8 @@ class Workers:
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
         self._doubts: dict[str, _Doubt] = {}
+        self.num_changes = 0
+        """How often one came, left, or was not the same any more but for its load."""
         self.outstanding_tokens: Counter[str] = Counter()
         """By incarnation: prompt tokens to compute of routes that have not ended or answered."""
 
@@ -61,6 +63,8 @@ class Workers:
                 previous.seen_at = now
             else:
                 self._known[record.worker_id] = _Known(record, now)
+                was_known = previous is not None and _is_same(previous.record, record)
+                self.num_changes += not was_known
 
     def all_seen(self) -> None:
         """All get the time to register again, as if they had been seen now."""
@@ -71,12 +75,13 @@ class Workers:
     def keep(self, *, unseen_s: float, wanted: Callable[[WorkerRecord], bool]) -> None:
         """Forgets workers that are not wanted or were not seen for so long, and old doubts about
         workers that are gone."""
-        now = time.monotonic()
+        now, num_before = time.monotonic(), len(self._known)
         self._known = {
             worker_id: known
             for worker_id, known in self._known.items()
             if now - known.seen_at <= unseen_s and wanted(known.record)
         }
+        self.num_changes += len(self._known) < num_before
         incarnations = {known.record.incarnation for known in self._known.values()}
         self._doubts = {
             incarnation: doubt
@@ -142,3 +147,8 @@ class Workers:
     def _is_doubted(self, incarnation: str) -> bool:
         doubt = self._doubts.get(incarnation)
         return doubt is not None and time.monotonic() < doubt.until
+
+
+def _is_same(one: WorkerRecord, other: WorkerRecord) -> bool:
+    """But for the load."""
+    return one.incarnation == other.incarnation and replace(one, load=other.load) == other

@@ -58,14 +58,14 @@ def duration_from_pb(duration: Duration) -> float:
     return duration.seconds + duration.nanos * 1e-9
 
 
+_FIELD_BY_NAME = {field.name: field for field in FIELDS}
+
+
 def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     """For a SequenceSpec: every field is set that workers apply."""
-    values = {
-        field.name: _TO_PB[field.kind](value) if field.kind in _TO_PB else value
-        for field in FIELDS
-        if field.is_for_workers
-        for value in [getattr(params, field.name)]
-    }
+    values = {name: getattr(params, name) for name in _FOR_WORKERS}
+    for name, to_pb in _TO_PB.items():
+        values[name] = to_pb(values[name])
     return pb.SamplingParams(**values)
 
 
@@ -84,16 +84,17 @@ _FROM_PB: dict[Kind, Callable[[Any], Any]] = {
     Kind.BIASES: lambda biases: tuple(sorted(biases.items())),
 }
 """For kinds whose values have another type here than in a message."""
-_TO_PB: dict[Kind, Callable[[Any], Any]] = {Kind.BIASES: dict}
+_FOR_WORKERS = [field.name for field in FIELDS if field.is_for_workers]
+_TO_PB: dict[str, Callable[[Any], Any]] = {
+    field.name: dict for field in FIELDS if field.is_for_workers and field.kind is Kind.BIASES
+}
+"""By field."""
 
 
 def given_fields(message: pb.SamplingParams) -> Iterator[tuple[SamplingField, Any]]:
     """The sampling fields that are set, each with the message's value."""
-    for field in FIELDS:
-        value = getattr(message, field.name)
-        has_presence = message.DESCRIPTOR.fields_by_name[field.name].has_presence
-        if message.HasField(field.name) if has_presence else value:
-            yield field, value
+    for descriptor, value in message.ListFields():
+        yield _FIELD_BY_NAME[descriptor.name], value
 
 
 def sampling_to_json(message: pb.SamplingParams) -> dict[str, Any]:

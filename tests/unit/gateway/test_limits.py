@@ -20,9 +20,13 @@ def record(role: str, length: int, num_blocks: int = 256) -> WorkerRecord:
     return replace(any_role, role=cast(Role, role), capacity=capacity)
 
 
-def limits(*records: WorkerRecord) -> tuple[int, int | None]:
+def a_cluster() -> Cluster:
     served = ServedModel("null", MODEL.vocab_size)
-    cluster = Cluster("redis://127.0.0.1:1/0", "c", incarnation="g", model=MODEL, served=served)
+    return Cluster("redis://127.0.0.1:1/0", "c", incarnation="g", model=MODEL, served=served)
+
+
+def limits(*records: WorkerRecord) -> tuple[int, int | None]:
+    cluster = a_cluster()
     cluster.workers.seen(records)
     found = cluster.limits()
     return found.max_model_len, found.max_pool_tokens
@@ -47,3 +51,19 @@ def test_a_worker_that_takes_less_does_not_shorten_what_others_take() -> None:
 def test_pools_and_lengths_are_told_apart() -> None:
     pair = record("prefill", 4000, num_blocks=100), record("decode", 3000, num_blocks=200)
     assert limits(*pair) == (3000, 1600)
+
+
+def test_they_are_those_of_the_workers_that_are_there() -> None:
+    cluster, pair = a_cluster(), (record("prefill", 3000), record("decode", 2000))
+    assert cluster.limits().max_model_len == 8192
+    cluster.workers.seen(pair)
+    found = cluster.limits()
+    assert found.max_model_len == 2000
+    busy = replace(pair[1], load=replace(pair[1].load, num_running=3))
+    cluster.workers.seen([busy])
+    assert cluster.limits() is found, "the load has no say"
+    started_anew = replace(busy, capacity=replace(busy.capacity, max_model_len=2500))
+    cluster.workers.seen([started_anew])
+    assert cluster.limits().max_model_len == 2500
+    cluster.workers.keep(unseen_s=60.0, wanted=lambda each: each.role == "prefill")
+    assert cluster.limits().max_model_len == 3000
