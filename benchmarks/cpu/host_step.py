@@ -6,6 +6,10 @@ planning, drawing, bookkeeping and messages. Two processes, one of each tree, ta
 steps; compared is the CPU time of the thread, in which what else the machine does shows as far as
 they share caches and cores: its lowest twentieth, and the median of the turns' ratios. Beside it,
 what a step takes with its layers, so that it is known what share of it the difference is.
+
+With `--behind N`: what the host does from the arrival of a prompt, of which all but the last 64
+tokens are N cached ones, to its first token, by the clock. Layers are left out here as well, and
+the sums of blocks' bytes, which a GPU makes.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ _ROOT = Path(__file__).parents[2]
 _BATCHES = (1, 8, 32)
 _STEPS_A_TURN = 10
 _MOST_STEPS = 4000
+_NUM_NEW = 64
+"""Tokens of a prompt behind cached ones."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="the other tree, with its stubs generated")
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS / "host_step_cpu.json")
+    parser.add_argument("--behind", type=int, metavar="N", help="prompts behind N cached tokens")
     parser.add_argument("--serve", type=int, metavar="BATCH", help=argparse.SUPPRESS)
     parser.add_argument("--with-layers", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve is not None:
-        _serve(args.serve, with_layers=args.with_layers)
+        if args.behind is not None:
+            _serve_prompts(args.behind)
+        else:
+            _serve(args.serve, with_layers=args.with_layers)
         return 0
     if args.before is None:
         parser.error("--before: the other tree is missing")
+    if args.behind is not None:
+        _compare_prompts(args.behind, args.before, args.turns)
+        return 0
     # Only the tree that is measured is imported by those who measure it.
     from baton.loadtest.environment import describe_environment
 
@@ -91,6 +104,24 @@ def _compare(batch: int, before: Path, num_turns: int) -> Row:
     return row
 
 
+def _compare_prompts(num_cached: int, before: Path, num_turns: int) -> None:
+    with ExitStack() as stack:
+        trees = [
+            stack.enter_context(_Tree(tree, 1, "--behind", str(num_cached)))
+            for tree in (before.resolve(), _ROOT)
+        ]
+        turns: list[list[float]] = [[], []]
+        for number in range(num_turns):
+            for which in (0, 1) if number % 2 else (1, 0):
+                turns[which].append(trees[which].take_turn())
+    medians = [statistics.median(times) for times in turns]
+    least = [min(times) for times in turns]
+    print(
+        f"64 behind {num_cached}: medians {medians[0]:.0f} -> {medians[1]:.0f} us, "
+        f"least {least[0]:.0f} -> {least[1]:.0f} us"
+    )
+
+
 def _low(times_us: Sequence[float]) -> float:
     return sorted(times_us)[len(times_us) // 20]
 
@@ -119,7 +150,7 @@ class _Tree:
         self._process.communicate(timeout=30)
 
     def take_turn(self) -> float:
-        """µs of CPU time a step."""
+        """µs of CPU time a step, or until a first token."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -162,14 +193,45 @@ def _serve(batch: int, *, with_layers: bool) -> None:
         print(1e6 * (time.thread_time() - started_s) / _STEPS_A_TURN, flush=True)
 
 
+def _serve_prompts(num_cached: int) -> None:
+    import torch
+
+    from baton.shared.engine.config import EngineConfig
+    from baton.shared.engine.model_runner import ModelRunner
+    from benchmarks.in_process import InProcessEngine
+    from models.dummy_model import given_or_dummy
+
+    torch.set_num_threads(1)
+    length = num_cached + _NUM_NEW
+    with given_or_dummy(None, "tiny") as model_dir:
+        config = EngineConfig(model_dir, device="cpu", load_format="dummy", num_blocks=length // 4)
+        runner = ModelRunner(config)
+    executor: Any = runner._executor
+    executor._model = _NoLayers(runner.model_config, most_tokens=length)
+    engine = InProcessEngine(runner, with_digests=False)
+    draw = random.Random(0).choices
+    tokens = range(runner.model_config.vocab_size)
+    prefix = draw(tokens, k=num_cached)
+    engine.submit(prefix, 1)
+    engine.run_until_idle()
+    gc.collect()
+    gc.disable()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        prompt = [*prefix, *draw(tokens, k=_NUM_NEW)]
+        started_s = time.perf_counter()
+        engine.submit(prompt, 1)
+        print(1e6 * (engine.run_until_idle().at_s[-1] - started_s), flush=True)
+
+
 class _NoLayers:
     """In place of a model; logits are the same in each step."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, most_tokens: int = 512) -> None:
         import torch
 
         generator = torch.Generator().manual_seed(0)
-        self._hidden = torch.zeros(512, config.hidden_size)
+        self._hidden = torch.zeros(most_tokens, config.hidden_size)
         self._logits = torch.randn(64, config.vocab_size, generator=generator)
 
     def hidden_states(

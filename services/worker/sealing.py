@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -140,7 +141,8 @@ class Sealer:
         for group in range(len(self._pools.groups)):
             known = self._pools.of(group).digests(pending.block_ids(group))
             if known:
-                block_ids, digests = list(known), np.array(list(known.values()), dtype=np.uint64)
+                block_ids, rows = list(known), cast("list[memoryview]", list(known.values()))
+                digests = np.frombuffer(b"".join(rows), dtype=np.uint64).reshape(len(rows), -1)
                 sums = block_digest.sums(digests, self._seeds(group, block_ids, digests.shape[1]))
                 pending.note_sealed(group, block_ids, sums)
 
