@@ -50,7 +50,7 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     generation.routed_at = generation.routed_at or time.monotonic()
     attempt = _Attempt(generation, cluster, route)
     try:
-        attempt.start()
+        await attempt.start()
         while generation.finish_reason is None:
             run, failure = attempt.take(await _all_there(attempt.events))
             if run:
@@ -86,8 +86,8 @@ class _Attempt:
         self._number = 0
         """On the link."""
 
-    def start(self) -> None:
-        """On P and D, whose events come from now on."""
+    async def start(self) -> None:
+        """On P, whose prompt is on its way first, and D; their events come from now on."""
         generation, route = self._generation, self._route
         # When one token is left it comes from P: nobody has to take the blocks over.
         wants_decode = route.prefill is None or generation.num_left > 1
@@ -106,6 +106,7 @@ class _Attempt:
                 patience,
             )
             self._prefill = asyncio.create_task(call)
+            await asyncio.sleep(0)
         if wants_decode:
             self._link = self._cluster.link(route.decode)
             self._number = self._link.start(spec, _source(route), self.events, patience)
@@ -204,9 +205,11 @@ class _Attempt:
     def _sequence_spec(self) -> types_pb2.SequenceSpec:
         generation = self._generation
         admitted, prompt = generation.admitted, generation.prompt
-        spec = types_pb2.SequenceSpec()
-        make = partial(_spec_of, admitted)
-        add_sequence(spec, make() if prompt is None else prompt.spec(make))
+        if prompt is None:
+            spec = _spec_of(admitted)
+        else:
+            spec = types_pb2.SequenceSpec()
+            add_sequence(spec, prompt.spec(partial(_spec_of, admitted)))
         spec.key.CopyFrom(key_to_pb(self._key))
         spec.token_ids.extend(generation.token_ids)
         spec.first_index = len(generation.token_ids)
