@@ -88,16 +88,18 @@ class BlockPool:
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """How many of these nobody holds."""
-        return sum(self._blocks[block_id].ref_count == 0 for block_id in block_ids)
+        blocks = self._blocks
+        return sum([blocks[block_id].ref_count == 0 for block_id in block_ids])
 
     # Taking and giving back
 
     def acquire(self, block_ids: Iterable[int]) -> None:
         """Takes one more reference on each."""
+        blocks, free = self._blocks, self._free
         for block_id in block_ids:
-            block = self._blocks[block_id]
+            block = blocks[block_id]
             if block.ref_count == 0:
-                del self._free[block_id]
+                del free[block_id]
             block.ref_count += 1
 
     def allocate(self, num_blocks: int) -> list[int]:

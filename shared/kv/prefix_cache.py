@@ -101,15 +101,15 @@ class PrefixCache:
         groups that read everything they are all there). Arguments as of `match`."""
         nodes: list[Node] = []
         tokens, block_size = tuple(token_ids), self._block_size
-        first, anchors = 0, self._anchors
+        first = 0
         for node in map(self._nodes.get, hashes):
             if node is None:
                 break
             end = first + block_size
-            # As `_may_have_tokens` and `_is_anchor`: a prompt may have thousands of blocks.
+            # As `_may_have_tokens`: a prompt may have thousands of blocks.
             if node.token_ids and node.token_ids != tokens[first:end]:
                 break
-            if NO_BLOCK in map(node.blocks.__getitem__, anchors):
+            if NO_BLOCK in node.blocks and not self._is_anchor(node):
                 break
             nodes.append(node)
             first = end
