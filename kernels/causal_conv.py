@@ -1,9 +1,9 @@
 """Causal convolution over the tokens of a sequence, channel by channel, with its state.
 
 As `causal_conv` of kernels/reference_conv.py, which says what it is. Rows of one token: one launch
-reads the state, and moves it on. Tiles of other rows: one launch for the sums, which reads the
-state only, and one that writes it; where states in the middle of rows are kept, one more between
-them, for these may need what the row began with.
+reads the state, and moves it on by the token, whatever guesses come behind. Tiles of other rows:
+one launch for the sums, which reads the state only, and one that writes it; where states in the
+middle of rows are kept, one more between them, for these may need what the row began with.
 """
 
 from __future__ import annotations
@@ -60,11 +60,18 @@ def causal_conv(
         "width": own.shape[3],
         "KERNEL": own.shape[2] + 1,
     }
-    of_sums = {"HAS_BIAS": conv.bias is not None, "ACTIVATION": conv.activation or "none"}
+    of_sums: dict[str, Any] = {
+        "HAS_BIAS": conv.bias is not None,
+        "ACTIVATION": conv.activation or "none",
+    }
     bias = conv.weight if conv.bias is None else conv.bias
     if plan.num_singles:
-        grid = (triton.cdiv(x.shape[1], _STEP_CHANNELS), plan.num_singles)
-        _conv_step[grid](
+        grid = (triton.cdiv(x.shape[1], _STEP_CHANNELS), plan.num_rows)
+        kernel: Any = _conv_step
+        if plan.width > 1:
+            kernel = _conv_guesses
+            of_sums["WIDTH"] = plan.width
+        kernel[grid](
             x,
             conv.weight,
             bias,
@@ -80,6 +87,22 @@ def causal_conv(
             **of_sums,
             **overlap(x, pdl=pdl),
         )
+        of_sums.pop("WIDTH", None)
+
+        def again(x: Tensor, plan: DeviceStatePlan) -> None:
+            _conv_settle[grid](
+                x,
+                conv.places,
+                own,
+                plan.slots,
+                plan.num_standing,
+                WIDTH=plan.width,
+                BLOCK_C=_STEP_CHANNELS,
+                num_warps=_STEP_CHANNELS // 64,
+                **{**common, "x_stride": x.stride(0)},
+            )
+
+        plan.note(again, x)
     if plan.rows is None or plan.tiles is None:
         return out
     num_blocks = triton.cdiv(x.shape[1], _TILE_CHANNELS)
@@ -174,6 +197,107 @@ def _conv_step(
     tl.store(own + (KERNEL - 2) * width, value.to(state.dtype.element_ty), mask=moves)
     y = _finish(sums, ACTIVATION).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + c, y, mask=inside)
+
+
+@triton.jit
+def _conv_guesses(
+    x,
+    weight,
+    bias,
+    places,
+    state,
+    slots,
+    positions,
+    out,
+    channels,
+    x_stride,
+    out_stride,
+    slot_stride,
+    head_stride,
+    width,
+    KERNEL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Of rows of a token and guesses; the state moves on by the token."""
+    row = tl.program_id(1).to(tl.int64) * WIDTH
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    place = tl.load(places + c, mask=inside, other=0)
+    offset = (place // width).to(tl.int64) * head_stride + place % width
+    slot = tl.load(slots + row)
+    continues = (slot >= 0) & (tl.load(positions + row) > 0)
+    own = state + slot * slot_stride + offset
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for j in tl.static_range(WIDTH):
+        sums = tl.zeros([BLOCK_C], tl.float32)
+        if HAS_BIAS:
+            sums = tl.load(bias + c, mask=inside, other=0.0)
+        for tap in tl.static_range(KERNEL):
+            if j + tap < KERNEL - 1:
+                value = tl.load(own + (j + tap) * width, mask=inside & continues, other=0.0)
+            else:
+                token = row + j + tap - (KERNEL - 1)
+                value = tl.load(x + token * x_stride + c, mask=inside, other=0.0)
+            tap_weight = tl.load(weight + tap * channels + c, mask=inside, other=0.0)
+            sums += value.to(tl.float32) * tap_weight
+        y = _finish(sums, ACTIVATION).to(out.dtype.element_ty)
+        tl.store(out + (row + j) * out_stride + c, y, mask=inside)
+    _move_on(x, own, row, 1, c, inside, continues, slot >= 0, x_stride, width, KERNEL)
+
+
+@triton.jit
+def _conv_settle(
+    x,
+    places,
+    state,
+    slots,
+    num_standing,
+    channels,
+    x_stride,
+    slot_stride,
+    head_stride,
+    width,
+    KERNEL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Moves states on by the guesses that stand."""
+    count = tl.load(num_standing + tl.program_id(1)) - 1
+    if count <= 0:
+        return
+    row = tl.program_id(1).to(tl.int64) * WIDTH
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < channels
+    place = tl.load(places + c, mask=inside, other=0)
+    slot = tl.load(slots + row)
+    own = state + slot * slot_stride
+    own += (place // width).to(tl.int64) * head_stride + place % width
+    real = slot >= 0
+    _move_on(x, own, row + 1, count, c, inside, real, real, x_stride, width, KERNEL)
+
+
+@triton.jit
+def _move_on(
+    x, own, first, count, c, inside, continues, moves, x_stride, width, KERNEL: tl.constexpr
+):
+    """A state of channels, of which each thread has its own, by `count` tokens from `first` on."""
+    for j in tl.static_range(KERNEL - 1):
+        token = j + count - (KERNEL - 1)
+        if token >= 0:
+            value = tl.load(x + (first + token) * x_stride + c, mask=inside, other=0.0)
+            value = value.to(tl.float32)
+        else:
+            # Further on in the state than what is written now.
+            before = own + (j + count) * width
+            value = tl.load(before, mask=inside & continues, other=0.0).to(tl.float32)
+        tl.debug_barrier()
+        tl.store(own + j * width, value.to(own.dtype.element_ty), mask=inside & moves)
 
 
 @triton.jit

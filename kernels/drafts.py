@@ -30,6 +30,7 @@ def begin_drafted_step(
     back: Tensor,
     *,
     block_size: int,
+    num_slot_groups: int = 0,
     counting: Counting | None = None,
 ) -> None:
     """As `batch_state.begin_step`, for tokens of which each row has `width` = K + 1.
@@ -45,7 +46,8 @@ def begin_drafted_step(
         draft_ids: int32 [S, K], contiguous; K at least 1.
         num_drafts: int32 [S], 0 to K.
         input_ids, positions: int32 [≥ B · width], out.
-        slots: int64 [G, ≥ B · width], out: block_id · block_size + offset.
+        slots: int64 [G, ≥ B · width], out: block_id · block_size + offset; of a group of states the
+            row's slot.
         token_rows: int32 [B · width], out: each token's slot.
         back: int32 [B · width], out: how many of the slot's tokens come behind it.
     """
@@ -72,7 +74,8 @@ def begin_drafted_step(
         *(counting or (None, None, None)),
         0 if counting is None else counting.marks.shape[1],
         COUNTS=counting is not None,
-        GROUPS=block_tables.shape[0],
+        GROUPS=block_tables.shape[0] - num_slot_groups,
+        SLOT_GROUPS=num_slot_groups,
         DRAFTS=draft_ids.shape[1],
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
@@ -146,6 +149,7 @@ def _begin_drafted_step(
     vocab,
     COUNTS: tl.constexpr,
     GROUPS: tl.constexpr,
+    SLOT_GROUPS: tl.constexpr,
     DRAFTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -178,6 +182,11 @@ def _begin_drafted_step(
             block = tl.load(entry, mask=placed, other=0)
             place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
             tl.store(out, tl.where(placed, place, -1), mask=exists)
+            entry += group_stride
+            out += slots_stride
+        entry += -index
+        for _ in tl.static_range(SLOT_GROUPS):
+            tl.store(out, tl.load(entry, mask=live, other=-1).to(tl.int64), mask=exists)
             entry += group_stride
             out += slots_stride
     tl.store(context_lens + slot, base + 1 + drafts, mask=real)

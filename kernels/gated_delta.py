@@ -1,9 +1,10 @@
 """The gated delta rule over rows of one token and over chunks of tokens.
 
 As `gated_delta` of kernels/reference_delta.py, which says what it is. Rows of one token: one launch
-that reads and writes the state once, with unit vectors, decay and strength made on the way. Others:
-tile by tile in matrix form (DeltaNet, arXiv 2406.06484; with decays, arXiv 2412.06464). With G the
-sums of log decays up to each token of a tile, and β its strengths:
+that reads and writes the state once, with unit vectors, decay and strength made on the way; it goes
+on through guesses behind the token, and leaves what the state was before them. Others: tile by
+tile in matrix form (DeltaNet, arXiv 2406.06484; with decays, arXiv 2412.06464). With G the sums of
+log decays up to each token of a tile, and β its strengths:
 
     A[i, j] = βᵢ · kᵢ·kⱼ · exp(Gᵢ − Gⱼ), j < i;   X = (I + A)⁻¹;   u = X (β v);   w = X (β k exp(G))
 
@@ -71,6 +72,11 @@ def gated_delta(
         out[-plan.num_padding :].zero_()
     if plan.num_singles:
         _step(qkv, strength, decay, gates, own, plan, out, pdl=pdl)
+
+        def again(qkv: Tensor, strength: Tensor, decay: Tensor, plan: DeviceStatePlan) -> None:
+            _step(qkv, strength, decay, gates, own, plan, None, pdl=False)
+
+        plan.note(again, qkv, strength, decay)
     if plan.rows is not None and plan.tiles is not None:
         _chunks(qkv, strength, decay, gates, own, plan, plan.rows, plan.tiles, out)
     return out
@@ -110,15 +116,16 @@ def _step(
     gates: DeltaGates,
     state: Tensor,
     plan: DeviceStatePlan,
-    out: Tensor,
+    out: Tensor | None,
     *,
     pdl: bool,
 ) -> None:
-    value_dim = state.shape[4]
+    """Of rows of one token and guesses. out: None where guesses are known to stand."""
+    _, num_key_heads, num_each, _, value_dim = state.shape
     # Few rows: each state is in the hands of more processors.
-    block_v, num_warps = (32, 2) if plan.num_singles <= 8 else (64, 4)
+    block_v, num_warps = (32, 2) if plan.num_rows <= 8 else (64, 4)
     block_v = min(max(16, triton.next_power_of_2(value_dim)), block_v)
-    grid = (triton.cdiv(value_dim, block_v), out.shape[1], plan.num_singles)
+    grid = (triton.cdiv(value_dim, block_v), num_key_heads * num_each, plan.num_rows)
     _delta_step[grid](
         qkv,
         strength,
@@ -128,12 +135,15 @@ def _step(
         state,
         plan.slots,
         plan.positions,
+        plan.num_standing,
         out,
         qkv.stride(0),
         strength.stride(0),
         decay.stride(0),
         state.stride(0),
         state.stride(1),
+        WIDTH=plan.width,
+        SETTLES=out is None,
         BLOCK_V=block_v,
         num_warps=num_warps,
         **_sizes(state),
@@ -250,12 +260,15 @@ def _delta_step(
     state,
     slots,
     positions,
+    num_standing,
     out,
     qkv_stride,
     strength_stride,
     decay_stride,
     slot_stride,
     head_stride,
+    WIDTH: tl.constexpr,
+    SETTLES: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     EACH: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -265,13 +278,20 @@ def _delta_step(
     PDL: tl.constexpr,
 ):
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    if SETTLES:
+        count = tl.load(num_standing + row)
+        if count <= 1:
+            return
+    row *= WIDTH
     key_head = head // EACH
     k_at, v_at = tl.arange(0, BLOCK_K), tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     is_key, is_value = k_at < KEY_DIM, v_at < VALUE_DIM
     inside = is_key[:, None] & is_value[None, :]
     # None of this was written by the kernel before.
     slot = tl.load(slots + row)
-    continues = (slot >= 0) & (tl.load(positions + row) > 0)
+    continues = slot >= 0
+    if not SETTLES:
+        continues = continues & (tl.load(positions + row) > 0)
     own = state + slot * slot_stride + key_head * head_stride
     own += (head % EACH) * KEY_DIM * VALUE_DIM + k_at[:, None] * VALUE_DIM + v_at[None, :]
     s = tl.load(own, mask=inside & continues, other=0.0)
@@ -279,7 +299,56 @@ def _delta_step(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x = qkv + row * qkv_stride
+    if SETTLES:
+        for j in range(1, count):
+            s, _ = _through(
+                s, qkv, strength, decay, rate, bias, row + j, head, key_head, k_at, v_at, is_key,
+                is_value, qkv_stride, strength_stride, decay_stride, KEY_HEADS, KEY_DIM, VALUE_DIM,
+            )  # fmt: skip
+        tl.store(own, s, mask=inside & continues)
+    else:
+        s, y = _through(
+            s, qkv, strength, decay, rate, bias, row, head, key_head, k_at, v_at, is_key,
+            is_value, qkv_stride, strength_stride, decay_stride, KEY_HEADS, KEY_DIM, VALUE_DIM,
+        )  # fmt: skip
+        y = y.to(out.dtype.element_ty)
+        tl.store(out + (row * KEY_HEADS * EACH + head) * VALUE_DIM + v_at, y, mask=is_value)
+        tl.store(own, s, mask=inside & (slot >= 0))
+        if WIDTH > 1:
+            for j in range(1, WIDTH):
+                s, of_guess = _through(
+                    s, qkv, strength, decay, rate, bias, row + j, head, key_head, k_at, v_at,
+                    is_key, is_value, qkv_stride, strength_stride, decay_stride, KEY_HEADS,
+                    KEY_DIM, VALUE_DIM,
+                )  # fmt: skip
+                own_out = out + ((row + j) * KEY_HEADS * EACH + head) * VALUE_DIM
+                tl.store(own_out + v_at, of_guess.to(out.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def _through(
+    s,
+    qkv,
+    strength,
+    decay,
+    rate,
+    bias,
+    token,
+    head,
+    key_head,
+    k_at,
+    v_at,
+    is_key,
+    is_value,
+    qkv_stride,
+    strength_stride,
+    decay_stride,
+    KEY_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):
+    """Takes a state through a token → the state, and what comes out."""
+    x = qkv + token * qkv_stride
     q = tl.load(x + key_head * KEY_DIM + k_at, mask=is_key, other=0.0).to(tl.float32)
     x += KEY_HEADS * KEY_DIM
     k = tl.load(x + key_head * KEY_DIM + k_at, mask=is_key, other=0.0).to(tl.float32)
@@ -287,15 +356,13 @@ def _delta_step(
     v = tl.load(x + head * VALUE_DIM + v_at, mask=is_value, other=0.0).to(tl.float32)
     q = q * (tl.rsqrt(tl.sum(q * q, 0) + _EPS) * (KEY_DIM**-0.5))
     k = k * tl.rsqrt(tl.sum(k * k, 0) + _EPS)
-    beta = tl.load(strength + row * strength_stride + head).to(tl.float32)
+    beta = tl.load(strength + token * strength_stride + head).to(tl.float32)
     beta = 1.0 / (1.0 + tl.exp(-beta))
-    forgets = tl.load(decay + row * decay_stride + head).to(tl.float32) + bias
+    forgets = tl.load(decay + token * decay_stride + head).to(tl.float32) + bias
     s = s * tl.exp(_log_decay(forgets, rate))
     change = (v - tl.sum(s * k[:, None], 0)) * beta
     s += k[:, None] * change[None, :]
-    y = tl.sum(s * q[:, None], 0).to(out.dtype.element_ty)
-    tl.store(out + (row * KEY_HEADS * EACH + head) * VALUE_DIM + v_at, y, mask=is_value)
-    tl.store(own, s, mask=inside & (slot >= 0))
+    return s, tl.sum(s * q[:, None], 0)
 
 
 @triton.jit

@@ -109,6 +109,7 @@ def begin_drafted_step_reference(
     back: Tensor,
     *,
     block_size: int,
+    num_slot_groups: int = 0,
 ) -> None:
     """See kernels.drafts.begin_drafted_step."""
     width = draft_ids.shape[1] + 1
@@ -122,6 +123,8 @@ def begin_drafted_step_reference(
                 input_ids[i] = token_ids[slot] if j == 0 else draft_ids[slot, j - 1]
                 positions[i], token_rows[i], back[i] = base + j, slot, count - j
                 slots[:, i] = _places(block_tables[:, slot], base + j, block_size)
+                if num_slot_groups:
+                    slots[-num_slot_groups:, i] = block_tables[-num_slot_groups:, slot, 0].long()
         if slot >= 0:
             context_lens[slot] = base + 1 + count
 

@@ -345,8 +345,15 @@ def ssd(
             plan.slots,
             plan.positions,
             out[:single],
+            width=plan.width,
             pdl=pdl,
         )
+
+        def again(x: Tensor, dt: Tensor, plan: DeviceStatePlan) -> None:
+            tensors = x, dt, weights, states, plan.slots, plan.positions, None
+            ssd_step(*tensors, width=plan.width, num_standing=plan.num_standing)
+
+        plan.note(again, x, dt)
     if plan.rows is not None and plan.tiles is not None:
         ssd_scan(x, dt, weights, states, plan.rows, plan.tiles, out, config=config)
     return out

@@ -14,14 +14,14 @@ are gone through once more, from the slot on, and that is what the slot gets.
 
 An operation takes one of the layer's tensors, [num_slots + 1, heads, layers, …] (`KvCache.caches`),
 which of the layers it is, and a plan: `StatePlan` for the torch reference, which walks `rows`;
-`DeviceStatePlan` for kernels, which have one program, or several, a row of one token, and take the
-others tile by tile.
+`DeviceStatePlan` for kernels, which have one program, or several, a row of one token and guesses,
+and take the others tile by tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -138,16 +138,16 @@ class StandingPlan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatePlan:
-    """B rows of one token, padding among them; then the tokens of other rows, cut into tiles; then
-    padding. No shape and no address here depends on what the first B rows are: their part of a step
-    may be a graph."""
+    """B rows of one token and guesses, padding among both; then the tokens of other rows, cut into
+    tiles; then padding. No shape and no address here depends on what the first B rows are: their
+    part of a step may be a graph."""
 
     slots: Tensor
-    """int64 [≥ B]: by row of one token; NO_SLOT for padding."""
+    """int64 [≥ B · width]: by token of these rows; NO_SLOT for padding."""
     positions: Tensor
-    """int32 [≥ B]: of these tokens; one at 0 begins with zeros."""
+    """int32 [≥ B · width]: of these tokens; a row whose first is at 0 begins with zeros."""
     num_singles: int
-    """B"""
+    """B · width"""
     rows: Tensor | None = None
     """int32 [R, 8]: of each other row its first token, its number of tokens, its slot, whether it
     begins with zeros (1, or 0), its first tile, its number of tiles; two unused. None: there are
@@ -159,6 +159,37 @@ class DeviceStatePlan:
     """How many of the step's tokens, at the end, are in no row."""
     has_kept: bool = False
     """Some tile names a slot."""
+    width: int = 1
+    """Tokens of each of the first rows, the first of which is no guess."""
+    num_standing: Tensor | None = None
+    """int32 [B]: so many of each row's tokens stand, the first among them, and its slot is behind
+    that one; 0 or 1: it stays there. Nothing comes out."""
+    noted: list[Callable[[DeviceStatePlan], object]] = field(default_factory=list)
+    """As of `StatePlan`."""
+
+    @property
+    def num_rows(self) -> int:
+        """B"""
+        return self.num_singles // self.width
+
+    def note(self, operation: Callable[..., object], *by_token: Tensor) -> None:
+        """As of `StatePlan`. The tensors stay: of a step that has more than such rows, a copy of
+        what is theirs."""
+        if self.width > 1:
+            own = [each[: self.num_singles] for each in by_token]
+            if self.rows is not None:
+                own = [each.clone() for each in own]
+            self.noted.append(partial(operation, *own))
+
+    def settle(self, num_standing: Tensor) -> None:
+        """Takes each row's slot through those of its guesses that stand. `num_standing`: as of the
+        attribute; on the device, so that nobody waits for it."""
+        standing = replace(
+            self, num_standing=num_standing, rows=None, tiles=None, num_padding=0, noted=[]
+        )
+        for operation in self.noted:
+            operation(standing)
+        self.noted.clear()
 
 
 def state_tiles(

@@ -73,6 +73,10 @@ class DecodeSteps:
     def _forward(self, buffers: DecodeBuffers) -> None:
         """A step up to its logits; reads and writes fixed addresses only."""
         context = self._context
+        for plan in buffers.plans:
+            if isinstance(plan, DeviceStatePlan):
+                # Of a step that did not draw.
+                plan.noted.clear()
         context.begin_rows(buffers.input_ids, buffers, buffers.plans)
         buffers.hidden = context.model.hidden_states(
             buffers.input_ids, buffers.positions, context.caches, buffers.plans, **buffers.inputs
@@ -92,7 +96,7 @@ class DecodeSteps:
         )
         if buffers.width > 1:
             num_tokens = buffers.size * buffers.width
-            self._context.draw.accept(buffers.rows, buffers.results, num_tokens)
+            self._context.draw.accept(buffers.rows, buffers.results, num_tokens, buffers.plans)
 
     def _make_buffers(self, size: int, width: int) -> DecodeBuffers:
         context, num_tokens = self._context, size * width
@@ -118,7 +122,7 @@ class DecodeSteps:
             for group, work in enumerate(self.work[size, width])
         ]
         plans += [
-            DeviceStatePlan(of_group, positions, num_tokens)
+            DeviceStatePlan(of_group, positions, num_tokens, width=width)
             for of_group in slots[context.num_growing :]
         ]
         return DecodeBuffers(

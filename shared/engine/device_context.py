@@ -188,7 +188,7 @@ class DeviceContext:
                 counting=state.shaping.counting,
             )
         else:
-            assert buffers.back is not None and not self.num_slot_groups
+            assert buffers.back is not None
             begin_drafted_step(
                 rows,
                 state.token_ids,
@@ -202,6 +202,7 @@ class DeviceContext:
                 buffers.token_rows,
                 buffers.back,
                 block_size=self.block_size,
+                num_slot_groups=self.num_slot_groups,
                 counting=state.shaping.counting,
             )
         attention = [plan for plan in plans if isinstance(plan, DevicePlan)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from baton.kernels.drafts import accept_drafts
 from baton.kernels.logit_shaping import Guesses, shape_logits
 from baton.kernels.sampling import draw, make_sampling_scratch
+from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_masks import DeviceMasks
+from baton.shared.engine.triton_operations import GroupPlan
 
 
 class DeviceDraw:
@@ -89,9 +93,12 @@ class DeviceDraw:
             )
         return self._changed
 
-    def accept(self, rows: Tensor, results: Tensor, num_tokens: int) -> None:
-        """results: drawn tokens, those of the decode rows first; behind them goes what stands."""
-        state = self._state
+    def accept(
+        self, rows: Tensor, results: Tensor, num_tokens: int, plans: Sequence[GroupPlan]
+    ) -> None:
+        """results: drawn tokens, those of the decode rows first; behind them goes what stands.
+        States go on to that."""
+        state, counts = self._state, results[aligned(num_tokens) :]
         accept_drafts(
             rows,
             results,
@@ -99,6 +106,9 @@ class DeviceDraw:
             state.num_drafts,
             state.token_ids,
             state.context_lens,
-            results[aligned(num_tokens) :],
+            counts,
             counting=state.shaping.counting,
         )
+        for plan in plans:
+            if isinstance(plan, DeviceStatePlan):
+                plan.settle(counts)

@@ -146,7 +146,7 @@ class DeviceExecutor:
             try:
                 self._lay_out(batch, layout)
                 num_wanted = [row.num_logits for row in batch.rows]
-                hidden, _ = self._launched.compute(batch, layout, num_wanted)
+                hidden, *_ = self._launched.compute(batch, layout, num_wanted)
                 logits = self._launched.head(hidden)
             finally:
                 self._rows.distrust(layout.handles)

@@ -46,7 +46,7 @@ class LaunchedSteps:
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """As `DecodeSteps.begin`."""
         context = self._context
-        hidden, columns = self.compute(batch, layout, num_wanted)
+        hidden, columns, plans = self.compute(batch, layout, num_wanted)
         num_tokens = len(hidden)
         results = context.make_results(num_tokens, layout.size)
         if not num_tokens:
@@ -62,7 +62,8 @@ class LaunchedSteps:
             )
             del logits
             if layout.width > 1:
-                context.draw.accept(context.state.rows[layout.size], results, num_tokens)
+                rows = context.state.rows[layout.size]
+                context.draw.accept(rows, results, num_tokens, plans)
             return results
 
         return hidden, draw
@@ -75,12 +76,12 @@ class LaunchedSteps:
 
     def compute(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
-    ) -> tuple[Tensor, WantedRows]:
+    ) -> tuple[Tensor, WantedRows, Sequence[GroupPlan]]:
         """Runs a step with prompt chunks; of each row the logits at its last `num_wanted` tokens
         are wanted.
 
-        Returns [R, hidden] of what is wanted, and of padding, for the head, and what they are of;
-        `layout.wanted` says which rows.
+        Returns [R, hidden] of what is wanted, and of padding, for the head, what they are of, and
+        the step's plans; `layout.wanted` says which rows.
         """
         context = self._context
         columns, has_back = self._pack(batch, layout, num_wanted)
@@ -113,7 +114,7 @@ class LaunchedSteps:
                 (wanted.tokens, self._plans_of(wanted, plans)),
                 **inputs,
             )
-        return hidden, wanted
+        return hidden, wanted, plans
 
     def _inputs(self, batch: Batch, layout: Layout, num_tokens: int) -> dict[str, Any]:
         """What the model gets beside so many tokens, and fills; notes where it tells of them."""
@@ -208,6 +209,7 @@ class LaunchedSteps:
                 tiles=tiles,
                 num_padding=columns.num_padding,
                 has_kept=columns.keeps_states,
+                width=layout.width,
             )
             for number, (of_rows, tiles) in enumerate(sent.states)
         ]

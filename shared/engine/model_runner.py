@@ -154,11 +154,6 @@ class ModelRunner:
         self.num_drafts = config.num_drafts
         self.max_num_seqs = most_num_seqs(config)
         grow = all(spec.grows for spec in specs if spec is not None)
-        if self.num_drafts and not grow and self.kernels == "triton":
-            raise ModelError(
-                "num_drafts: --speculate is not for a model whose layers keep a state, by kernels "
-                "of a GPU: they write such a state with every token, and drafts may fall"
-            )
         if config.draft_model_dir is not None and not self.num_drafts:
             raise ModelError("draft_model: num_drafts is 0, so nothing is guessed")
         self.keeps_checkpoints = not grow and config.state_checkpoints != 0
@@ -515,16 +510,28 @@ class ModelRunner:
                 # Logprobs take room, too.
                 longest.prompt_logprobs = WantedLogprobs(0, longest.token_ids, MOST_TOP_LOGPROBS)
                 executor.launch(Batch(prompts)).result()
+            peak = torch.cuda.max_memory_allocated(self.device)
+            noted = self._measure_guesses(executor)
         pool_bytes = cache.memory.numel()
-        peak = torch.cuda.max_memory_allocated(self.device)
         if self._captures_prompts:
             # What graphs compute in is theirs alone.
             peak += (peak - resident) * min(num_tokens, MOST_CAPTURED_TOKENS) // num_tokens
-        peak += 0 if self.draft is None else self.draft.pending_bytes
+        peak += noted + (0 if self.draft is None else self.draft.pending_bytes)
         peak -= pool_bytes
         del executor, cache, beside
         torch.cuda.empty_cache()
         return int(peak)
+
+    def _measure_guesses(self, executor: Executor) -> int:
+        """Bytes that the largest step of guesses takes where layers keep states: what they are told
+        of its tokens stays until it is known which stand, in memory that is graphs' alone."""
+        if not self.num_drafts or all(group.spec.grows for group in self.groups):
+            return 0
+        guess = self._guess_row(1 + self.num_drafts)
+        resident = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        executor.launch(Batch([guess] * self.max_num_seqs)).result()
+        return int(torch.cuda.max_memory_allocated(self.device)) - resident
 
     def _largest_steps(self, num_tokens: int) -> Iterator[list[int]]:
         """Lengths of the prompts of steps that take most memory. Layers with states compute tile by
@@ -591,8 +598,7 @@ class ModelRunner:
             self._executor.launch(Batch([end])).result()
             if self.num_drafts:
                 prompt = self._prompt_row(min(16, limit))
-                guess = replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
-                self._executor.launch(Batch([guess, prompt])).result()
+                self._executor.launch(Batch([self._guess_row(16), prompt])).result()
             if self._captures_prompts:
                 # Behind the launched steps, whose memory is theirs by now.
                 self._executor.capture_prompts(min(max(usable), MOST_CAPTURED_TOKENS))
@@ -639,6 +645,11 @@ class ModelRunner:
         prompt = self._prompt_row(stretch.stop)
         assert prompt.token_ids is not None
         return replace(prompt, token_ids=prompt.token_ids[stretch.start :], position=stretch.start)
+
+    def _guess_row(self, num_tokens: int) -> BatchRow:
+        """Of one token and as many guesses as may be, with blocks for so many tokens."""
+        prompt = self._prompt_row(num_tokens)
+        return replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:
         """Of random tokens: products of equal rows would be done faster, at less power. It touches

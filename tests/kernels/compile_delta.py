@@ -49,13 +49,17 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[Compiled]:
         DeviceStatePlan(slots, positions, 2),
         DeviceStatePlan(slots, positions, 32, rows, tiles, has_kept=True),
         DeviceStatePlan(slots, positions, 0, rows, tiles),
+        DeviceStatePlan(slots, positions, 8, width=4),
+        DeviceStatePlan(slots, positions, 64, width=4),
     ]
+    num_standing = _empty(16, dtype=int32)
     pdl = capability == 90
     with recording(capability) as kernels:
         for plan in plans:
             qkv = causal_conv(x[:, :size], conv, conv_state, 3, plan, pdl=pdl)
             strength, decay = x[:, -2 * num_heads : -num_heads], x[:, -num_heads:]
             y = gated_delta(qkv, strength, decay, gates, state, 3, plan, pdl=pdl)
+            plan.settle(num_standing)
         gate = x[:, size : size + num_heads * _VALUE_DIM]
         norm = GatedNorm(_empty(gate.shape[1], dtype=wide), _VALUE_DIM, 1e-6, norms_first=True)
         for num_tokens in (2, _TOKENS):

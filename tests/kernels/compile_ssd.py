@@ -47,7 +47,12 @@ def compile_all(capability: int, model: str, dtype: torch.dtype) -> list[dict[st
         for rows in (1, 32):
             x, dt = _empty(rows, width, dtype=dtype), _empty(rows, num_heads, dtype=dtype)
             slots, positions = _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int32)
-            ssd_step(x, dt, weights, states, slots, positions, _empty(rows, num_heads, head_dim))
+            out = _empty(rows, num_heads, head_dim)
+            ssd_step(x, dt, weights, states, slots, positions, out)
+            if rows > 1:
+                rest = weights, states, slots, positions
+                ssd_step(x, dt, *rest, out, width=4)
+                ssd_step(x, dt, *rest, None, width=4, num_standing=positions)
         for rows in (1, 8):
             of_rows = _empty(rows, 8, dtype=torch.int32), _empty(9, 4, dtype=torch.int32)
             x, dt = _empty(512, width, dtype=dtype), _empty(512, num_heads, dtype=dtype)

@@ -19,7 +19,8 @@ def _rows(num_rows: int, num_slots: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_drafts", "num_groups"), [(1, 1, 1), (5, 3, 2), (131, 4, 1)]
+    ("num_rows", "num_drafts", "num_groups", "num_slot_groups"),
+    [(1, 1, 1, 0), (5, 3, 2, 1), (131, 4, 1, 0)],
 )
 def test_begin_drafted_step(
     device: torch.device,
@@ -27,6 +28,7 @@ def test_begin_drafted_step(
     num_rows: int,
     num_drafts: int,
     num_groups: int,
+    num_slot_groups: int,
 ) -> None:
     """Short rows are padded with tokens that have no place and no row."""
     num_slots, max_blocks, block_size = num_rows + 3, 4, 16
@@ -57,6 +59,7 @@ def test_begin_drafted_step(
             counts,
             *outputs,
             block_size=block_size,
+            num_slot_groups=num_slot_groups,
         )
         results.append((*outputs, context_lens))
     for expected, actual in zip(*results, strict=True):

@@ -294,12 +294,18 @@ def test_only_what_stands_is_sealed_and_keeps_blocks(
     assert worker.counters["cached_prompt_tokens"] >= len(PLAIN) + 40
 
 
-def test_a_stop_token_within_the_guesses(make_runner: MakeRunner, answers: Answers) -> None:
+@pytest.mark.parametrize("kind", ["full", "states"])
+def test_a_stop_token_within_the_guesses(
+    make_runner: MakeRunner, answers_by: dict[str, Answers], kind: str
+) -> None:
+    """What was computed behind it is in nothing that the next turn finds."""
+    answers = answers_by[kind]
     expected = answers.to(COPYING, PARAMS[0])
     stop = next(token for index, token in enumerate(expected) if index > 6)
     end = expected.index(stop) + 1
     params = dataclasses.replace(PARAMS[0], stop_token_ids=frozenset([stop]))
-    worker = OneWorker(DraftingRunner(make_runner(24), num_drafts=15))
+    how = {} if kind == "full" else {"state_checkpoints": 4, "max_num_seqs": 4}
+    worker = OneWorker(DraftingRunner(make_runner(24, kind, **how), num_drafts=15))
     sequence = Sequence(
         AttemptKey("r", 0, 1), COPYING, params, prediction_token_ids=tuple(expected)
     )
@@ -307,6 +313,11 @@ def test_a_stop_token_within_the_guesses(make_runner: MakeRunner, answers: Answe
     assert sequence.finish_reason is FinishReason.STOP and len(worker.reasons) == 1
     # What was guessed beyond the end stands in no count of the answer's tokens.
     assert worker.counters["generated_tokens"] == end
+    follow_up, few = (*COPYING, *expected[:end], 5), dataclasses.replace(PARAMS[0], max_tokens=4)
+    worker.token_ids.clear()
+    second = Sequence(AttemptKey("s", 0, 1), follow_up, few)
+    assert worker.answer(second) == answers.to(follow_up, few)
+    assert worker.counters["cached_prompt_tokens"] >= len(COPYING)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 9])
