@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
 from baton.services.worker import messages as msg
@@ -22,6 +23,7 @@ from baton.shared.kv.capacity import num_blocks_for
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
+from baton.shared.token_masks import TokenMasks, num_mask_words
 from tests.unit.worker.conftest import BLOCK_SIZE, MakeRunner
 from tests.unit.worker.drafting import DraftingRunner, Planned
 from tests.unit.worker.late_runner import LateRunner
@@ -358,3 +360,38 @@ def test_what_is_guessed_is_no_part_of_what_workers_must_have_in_common(
 def test_more_drafts_than_a_step_checks_are_refused(tmp_path: Any) -> None:
     with pytest.raises(ModelError, match="num_drafts: must be from 0 to 15, not 16"):
         EngineConfig(tmp_path, num_drafts=16)
+
+
+class MustBegin:
+    """Stands in for the matcher of a constraint that an answer begins with these tokens."""
+
+    num_taken = 0
+
+    def __init__(self, beginning: list[int]) -> None:
+        self._beginning = beginning
+
+    def take(self, token_ids: tuple[int, ...]) -> None:
+        self.num_taken += len(token_ids)
+
+    def forced(self, most: int) -> tuple[int, ...]:
+        return tuple(self._beginning[self.num_taken :][:most])
+
+    def masks(self, draft_ids: tuple[int, ...] = ()) -> TokenMasks:
+        return np.full((1 + len(draft_ids), num_mask_words(61)), 0xFFFFFFFF, np.uint32)
+
+
+@pytest.mark.parametrize("num_checkpoints", [0, 4])
+def test_states_go_through_tokens_that_must_follow(
+    make_runner: MakeRunner, answers_by: dict[str, Answers], num_checkpoints: int
+) -> None:
+    """On a CPU these are checked together though nobody guesses."""
+    params = PARAMS[0]
+    expected = answers_by["states"].to(PLAIN, params)
+    how = {"state_checkpoints": num_checkpoints, "max_num_seqs": 4}
+    runner = make_runner(24, "states", **how)
+    worker = OneWorker(runner)
+    worker.engine._stepper._constraining.most_forced = runner.most_forced
+    matcher: Any = MustBegin(expected[:17])
+    sequence = Sequence(AttemptKey("r", 0, 1), PLAIN, params, matcher=matcher)
+    assert worker.answer(sequence) == expected
+    assert worker.counters["steps"] < LENGTH
