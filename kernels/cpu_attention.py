@@ -7,7 +7,7 @@ many times slower than others. Its bits depend on what else is in the step: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +42,9 @@ class FusedUnits:
     behind the last token is not among `visible`."""
     beyond_tail: Tensor | None
     """bool [U, 1, block_size, 1]: slots of that block behind the unit's last token."""
+    spans: Tensor
+    """int64 [U, 2]: the first of the gathered positions that any of a unit's tokens sees, and the
+    one behind the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,22 +79,34 @@ def plan_fused_attention(
     )
 
 
-def fused_attention(query: Tensor, kv: Tensor, layer: int, plan: FusedPlan, scale: float) -> Tensor:
-    """As `reference.paged_attention`, without caps and sinks."""
+Attend = Callable[[Tensor, Tensor, int, FusedUnits, float], Tensor]
+
+
+def fused_attention(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    plan: FusedPlan,
+    scale: float,
+    attend: Attend | None = None,
+) -> Tensor:
+    """As `reference.paged_attention`, without caps and sinks. `attend`: in place of
+    `attend_fused`."""
+    attend = attend or attend_fused
     num_heads, head_dim = query.shape[1:]
     if len(plan.fused) == 1 and plan.fused[0].num_units == query.shape[0]:
         # One token of each row, all in one, in the step's order.
-        return _attend(query, kv, layer, plan.fused[0], scale).view(query.shape)
+        return attend(query, kv, layer, plan.fused[0], scale).view(query.shape)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for units in plan.fused:
-        attended = _attend(query.index_select(0, units.tokens), kv, layer, units, scale)
+        attended = attend(query.index_select(0, units.tokens), kv, layer, units, scale)
         out.index_copy_(0, units.tokens, attended.view(-1, num_heads, head_dim))
     if out.shape[0] > plan.num_tokens:
         out[plan.num_tokens :] = out[0]
     return out
 
 
-def _attend(query: Tensor, kv: Tensor, layer: int, units: FusedUnits, scale: float) -> Tensor:
+def attend_fused(query: Tensor, kv: Tensor, layer: int, units: FusedUnits, scale: float) -> Tensor:
     """query [U · num_queries, num_heads, head_dim] → that shape, flattened in some way."""
     _, num_kv_heads, _, _, block_size, head_dim = kv.shape
     num_units, num_queries = units.num_units, units.num_queries
@@ -185,6 +200,7 @@ def _plan_units(
         tail = _to(kv, (heads_of * most + last).reshape(-1))
         slots = np.arange(block_size) + ((end_block - 1) * block_size)[:, None]
         beyond_tail = _to(kv, (slots >= span.visible[:, None])[:, None, :, None])
+    from_first = np.stack((_first_key(span, window), span.visible), 1)
     return FusedUnits(
         tokens=_to(kv, (span.first_token[:, None] + np.arange(num_queries)).reshape(-1)),
         num_units=num_units,
@@ -194,6 +210,7 @@ def _plan_units(
         bias=bias,
         tail=tail,
         beyond_tail=beyond_tail,
+        spans=_to(kv, from_first - first_block[:, None] * block_size),
     )
 
 

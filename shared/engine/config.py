@@ -55,7 +55,8 @@ class EngineConfig:
     there is memory for, `state_checkpoints` a quarter of them; for `max_model_len` it means the
     model's own limit, and auto the longest up to it for which the block pools have room.
 
-    `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there.
+    `kernels`: torch is the reference on any device, triton needs a GPU, auto takes triton there,
+    and on a CPU in bfloat16 what a C compiler makes.
     `model_impl`: whose code computes the model, baton's or, over our cache, that of the library
     transformers; auto takes the latter for types that baton has none for.
     `quantization`: how plain weights are made small while they are loaded.

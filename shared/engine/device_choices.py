@@ -10,6 +10,7 @@ import torch
 from baton.shared.engine.config import DeviceError
 from baton.shared.engine.models.mamba_config import HybridConfig
 from baton.shared.engine.models.model_config import AttentionConfig, ModelConfig
+from baton.shared.engine.native_operations import native_operations
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.kv.cache_spec import Full, Latent, Sliding, State
@@ -121,13 +122,20 @@ def make_operations(
     dtype: torch.dtype,
     model: ModelConfig,
     cache_dtype: torch.dtype,
+    *,
+    may_be_native: bool = False,
 ) -> Operations:
     """What computes the model's layers; where faster kernels do not take it, that is logged.
 
-    kernels: of `choose_kernels`.
+    Args:
+        kernels: of `choose_kernels`.
+        may_be_native: on a CPU in bfloat16 it may be what a C compiler makes.
     """
     if kernels == "torch":
-        return ReferenceOperations(keeps_small=device.type == "cpu" and dtype == torch.bfloat16)
+        is_small = device.type == "cpu" and dtype == torch.bfloat16
+        if is_small and may_be_native:
+            return native_operations()
+        return ReferenceOperations(keeps_small=is_small)
     from baton.shared.engine.triton_operations import TritonOperations
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

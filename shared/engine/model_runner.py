@@ -52,6 +52,7 @@ from baton.shared.engine.model_digest import (
 from baton.shared.engine.model_loader import ModelPlan
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.rope_config import describe_choices
+from baton.shared.engine.native_operations import NativeOperations
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.shaping import History
 from baton.shared.engine.token_budgets import (
@@ -174,9 +175,7 @@ class ModelRunner:
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         _check_blocks(self.arrangement, config.block_size)
-        self._ops = make_operations(
-            self.kernels, self.device, self.dtype, self.model_config, self.cache_dtype
-        )
+        self._ops = self._operations_of(self.model_config, self.cache_dtype)
 
         weights = find_weights(config, self.model_config)
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
@@ -338,7 +337,9 @@ class ModelRunner:
             small += " and activations"
         made = self.quantization or ""
         kept = "" if self.kv_cache_dtype == AUTO else f"keys and values in {self.kv_cache_dtype}"
-        parts = (describe_numerics(self.device, self.kernels), whose, choices, small, made, kept)
+        native = self._ops.name if isinstance(self._ops, NativeOperations) else ""
+        computed = describe_numerics(self.device, self.kernels)
+        parts = (computed, native, whose, choices, small, made, kept)
         return " ".join(part for part in parts if part)
 
     @property
@@ -379,7 +380,13 @@ class ModelRunner:
         problem = why_not_with_triton(model) if self.kernels == "triton" else None
         if problem is not None:
             raise ModelError(f"draft_model: {self._config.draft_model_dir}: {problem}")
-        return make_operations(self.kernels, self.device, self.dtype, model, self.dtype)
+        return self._operations_of(model, self.dtype)
+
+    def _operations_of(self, model: ModelConfig, cache_dtype: torch.dtype) -> Operations:
+        may_be_native = self._config.kernels == "auto"
+        return make_operations(
+            self.kernels, self.device, self.dtype, model, cache_dtype, may_be_native=may_be_native
+        )
 
     def _choose_pools(self, used_bytes: int, progress: Progress) -> None:
         sizes = PoolSizes(

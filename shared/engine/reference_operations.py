@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,7 @@ from baton.shared.engine.linear import (
 from baton.shared.engine.operations import GatedLinears, Norm
 from baton.shared.engine.quantised.kept import Expanding, KeptMatrix, keep
 from baton.shared.engine.quantised.small import SmallLinear, pack_small
+from baton.shared.engine.quantised.weight import QuantisedWeight
 
 _ALONE = Ranks()
 
@@ -89,13 +91,22 @@ class ReferenceOperations:
     def _load_small(self, spec: LinearSpec, reader: PartReader) -> Linear:
         parts = list(read_parts(spec, reader, self.ranks))
         bias = read_bias(spec, reader, self.ranks)
-        pieces = pack_small(parts, reader.dtype)
+        return self._pack_small(parts, bias, spec.scale, reader.dtype)
+
+    def _pack_small(
+        self,
+        parts: Sequence[Tensor | QuantisedWeight],
+        bias: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Linear:
+        pieces = pack_small(parts, dtype)
         if pieces is None:
-            return self.pack_linear(joined(parts, reader.dtype), bias, spec.scale)
+            return self.pack_linear(joined(parts, dtype), bias, scale)
         num_out = sum(part.shape[0] for part in parts)
         num_in = parts[0].shape[1]
-        weight = torch.empty(0, dtype=reader.dtype)
-        return SmallLinear(weight, bias, num_out, num_in, scale=spec.scale, pieces=pieces)
+        weight = torch.empty(0, dtype=dtype)
+        return SmallLinear(weight, bias, num_out, num_in, scale=scale, pieces=pieces)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         num_out, num_in = weight.shape

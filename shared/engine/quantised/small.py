@@ -75,6 +75,21 @@ def pack_small(
     )
 
 
+def stored_alike(
+    parts: Sequence[Tensor | QuantisedWeight], run: int
+) -> list[QuantisedWeight] | None:
+    """The parts, if they are whole numbers of as many bits, in order, whose scales hold for so many
+    of a row's or a multiple."""
+    stored = [each for each in parts if isinstance(each, QuantisedWeight)]
+    if len(stored) < len(parts) or len({each.num_bits > 4 for each in stored}) > 1:
+        return None
+    for each in stored:
+        is_even = each.num_in % (run * each.scale.shape[1]) == 0
+        if each.codes.dtype not in _INTEGERS or each.group_of is not None or not is_even:
+            return None
+    return stored
+
+
 def _expanded(part: Tensor | QuantisedWeight, dtype: torch.dtype) -> Piece:
     weight = part if isinstance(part, Tensor) else part.expand(dtype)
     packed = reference.pack_weight(weight)

@@ -18,6 +18,7 @@ from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.linear import Linear, LinearSpec, Part, Ranks, Split
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.native_operations import NativeOperations
 from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme
 from baton.shared.engine.quantised.small import SmallLinear
 from baton.shared.engine.quantised.weight import QuantisedWeight
@@ -227,11 +228,17 @@ def test_a_gguf_file_in_bfloat16(tmp_path: Path) -> None:
     write_directory(tmp_path / "model.gguf", tmp_path, generation={})
     row = Batch([BatchRow([3, 4, 5, 6], 0, [[0]])])
     runners = [
-        ModelRunner(EngineConfig(tmp_path, num_blocks=8, device="cpu", dtype=dtype))
-        for dtype in ("float32", "bfloat16")
+        ModelRunner(
+            EngineConfig(tmp_path, num_blocks=8, device="cpu", dtype=dtype, kernels=kernels)
+        )
+        for dtype, kernels in (("float32", "auto"), ("bfloat16", "torch"), ("bfloat16", "auto"))
     ]
-    exact, small = (runner.logits(row) for runner in runners)
-    # In bfloat16 with the expanded numbers it is 0.013.
-    assert float((small - exact).norm() / exact.norm()) < 0.06
-    assert [runner.determinism for runner in runners] == ["exact", "consistent"]
-    assert "small weights" in runners[1].numerics and "small" not in runners[0].numerics
+    exact, *both = (runner.logits(row) for runner in runners)
+    for small in both:
+        # In bfloat16 with the expanded numbers it is 0.013.
+        assert float((small - exact).norm() / exact.norm()) < 0.06
+    assert [runner.determinism for runner in runners] == ["exact", "consistent", "consistent"]
+    plain, torchs, auto = (runner.numerics for runner in runners)
+    assert "small" not in plain and "small weights" in torchs and "small weights" in auto
+    is_native = isinstance(runners[2]._ops, NativeOperations)
+    assert ("native" in auto) == is_native and "native" not in plain + torchs
