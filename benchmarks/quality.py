@@ -4,8 +4,9 @@ A text in windows, each a prompt of its own: the perplexity of every form, how f
 are from those of the reference (KL divergence, nats a token), and how often the first choice is the
 same. The reference is the model that MODEL, or `--against`, is in float32.
 
-A form is a dtype, with `+` and a method of `--quantization` if one is to be taken, and `+kv-fp8` if
-keys and values are kept in 8 bits: bfloat16, float32+int4, float32+kv-fp8. `--checkpoints` are of
+A form is a dtype, with `+` and a method of `--quantization` if one is to be taken, `+kv-fp8` if
+keys and values are kept in 8 bits, and `+torch` for `--kernels torch`: bfloat16, float32+int4,
+float32+kv-fp8. `--checkpoints` are of
 the same model, quantised by whoever; each is a row in float32.
 """
 
@@ -31,7 +32,7 @@ from baton.shared.tokenizer.files import load_tokenizer
 from benchmarks.checkout import RESULTS, ROOT
 
 _BLOCK = 16
-_SMALL_CACHE = "kv-fp8"
+_SMALL_CACHE, _TORCH = "kv-fp8", "torch"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _logits(
     """float32 [tokens, vocab] of each window."""
     dtype, *small = form.split("+")
     kv_cache_dtype = "fp8" if _SMALL_CACHE in small else "auto"
-    quantization = next((each for each in small if each != _SMALL_CACHE), None)
+    quantization = next((each for each in small if each in QUANTIZATIONS), None)
     num_blocks = -(-args.window // _BLOCK)
     runner = ModelRunner(
         EngineConfig(
@@ -124,6 +125,7 @@ def _logits(
             token_budget=args.window,
             quantization=quantization,  # type: ignore[arg-type]
             kv_cache_dtype=kv_cache_dtype,
+            kernels="torch" if _TORCH in small else "auto",
         )
     )
     for ids in windows:
@@ -143,11 +145,11 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
 
 def _form(text: str) -> str:
     dtype, *small = text.split("+")
-    weights = [each for each in small if each != _SMALL_CACHE]
+    weights = [each for each in small if each not in (_SMALL_CACHE, _TORCH)]
     is_known = len(weights) <= 1 and set(weights) <= set(QUANTIZATIONS)
-    if dtype not in DTYPES[1:] or not is_known or len(small) > len(weights) + 1:
+    if dtype not in DTYPES[1:] or not is_known or len(small) > len(set(small)):
         methods = ", ".join(QUANTIZATIONS)
-        known = f"{', '.join(DTYPES[1:])}, and + one of {methods}, and +{_SMALL_CACHE}"
+        known = f"{', '.join(DTYPES[1:])}, and + one of {methods}, +{_SMALL_CACHE}, +{_TORCH}"
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
     return text
 
