@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import secrets
 import sys
@@ -290,6 +291,9 @@ async def serve(
             metrics.close()
         await cluster.close()
         return 0 if isinstance(error, Interrupted) else 2
+    # What is there now stays: all streams would wait a tenth of a second for a look through it.
+    gc.collect()
+    gc.freeze()
     following = asyncio.create_task(cluster.follow())
     following.add_done_callback(lambda _: stop.set())
     readiness = asyncio.create_task(_follow_readiness(cluster, endpoint))
