@@ -97,11 +97,12 @@ def test_answers_are_those_without(
     assert counters["accepted_tokens"] > (counters["drafts"] if kind == "draft-model" else 0)
 
 
+@pytest.mark.parametrize("layers", ["layer ahead", "layer ahead, states"])
 def test_a_layer_of_the_checkpoint_guesses(
-    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, layers: str
 ) -> None:
-    """Over latents, in the model and in the layer."""
-    model_dir = runners(lambda _: tmp_path)(8, "layer ahead")._config.model_dir
+    """Over latents, in the model and in the layer; and over states."""
+    model_dir = runners(lambda _: tmp_path)(8, layers)._config.model_dir
     how: dict[str, Any] = {"dtype": "float32", "num_blocks": 400, "num_drafts": 4}
     how |= {"draft_kind": MTP, "draft_model_dir": model_dir}
     prompts = [[(first + n) % 61 for n in range(length)] for first, length in FEW]

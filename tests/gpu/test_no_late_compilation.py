@@ -50,8 +50,8 @@ TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma4, caches shared, drafts": ("gemma4_text", "experts, caches shared", {}),
     "qwen3_moe": ("qwen3_moe", "as they come", {}),
-    "delta rule": ("qwen3_next", "as they come", {}),
-    "mamba2 beside attention": ("falcon_h1", "every multiplier", {}),
+    "delta rule, drafts": ("qwen3_next", "as they come", {}),
+    "mamba2 beside attention, drafts": ("falcon_h1", "every multiplier", {}),
     "gpt_oss, drafts": ("gpt_oss", "as they come", {}),
     "latents, drafts": (
         "deepseek_v3", "as they come",

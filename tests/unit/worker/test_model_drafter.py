@@ -157,6 +157,19 @@ def test_models_whose_layers_have_windows(
     runner.check()
 
 
+def test_a_model_whose_layers_keep_states(
+    make_runner: MakeRunner, make_guessing: Callable[..., Any]
+) -> None:
+    """By one whose layers do not, and which is right by chance."""
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    expected = Answers(make_runner(64, "states")).to(PLAIN, params)
+    runner = make_guessing(64, kind="states")
+    worker = OneWorker(runner)
+    assert worker.answer(Sequence(AttemptKey("r", 0, 1), PLAIN, params)) == expected
+    assert worker.counters["drafted_tokens"] > worker.counters["accepted_tokens"] > 0
+    runner.check()
+
+
 def test_the_model_itself_guesses_all_of_it(
     make_runner: MakeRunner, make_draft: MakeDraft, make_guessing: Callable[..., Any]
 ) -> None:
