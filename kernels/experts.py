@@ -31,11 +31,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from baton.kernels import experts_table
 from baton.kernels.expert_order import Order, order_of
 from baton.kernels.experts_table import UNSORTED_TOKENS, Tiles
+from baton.kernels.float8_jit import has_assembler
 from baton.kernels.gated_mul import activate
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu
 from baton.kernels.skinny_linear_jit import prefetch_l2
+from baton.kernels.small_experts import SmallExperts, small_sums
 
 _COMBINED = 1024
 
@@ -52,6 +54,19 @@ class ExpertWeights(NamedTuple):
     """[experts, 2 · size]"""
     down_bias: Tensor | None
     """[experts, hidden]"""
+
+
+class SmallExpertWeights(NamedTuple):
+    """As `ExpertWeights`, of few bits."""
+
+    gate_up: SmallExperts
+    down: SmallExperts
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self if each is not None)
 
 
 class SharedWeights(NamedTuple):
@@ -72,7 +87,7 @@ def takes_shared(num_tokens: int, size: int, shared_size: int) -> bool:
 def experts(
     x: Tensor,
     routes: Routes,
-    weights: ExpertWeights,
+    weights: ExpertWeights | SmallExpertWeights,
     activation: ExpertActivation,
     residual: Tensor | None = None,
     *,
@@ -115,7 +130,7 @@ def gated_add(x: Tensor, gate: Tensor, residual: Tensor | None, *, pdl: bool = F
 def multiply_up(
     out: Tensor,
     x: Tensor,
-    weights: ExpertWeights,
+    weights: ExpertWeights | SmallExpertWeights,
     routes: Routes,
     order: Order | None,
     activation: ExpertActivation,
@@ -137,7 +152,7 @@ def multiply_up(
 def multiply_down(
     out: Tensor,
     x: Tensor,
-    weights: ExpertWeights,
+    weights: ExpertWeights | SmallExpertWeights,
     routes: Routes,
     order: Order | None,
     *,
@@ -171,7 +186,7 @@ def combine(
 def _product(
     out: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | SmallExperts,
     bias: Tensor | None,
     shared: Tensor | None,
     routes: Routes,
@@ -189,14 +204,20 @@ def _product(
     num_tokens, top_k = routes.experts.shape
     num_pairs, num_out = out.shape
     num_experts, num_rows, num_in = weight.shape
-    if tiles is None:
-        tiles = _tiles(num_tokens, weight, num_out)
+    small = weight if isinstance(weight, SmallExperts) else None
+    assert small is None or shared is None
+    if isinstance(weight, SmallExperts):
+        tiles = tiles or experts_table.guess_small(experts_table.kind_of(num_tokens))
+        codes, block_k = weight.codes, weight.block_k(tiles.block_k)
+        weight = codes.view(torch.uint8) if weight.kind == "float8" else codes
+    else:
+        tiles = tiles or _tiles(num_tokens, weight, num_out)
+        block_k = min(tiles.block_k, max(16, triton.next_power_of_2(num_in)))
     num_tiles = num_pairs
     if order is not None:
         num_tiles = min(num_pairs, num_pairs // tiles.block_m + num_experts)
-    block_k = min(tiles.block_k, max(16, triton.next_power_of_2(num_in)))
     descriptor = None
-    if tiles.copies:
+    if tiles.copies and small is None:
         descriptor = TensorDescriptor(
             weight, [num_experts * num_rows, num_in], [num_in, 1], [tiles.block_n, block_k]
         )
@@ -212,6 +233,8 @@ def _product(
         routes.experts,
         None if order is None else order.pairs,
         None if order is None else order.ends,
+        None if small is None else small.scale,
+        None if small is None else small.offset,
         num_tiles,
         x.stride(0),
         out.stride(0),
@@ -229,6 +252,9 @@ def _product(
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,
         BLOCK_E=triton.next_power_of_2(num_experts),
+        KIND=None if small is None else small.kind,
+        NUM_RUNS=1 if small is None else small.num_runs,
+        ASM=has_assembler() and x.dtype == torch.bfloat16,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **overlap(routes.experts, pdl=pdl),
@@ -304,6 +330,8 @@ def _multiply(
     chosen_ptr,
     pairs_ptr,
     ends_ptr,
+    scale_ptr,
+    offset_ptr,
     num_tiles,
     x_stride,
     out_stride,
@@ -321,11 +349,16 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    KIND: tl.constexpr,
+    NUM_RUNS: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Some columns of one tile of pairs, which have one expert. With an ACTIVATION it is gate and
-    up, NUM_OUT of each, or up alone where it has no gate. Of a token's pairs the last SHARED are of
-    what every token has: these read their part of one weight, as if it were an expert's."""
+    """Some columns of one tile of pairs, which have one expert. KIND: the weight is of few bits,
+    with scales and offsets beside it, and it is `small_sums` that multiplies. With an ACTIVATION it
+    is gate and up, NUM_OUT of each, or up alone where it has no gate. Of a token's pairs the last
+    SHARED are of what every token has: these read their part of one weight, as if it were an
+    expert's."""
     IS_UP: tl.constexpr = ACTIVATION is not None
     IS_GATED: tl.constexpr = IS_UP and ACTIVATION != "relu2"
     PAIRS: tl.constexpr = TOP_K + SHARED
@@ -341,7 +374,7 @@ def _multiply(
     number = tile % PAIRS
     chosen_at = chosen_ptr + tile // PAIRS * TOP_K + tl.minimum(number, TOP_K - 1)
     if PDL:
-        if not IS_UP and pairs_ptr is None:
+        if not IS_UP and pairs_ptr is None and KIND is None:
             # The product before this one has waited for the routes: they are there already.
             own = tl.load(chosen_at) * NUM_OUT + column
             own = tl.minimum(tl.maximum(own, 0), NUM_EXPERTS * NUM_OUT - 1).to(tl.int64)
@@ -404,7 +437,18 @@ def _multiply(
         else:
             weight_stride = tl.where(is_own, NUM_IN, SHARED * NUM_IN)
     weight_at = weight + column[None, :] * weight_stride + k[:, None]
-    if SHARED > 0 and descriptor is not None:
+    if KIND is not None:
+        own = expert.to(tl.int64) * rows_each + column
+        width: tl.constexpr = NUM_IN // 2 if KIND == "int4" or KIND == "fp4" else NUM_IN
+        offset_at = None
+        if offset_ptr is not None:
+            offset_at = offset_ptr + own * NUM_RUNS
+        acc, up_acc = small_sums(
+            x_at, is_real, weight_ptr + own[None, :] * width + k[:, None],
+            scale_ptr + own * NUM_RUNS, offset_at, NUM_OUT, inside,
+            NUM_IN, NUM_RUNS, KIND, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K, ASM,
+        )  # fmt: skip
+    elif SHARED > 0 and descriptor is not None:
         if number < TOP_K:
             acc, up_acc = _sums(
                 x_at, is_real, weight_at, up_distance, descriptor, first_row, inside,

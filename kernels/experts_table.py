@@ -86,6 +86,12 @@ def guess(kind: int) -> Tiles:
     return Tiles(64, 64, 64)
 
 
+def guess_small(kind: int) -> Tiles:
+    """For weights of few bits, which nobody has measured: those of 16 bits, by as many warps as
+    spill no registers over runs' scales."""
+    return guess(kind) if kind < 2 else guess(kind)._replace(num_warps=8)
+
+
 def wide(num_tokens: int) -> Tiles:
     """For float32, which has no tensor cores here."""
     return guess(kind_of(num_tokens))._replace(block_k=32, num_stages=2)

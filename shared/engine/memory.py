@@ -29,16 +29,19 @@ def free_host_memory(config: EngineConfig) -> HostMemory:
     return min(bound, share, key=lambda bound: bound.free_bytes)
 
 
+def weights_fit(config: EngineConfig, weight_bytes: int, device: torch.device) -> bool:
+    """Whether a GPU, or the share of it that the engine may take, has room for them alone."""
+    return device.type != "cuda" or weight_bytes <= _gpu_room(config, device)
+
+
 def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.device) -> None:
     """Before anything big is allocated.
 
     Raises:
         ModelError: the GPU, or the share of it that the engine may take, is too small.
     """
-    if device.type != "cuda":
-        return
-    room = _gpu_room(config, device)
-    if weight_bytes > room:
+    if not weights_fit(config, weight_bytes, device):
+        room = _gpu_room(config, device)
         raise ModelError(
             f"model: the weights take {_gib(weight_bytes)}, {_gib(room)} of the GPU may be used "
             f"(gpu_memory_utilization {config.gpu_memory_utilization:g}): "

@@ -127,6 +127,7 @@ class ModelLoader:
 
     def experts(self, spec: ExpertsSpec) -> Experts:
         layer = self.ops.load_experts(spec, self)
+        self.has_small |= layer.is_small
         self.num_bytes += layer.num_bytes
         size = self.ops.ranks.share(spec.size, 1)
         num_own = size.stop - size.start

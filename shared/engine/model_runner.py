@@ -41,7 +41,7 @@ from baton.shared.engine.implementation import (
 )
 from baton.shared.engine.kernels_fit import kernels_fit
 from baton.shared.engine.kv_cache import KvCache, SlotCopy
-from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools
+from baton.shared.engine.memory import PoolChoice, check_weights_fit, choose_pools, weights_fit
 from baton.shared.engine.model_digest import (
     ModelIdentity,
     Progress,
@@ -179,6 +179,10 @@ class ModelRunner:
 
         weights = find_weights(config, self.model_config)
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
+        if not weights_fit(config, plan.num_bytes, self.device):
+            # Nobody has measured yet what experts take in time that are read as they are stored.
+            self._ops.keep_experts_small()
+            plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
         self._has_small = plan.keeps_small
         self._has_small_inputs = plan.quantises_inputs
         check_weights_fit(config, plan.num_bytes, self.device)

@@ -68,6 +68,9 @@ class Operations(Protocol):
             ModelError: a tensor is missing, has another shape, or a form that is not served.
         """
 
+    def keep_experts_small(self) -> None:
+        """From now on experts are computed as they are stored, where there is a way."""
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Linear:
         """A layer of a weight [out, in] that is there already, as the table of a tied embedding.
         Its memory is used where the form allows it."""

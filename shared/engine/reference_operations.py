@@ -112,6 +112,9 @@ class ReferenceOperations:
         num_out, num_in = weight.shape
         return Linear(reference.pack_weight(weight), bias, num_out, num_in, scale=scale)
 
+    def keep_experts_small(self) -> None:
+        """They are, always."""
+
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
         """What is small stays so, and is expanded whenever a token has the expert: to the numbers,
         and in the form, that it would have been kept in."""

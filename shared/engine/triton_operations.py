@@ -64,6 +64,7 @@ from baton.shared.engine.linear import (
 )
 from baton.shared.engine.operations import GatedLinears, Norm
 from baton.shared.engine.quantised.stored import StoredLinear, pack_stored, scaled
+from baton.shared.engine.quantised.stored_experts import stack_experts
 
 
 class ChunkItems(NamedTuple):
@@ -157,6 +158,7 @@ class TritonOperations:
         self.keeps_small = keeps_small
         self.quantises_inputs = quantises_inputs
         self._takes_float8 = takes_float8
+        self._keeps_experts = False
         self._use_skinny = use_skinny
         self._overlaps = overlaps
         self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
@@ -219,7 +221,16 @@ class TritonOperations:
     def gated_add(self, x: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
         return experts_kernels.gated_add(x, gate, residual, pdl=self._overlaps)
 
+    def keep_experts_small(self) -> None:
+        self._keeps_experts = self.keeps_small
+
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
+        if self._keeps_experts:
+            experts = read_experts(spec, reader, self.ranks)
+            small = stack_experts(experts, spec.num_experts, takes_float8=self._takes_float8)
+            if small is not None:
+                all_reduce = self.ranks.all_reduce
+                return Experts(small, spec.activation, small.nbytes, True, all_reduce)
         tensors: list[Tensor | None] = []
         num_bytes = 0
         for index, expert in enumerate(read_experts(spec, reader, self.ranks)):
@@ -240,7 +251,7 @@ class TritonOperations:
 
     def joins_shared(self, num_tokens: int, layer: Experts, mlp: GatedLinears) -> bool:
         gate_up, down = mlp
-        if gate_up.is_small or down.is_small or self.ranks.size > 1:
+        if layer.is_small or gate_up.is_small or down.is_small or self.ranks.size > 1:
             return False
         if (
             gate_up.bias is not None

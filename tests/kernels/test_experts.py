@@ -17,6 +17,7 @@ from baton.kernels.expert_routes import norm_scores, route
 from baton.kernels.experts import (
     ExpertWeights,
     SharedWeights,
+    SmallExpertWeights,
     experts,
     gated_add,
     takes_shared,
@@ -24,6 +25,7 @@ from baton.kernels.experts import (
 from baton.kernels.experts_table import Tiles
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.kernels.small_experts import SmallExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 Check = Callable[[Tensor, Tensor], None]
@@ -166,6 +168,64 @@ def test_experts(
         x.double(), Routes(routes.experts.long(), routes.weights), wide, activation, min_rows=1
     )
     assert_close(got, expected + residual.double())
+
+
+def small_of(
+    kind: str, num_experts: int, num_out: int, num_in: int, num_runs: int, device: torch.device
+) -> SmallExperts:
+    """Of all codes there are; int4's have offsets."""
+    width = num_in // 2 if kind in ("int4", "fp4") else num_in
+    codes = torch.randint(0, 256, (num_experts, num_out, width), dtype=torch.uint8)
+    if kind == "int8":
+        codes = codes.view(torch.int8)
+    elif kind == "float8":
+        codes = (torch.randn(codes.shape) * 3).to(torch.float8_e4m3fn)
+    scale, offset = torch.rand(2, num_experts, num_out, num_runs)
+    scale *= 0.3 / (64 if kind == "int8" else 4)
+    return SmallExperts(
+        codes.to(device),
+        scale.to(device),
+        (offset * 0.3).to(device) if kind == "int4" else None,
+        num_in,
+        is_fp4=kind == "fp4",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_tokens", "hidden", "size", "num_runs", "activation"),
+    [
+        ("int4", 3, 64, 128, 2, "silu"),
+        ("int4", 40, 24, 18, 1, "silu"),
+        ("fp4", 9, 64, 64, 2, ClampedSwiglu(1.7, 0.8)),
+        ("float8", 9, 96, 48, 3, "silu"),
+        ("float8", 2, 40, 37, 1, "relu2"),
+        ("int8", 9, 40, 37, 1, "silu"),
+    ],
+)
+def test_experts_of_few_bits(
+    kind: str,
+    num_tokens: int,
+    hidden: int,
+    size: int,
+    num_runs: int,
+    activation: ExpertActivation,
+    device: torch.device,
+    dtype: torch.dtype,
+    assert_close: Check,
+) -> None:
+    """Of one scale a row, and of several, as the numbers that are expanded of them."""
+    num_up = size if activation == "relu2" else 2 * size
+    gate_up = small_of(kind, 5, num_up, hidden, num_runs, device)
+    down = small_of(kind, 5, hidden, size, num_runs, device)
+    x = torch.randn(num_tokens, hidden).to(device, dtype)
+    routes = random_routes(num_tokens, 5, 2, device)
+    got = experts(x, routes, SmallExpertWeights(gate_up, down, None, None), activation)
+    wide_up, wide_down = (
+        [each.expand(index).double() for index in range(5)] for each in (gate_up, down)
+    )
+    wide = reference_experts.ExpertWeights(wide_up, wide_down, [None] * 5, [None] * 5)
+    own = Routes(routes.experts.long(), routes.weights)
+    assert_close(got, reference_experts.experts(x.double(), own, wide, activation, min_rows=1))
 
 
 @pytest.mark.parametrize("copies", [False, True])

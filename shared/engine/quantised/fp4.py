@@ -29,7 +29,7 @@ from baton.shared.engine.quantised.weight import QuantisedWeight
 
 _TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
 """The numbers times two, which are whole; those behind them are negative."""
-_LEVELS = (*_TWICE, *(-value for value in _TWICE))
+LEVELS = (*_TWICE, *(-value for value in _TWICE))
 _BITS = 5
 """Of these whole numbers."""
 _NV_GROUP, _MX_GROUP = 16, 32
@@ -62,8 +62,8 @@ def read(
         scale = _nv_scale(module, of_groups, because, reader)
     if packed.is_meta:
         paper = QuantisedWeight.on_paper(*shape, _BITS, of_groups[1])
-        return replace(paper, levels=_LEVELS)
-    return QuantisedWeight(whole_numbers(packed), scale / 2, _BITS, levels=_LEVELS)
+        return replace(paper, levels=LEVELS)
+    return QuantisedWeight(whole_numbers(packed), scale / 2, _BITS, levels=LEVELS)
 
 
 def mxfp4(blocks: Tensor, exponents: Tensor) -> QuantisedWeight:
@@ -73,10 +73,10 @@ def mxfp4(blocks: Tensor, exponents: Tensor) -> QuantisedWeight:
     if blocks.is_meta:
         shape = num_out, num_runs * _MX_GROUP
         paper = QuantisedWeight.on_paper(*shape, _BITS, num_runs, scale=torch.bfloat16)
-        return replace(paper, levels=_LEVELS)
+        return replace(paper, levels=LEVELS)
     scale = (powers_of_two(exponents) / 2).bfloat16()
     codes = whole_numbers(blocks).flatten(1)
-    return QuantisedWeight(codes, scale, _BITS, levels=_LEVELS)
+    return QuantisedWeight(codes, scale, _BITS, levels=LEVELS)
 
 
 def _packed_name(module: str, reader: TensorReader) -> str:
@@ -86,7 +86,7 @@ def _packed_name(module: str, reader: TensorReader) -> str:
 
 def whole_numbers(packed: Tensor) -> Tensor:
     """uint8 [..., n] → int8 [..., 2 n], twice the numbers."""
-    values = torch.tensor(_LEVELS, dtype=torch.int8, device=packed.device)
+    values = torch.tensor(LEVELS, dtype=torch.int8, device=packed.device)
     return values[nibbles(packed).int()]
 
 

@@ -24,6 +24,11 @@ from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.weight_headers import FLOATS
 
 _WORD = 32
+_ODD_BITS = 3
+"""Numbers that go across the ends of words."""
+_LESS_IN_3_WORDS = (0x24924924, 0x92492492, 0x49249249)
+"""What gptqmodel takes from such words for the first format: that of the first and of the last are
+exchanged, for whoever takes one from each number."""
 
 
 def read(
@@ -65,7 +70,10 @@ def _zeros(
     bits = scheme.num_bits
     if not scheme.is_symmetric and are_less_one:
         if _WORD % bits:
-            return unpack_columns(words, bits, num_out) + 1
+            reason = (
+                "of 3 bits and zeros anywhere tools disagree in GPTQ's first format: write gptq_v2"
+            )
+            raise reader.error(name, reason)
         # One is taken from each by a subtraction from words: a zero of 0 borrows from its neighbour
         # what it gets back here.
         words = words + sum(1 << at for at in range(0, _WORD, bits))
@@ -75,6 +83,11 @@ def _zeros(
     middle = 2 ** (bits - 1)
     for zero in (middle, middle - 1):
         if bool((stored == zero).all()):
+            return torch.full_like(stored, middle)
+    if bits == _ODD_BITS:
+        less = torch.tensor(_LESS_IN_3_WORDS, device=words.device).repeat(-(-words.shape[1] // 3))
+        moved = (words + less[: words.shape[1]]).to(torch.int32)
+        if bool((unpack_columns(moved, bits, num_out) == middle).all()):
             return torch.full_like(stored, middle)
     found = f"zeros {int(stored.min())} to {int(stored.max())}"
     raise reader.error(name, f"{found} are neither {middle} nor {middle - 1}: config.json says sym")

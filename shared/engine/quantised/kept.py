@@ -19,6 +19,15 @@ _INTEGERS = {torch.int8: range(-8, 8), torch.uint8: range(16)}
 """Codes of up to four bits, by their dtype."""
 
 
+def places(codes: Tensor, levels: Sequence[int]) -> Tensor:
+    """Where among the levels each code stands, the last of equal ones: of int8 or uint8, uint8 of
+    the same shape."""
+    place = torch.zeros(256, dtype=torch.uint8)
+    for index, level in enumerate(levels):
+        place[level % 256] = index
+    return place.to(codes.device)[codes.view(torch.uint8).int()]
+
+
 @dataclass(frozen=True, slots=True)
 class KeptWeight:
     """[out, in]"""
@@ -42,10 +51,7 @@ class KeptWeight:
         if weight.is_meta:
             packed = codes.new_empty((weight.num_out, width), dtype=torch.uint8)
         else:
-            place = torch.zeros(256, dtype=torch.uint8)
-            for index, level in enumerate(levels):
-                place[level % 256] = index
-            of_each = place.to(codes.device)[codes.view(torch.uint8).int()].view(-1, width, 2)
+            of_each = places(codes, levels).view(-1, width, 2)
             packed = of_each[..., 0] | (of_each[..., 1] << 4)
         known = torch.tensor(levels, dtype=codes.dtype, device=codes.device)
         return cls(replace(weight, codes=codes.new_empty(0, weight.num_in)), packed, known)

@@ -27,6 +27,7 @@ from baton.shared.engine.quantised import fp4
 from baton.shared.engine.quantised.read import read_quantised
 from baton.shared.engine.quantised.scheme import EVERY_LINEAR, Quantization, Rule, Scheme
 from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.triton_operations import TritonOperations
 from baton.shared.engine.weights import DummyWeights, WeightFiles
 from baton.shared.model_files.fields import ModelError
 from tests.device import ENGINE
@@ -153,6 +154,7 @@ def test_experts_of_8_bits_are_expanded_as_any_linear_layer(load: Load) -> None:
         for a, b in zip(one.expanded(torch.float32), other.expanded(torch.float32), strict=True):
             assert a is b is None or (a is not None and b is not None and torch.equal(a, b))
     assert_kept(lambda: load(tensors, quantization=INT8), lambda: load(expanded), SPEC, 0.28)
+    assert_stored(lambda device: load(tensors, None, device, quantization=INT8), SPEC)
     with pytest.raises(ModelError, match=r"e.gate_up: dtype I8 is not one of"):
         load({"e.gate_up": torch.ones(5, 64, 64).char()}, device="meta").experts(SPEC)
 
@@ -219,6 +221,25 @@ def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Loa
         loaded = load(tensors, ranks, quantization=INT4).experts(SPEC)
         on_paper.experts(SPEC)
         assert on_paper.num_bytes == loaded.num_bytes
+        assert_stored(lambda *at: load(tensors, ranks, *at, quantization=INT4), SPEC)  # noqa: B023
+
+
+def assert_stored(small: Callable[..., ModelLoader], spec: ExpertsSpec) -> None:
+    """As a GPU reads them: the same numbers, in as many bytes as on paper."""
+    made: dict[str, ModelLoader] = {}
+    for device in ("cpu", "meta"):
+        made[device] = small(device)
+        ranks = made[device].ops.ranks
+        ops = TritonOperations(ranks, keeps_small=True, takes_float8=True)
+        ops.keep_experts_small()
+        made[device].ops = ops
+    layer, on_paper = (each.experts(spec) for each in made.values())
+    assert layer.is_small and made["cpu"].has_small and layer.num_bytes == on_paper.num_bytes
+    expected = small("cpu").experts(spec)
+    for ours, theirs in zip(layer.weights[:2], expected.weights[:2], strict=True):
+        for index in range(NUM_EXPERTS):
+            wanted = theirs[index].to_dense() if theirs[index].is_mkldnn else theirs[index]
+            torch.testing.assert_close(ours.expand(index), wanted, atol=1e-5, rtol=2e-3)
 
 
 def packed(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -289,6 +310,7 @@ def test_mxfp4_experts_are_those_that_transformers_expands(load: Load) -> None:
         for a, b in zip(one.expanded(torch.float32), other.expanded(torch.float32), strict=True):
             assert a is not None and b is not None and torch.equal(a, b)
     assert_kept(lambda: load(mild), lambda: load({**mildly, **biases}), MXFP4, 0.2)
+    assert_stored(lambda device: load(mild, None, device), MXFP4)
     on_paper = load(mild, device="meta")
     on_paper.experts(MXFP4)
     assert on_paper.num_bytes == load(mild).experts(MXFP4).num_bytes

@@ -302,13 +302,23 @@ def gptq(
         ({"sym": False, "checkpoint_format": "gptq_v2"}, {"less": 0}),
         ({"desc_act": True}, {"zero": 8, "shuffled": True}),
         ({"bits": 8}, {"zero": 128, "bits": 8}),
-        ({"bits": 3, "sym": False}, {"bits": 3}),
+        ({"bits": 3}, {"bits": 3, "zero": 4}),
+        ({"bits": 3, "sym": False, "checkpoint_format": "gptq_v2"}, {"bits": 3, "less": 0}),
         ({"bits": 2, "sym": False}, {"bits": 2}),
     ],
 )
 def test_gptq(fields: dict[str, Any], made: dict[str, Any], load: Load) -> None:
     tensors, expanded = gptq(**made)
     loader = load(tensors, gptq_fields(**fields), torch.float16)
+    assert torch.equal(loader.linear(spec()).weight, expanded)
+
+
+def test_zeros_of_3_bits_that_gptqmodel_writes(load: Load) -> None:
+    """A module of 24 outputs has 3 words of them."""
+    tensors, expanded = gptq(3, zero=4, less=0)
+    less = torch.tensor([0x24924924, 0x92492492, 0x49249249])
+    tensors["a.qzeros"] = (tensors["a.qzeros"] - less).int()
+    loader = load(tensors, gptq_fields(bits=3), torch.float16)
     assert torch.equal(loader.linear(spec()).weight, expanded)
 
 
@@ -534,6 +544,11 @@ def changed(case: str, **tensors: Tensor | None) -> dict[str, Tensor]:
             {**gptq(zero=8)[0], "a.g_idx": torch.zeros(64, dtype=torch.int32)},
             gptq_fields(),
             "a.g_idx: group 0 has 64 columns, not 16",
+        ),
+        (
+            gptq(3)[0],
+            gptq_fields(bits=3, sym=False),
+            "a.qzeros: of 3 bits and zeros anywhere tools disagree",
         ),
         (
             gptq()[0],

@@ -1,0 +1,194 @@
+"""Experts whose weights are read as they are stored: what kernels/experts.py multiplies then.
+
+    number = code · scale + offset
+
+Codes are widened in registers, exactly; a run's sum of products is scaled in float32, and nothing
+is rounded but the result. Floats of four bits count twice here, so that they are whole numbers, and
+their scales half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baton.kernels.small_linear import SmallWeight
+from baton.kernels.small_widen_jit import bytes_of, nibbles
+
+Kind = Literal["int8", "float8", "int4", "fp4"]
+_TWICE_FP4 = (0, 1, 2, 3, 4, 6, 8, 12)
+_LEAST_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SmallExperts:
+    """The matrices [N, K] of all experts of a layer, contiguous."""
+
+    codes: Tensor
+    """int8 or float8 [experts, N, K]; of four bits uint8 [experts, N, K / 2]: a byte has those of
+    columns k (its lower half) and k + K / 2"""
+    scale: Tensor
+    """float32 [experts, N, runs]"""
+    offset: Tensor | None
+    """float32 [experts, N, runs]"""
+    num_in: int
+    is_fp4: bool = False
+
+    @classmethod
+    def like(cls, one: SmallWeight, num_experts: int, *, is_fp4: bool) -> SmallExperts:
+        """Room for so many of that shape."""
+
+        def room(tensor: Tensor) -> Tensor:
+            return tensor.new_empty((num_experts, *tensor.shape))
+
+        offset = None if one.offset is None else room(one.offset).zero_()
+        return cls(room(one.codes), room(one.scale), offset, one.num_in, is_fp4)
+
+    def put(self, expert: int, one: SmallWeight, *, is_fp4: bool) -> bool:
+        """Whether it is stored as the others are, and now among them."""
+        if (one.codes.dtype, is_fp4) != (self.codes.dtype, self.is_fp4):
+            return False
+        if one.scale.shape != self.scale.shape[1:] or (one.offset is None) != (self.offset is None):
+            return False
+        if not one.codes.is_meta:
+            self.codes[expert] = one.codes
+            self.scale[expert] = one.scale
+            if self.offset is not None and one.offset is not None:
+                self.offset[expert] = one.offset
+        return True
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.codes.shape[:2], self.num_in)
+
+    @property
+    def kind(self) -> Kind:
+        if self.codes.dtype == torch.uint8:
+            return "fp4" if self.is_fp4 else "int4"
+        return "int8" if self.codes.dtype == torch.int8 else "float8"
+
+    @property
+    def num_runs(self) -> int:
+        return self.scale.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        offset_bytes = 0 if self.offset is None else self.offset.nbytes
+        return self.codes.nbytes + self.scale.nbytes + offset_bytes
+
+    def block_k(self, most: int) -> int:
+        """Columns of a step, at most so many, a power of two: they lie in one run."""
+        if self.num_runs == 1:
+            width = self.codes.shape[2]
+            least: int = triton.next_power_of_2(width)
+            return min(most, max(_LEAST_BLOCK, least))
+        run = self.num_in // self.num_runs
+        return min(most, run & -run)
+
+    def expand(self, expert: int) -> Tensor:
+        """The reference: one expert's numbers, float32 [N, K]."""
+        codes = self.codes[expert]
+        if codes.dtype == torch.uint8:
+            both = torch.cat((codes & 0xF, codes >> 4), 1).int()
+            levels = torch.tensor(
+                (*_TWICE_FP4, *(-each for each in _TWICE_FP4)), device=both.device
+            )
+            codes = levels[both] if self.is_fp4 else both - 8
+        runs = codes.float().view(len(codes), self.num_runs, -1)
+        numbers = runs * self.scale[expert][..., None]
+        if self.offset is not None:
+            numbers = numbers + self.offset[expert][..., None]
+        return numbers.view(len(codes), -1)
+
+
+@triton.jit
+def small_sums(
+    x_at, is_real, codes_at, scale_at, offset_at, up_rows, inside,
+    NUM_IN: tl.constexpr, NUM_RUNS: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Products of BLOCK_M rows, x_at [BLOCK_M, BLOCK_K], with BLOCK_N rows of a weight, codes_at
+    [BLOCK_K, BLOCK_N], and with those `up_rows` further on. scale_at and offset_at [BLOCK_N]: of
+    the rows' first runs."""
+    IS_PACKED: tl.constexpr = KIND == "int4" or KIND == "fp4"
+    WIDTH: tl.constexpr = NUM_IN // 2 if IS_PACKED else NUM_IN
+    RUN: tl.constexpr = NUM_IN // NUM_RUNS
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    ones = tl.zeros([BLOCK_M], tl.float32)
+    for begin in tl.range(0, WIDTH, BLOCK_K):
+        is_x = is_real[:, None]
+        is_code = inside[None, :]
+        if WIDTH % BLOCK_K != 0:
+            is_in = begin + k < WIDTH
+            is_x = is_x & is_in[None, :]
+            is_code = is_code & is_in[:, None]
+        for half in tl.static_range(2 if IS_PACKED else 1):
+            x = tl.load(x_at + begin + half * WIDTH, mask=is_x, other=0.0)
+            codes = tl.load(codes_at + begin, mask=is_code, other=0)
+            weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
+            if NUM_RUNS == 1:
+                acc = tl.dot(x, weight, acc, input_precision="ieee")
+            else:
+                run = begin // RUN + half * (NUM_RUNS // 2)
+                product = tl.dot(x, weight, input_precision="ieee")
+                acc = _add_run(acc, product, x, scale_at, offset_at, run, inside)
+            if offset_at is not None and NUM_RUNS == 1:
+                ones += tl.sum(x.to(tl.float32), 1)
+            if IS_GATED:
+                codes = tl.load(codes_at + up_rows * WIDTH + begin, mask=is_code, other=0)
+                weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
+                if NUM_RUNS == 1:
+                    up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+                else:
+                    product = tl.dot(x, weight, input_precision="ieee")
+                    up_run = up_rows * NUM_RUNS + run
+                    up_acc = _add_run(up_acc, product, x, scale_at, offset_at, up_run, inside)
+    if NUM_RUNS == 1:
+        acc = _scaled(acc, ones, scale_at, offset_at, 0, inside)
+        if IS_GATED:
+            up_acc = _scaled(up_acc, ones, scale_at, offset_at, up_rows, inside)
+    return acc, up_acc
+
+
+@triton.jit
+def _widened(
+    codes, UPPER: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr
+):
+    if KIND == "int4":
+        return nibbles(codes, UPPER, dtype, ASM)
+    if KIND == "fp4":
+        # One bit of sign, two of exponent, one behind the point: from exponent 1 on there is a one
+        # before it.
+        code = ((codes >> 4) if UPPER else codes) & 0xF
+        low = (code & 1).to(tl.int32)
+        exponent = ((code >> 1) & 3).to(tl.int32)
+        twice = tl.where(exponent == 0, low, (2 + low) << tl.maximum(exponent - 1, 0))
+        return tl.where((code & 8) != 0, -twice, twice).to(dtype)
+    return bytes_of(codes, KIND == "float8", dtype, ASM)
+
+
+@triton.jit
+def _add_run(acc, product, x, scale_at, offset_at, run, inside):
+    ones = tl.zeros([x.shape[0]], tl.float32)
+    if offset_at is not None:
+        ones = tl.sum(x.to(tl.float32), 1)
+    return acc + _scaled(product, ones, scale_at, offset_at, run, inside)
+
+
+@triton.jit
+def _scaled(product, ones, scale_at, offset_at, run, inside):
+    """product · scale + offset · sums of x, of that run."""
+    product *= tl.load(scale_at + run, mask=inside, other=0.0)[None, :]
+    if offset_at is not None:
+        product += ones[:, None] * tl.load(offset_at + run, mask=inside, other=0.0)[None, :]
+    return product
