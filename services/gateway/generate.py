@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
-from functools import partial
+from functools import cache, partial
 
 from baton.services.gateway.admission import (
     AdmittedRequest,
@@ -49,6 +49,9 @@ from baton.shared.telemetry import NO_TRACE, Counters, Trace, log_event
 from baton.v1 import inference_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
+
+Decoder = Callable[[], StreamDecoder | None]
+"""Gives one and the same of a sample; None when the model has no tokenizer."""
 
 _MAX_ENGINE_FAILURES = 3
 _MAX_FRUITLESS = 16
@@ -98,15 +101,16 @@ async def generate(
         counters["requests"] += 1
         samples = _samples(request_id, admitted, deadline, arrived_at)
         report.admitted(samples)
-        decoder = _new_decoder(codec, request, admitted, shown_token_ids) if codec else None
-        decoders = [decoder, *(decoder and decoder.another() for _ in samples[1:])]
+        new_decoder = partial(_new_decoder, codec, request, admitted, shown_token_ids)
+        decoders = _decoders(new_decoder, len(samples))
         _share_prompt(samples, decoders)
         answers = [
             _sample(generation, decoder, cluster, counters, metrics, report)
             for generation, decoder in zip(samples, decoders, strict=True)
         ]
         async with begun(merged(answers)) as responses:
-            # Workers have the prompt while this is on its way.
+            # Workers have the prompt while this is made, and on its way.
+            decoders[0]()
             yield pb.GenerateResponse(started=_started(samples[0], cluster))
             async for _, response in responses:
                 yield response
@@ -121,7 +125,18 @@ def _samples(
     ]
 
 
-def _share_prompt(samples: Sequence[Generation], decoders: Sequence[StreamDecoder | None]) -> None:
+def _decoders(new_decoder: Decoder, num_samples: int) -> list[Decoder]:
+    """By sample; made when they are asked for the first time, which no prompt waits for."""
+    first = cache(new_decoder)
+
+    def another() -> StreamDecoder | None:
+        decoder = first()
+        return decoder and decoder.another()
+
+    return [first, *(cache(another) for _ in range(1, num_samples))]
+
+
+def _share_prompt(samples: Sequence[Generation], decoders: Sequence[Decoder]) -> None:
     """Ends those of which the client has all tokens; of the others the first computes the prompt
     of all."""
     for generation, decoder in zip(samples, decoders, strict=True):
@@ -136,7 +151,7 @@ def _share_prompt(samples: Sequence[Generation], decoders: Sequence[StreamDecode
 
 async def _sample(
     generation: Generation,
-    decoder: StreamDecoder | None,
+    decoder_of: Decoder,
     cluster: Cluster,
     counters: Counters,
     metrics: GatewayMetrics,
@@ -156,9 +171,11 @@ async def _sample(
                 # It was drawn for nothing, and nobody is told of it.
                 generation.drop_tokens()
                 break
+            decoder = decoder_of()
             yield pb.GenerateResponse(chunk=_chunk(generation, decoder, run))
             if decoder is not None and decoder.stopped:
                 break
+    decoder = decoder_of()
     text = _last_text(generation, decoder)
     report.finished()
     stop = decoder.stop if decoder is not None else None
@@ -176,11 +193,13 @@ def _started(generation: Generation, cluster: Cluster) -> pb.GenerateStarted:
 
 
 def _new_decoder(
-    codec: TextCodec,
+    codec: TextCodec | None,
     request: pb.GenerateRequest,
     admitted: AdmittedRequest,
     shown_token_ids: Collection[int],
-) -> StreamDecoder:
+) -> StreamDecoder | None:
+    if codec is None:
+        return None
     is_standalone = request.standalone_text or request.WhichOneof("prompt") == "messages"
     if admitted.constraint is not None and not admitted.constraint.HasField("begin_after"):
         # Its text is shown as the constraint has it, with a space in front if that has one.
@@ -197,12 +216,12 @@ def _new_decoder(
     )
 
 
-def _finished_before(generation: Generation, decoder: StreamDecoder | None) -> FinishReason | None:
+def _finished_before(generation: Generation, decoder_of: Decoder) -> FinishReason | None:
     """Whether the tokens that a resuming client has are the whole answer already."""
     received, params = generation.received, generation.admitted.params
     if not received:
         return None
-    if decoder is not None:
+    if (decoder := decoder_of()) is not None:
         decoder.push(received)
         if decoder.stopped:
             return FinishReason.STOP
