@@ -53,8 +53,10 @@ class Trace:
             self._file.write(json.dumps(record, default=str) + "\n")
 
     def close(self) -> None:
+        """What is told afterwards, of requests that are just cut off, is not written."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 NO_TRACE = Trace(None, "")

@@ -34,14 +34,19 @@ class PrefillCalls:
         )
         self._spare: deque[PrefillCall] = deque()
         self._filling: asyncio.TimerHandle | None = None
+        self._is_closed = False
 
     @property
     def num_spare(self) -> int:
         return len(self._spare)
 
     def fill(self) -> None:
-        """Makes calls until there are some to spare."""
-        self._filling = None
+        """Makes calls until there are some to spare; none any more once closed."""
+        if self._filling is not None:
+            self._filling.cancel()
+            self._filling = None
+        if self._is_closed:
+            return
         self._spare = deque(call for call in self._spare if not call.done())
         while len(self._spare) < _NUM_SPARE:
             self._spare.append(self._open())
@@ -58,8 +63,7 @@ class PrefillCalls:
 
     def close(self) -> None:
         """Calls that were taken go on."""
-        if self._filling is not None:
-            self._filling.cancel()
+        self._is_closed = True
         for call in self._spare:
             call.cancel()
         self._spare.clear()

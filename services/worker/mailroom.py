@@ -24,6 +24,7 @@ from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.rpc.convert import key_from_pb, key_to_pb
 from baton.shared.rpc.errors import (
     BatonError,
+    Draining,
     EngineFailure,
     NoTokenizer,
     StaleAttempt,
@@ -34,6 +35,10 @@ from baton.v1 import decode_service_pb2, kv_service_pb2, types_pb2, worker_servi
 from baton.v1.prefill_service_pb2 import PrefillResponse
 
 logger = logging.getLogger(__name__)
+
+
+def _shutting_down() -> Draining:
+    return Draining("the worker is shutting down")
 
 
 class EngineView(Protocol):
@@ -72,6 +77,7 @@ class Mailroom:
         self._grammars = grammars
         self._starting: dict[asyncio.Task[None], msg.StartPrefill | msg.StartDecode] = {}
         """Sequences whose constraints are being compiled."""
+        self._is_closed = False
         self._loop = asyncio.get_running_loop()
         self._names = count(1)
         self._prefills: dict[AttemptKey, PrefillEvents] = {}
@@ -182,8 +188,8 @@ class Mailroom:
     ) -> None:
         """At once, or when its constraint is compiled, unless it is cancelled before."""
         self._trace.emit("received", key=sequence.key)
-        if not sequence.constraint:
-            self._inbox.put(start)
+        if self._is_closed or not sequence.constraint:
+            self._submit(start, fail)
             return
         task = self._loop.create_task(self._start_constrained(sequence, start, fail))
         self._starting[task] = start
@@ -203,12 +209,22 @@ class Mailroom:
             fail(error)
             return
         except asyncio.CancelledError:
+            if self._is_closed:
+                fail(_shutting_down())
             raise
         except BaseException:  # a panic of llguidance is no Exception
             log_event(logger, logging.ERROR, "constraint failed", key=sequence.key, exc_info=True)
             fail(EngineFailure("the constraint could not be compiled"))
             return
-        self._inbox.put(start)
+        self._submit(start, fail)
+
+    def _submit(
+        self, start: msg.StartPrefill | msg.StartDecode, fail: Callable[[BatonError], None]
+    ) -> None:
+        if self._is_closed:
+            fail(_shutting_down())
+        else:
+            self._inbox.put(start)
 
     # OwnerHost
 
@@ -280,6 +296,8 @@ class Mailroom:
         return await reply
 
     async def close(self) -> None:
+        """The engine has stopped: what still comes on open streams is refused here."""
+        self._is_closed = True
         if self._grammars is not None:
             self._grammars.close()
         for client in list(self._sources.values()):

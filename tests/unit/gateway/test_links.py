@@ -307,6 +307,25 @@ async def test_calls_that_are_made_before_there_is_a_prompt_bring_its_token(
     calls.fill()
     assert calls.num_spare == num_ready
     calls.close()
+    assert calls.num_spare == 0
+
+
+async def test_calls_that_are_closed_make_none_any_more(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether filled anew or not since one was taken, nor when one is taken still."""
+    monkeypatch.setattr(prefill_calls, "_SPARE_AFTER_S", 0.0)
+    for num_fills in (0, 1):
+        calls = PrefillCalls(channel)
+        calls.take().cancel()
+        for _ in range(num_fills):
+            calls.fill()
+        calls.close()
+        await asyncio.sleep(0.01)
+        assert calls.num_spare == 0
+        calls.take().cancel()
+        await asyncio.sleep(0.01)
+        assert calls.num_spare == 0
 
 
 async def test_calls_to_a_worker_that_is_gone_are_not_taken(worker: Worker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from baton.services.worker.mailroom import Mailroom
 from baton.shared.constraints.compiler import Compiler
 from baton.shared.constraints.tokens import TokenTable
 from baton.shared.kv.sequence import AttemptKey, Sequence
-from baton.shared.rpc.errors import InvalidField, NoTokenizer
+from baton.shared.rpc.errors import Draining, InvalidField, NoTokenizer, from_failure
 from baton.shared.sampling import SamplingParams
 from baton.v1 import kv_service_pb2, types_pb2
 
@@ -41,6 +42,18 @@ def constrained(
         SamplingParams(max_tokens=1000),
         first_index=len(emitted),
         constraint=constraint.SerializeToString(),
+    )
+
+
+def a_mailroom(grammars: Grammars, inbox: queue.SimpleQueue[msg.Command]) -> Mailroom:
+    return Mailroom(
+        identity=msg.Peer("w", "i", ""),
+        capability_hash="",
+        inbox=inbox,
+        describe_pool=kv_service_pb2.PoolDescription,
+        drop_peer=lambda _: None,
+        directory=DirectorySync("redis://127.0.0.1:1", "c", worker_id="w", incarnation="i"),
+        grammars=grammars,
     )
 
 
@@ -118,15 +131,7 @@ async def test_what_nobody_waits_for_is_not_compiled(
 
     monkeypatch.setattr(Compiler, "compile", counted)
     grammars, inbox = Grammars(table), queue.SimpleQueue[msg.Command]()
-    mailroom = Mailroom(
-        identity=msg.Peer("w", "i", ""),
-        capability_hash="",
-        inbox=inbox,
-        describe_pool=kv_service_pb2.PoolDescription,
-        drop_peer=lambda _: None,
-        directory=DirectorySync("redis://127.0.0.1:1", "c", worker_id="w", incarnation="i"),
-        grammars=grammars,
-    )
+    mailroom = a_mailroom(grammars, inbox)
     may_go = threading.Event()
     grammars._thread.submit(may_go.wait)
     one, _ = mailroom.attach_gateway("a" * 32)
@@ -153,3 +158,27 @@ async def test_what_nobody_waits_for_is_not_compiled(
         msg.StartDecode,
     ]
     await mailroom.close()
+
+
+async def test_what_comes_when_the_engine_has_stopped_is_refused(table: TokenTable) -> None:
+    """On streams that are open still, calls that were made before there was a prompt as well."""
+    grammars, inbox = Grammars(table), queue.SimpleQueue[msg.Command]()
+    mailroom = a_mailroom(grammars, inbox)
+    gateway, decode_events = mailroom.attach_gateway("a" * 32)
+    any_constraint = types_pb2.Constraint(regex="a+")
+    may_go = threading.Event()
+    grammars._thread.submit(may_go.wait)
+    starting = mailroom.start_prefill(constrained(0, any_constraint), unclaimed=False)
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(mailroom.close())
+    await asyncio.sleep(0)
+    may_go.set()
+    await closing
+    late = mailroom.start_prefill(constrained(1, any_constraint), unclaimed=False)
+    mailroom.start_decode(replace(constrained(2, any_constraint), constraint=b""), gateway, 5, None)
+    async with asyncio.timeout(30):
+        for events in (starting, late):
+            assert isinstance(await events.get(), Draining)
+        failed = (await decode_events.get()).failed
+    assert failed.slot == 5 and isinstance(from_failure(failed.failure), Draining)
+    assert inbox.empty()
