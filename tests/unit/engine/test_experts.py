@@ -17,6 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from baton.kernels import reference_experts
 from baton.kernels.reference_experts import Routes, route
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.shared.engine import model_runner
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.experts import ExpertNames, ExpertsSpec, read_experts
@@ -414,6 +415,18 @@ def test_layers_that_guess_ahead_are_not_read(tmp_path: Path) -> None:
     save_file({**weights, f"model.layers.{last}.eh_proj.weight": torch.ones(4)}, path)
     with pytest.raises(ModelError, match="eh_proj.weight: unexpected tensor"):
         ModelRunner(EngineConfig(tmp_path, num_blocks=64, **ENGINE))
+
+
+def test_where_there_is_no_room_for_what_is_expanded_another_plan_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny(tmp_path, "qwen3_moe", TINY_MODELS["qwen3_moe"]["as they come"])
+    asked: list[int] = []
+    monkeypatch.setattr(ReferenceOperations, "keep_experts_small", lambda _: asked.append(1))
+    for fits in (True, False):
+        monkeypatch.setattr(model_runner, "weights_fit", lambda *_: fits)  # noqa: B023
+        ModelRunner(EngineConfig(tmp_path, num_blocks=64, device="cpu"))
+        assert len(asked) == (not fits)
 
 
 # How tokens are given to experts
