@@ -75,7 +75,14 @@ static inline float exponential(float x) {
 
 /* ---- products ---- */
 
+#ifdef __clang__
+#define COMPILER __VERSION__
+#else
+#define COMPILER "gcc " __VERSION__
+#endif
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+const char *const native_name = "native avx512_vnni " COMPILER;
 enum { LANES = 16 };
 typedef __m512 Floats;
 typedef __m512i Ints;
@@ -99,6 +106,7 @@ static inline Ints dot(Ints sums, Ints codes, int32_t x, int is_wide) {
     return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(x));
 }
 #else
+const char *const native_name = "native avx2 " COMPILER;
 enum { LANES = 8 };
 typedef __m256 Floats;
 typedef __m256i Ints;

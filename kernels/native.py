@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ _MOST_DIM = 256
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _NEEDED = {"avx2", "fma", "f16c"}
-_FASTEST = {"avx512_vnni", "avx512bw"}
+_OTHERS_MAY_WRITE = 0o022
 _COMPILE_S = 120
 _P, _I64, _I32, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _NORM = (_P, _I32, _F)
@@ -126,13 +127,14 @@ def pack_tiles(
 
 
 class Native:
-    """The compiled functions. Activations are bfloat16 and contiguous.
+    """The compiled functions. Activations are bfloat16: ValueError where they are not, or have
+    another shape, since C would read whatever lies there.
 
-    `name`: what they were compiled for.
+    `name`: what bits depend on: for which instructions they were compiled, and by whom.
     """
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self.name = name
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.name = (ctypes.c_char_p.in_dll(library, "native_name").value or b"").decode()
         for name, arguments in _FUNCTIONS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -149,16 +151,16 @@ class Native:
         residual: Tensor | None = None,
     ) -> Tensor:
         """(norm(x) · weightᵀ + bias) · times + residual: x [T, K] → [T, N], in the residual's
-        memory if there is one.
+        memory if there is one and its rows lie one after another.
 
         norm: an RMS norm's weight [K], of bfloat16 or float32, and what is added to the squares.
         """
-        out = x.new_empty((x.shape[0], weight.num_out)) if residual is None else residual
+        x, out = _activations(x, weight.struct.num_in), _room(x, weight, residual)
         self._linear(
             weight.address,
             x.data_ptr(),
             x.shape[0],
-            *_norm(norm),
+            *_norm(norm, x.shape[1]),
             None if residual is None else out.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -174,13 +176,15 @@ class Native:
         residual: Tensor | None = None,
     ) -> Tensor:
         """`linear` down of silu(gate) · up, where (gate, up) is `linear` of norm(x)."""
-        out = x.new_empty((x.shape[0], down.num_out)) if residual is None else residual
+        x, out = _activations(x, gate_up.struct.num_in), _room(x, down, residual)
+        if gate_up.num_out != 2 * down.struct.num_in:
+            raise ValueError(f"{gate_up.num_out} are not twice {down.struct.num_in}")
         self._gated_mlp(
             gate_up.address,
             down.address,
             x.data_ptr(),
             x.shape[0],
-            *_norm(norm),
+            *_norm(norm, x.shape[1]),
             None if residual is None else out.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -193,6 +197,10 @@ class Native:
         """As `reference.rope_and_store`, without norms; slots: a layer's of the plan, of all
         tokens."""
         num_tokens, _, head_dim = qkv.shape
+        for each in (cos, sin):
+            _check(each, (num_tokens, 1, head_dim))
+        _check(qkv, (num_tokens, num_heads + 2 * kv.shape[1], head_dim))
+        _check(kv, (*kv.shape[:5], head_dim))
         query = qkv.new_empty((num_tokens, num_heads, head_dim))
         self._rope_and_store(
             qkv.data_ptr(),
@@ -216,6 +224,8 @@ class Native:
         _, num_kv_heads, _, _, block_size, head_dim = kv.shape
         if units.num_queries > 1 or head_dim % 16 or head_dim > _MOST_DIM:
             return attend_fused(query, kv, layer, units, scale)
+        _check(query, (units.num_units, query.shape[1], head_dim))
+        _check(kv, kv.shape)
         rows, out = units.rows[layer], torch.empty_like(query)
         self._attention(
             query.data_ptr(),
@@ -239,36 +249,49 @@ def load_native(folder: Path) -> Native:
     """Compiled, if `folder` does not have it yet.
 
     Raises:
-        NoNative: the CPU, or the compiler, cannot.
+        NoNative: the CPU, or the compiler, cannot; or others may put files into the folder.
     """
     has = _cpu_flags()
     if not has >= _NEEDED:
         raise NoNative(f"the CPU has no {', '.join(sorted(_NEEDED - has))}")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise NoNative("there is no C compiler (cc, or what CC names)")
-    made_of = (_SOURCE.read_text(), compiler, *_FLAGS, *sorted(has))
+    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    compiler = [shutil.which(words[0]) or "", *words[1:]]
+    if not compiler[0]:
+        raise NoNative(f"there is no C compiler {words[0]} (cc, or what CC names)")
+    made_of = (_SOURCE.read_text(), *compiler, *_FLAGS, *sorted(has))
     name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _check_is_own(folder)
         if not (folder / name).exists():
             _compile(compiler, folder / name)
-        library = ctypes.CDLL(str(folder / name))
+        _check_is_own(folder / name)
+        return Native(ctypes.CDLL(str(folder / name)))
     except OSError as error:
         raise NoNative(f"{folder}: {error}") from None
-    return Native(library, f"native {'avx512_vnni' if has >= _FASTEST else 'avx2'}")
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _check_is_own(path: Path) -> None:
+    """What is loaded runs as this user, and its name can be guessed."""
+    found = path.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & _OTHERS_MAY_WRITE:
+        raise NoNative(f"others may write to {path}")
+
+
+def _compile(compiler: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
         output = Path(made) / target.name
-        command = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(output), str(_SOURCE), "-lm"]
+        command = [*compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(output), str(_SOURCE), "-lm"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=_COMPILE_S
+            )
         except subprocess.TimeoutExpired:
-            raise NoNative(f"{compiler} takes more than {_COMPILE_S} s") from None
+            raise NoNative(f"{compiler[0]} takes more than {_COMPILE_S} s") from None
         if done.returncode:
-            raise NoNative(f"{compiler} fails: {done.stderr.strip()[-300:]}")
+            raise NoNative(f"{compiler[0]} fails: {done.stderr.strip()[-300:]}")
+        output.chmod(0o700)
         # At once, whoever else compiles it.
         output.replace(target)
 
@@ -283,8 +306,32 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split()[2:])
 
 
-def _norm(norm: tuple[Tensor, float] | None) -> tuple[int | None, bool, float]:
+def _check(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.dtype != torch.bfloat16 or x.shape != shape or not x.is_contiguous():
+        raise ValueError(f"{x.dtype} {list(x.shape)} where bfloat16 {list(shape)} is computed with")
+
+
+def _activations(x: Tensor, size: int) -> Tensor:
+    x = x.contiguous()
+    _check(x, (x.shape[0], size))
+    return x
+
+
+def _room(x: Tensor, weight: NativeWeight, residual: Tensor | None) -> Tensor:
+    """Where results go, with the residual in it if there is one."""
+    shape = (x.shape[0], weight.num_out)
+    if residual is None:
+        return x.new_empty(shape)
+    residual = residual.contiguous()
+    _check(residual, shape)
+    return residual
+
+
+def _norm(norm: tuple[Tensor, float] | None, size: int) -> tuple[int | None, bool, float]:
     if norm is None:
         return None, False, 0.0
     weight, eps = norm
-    return weight.data_ptr(), weight.dtype == torch.float32, eps
+    is_wide = weight.dtype == torch.float32
+    if not is_wide or weight.shape != (size,):
+        _check(weight, (size,))
+    return weight.data_ptr(), is_wide, eps

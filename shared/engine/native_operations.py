@@ -86,12 +86,12 @@ class NativeOperations(ReferenceOperations):
     def linear(self, x: Tensor, layer: Linear, residual: Tensor | None = None) -> Tensor:
         if (native := _of(layer)) is None:
             return super().linear(x, layer, residual)
-        return self._native.linear(x.contiguous(), native, residual=residual)
+        return self._native.linear(x, native, residual=residual)
 
     def norm_linear(self, x: Tensor, norm: Norm, layer: Linear) -> Tensor:
         if (native := _of(layer)) is None:
             return super().norm_linear(x, norm, layer)
-        return self._native.linear(x.contiguous(), native, (norm.weight, norm.eps))
+        return self._native.linear(x, native, (norm.weight, norm.eps))
 
     def gated_mlp(
         self,
@@ -105,7 +105,7 @@ class NativeOperations(ReferenceOperations):
         if gate_up is None or down is None or activation != "silu":
             return super().gated_mlp(x, norm, mlp, activation, residual)
         of_norm = norm.weight, norm.eps
-        return self._native.gated_mlp(x.contiguous(), gate_up, down, of_norm, residual)
+        return self._native.gated_mlp(x, gate_up, down, of_norm, residual)
 
     def rope_and_store(
         self,

@@ -156,6 +156,26 @@ def test_keys_are_stored_and_attended_to(native: Native, head_dim: int, window: 
     torch.testing.assert_close(found, attended, atol=0.02, rtol=0.02)
 
 
+def test_what_c_would_misread_is_refused(native: Native) -> None:
+    """And rows that do not lie one after another are brought together."""
+    weight, x = weight_of(40)[0], rand(4, NUM_IN).bfloat16()
+    room = rand(4, 80, seed=1).bfloat16()
+    added = native.linear(x, weight, residual=room[:, :40])
+    assert torch.equal(added, native.linear(x, weight, residual=room[:, :40].clone()))
+    for wrong, more in (
+        (x.float(), {}),
+        (x[:, :128], {}),
+        (x, {"residual": room.float()[:, :40]}),
+        (x, {"residual": room}),
+        (x, {"norm": (torch.ones(NUM_IN).half(), 1e-5)}),
+        (x, {"norm": (torch.ones(128), 1e-5)}),
+    ):
+        with pytest.raises(ValueError, match="where bfloat16 .* is computed with"):
+            native.linear(wrong, weight, **more)
+    with pytest.raises(ValueError, match="40 are not twice 160"):
+        native.gated_mlp(x, weight, weight)
+
+
 def test_scales_that_float16_does_not_hold_are_left_to_torch() -> None:
     codes = torch.zeros(16, NUM_IN, dtype=torch.uint8)
     for scale in (1e-7, 1e6):
@@ -193,7 +213,8 @@ def test_who_has_no_compiler_computes_with_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("BATON_CACHE_DIR", str(tmp_path))
-    for compiler, reason in (("no-such-compiler", "there is no C compiler"), ("false", "fails")):
+    missing = "there is no C compiler no-such-compiler"
+    for compiler, reason in (("no-such-compiler -m64", missing), ("false", "fails")):
         monkeypatch.setenv("CC", compiler)
         with pytest.raises(NoNative, match=reason):
             load_native(tmp_path)
@@ -203,3 +224,27 @@ def test_who_has_no_compiler_computes_with_torch(
     monkeypatch.setattr(native_module, "_NEEDED", {"avx1024"})
     with pytest.raises(NoNative, match="the CPU has no avx1024"):
         load_native(tmp_path)
+
+
+def test_code_that_others_may_have_put_there_is_not_loaded(
+    native: Native, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is what was compiled with other arguments taken for it."""
+    monkeypatch.setenv("CC", "cc -DOTHER")
+    folder = tmp_path / "made" / "native"
+    assert load_native(folder).name.startswith("native avx")
+    (library,) = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == library.stat().st_mode & 0o777 == 0o700
+    for path in (folder, library):
+        path.chmod(0o770)
+        with pytest.raises(NoNative, match=f"others may write to {path}"):
+            load_native(folder)
+        path.chmod(0o700)
+    monkeypatch.setenv("CC", "cc")
+    load_native(folder)
+    assert len(list(folder.iterdir())) == 2
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner:
+        with pytest.raises(NoNative, match="others may write"):
+            load_native(folder)
