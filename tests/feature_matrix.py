@@ -30,7 +30,7 @@ from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine import device_choices
 from baton.shared.engine.config import DEVICES, DTYPES, QUANTIZATIONS
-from baton.shared.engine.model_runner import can_capture_prompts
+from baton.shared.engine.model_runner import GUESSES_OVER_STATES_ON_GPU, can_capture_prompts
 from baton.shared.engine.models import quantization, registry
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.engine.quantised import gguf
@@ -234,6 +234,8 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
     rows[HAND_OFF] = [cell(where, HAND_OFF, is_handed_over(make, where)) for where in KINDS]
     for name, feature in FEATURES.items():
         rows[name] = [cell(where, name, goes(make, where, feature)) for where in KINDS]
+    if not GUESSES_OVER_STATES_ON_GPU and rows["guesses"][list(KINDS).index("states")] == "yes":
+        rows["guesses"][list(KINDS).index("states")] = "on a CPU"
     # `make` refuses a runner of another class.
     rows[EXACT] = ["yes" for _ in KINDS]
     return rows
