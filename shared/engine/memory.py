@@ -13,6 +13,8 @@ from baton.shared.model_files.fields import ModelError
 
 _POOL_BYTES = 256 * 2**20
 _MAX_POOL_BYTES = 2**30
+_WEIGHTS_OF_HOST = 0.75
+"""Of what is free: pools and whoever else is there need some."""
 GPU_MARGIN_BYTES = 3 * 2**29
 """Kept free on a GPU beside all that is counted: the CUDA context, libraries, captured graphs."""
 
@@ -30,8 +32,11 @@ def free_host_memory(config: EngineConfig) -> HostMemory:
 
 
 def weights_fit(config: EngineConfig, weight_bytes: int, device: torch.device) -> bool:
-    """Whether a GPU, or the share of it that the engine may take, has room for them alone."""
-    return device.type != "cuda" or weight_bytes <= _gpu_room(config, device)
+    """Whether there is room for them: of a GPU alone, or the share of it that the engine may take;
+    on a host for more, too."""
+    if device.type == "cuda":
+        return weight_bytes <= _gpu_room(config, device)
+    return weight_bytes <= _WEIGHTS_OF_HOST * free_host_memory(config).free_bytes
 
 
 def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.device) -> None:
@@ -40,7 +45,7 @@ def check_weights_fit(config: EngineConfig, weight_bytes: int, device: torch.dev
     Raises:
         ModelError: the GPU, or the share of it that the engine may take, is too small.
     """
-    if not weights_fit(config, weight_bytes, device):
+    if device.type == "cuda" and not weights_fit(config, weight_bytes, device):
         room = _gpu_room(config, device)
         raise ModelError(
             f"model: the weights take {_gib(weight_bytes)}, {_gib(room)} of the GPU may be used "

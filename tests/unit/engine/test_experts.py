@@ -154,7 +154,9 @@ def test_experts_of_8_bits_are_expanded_as_any_linear_layer(load: Load) -> None:
     for one, other in zip(ours, theirs, strict=True):
         for a, b in zip(one.expanded(torch.float32), other.expanded(torch.float32), strict=True):
             assert a is b is None or (a is not None and b is not None and torch.equal(a, b))
-    assert_kept(lambda: load(tensors, quantization=INT8), lambda: load(expanded), SPEC, 0.28)
+    assert_kept(
+        lambda *at: load(tensors, None, *at, quantization=INT8), lambda: load(expanded), SPEC, 0.28
+    )
     assert_stored(lambda device: load(tensors, None, device, quantization=INT8), SPEC)
     with pytest.raises(ModelError, match=r"e.gate_up: dtype I8 is not one of"):
         load({"e.gate_up": torch.ones(5, 64, 64).char()}, device="meta").experts(SPEC)
@@ -168,7 +170,12 @@ def assert_kept(
 ) -> None:
     """In memory as small as they are stored, on paper too, and computed to the same bits."""
     loader = small()
+    loader.ops.keep_experts_small()
     layer = loader.experts(spec)
+    on_paper = small("meta")
+    on_paper.ops.keep_experts_small()
+    on_paper.experts(spec)
+    assert on_paper.num_bytes == loader.num_bytes
     expanded = plain().experts(spec)
     assert loader.num_bytes == layer.num_bytes < share * expanded.num_bytes
     x, routes = rand(7, HIDDEN, seed=99), Routes(whole(0, 4, 7, 2), rand(7, 2).abs())
@@ -213,15 +220,11 @@ def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Loa
     for rank in range(num_ranks):
         ranks = Ranks(rank, num_ranks, lambda y: None)
         assert_kept(
-            lambda: load(tensors, ranks, quantization=INT4),  # noqa: B023
+            lambda *at: load(tensors, ranks, *at, quantization=INT4),  # noqa: B023
             lambda: load(expanded, ranks),  # noqa: B023
             SPEC,
             0.2,
         )
-        on_paper = load(tensors, ranks, "meta", quantization=INT4)
-        loaded = load(tensors, ranks, quantization=INT4).experts(SPEC)
-        on_paper.experts(SPEC)
-        assert on_paper.num_bytes == loaded.num_bytes
         assert_stored(lambda *at: load(tensors, ranks, *at, quantization=INT4), SPEC)  # noqa: B023
 
 
@@ -310,11 +313,8 @@ def test_mxfp4_experts_are_those_that_transformers_expands(load: Load) -> None:
     for one, other in zip(ours, theirs, strict=True):
         for a, b in zip(one.expanded(torch.float32), other.expanded(torch.float32), strict=True):
             assert a is not None and b is not None and torch.equal(a, b)
-    assert_kept(lambda: load(mild), lambda: load({**mildly, **biases}), MXFP4, 0.2)
+    assert_kept(lambda *at: load(mild, None, *at), lambda: load({**mildly, **biases}), MXFP4, 0.2)
     assert_stored(lambda device: load(mild, None, device), MXFP4)
-    on_paper = load(mild, device="meta")
-    on_paper.experts(MXFP4)
-    assert on_paper.num_bytes == load(mild).experts(MXFP4).num_bytes
     gate_bias = tensors["e.gate_up_bias"][0, ::2]
     assert ours[0].gate_up_bias is not None
     assert torch.equal(ours[0].gate_up_bias[:SIZE], gate_bias)
