@@ -53,6 +53,7 @@ class ModelLoader:
         num_bytes: of all that was loaded.
         has_small: whether some layers are computed as they are stored.
         has_small_inputs: whether activations are made small in front of some.
+        has_small_experts: whether some experts are computed as they are stored.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class ModelLoader:
         self.taken: dict[str, tuple[int, ...]] = {}
         self.linear_shapes: set[tuple[int, int]] = set()
         self.num_bytes = 0
-        self.has_small = self.has_small_inputs = False
+        self.has_small = self.has_small_inputs = self.has_small_experts = False
         self._source = source
         self._device = device
         self._num_positions = num_positions
@@ -127,7 +128,7 @@ class ModelLoader:
 
     def experts(self, spec: ExpertsSpec) -> Experts:
         layer = self.ops.load_experts(spec, self)
-        self.has_small |= layer.is_small
+        self.has_small_experts |= layer.is_small
         self.num_bytes += layer.num_bytes
         size = self.ops.ranks.share(spec.size, 1)
         num_own = size.stop - size.start
@@ -255,6 +256,8 @@ class ModelPlan:
     """Some layers are computed as they are stored."""
     quantises_inputs: bool = False
     """Activations are made small in front of some."""
+    keeps_experts_small: bool = False
+    """Some experts are computed as they are stored."""
 
 
 def plan_model(
@@ -298,6 +301,7 @@ def plan_model(
         num_reads,
         load.has_small,
         load.has_small_inputs,
+        load.has_small_experts,
     )
 
 

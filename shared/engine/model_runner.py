@@ -189,6 +189,7 @@ class ModelRunner:
             plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
         self._has_small = plan.keeps_small
         self._has_small_inputs = plan.quantises_inputs
+        self._has_small_experts = plan.keeps_experts_small
         check_weights_fit(config, plan.num_bytes, self.device)
         self.draft = self._plan_draft(plan.num_bytes)
         if self.device.type == "cpu":
@@ -343,11 +344,13 @@ class ModelRunner:
         small = "small weights" if self._has_small else ""
         if self._has_small_inputs:
             small += " and activations"
+        # Those of another worker, which has room for them, may be expanded.
+        experts = "small experts" if self._has_small_experts else ""
         made = self.quantization or ""
         kept = "" if self.kv_cache_dtype == AUTO else f"keys and values in {self.kv_cache_dtype}"
         native = self._ops.name if isinstance(self._ops, NativeOperations) else ""
         computed = describe_numerics(self.device, self.kernels)
-        parts = (computed, native, whose, choices, small, made, kept)
+        parts = (computed, native, whose, choices, small, experts, made, kept)
         return " ".join(part for part in parts if part)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from baton.kernels.routing import ClampedSwiglu, RoutingRule
 from baton.shared.engine import model_runner
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
-from baton.shared.engine.experts import ExpertNames, ExpertsSpec, read_experts
+from baton.shared.engine.experts import ExpertNames, Experts, ExpertsSpec, read_experts
 from baton.shared.engine.linear import Ranks
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.model_runner import ModelRunner
@@ -238,7 +239,8 @@ def assert_stored(small: Callable[..., ModelLoader], spec: ExpertsSpec) -> None:
         ops.keep_experts_small()
         made[device].ops = ops
     layer, on_paper = (each.experts(spec) for each in made.values())
-    assert layer.is_small and made["cpu"].has_small and layer.num_bytes == on_paper.num_bytes
+    assert layer.is_small and made["cpu"].has_small_experts
+    assert layer.num_bytes == on_paper.num_bytes
     expected = small("cpu").experts(spec)
     for ours, theirs in zip(layer.weights[:2], expected.weights[:2], strict=True):
         for index in range(NUM_EXPERTS):
@@ -423,10 +425,19 @@ def test_where_there_is_no_room_for_what_is_expanded_another_plan_is_made(
     make_tiny(tmp_path, "qwen3_moe", TINY_MODELS["qwen3_moe"]["as they come"])
     asked: list[int] = []
     monkeypatch.setattr(ReferenceOperations, "keep_experts_small", lambda _: asked.append(1))
+    load_experts = ReferenceOperations.load_experts
+
+    def load(ops: ReferenceOperations, spec: ExpertsSpec, reader: Any) -> Experts:
+        return replace(load_experts(ops, spec, reader), is_small=bool(asked))
+
+    monkeypatch.setattr(ReferenceOperations, "load_experts", load)
+    numerics = []
     for fits in (True, False):
         monkeypatch.setattr(model_runner, "weights_fit", lambda *_: fits)  # noqa: B023
-        ModelRunner(EngineConfig(tmp_path, num_blocks=64, device="cpu"))
+        numerics.append(ModelRunner(EngineConfig(tmp_path, num_blocks=64, device="cpu")).numerics)
         assert len(asked) == (not fits)
+    # Their bits are others: such workers do not pair with those that have room.
+    assert numerics[1] == f"{numerics[0]} small experts"
 
 
 # How tokens are given to experts
