@@ -21,7 +21,7 @@ PREFIX_STRIDE_TOKENS = 256
 _TAG = struct.Struct("<4sQ")
 _BLOCKS_A_RUN = 16
 _MOST_RUNS = 4096
-"""Of a million tokens, in blocks of 16: ten megabytes."""
+"""Of a million tokens in blocks of 16, ten megabytes; in blocks of 128, the largest, forty."""
 
 
 def _tagged(tag: bytes, value: bytes) -> bytes:
