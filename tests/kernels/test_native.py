@@ -103,13 +103,17 @@ def test_codes_of_eight_bits_do_not_overflow(native: Native) -> None:
 def test_what_is_not_finite_stays_so_and_does_not_reach_others(native: Native) -> None:
     weight, _ = weight_of(32)
     x = rand(3, NUM_IN, seed=3).bfloat16()
-    clean = native.linear(x, weight)
+    up, down = weight_of(128, seed=1)[0], weight_of(NUM_IN, 64, bits=8, seed=5)[0]
+    clean, clean_mlp = native.linear(x, weight), native.gated_mlp(x, up, down)
     for wrong in (float("nan"), float("inf"), float("-inf")):
         broken = x.clone()
         broken[1, 70] = wrong
         found = native.linear(broken, weight)
         assert not bool(found[1].isfinite().any())
         assert torch.equal(found[[0, 2]], clean[[0, 2]])
+        found = native.gated_mlp(broken, up, down)
+        assert not bool(found[1].isfinite().any())
+        assert torch.equal(found[[0, 2]], clean_mlp[[0, 2]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -154,6 +158,12 @@ def test_keys_are_stored_and_attended_to(native: Native, head_dim: int, window: 
     found = fused_attention(query, kv, 1, plan, 0.3, native.attend)
     attended = fused_attention(query, kv, 1, plan, 0.3)
     torch.testing.assert_close(found, attended, atol=0.02, rtol=0.02)
+    # What a row sees and is no number reaches that row alone.
+    kv[table[2, 1], :, 1, :, 3] = float("nan")
+    spoilt = fused_attention(query, kv, 1, plan, 0.3, native.attend)
+    assert bool(spoilt[2].isnan().all())
+    others = [0, 1, 3]
+    assert torch.equal(spoilt[others], found[others])
 
 
 def test_what_c_would_misread_is_refused(native: Native) -> None:
