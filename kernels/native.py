@@ -101,8 +101,10 @@ def pack_tiles(
     """
     halves = torch.stack((scale, offset), -1).half()
     off = (halves.float() - torch.stack((scale, offset), -1)).abs()
-    # No further away than bfloat16 would be, and an eighth of a code.
-    most = torch.stack((scale.abs() / 256, scale.abs() / 8), -1)
+    # No further away than bfloat16 would be, and an eighth of a code, or what is nothing beside an
+    # offset that no code makes up for: of runs of one number, whose scale is zero.
+    moved = torch.maximum(scale.abs() / 8, offset.abs() / 1024)
+    most = torch.stack((scale.abs() / 256, moved), -1)
     if not bool((off <= most).all()):
         return None
     (num_out, num_in), missing = codes.shape, -codes.shape[0] % ROWS

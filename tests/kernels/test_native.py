@@ -191,6 +191,11 @@ def test_scales_that_float16_does_not_hold_are_left_to_torch() -> None:
     for scale in (1e-7, 1e6):
         scales = torch.full((16, NUM_IN // RUN), scale)
         assert pack_tiles(codes, scales, torch.zeros_like(scales), num_bits=4) is None
+    scales = torch.full((16, NUM_IN // RUN), 0.1)
+    scales[3, 1] = 0
+    for offset, fits in ((0.3, True), (1e-7, False), (1e6, False)):
+        offsets = torch.full_like(scales, offset)
+        assert (pack_tiles(codes, scales, offsets, num_bits=4) is not None) == fits
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
