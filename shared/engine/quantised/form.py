@@ -64,7 +64,7 @@ def check_scales(
     that a product is no number; below zero where it `is_signed`, as AutoRound makes them of whole
     numbers around zero."""
     check_finite(reader, name, scale)
-    if scale.is_meta:
+    if scale.is_meta or not scale.numel():
         return
     numbers = scale.float()
     least, most = float(numbers.min()), float(numbers.max())

@@ -156,6 +156,9 @@ def _placed(
             raise misfit(" with one scale: strategy tensor of config.json")
         return of_groups, None
     count = num_groups(reader, name, scheme, num_in)
+    is_said = scheme.strategy is not None or scheme.group_size is not None
+    if not is_said and len(found) == 2 and found[1] and not num_in % found[1]:
+        count = found[1]
     if found != (num_out, count):
         told = f"strategy {scheme.strategy}, group_size {scheme.group_size} of config.json"
         raise misfit(f", of which {[num_out, count]} does: {told}")
