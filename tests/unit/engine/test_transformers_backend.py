@@ -594,7 +594,7 @@ def test_experts_are_served_in_narrow_types_and_other_attention_is_not(
 
     monkeypatch.setattr(ReferenceOperations, "paged_attention", staticmethod(scaled))
     with pytest.raises(ModelError, match="model_impl: a whole sequence gives other logits over"):
-        start(tmp_path, dtype=dtype)
+        start(tmp_path, dtype=dtype, kernels="torch")
 
 
 def test_a_model_that_mixes_tokens_beside_attention_is_refused(
