@@ -9,7 +9,7 @@ their scales half.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,21 +46,24 @@ class SmallExperts:
         def room(tensor: Tensor) -> Tensor:
             return tensor.new_empty((num_experts, *tensor.shape))
 
-        offset = None if one.offset is None else room(one.offset).zero_()
-        return cls(room(one.codes), room(one.scale), offset, one.num_in, is_fp4)
+        return cls(room(one.codes), room(one.scale), None, one.num_in, is_fp4)
 
-    def put(self, expert: int, one: SmallWeight, *, is_fp4: bool) -> bool:
-        """Whether it is stored as the others are, and now among them."""
+    def put(self, expert: int, one: SmallWeight, *, is_fp4: bool) -> SmallExperts | None:
+        """With it among them, in the same memory; None: it is not stored as the others are. The
+        first with offsets makes room for those of all, which are zero where there are none."""
         if (one.codes.dtype, is_fp4) != (self.codes.dtype, self.is_fp4):
-            return False
-        if one.scale.shape != self.scale.shape[1:] or (one.offset is None) != (self.offset is None):
-            return False
+            return None
+        if one.scale.shape != self.scale.shape[1:]:
+            return None
+        offset = self.offset
+        if offset is None and one.offset is not None:
+            offset = self.scale.new_zeros(self.scale.shape)
         if not one.codes.is_meta:
             self.codes[expert] = one.codes
             self.scale[expert] = one.scale
-            if self.offset is not None and one.offset is not None:
-                self.offset[expert] = one.offset
-        return True
+            if offset is not None and one.offset is not None:
+                offset[expert] = one.offset
+        return replace(self, offset=offset)
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -122,6 +122,9 @@ class _OnCpu:
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> torch.Tensor:
         return self.weights.read(name, shape, _CPU, None, part)
 
+    def read_known(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.read(name, shape)
+
     def error(self, name: str, reason: str) -> ModelError:
         return ModelError(f"{self.weights.where(name)}: {name}: {reason}")
 

@@ -140,6 +140,10 @@ class PartReader(Protocol):
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
         """As it is stored, on the device that computes."""
 
+    def read_known(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small tensor whose numbers decide how others are kept: as `read`, and on paper, too, it
+        holds them, in the host's memory."""
+
     def read_float(
         self,
         name: str,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _META = torch.device("meta")
+_CPU = torch.device("cpu")
 
 
 class ModelLoader:
@@ -203,6 +204,9 @@ class ModelLoader:
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
         return self._read(name, shape, None, part)
 
+    def read_known(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._read(name, shape, None, (), is_known=True)
+
     def read_float(
         self,
         name: str,
@@ -230,8 +234,11 @@ class ModelLoader:
         shape: tuple[int, ...],
         dtype: torch.dtype | None,
         part: tuple[slice, ...],
+        *,
+        is_known: bool = False,
     ) -> Tensor:
-        tensor = self._source.read(name, shape, self._device, dtype, part)
+        device = _CPU if is_known and self._device == _META else self._device
+        tensor = self._source.read(name, shape, device, dtype, part)
         self.taken[name] = shape
         self._on_read()
         return tensor

@@ -25,6 +25,10 @@ class TensorReader(Protocol):
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] = ()) -> Tensor:
         """As it is stored, on the device that computes."""
 
+    def read_known(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small tensor whose numbers decide how others are kept: as `read`, and on paper, too, it
+        holds them, in the host's memory."""
+
     def error(self, name: str, reason: str) -> ModelError: ...
 
 
@@ -39,12 +43,19 @@ def read_words(
     reader: TensorReader, name: str, shape: tuple[int, ...], dtype: str, because: str
 ) -> Tensor:
     """A tensor that has to be there, of that dtype and shape."""
+    check_words(reader, name, shape, dtype, because)
+    return reader.read(name, shape)
+
+
+def check_words(
+    reader: TensorReader, name: str, shape: tuple[int, ...], dtype: str, because: str
+) -> None:
+    """Raises ModelError unless there is such a tensor."""
     header = header_of(reader, name, because)
     if header.dtype != dtype:
         raise reader.error(name, f"dtype {header.dtype} is not {dtype}")
     if header.shape != shape:
         raise reader.error(name, f"shape {list(header.shape)} is not {list(shape)}: {because}")
-    return reader.read(name, shape)
 
 
 def read_scale(reader: TensorReader, name: str, because: str) -> Tensor:

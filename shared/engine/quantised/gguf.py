@@ -6,7 +6,7 @@ The layouts are llama.cpp's; the numbers are those of the package gguf, to the b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ def read(name: str, shape: tuple[int, int], reader: TensorReader) -> QuantisedWe
     kind, (num_out, num_in) = KINDS[header.dtype], shape
     stored = reader.read(name, shape)
     if stored.is_meta:
-        return QuantisedWeight.on_paper(*shape, kind.num_bits, num_in // kind.run)
+        codes, _, offset = kind.take(torch.zeros(1, kind.num_bytes, dtype=torch.uint8))
+        paper = QuantisedWeight.on_paper(*shape, kind.num_bits, num_in // kind.run, codes.dtype)
+        return paper if offset is None else replace(paper, offset=paper.scale)
     codes, scale, offset = kind.take(stored.reshape(-1, kind.num_bytes))
     for each in (scale, offset):
         if each is not None:

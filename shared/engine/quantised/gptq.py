@@ -53,7 +53,13 @@ def read(
     group_of = read_group_of(f"{module}.g_idx", num_in, count, reader, scheme)
     if words.is_meta:
         return QuantisedWeight.on_paper(
-            *shape, bits, count, torch.uint8, scale=scale.dtype, zero=torch.uint8
+            *shape,
+            bits,
+            count,
+            torch.uint8,
+            scale=scale.dtype,
+            zero=torch.uint8,
+            group_of=group_of,
         )
     zero = _zeros(f"{module}.qzeros", zeros, num_out, scheme, reader, zeros_are_less_one)
     codes = unpack_rows(words, bits, num_in).t().contiguous()

@@ -16,6 +16,7 @@ from baton.shared.engine.quantised.bits import num_words, unpack_columns, unpack
 from baton.shared.engine.quantised.form import (
     TensorReader,
     check_scales,
+    check_words,
     num_groups,
     read_scale,
     read_words,
@@ -70,6 +71,7 @@ def read(
             scale=scale.dtype,
             num_scales=len(scale),
             zero=None if packed_zero is None else torch.int8,
+            group_of=group_of,
         )
     middle = 2 ** (bits - 1)
     zero = None
@@ -82,15 +84,14 @@ def read(
 def read_group_of(
     name: str, num_in: int, count: int, reader: TensorReader, scheme: Scheme
 ) -> Tensor | None:
-    """The group of each column; None: they are in order, or there is no such tensor."""
+    """The group of each column, on paper too; None: they are in order, or there is no such
+    tensor."""
     if reader.header(name) is None:
         if scheme.is_ordered or count == 1:
             return None
         raise reader.error(name, "missing tensor, though config.json says groups have an order")
-    group_of = read_words(reader, name, (num_in,), "I32", f"rows are of {num_in}")
-    if group_of.is_meta:
-        return None
-    group_of = group_of.long()
+    check_words(reader, name, (num_in,), "I32", f"rows are of {num_in}")
+    group_of = reader.read_known(name, (num_in,)).long()
     if bool((group_of < 0).all()):
         # Written by tools that leave it empty.
         return None

@@ -74,6 +74,7 @@ def read(
             scale=scale.dtype,
             num_scales=1 if is_one else None,
             zero=None if zero is None else zero.dtype,
+            group_of=group_of,
         )
         return replace(paper, inputs=inputs)
     if header.dtype == "F8_E4M3" and bool(codes.isnan().any()):
@@ -143,11 +144,12 @@ def _placed(
         rows, columns = scheme.block
         if found != (-(-num_out // rows), -(-num_in // columns)):
             raise misfit(f" in blocks of {rows} x {columns}")
-        if of_groups.is_meta:
-            return of_groups, None
         group_of = None
         if num_in % columns:
-            group_of = torch.arange(num_in, device=of_groups.device) // columns
+            device = "cpu" if of_groups.is_meta else of_groups.device
+            group_of = torch.arange(num_in, device=device) // columns
+        if of_groups.is_meta:
+            return of_groups, group_of
         return of_groups.repeat_interleave(rows, 0)[:num_out], group_of
     if found in ((), (1,)) and scheme.strategy in (None, "tensor"):
         return of_groups.reshape(1, 1), None

@@ -121,7 +121,7 @@ def _packed(parts: Sequence[QuantisedWeight]) -> Piece | None:
         return None
     group = min(group for group in groups if group is not None)
     if parts[0].is_meta:
-        return _on_paper(small_bytes(num_out, num_in, bits, group))
+        return _on_paper(small_bytes(num_out, num_in, bits, group), columns)
     codes = torch.cat([part.codes for part in parts])
     # What one part has and another has not is zero there.
     has_zero = any(part.zero is not None for part in parts)
@@ -148,7 +148,7 @@ def _eight_bits(
     parts: Sequence[QuantisedWeight], num_out: int, num_in: int, columns: Tensor | None
 ) -> Piece:
     if parts[0].is_meta:
-        return _on_paper(num_out * (num_in + 2))
+        return _on_paper(num_out * (num_in + 2), columns)
     scales = [part.scale.bfloat16().expand(part.num_out, 1) for part in parts]
     codes = torch.cat([part.codes for part in parts]).contiguous()
     plane = EightBits(codes, torch.cat(scales).flatten().contiguous())
@@ -156,8 +156,8 @@ def _eight_bits(
     return Piece(weight.product, weight.num_bytes)
 
 
-def _on_paper(num_bytes: int) -> Piece:
-    return Piece(lambda x: x, num_bytes)
+def _on_paper(num_bytes: int, columns: Tensor | None) -> Piece:
+    return Piece(lambda x: x, num_bytes + (0 if columns is None else columns.nbytes))
 
 
 def _by_group(parts: Sequence[tuple[QuantisedWeight, Tensor | None]], group: int) -> Tensor:

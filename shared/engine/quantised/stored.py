@@ -68,7 +68,7 @@ def pack_stored(
     if not takes(num_out, num_in, num_groups, is_packed=is_packed):
         return None
     if first.is_meta:
-        return _on_paper(quantised, num_out, num_groups, is_packed=is_packed)
+        return _on_paper(quantised, num_out, num_groups, columns, is_packed=is_packed)
     pieces = [_signed(part, num_groups) for part in quantised]
     codes, scale, offset = (torch.cat(each) for each in zip(*pieces, strict=True))
     return SmallWeight(
@@ -123,7 +123,12 @@ def _signed(part: QuantisedWeight, num_groups: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _on_paper(
-    parts: Sequence[QuantisedWeight], num_out: int, num_groups: int, *, is_packed: bool
+    parts: Sequence[QuantisedWeight],
+    num_out: int,
+    num_groups: int,
+    columns: Tensor | None,
+    *,
+    is_packed: bool,
 ) -> SmallWeight:
     """Offsets counted where there may be some."""
     num_in = parts[0].num_in
@@ -131,5 +136,8 @@ def _on_paper(
     dtype = torch.uint8 if is_packed else parts[0].codes.dtype
     codes = parts[0].codes.new_empty((num_out, width), dtype=dtype)
     scale = codes.new_empty((num_out, num_groups), dtype=torch.float32)
-    has_offset = parts[0].codes.dtype == torch.uint8
-    return SmallWeight(codes, scale, scale if has_offset else None, num_in)
+    has_offset = any(
+        part.codes.dtype == torch.uint8 or part.zero is not None or part.offset is not None
+        for part in parts
+    )
+    return SmallWeight(codes, scale, scale if has_offset else None, num_in, columns)

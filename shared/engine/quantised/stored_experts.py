@@ -33,9 +33,11 @@ def stack_experts(
         if not rooms:
             rooms = [SmallExperts.like(one, num_experts, is_fp4=is_fp4) for one, is_fp4 in own]
             biases = [_room(bias, num_experts) for bias in own_biases]
-        for room, (one, is_fp4) in zip(rooms, own, strict=True):
-            if not room.put(index, one, is_fp4=is_fp4):
+        for place, (one, is_fp4) in enumerate(own):
+            room = rooms[place].put(index, one, is_fp4=is_fp4)
+            if room is None:
                 return None
+            rooms[place] = room
         for all_biases, bias in zip(biases, own_biases, strict=True):
             if all_biases is not None and bias is not None and not bias.is_meta:
                 all_biases[index] = bias

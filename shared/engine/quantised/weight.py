@@ -57,14 +57,15 @@ class QuantisedWeight:
         scale: torch.dtype = torch.float32,
         num_scales: int | None = None,
         zero: torch.dtype | None = None,
+        group_of: Tensor | None = None,
     ) -> QuantisedWeight:
-        """Of which only shapes and dtypes count. `num_scales`: rows that have some of their own;
-        None: all."""
+        """Of which only shapes and dtypes count, and which column is of which group: `group_of`, in
+        the host's memory. `num_scales`: rows that have scales of their own; None: all."""
         codes = torch.empty(num_out, num_in, dtype=dtype, device="meta")
         of_groups = (num_out if num_scales is None else num_scales, num_groups)
         scales = codes.new_empty(of_groups, dtype=scale)
         zeros = None if zero is None else codes.new_empty(of_groups, dtype=zero)
-        return cls(codes, scales, num_bits, zero=zeros)
+        return cls(codes, scales, num_bits, zero=zeros, group_of=group_of)
 
     @property
     def num_out(self) -> int:
@@ -91,7 +92,7 @@ class QuantisedWeight:
             lambda each: (each if len(each) == 1 else each[rows])[:, groups or WHOLE]
         )
         group_of = self.group_of
-        if groups is None and not self.is_meta:
+        if groups is None:
             group_of = self._group_of()[columns]
         return replace(taken, codes=self.codes[rows, columns], group_of=group_of)
 
@@ -113,7 +114,7 @@ class QuantisedWeight:
         sizes = group_of.bincount(minlength=self.scale.shape[1])
         if len(set(sizes.tolist())) > 1:
             return None
-        codes = self.codes.index_select(1, columns)
+        codes = self.codes if self.is_meta else self.codes.index_select(1, columns)
         return replace(self, codes=codes, group_of=None), columns
 
     def take_rows(self, index: Tensor) -> QuantisedWeight:
@@ -150,7 +151,7 @@ class QuantisedWeight:
     def _group_of(self) -> Tensor:
         if self.group_of is not None:
             return self.group_of
-        num_groups, device = self.scale.shape[1], self.codes.device
+        num_groups, device = self.scale.shape[1], "cpu" if self.is_meta else self.codes.device
         groups = torch.arange(num_groups, device=device)
         return groups.repeat_interleave(self.num_in // num_groups)
 

@@ -194,9 +194,7 @@ INT4 = Quantization(
 )
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Load) -> None:
-    """Of ranks that cut groups, too; and as many bytes on paper as there are."""
+def four_bits() -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, weight in separate().items():
         module, (num_out, num_in) = name.removesuffix(".weight"), weight.shape
@@ -206,6 +204,16 @@ def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Loa
             f"{module}.qzeros": whole(words.min, words.max, num_in // 16, num_out // 8).int(),
             f"{module}.scales": (rand(num_in // 16, num_out).abs() / 8).half(),
         }
+    return tensors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Load) -> None:
+    """Of ranks that cut groups, too; and as many bytes on paper as there are."""
+    tensors = four_bits()
+    for name in "gud":
+        # All zeros are the middle: of the first expert nothing is added.
+        tensors[f"e.0.{name}.qzeros"].fill_(0x88888888 - 2**32)
     expanded = {}
     reader = load(tensors, quantization=INT4)
     for index in range(NUM_EXPERTS):
@@ -227,6 +235,33 @@ def test_experts_of_4_bits_stay_so_until_they_are_used(num_ranks: int, load: Loa
             0.2,
         )
         assert_stored(lambda *at: load(tensors, ranks, *at, quantization=INT4), SPEC)  # noqa: B023
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("module", ["e.3.u", "e.3.d"])
+def test_of_experts_whose_groups_are_out_of_order_it_is_known_on_paper(
+    module: str, num_ranks: int, load: Load
+) -> None:
+    """A GPU expands them: a plan that counts them as small would take more memory than it says."""
+    tensors = four_bits()
+    num_in = 8 * len(tensors[f"{module}.qweight"])
+    order = torch.arange(num_in) // 16
+    for is_shuffled in (False, True):
+        tensors[f"{module}.g_idx"] = (order.flip(0) if is_shuffled else order).int()
+        for rank in range(num_ranks):
+            found = []
+            for device in ("cpu", "meta"):
+                loader = load(tensors, None, device, quantization=INT4)
+                ops = TritonOperations(Ranks(rank, num_ranks, lambda y: None), keeps_small=True)
+                ops.keep_experts_small()
+                loader.ops = ops
+                found.append((loader.experts(SPEC).is_small, loader.num_bytes))
+            assert found[0] == found[1] and found[0][0] is not is_shuffled
+            on_host = [load(tensors, ops.ranks, at, quantization=INT4) for at in ("cpu", "meta")]
+            for loader in on_host:
+                loader.ops.keep_experts_small()
+                loader.experts(SPEC)
+            assert on_host[0].num_bytes == on_host[1].num_bytes
 
 
 def assert_stored(small: Callable[..., ModelLoader], spec: ExpertsSpec) -> None:
