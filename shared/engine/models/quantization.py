@@ -32,9 +32,10 @@ _FORMATS = (
 )
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 _OF_RUNS, _OF_ROWS = ("group", "tensor_group"), ("tensor", "channel")
+_ORDERS_OF_GROUPS, _ORDERS_OF_MAKING = ("group", "dynamic"), ("weight", "static")
 _NUMBERS = ("int8", "float8", "int4", "float4", "int2", "int3", "int5", "int6", "int7")
 _TOLD_BY_THE_TENSORS = """
-    actorder global_compression_ratio observer observer_kwargs quantization_status scale_dtype
+    global_compression_ratio observer observer_kwargs quantization_status scale_dtype
     version zp_dtype
 """.split()
 _HOW_IT_WAS_MADE = """
@@ -124,9 +125,22 @@ def _read_weights(weights: Fields) -> Scheme:
         group_size=_read_group_size(weights, "group_size"),
         block=_read_block(weights, "block_structure") if has_blocks else None,
         is_symmetric=weights.boolean("symmetric", default=True),
-        is_ordered=weights.get("actorder") != "group",
+        order=_read_order(weights),
         strategy=strategy,
     )
+
+
+def _read_order(weights: Fields) -> str | None:
+    """As compressed-tensors 0.12.2 understands it: `static`, or `weight`, was an order of making
+    the weight, and is none of what it made."""
+    said = weights.get("actorder")
+    name = said.lower() if isinstance(said, str) else said
+    if name is True or name in _ORDERS_OF_GROUPS:
+        return f"actorder {shown(said)}"
+    if name not in (None, False, *_ORDERS_OF_MAKING):
+        known = ", ".join((*_ORDERS_OF_GROUPS, *_ORDERS_OF_MAKING))
+        raise weights.error("actorder", f"{shown(said)} is none of {known}")
+    return None
 
 
 def _read_inputs(said: object) -> Inputs | None:
@@ -195,7 +209,7 @@ def _gptq(outer: Fields) -> Quantization:
         num_bits=bits,
         group_size=_read_group_size(outer, "group_size"),
         is_symmetric=outer.boolean("sym", default=True),
-        is_ordered=not outer.boolean("desc_act", default=False),
+        order="desc_act true" if outer.boolean("desc_act", default=False) else None,
     )
     _skip(_HOW_IT_WAS_MADE, outer)
     return Quantization(

@@ -87,9 +87,9 @@ def read_group_of(
     """The group of each column, on paper too; None: they are in order, or there is no such
     tensor."""
     if reader.header(name) is None:
-        if scheme.is_ordered or count == 1:
+        if scheme.order is None or count == 1:
             return None
-        raise reader.error(name, "missing tensor, though config.json says groups have an order")
+        raise reader.error(name, f"missing tensor, though config.json says {scheme.order}")
     check_words(reader, name, (num_in,), "I32", f"rows are of {num_in}")
     group_of = reader.read_known(name, (num_in,)).long()
     if bool((group_of < 0).all()):

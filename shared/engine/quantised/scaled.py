@@ -5,6 +5,8 @@ weight_scale, weight_scale_inv       one, [out, 1], [out, groups] of equal runs,
                                      [out / rows, in / columns] of blocks; despite its name the
                                      latter is multiplied
 weight_zero_point                    int8, as the scales
+weight_g_idx                         int32 [in]: the group of each column, where they are out of
+                                     order
 input_scale, activation_scale        of activations, one for all
 """
 
@@ -23,6 +25,7 @@ from baton.shared.engine.quantised.form import (
     num_groups,
     read_scale,
 )
+from baton.shared.engine.quantised.packed import read_group_of
 from baton.shared.engine.quantised.scheme import Scheme
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.weight_headers import FLOATS
@@ -57,6 +60,9 @@ def read(
     is_signed = scheme.kind == "int" and scheme.is_symmetric
     check_scales(reader, scale_name, stored, _LARGEST[header.dtype], is_signed=is_signed)
     scale, group_of = _placed(stored, scale_name, shape, scheme, reader)
+    if scheme.block is None:
+        count = scale.shape[-1]
+        group_of = read_group_of(f"{module}.weight_g_idx", shape[1], count, reader, scheme)
     zero = None
     if not scheme.is_symmetric:
         zero_name = f"{module}.weight_zero_point"

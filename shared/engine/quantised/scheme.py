@@ -37,8 +37,9 @@ class Scheme:
     """Rows and columns that have a scale together."""
     is_symmetric: bool = True
     """There are no zeros but the middle of the range."""
-    is_ordered: bool = True
-    """Runs are of neighbours; else a tensor says which column is of which."""
+    order: str | None = None
+    """The field by which config.json says that a tensor tells which column is of which run; None:
+    runs are of neighbours, unless there is such a tensor."""
     strategy: str | None = None
     """What shares a scale, as compressed-tensors calls it: tensor, channel, group, …"""
     form: str | None = None

@@ -113,6 +113,29 @@ def test_what_the_library_compressed_tensors_stores(case: str, load: Load) -> No
     assert paper.weight.is_meta and paper.weight.shape == (16, NUM_IN)
 
 
+def int8_in_groups() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        "a.weight": whole(-128, 127, NUM_OUT, NUM_IN).to(torch.int8),
+        "a.weight_scale": rand(NUM_OUT, 4).abs(),
+    }
+    return tensors, {"num_bits": 8, "strategy": "group", "group_size": 16}
+
+
+def test_whose_order_is_told_by_a_tensor(load: Load) -> None:
+    """An order in which a weight was made needs none."""
+    tensors, said = int8_in_groups()
+    scale = tensors["a.weight_scale"].repeat_interleave(16, 1)
+    expanded = (tensors["a.weight"] * scale).bfloat16()
+    for order in (None, False, "weight", "static"):
+        loader = load(tensors, compressed({**said, "actorder": order}))
+        assert torch.equal(loader.linear(spec()).weight, expanded)
+    columns = torch.randperm(NUM_IN, generator=torch.Generator().manual_seed(3))
+    tensors["a.weight"] = tensors["a.weight"][:, columns].contiguous()
+    tensors["a.weight_g_idx"] = (columns // 16).int()
+    loader = load(tensors, compressed({**said, "actorder": "group"}))
+    assert torch.equal(loader.linear(spec()).weight, expanded[:, columns])
+
+
 def test_columns_of_a_weight_keep_their_groups() -> None:
     """Whatever ranks cut out."""
     codes = whole(-8, 7, 4, 24).to(torch.int8)
@@ -535,10 +558,24 @@ def changed(case: str, **tensors: Tensor | None) -> dict[str, Tensor]:
             compressed(cases()["int8_zeros"]),
             "a.weight_zero_point: 0.5 to 0.5 are no zeros of int8",
         ),
+        *[
+            (
+                stored("int4_group")[0],
+                compressed({**INT4, "actorder": said}),
+                "a.weight_g_idx: missing tensor, though config.json says "
+                f"actorder {json.dumps(said)}",
+            )
+            for said in ("group", "Dynamic", True)
+        ],
         (
-            stored("int4_group")[0],
-            compressed({**INT4, "actorder": "group"}),
-            "a.weight_g_idx: missing tensor, though config.json says groups have an order",
+            int8_in_groups()[0],
+            compressed({**int8_in_groups()[1], "actorder": "group"}),
+            "a.weight_g_idx: missing tensor, though config.json says actorder",
+        ),
+        (
+            {name: each for name, each in gptq(zero=8)[0].items() if name != "a.g_idx"},
+            gptq_fields(desc_act=True),
+            "a.g_idx: missing tensor, though config.json says desc_act true",
         ),
         (
             {**gptq(zero=8)[0], "a.g_idx": torch.zeros(64, dtype=torch.int32)},
@@ -578,6 +615,7 @@ def test_what_contradicts_the_config(
         ({"quant_method": "awq", "bits": 3}, "bits: only 4"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, 'quant_algo: only "FP8"'),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size: must be two"),
+        (compressed({**INT4, "actorder": "up"}), '.*actorder: "up" is none of group, dynamic'),
         (compressed({"num_bits": 9}), "config_groups.group_0.weights.num_bits: int9 is none of"),
         (compressed(INT4, format="marlin-24"), "format: only"),
         (
