@@ -8,7 +8,8 @@ changes no token, so its rows are not padded to keep their bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any
@@ -22,6 +23,7 @@ from baton.shared.engine.executor import Executor, HeadModel, Model, Step, Tappe
 from baton.shared.engine.host_executor import HostExecutor, fuses_attention
 from baton.shared.engine.implementation import (
     Implementation,
+    OwnImplementation,
     Place,
     find_implementation,
     find_weights,
@@ -32,7 +34,7 @@ from baton.shared.engine.model_digest import Progress, ProgressReport
 from baton.shared.engine.models.decoder import Decoder
 from baton.shared.engine.models.eagle3 import Eagle3Config, check_target, find_head
 from baton.shared.engine.models.model_config import ModelConfig
-from baton.shared.engine.models.mtp import MtpConfig, find_layer
+from baton.shared.engine.models.mtp import MtpConfig, check_ships, find_layer
 from baton.shared.engine.models.mtp_head import MtpHead
 from baton.shared.engine.operations import Operations
 from baton.shared.kv.arrangement import arrange
@@ -94,11 +96,8 @@ class DraftModel:
         )
         self.tapped: Tapped | None = None
         self._own_taps: Tapped | None = None
-        try:
+        with _told_of(engine.draft_kind):
             self._implementation = _find(own, engine.draft_kind)
-        except ModelError as error:
-            name = "speculate" if engine.draft_kind == MTP else "draft_model"
-            raise ModelError(f"{name}: {error}") from error
         self.config = self._implementation.config
         layers: tuple[int, ...] = ()
         if isinstance(self.config, Eagle3Config):
@@ -139,8 +138,11 @@ class DraftModel:
             max_num_seqs=self.max_rows,
         )
         self._ops = make_operations(self.config)
-        self._weights = find_weights(own, self.config)
-        self._plan = self._implementation.plan(self._weights, self.groups, self._ops, dtype)
+        with _told_of(engine.draft_kind):
+            self._weights = find_weights(own, self.config)
+            if isinstance(self._implementation, OwnImplementation) and engine.draft_kind == MTP:
+                check_ships(self._implementation, self._weights, own.model_dir)
+            self._plan = self._implementation.plan(self._weights, self.groups, self._ops, dtype)
         check_draft_fits(engine, self._plan.num_bytes, target_bytes, device)
 
     @property
@@ -281,6 +283,16 @@ class DraftModel:
             features = self._own_taps.make_inputs(num_tokens, self._device)["features"]
         params = SamplingParams(temperature=0.0)
         return BatchRow([0] * num_tokens, 0, tables, params, features=features)
+
+
+@contextmanager
+def _told_of(kind: str) -> Iterator[None]:
+    """ModelErrors begin with the option that asks for what is wrong."""
+    try:
+        yield
+    except ModelError as error:
+        name = "speculate" if kind == MTP else "draft_model"
+        raise ModelError(f"{name}: {error}") from error
 
 
 def _find(own: EngineConfig, kind: str) -> Implementation:

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from baton.shared.engine.implementation import OwnImplementation
+from baton.shared.engine.implementation import OwnImplementation, Weights
 from baton.shared.engine.models import registry
 from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.model_type import ModelType
+from baton.shared.engine.weights import DummyWeights
 from baton.shared.model_files.fields import ModelError, shown
 from baton.shared.model_files.info import open_config
 from baton.shared.model_files.type_defaults import text_part
@@ -131,6 +132,17 @@ def find_layer(model_dir: Path) -> OwnImplementation:
     # All else that the files have is the model's.
     layer = ModelType("mtp", _no_config, _build, (names,), ignored_modules=("",))
     return OwnImplementation(layer, _configure(model))
+
+
+def check_ships(layer: OwnImplementation, weights: Weights, model_dir: Path) -> None:
+    """ModelError: of such a layer the files have nothing, as of checkpoints that others saved anew,
+    whatever config.json says."""
+    [names] = layer.model_type.names
+    norms = [f"{names[each]}.weight" for each in ("embedding_norm", "hidden_norm", "own_norm")]
+    if not isinstance(weights, DummyWeights) and not any(map(weights.header, norms)):
+        raise ModelError(
+            f"{model_dir} ships no layer that guesses tokens ahead: its files have no {norms[0]}"
+        )
 
 
 def _configure(model: ModelConfig) -> MtpConfig:

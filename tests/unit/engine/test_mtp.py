@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
@@ -139,6 +140,27 @@ def test_a_model_without_one_says_so(
     config = {**json.loads(path.read_text()), **fields}
     path.write_text(json.dumps({name: each for name, each in config.items() if each is not None}))
     with pytest.raises(ModelError, match=problem):
+        mtp_runner(make_runner, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "begins"), [("qwen3_next", "mtp."), ("deepseek_v3", "model.layers.{}.")]
+)
+def test_files_without_one_say_so(
+    make_runner: MakeRunner, tmp_path: Path, model_type: str, begins: str
+) -> None:
+    """As those of whoever saved a checkpoint anew; of half a layer the tensor is named."""
+    model = make_tiny_mtp(tmp_path, model_type, TINY_MODELS[model_type]["as they come"])
+    path, begins = tmp_path / "model.safetensors", begins.format(model.num_layers)
+    weights = load_file(path)
+    own = {name: weights.pop(name) for name in list(weights) if name.startswith(begins)}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"^speculate: .* ships no layer .* files have no "):
+        mtp_runner(make_runner, tmp_path)
+    [projection] = [name for name in own if name.endswith(("mtp.fc.weight", "eh_proj.weight"))]
+    del own[projection]
+    save_file({**weights, **own}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"^speculate: .*: {projection}: missing tensor$"):
         mtp_runner(make_runner, tmp_path)
 
 
