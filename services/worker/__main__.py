@@ -118,8 +118,8 @@ def parse_args(argv: list[str] | None = None, *, role: str | None = None) -> arg
         type=str,
         default="auto",
         choices=KERNELS,
-        help="what to compute with; auto: Triton on a GPU, on a CPU the torch reference, and in "
-        "bfloat16 what a C compiler makes there",
+        help="what to compute with; auto: Triton on a GPU; on a CPU the torch reference, and in "
+        "bfloat16, with a C compiler, C that is compiled at start",
     )
     add_flag(
         parser,
