@@ -16,6 +16,7 @@ import pytest
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.block_pool import NO_BLOCK
@@ -214,6 +215,46 @@ def test_a_decode_worker_that_dies_after_so_many_rounds(
     network.kill("decode")
     cluster.settle()
     assert request.token_ids == expected and request.num_attempts == 2
+
+
+@pytest.mark.parametrize("is_settled", [False, True])
+@pytest.mark.parametrize("kind", ["states", "states alone"])
+def test_a_step_of_guesses_that_fails(
+    make_runner: MakeRunner,
+    answers_by: dict[str, Answers],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    is_settled: bool,
+) -> None:
+    """Before states go on to the last guess that stands, or behind that: from neither is an answer
+    gone on with."""
+    settle, num_guessing = HostExecutor._settle, 0
+
+    def fail_once(executor: HostExecutor, plans: Any, rows: Any, drawn: Any) -> None:
+        nonlocal num_guessing
+        num_guessing += sum(bool(row.draft_ids) for row in rows) > 1
+        fails = num_guessing == 2
+        if is_settled or not fails:
+            settle(executor, plans, rows, drawn)
+        if fails:
+            num_guessing += 1
+            raise RuntimeError("a fault of the test")
+
+    monkeypatch.setattr(HostExecutor, "_settle", fail_once)
+    runners: dict[str, Any] = {
+        name: make_runner(64, kind, state_checkpoints=4) for name in ("prefill", "decode")
+    }
+    cluster = drafting_cluster(runners, clock)
+    requests = []
+    for prompt, params in ((COPYING, PARAMS[0]), (PLAIN, PARAMS[1]), (PLAIN, PARAMS[5])):
+        expected = answers_by[kind].to(prompt, params)
+        how = {"is_local": True, "prediction": nearly(expected)}
+        requests.append(cluster.submit(prompt, params, expected, **how))  # type: ignore[arg-type]
+    cluster.settle()
+    assert [request.token_ids for request in requests] == [each.expected for each in requests]
+    assert [request.num_attempts for request in requests] == [2, 2, 2]
+    assert counted(cluster)["accepted_tokens"] > 0
 
 
 class OneWorker(SimWorker):
