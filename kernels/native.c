@@ -13,7 +13,8 @@ Of x each run of 32 numbers becomes whole numbers of eight bits, which have a sc
 of a run are exact; runs are added up in order, in float32. So a token's results do not depend on
 how many tokens there are. What is not finite makes a whole run NaN.
 
-Activations are bfloat16, row after row. Compiled by native.py, which checks what is given. */
+Activations are bfloat16, row after row. Compiled by native.py, which checks what is given. What
+returns a number returns 1, and results are not whole, where there is no memory to work in. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -22,7 +23,7 @@ Activations are bfloat16, row after row. Compiled by native.py, which checks wha
 #include <string.h>
 
 typedef uint16_t bf16;
-enum { ROWS = 16, RUN = 32, MOST = 8, MOST_DIM = 256 };
+enum { ROWS = 16, RUN = 32, MOST = 8, MOST_DIM = 256, AT_ONCE = 256 };
 #define TILE_BYTES(is_wide) (ROWS * (RUN / ((is_wide) ? 1 : 2) + 4))
 
 typedef struct {
@@ -220,10 +221,11 @@ static void product(const Weight *w, const Codes *x, int64_t tokens, const bf16 
     }
 }
 
+/* `scale` is to be freed; NULL: there is no memory. */
 static Codes room_for(int64_t tokens, int64_t size) {
     int64_t runs = tokens * (size / RUN);
-    char *memory = malloc(tokens * size + runs * 2 * sizeof(float));
-    float *scale = (float *)memory;
+    float *scale = malloc(tokens * size + runs * 2 * sizeof(float));
+    if (!scale) return (Codes){NULL, NULL, NULL};
     return (Codes){(int8_t *)(scale + 2 * runs), scale, scale + runs};
 }
 
@@ -256,9 +258,8 @@ static void quantise(const float *x, int64_t size, int64_t token, Codes *out) {
 }
 
 /* x [T, size] in codes; with a norm, [size] of bfloat16 or float32, of norm(x). */
-static Codes codes_of(const bf16 *x, int64_t tokens, int64_t size, const void *norm,
-                      int norm_is_wide, float eps, int threads) {
-    Codes out = room_for(tokens, size);
+static void make_codes(const bf16 *x, int64_t tokens, int64_t size, const void *norm,
+                       int norm_is_wide, float eps, Codes *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 1)
     for (int64_t t = 0; t < tokens; t++) {
         float wide[size], squares = 0;
@@ -274,38 +275,48 @@ static Codes codes_of(const bf16 *x, int64_t tokens, int64_t size, const void *n
             else
                 for (int64_t i = 0; i < size; i++) wide[i] *= scale * widen(((const bf16 *)norm)[i]);
         }
-        quantise(wide, size, t, &out);
+        quantise(wide, size, t, out);
     }
-    return out;
 }
 
-void native_linear(const Weight *w, const bf16 *x, int64_t tokens, const void *norm,
-                   int norm_is_wide, float eps, const bf16 *residual, bf16 *out, int threads) {
-    Codes codes = codes_of(x, tokens, w->num_in, norm, norm_is_wide, eps, threads);
+int native_linear(const Weight *w, const bf16 *x, int64_t tokens, const void *norm,
+                  int norm_is_wide, float eps, const bf16 *residual, bf16 *out, int threads) {
+    Codes codes = room_for(tokens, w->num_in);
+    if (!codes.scale) return 1;
+    make_codes(x, tokens, w->num_in, norm, norm_is_wide, eps, &codes, threads);
     product(w, &codes, tokens, residual, out, NULL, threads);
     free(codes.scale);
+    return 0;
 }
 
-/* down * (silu(gate) up) + residual, (gate, up) = gate_up * norm(x). */
-void native_gated_mlp(const Weight *gate_up, const Weight *down, const bf16 *x, int64_t tokens,
-                      const void *norm, int norm_is_wide, float eps, const bf16 *residual,
-                      bf16 *out, int threads) {
-    int64_t size = down->num_in;
-    Codes codes = codes_of(x, tokens, gate_up->num_in, norm, norm_is_wide, eps, threads);
-    float *wide = malloc(tokens * 2 * size * sizeof(float));
-    product(gate_up, &codes, tokens, NULL, NULL, wide, threads);
-    free(codes.scale);
-    codes = room_for(tokens, size);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > 1)
-    for (int64_t t = 0; t < tokens; t++) {
-        float *gate = wide + t * 2 * size, *up = gate + size;
+/* down * (silu(gate) up) + residual, (gate, up) = gate_up * norm(x). Some tokens at once: what is
+between takes more memory than all else. `out` may be `x`: only a token's own row is read. */
+int native_gated_mlp(const Weight *gate_up, const Weight *down, const bf16 *x, int64_t tokens,
+                     const void *norm, int norm_is_wide, float eps, const bf16 *residual,
+                     bf16 *out, int threads) {
+    int64_t size = down->num_in, most = tokens < AT_ONCE ? tokens : AT_ONCE;
+    Codes codes = room_for(most, gate_up->num_in), between = room_for(most, size);
+    float *wide = malloc(most * 2 * size * sizeof(float));
+    int is_missing = !codes.scale || !between.scale || !wide;
+    for (int64_t first = 0; first < tokens && !is_missing; first += most) {
+        int64_t count = tokens - first < most ? tokens - first : most;
+        int64_t at = first * down->num_out;
+        make_codes(x + first * gate_up->num_in, count, gate_up->num_in, norm, norm_is_wide, eps,
+                   &codes, threads);
+        product(gate_up, &codes, count, NULL, NULL, wide, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count > 1)
+        for (int64_t t = 0; t < count; t++) {
+            float *gate = wide + t * 2 * size, *up = gate + size;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) gate[i] *= up[i] / (1 + exponential(-gate[i]));
-        quantise(gate, size, t, &codes);
+            for (int64_t i = 0; i < size; i++) gate[i] *= up[i] / (1 + exponential(-gate[i]));
+            quantise(gate, size, t, &between);
+        }
+        product(down, &between, count, residual ? residual + at : NULL, out + at, NULL, threads);
     }
-    product(down, &codes, tokens, residual, out, NULL, threads);
     free(wide);
+    free(between.scale);
     free(codes.scale);
+    return is_missing;
 }
 
 /* ---- attention ---- */
@@ -336,12 +347,13 @@ void native_rope_and_store(const bf16 *qkv, const bf16 *cos, const bf16 *sin, co
 
 /* One row's queries that share keys: query [group, LANES * n] -> out. `keys`, `values` [blocks]: rows of
 the cache. */
-static inline __attribute__((always_inline)) void
+static inline __attribute__((always_inline)) int
 attend(const bf16 *query, const bf16 *cache, const int64_t *keys, const int64_t *values,
        int64_t first, int64_t last, bf16 *out, int64_t group, int64_t block_size, float scale,
        const int n) {
     const int64_t dim = LANES * n, block = block_size * dim;
     float *weights = malloc((last + block_size) * sizeof(float));
+    if (!weights) return 1;
     for (int64_t g = 0; g < group; g++) {
         Floats q[MOST_DIM / LANES], sums[MOST_DIM / LANES];
         float most = -INFINITY, total = 0;
@@ -374,24 +386,27 @@ attend(const bf16 *query, const bf16 *cache, const int64_t *keys, const int64_t 
         }
     }
     free(weights);
+    return 0;
 }
 
 /* query [U, kv_heads, group, dim], one token of each of U rows -> that shape. `rows` [2, U,
 kv_heads, blocks] are of the cache, [any, block_size, dim]; `spans` [U, 2]: the first position in
 them that a token sees, and the one behind the last. */
-void native_attention(const bf16 *query, const bf16 *cache, const int64_t *rows,
-                      const int64_t *spans, bf16 *out, int64_t units, int64_t kv_heads,
-                      int64_t group, int64_t blocks, int64_t block_size, int64_t dim, float scale,
-                      int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+int native_attention(const bf16 *query, const bf16 *cache, const int64_t *rows,
+                     const int64_t *spans, bf16 *out, int64_t units, int64_t kv_heads,
+                     int64_t group, int64_t blocks, int64_t block_size, int64_t dim, float scale,
+                     int threads) {
+    int is_missing = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : is_missing) if (threads > 1)
     for (int64_t unit = 0; unit < units * kv_heads; unit++) {
         int64_t first = spans[2 * (unit / kv_heads)], last = spans[2 * (unit / kv_heads) + 1];
         const int64_t *keys = rows + unit * blocks, *values = keys + units * kv_heads * blocks;
         const bf16 *q = query + unit * group * dim;
         bf16 *y = out + unit * group * dim;
 #define ATTEND(size) attend(q, cache, keys, values, first, last, y, group, block_size, scale, size)
-        if (dim == 64) ATTEND(64 / LANES);
-        else if (dim == 128) ATTEND(128 / LANES);
-        else ATTEND(dim / LANES);
+        if (dim == 64) is_missing |= ATTEND(64 / LANES);
+        else if (dim == 128) is_missing |= ATTEND(128 / LANES);
+        else is_missing |= ATTEND(dim / LANES);
     }
+    return is_missing;
 }

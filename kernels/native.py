@@ -14,10 +14,12 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +44,15 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
 }
 
 
+_NEED_NO_MEMORY = {"native_rope_and_store"}
+
+
 class NoNative(Exception):
     """Why there is none here."""
+
+
+_HEAD = struct.Struct("<40xQ10xHH2x")
+"""Of an ELF file of 64 bits."""
 
 
 class _Weight(ctypes.Structure):
@@ -130,7 +139,7 @@ def pack_tiles(
 
 class Native:
     """The compiled functions. Activations are bfloat16: ValueError where they are not, or have
-    another shape, since C would read whatever lies there.
+    another shape, since C would read whatever lies there. MemoryError: there is none to work in.
 
     `name`: what bits depend on: for which instructions they were compiled, and by whom.
     """
@@ -139,7 +148,11 @@ class Native:
         self.name = (ctypes.c_char_p.in_dll(library, "native_name").value or b"").decode()
         for name, arguments in _FUNCTIONS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes = arguments
+            if name in _NEED_NO_MEMORY:
+                function.restype = None
+            else:
+                function.restype, function.errcheck = _I32, _check_memory
         self._linear = library.native_linear
         self._gated_mlp = library.native_gated_mlp
         self._rope_and_store = library.native_rope_and_store
@@ -266,12 +279,34 @@ def load_native(folder: Path) -> Native:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         _check_is_own(folder)
-        if not (folder / name).exists():
-            _compile(compiler, folder / name)
-        _check_is_own(folder / name)
-        return Native(ctypes.CDLL(str(folder / name)))
+        path = folder / name
+        if path.exists():
+            _check_is_own(path)
+        if not path.exists() or not _is_whole(path):
+            _compile(compiler, path)
+        try:
+            return Native(ctypes.CDLL(str(path)))
+        except OSError:
+            # Whatever became of it since.
+            _compile(compiler, path)
+            return Native(ctypes.CDLL(str(path)))
     except OSError as error:
         raise NoNative(f"{folder}: {error}") from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Of a file that was cut short some is loaded, and ends the process. The last thing in a
+    library is the table of its sections, of which its head tells the place and the size."""
+    head = path.read_bytes()[: _HEAD.size]
+    if len(head) < _HEAD.size:
+        return False
+    table, size, count = _HEAD.unpack(head)
+    return bool(path.stat().st_size >= table + size * count)
+
+
+def _check_memory(is_missing: int, function: Any, arguments: Any) -> None:
+    if is_missing:
+        raise MemoryError(f"{function.__name__}: no memory to work in")
 
 
 def _check_is_own(path: Path) -> None:
@@ -294,6 +329,8 @@ def _compile(compiler: list[str], target: Path) -> None:
         if done.returncode:
             raise NoNative(f"{compiler[0]} fails: {done.stderr.strip()[-300:]}")
         output.chmod(0o700)
+        with output.open("rb") as made_file:
+            os.fsync(made_file.fileno())
         # At once, whoever else compiles it.
         output.replace(target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from torch import Tensor
 from baton.kernels import native as native_module
 from baton.kernels import reference
 from baton.kernels.cpu_attention import fused_attention, plan_fused_attention
-from baton.kernels.native import RUN, Native, NativeWeight, NoNative, load_native, pack_tiles
+from baton.kernels.native import (
+    RUN,
+    Native,
+    NativeWeight,
+    NoNative,
+    _Weight,
+    load_native,
+    pack_tiles,
+)
 from baton.shared.engine.native_operations import NativeOperations, native_operations
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.reference_operations import ReferenceOperations
@@ -131,6 +140,35 @@ def test_norms_and_a_gated_mlp(native: Native, dtype: torch.dtype) -> None:
     assert float((found.double() - expected).norm() / expected.norm()) < 1e-2
     alone = native.gated_mlp(x[2:3].clone(), gate_up, down, norm, residual=x[2:3].clone())
     assert torch.equal(alone, found[2:3])
+    # So many that they are computed in several goes, in the memory of what they are computed from.
+    many = rand(2 * 256 + 9, NUM_IN, seed=6).bfloat16()
+    apart = [
+        native.gated_mlp(many[at : at + 100], gate_up, down, norm, many[at : at + 100].clone())
+        for at in range(0, len(many), 100)
+    ]
+    assert torch.equal(native.gated_mlp(many, gate_up, down, norm, residual=many), torch.cat(apart))
+
+
+def test_where_there_is_no_memory_to_work_in_nothing_is_written(native: Native) -> None:
+    weight, _ = weight_of(128)
+    room, too_many = torch.ones(1, NUM_IN).bfloat16(), 1 << 52
+    linear = (0, too_many, None, False, 0.0, None, room.data_ptr(), 1)
+    with pytest.raises(MemoryError, match="native_linear: no memory"):
+        native._linear(weight.address, *linear)
+    # What is between is bounded, so that no number of tokens is too many.
+    huge = _Weight(None, None, NUM_IN, too_many, False, 1.0)
+    with pytest.raises(MemoryError, match="native_gated_mlp: no memory"):
+        native._gated_mlp(
+            weight.address, ctypes.addressof(huge), 0, 1, *linear[2:6], room.data_ptr(), 1
+        )
+    spans = torch.tensor([[0, too_many]])
+    rows = torch.zeros(2, 1, 1, 1, dtype=torch.int64)
+    with pytest.raises(MemoryError, match="native_attention: no memory"):
+        native._attention(
+            room.data_ptr(), 0, rows.data_ptr(), spans.data_ptr(), room.data_ptr(),
+            1, 1, 1, 1, 16, 64, 1.0, 1,
+        )  # fmt: skip
+    assert bool((room == 1).all())
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -255,6 +293,22 @@ def test_code_that_others_may_have_put_there_is_not_loaded(
         with pytest.raises(NoNative, match=f"others may write to {path}"):
             load_native(folder)
         path.chmod(0o700)
+    # Cut short, as by a disk that was full, it is compiled anew.
+    whole = library.read_bytes()
+
+    def compile_again(_: object, target: Path) -> None:
+        target.unlink()
+        target.write_bytes(whole)
+        target.chmod(0o700)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native_module, "_compile", compile_again)
+        for left in (b"", whole[:1000], whole[:-1], b"no ELF" * 20):
+            library.unlink()
+            library.write_bytes(left)
+            library.chmod(0o700)
+            assert load_native(folder).name.startswith("native avx")
+            assert library.read_bytes() == whole
     monkeypatch.setenv("CC", "cc")
     load_native(folder)
     assert len(list(folder.iterdir())) == 2
