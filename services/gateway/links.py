@@ -16,7 +16,7 @@ from itertools import count
 
 import grpc
 
-from baton.services.gateway.prefill_calls import PrefillCalls, ask
+from baton.services.gateway.prefill_calls import PrefillCall, PrefillCalls, ask
 from baton.shared.kv.sequence import AttemptKey, FinishReason
 from baton.shared.rpc.convert import (
     FINISH_REASON_FROM_PB,
@@ -294,11 +294,12 @@ async def follow_prefill(
 ) -> None:
     """Runs one Prefill call until its first token or its failure. Cancelling the task cancels the
     call."""
-    call = calls.take()
+    call: PrefillCall | None = None
     first_index, steps = request.sequence.first_index, StallWatch()
     error: BatonError = WorkerLost("the prefill worker ended without a token")
     is_doubtful = True
     try:
+        call = calls.take()
         with only_own_cancels():
             async for event in until_silence(ask(call, request), patience * SILENCE_S):
                 if event.HasField("tick"):
@@ -325,7 +326,8 @@ async def follow_prefill(
         key = key_from_pb(request.sequence.key)
         log_event(logger, logging.ERROR, "prefill call failed", key=key, exc_info=True)
     finally:
-        call.cancel()
+        if call is not None:
+            call.cancel()
     # Only its reader gives a claim up while the call runs; that one knows why.
     is_hearsay = isinstance(error, Cancelled)
     events.put_nowait(Failed(error, incarnation if is_doubtful else None, is_hearsay))

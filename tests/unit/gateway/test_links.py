@@ -385,6 +385,10 @@ async def test_a_prefill_call_whose_channel_is_closed_is_reported(
     await channel.close()
     assert isinstance((await the_failure(events)).error, WorkerLost)
     await task
+    # And before there is a call.
+    task, events = following_prefill(PrefillCalls(channel))
+    assert isinstance((await the_failure(events)).error, WorkerLost)
+    await task
 
 
 async def test_a_prefill_call_that_is_cancelled_says_nothing(
