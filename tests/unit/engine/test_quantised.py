@@ -19,10 +19,12 @@ from baton.shared.engine.linear import LinearSpec, Part
 from baton.shared.engine.model_loader import ModelLoader
 from baton.shared.engine.models.quantization import read_quantization
 from baton.shared.engine.operations import Operations
+from baton.shared.engine.quantised import gguf
 from baton.shared.engine.quantised.scheme import Inputs, Quantization
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.engine.triton_operations import TritonOperations
+from baton.shared.engine.weight_headers import Header
 from baton.shared.engine.weights import WeightFiles
 from baton.shared.model_files.fields import Fields, ModelError
 from tests.unit.engine.conftest import MakeLlama, MakeRunner
@@ -111,6 +113,44 @@ def test_what_the_library_compressed_tensors_stores(case: str, load: Load) -> No
     assert torch.equal(loader.linear(parts).weight, expanded[order])
     paper = load(tensors, compressed(cases()[case]), device="meta").linear(parts)
     assert paper.weight.is_meta and paper.weight.shape == (16, NUM_IN)
+    # As a GPU keeps it: as many bytes as a plan says.
+    num_bytes = []
+    for device in ("cpu", "meta"):
+        ops = TritonOperations(use_skinny=False, keeps_small=True, takes_float8=True)
+        loader = load(tensors, compressed(cases()[case]), device=device, ops=ops)
+        loader.linear(spec())
+        num_bytes.append(loader.num_bytes)
+    assert num_bytes[0] == num_bytes[1]
+
+
+@pytest.mark.parametrize("kind", gguf.KINDS)
+def test_of_gguf_blocks_it_is_known_on_paper_what_they_hold(kind: str) -> None:
+    class Stored:
+        """One row of zeros."""
+
+        quantises_inputs = False
+
+        def __init__(self, device: str) -> None:
+            self._device = device
+
+        def header(self, name: str) -> Header:
+            return Header(kind, (1, 256))
+
+        def read(self, name: str, shape: tuple[int, ...], part: Any = ()) -> Tensor:
+            blocks = gguf.KINDS[kind]
+            num_bytes = 256 // blocks.size * blocks.num_bytes
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+
+        read_known = read
+
+        def error(self, name: str, reason: str) -> ModelError:
+            raise AssertionError(reason)
+
+    weight, paper = (gguf.read("a", (1, 256), Stored(device)) for device in ("cpu", "meta"))
+    assert paper.is_meta and not weight.is_meta
+    for name in ("codes", "scale", "offset"):
+        ours, theirs = (getattr(each, name) for each in (paper, weight))
+        assert ours is theirs is None or (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
 
 
 def int8_in_groups() -> tuple[dict[str, Tensor], dict[str, Any]]:
