@@ -1,8 +1,8 @@
 """README's tables of what is served and what goes with what: `make support-matrix`.
 
 They are made of the code's own tables, and by asking small engines with random weights: a cell is
-`yes` if one answers, and the answer shows that all that was asked for was at work. What is not
-there and is meant to come is in PLANNED and ABSENT.
+`yes` if one answers, and the answer shows that all that was asked for was at work. What a GPU
+refuses is in ON_A_CPU; what is not there and is meant to come is in ABSENT.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ FEATURES = {
 HAND_OFF, GPU, GRAPHS = "hand-off", "GPU kernels (Triton)", "CUDA graphs"
 SMALL, SMALL_CACHE = "`--quantization`", "`--kv-cache-dtype fp8`"
 EXACT = "[`exact`](docs/determinism.md) in float32 on a CPU"
-PLANNED = {("states", GPU), ("states", "prefix cache")}
+ON_A_CPU = set() if GUESSES_OVER_STATES_ON_GPU else {("states", "guesses")}
 ABSENT = {
     "one model on several GPUs": ("parallel", "rank"),
     "adapters": ("lora", "adapter"),
@@ -234,8 +234,6 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
     rows[HAND_OFF] = [cell(where, HAND_OFF, is_handed_over(make, where)) for where in KINDS]
     for name, feature in FEATURES.items():
         rows[name] = [cell(where, name, goes(make, where, feature)) for where in KINDS]
-    if not GUESSES_OVER_STATES_ON_GPU and rows["guesses"][list(KINDS).index("states")] == "yes":
-        rows["guesses"][list(KINDS).index("states")] = "on a CPU"
     # `make` refuses a runner of another class.
     rows[EXACT] = ["yes" for _ in KINDS]
     return rows
@@ -260,9 +258,9 @@ def by_pairs(make: MakeRunner) -> dict[str, list[str]]:
 
 
 def cell(where: str, name: str, does: bool) -> str:
-    if does:
-        return "yes"
-    return "planned" if (where, name) in PLANNED else "no"
+    if does and (where, name) in ON_A_CPU:
+        return "on a CPU"
+    return "yes" if does else "no"
 
 
 @cache
