@@ -60,17 +60,11 @@ def causal_conv(
         "width": own.shape[3],
         "KERNEL": own.shape[2] + 1,
     }
-    of_sums: dict[str, Any] = {
-        "HAS_BIAS": conv.bias is not None,
-        "ACTIVATION": conv.activation or "none",
-    }
+    of_sums = {"HAS_BIAS": conv.bias is not None, "ACTIVATION": conv.activation or "none"}
     bias = conv.weight if conv.bias is None else conv.bias
     if plan.num_singles:
         grid = (triton.cdiv(x.shape[1], _STEP_CHANNELS), plan.num_rows)
-        kernel: Any = _conv_step
-        if plan.width > 1:
-            kernel = _conv_guesses
-            of_sums["WIDTH"] = plan.width
+        kernel: Any = _conv_step if plan.width == 1 else _conv_guesses
         kernel[grid](
             x,
             conv.weight,
@@ -85,9 +79,9 @@ def causal_conv(
             num_warps=_STEP_CHANNELS // 64,
             **common,
             **of_sums,
+            **({} if plan.width == 1 else {"WIDTH": plan.width}),
             **overlap(x, pdl=pdl),
         )
-        of_sums.pop("WIDTH", None)
 
         def again(x: Tensor, plan: DeviceStatePlan) -> None:
             _conv_settle[grid](

@@ -297,7 +297,8 @@ def load_native(folder: Path) -> Native:
 def _is_whole(path: Path) -> bool:
     """Of a file that was cut short some is loaded, and ends the process. The last thing in a
     library is the table of its sections, of which its head tells the place and the size."""
-    head = path.read_bytes()[: _HEAD.size]
+    with path.open("rb") as library:
+        head = library.read(_HEAD.size)
     if len(head) < _HEAD.size:
         return False
     table, size, count = _HEAD.unpack(head)

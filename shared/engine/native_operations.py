@@ -57,7 +57,7 @@ def native_operations() -> ReferenceOperations:
         log_event(
             logger,
             logging.WARNING,
-            "layers are computed by torch, which takes about three times as long",
+            "layers are computed by torch, whose decode steps take two to three times as long",
             message=str(problem),
         )
         return ReferenceOperations(keeps_small=True)

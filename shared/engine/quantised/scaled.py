@@ -112,11 +112,7 @@ def _read_scale(name: str, reader: TensorReader) -> Tensor:
     if header is None or header.dtype != "F8_E8M0":
         return read_scale(reader, name, _BECAUSE)
     scale = reader.read(name, header.shape)
-    if scale.is_meta:
-        return torch.empty_like(scale, dtype=torch.float32)
-    scale = scale.float()
-    check_finite(reader, name, scale)
-    return scale
+    return torch.empty_like(scale, dtype=torch.float32) if scale.is_meta else scale.float()
 
 
 def _read_zero(name: str, reader: TensorReader) -> Tensor:
