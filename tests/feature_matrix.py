@@ -1,8 +1,8 @@
 """README's tables of what is served and what goes with what: `make support-matrix`.
 
 They are made of the code's own tables, and by asking small engines with random weights: a cell is
-`yes` if one answers, and the answer shows that all that was asked for was at work. What a GPU
-refuses is in ON_A_CPU; what is not there and is meant to come is in ABSENT.
+`yes` if one answers, and the answer shows that all that was asked for was at work. What is not
+there and is meant to come is in ABSENT.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine import device_choices
 from baton.shared.engine.config import DEVICES, DTYPES, QUANTIZATIONS
-from baton.shared.engine.model_runner import GUESSES_OVER_STATES_ON_GPU, can_capture_prompts
+from baton.shared.engine.model_runner import can_capture_prompts
 from baton.shared.engine.models import quantization, registry
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.engine.quantised import gguf
@@ -130,7 +130,6 @@ FEATURES = {
 HAND_OFF, GPU, GRAPHS = "hand-off", "GPU kernels (Triton)", "CUDA graphs"
 SMALL, SMALL_CACHE = "`--quantization`", "`--kv-cache-dtype fp8`"
 EXACT = "[`exact`](docs/determinism.md) in float32 on a CPU"
-ON_A_CPU = set() if GUESSES_OVER_STATES_ON_GPU else {("states", "guesses")}
 ABSENT = {
     "one model on several GPUs": ("parallel", "rank"),
     "adapters": ("lora", "adapter"),
@@ -225,15 +224,15 @@ def by_layers(make: MakeRunner) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     of = [(where, make(NUM_BLOCKS, **KINDS[where])) for where in KINDS]
     rows[GPU] = [
-        cell(where, GPU, device_choices.why_not_with_triton(runner.model_config) is None)
+        cell(device_choices.why_not_with_triton(runner.model_config) is None)
         for where, runner in of
     ]
     rows[GRAPHS] = [in_graphs(runner) for _, runner in of]
     for name, how in ((SMALL, {"quantization": "int8"}), (SMALL_CACHE, {"kv_cache_dtype": "fp8"})):
-        rows[name] = [cell(where, name, is_made_small(make, where, **how)) for where in KINDS]
-    rows[HAND_OFF] = [cell(where, HAND_OFF, is_handed_over(make, where)) for where in KINDS]
+        rows[name] = [cell(is_made_small(make, where, **how)) for where in KINDS]
+    rows[HAND_OFF] = [cell(is_handed_over(make, where)) for where in KINDS]
     for name, feature in FEATURES.items():
-        rows[name] = [cell(where, name, goes(make, where, feature)) for where in KINDS]
+        rows[name] = [cell(goes(make, where, feature)) for where in KINDS]
     # `make` refuses a runner of another class.
     rows[EXACT] = ["yes" for _ in KINDS]
     return rows
@@ -253,13 +252,11 @@ def by_pairs(make: MakeRunner) -> dict[str, list[str]]:
     for later, earlier in itertools.product(names, names):
         if names.index(earlier) < names.index(later):
             both = goes(make, "full", FEATURES[later], FEATURES[earlier])
-            rows.setdefault(later, []).append("yes" if both else "no")
+            rows.setdefault(later, []).append(cell(both))
     return rows
 
 
-def cell(where: str, name: str, does: bool) -> str:
-    if does and (where, name) in ON_A_CPU:
-        return "on a CPU"
+def cell(does: bool) -> str:
     return "yes" if does else "no"
 
 

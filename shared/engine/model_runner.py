@@ -84,8 +84,6 @@ logger = logging.getLogger(__name__)
 
 _FLOAT8 = torch.float8_e4m3fn
 _MOST_FORCED_ON_HOST = 16
-GUESSES_OVER_STATES_ON_GPU = False
-"""True once tests/gpu, which sets it, has passed on a GPU."""
 MOST_CAPTURED_TOKENS = 2048
 """Of a step that comes from a graph; longer ones keep a GPU busy for as long as launching takes."""
 _WORD_BYTES = 4
@@ -157,8 +155,6 @@ class ModelRunner:
         self.num_drafts = config.num_drafts
         self.max_num_seqs = most_num_seqs(config)
         grow = all(spec.grows for spec in specs if spec is not None)
-        if self.num_drafts and not grow and self.device.type == "cuda":
-            _check_guesses_over_states()
         if config.draft_model_dir is not None and not self.num_drafts:
             raise ModelError("draft_model: num_drafts is 0, so nothing is guessed")
         self.keeps_checkpoints = not grow and config.state_checkpoints != 0
@@ -615,8 +611,11 @@ class ModelRunner:
             end = replace(long, token_ids=long.token_ids[-2:], position=max(0, limit - 2))
             self._executor.launch(Batch([end])).result()
             if self.num_drafts:
-                prompt = self._prompt_row(min(16, limit))
-                self._executor.launch(Batch([self._guess_row(16), prompt])).result()
+                # Beside a chunk they are launched, and kernels of many rows may be others.
+                prompt, guess = self._prompt_row(min(16, limit)), self._guess_row(16)
+                room = (max(usable) - 16) // (1 + self.num_drafts)
+                for num_rows in {1, max(1, min(self.max_num_seqs - 1, room))}:
+                    self._executor.launch(Batch([guess] * num_rows + [prompt])).result()
             if self._captures_prompts:
                 # Behind the launched steps, whose memory is theirs by now.
                 self._executor.capture_prompts(min(max(usable), MOST_CAPTURED_TOKENS))
@@ -689,15 +688,6 @@ class ModelRunner:
 def can_capture_prompts(groups: Sequence[CacheGroup]) -> bool:
     """Of layers that attend to keys and values."""
     return all(isinstance(group.spec, Full | Sliding) for group in groups)
-
-
-def _check_guesses_over_states() -> None:
-    """ModelError: they are not served on a GPU."""
-    if not GUESSES_OVER_STATES_ON_GPU:
-        raise ModelError(
-            "num_drafts: --speculate is not yet for a GPU with a model whose layers keep a state: "
-            "its kernels were compiled for one, but have not computed on one; leave it out"
-        )
 
 
 def _check_blocks(arrangement: Arrangement, block_size: int) -> None:

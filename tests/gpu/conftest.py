@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from baton.shared.engine import model_runner
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from tests.device import ROOT
@@ -27,14 +26,6 @@ MakeRunner = Callable[..., ModelRunner]
 def text_of(num_words: int) -> str:
     """Of the kind that the demo model was trained with; the same for the same number."""
     return " ".join(random.Random(num_words).choices(_WORDS, k=num_words))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def guesses_over_states() -> Iterator[None]:
-    """As if they had been tried on a GPU: here they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "GUESSES_OVER_STATES_ON_GPU", True)
-        yield
 
 
 @pytest.fixture

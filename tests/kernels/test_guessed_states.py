@@ -24,7 +24,6 @@ from baton.kernels.reference_conv import Conv, conv_places
 from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.state_plan import NO_SLOT, DeviceStatePlan, StatePlan, state_tiles
-from baton.shared.engine import model_runner
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
@@ -162,7 +161,7 @@ def test_states_go_on_by_the_guesses_that_stand(
 
 
 def test_an_engine_with_guesses_draws_what_it_draws_token_by_token(
-    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, device: torch.device
 ) -> None:
     """Beside a chunk and without, with steps launched ahead of what is known."""
     layers = {"num_hidden_layers": 2, "layer_types": [LINEAR, FULL], "vocab_size": 83}
@@ -172,8 +171,6 @@ def test_an_engine_with_guesses_draws_what_it_draws_token_by_token(
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=12, ignore_eos=True)
     prompts = [[3 + 7 * i % 80 for i in range(length)] for length in (9, 5)]
     first, second = (PlainLoop(reference).generate([each], [params])[0] for each in prompts)
-    # As if they had been tried on a GPU: where there is one, here they are.
-    monkeypatch.setattr(model_runner, "GUESSES_OVER_STATES_ON_GPU", True)
     runner = ModelRunner(EngineConfig(tmp_path, device.type, kernels="triton", num_drafts=2, **how))
     tables = [
         [[4 * i, 4 * i + 1] if group.spec.grows else [i] for group in runner.groups]
