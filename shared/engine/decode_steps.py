@@ -40,7 +40,7 @@ class DecodeSteps:
         if fed:
             torch.cat(fed, out=buffers.inputs["features"][: len(fed)])
         if "taps" in buffers.inputs:
-            layout.taps = buffers.inputs["taps"].out.flatten(1)
+            layout.taps, layout.are_taps_shared = buffers.inputs["taps"].out.flatten(1), True
         if buffers.graphs is not None:
             buffers.graphs[0].replay()
         else:

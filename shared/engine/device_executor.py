@@ -184,6 +184,8 @@ class DeviceExecutor:
             return None
         if not isinstance(model, HalvesModel):
             return None
+        if context.tapped is not None and context.tapped.to_the_end:
+            return None
         return PromptSteps(context, model, self._launched.drawn_work)
 
     def synchronize(self, *, everything: bool = False) -> None:
@@ -332,9 +334,9 @@ class DeviceExecutor:
         step."""
         if layout.taps is None:
             return {}
-        taps = layout.taps if layout.chunks else layout.taps.clone()
+        taps = layout.taps.clone() if layout.are_taps_shared else layout.taps
         starts = {row: place * layout.width for place, row in enumerate(layout.decode)}
-        token = layout.size * layout.width
+        token = layout.first_of_chunks
         for row in layout.chunks:
             starts[row] = token
             token += batch.rows[row].num_tokens

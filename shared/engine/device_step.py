@@ -143,8 +143,12 @@ class Layout:
     of_prompts: dict[int, Told] = field(default_factory=dict)
     """As `DeviceStep.of_prompts`."""
     taps: Tensor | None = None
-    """[T, taps · hidden], the decode rows' tokens first, padded, then the chunks'; from the forward
-    pass to the next."""
+    """[T, taps · hidden], the decode rows' tokens first, then the chunks'; from the forward pass
+    on."""
+    first_of_chunks: int = 0
+    """Where the chunks' tokens begin in `taps`: decode rows may be padded."""
+    are_taps_shared: bool = False
+    """The next step writes its own to the same place."""
 
 
 class WantedRows(NamedTuple):

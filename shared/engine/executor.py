@@ -101,6 +101,8 @@ class HalvesModel(Model, Protocol):
         caches: Sequence[object],
         plans: Sequence[object],
         between: Between | None = None,
+        *,
+        taps: Taps | None = None,
     ) -> Halfway: ...
 
     def finish(

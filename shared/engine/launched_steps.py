@@ -121,6 +121,7 @@ class LaunchedSteps:
         inputs = self._context.make_inputs(num_tokens)
         if "taps" in inputs:
             layout.taps = inputs["taps"].out.flatten(1)
+            layout.first_of_chunks = layout.size * layout.width
         if "features" in inputs:
             starts = [*range(len(layout.decode))]
             token = layout.size * layout.width

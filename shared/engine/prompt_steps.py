@@ -30,7 +30,7 @@ from baton.shared.engine.batch import Batch
 from baton.shared.engine.batch_state import aligned
 from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_step import Layout
-from baton.shared.engine.executor import Halfway, HalvesModel
+from baton.shared.engine.executor import Halfway, HalvesModel, Taps
 from baton.shared.engine.graphs import Graph, Graphs
 from baton.shared.engine.prompt_columns import (
     MOST_UPDATES,
@@ -107,6 +107,8 @@ class PromptSteps:
         self._arena = torch.zeros(0, dtype=torch.int32, device=context.device)
         self._halfway: Halfway | None = None
         """Of the wanted tokens, [max_num_seqs, …] each."""
+        self._taps: Taps | None = None
+        """Of the largest step's tokens."""
         self._results = context.make_results(max_num_seqs, 0)
 
     @property
@@ -144,6 +146,9 @@ class PromptSteps:
         )
         context.host.send_to(self._arena, context.state, packed)
         assert self._halfway is not None
+        if self._taps is not None:
+            layout.taps, layout.are_taps_shared = self._taps.out.flatten(1), True
+            layout.first_of_chunks = len(layout.decode)
         _run(step.graph, partial(self._forward, step))
         if not wanted:
             none = self._results[:0]
@@ -184,6 +189,8 @@ class PromptSteps:
         layouts = {size: self._layout(size) for size in sizes}
         num_words = max((layout.num_words for layout in layouts.values()), default=0)
         self._arena = torch.zeros(aligned(num_words), dtype=torch.int32, device=context.device)
+        if context.tapped is not None:
+            self._taps = context.tapped.make(max(sizes, default=0), context.device)
         refused = []
         # The largest first: the smaller ones find room in its memory.
         for size, num_decode in reversed(shapes):
@@ -273,8 +280,9 @@ class PromptSteps:
             if num_done == max(num_layers // _FIRST_LAYERS, 1):
                 cut()
 
+        taps = self._taps and self._taps._replace(out=self._taps.out[: step.layout.num_tokens])
         halfway = self._model.begin(
-            views.input_ids, views.positions, context.caches, plans, between
+            views.input_ids, views.positions, context.caches, plans, between, taps=taps
         )
         if self._halfway is None:
             self._halfway = _like(halfway, self._most_rows)

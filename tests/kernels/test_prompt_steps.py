@@ -10,11 +10,15 @@ import torch
 
 from baton.shared.engine import prompt_steps
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
+from baton.shared.engine.device_executor import DeviceExecutor
+from baton.shared.engine.executor import Tapped
+from baton.shared.engine.host_executor import HostExecutor
+from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 from tests.kernels.stand_in_graphs import StandInGraphs
-from tests.kernels.test_engine import SMALL, Make, maker, tokens
+from tests.kernels.test_engine import CONFIG, SMALL, Make, maker, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("few_programs"),
@@ -195,6 +199,48 @@ def test_what_no_graph_is_for(
     run((e, e.chunk(0, 18)), (a, a.next()), by_graph=False)
     for each in (a, b, e):
         assert each.drawn == each.expected[: len(each.drawn)] and each.drawn
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_hidden_states_are_told_of_steps_from_graphs(
+    make: Make, reference: ModelRunner, device: torch.device, to_the_end: bool
+) -> None:
+    """To who guesses by them; those behind the last layer are of steps that are launched."""
+    layers = (0, 1) if to_the_end else (0,)
+    tapped = Tapped(layers, CONFIG["hidden_size"], torch.float32, to_the_end=to_the_end)
+    runner = make("triton", device, prompt_graphs=False)
+    shape = {"num_heads": 2, "vocab_size": CONFIG["vocab_size"], "max_model_len": 160}
+    how: dict[str, Any] = {**shape, "tapped": tapped}
+    cache = KvCache(runner.arrangement, [40], 16, torch.float32, device=device)
+    by_graphs = DeviceExecutor(
+        runner._model, cache, device, **how, max_num_seqs=4, eos_token_ids=()
+    )
+    by_host = HostExecutor(
+        reference._model,
+        KvCache(runner.arrangement, [40], 16, torch.float32),
+        reference.device,
+        **how,
+        min_rows=16,
+    )
+    batches = [
+        [BatchRow(tokens(5, 0), 0, [[0]]), BatchRow(tokens(9, 1), 0, [[1]], GREEDY)],
+        [
+            BatchRow(tokens(1, 2), 9, [[1]], GREEDY),
+            BatchRow(tokens(3, 3), 0, [[2]], GREEDY),
+            BatchRow(tokens(7, 4), 5, [[0]]),
+        ],
+    ]
+    with torch.inference_mode():
+        by_graphs.capture_prompts(MOST_TOKENS, StandInGraphs() if device.type == "cpu" else None)
+        for rows in batches:
+            steps = [each.launch(Batch(rows)) for each in (by_graphs, by_host)]
+            steps[0].result()
+            for number, row in enumerate(rows):
+                ours, theirs = (each.taps(number) for each in steps)
+                assert ours is not None and len(ours) == row.num_tokens
+                torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
+    counts = by_graphs.num_prompt_steps
+    assert (counts.captured, counts.launched) == ((0, 2) if to_the_end else (2, 0))
 
 
 def fields_of(record: Any) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from baton.shared.engine import model_runner
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.capacity import GroupShare
-from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from tests.recurrent import FULL, RECURRENT, known, make_recurrent
 from tests.unit.engine.conftest import TINY, MakeRunner
@@ -134,15 +132,6 @@ def test_another_state_is_another_layout(tmp_path: Path, make_runner: MakeRunner
         make_recurrent(directory, {**FIELDS, **changes})
         layouts.add(make_runner(directory).kv_cache.layout()[1])
     assert len(layouts) == 3
-
-
-def test_a_gpu_refuses_guesses_until_they_were_tried_on_one(
-    tmp_path: Path, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_recurrent(tmp_path, FIELDS)
-    monkeypatch.setattr(model_runner, "choose_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ModelError, match="num_drafts: .* a GPU with .* layers keep a state"):
-        make_runner(tmp_path, num_drafts=3, kernels="torch")
 
 
 STATEFUL = {
