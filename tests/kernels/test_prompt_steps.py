@@ -231,7 +231,8 @@ def test_hidden_states_are_told_of_steps_from_graphs(
         ],
     ]
     with torch.inference_mode():
-        by_graphs.capture_prompts(MOST_TOKENS, StandInGraphs() if device.type == "cpu" else None)
+        graphs: Any = StandInGraphs() if device.type == "cpu" else None
+        by_graphs.capture_prompts(MOST_TOKENS, graphs)
         for rows in batches:
             steps = [each.launch(Batch(rows)) for each in (by_graphs, by_host)]
             steps[0].result()
