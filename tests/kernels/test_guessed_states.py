@@ -47,45 +47,45 @@ Operation = Callable[..., Tensor]
 
 def conv_of(device: torch.device) -> tuple[tuple[int, ...], int, Operation, Operation]:
     """Shape of a head's state, the numbers of a token, the kernels and the reference."""
-    conv = Conv(
-        torch.randn(4, 36, device=device),
-        torch.randn(36, device=device),
-        conv_places(2, (5, 13)).to(device),
-    )
+    conv = Conv(torch.randn(4, 36), torch.randn(36), conv_places(2, (5, 13)))
+    on_device = Conv(*(each.to(device) for each in conv[:3]))
     return (
         (2, LAYERS, 3, 18),
         36,
-        lambda x, *rest: causal_conv.causal_conv(x, conv, *rest),
+        lambda x, *rest: causal_conv.causal_conv(x, on_device, *rest),
         lambda x, *rest: reference_conv.causal_conv(x, conv, *rest),
     )
 
 
 def delta_of(device: torch.device) -> tuple[tuple[int, ...], int, Operation, Operation]:
-    gates = DeltaGates(torch.rand(4, device=device), torch.randn(4, device=device))
+    gates = DeltaGates(torch.rand(4), torch.randn(4))
+    on_device = DeltaGates(*(each.to(device) for each in gates))
 
-    def operation(delta: Operation) -> Operation:
+    def operation(delta: Operation, gates: DeltaGates) -> Operation:
         def run(x: Tensor, *rest: Any) -> Tensor:
             qkv, strength, decay = torch.split(x, [2 * 2 * 20 + 4 * 12, 4, 4], 1)
             return delta(qkv, strength, decay, gates, *rest)
 
         return run
 
-    own, reference = operation(gated_delta.gated_delta), operation(reference_delta.gated_delta)
-    return (2, LAYERS, 2, 20, 12), 136, own, reference
+    own = operation(gated_delta.gated_delta, on_device)
+    return (2, LAYERS, 2, 20, 12), 136, own, operation(reference_delta.gated_delta, gates)
 
 
 def ssd_of(device: torch.device) -> tuple[tuple[int, ...], int, Operation, Operation]:
-    a, d, bias = torch.randn(3, 4, device=device)
+    a, d, bias = torch.randn(3, 4)
     weights = SsdWeights(-a.exp(), d, bias, 2)
+    on_device = SsdWeights(*(each.to(device) for each in (weights.a, d, bias)), 2)
 
-    def operation(ssd: Operation) -> Operation:
+    def operation(ssd: Operation, weights: SsdWeights) -> Operation:
         def run(x: Tensor, *rest: Any) -> Tensor:
             x, dt = torch.split(x, [4 * 6 + 2 * 2 * 10, 4], 1)
             return ssd(x, dt, weights, *rest)
 
         return run
 
-    return (4, LAYERS, 6, 10), 68, operation(ssd_scan.ssd), operation(reference_ssd.ssd)
+    own = operation(ssd_scan.ssd, on_device)
+    return (4, LAYERS, 6, 10), 68, own, operation(reference_ssd.ssd, weights)
 
 
 @pytest.mark.parametrize(
