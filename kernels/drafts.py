@@ -3,6 +3,9 @@
 A row of a slot with n drafts becomes n + 1 tokens, in a step of `width` tokens for each row: its
 last token, then the drafts; the rest is padding. Behind each a token is drawn, and what stands is
 what was drawn up to the first draft that it is not.
+
+Where a chain of guesses begins, the "drafts" are tokens that are known (chain_steps.py): nothing is
+drawn but behind the last of them.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def begin_drafted_step(
     num_slot_groups: int = 0,
     counting: Counting | None = None,
 ) -> None:
-    """As `batch_state.begin_step`, for tokens of which each row has `width` = K + 1.
+    """As `batch_state.begin_step`, for tokens of which each row has `width`, at most K + 1.
 
     Counts all of a row's tokens as visible, drafts included (`accept_drafts` takes back what does
     not stand); of the tokens' counts, where `counting` asks for them, only that of the row's own
@@ -44,7 +47,7 @@ def begin_drafted_step(
         token_ids, context_lens: int32 [S].
         block_tables: int32 [G, S, max_blocks], by cache group; blocks of a row adjacent.
         draft_ids: int32 [S, K], contiguous; K at least 1.
-        num_drafts: int32 [S], 0 to K.
+        num_drafts: int32 [S], 0 to width − 1.
         input_ids, positions: int32 [≥ B · width], out.
         slots: int64 [G, ≥ B · width], out: block_id · block_size + offset; of a group of states the
             row's slot.
@@ -54,6 +57,9 @@ def begin_drafted_step(
     count = rows.numel()
     if count == 0:
         return
+    width = token_rows.numel() // count
+    if not 1 < width <= draft_ids.shape[1] + 1:
+        raise ValueError(f"rows of {width} tokens, and {draft_ids.shape[1]} drafts at most")
     _begin_drafted_step[(triton.cdiv(count, _BLOCK),)](
         rows,
         token_ids,
@@ -76,7 +82,8 @@ def begin_drafted_step(
         COUNTS=counting is not None,
         GROUPS=block_tables.shape[0] - num_slot_groups,
         SLOT_GROUPS=num_slot_groups,
-        DRAFTS=draft_ids.shape[1],
+        DRAFTS=width - 1,
+        MOST_DRAFTS=draft_ids.shape[1],
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
         num_warps=_BLOCK // 32,
@@ -151,6 +158,7 @@ def _begin_drafted_step(
     GROUPS: tl.constexpr,
     SLOT_GROUPS: tl.constexpr,
     DRAFTS: tl.constexpr,
+    MOST_DRAFTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -168,7 +176,7 @@ def _begin_drafted_step(
         i = row * (DRAFTS + 1) + j
         live = real & (j <= drafts)
         if j > 0:
-            token = tl.load(draft_ids + slot * DRAFTS + j - 1, mask=live, other=0)
+            token = tl.load(draft_ids + slot * MOST_DRAFTS + j - 1, mask=live, other=0)
         position = tl.where(live, base + j, 0)
         index = position // BLOCK_SIZE
         placed = live & (index < max_blocks)

@@ -112,7 +112,7 @@ def begin_drafted_step_reference(
     num_slot_groups: int = 0,
 ) -> None:
     """See kernels.drafts.begin_drafted_step."""
-    width = draft_ids.shape[1] + 1
+    width = token_rows.numel() // rows.numel()
     for row, slot in enumerate(rows.tolist()):
         count = int(num_drafts[slot]) if slot >= 0 else -1
         base = int(context_lens[slot]) if slot >= 0 else 0

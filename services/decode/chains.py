@@ -1,7 +1,7 @@
 """ChainDrafter: what guesses by a smaller model, or a head, have in common: its rows and its cache.
 
     drafts     the few tokens that are new ─► a guess ─► its successor ─► … one step of all
-               sequences for each place of their chains
+               sequences for each place of their chains; on a GPU all of them at once
 
 Noise is a function of seed and place, so the two models draw the same token wherever their chances
 are alike. The cache of who guesses holds what it has computed, guesses included: those that did
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from baton.services.decode.drafters import Draft, Predictions
-from baton.shared.engine.batch import BatchRow, RowHandle
+from baton.shared.engine.batch import BatchRow, ChainRow, RowHandle
 from baton.shared.engine.draft_model import CHUNK, DraftModel
 from baton.shared.engine.executor import Step
 from baton.shared.kv.block_pool import PoolExhausted
@@ -30,12 +30,10 @@ from baton.shared.sampling import SamplingParams
 
 FEW = 64
 """As many new tokens are computed with a chain; more are caught up with first."""
-FEW_SINGLY = 3
-"""As many are computed one by one, where several of a row take longer than as many steps."""
 _CHUNK_BESIDE = 128
 """Tokens that are caught up with before a step for which others wait."""
 _STEPS_AHEAD = 3
-"""Of who guesses on a GPU, whose results are not taken yet."""
+"""That catch up on a GPU, and are not waited for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -93,8 +91,8 @@ class ChainDrafter(ABC, Generic[Known]):
         self._pools = Pools(model.groups, model.capacity)
         self._known: dict[Sequence, Known] = {}
         self._predictions = Predictions()
-        self._steps_ahead = _STEPS_AHEAD if model.computes_tokens_singly else 0
-        self._in_flight: deque[tuple[Seq[Known], Step]] = deque()
+        self._steps_ahead = _STEPS_AHEAD if model.makes_chains else 0
+        self._catching_up: deque[Step] = deque()
 
     @abstractmethod
     def _make(self, sequence: Sequence, held: Sequence, params: SamplingParams) -> Known: ...
@@ -109,7 +107,7 @@ class ChainDrafter(ABC, Generic[Known]):
     def catch_up(self, sequences: Seq[Sequence], *, others_wait: bool) -> bool:
         rows: list[BatchRow] = []
         # On a GPU fewer tokens would not take less time.
-        is_short = others_wait and not self._model.computes_tokens_singly
+        is_short = others_wait and not self._model.makes_chains
         left = _CHUNK_BESIDE if is_short else CHUNK
         most_rows = min(self._model.max_rows, self._model.executor.num_free_rows)
         going: list[tuple[Known, int]] = []
@@ -129,7 +127,7 @@ class ChainDrafter(ABC, Generic[Known]):
                 rows.append(self._row(known, count, draws=False))
                 known.num_computed += count
             if rows:
-                self._launch(rows)
+                self._catch_up(rows)
         return bool(rows)
 
     def drafts(self, wanted: Seq[tuple[Sequence, int]]) -> list[Draft]:
@@ -175,7 +173,7 @@ class ChainDrafter(ABC, Generic[Known]):
         try:
             yield
         except Exception as error:
-            self._in_flight.clear()
+            self._catching_up.clear()
             self._model.check_device()
             raise EngineFailure(f"guessing failed: {type(error).__name__}") from error
 
@@ -186,7 +184,7 @@ class ChainDrafter(ABC, Generic[Known]):
     def _can_guess(self, sequence: Sequence) -> bool:
         """Not where guesses are made before the host knows those that they follow, and cannot say
         what is banned behind them; nor without a place."""
-        if self._model.computes_tokens_singly and sequence.needs_last_tokens:
+        if self._model.makes_chains and sequence.needs_last_tokens:
             return False
         known = self._known.get(sequence)
         has_place = known is not None and known.handle is not None
@@ -220,51 +218,55 @@ class ChainDrafter(ABC, Generic[Known]):
 
     def _guess(self, guessing: Seq[tuple[Known, int]]) -> None:
         """Makes their chains, each of so many guesses."""
+        if self._model.makes_chains:
+            self._guess_at_once(guessing)
+        else:
+            self._guess_step_by_step(guessing)
+
+    def _guess_at_once(self, guessing: Seq[tuple[Known, int]]) -> None:
+        most = self._model.most_known
+        over = [(known, known.num_new - most) for known, _ in guessing if known.num_new > most]
+        if over:
+            self._prepare(over)
+            self._catch_up([self._row(known, count, draws=False) for known, count in over])
+            for known, count in over:
+                known.num_computed += count
+        chains = [self._chain(known, num_guesses) for known, num_guesses in guessing]
+        guesses = self._model.launch_chains(chains).result()
+        self._catching_up.clear()
+        for (known, _), of_chain in zip(guessing, guesses, strict=True):
+            known.guesses.extend(of_chain)
+
+    def _guess_step_by_step(self, guessing: Seq[tuple[Known, int]]) -> None:
         self._prepare([(known, known.num_new) for known, _ in guessing])
-        if self._model.computes_tokens_singly:
-            self._compute_singly([known for known, _ in guessing])
         going = [known for known, _ in guessing]
-        self._launch([self._first_row(known) for known in going], going)
+        self._draw([self._first_row(known) for known in going], going)
         for place in range(1, max(most for _, most in guessing)):
-            # A row goes on from the guess where that lies: the host may not know it yet.
             going = [
-                known
-                for known, most in guessing
-                if most > place and (self._in_flight or len(known.guesses) == place)
+                known for known, most in guessing if most > place and len(known.guesses) == place
             ]
             if not going:
                 break
-            self._launch([self._next_row(known, place) for known in going], going)
-        while self._in_flight:
-            self._take()
+            self._draw([self._next_row(known, place) for known in going], going)
 
-    def _compute_singly(self, guessing: Seq[Known]) -> None:
-        """All but the last of few new tokens."""
-        few = range(2, 1 + FEW_SINGLY)
-        while rest := [each for each in guessing if each.num_new in few]:
-            self._launch([self._row(known, 1, draws=False) for known in rest])
-            for known in rest:
-                known.num_computed += 1
-
-    def _launch(self, rows: Seq[BatchRow], going: Seq[Known] = ()) -> None:
-        """`going`: for whom each row draws a guess."""
+    def _draw(self, rows: Seq[BatchRow], going: Seq[Known]) -> None:
+        """What each row draws goes behind the guesses; where nothing could be drawn they end."""
         step = self._model.launch(rows)
         self._launched(going, step)
-        self._in_flight.append((going, step))
-        while len(self._in_flight) > self._steps_ahead:
-            self._take()
+        for known, [drawn] in zip(going, step.result(), strict=True):
+            if drawn.failure is None:
+                known.guesses.append(drawn.token_id)
 
     def _launched(self, going: Seq[Known], step: Step) -> None:
         """Before what it drew is known."""
 
-    def _take(self) -> None:
-        """What the earliest step drew goes behind the guesses; where nothing could be drawn they
-        end."""
-        going, step = self._in_flight.popleft()
-        drawn = step.result()
-        for known, [each] in zip(going, drawn if going else (), strict=True):
-            if each.failure is None:
-                known.guesses.append(each.token_id)
+    def _catch_up(self, rows: Seq[BatchRow]) -> None:
+        self._catching_up.append(self._model.launch(rows))
+        while len(self._catching_up) > self._steps_ahead:
+            self._catching_up.popleft().result()
+
+    def _chain(self, known: Known, num_guesses: int) -> ChainRow:
+        return ChainRow(self._first_row(known), num_guesses)
 
     def _first_row(self, known: Known) -> BatchRow:
         count = known.num_new

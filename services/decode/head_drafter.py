@@ -22,7 +22,7 @@ from torch import Tensor
 
 from baton.services.decode import chains
 from baton.services.decode.chains import ChainDrafter, Guessing
-from baton.shared.engine.batch import BatchRow
+from baton.shared.engine.batch import BatchRow, ChainRow
 from baton.shared.engine.draft_model import MOST_LOOSE, MOST_PENDING, DraftModel
 from baton.shared.engine.executor import Step
 from baton.shared.kv.sequence import Sequence
@@ -179,11 +179,11 @@ class HeadDrafter(ChainDrafter[_Following]):
             known.features = features
 
     def _row(self, known: _Following, num_tokens: int, *, draws: bool) -> BatchRow:
-        start = known.num_computed
-        assert known.features is not None
-        features, known.features = known.features.tensor_split([num_tokens])
-        if not len(known.features):
-            known.features = None
+        start, features = known.num_computed, None
+        if known.features is not None:
+            features, known.features = known.features.tensor_split([num_tokens])
+            if not len(known.features):
+                known.features = None
         token_ids = known.take(num_tokens)
         if draws and known.handle is not None and known.last is not None:
             known.handle.move(known.last.first - (start + num_tokens - 1))
@@ -197,8 +197,12 @@ class HeadDrafter(ChainDrafter[_Following]):
             features=features,
         )
 
-    def _guess(self, guessing: Seq[tuple[_Following, int]]) -> None:
-        super()._guess(guessing)
+    def _chain(self, known: _Following, num_guesses: int) -> ChainRow:
+        states = known.first_states(known.num_new)
+        return replace(super()._chain(known, num_guesses), states=states)
+
+    def _guess_step_by_step(self, guessing: Seq[tuple[_Following, int]]) -> None:
+        super()._guess_step_by_step(guessing)
         for known, _ in guessing:
             known.features = None
 

@@ -161,6 +161,24 @@ class BatchRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ChainRow:
+    """Of whom a chain of guesses is made: its tokens that are not in the cache, then guesses, each
+    computed to draw the next one."""
+
+    row: BatchRow
+    """With a handle, and blocks for all but the last guess."""
+    num_guesses: int
+    states: Sequence[Tensor] = ()
+    """Of a head, which takes these instead of `row.features`: in parts, the larger model's hidden
+    states [num_tokens, taps · hidden] that come with the tokens."""
+
+    @property
+    def end(self) -> int:
+        """How many of its tokens are in the cache in the end, guesses included."""
+        return self.row.context_len + self.num_guesses - 1
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of one step, in any order."""
 

@@ -10,6 +10,7 @@ took a block changes nothing and sends nothing.
     top_k          int32   [S]
     temperature, top_p, min_p  float32 [S]
     rows           int32   by padded batch size B: [B] slots of the decode rows, −1 = padding
+    later_rows     int32   likewise, [C, B]: of the steps of a chain of guesses behind its first
     draft_ids      int32   [S, K]   guesses of the tokens behind the last drawn one
     num_drafts     int32   [S]      how many of them there are
     block_tables   int32   [G, S, max_blocks]   by cache group
@@ -59,14 +60,18 @@ class BatchState:
         *,
         zero_blocks: Sequence[int] = (0,),
         num_drafts: int = 0,
+        num_later: int = 0,
         vocab_size: int = 0,
     ) -> None:
         """`batch_sizes`: the padded sizes that decode batches come in. `zero_blocks`: by cache
-        group, what holes in block tables read. `num_drafts`: K.
+        group, what holes in block tables read. `num_drafts`: K. `num_later`: C.
 
         ModelError when what it takes cannot be addressed.
         """
         num_groups = len(zero_blocks)
+        row_sizes = {
+            _rows_name(size, place): size for size in batch_sizes for place in range(1 + num_later)
+        }
         sizes = {
             "streams": 2 * num_slots,
             "token_ids": num_slots,
@@ -75,7 +80,7 @@ class BatchState:
             "temperature": num_slots,
             "top_p": num_slots,
             "min_p": num_slots,
-            **{f"rows{size}": size for size in batch_sizes},
+            **row_sizes,
             "draft_ids": num_slots * num_drafts,
             "num_drafts": num_slots,
             "block_tables": num_groups * num_slots * max_blocks,
@@ -113,7 +118,11 @@ class BatchState:
         self.temperature = part("temperature").view(torch.float32)
         self.top_p = part("top_p").view(torch.float32)
         self.min_p = part("min_p").view(torch.float32)
-        self.rows = {size: part(f"rows{size}").fill_(-1) for size in batch_sizes}
+        self.rows = {size: part(_rows_name(size)).fill_(-1) for size in batch_sizes}
+        self.later_rows = {
+            size: [part(_rows_name(size, place + 1)).fill_(-1) for place in range(num_later)]
+            for size in batch_sizes
+        }
         self.draft_ids = part("draft_ids").view(num_slots, num_drafts)
         self.num_drafts = part("num_drafts")
         self.block_tables = part("block_tables").view(num_groups, num_slots, max_blocks)
@@ -132,7 +141,7 @@ class BatchState:
             bans=part("bans").view(num_slots, MOST_BANS * (1 + num_drafts)),
         )
         self._zero_blocks = tuple(zero_blocks)
-        self._sent_rows = {size: [-1] * size for size in batch_sizes}
+        self._sent_rows = {name: [-1] * size for name, size in row_sizes.items()}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._offsets: list[int] = []
         self._values: list[int] = []
@@ -217,22 +226,29 @@ class BatchState:
 
     def send_rows(self, size: int, slots: list[int]) -> None:
         """Which slots decode; `slots` has at most `size` entries."""
-        wanted = slots + [-1] * (size - len(slots))
-        sent = self._sent_rows[size]
+        self._send_rows(_rows_name(size), slots)
+
+    def send_later_rows(self, size: int, place: int, slots: list[int]) -> None:
+        """The same of a chain's step `place`, from 1 on: −1 where a row takes no part."""
+        self._send_rows(_rows_name(size, place), slots)
+
+    def _send_rows(self, name: str, slots: list[int]) -> None:
+        sent = self._sent_rows[name]
+        wanted = slots + [-1] * (len(sent) - len(slots))
         if wanted == sent:
             return
-        changed = [i for i in range(size) if wanted[i] != sent[i]]
-        start = self._starts[f"rows{size}"]
+        changed = [i for i in range(len(sent)) if wanted[i] != sent[i]]
+        start = self._starts[name]
         self._offsets.extend(start + i for i in changed)
         self._values.extend(wanted[i] for i in changed)
-        self._sent_rows[size] = wanted
+        self._sent_rows[name] = wanted
 
     def forget(self) -> None:
         """A step did not come about: what it had to send is not sent, and what `rows` hold on the
         device may be anything."""
         self._offsets, self._values, self._runs = [], [], []
-        for size in self._sent_rows:
-            self._sent_rows[size] = [-2] * size
+        for name, sent in self._sent_rows.items():
+            self._sent_rows[name] = [-2] * len(sent)
 
     @property
     def num_updates(self) -> int:
@@ -259,6 +275,10 @@ class BatchState:
     def _set(self, name: str, index: int, value: int) -> None:
         self._offsets.append(self._starts[name] + index)
         self._values.append(value)
+
+
+def _rows_name(size: int, place: int = 0) -> str:
+    return f"rows{size} at {place}"
 
 
 def _signed(word: int) -> int:

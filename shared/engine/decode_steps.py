@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from baton.kernels.decode_attention import DecodeWork
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.device_context import DeviceContext
@@ -24,7 +25,7 @@ class DecodeSteps:
             (size, width): context.make_work(size, width)
             for size, width in sorted(shapes, key=lambda shape: -shape[0] * shape[1])
         }
-        self.buffers = {shape: self._make_buffers(*shape) for shape in shapes}
+        self.buffers = {shape: make_buffers(context, *shape, self.work[shape]) for shape in shapes}
         """By padded size and width."""
 
     def begin(
@@ -98,46 +99,56 @@ class DecodeSteps:
             num_tokens = buffers.size * buffers.width
             self._context.draw.accept(buffers.rows, buffers.results, num_tokens, buffers.plans)
 
-    def _make_buffers(self, size: int, width: int) -> DecodeBuffers:
-        context, num_tokens = self._context, size * width
-        state = context.state
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=context.device)
+def make_buffers(
+    context: DeviceContext,
+    size: int,
+    width: int,
+    work: Sequence[DecodeWork],
+    rows: Tensor | None = None,
+) -> DecodeBuffers:
+    """`work`: by cache group that grows; `rows`: int32 [size], the slots that decode, where those
+    are others than of all steps of that size."""
+    state, num_tokens = context.state, size * width
 
-        slots = zeros(len(context.caches), num_tokens, dtype=torch.int64)
-        token_rows = state.rows[size] if width == 1 else zeros(num_tokens)
-        positions = zeros(num_tokens)
-        plans: list[GroupPlan] = [
-            DevicePlan(
-                slots=slots[group],
-                context_lens=state.context_lens,
-                block_tables=state.block_tables[group],
-                rows=token_rows,
-                work=work,
-                tiles=None,
-                block_m=0,
-                window=context.windows[group],
-            )
-            for group, work in enumerate(self.work[size, width])
-        ]
-        plans += [
-            DeviceStatePlan(of_group, positions, num_tokens, width=width)
-            for of_group in slots[context.num_growing :]
-        ]
-        return DecodeBuffers(
-            size,
-            width,
-            zeros(num_tokens),
-            positions,
-            slots,
-            state.rows[size],
-            token_rows,
-            None if width == 1 else zeros(num_tokens),
-            context.make_results(num_tokens, size),
-            plans,
-            context.decode_inputs(num_tokens),
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=context.device)
+
+    if rows is None:
+        rows = state.rows[size]
+    slots = zeros(len(context.caches), num_tokens, dtype=torch.int64)
+    token_rows = rows if width == 1 else zeros(num_tokens)
+    positions = zeros(num_tokens)
+    plans: list[GroupPlan] = [
+        DevicePlan(
+            slots=slots[group],
+            context_lens=state.context_lens,
+            block_tables=state.block_tables[group],
+            rows=token_rows,
+            work=of_group,
+            tiles=None,
+            block_m=0,
+            window=context.windows[group],
         )
+        for group, of_group in enumerate(work)
+    ]
+    plans += [
+        DeviceStatePlan(of_group, positions, num_tokens, width=width)
+        for of_group in slots[context.num_growing :]
+    ]
+    return DecodeBuffers(
+        size,
+        width,
+        zeros(num_tokens),
+        positions,
+        slots,
+        rows,
+        token_rows,
+        None if width == 1 else zeros(num_tokens),
+        context.make_results(num_tokens, size),
+        plans,
+        context.decode_inputs(num_tokens),
+    )
 
 
 def _wanted(layout: Layout, num_wanted: Sequence[int]) -> list[int]:

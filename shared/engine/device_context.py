@@ -18,7 +18,7 @@ from baton.kernels.state_plan import NO_SLOT
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_draw import DeviceDraw
 from baton.shared.engine.device_step import DecodeBuffers
-from baton.shared.engine.executor import Model, Tapped
+from baton.shared.engine.executor import ChainShape, Model, Tapped
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
@@ -49,9 +49,10 @@ class DeviceContext:
         max_num_seqs: int,
         num_drafts: int = 0,
         tapped: Tapped | None = None,
+        chains: ChainShape | None = None,
     ) -> None:
         """`num_drafts`: the most that a row may bring along; `tapped`: hidden states that steps
-        tell."""
+        tell; `chains`: of a model that guesses."""
         self.model = model
         self.device = device
         self.num_heads = num_heads
@@ -82,7 +83,9 @@ class DeviceContext:
                 len(tensor) if group.spec.grows else NO_SLOT
                 for tensor, group in zip(kv_cache.tensors, kv_cache.groups, strict=True)
             ],
-            num_drafts=num_drafts,
+            # Those of a chain are known tokens.
+            num_drafts=num_drafts if chains is None else chains.most_known - 1,
+            num_later=0 if chains is None else chains.num_guesses - 1,
             vocab_size=vocab_size,
         )
         width = self.state.block_tables[0].shape[1]
@@ -92,10 +95,15 @@ class DeviceContext:
         self.drawn_sizes = padded_sizes(max_wanted)
         """Of rows of logits."""
         self.draw = DeviceDraw(self.state, max_wanted, vocab_size, device)
-        self.host = HostBuffers(aligned(max_wanted) + max_num_seqs, device)
+        num_results = aligned(max_wanted) + max_num_seqs
+        most_tokens = self.widths[-1]
+        if chains is not None:
+            num_results = max(num_results, chains.num_guesses * aligned(max_num_seqs))
+            most_tokens = chains.most_known
+        self.host = HostBuffers(num_results, device)
         self._scratch = Scratch()
         self.tapped = tapped
-        self._decode_inputs = self.make_inputs(max_num_seqs * self.widths[-1])
+        self._decode_inputs = self.make_inputs(max_num_seqs * most_tokens)
 
     def make_inputs(self, num_tokens: int) -> dict[str, Any]:
         """What the model gets by name beside so many tokens, and fills."""
@@ -116,10 +124,12 @@ class DeviceContext:
         num_words = aligned(num_tokens) + num_rows
         return torch.empty(num_words, dtype=torch.int32, device=self.device)
 
-    def make_work(self, num_rows: int, width: int = 1) -> list[DecodeWork]:
+    def make_work(
+        self, num_rows: int, width: int = 1, *, scratch: Scratch | None = None
+    ) -> list[DecodeWork]:
         """Of rows of so many tokens, by cache group that grows; groups whose work is cut alike
         share it, for layers run one by one. Ask for the largest first, in whose scratch the others
-        lie.
+        lie: in `scratch`, if it is given, what all groups leave there.
 
         Tokens of a row share a reading of its keys where their heads fit into one product; else
         each is a row of its own.
@@ -146,7 +156,7 @@ class DeviceContext:
                     width=shape[1],
                     config=config,
                     itemsize=kv.element_size(),
-                    scratch=self._scratch if isinstance(spec, Latent) else None,
+                    scratch=self._scratch if isinstance(spec, Latent) else scratch,
                 )
             work.append(made[key])
         return work
@@ -169,11 +179,17 @@ class DeviceContext:
             plan_decode(rows, state.context_lens, work, back=back, window=window)
 
     def begin_rows(
-        self, input_ids: Tensor, buffers: DecodeBuffers, plans: Sequence[GroupPlan]
+        self,
+        input_ids: Tensor,
+        buffers: DecodeBuffers,
+        plans: Sequence[GroupPlan],
+        *,
+        counts: bool = True,
     ) -> None:
-        """Fills in the decode rows' tokens and places, and moves their lengths on."""
-        state = self.state
-        rows = state.rows[buffers.size]
+        """Fills in the decode rows' tokens and places, and moves their lengths on. `counts`: the
+        tokens have not been counted yet, for sequences that ask what was before."""
+        state, rows = self.state, buffers.rows
+        counting = state.shaping.counting if counts else None
         if buffers.width == 1:
             begin_step(
                 rows,
@@ -185,7 +201,7 @@ class DeviceContext:
                 buffers.slots,
                 block_size=self.block_size,
                 num_slot_groups=self.num_slot_groups,
-                counting=state.shaping.counting,
+                counting=counting,
             )
         else:
             assert buffers.back is not None
@@ -203,7 +219,7 @@ class DeviceContext:
                 buffers.back,
                 block_size=self.block_size,
                 num_slot_groups=self.num_slot_groups,
-                counting=state.shaping.counting,
+                counting=counting,
             )
         attention = [plan for plan in plans if isinstance(plan, DevicePlan)]
         for number, plan in enumerate(attention):

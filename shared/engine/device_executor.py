@@ -25,14 +25,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from baton.shared.engine.batch import Batch, BatchRow, RowHandle
+from baton.shared.engine.batch import Batch, BatchRow, ChainRow, RowHandle
 from baton.shared.engine.batch_state import aligned
+from baton.shared.engine.chain_steps import ChainSteps, DeviceChains
 from baton.shared.engine.decode_steps import DecodeSteps
 from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn
 from baton.shared.engine.device_rows import DeviceRows
 from baton.shared.engine.device_step import DeviceBegun, DeviceStep, Layout
-from baton.shared.engine.executor import Copied, HalvesModel, Model, StepCounts, Tapped
+from baton.shared.engine.executor import (
+    ChainShape,
+    Copied,
+    HalvesModel,
+    Model,
+    StepCounts,
+    Tapped,
+)
 from baton.shared.engine.graphs import Graphs
 from baton.shared.engine.kv_cache import KvCache, SlotCopy
 from baton.shared.engine.launched_steps import LaunchedSteps
@@ -57,9 +65,10 @@ class DeviceExecutor:
         num_drafts: int = 0,
         eos_token_ids: Sequence[int] = (),
         tapped: Tapped | None = None,
+        chains: ChainShape | None = None,
     ) -> None:
         """`num_drafts`: the most that a row may bring along; `tapped`: hidden states that steps
-        tell."""
+        tell; `chains`: of a model that guesses."""
         self.kv_cache = kv_cache
         self._device = device
         self._context = context = DeviceContext(
@@ -72,6 +81,7 @@ class DeviceExecutor:
             max_num_seqs=max_num_seqs,
             num_drafts=num_drafts,
             tapped=tapped,
+            chains=chains,
         )
         self._rows = DeviceRows(
             context.state,
@@ -86,6 +96,7 @@ class DeviceExecutor:
         self._decode = DecodeSteps(context)
         self._launched = LaunchedSteps(context, self._decode)
         self._prompts = self._make_prompt_steps(model)
+        self._chains = None if chains is None else ChainSteps(context, chains, self._decode.work)
         self.num_prompt_steps = StepCounts()
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
@@ -140,6 +151,24 @@ class DeviceExecutor:
 
         return DeviceBegun(batch.rows, finish, computed)
 
+    def launch_chains(self, chains: Sequence[ChainRow]) -> DeviceChains:
+        """Begins chains of guesses, all their steps. Raises as `launch` does."""
+        assert self._chains is not None
+        if self._has_begun:
+            raise RuntimeError("the step before has not drawn yet")
+        handles = [_handle_of(chain) for chain in chains]
+        with self._stepping(Layout(handles)):
+            self._check_number(len(chains))
+            for chain in chains:
+                self._rows.check(chain.row, chain.end)
+            for chain, handle in zip(chains, handles, strict=True):
+                self._rows.note_chain(chain, handle)
+                for states in chain.states:
+                    self._keep(states)
+            results, made = self._chains.launch(chains, [handle.slot for handle in handles])
+            tokens = self._context.host.fetch(results)
+            return made(tokens, self._event())
+
     def logits(self, batch: Batch) -> Tensor:
         with self._on_stream():
             layout = Layout()
@@ -162,8 +191,13 @@ class DeviceExecutor:
         """Compiles the kernels of decode; captures a graph for every padded size and width if asked
         to."""
         with self._on_stream():
-            stream = self._stream if graphs else None
-            self._decode.capture(None if stream is None else Graphs(stream))
+            captured = Graphs(self._stream) if graphs and self._stream is not None else None
+            if self._chains is None:
+                self._decode.capture(captured)
+            else:
+                # By themselves its decode steps are few: remainders of prompts.
+                self._decode.capture(None)
+                self._chains.capture(captured)
             self._launched.compile_plans()
 
     def capture_prompts(self, most_tokens: int, graphs: Graphs | None = None) -> None:
@@ -226,17 +260,17 @@ class DeviceExecutor:
 
     def computing(self, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
         for each in inputs:
-            if self._stream is not None:
-                # Their memory is another's when this stream is done with them.
-                each.record_stream(self._stream)
+            self._keep(each)
         return self._on_stream()
+
+    def _keep(self, made_elsewhere: Tensor) -> None:
+        """Its memory is another's when this stream is done with it."""
+        if self._stream is not None:
+            made_elsewhere.record_stream(self._stream)
 
     def _lay_out(self, batch: Batch, layout: Layout) -> None:
         """Sorts rows into decode rows and chunks, and notes what the device does not know yet."""
-        if not batch.rows:
-            raise ValueError("a batch needs rows")
-        if len(batch.rows) > self._context.sizes[-1]:
-            raise ValueError(f"a batch of {len(batch.rows)} rows exceeds {self._context.sizes[-1]}")
+        self._check_number(len(batch.rows))
         for row in batch.rows:
             self._rows.check(row)
         for index, row in enumerate(batch.rows):
@@ -258,6 +292,12 @@ class DeviceExecutor:
             self._context.state.send_rows(
                 layout.size, [layout.handles[i].slot for i in layout.decode]
             )
+
+    def _check_number(self, num_rows: int) -> None:
+        if not num_rows:
+            raise ValueError("a batch needs rows")
+        if num_rows > self._context.sizes[-1]:
+            raise ValueError(f"a batch of {num_rows} rows exceeds {self._context.sizes[-1]}")
 
     def _begin_step(self, batch: Batch, layout: Layout) -> Callable[[], DeviceStep]:
         """Launches the forward pass; returns what launches the draw."""
@@ -346,3 +386,8 @@ class DeviceExecutor:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _handle_of(chain: ChainRow) -> RowHandle:
+    assert chain.row.handle is not None
+    return chain.row.handle

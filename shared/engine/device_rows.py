@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from baton.shared.engine.batch import BatchRow, RowHandle
+from baton.shared.engine.batch import BatchRow, ChainRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
 from baton.shared.engine.shaping import History, Shaping
 from baton.shared.kv.block_pool import NO_BLOCK
@@ -49,12 +49,14 @@ class DeviceRows:
     def num_free(self) -> int:
         return self._state.num_free_slots
 
-    def check(self, row: BatchRow) -> None:
-        """Raises ValueError for what must not reach the device."""
+    def check(self, row: BatchRow, end: int | None = None) -> None:
+        """Raises ValueError for what must not reach the device. `end`: up to which it is computed,
+        where that is beyond its own tokens."""
+        end = end or row.context_len
         if row.num_tokens < 1:
             raise ValueError("a batch needs rows and each row a token")
-        if row.context_len > self._max_model_len:
-            raise ValueError(f"a row of {row.context_len} tokens exceeds max_model_len")
+        if end > self._max_model_len:
+            raise ValueError(f"a row of {end} tokens exceeds max_model_len")
         if row.draft_ids and (row.num_known != 1 or len(row.draft_ids) > self._num_drafts):
             raise ValueError(f"a row of one token may bring {self._num_drafts} drafts along")
         if len(row.block_tables) != len(self._num_blocks):
@@ -64,7 +66,7 @@ class DeviceRows:
         first_written = row.position // self._block_size
         for group, table in enumerate(row.block_tables):
             grows = group < self._num_growing
-            if len(table) * self._block_size < row.context_len if grows else len(table) != 1:
+            if len(table) * self._block_size < end if grows else len(table) != 1:
                 raise ValueError("a block table is shorter than its row's context")
             new = table[num_known:]
             if not new:
@@ -83,16 +85,11 @@ class DeviceRows:
     def note(self, row: BatchRow, handle: RowHandle, *, has_drafts: bool) -> None:
         """`has_drafts`: the step's rows of one token may bring some along."""
         state, slot = self._state, handle.slot
-        if not handle.is_sent:
-            state.send_sampling(handle)
-            handle.is_sent = True
+        self._note_sequence(row, handle)
         if handle.shaping is not None and row.sampling is not None:
-            self._note_shaping(row, handle, handle.shaping)
-        num_blocks = len(row.block_tables[0])
-        if num_blocks > handle.num_blocks:
-            for group, table in enumerate(row.block_tables):
-                state.send_blocks(group, slot, handle.num_blocks, table[handle.num_blocks :])
-            handle.num_blocks = num_blocks
+            # The token of a decode row is counted where the step begins.
+            num_counted = 0 if row.num_known == 1 else row.num_known
+            self._note_shaping(row, handle, handle.shaping, num_counted)
         end = row.context_len
         if not row.is_chunk:
             # The step moves the length on by its tokens.
@@ -110,12 +107,43 @@ class DeviceRows:
         # A chunk in the middle of a prompt leaves no token behind.
         handle.drawn_at = end if row.sampling is not None else -1
 
-    def _note_shaping(self, row: BatchRow, handle: RowHandle, shaping: Shaping) -> None:
+    def note_chain(self, chain: ChainRow, handle: RowHandle) -> None:
+        """Its known tokens go where drafts lie, but for the first: the chain begins with all of
+        them."""
+        state, slot, row = self._state, handle.slot, chain.row
+        assert row.token_ids is not None
+        first, *others = row.token_ids
+        self._note_sequence(row, handle)
+        if handle.shaping is not None:
+            # Nothing counts them on the device.
+            self._note_shaping(row, handle, handle.shaping, row.num_known)
+        if handle.context_len != row.position:
+            state.send_context_len(slot, row.position)
+        state.send_token(slot, first)
+        if others or handle.num_drafts:
+            state.send_drafts(slot, others)
+        handle.num_drafts = len(others)
+        handle.context_len, handle.drawn_at = chain.end, -1
+
+    def _note_sequence(self, row: BatchRow, handle: RowHandle) -> None:
+        state, slot = self._state, handle.slot
+        if not handle.is_sent:
+            state.send_sampling(handle)
+            handle.is_sent = True
+        num_blocks = len(row.block_tables[0])
+        if num_blocks > handle.num_blocks:
+            for group, table in enumerate(row.block_tables):
+                state.send_blocks(group, slot, handle.num_blocks, table[handle.num_blocks :])
+            handle.num_blocks = num_blocks
+
+    def _note_shaping(
+        self, row: BatchRow, handle: RowHandle, shaping: Shaping, num_counted: int
+    ) -> None:
+        """`num_counted`: of the row's tokens, those that the marks have."""
         position = row.position + handle.shift
         known_to = position + row.num_known
         if not handle.is_marked:
-            # The token of a decode row is counted where the step begins.
-            end = position if row.num_known == 1 else known_to
+            end = position + num_counted
             self._state.send_marks(handle.slot, shaping.fresh_marks(self._vocab_size, end))
             handle.is_marked = True
         if shaping.needs_last_tokens:

@@ -12,14 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from baton.shared.engine.batch import Batch, BatchRow
+from baton.shared.engine.batch import Batch, BatchRow, ChainRow
 from baton.shared.engine.config import EngineConfig, most_num_seqs
-from baton.shared.engine.executor import Executor, HeadModel, Model, Step, Tapped
+from baton.shared.engine.executor import (
+    ChainShape,
+    Executor,
+    HeadModel,
+    Model,
+    Step,
+    Tapped,
+)
 from baton.shared.engine.host_executor import HostExecutor, fuses_attention
 from baton.shared.engine.implementation import (
     Implementation,
@@ -44,6 +51,9 @@ from baton.shared.sampling import SamplingParams
 from baton.shared.speculation import EAGLE3, MTP
 from baton.shared.tokenizer.compare import different_token
 
+if TYPE_CHECKING:
+    from baton.shared.engine.chain_steps import DeviceChains
+
 CHUNK = 512
 """Tokens that it computes at once, when it catches up."""
 MOST_PENDING = 128
@@ -60,7 +70,8 @@ class DraftModel:
         executor: computes it; there once `take_memory` was called, as is `capacity`.
         capacity: what sequences take of its block pools.
         max_rows: of a step.
-        computes_tokens_singly: several tokens of a row take longer than as many steps of one.
+        makes_chains: whole chains of guesses are launched at once (`launch_chains`), for rows of
+            `most_known` new tokens at most.
         tapped: of a head, which hidden states of the larger model it reads; else None.
     """
 
@@ -121,7 +132,8 @@ class DraftModel:
         self._device, self._dtype, self._kernels = device, dtype, kernels
         self._max_model_len = max_model_len
         self.max_rows = most_num_seqs(engine)
-        self.computes_tokens_singly = kernels == "triton"
+        self.makes_chains = kernels == "triton"
+        self.most_known = 1 + engine.num_drafts
         self._arrangement = arrange(
             self.config.cache_specs,
             block_size=engine.block_size,
@@ -154,9 +166,13 @@ class DraftModel:
         """Of a head: what hidden states take that it has not computed yet."""
         if self.tapped is None:
             return 0
-        num_numbers = len(self.tapped.layers) * self.tapped.hidden_size
         num_tokens = self.max_rows * MOST_PENDING + MOST_LOOSE * self.most_decode_tokens
-        return num_tokens * num_numbers * self.tapped.dtype.itemsize
+        return num_tokens * self._state_size * self.tapped.dtype.itemsize
+
+    @property
+    def _state_size(self) -> int:
+        """Of a head: numbers of the larger model's hidden states that come with a token."""
+        return 0 if self.tapped is None else len(self.tapped.layers) * self.tapped.hidden_size
 
     @property
     def most_decode_tokens(self) -> int:
@@ -244,12 +260,21 @@ class DraftModel:
             max_num_seqs=self.max_rows,
             eos_token_ids=self._eos_token_ids,
             tapped=self._own_taps,
+            chains=ChainShape(self._engine.num_drafts, self.most_known, self._state_size),
         )
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[BatchRow]) -> Step:
         """Starts a step. Raises as `Executor.launch` does."""
         return self.executor.launch(Batch(rows))
+
+    @torch.inference_mode()
+    def launch_chains(self, chains: Sequence[ChainRow]) -> DeviceChains:
+        """Starts chains. Raises as `Executor.launch` does."""
+        from baton.shared.engine.device_executor import DeviceExecutor
+
+        assert isinstance(self.executor, DeviceExecutor)
+        return self.executor.launch_chains(chains)
 
     def check_device(self) -> None:
         """After a failure: raises when the device is in no state to go on."""
@@ -263,7 +288,7 @@ class DraftModel:
         from baton.shared.engine.device_executor import DeviceExecutor
 
         assert isinstance(self.executor, DeviceExecutor)
-        progress("compiling the draft model's kernels")
+        progress("compiling the draft model's kernels, and capturing its chains")
         with torch.inference_mode():
             has_graphs = self._engine.cuda_graphs and self._implementation.has_graphs
             self.executor.capture(graphs=has_graphs)

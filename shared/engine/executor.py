@@ -73,6 +73,17 @@ class Tapped:
         return inputs
 
 
+@dataclass(frozen=True, slots=True)
+class ChainShape:
+    """How large the chains of a model that guesses may be."""
+
+    num_guesses: int
+    most_known: int
+    """Tokens that a chain's first step computes of a row."""
+    state_size: int = 0
+    """Of a head: numbers that come with each of them, of the larger model's hidden states."""
+
+
 class Model(Protocol):
     """The forward pass of shared/engine/models/*.py."""
 

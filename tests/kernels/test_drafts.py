@@ -19,25 +19,28 @@ def _rows(num_rows: int, num_slots: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_drafts", "num_groups", "num_slot_groups"),
-    [(1, 1, 1, 0), (5, 3, 2, 1), (131, 4, 1, 0)],
+    ("num_rows", "num_drafts", "num_more", "num_groups", "num_slot_groups"),
+    [(1, 1, 0, 1, 0), (5, 3, 0, 2, 1), (131, 4, 0, 1, 0), (5, 1, 3, 1, 0)],
 )
 def test_begin_drafted_step(
     device: torch.device,
     poisoned: Callable[..., Tensor],
     num_rows: int,
     num_drafts: int,
+    num_more: int,
     num_groups: int,
     num_slot_groups: int,
 ) -> None:
-    """Short rows are padded with tokens that have no place and no row."""
+    """Short rows are padded with tokens that have no place and no row. There may be room for more
+    drafts than a step has."""
     num_slots, max_blocks, block_size = num_rows + 3, 4, 16
     rows = _rows(num_rows, num_slots, device)
     # Some rows end behind their table: those tokens have no place.
     lens = torch.randint(0, max_blocks * block_size, (num_slots,), dtype=torch.int32)
     tokens = torch.randint(0, 128_256, (num_slots,), dtype=torch.int32, device=device)
     tables = torch.randint(0, 2**31 - 1, (num_groups, num_slots, max_blocks), dtype=torch.int32)
-    drafts = torch.randint(0, 128_256, (num_slots, num_drafts), dtype=torch.int32, device=device)
+    most_drafts = num_drafts + num_more
+    drafts = torch.randint(0, 128_256, (num_slots, most_drafts), dtype=torch.int32, device=device)
     counts = torch.randint(0, num_drafts + 1, (num_slots,), dtype=torch.int32, device=device)
     num_tokens = num_rows * (num_drafts + 1)
     results = []
