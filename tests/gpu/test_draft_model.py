@@ -1,5 +1,5 @@
-"""The demo and its draft model, or a head, on a GPU: answers are those without guesses, and nothing
-is compiled once they are ready."""
+"""The demo and its draft model, or a head, on a GPU: answers are those without guesses, captured
+chains guess what launched ones do, and nothing is compiled once they are ready."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
+from baton.shared.engine.batch import BatchRow, ChainRow
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, Sequence
@@ -40,8 +43,13 @@ FEW = ((5, 3), (12, 90), (19, 16))
 """First tokens, and lengths, of a small model's prompts."""
 
 
-def answers(runner: ModelRunner, prompts: list[list[int]]) -> tuple[list[list[int]], Any]:
+def answers(
+    runner: ModelRunner, prompts: list[list[int]], guesses: dict[Any, Any] | None = None
+) -> tuple[list[list[int]], Any]:
+    """`guesses`: gets them, by answer and how long it was."""
     guessing = GuessingRunner(runner)
+    if guesses is not None:
+        note_guesses(guessing, guesses)
     limits = BatchLimits(token_budget=512, max_num_seqs=8)
     worker = SimWorker("w", "ab" * 16, guessing, lambda _, mail: None, limits)  # type: ignore[arg-type]
     sequences = [
@@ -55,6 +63,18 @@ def answers(runner: ModelRunner, prompts: list[list[int]]) -> tuple[list[list[in
     assert worker.leftovers == {}
     guessing.check()
     return [sequence.output_token_ids for sequence in sequences], worker.counters
+
+
+def note_guesses(guessing: GuessingRunner, guesses: dict[Any, Any]) -> None:
+    guess = guessing.drafter.drafts
+
+    def noting(wanted: Any) -> Any:
+        drafts = guess(wanted)
+        for (sequence, _), draft in zip(wanted, drafts, strict=True):
+            guesses[sequence.key, sequence.num_tokens] = draft.token_ids
+        return drafts
+
+    guessing.drafter.drafts = noting
 
 
 def check(
@@ -80,21 +100,90 @@ def check(
     return counters
 
 
-@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
-def test_answers_are_those_without(
-    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
-) -> None:
+def fields_of(kind: str, directory: Path, make: MakeRunner) -> dict[str, Any]:
+    """Of EngineConfig, for the demo with who guesses for it."""
     how: dict[str, Any] = {"dtype": "float32", "num_blocks": 400, "num_drafts": 4}
     how |= {"draft_kind": kind, "draft_model_dir": ROOT / "models" / "demo-draft"}
     if kind == "eagle3":
         config = json.loads((DEMO / "config.json").read_text())
         # What it is right about at times is what the model would say again.
-        how["draft_model_dir"] = make_head(tmp_path, config, draft_vocab_size=3000)
-        fit_head(tmp_path, make_gpu_runner(DEMO, **how))
-    prompts = [[5 + 7 * number + n % 900 for n in range(n)] for number, n in enumerate(LENGTHS)]
+        how["draft_model_dir"] = make_head(directory, config, draft_vocab_size=3000)
+        fit_head(directory, make(DEMO, **how))
+    return how
+
+
+@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
+def test_answers_are_those_without(
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    how = fields_of(kind, tmp_path, make_gpu_runner)
+    prompts = prompts_of(LENGTHS)
     counters = check(lambda: make_gpu_runner(DEMO, **how), prompts, monkeypatch)
     assert counters["drafted_tokens"] > counters["accepted_tokens"]
     assert counters["accepted_tokens"] > (counters["drafts"] if kind == "draft-model" else 0)
+
+
+@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
+def test_captured_chains_guess_what_launched_ones_do(
+    make_gpu_runner: MakeRunner, tmp_path: Path, kind: str
+) -> None:
+    how = fields_of(kind, tmp_path, make_gpu_runner)
+    found = []
+    for graphs in (True, False):
+        runner = make_gpu_runner(DEMO, cuda_graphs=graphs, **how)
+        guesses: dict[Any, Any] = {}
+        told, _ = answers(runner, prompts_of(LENGTHS), guesses)
+        assert chain_sizes(runner) == ([1, 2, 4, 8] if graphs else [])
+        assert sum(map(len, guesses.values())) > 100
+        found.append((told, guesses))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
+def test_no_chain_waits_for_a_kernel(
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """Whatever the rows, what is new of them, and how many guesses are wanted."""
+    import triton
+
+    how = {**fields_of(kind, tmp_path, make_gpu_runner), "max_num_seqs": 40}
+    forget_kernels()
+    runner = make_gpu_runner(DEMO, **how)
+    draft = runner.draft
+    assert draft is not None
+    states: tuple[Tensor, ...] = ()
+    if draft.tapped is not None:
+        shape = (5, len(draft.tapped.layers) * draft.tapped.hidden_size)
+        states = (torch.zeros(shape, dtype=draft.tapped.dtype, device="cuda"),)
+    names: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.compilation, "listener", lambda *, src, **_: names.append(str(src))
+    )
+    for num_rows in range(1, 41):
+        handles = [draft.executor.open_row(WAYS[n % 2], 0) for n in range(num_rows)]
+        chains = []
+        for number, handle in enumerate(handles):
+            num_new = 1 + (number if num_rows % 2 else 0) % 5
+            row = BatchRow([7] * num_new, number, [[4 * number + n for n in range(4)]], WAYS[0], 0)
+            row.handle = handle
+            num_guesses = 1 + (number + num_rows) % 4
+            chains.append(ChainRow(row, num_guesses, tuple(each[:num_new] for each in states)))
+        guesses = draft.launch_chains(chains).result()
+        assert list(map(len, guesses)) == [chain.num_guesses for chain in chains]
+        for handle in handles:
+            draft.executor.close_row(handle)
+    assert not names, f"{len(names)} kernels were late, such as {names[0]}"
+
+
+def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
+    return [[5 + 7 * number + n % 900 for n in range(n)] for number, n in enumerate(lengths)]
+
+
+def chain_sizes(runner: ModelRunner) -> list[int]:
+    """Rows of chains that there are graphs for."""
+    assert runner.draft is not None
+    executor: Any = runner.draft.executor
+    return [size for size, chain in executor._chains._chains.items() if chain.graphs_first]
 
 
 @pytest.mark.parametrize("layers", ["layer ahead", "layer ahead, states"])
