@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from baton.services.decode.drafters import Draft, Predictions
 from baton.shared.engine.batch import BatchRow, ChainRow, RowHandle
@@ -27,6 +27,9 @@ from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence
 from baton.shared.rpc.errors import EngineFailure
 from baton.shared.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from baton.shared.engine.chain_steps import ComingGuesses, DeviceChains
 
 FEW = 64
 """As many new tokens are computed with a chain; more are caught up with first."""
@@ -49,6 +52,8 @@ class Guessing(ABC):
     """Tokens that are in the cache, and were drawn."""
     guesses: list[int] = field(default_factory=list)
     """Those that are in the cache behind them, as if they had been drawn."""
+    coming: ComingGuesses | None = None
+    """The last chain, until somebody asks for its guesses."""
     handle: RowHandle | None = None
 
     @property
@@ -66,6 +71,12 @@ class Guessing(ABC):
         return (*self.sequence.token_slice(start, min(end, known)), *behind)
 
     @property
+    def num_cached(self) -> int:
+        """Tokens that are in the cache, guesses included."""
+        num_coming = 0 if self.coming is None else len(self.coming) - 1
+        return self.num_computed + len(self.guesses) + num_coming
+
+    @property
     @abstractmethod
     def num_new(self) -> int:
         """Tokens that are not in the cache, and can be computed."""
@@ -73,6 +84,13 @@ class Guessing(ABC):
     def can_begin(self) -> bool:
         """Whether a chain can: with a token that is new."""
         return self.num_new > 0
+
+    def arrive(self) -> None:
+        """Waits for the guesses that are coming."""
+        if self.coming is not None:
+            # The last one was drawn, and is not in the cache.
+            self.guesses = self.coming.drawn()[: len(self.coming) - 1]
+            self.coming = None
 
     @abstractmethod
     def settle(self) -> None:
@@ -93,6 +111,8 @@ class ChainDrafter(ABC, Generic[Known]):
         self._predictions = Predictions()
         self._steps_ahead = _STEPS_AHEAD if model.makes_chains else 0
         self._catching_up: deque[Step] = deque()
+        self._launched_chains: DeviceChains | None = None
+        """The last ones, if nothing was launched behind them."""
 
     @abstractmethod
     def _make(self, sequence: Sequence, held: Sequence, params: SamplingParams) -> Known: ...
@@ -148,13 +168,10 @@ class ChainDrafter(ABC, Generic[Known]):
                     guessing.append((known, most))
                     # One token of each is what a step of decode rows has anyway.
                     left -= known.num_new - 1
+        chains: dict[Sequence, Draft] = {}
         if guessing:
             with self._computing():
-                self._guess(guessing)
-        chains = {known.sequence: Draft(tuple(known.guesses)) for known, _ in guessing}
-        for known, _ in guessing:
-            # The last one was drawn, and is not in the cache.
-            known.guesses = known.guesses[:-1]
+                chains = self._guess(guessing)
         return [
             predicted or chains.get(sequence, Draft())
             for (sequence, _), predicted in zip(wanted, drafts, strict=True)
@@ -174,6 +191,7 @@ class ChainDrafter(ABC, Generic[Known]):
             yield
         except Exception as error:
             self._catching_up.clear()
+            self._launched_chains = None
             self._model.check_device()
             raise EngineFailure(f"guessing failed: {type(error).__name__}") from error
 
@@ -198,6 +216,7 @@ class ChainDrafter(ABC, Generic[Known]):
             held = Sequence(sequence.key, (), params)
             held.block_tables = [BlockTable() for _ in self._pools.groups]
             known = self._known[sequence] = self._make(sequence, held, params)
+        known.arrive()
         known.settle()
         if known.handle is not None:
             # What it drew last was a guess: rows that are there say what was drawn.
@@ -216,14 +235,20 @@ class ChainDrafter(ABC, Generic[Known]):
     def _prepare(self, going: Seq[tuple[Known, int]]) -> None:
         """Before rows of so many new tokens."""
 
-    def _guess(self, guessing: Seq[tuple[Known, int]]) -> None:
+    def _guess(self, guessing: Seq[tuple[Known, int]]) -> dict[Sequence, Draft]:
         """Makes their chains, each of so many guesses."""
         if self._model.makes_chains:
-            self._guess_at_once(guessing)
-        else:
-            self._guess_step_by_step(guessing)
+            return self._guess_at_once(guessing)
+        self._guess_step_by_step(guessing)
+        chains = {known.sequence: Draft(tuple(known.guesses)) for known, _ in guessing}
+        for known, _ in guessing:
+            # The last one was drawn, and is not in the cache.
+            del known.guesses[-1:]
+        return chains
 
-    def _guess_at_once(self, guessing: Seq[tuple[Known, int]]) -> None:
+    def _guess_at_once(self, guessing: Seq[tuple[Known, int]]) -> dict[Sequence, Draft]:
+        """Waits for no guess."""
+        self._wait_for_chains()
         most = self._model.most_known
         over = [(known, known.num_new - most) for known, _ in guessing if known.num_new > most]
         if over:
@@ -231,11 +256,15 @@ class ChainDrafter(ABC, Generic[Known]):
             self._catch_up([self._row(known, count, draws=False) for known, count in over])
             for known, count in over:
                 known.num_computed += count
-        chains = [self._chain(known, num_guesses) for known, num_guesses in guessing]
-        guesses = self._model.launch_chains(chains).result()
+        rows = [self._chain(known, num_guesses) for known, num_guesses in guessing]
+        launched = self._launched_chains = self._model.launch_chains(rows)
+        # When those are done, so is all before them.
         self._catching_up.clear()
-        for (known, _), of_chain in zip(guessing, guesses, strict=True):
-            known.guesses.extend(of_chain)
+        chains: dict[Sequence, Draft] = {}
+        for (known, _), coming in zip(guessing, launched.coming(), strict=True):
+            known.coming = coming
+            chains[known.sequence] = Draft(coming)
+        return chains
 
     def _guess_step_by_step(self, guessing: Seq[tuple[Known, int]]) -> None:
         self._prepare([(known, known.num_new) for known, _ in guessing])
@@ -260,7 +289,14 @@ class ChainDrafter(ABC, Generic[Known]):
     def _launched(self, going: Seq[Known], step: Step) -> None:
         """Before what it drew is known."""
 
+    def _wait_for_chains(self) -> None:
+        """Few launches may be in flight. The model, which checks guesses, has usually waited."""
+        if self._launched_chains is not None:
+            self._launched_chains.result()
+            self._launched_chains = None
+
     def _catch_up(self, rows: Seq[BatchRow]) -> None:
+        self._wait_for_chains()
         self._catching_up.append(self._model.launch(rows))
         while len(self._catching_up) > self._steps_ahead:
             self._catching_up.popleft().result()

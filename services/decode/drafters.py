@@ -27,7 +27,8 @@ _BEGIN = -1
 class Draft(NamedTuple):
     """A chain of guesses: each is one of the token behind all before it."""
 
-    token_ids: tuple[int, ...] = ()
+    token_ids: Seq[int] = ()
+    """Who looks at them may wait for a device."""
     is_predicted: bool = False
     """They are the client's own (`prediction`)."""
 

@@ -42,7 +42,7 @@ class ModelDrafter(ChainDrafter[_Reading]):
 
     def is_behind(self, sequence: Sequence) -> bool:
         known = self._known.get(sequence)
-        num_computed = 0 if known is None else known.num_computed + len(known.guesses)
+        num_computed = 0 if known is None else known.num_cached
         return sequence.num_tokens - num_computed > chains.FEW
 
     def _row(self, known: _Reading, num_tokens: int, *, draws: bool) -> BatchRow:

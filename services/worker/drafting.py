@@ -259,7 +259,7 @@ class Drafting:
             self.accepted_by_position[place] += 1
         drawn = sequence.token_slice(part.num_known, sequence.num_tokens)
         # Drafts behind a wrong supposition say nothing of the drafter.
-        if drawn == part.supposed_ids:
+        if [*drawn] == [*part.supposed_ids]:
             self._lengths.checked(sequence, len(part.draft_ids), num_stood)
 
     def took_step(self, seconds: float, parts: Seq[Part]) -> None:

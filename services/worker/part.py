@@ -30,9 +30,9 @@ class Part:
     sequence: Sequence
     start: int
     num_tokens: int
-    draft_ids: tuple[int, ...] = ()
+    draft_ids: Seq[int] = ()
     """The last of these tokens, which are guesses."""
-    supposed_ids: tuple[int, ...] = ()
+    supposed_ids: Seq[int] = ()
     """Guesses of what steps in flight draw, without which the drafts say nothing."""
     num_known: int = 0
     """Tokens of the sequence that were known when the drafts were made."""

@@ -210,7 +210,11 @@ class BatchState:
         start = self._starts["draft_ids"] + slot * self.draft_ids.shape[1]
         self._offsets.extend(range(start, start + len(draft_ids)))
         self._values.extend(draft_ids)
-        self._set("num_drafts", slot, len(draft_ids))
+        self.send_num_drafts(slot, len(draft_ids))
+
+    def send_num_drafts(self, slot: int, num_drafts: int) -> None:
+        """Of drafts that come another way."""
+        self._set("num_drafts", slot, num_drafts)
 
     def send_blocks(self, group: int, slot: int, first: int, block_ids: Sequence[int]) -> None:
         """Entries of the slot's block table in a group from index `first` on."""

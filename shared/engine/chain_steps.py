@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -68,25 +69,86 @@ class _Chain:
     graphs_later: list[Graph] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class DeviceChains:
     """Chains in flight."""
 
     num_guesses: Sequence[int]
     """By row."""
+    guesses: Tensor
+    """int32 [steps, stride], by row of a step; nobody else's memory. Below zero where nothing could
+    be drawn."""
     tokens: Tensor
-    """int32 [steps · stride] on the host, once `done`."""
-    stride: int
+    """The same on the host, once `done`."""
     done: torch.cuda.Event | None
+    _drawn: list[list[int]] | None = None
 
     def result(self) -> list[list[int]]:
         """By row its guesses, up to the first that could not be drawn. Waits for the device."""
-        if self.done is not None:
-            self.done.synchronize()
-        steps = self.tokens.view(-1, self.stride).tolist()
-        return [
-            _drawn([step[row] for step in steps[:num]]) for row, num in enumerate(self.num_guesses)
-        ]
+        if self._drawn is None:
+            if self.done is not None:
+                self.done.synchronize()
+            steps = self.tokens.tolist()
+            self._drawn = [
+                _drawn([step[row] for step in steps[:num]])
+                for row, num in enumerate(self.num_guesses)
+            ]
+        return self._drawn
+
+    def coming(self) -> list[ComingGuesses]:
+        """By row its guesses. Waits for nothing."""
+        return [ComingGuesses(self, row, num) for row, num in enumerate(self.num_guesses)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComingGuesses(Sequence[int]):
+    """The first guesses of a chain: how many is known, and who asks which waits for them. Token 0
+    in place of those that could not be drawn: it is as good as any."""
+
+    chains: DeviceChains
+    row: int
+    num_guesses: int
+
+    def __len__(self) -> int:
+        return self.num_guesses
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        if isinstance(index, int):
+            return self._known()[index]
+        start, end, step = index.indices(self.num_guesses)
+        if end <= start:
+            return ()
+        if start == 0 and step == 1:
+            return ComingGuesses(self.chains, self.row, end)
+        return self._known()[index]
+
+    def drawn(self) -> list[int]:
+        """Those that could be drawn."""
+        return self.chains.result()[self.row][: self.num_guesses]
+
+    def _known(self) -> Sequence[int]:
+        drawn = self.drawn()
+        return (*drawn, *[0] * (self.num_guesses - len(drawn)))
+
+
+def take_guesses(taking: Sequence[tuple[int, ComingGuesses]], draft_ids: Tensor) -> None:
+    """Puts guesses into slots, where they are drafts, before the host knows them.
+
+    Args:
+        taking: (slot, guesses), of one launch of chains, which the stream has waited for.
+        draft_ids: int32 [S, K], K no fewer than the guesses; what is behind them may be anything.
+    """
+    guesses = taking[0][1].chains.guesses[: draft_ids.shape[1]]
+    places = torch.tensor([(slot, each.row) for slot, each in taking], dtype=torch.int64)
+    if guesses.is_cuda:
+        places = places.pin_memory().to(guesses.device, non_blocking=True)
+    slots, rows = places.unbind(1)
+    taken = guesses.index_select(1, rows).clamp_(min=0)
+    draft_ids[:, : len(guesses)].index_copy_(0, slots, taken.T)
 
 
 class ChainSteps:
@@ -101,9 +163,9 @@ class ChainSteps:
         self._shape = shape
         self._widths = widths_of(shape)
         most_rows = context.sizes[-1]
-        self._stride = aligned(most_rows)
-        num_tokens = shape.num_guesses * self._stride
-        self._results = torch.zeros(num_tokens, dtype=torch.int32, device=context.device)
+        self._results = torch.zeros(
+            shape.num_guesses, aligned(most_rows), dtype=torch.int32, device=context.device
+        )
         self._states = torch.zeros(
             most_rows * shape.most_known,
             shape.state_size,
@@ -121,14 +183,9 @@ class ChainSteps:
         }
         self._chains = {size: self._make_chain(size, work) for size in context.sizes}
 
-    def launch(
-        self, chains: Sequence[ChainRow], slots: Sequence[int]
-    ) -> tuple[Tensor, Callable[[Tensor, torch.cuda.Event | None], DeviceChains]]:
-        """Begins chains of rows in these slots, of which the state has been told.
-
-        Returns int32 [steps · stride], where the guesses will be, and what makes the result of the
-        same on the host.
-        """
+    def launch(self, chains: Sequence[ChainRow], slots: Sequence[int]) -> Tensor:
+        """Begins chains of rows in these slots, of which the state has been told → int32 [steps,
+        stride], where the guesses will be until the next launch."""
         context, state = self._context, self._context.state
         num_guesses = [chain.num_guesses for chain in chains]
         width = padded(max(chain.row.num_tokens for chain in chains), self._widths)
@@ -150,10 +207,7 @@ class ChainSteps:
             else:
                 self._later(of_size, place)
 
-        def made(tokens: Tensor, done: torch.cuda.Event | None) -> DeviceChains:
-            return DeviceChains(num_guesses, tokens, self._stride, done)
-
-        return self._results[: num_steps * self._stride], made
+        return self._results[:num_steps]
 
     def _gather_states(self, chains: Sequence[ChainRow], width: int) -> None:
         """Row by row, each padded to `width` tokens."""
@@ -274,10 +328,7 @@ class ChainSteps:
                 for width in self._widths
             },
             [make_buffers(context, size, 1, work[size, 1], each) for each in rows[1:]],
-            [
-                self._results[place * self._stride :][:size]
-                for place in range(self._shape.num_guesses)
-            ],
+            [of_step[:size] for of_step in self._results],
         )
 
 

@@ -95,14 +95,10 @@ class DeviceContext:
         self.drawn_sizes = padded_sizes(max_wanted)
         """Of rows of logits."""
         self.draw = DeviceDraw(self.state, max_wanted, vocab_size, device)
-        num_results = aligned(max_wanted) + max_num_seqs
-        most_tokens = self.widths[-1]
-        if chains is not None:
-            num_results = max(num_results, chains.num_guesses * aligned(max_num_seqs))
-            most_tokens = chains.most_known
-        self.host = HostBuffers(num_results, device)
+        self.host = HostBuffers(aligned(max_wanted) + max_num_seqs, device)
         self._scratch = Scratch()
         self.tapped = tapped
+        most_tokens = self.widths[-1] if chains is None else chains.most_known
         self._decode_inputs = self.make_inputs(max_num_seqs * most_tokens)
 
     def make_inputs(self, num_tokens: int) -> dict[str, Any]:

@@ -27,7 +27,12 @@ from torch import Tensor
 
 from baton.shared.engine.batch import Batch, BatchRow, ChainRow, RowHandle
 from baton.shared.engine.batch_state import aligned
-from baton.shared.engine.chain_steps import ChainSteps, DeviceChains
+from baton.shared.engine.chain_steps import (
+    ChainSteps,
+    ComingGuesses,
+    DeviceChains,
+    take_guesses,
+)
 from baton.shared.engine.decode_steps import DecodeSteps
 from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn
@@ -165,9 +170,12 @@ class DeviceExecutor:
                 self._rows.note_chain(chain, handle)
                 for states in chain.states:
                     self._keep(states)
-            results, made = self._chains.launch(chains, [handle.slot for handle in handles])
-            tokens = self._context.host.fetch(results)
-            return made(tokens, self._event())
+            guesses = self._chains.launch(chains, [handle.slot for handle in handles])
+            # Those of the next chains go there, and nobody may have asked for these by then.
+            guesses = guesses.clone()
+            tokens = self._context.host.fetch_apart(guesses)
+            num_guesses = [chain.num_guesses for chain in chains]
+            return DeviceChains(num_guesses, guesses, tokens, self._event())
 
     def logits(self, batch: Batch) -> Tensor:
         with self._on_stream():
@@ -287,11 +295,25 @@ class DeviceExecutor:
                 layout.chunks.append(index)
         for row, handle in zip(batch.rows, layout.handles, strict=True):
             self._rows.note(row, handle, has_drafts=layout.width > 1)
+        self._take_guesses(batch, layout)
         if layout.decode:
             layout.size = padded(len(layout.decode), self._context.sizes)
             self._context.state.send_rows(
                 layout.size, [layout.handles[i].slot for i in layout.decode]
             )
+
+    def _take_guesses(self, batch: Batch, layout: Layout) -> None:
+        """Those that the host does not know yet."""
+        taking: dict[DeviceChains, list[tuple[int, ComingGuesses]]] = {}
+        for row in layout.decode:
+            guesses = batch.rows[row].draft_ids
+            if isinstance(guesses, ComingGuesses):
+                taking.setdefault(guesses.chains, []).append((layout.handles[row].slot, guesses))
+        for chains, of_chains in taking.items():
+            if self._stream is not None and chains.done is not None:
+                self._stream.wait_event(chains.done)
+            self._keep(chains.guesses)
+            take_guesses(of_chains, self._context.state.draft_ids)
 
     def _check_number(self, num_rows: int) -> None:
         if not num_rows:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from baton.shared.engine.batch import BatchRow, ChainRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
+from baton.shared.engine.chain_steps import ComingGuesses
 from baton.shared.engine.shaping import History, Shaping
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.sampling import SamplingParams
@@ -99,7 +100,10 @@ class DeviceRows:
                 assert row.token_ids is not None
                 state.send_token(slot, row.token_ids[0])
             if has_drafts and (row.draft_ids or handle.num_drafts):
-                state.send_drafts(slot, row.draft_ids)
+                if isinstance(row.draft_ids, ComingGuesses):
+                    state.send_num_drafts(slot, len(row.draft_ids))
+                else:
+                    state.send_drafts(slot, row.draft_ids)
                 handle.num_drafts = len(row.draft_ids)
         else:
             state.send_context_len(slot, end)

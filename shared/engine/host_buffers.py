@@ -68,6 +68,12 @@ class HostBuffers:
         host.copy_(tokens, non_blocking=True)
         return host
 
+    def fetch_apart(self, tokens: Tensor) -> Tensor:
+        """As `fetch`, of any shape, into memory of its own: however late somebody looks."""
+        self._turn = (self._turn + 1) % _STEPS_IN_FLIGHT
+        host = torch.empty(tokens.shape, dtype=torch.int32, pin_memory=self._is_pinned)
+        return host.copy_(tokens, non_blocking=True)
+
     def _columns_of(self, num_words: int) -> tuple[Tensor, npt.NDArray[np.int32]]:
         """The step's, with room for so many words."""
         if len(self._columns[self._turn][1]) < num_words:

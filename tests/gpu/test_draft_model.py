@@ -71,7 +71,7 @@ def note_guesses(guessing: GuessingRunner, guesses: dict[Any, Any]) -> None:
     def noting(wanted: Any) -> Any:
         drafts = guess(wanted)
         for (sequence, _), draft in zip(wanted, drafts, strict=True):
-            guesses[sequence.key, sequence.num_tokens] = draft.token_ids
+            guesses[sequence.key, sequence.num_tokens] = tuple(draft.token_ids)
         return drafts
 
     guessing.drafter.drafts = noting

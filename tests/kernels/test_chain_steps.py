@@ -14,7 +14,7 @@ import torch
 
 from baton.kernels.reference_logit_shaping import COUNT
 from baton.shared.engine.batch import BatchRow, ChainRow
-from baton.shared.engine.chain_steps import rows_at, widths_of
+from baton.shared.engine.chain_steps import DeviceChains, rows_at, take_guesses, widths_of
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.executor import ChainShape
 from baton.shared.engine.plain_loop import PlainLoop
@@ -184,6 +184,44 @@ def test_what_is_wrong_with_a_chain_is_told_before_it_begins(
         draft.launch_chains([ChainRow(chain.row, draft._max_model_len)])
     assert draft.launch_chains([chain]).result() != []
     close(draft, [chain])
+
+
+class Awaited:
+    """In place of an event."""
+
+    num_waits = 0
+
+    def synchronize(self) -> None:
+        self.num_waits += 1
+
+
+def chains_of(steps: list[list[int]], num_guesses: list[int], device: str = "cpu") -> DeviceChains:
+    tokens = torch.tensor(steps, dtype=torch.int32)
+    done: Any = Awaited()
+    return DeviceChains(num_guesses, tokens.to(device), tokens, done)
+
+
+def test_only_who_looks_at_guesses_waits_for_them() -> None:
+    chains = chains_of([[5, 7, -1], [-3, 8, 1], [6, 9, 1]], [3, 2, 1])
+    done: Any = chains.done
+    ended, whole, failed = chains.coming()
+    assert [len(ended), len(whole[:1]), len(failed), whole[2:]] == [3, 1, 1, ()]
+    assert done.num_waits == 0
+    # Token 0 where nothing could be drawn.
+    assert [*ended] == [5, 0, 0] and ended.drawn() == [5]
+    assert [*whole] == [7, 8] and [*whole[:1]] == [7] and whole[1:] == (8,)
+    assert [*failed] == [0] and failed.drawn() == []
+    assert done.num_waits == 1
+
+
+def test_guesses_are_taken_where_drafts_lie(device: torch.device) -> None:
+    chains = chains_of([[5, 7], [-3, 8]], [2, 2], device.type)
+    first, second = chains.coming()
+    draft_ids = torch.full((4, 3), 77, dtype=torch.int32, device=device)
+    take_guesses([(3, first), (1, second)], draft_ids)
+    assert draft_ids.tolist() == [[77, 77, 77], [7, 8, 77], [77, 77, 77], [5, 0, 77]]
+    done: Any = chains.done
+    assert done.num_waits == 0
 
 
 def test_who_takes_part_in_which_step() -> None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
+from baton.shared.engine.chain_steps import DeviceChains
+from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, Sequence
@@ -82,6 +84,35 @@ def test_a_head_guesses_what_it_guesses_by_plain_torch(
     assert guesses == guessed(make("torch", torch.device("cpu"), **how), prompts, ways)[1]
 
 
+def test_the_step_that_checks_guesses_does_not_wait_for_them(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    make = maker(tmp_path / "model", SMALL)
+    runner = make("triton", device, num_drafts=2, draft_model_dir=tmp_path / "model")
+    said: list[str] = []
+
+    def saying(owner: Any, name: str, word: str) -> None:
+        usual = getattr(owner, name)
+
+        def say(*arguments: Any) -> Any:
+            said.append(word)
+            return usual(*arguments)
+
+        monkeypatch.setattr(owner, name, say)
+
+    saying(DraftModel, "launch_chains", "guess")
+    saying(DeviceChains, "result", "look")
+    saying(ModelRunner, "launch", "check")
+    prompts, ways = prompts_of((3, 6)), [replace(way, max_tokens=7) for way in WAYS[:2]]
+    answers, guesses, counters = guessed(runner, prompts, ways, notes=False)
+    assert answers == PlainLoop(runner).generate(prompts, ways) and not guesses
+    assert counters["accepted_tokens"] > 4
+    places = [place for place, word in enumerate(said) if word == "guess"]
+    assert len(places) > 1 and all(said[place + 1] == "check" for place in places)
+    assert "look" in said
+
+
 @pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
 def test_a_guess_that_fell_is_no_token_to_go_on_from(
     tmp_path: Path, device: torch.device, kind: str
@@ -107,9 +138,9 @@ def prompts_of(lengths: Seq[int]) -> list[list[int]]:
 
 
 def guessed(
-    runner: ModelRunner, prompts: list[list[int]], ways: list[SamplingParams]
+    runner: ModelRunner, prompts: list[list[int]], ways: list[SamplingParams], *, notes: bool = True
 ) -> tuple[list[list[int]], dict[Any, Any], dict[str, int]]:
-    """Answers; guesses, by answer and how long it was; counters."""
+    """Answers; guesses, by answer and how long it was, if they are noted; counters."""
     guessing = GuessingRunner(runner)
     limits = BatchLimits(token_budget=32, max_num_seqs=4)
     worker = SimWorker("w", "ab" * 16, guessing, lambda _, mail: None, limits)  # type: ignore[arg-type]
@@ -119,10 +150,11 @@ def guessed(
     def noting(wanted: Any) -> Any:
         drafts = guess(wanted)
         for (sequence, _), draft in zip(wanted, drafts, strict=True):
-            guesses[sequence.key, sequence.num_tokens] = draft.token_ids
+            guesses[sequence.key, sequence.num_tokens] = tuple(draft.token_ids)
         return drafts
 
-    guessing.drafter.drafts = noting
+    if notes:
+        guessing.drafter.drafts = noting
     sequences = [
         Sequence(AttemptKey(f"r{number}", 0, 1), tuple(prompt), params)
         for number, (prompt, params) in enumerate(zip(prompts, ways, strict=True))
