@@ -288,9 +288,10 @@ class DraftModel:
         from baton.shared.engine.device_executor import DeviceExecutor
 
         assert isinstance(self.executor, DeviceExecutor)
-        progress("compiling the draft model's kernels, and capturing its chains")
+        has_graphs = self._engine.cuda_graphs and self._implementation.has_graphs
+        capturing = " and capturing its chains" if has_graphs else ""
+        progress(f"compiling the draft model's kernels{capturing}")
         with torch.inference_mode():
-            has_graphs = self._engine.cuda_graphs and self._implementation.has_graphs
             self.executor.capture(graphs=has_graphs)
             most = min(CHUNK, self.capacity.longest)
             for num_tokens in (2, 17, 40, 65, CHUNK):

@@ -22,6 +22,7 @@ from baton.shared.engine.shaping import KnownTokens
 from baton.shared.sampling import SamplingParams
 from tests.kernels.stand_in_graphs import StandInGraphs
 from tests.kernels.test_engine import SMALL, maker, tokens
+from tests.kernels.test_prompt_steps import fields_of
 
 pytestmark = [
     pytest.mark.usefixtures("few_programs"),
@@ -83,23 +84,26 @@ def close(draft: DraftModel, chains: Sequence[ChainRow]) -> None:
         draft.executor.close_row(chain.row.handle)
 
 
-@pytest.mark.parametrize("num_refused", [None, 0, 1, 100], ids=str)
+@pytest.mark.parametrize("missing", [None, "", "4", "1 2 4"])
 def test_each_guess_is_what_the_model_says_by_itself(
-    tmp_path: Path, device: torch.device, num_refused: int | None
+    tmp_path: Path, device: torch.device, caplog: pytest.LogCaptureFixture, missing: str | None
 ) -> None:
     """Rows with fewer and more new tokens, guesses, and penalties, side by side; again behind
-    guesses that all stood. With graphs of no size, of all, of some, of none."""
+    guesses that all stood. As the runner was made, and with stand-ins for graphs, for some of which
+    there was no memory."""
     make = maker(tmp_path, SMALL)
     runner = make("triton", device, num_drafts=NUM_GUESSES, draft_model_dir=tmp_path)
     draft = runner.draft
     assert draft is not None
-    draft.take_memory(4)
     executor: Any = draft.executor
-    if num_refused is not None and device.type == "cpu":
-        with torch.inference_mode():
-            executor._chains.capture(StandInGraphs(num_refused))
-    elif device.type == "cuda":
-        draft.warm_up(lambda _: None)
+    if missing is not None:
+        caplog.clear()
+        with torch.inference_mode(), caplog.at_level("INFO"), executor.computing([]):
+            executor._chains.capture(StandInGraphs(len(missing.split())))
+        taken, *refused = caplog.records
+        assert fields_of(taken)["num_guesses"] == NUM_GUESSES
+        assert fields_of(taken)["sizes"].split() == sorted({"1", "2", "4"} - {*missing.split()})
+        assert [fields_of(each)["missing"] for each in refused] == [missing] * bool(missing)
     prompts = [tokens(length, length) for length in LENGTHS]
     expected = PlainLoop(make("torch", torch.device("cpu"))).generate(prompts, WAYS)
     sequences = [
