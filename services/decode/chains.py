@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from baton.services.decode.drafters import Draft, Predictions
 from baton.shared.engine.batch import BatchRow, ChainRow, RowHandle
+from baton.shared.engine.coming_guesses import ComingGuesses, DeviceChains
 from baton.shared.engine.draft_model import CHUNK, DraftModel
 from baton.shared.engine.executor import Step
 from baton.shared.kv.block_pool import PoolExhausted
@@ -27,9 +28,6 @@ from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import BlockTable, Sequence
 from baton.shared.rpc.errors import EngineFailure
 from baton.shared.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from baton.shared.engine.chain_steps import ComingGuesses, DeviceChains
 
 FEW = 64
 """As many new tokens are computed with a chain; more are caught up with first."""

@@ -113,7 +113,7 @@ class BatchRow:
     draft_ids: Sequence[int] = ()
     """Guesses of what is drawn behind a row of one token, computed along with it. A token is drawn
     behind each of them too; what stands is what was drawn up to the first guess that it is not. On
-    a GPU they may still be in the making (chain_steps.ComingGuesses)."""
+    a GPU they may still be in the making (coming_guesses.py)."""
     masks: TokenMasks | None = None
     """Which tokens may be drawn behind the last one that is known, and behind each draft; None:
     any."""

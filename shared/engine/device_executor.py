@@ -27,12 +27,8 @@ from torch import Tensor
 
 from baton.shared.engine.batch import Batch, BatchRow, ChainRow, RowHandle
 from baton.shared.engine.batch_state import aligned
-from baton.shared.engine.chain_steps import (
-    ChainSteps,
-    ComingGuesses,
-    DeviceChains,
-    take_guesses,
-)
+from baton.shared.engine.chain_steps import ChainSteps
+from baton.shared.engine.coming_guesses import ComingGuesses, DeviceChains, take_guesses
 from baton.shared.engine.decode_steps import DecodeSteps
 from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import Told, asking, tell_of_drawn

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from baton.shared.engine.batch import BatchRow, ChainRow, RowHandle
 from baton.shared.engine.batch_state import BatchState
-from baton.shared.engine.chain_steps import ComingGuesses
+from baton.shared.engine.coming_guesses import ComingGuesses
 from baton.shared.engine.shaping import History, Shaping
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.sampling import SamplingParams

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from baton.shared.engine.batch import Batch, BatchRow, ChainRow
+from baton.shared.engine.coming_guesses import DeviceChains
 from baton.shared.engine.config import EngineConfig, most_num_seqs
 from baton.shared.engine.executor import (
     ChainShape,
@@ -50,9 +51,6 @@ from baton.shared.model_files.fields import ModelError
 from baton.shared.sampling import SamplingParams
 from baton.shared.speculation import EAGLE3, MTP
 from baton.shared.tokenizer.compare import different_token
-
-if TYPE_CHECKING:
-    from baton.shared.engine.chain_steps import DeviceChains
 
 CHUNK = 512
 """Tokens that it computes at once, when it catches up."""

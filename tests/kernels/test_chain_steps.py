@@ -14,7 +14,8 @@ import torch
 
 from baton.kernels.reference_logit_shaping import COUNT
 from baton.shared.engine.batch import BatchRow, ChainRow
-from baton.shared.engine.chain_steps import DeviceChains, rows_at, take_guesses, widths_of
+from baton.shared.engine.chain_steps import rows_at, widths_of
+from baton.shared.engine.coming_guesses import DeviceChains, take_guesses
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.executor import ChainShape
 from baton.shared.engine.plain_loop import PlainLoop
@@ -127,6 +128,26 @@ def test_each_guess_is_what_the_model_says_by_itself(
             for each, (num_known, _, num) in zip(expected, of_rows, strict=True)
         ]
         close(draft, chains)
+
+
+def test_places_of_nobody_go_by_no_sequence(tmp_path: Path, device: torch.device) -> None:
+    """Three rows are padded to four, in steps for few new tokens, while another sequence had many
+    in the first slot."""
+    make = maker(tmp_path, SMALL)
+    runner = make("triton", device, num_drafts=NUM_GUESSES, draft_model_dir=tmp_path)
+    draft = runner.draft
+    assert draft is not None
+    params = [WAYS[0]] * 4
+    prompts = [tokens(6 + number, number) for number in range(4)]
+    expected = PlainLoop(make("torch", torch.device("cpu"))).generate(prompts, params)
+    first, *others = [
+        Guessed(draft, prompt, WAYS[0], 3 * number).chain(4 - 2 * bool(number), 2, 0)
+        for number, prompt in enumerate(prompts)
+    ]
+    assert first.row.handle is not None and first.row.handle.slot == 0
+    assert draft.launch_chains([first]).result() == [expected[0][:2]]
+    assert draft.launch_chains(others).result() == [each[:2] for each in expected[1:]]
+    close(draft, [first, *others])
 
 
 def test_tokens_are_counted_once(tmp_path: Path, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from baton.services.worker import messages as msg
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
-from baton.shared.engine.chain_steps import DeviceChains
+from baton.shared.engine.coming_guesses import DeviceChains
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
