@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -55,7 +57,7 @@ class Graphs:
             torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream
         )
         try:
-            with self._capturing:
+            with _nothing_collected(), self._capturing:
                 launch()
             *pieces, last = [*self._pieces, self._capturing.cuda_graph]
         finally:
@@ -97,3 +99,15 @@ class Graphs:
     def _free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._stream.device)
         return int(free)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Graphs in garbage, of an executor that is gone, would end a capture by their end."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -3,6 +3,7 @@ whole."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -105,3 +106,18 @@ def test_a_graph_that_is_cut_is_replayed_piece_by_piece(gpu: Gpu) -> None:
     whole.replay()
     cut.replay()
     assert gpu.said == ["replay 4", "replay 1", "replay 2", "replay 3"]
+
+
+def test_nothing_is_collected_during_a_capture(gpu: Gpu) -> None:
+    """Not even where it fails; then as before."""
+    graphs = Graphs(gpu)  # type: ignore[arg-type]
+    seen: list[bool] = []
+    graphs.capture(lambda: seen.append(gc.isenabled()))
+    assert (seen, gc.isenabled()) == ([False], True)
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.capture(fail)
+    assert gc.isenabled()
