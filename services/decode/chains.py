@@ -51,7 +51,7 @@ class Guessing(ABC):
     guesses: list[int] = field(default_factory=list)
     """Those that are in the cache behind them, as if they had been drawn."""
     coming: ComingGuesses | None = None
-    """The last chain, until somebody asks for its guesses."""
+    """The last chain, where nobody has looked at its guesses yet."""
     handle: RowHandle | None = None
 
     @property
@@ -214,7 +214,6 @@ class ChainDrafter(ABC, Generic[Known]):
             held = Sequence(sequence.key, (), params)
             held.block_tables = [BlockTable() for _ in self._pools.groups]
             known = self._known[sequence] = self._make(sequence, held, params)
-        known.arrive()
         known.settle()
         if known.handle is not None:
             # What it drew last was a guess: rows that are there say what was drawn.
@@ -290,7 +289,7 @@ class ChainDrafter(ABC, Generic[Known]):
     def _wait_for_chains(self) -> None:
         """Few launches may be in flight. The model, which checks guesses, has usually waited."""
         if self._launched_chains is not None:
-            self._launched_chains.result()
+            self._launched_chains.wait()
             self._launched_chains = None
 
     def _catch_up(self, rows: Seq[BatchRow]) -> None:

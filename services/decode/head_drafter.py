@@ -69,7 +69,7 @@ class _Following(Guessing):
         return bool(self.pending) and self.pending[-1].end == self.sequence.num_tokens
 
     def settle(self) -> None:
-        self.guesses = []
+        self.guesses, self.coming = [], None
 
     def saw(self, seen: _Seen) -> None:
         """A long chunk waits whole until as much as may wait has come behind it."""

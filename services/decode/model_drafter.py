@@ -28,6 +28,7 @@ class _Reading(Guessing):
     def settle(self) -> None:
         """What of the guesses was drawn counts as computed. The last token does not count: a chain
         begins with it."""
+        self.arrive()
         coming = self.sequence.token_slice(self.num_computed, self.sequence.num_tokens - 1)
         for guess, token_id in zip(self.guesses, coming, strict=False):
             if guess != token_id:

@@ -26,11 +26,15 @@ class DeviceChains:
     done: torch.cuda.Event | None
     _drawn: list[list[int]] | None = None
 
+    def wait(self) -> None:
+        """Until the device has made them."""
+        if self.done is not None:
+            self.done.synchronize()
+
     def result(self) -> list[list[int]]:
         """By row its guesses, up to the first that could not be drawn. Waits for the device."""
         if self._drawn is None:
-            if self.done is not None:
-                self.done.synchronize()
+            self.wait()
             steps = self.tokens.tolist()
             self._drawn = [
                 _drawn([step[row] for step in steps[:num]])
