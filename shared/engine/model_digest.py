@@ -19,6 +19,10 @@ Progress = Callable[[str], None]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_ALONE = "*.safetensors"
+_ALONE_INDEX = "*.safetensors.index.json"
+_MOST_NAMES = 5
+"""That an error tells."""
 _CHUNK_BYTES = 16 * 2**20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -29,13 +33,28 @@ def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
     Raises:
         ModelError: files are missing, or named outside of the directory.
     """
-    single, index = model_dir / _SINGLE, model_dir / _INDEX
-    if single.exists():
-        return single, {}
-    if (model_dir / WEIGHTS).exists():
-        return model_dir / WEIGHTS, {}
-    if not index.exists():
-        raise ModelError(f"{single}: no such file, nor {index.name}; only safetensors are read")
+    listing = _find_listing(model_dir)
+    return listing, _read_index(listing) if listing.suffix == ".json" else {}
+
+
+def _find_listing(model_dir: Path) -> Path:
+    """By its usual name, or the only one of another: auto-gptq names files by bits and group."""
+    for name in (_SINGLE, WEIGHTS, _INDEX):
+        if (model_dir / name).exists():
+            return model_dir / name
+    found: list[Path] = []
+    for pattern in (_ALONE_INDEX, _ALONE):
+        found = sorted(model_dir.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+    reason = f"no such file, nor {_INDEX}; only safetensors are read"
+    if found:
+        names = ", ".join(path.name for path in found[:_MOST_NAMES])
+        reason = f"no such file, nor {_INDEX}, to say which is the model's of {names}"
+    raise ModelError(f"{model_dir / _SINGLE}: {reason}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
     try:
         content = json.loads(index.read_bytes(), object_pairs_hook=each_once)
         weight_map = content["weight_map"]
@@ -48,9 +67,10 @@ def find_weight_files(model_dir: Path) -> tuple[Path, dict[str, str]]:
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not _is_plain_name(file_name):
             raise ModelError(f"{index}: weight_map: {name}: not a safetensors file name")
-        if not (model_dir / file_name).exists():
-            raise ModelError(f"{model_dir / file_name}: no such file, though {index.name} names it")
-    return index, weight_map
+        path = index.parent / file_name
+        if not path.exists():
+            raise ModelError(f"{path}: no such file, though {index.name} names it")
+    return weight_map
 
 
 def _is_plain_name(file_name: str) -> bool:
@@ -124,11 +144,9 @@ def files_stamp(model_dir: Path, files: Sequence[Path]) -> str:
 
 
 def _identifying(model_dir: Path, files: Sequence[Path]) -> list[Path]:
-    paths = [model_dir / "config.json", *files]
-    if not {model_dir / _SINGLE, model_dir / WEIGHTS}.intersection(files):
-        # It says which of several tensors of one name counts.
-        paths.insert(1, model_dir / _INDEX)
-    return paths
+    listing = _find_listing(model_dir)
+    # An index says which of several tensors of one name counts.
+    return [model_dir / "config.json", *([] if listing in files else [listing]), *files]
 
 
 class ProgressReport:

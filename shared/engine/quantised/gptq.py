@@ -51,50 +51,55 @@ def read(
         reader, f"{module}.qzeros", (count, num_words(num_out, bits)), "I32", because
     )
     group_of = read_group_of(f"{module}.g_idx", num_in, count, reader, scheme)
+    has_zeros = not scheme.is_symmetric
+    if has_zeros and zeros_are_less_one and bits == _ODD_BITS:
+        reason = "of 3 bits and zeros anywhere tools disagree in GPTQ's first format: write gptq_v2"
+        raise reader.error(f"{module}.qzeros", reason)
     if words.is_meta:
         return QuantisedWeight.on_paper(
             *shape,
             bits,
             count,
-            torch.uint8,
+            torch.uint8 if has_zeros else torch.int8,
             scale=scale.dtype,
-            zero=torch.uint8,
+            zero=torch.uint8 if has_zeros else None,
             group_of=group_of,
         )
-    zero = _zeros(f"{module}.qzeros", zeros, num_out, scheme, reader, zeros_are_less_one)
     codes = unpack_rows(words, bits, num_in).t().contiguous()
-    return QuantisedWeight(
-        codes, scale.t().contiguous(), bits, zero=zero.t().contiguous(), group_of=group_of
-    )
+    zero = None
+    if has_zeros:
+        zero = _zeros(zeros, bits, num_out, are_less_one=zeros_are_less_one).t().contiguous()
+    else:
+        middle = _check_middle(f"{module}.qzeros", zeros, bits, num_out, reader)
+        codes = (codes.to(torch.int16) - middle).to(torch.int8)
+    return QuantisedWeight(codes, scale.t().contiguous(), bits, zero=zero, group_of=group_of)
 
 
-def _zeros(
-    name: str, words: Tensor, num_out: int, scheme: Scheme, reader: TensorReader, are_less_one: bool
-) -> Tensor:
-    """uint8 [groups, out]. Files lie about their format: of symmetric numbers it is known where the
-    zero must be, and so what the file holds."""
-    bits = scheme.num_bits
-    if not scheme.is_symmetric and are_less_one:
-        if _WORD % bits:
-            reason = (
-                "of 3 bits and zeros anywhere tools disagree in GPTQ's first format: write gptq_v2"
-            )
-            raise reader.error(name, reason)
+def _zeros(words: Tensor, bits: int, num_out: int, *, are_less_one: bool) -> Tensor:
+    """uint8 [groups, out]"""
+    if are_less_one:
         # One is taken from each by a subtraction from words: a zero of 0 borrows from its neighbour
         # what it gets back here.
         words = words + sum(1 << at for at in range(0, _WORD, bits))
-    stored = unpack_columns(words, bits, num_out)
-    if not scheme.is_symmetric:
-        return stored
+    return unpack_columns(words, bits, num_out)
+
+
+def _check_middle(name: str, words: Tensor, bits: int, num_out: int, reader: TensorReader) -> int:
+    """The zero of symmetric numbers. Files lie about their format: here it is known where zeros
+    must be, and so what the file holds.
+
+    Raises:
+        ModelError: they are elsewhere.
+    """
     middle = 2 ** (bits - 1)
-    for zero in (middle, middle - 1):
-        if bool((stored == zero).all()):
-            return torch.full_like(stored, middle)
+    stored = unpack_columns(words, bits, num_out)
+    if any(bool((stored == zero).all()) for zero in (middle, middle - 1)):
+        return middle
     if bits == _ODD_BITS:
         less = torch.tensor(_LESS_IN_3_WORDS, device=words.device).repeat(-(-words.shape[1] // 3))
         moved = (words + less[: words.shape[1]]).to(torch.int32)
         if bool((unpack_columns(moved, bits, num_out) == middle).all()):
-            return torch.full_like(stored, middle)
+            return middle
     found = f"zeros {int(stored.min())} to {int(stored.max())}"
     raise reader.error(name, f"{found} are neither {middle} nor {middle - 1}: config.json says sym")
 

@@ -77,6 +77,17 @@ def spec(num_out: int = NUM_OUT, num_in: int = NUM_IN, module: str = "a") -> Lin
     return LinearSpec(num_in, (Part(module, num_out),))
 
 
+def check_plan(tensors: dict[str, Tensor], fields: dict[str, Any], load: Load) -> None:
+    """A plan counts the bytes that a GPU keeps."""
+    num_bytes = []
+    for device in ("cpu", "meta"):
+        ops = TritonOperations(use_skinny=False, keeps_small=True, takes_float8=True)
+        loader = load(tensors, fields, device=device, ops=ops)
+        loader.linear(spec())
+        num_bytes.append(loader.num_bytes)
+    assert num_bytes[0] == num_bytes[1]
+
+
 # compressed-tensors
 
 
@@ -113,14 +124,7 @@ def test_what_the_library_compressed_tensors_stores(case: str, load: Load) -> No
     assert torch.equal(loader.linear(parts).weight, expanded[order])
     paper = load(tensors, compressed(cases()[case]), device="meta").linear(parts)
     assert paper.weight.is_meta and paper.weight.shape == (16, NUM_IN)
-    # As a GPU keeps it: as many bytes as a plan says.
-    num_bytes = []
-    for device in ("cpu", "meta"):
-        ops = TritonOperations(use_skinny=False, keeps_small=True, takes_float8=True)
-        loader = load(tensors, compressed(cases()[case]), device=device, ops=ops)
-        loader.linear(spec())
-        num_bytes.append(loader.num_bytes)
-    assert num_bytes[0] == num_bytes[1]
+    check_plan(tensors, compressed(cases()[case]), load)
 
 
 @pytest.mark.parametrize("kind", gguf.KINDS)
@@ -374,6 +378,14 @@ def test_gptq(fields: dict[str, Any], made: dict[str, Any], load: Load) -> None:
     tensors, expanded = gptq(**made)
     loader = load(tensors, gptq_fields(**fields), torch.float16)
     assert torch.equal(loader.linear(spec()).weight, expanded)
+    check_plan(tensors, gptq_fields(**fields), load)
+
+
+def test_of_zeros_that_cannot_be_told_a_plan_says_so(load: Load) -> None:
+    """Before anything big is read."""
+    fields = gptq_fields(bits=3, sym=False)
+    with pytest.raises(ModelError, match="of 3 bits and zeros anywhere tools disagree"):
+        load(gptq(3)[0], fields, device="meta").linear(spec())
 
 
 def test_zeros_of_3_bits_that_gptqmodel_writes(load: Load) -> None:
@@ -397,10 +409,12 @@ def test_awq(load: Load) -> None:
         return packed_rows(numbers[:, order], 4)
 
     tensors = {"a.qweight": packed(codes), "a.qzeros": packed(zeros), "a.scales": scale}
-    fields = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+    fields: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
     expanded = (codes - zeros.repeat_interleave(16, 0)).half() * scale.repeat_interleave(16, 0)
-    layer = load(tensors, {**fields, "zero_point": True}, torch.float16).linear(spec())
+    fields["zero_point"] = True
+    layer = load(tensors, fields, torch.float16).linear(spec())
     assert torch.equal(layer.weight, expanded.t())
+    check_plan(tensors, fields, load)
 
 
 # FP8

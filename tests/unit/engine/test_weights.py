@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from baton.shared.engine.batch import Batch, BatchRow
-from baton.shared.engine.model_digest import ProgressReport
+from baton.shared.engine.model_digest import ProgressReport, find_weight_files
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.weights import WeightFiles
 from baton.shared.model_files.fields import ModelError
@@ -56,6 +56,24 @@ def test_no_safetensors(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
     model_dir, _ = make_llama()
     (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
     assert "model.safetensors: no such file" in refused(make_runner, model_dir)
+
+
+@pytest.mark.parametrize("shard_size", ["100KB", "5GB"])
+def test_files_that_are_called_otherwise(
+    shard_size: str, make_llama: MakeLlama, make_runner: MakeRunner
+) -> None:
+    """As auto-gptq calls them. Of several nobody says which is the model's."""
+    model_dir, _ = make_llama(max_shard_size=shard_size)
+    expected = make_runner(model_dir)
+    listing = find_weight_files(model_dir)[0]
+    ending = listing.name.removeprefix("model")
+    listing.rename(model_dir / f"gptq_model-4bit-64g{ending}")
+    found = make_runner(model_dir)
+    assert torch.equal(logits(found), logits(expected))
+    if shard_size == "5GB":
+        (model_dir / "adapter_model.safetensors").touch()
+        message = refused(make_runner, model_dir)
+        assert "which is the model's of adapter_model.safetensors, gptq_model-4bit-64g" in message
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1, -1000])
