@@ -56,11 +56,11 @@ async def merged(
 @asynccontextmanager
 async def begun(source: AsyncGenerator[_T, None]) -> AsyncIterator[AsyncGenerator[_T, None]]:
     """The messages of the source, which is at work on the first of them from now on; it is closed
-    at the end."""
+    at the end, also of a reader who is cancelled twice: then while that one is gone already."""
     first = asyncio.ensure_future(anext(source, None))
 
     async def messages() -> AsyncGenerator[_T, None]:
-        message = await first
+        message = await asyncio.shield(first)
         if message is not None:
             yield message
             async for message in source:
@@ -72,6 +72,17 @@ async def begun(source: AsyncGenerator[_T, None]) -> AsyncIterator[AsyncGenerato
         async with aclosing(messages()) as rest:
             yield rest
     finally:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await source.aclose()
+        closing = asyncio.create_task(_close(first, source))
+        _closings.add(closing)
+        closing.add_done_callback(_closings.discard)
+        await asyncio.shield(closing)
+
+
+_closings: set[asyncio.Task[None]] = set()
+"""The loop keeps no task by itself."""
+
+
+async def _close(first: asyncio.Future[_T | None], source: AsyncGenerator[_T, None]) -> None:
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await source.aclose()

@@ -73,3 +73,40 @@ async def test_a_reader_that_is_cancelled_cancels_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await reader
     assert source.said == ["begun", "closed"]
+
+
+@pytest.mark.parametrize("has_read", [False, True])
+async def test_a_reader_that_is_cancelled_twice_leaves_it_closed(has_read: bool) -> None:
+    """The second time while the source still ends."""
+    may_end, ends, is_waiting = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    said: list[str] = []
+
+    async def source() -> AsyncGenerator[int, None]:
+        try:
+            if has_read:
+                yield 0
+            await asyncio.Event().wait()
+        finally:
+            ends.set()
+            await may_end.wait()
+            said.append("closed")
+
+    async def read() -> None:
+        async with begun(source()) as messages:
+            if has_read:
+                await anext(messages)
+            is_waiting.set()
+            await (asyncio.Event().wait() if has_read else anext(messages))
+
+    reader = asyncio.create_task(read())
+    for seen in (is_waiting, ends):
+        await seen.wait()
+        await asyncio.sleep(0)
+        reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert said == []
+    may_end.set()
+    async with asyncio.timeout(10):
+        while not said:
+            await asyncio.sleep(0)
