@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from baton.services.gateway.openai.guard import (
     KEEP_ALIVE_S,
+    LINGER_S,
     MAX_HEAD_BYTES,
     GuardedProtocol,
     OnRefused,
@@ -48,7 +49,9 @@ class HttpEndpoint:
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=int(KEEP_ALIVE_S),
-            timeout_graceful_shutdown=1,
+            # By then connections have closed by themselves: else uvicorn would log a traceback of
+            # each request that it cancels.
+            timeout_graceful_shutdown=int(LINGER_S) + 1,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         GuardedProtocol.limit_connections = max_connections()

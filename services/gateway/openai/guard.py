@@ -28,7 +28,7 @@ KEEP_ALIVE_S = 65.0
 first."""
 SEND_LIMIT_S = 30.0
 """A client that reads so slowly that the write buffer stays full for that long is cut off."""
-_LINGER_S = 1.0
+LINGER_S = 1.0
 """That a refused connection stays open so that its client can read why."""
 
 OnRefused = Callable[[int], None]
@@ -68,6 +68,15 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
         if not self._is_between_requests():
             self._stop_head_timer()
+
+    def shutdown(self) -> None:
+        """Of the server, after the drain. Nothing is waited for that a client may leave undone: who
+        has not sent a whole request is refused, who does not take an answer is cut off."""
+        if self.conn.their_state is h11.SEND_BODY:
+            self._refuse(HttpError(503, "the gateway is shutting down", code="draining"))
+            return
+        super().shutdown()
+        self.loop.call_later(LINGER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
@@ -125,7 +134,7 @@ class GuardedProtocol(H11Protocol):
                 self.transport.write_eof()
             else:
                 self.transport.close()
-            self.loop.call_later(_LINGER_S, self.transport.abort)
+            self.loop.call_later(LINGER_S, self.transport.abort)
 
     def _cut_off(self) -> None:
         log_event(logger, logging.INFO, "slow reader cut off", limit_s=SEND_LIMIT_S)

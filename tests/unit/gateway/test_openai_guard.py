@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import cast
 
 import pytest
 
@@ -198,6 +199,33 @@ async def test_connections_that_wait_in_the_queue_are_still_served(
     reader, writer = await asyncio.open_connection(sock=client)
     assert Reply(await reader.read()).status == 200
     writer.close()
+
+
+async def test_clients_that_leave_things_undone_hold_up_no_end(
+    frontend: NullFrontend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is a traceback logged of what they ask for."""
+    monkeypatch.setattr(guard, "LINGER_S", 0.1)
+    frontend.script = endless
+    async with serving(frontend) as endpoint:
+        reader, writer = await connect(endpoint.address)
+        writer.write(_REQUEST[: -len(_HELLO) // 2])
+        host, _, port = endpoint.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as never_reads:
+            never_reads.sendall(_REQUEST)
+            open_ones = endpoint._server.server_state.connections
+            connections = cast(set[guard.GuardedProtocol], open_ones)
+            # The one's head has come, and the other's answer waits for it.
+            await wait_until(
+                lambda: len(connections) == 2 and all(each.cycle for each in connections)
+            )
+            await wait_until(lambda: any(each.flow.write_paused for each in connections))
+            await endpoint.stop()
+        reply = Reply(await reader.read())
+        writer.close()
+    assert (reply.status, reply.error["code"]) == (503, "draining")
+    assert frontend.num_closed == 1
+    assert caplog.text == ""
 
 
 @needs_ipv6
