@@ -91,7 +91,7 @@ def _check_middle(name: str, words: Tensor, bits: int, num_out: int, reader: Ten
     Raises:
         ModelError: they are elsewhere.
     """
-    middle = 2 ** (bits - 1)
+    middle = 1 << (bits - 1)
     stored = unpack_columns(words, bits, num_out)
     if any(bool((stored == zero).all()) for zero in (middle, middle - 1)):
         return middle
