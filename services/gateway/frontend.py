@@ -240,6 +240,7 @@ class Frontend:
                 max_model_len=record.capacity.longest,
                 model_impl=record.model.model_impl,
                 num_checkpoints=record.load.counters.get("num_checkpoints", 0),
+                drafter=record.model.drafter,
             )
             for record in self.cluster.records()
         ]

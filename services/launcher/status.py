@@ -88,11 +88,13 @@ def to_text(state: dict[str, Any]) -> str:
         for worker in state["workers"]
         if worker["num_checkpoints"]
     ]
+    guessing = [worker for worker in state["workers"] if worker["drafter"]]
+    lines += [f"{worker['id']} guesses by {worker['drafter']}" for worker in guessing]
     stages = ", ".join(f"{stage} {count}" for stage, count in state["ledger"].items()) or "empty"
     lines += ["", f"ledger: {stages}", f"prefix index: {state['num_prefix_entries']} entries"]
     defaults = ", ".join(f"{name} {value}" for name, value in state["default_sampling"].items())
     lines += [f"sampling defaults of the model: {defaults or 'none'}"]
-    lines += [_drafts(state["counters"]), "counters:"]
+    lines += [_drafts(state["counters"], is_guessed=bool(guessing)), "counters:"]
     counters = [(name, n) for name, n in state["counters"].items() if name != _BY_POSITION]
     lines += [f"  {line}" for line in _table([(_words(name), str(n)) for name, n in counters])]
     return "\n".join(lines)
@@ -120,6 +122,7 @@ def _worker_to_json(worker: pb.WorkerStatus) -> dict[str, Any]:
         "max_model_len": worker.max_model_len,
         "model_impl": worker.model_impl,
         "num_checkpoints": worker.num_checkpoints,
+        "drafter": worker.drafter,
     }
 
 
@@ -128,11 +131,11 @@ def _numbers(counters: pb.ServerCounters) -> dict[str, Any]:
     return numbers | {_BY_POSITION: list(counters.num_accepted_by_position)}
 
 
-def _drafts(counters: dict[str, Any]) -> str:
+def _drafts(counters: dict[str, Any], *, is_guessed: bool) -> str:
     """How far chains of drafts go, one line."""
     num_drafts = counters["num_drafts"]
     if not num_drafts:
-        return "drafts: none"
+        return "drafts: none checked yet" if is_guessed else "drafts: none"
     mean = 1 + counters["num_accepted_tokens"] / num_drafts
     shares = [f"{count / num_drafts:.0%}" for count in counters[_BY_POSITION]]
     return f"drafts: {mean:.2f} tokens a step on average; accepted by position {', '.join(shares)}"

@@ -397,6 +397,7 @@ class Worker:
                 eos_token_ids=tuple(model.eos_token_ids),
                 model_impl=self._runner.model_impl,
                 files_stamp=self._runner.model_identity.files_stamp,
+                drafter=_drafter(self._args),
             ),
             capacity=self._runner.capacity,
             load=WorkerLoad(
@@ -429,6 +430,14 @@ class Worker:
         )
         metrics = f" metrics={self._metrics_address}" if self._metrics_address else ""
         print(f"READY grpc={address}{metrics}", flush=True)  # noqa: T201
+
+
+def _drafter(args: argparse.Namespace) -> str:
+    """Who guesses, as status tells it: of workers that decode."""
+    if args.speculate is None or args.role == "prefill":
+        return ""
+    model = args.draft_model
+    return str(args.speculate) if model is None else f"{args.speculate} of {model.resolve().name}"
 
 
 def _counters(state: worker_service_pb2.GetWorkerStateResponse) -> dict[str, int]:

@@ -104,6 +104,8 @@ class ModelFacts:
     files_stamp: str = ""
     """Equal stamps: the very files of this host that this worker read; empty when it is not sure
     (shared/engine/model_digest.py)."""
+    drafter: str = ""
+    """Who guesses tokens for its decode steps to check; empty: nobody does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +270,7 @@ def decode_record(text: str) -> WorkerRecord:
             eos_token_ids=tuple(_items(model, "eos_token_ids", int)),
             model_impl=_text(model, "model_impl"),
             files_stamp=_text(model, "files_stamp"),
+            drafter=_text(model, "drafter"),
         ),
         capacity=capacity,
         load=WorkerLoad(

@@ -74,6 +74,11 @@ def test_an_answer_ends_where_it_would_without(stack: Stack, way: dict[str, Any]
     assert stack.state("d1").counters.num_drafts == 0
 
 
+def test_status_tells_who_guesses(stack: Stack) -> None:
+    told = {each.worker.worker_id: each.drafter for each in stack.status().workers}
+    assert told == {"p0": "", "d0": "ngram:4", "d1": "", "d2": "draft-model:4 of demo-draft"}
+
+
 def shown(result: Result) -> tuple[list[int], str, int]:
     return result.token_ids, result.text, result.finish_reason
 

@@ -216,6 +216,7 @@ def server_info() -> pb.GetServerInfoResponse:
                 max_model_len=640,
                 model_impl="other 1.0",
                 num_checkpoints=7,
+                drafter="ngram:7",
             )
         ],
         ledger=[pb.LedgerStageCount(stage="DECODING", num_entries=2)],
@@ -247,6 +248,7 @@ def test_status_as_json(
             "max_model_len": 640,
             "model_impl": "other 1.0",
             "num_checkpoints": 7,
+            "drafter": "ngram:7",
         }
     ]
     assert state["ledger"] == {"DECODING": 2}

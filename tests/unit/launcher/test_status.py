@@ -11,6 +11,12 @@ from baton.v1 import inference_service_pb2 as pb
 def test_how_far_drafts_went() -> None:
     info = pb.GetServerInfoResponse()
     assert "drafts: none" in to_text(to_json(info)).splitlines()
+    # Nothing was checked yet of what is guessed.
+    worker = info.workers.add(drafter="draft-model:3 of demo-draft")
+    worker.worker.worker_id = "decode-0"
+    lines = to_text(to_json(info)).splitlines()
+    assert "decode-0 guesses by draft-model:3 of demo-draft" in lines
+    assert "drafts: none checked yet" in lines
     counters = info.counters
     counters.num_drafts, counters.num_drafted_tokens, counters.num_accepted_tokens = 10, 24, 9
     counters.num_accepted_by_position.extend([6, 3, 0])

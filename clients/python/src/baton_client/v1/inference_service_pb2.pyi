@@ -229,7 +229,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., gateway_incarnation: _Optional[str] = ..., directory_reachable: bool = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., ledger: _Optional[_Iterable[_Union[LedgerStageCount, _Mapping]]] = ..., num_prefix_entries: _Optional[int] = ..., counters: _Optional[_Union[ServerCounters, _Mapping]] = ..., default_sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., model_digest: _Optional[str] = ..., directory_problem: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "role", "healthy", "num_waiting", "num_running", "num_free_blocks", "num_blocks", "capability_hash", "determinism", "max_model_len", "model_impl", "num_checkpoints")
+    __slots__ = ("worker", "role", "healthy", "num_waiting", "num_running", "num_free_blocks", "num_blocks", "capability_hash", "determinism", "max_model_len", "model_impl", "num_checkpoints", "drafter")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +242,7 @@ class WorkerStatus(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MODEL_IMPL_FIELD_NUMBER: _ClassVar[int]
     NUM_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
     worker: _types_pb2.WorkerAddress
     role: _types_pb2.WorkerRole
     healthy: bool
@@ -254,7 +255,8 @@ class WorkerStatus(_message.Message):
     max_model_len: int
     model_impl: str
     num_checkpoints: int
-    def __init__(self, worker: _Optional[_Union[_types_pb2.WorkerAddress, _Mapping]] = ..., role: _Optional[_Union[_types_pb2.WorkerRole, str]] = ..., healthy: bool = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., capability_hash: _Optional[str] = ..., determinism: _Optional[str] = ..., max_model_len: _Optional[int] = ..., model_impl: _Optional[str] = ..., num_checkpoints: _Optional[int] = ...) -> None: ...
+    drafter: str
+    def __init__(self, worker: _Optional[_Union[_types_pb2.WorkerAddress, _Mapping]] = ..., role: _Optional[_Union[_types_pb2.WorkerRole, str]] = ..., healthy: bool = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., capability_hash: _Optional[str] = ..., determinism: _Optional[str] = ..., max_model_len: _Optional[int] = ..., model_impl: _Optional[str] = ..., num_checkpoints: _Optional[int] = ..., drafter: _Optional[str] = ...) -> None: ...
 
 class LedgerStageCount(_message.Message):
     __slots__ = ("stage", "num_entries")
