@@ -142,7 +142,7 @@ class PartReader(Protocol):
 
     def read_known(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small tensor whose numbers decide how others are kept: as `read`, and on paper, too, it
-        holds them, in the host's memory."""
+        holds them, in the host's memory; unless these others are expanded anyway."""
 
     def read_float(
         self,

@@ -87,6 +87,8 @@ class ModelLoader:
         self._num_positions = num_positions
         self._ropes_made_for = ropes_made_for
         self._on_read = on_read
+        self._knows = True
+        """What is read to be known is, on paper too."""
 
     @property
     def quantises_inputs(self) -> bool:
@@ -128,7 +130,10 @@ class ModelLoader:
         return layer
 
     def experts(self, spec: ExpertsSpec) -> Experts:
+        # Nothing depends on it where they are expanded, and of a mixture these are thousands.
+        self._knows = self.ops.keeps_experts
         layer = self.ops.load_experts(spec, self)
+        self._knows = True
         self.has_small_experts |= layer.is_small
         self.num_bytes += layer.num_bytes
         size = self.ops.ranks.share(spec.size, 1)
@@ -205,7 +210,7 @@ class ModelLoader:
         return self._read(name, shape, None, part)
 
     def read_known(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._read(name, shape, None, (), is_known=True)
+        return self._read(name, shape, None, (), is_known=self._knows)
 
     def read_float(
         self,

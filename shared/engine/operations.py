@@ -61,6 +61,10 @@ class Operations(Protocol):
     def quantises_inputs(self) -> bool:
         """Activations are made small in front of layers whose checkpoint says so."""
 
+    @property
+    def keeps_experts(self) -> bool:
+        """So are experts: see `keep_experts_small`."""
+
     def load_linear(self, spec: LinearSpec, reader: PartReader) -> Linear:
         """A layer of a checkpoint's parts, this rank's share of it.
 

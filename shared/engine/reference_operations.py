@@ -62,7 +62,7 @@ class ReferenceOperations:
         self.ranks = ranks
         self.keeps_small = keeps_small
         self.quantises_inputs = quantises_inputs
-        self._keeps_experts = False
+        self.keeps_experts = False
 
     pack_rope = staticmethod(reference.pack_rope)
     take_rope = staticmethod(reference.take_rope)
@@ -114,7 +114,7 @@ class ReferenceOperations:
         return Linear(reference.pack_weight(weight), bias, num_out, num_in, scale=scale)
 
     def keep_experts_small(self) -> None:
-        self._keeps_experts = True
+        self.keeps_experts = True
 
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
         """What is kept small is expanded whenever a token has the expert: to the numbers, and in
@@ -125,7 +125,7 @@ class ReferenceOperations:
         for expert in read_experts(spec, reader, self.ranks):
             num_bytes += expert.bias_bytes
             for parts, own in zip((expert.gate_up, expert.down), matrices, strict=True):
-                kept = keep(parts) if self._keeps_experts else None
+                kept = keep(parts) if self.keeps_experts else None
                 weight = joined(parts, reader.dtype) if kept is None else kept
                 num_bytes += weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
                 own.append(form(weight) if isinstance(weight, Tensor) else weight)

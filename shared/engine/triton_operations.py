@@ -158,7 +158,7 @@ class TritonOperations:
         self.keeps_small = keeps_small
         self.quantises_inputs = quantises_inputs
         self._takes_float8 = takes_float8
-        self._keeps_experts = False
+        self.keeps_experts = False
         self._use_skinny = use_skinny
         self._overlaps = overlaps
         self._chosen: dict[tuple[int, int, int, torch.dtype, bool], linear_table.Config | None] = {}
@@ -222,10 +222,10 @@ class TritonOperations:
         return experts_kernels.gated_add(x, gate, residual, pdl=self._overlaps)
 
     def keep_experts_small(self) -> None:
-        self._keeps_experts = self.keeps_small
+        self.keeps_experts = self.keeps_small
 
     def load_experts(self, spec: ExpertsSpec, reader: PartReader) -> Experts:
-        if self._keeps_experts:
+        if self.keeps_experts:
             experts = read_experts(spec, reader, self.ranks)
             small = stack_experts(experts, spec.num_experts, takes_float8=self._takes_float8)
             if small is not None:

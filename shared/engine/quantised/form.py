@@ -27,7 +27,7 @@ class TensorReader(Protocol):
 
     def read_known(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small tensor whose numbers decide how others are kept: as `read`, and on paper, too, it
-        holds them, in the host's memory."""
+        holds them, in the host's memory; unless these others are expanded anyway."""
 
     def error(self, name: str, reason: str) -> ModelError: ...
 

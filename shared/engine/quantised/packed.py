@@ -84,14 +84,16 @@ def read(
 def read_group_of(
     name: str, num_in: int, count: int, reader: TensorReader, scheme: Scheme
 ) -> Tensor | None:
-    """The group of each column, on paper too; None: they are in order, or there is no such
-    tensor."""
+    """The group of each column, on paper too if anything depends on it; None: they are in order, or
+    there is no such tensor."""
     if reader.header(name) is None:
         if scheme.order is None or count == 1:
             return None
         raise reader.error(name, f"missing tensor, though config.json says {scheme.order}")
     check_words(reader, name, (num_in,), "I32", f"rows are of {num_in}")
     group_of = reader.read_known(name, (num_in,)).long()
+    if group_of.is_meta:
+        return None
     if bool((group_of < 0).all()):
         # Written by tools that leave it empty.
         return None

@@ -264,6 +264,33 @@ def test_of_experts_whose_groups_are_out_of_order_it_is_known_on_paper(
             assert on_host[0].num_bytes == on_host[1].num_bytes
 
 
+def test_a_plan_reads_no_orders_of_experts_that_are_expanded(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large mixture that would be tens of thousands of small reads."""
+    tensors = four_bits()
+    orders = set()
+    for name in list(tensors):
+        module, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            orders.add(f"{module}.g_idx")
+            tensors[f"{module}.g_idx"] = (torch.arange(8 * len(tensors[name])) // 16).flip(0).int()
+    read, read_of = [], WeightFiles.read
+
+    def recorded(files: WeightFiles, name: str, shape: Any, device: Any, *rest: Any) -> Tensor:
+        if device.type != "meta":
+            read.append(name)
+        return read_of(files, name, shape, device, *rest)
+
+    monkeypatch.setattr(WeightFiles, "read", recorded)
+    on_paper = load(tensors, None, "meta", quantization=INT4)
+    on_paper.experts(SPEC)
+    assert read == [] and orders <= on_paper.taken.keys()
+    loader = load(tensors, quantization=INT4)
+    loader.experts(SPEC)
+    assert on_paper.num_bytes == loader.num_bytes and orders <= set(read)
+
+
 def assert_stored(small: Callable[..., ModelLoader], spec: ExpertsSpec) -> None:
     """As a GPU reads them: the same numbers, in as many bytes as on paper."""
     made: dict[str, ModelLoader] = {}
