@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pip._internal.cli.main import main as pip
+from pip._internal.commands import create_command
 from pip._vendor.packaging import markers
 
 from deploy.requirements import requirements
@@ -21,6 +22,9 @@ from deploy.requirements import requirements
 EXTRAS = {"cpu": ["worker"], "cuda": ["worker", "nixl"]}
 _LATEST_GLIBC = 36
 """Minor version: that of Debian 12."""
+_FIRST = "hatchling"
+"""Is needed, is small, and comes at once where anything does."""
+_AT_ONCE = ("--no-deps", "--retries=0", "--timeout=10")
 
 
 def main() -> int:
@@ -40,7 +44,7 @@ def main() -> int:
     (target.parent / ".gitignore").write_text("*\n")
     needed = requirements(Path("pyproject.toml"), EXTRAS[args.device])
     sys.stdout.write(f"{target}: for Python {python}\n")
-    code = download(python, target, [*needed, "hatchling", "grpcio-tools", *args.more])
+    code = download(python, target, [*needed, _FIRST, "grpcio-tools", *args.more])
     if code == 0:
         # The build compares it with its own.
         (target / "python.txt").write_text(f"{python}\n")
@@ -48,7 +52,8 @@ def main() -> int:
 
 
 def download(python: str, target: Path, arguments: list[str]) -> int:
-    """Runs pip's download as if under that Python; its exit code."""
+    """Runs pip's download as if under that Python; its exit code. Of an index that does not answer
+    it is known within seconds: pip itself would go on asking for minutes."""
     plain: Any = markers.default_environment
 
     def of_image() -> Any:
@@ -68,9 +73,21 @@ def download(python: str, target: Path, arguments: list[str]) -> int:
     ]
     markers.default_environment = of_image
     try:
+        if code := pip([*options, *_AT_ONCE, *_without_requirements(arguments), _FIRST]):
+            sys.stderr.write(
+                f"wheelhouse: {_FIRST} did not come: no package index answers, or it has none "
+                'fit for this Python; name another: PIP_ARGS="--index-url URL"\n'
+            )
+            return code
         return pip([*options, *arguments])
     finally:
         markers.default_environment = plain
+
+
+def _without_requirements(arguments: list[str]) -> list[str]:
+    """pip's options alone, such as which index to ask."""
+    _, requirements_of = create_command("download").parse_args(arguments)
+    return [each for each in arguments if each not in requirements_of]
 
 
 def _python_of(base: str) -> str:
