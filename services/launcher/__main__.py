@@ -59,8 +59,8 @@ Exit codes: 0 told, 1 the gateway does not answer (one line on standard error), 
 
 _MODELS_HELP = """\
 Without DIR: which model types are served. With it: whether that model would be, as what, how large
-it is, what it needs, and which flags go with it. Reads headers only, and needs no torch; a worker
-compares every tensor with config.json when it starts.
+it is, what it needs, and which flags go with it. Reads headers only. Where torch is installed it
+compares every tensor's shape with config.json, as a worker does when it starts.
 Exit codes: 0 it would be served, or only a start can tell, 1 it would not (one line on standard
 error says why), 2 bad usage.
 """

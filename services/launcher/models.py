@@ -20,7 +20,7 @@ from baton.shared.model_files.named import NAMED_MODELS, model_dir
 from baton.shared.model_files.type_defaults import TEXT_TYPES
 from baton.shared.tokenizer.files import load_tokenizer
 
-_REFUSAL = "baton.shared.engine.transformers_backend.refusal"
+_REFUSAL = "baton.shared.engine.refusal"
 _REFUSED = 3
 """What it exits with."""
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -59,8 +59,10 @@ def about(model: str) -> dict[str, Any]:
         _check_transformers(directory, name)
         return {**told, "served": None, "text": _text(directory)}
     facts = read_model_facts(directory)
+    is_sure = find_spec("torch") is not None and _ask_worker(directory)
     return {
         **told,
+        "served": True if is_sure else None,
         "is_text_part": facts.is_text_part,
         "layers": dict(facts.layer_kinds),
         "max_model_len": facts.config.max_position_embeddings,
@@ -87,15 +89,15 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
 
 
 def _facts(told: dict[str, Any]) -> Iterator[str]:
-    if told["served"] is None:
-        yield f"{told['model']}: may be served"
+    yield f"{told['model']}: {'may be served' if told['served'] is None else 'served'}"
+    if "layers" not in told:
         numbers = "if a start finds its numbers right"
         yield f"  type     {told['model_type']}, by transformers' code, {numbers}"
         yield f"  text     {told['text']}"
         return
     part = ", its text part" if told["is_text_part"] else ""
-    yield f"{told['model']}: served"
-    yield f"  type     {told['model_type']}{part}, by Baton's own code"
+    shapes = ", if a start finds its tensors right" if told["served"] is None else ""
+    yield f"  type     {told['model_type']}{part}, by Baton's own code{shapes}"
     layers = ", ".join(f"{count} {kind}" for kind, count in told["layers"].items())
     yield f"  layers   {layers}"
     yield f"  length   {told['max_model_len']:,} tokens"
@@ -116,7 +118,7 @@ def _check_transformers(directory: Path, name: str) -> None:
     """Raises ModelError: it is not installed, or refuses the model before it reads weights."""
     if find_spec("transformers") is not None:
         if find_spec("torch") is not None:
-            _ask_transformers(directory)
+            _ask_worker(directory)
         return
     known = ", ".join(each.name for each in registry.model_types())
     raise ModelError(
@@ -126,12 +128,14 @@ def _check_transformers(directory: Path, name: str) -> None:
     )
 
 
-def _ask_transformers(directory: Path) -> None:
-    """In a process of its own, for here there is no torch. Raises ModelError: it refuses."""
+def _ask_worker(directory: Path) -> bool:
+    """Whether one would go on to read weights, in a process of its own, for here there is no torch.
+    Raises ModelError: it refuses."""
     command = [sys.executable, "-m", _REFUSAL, str(directory)]
     asked = subprocess.run(command, capture_output=True, text=True)
     if asked.returncode == _REFUSED:
         raise ModelError(asked.stdout.strip())
+    return asked.returncode == 0
 
 
 def _extras(directory: Path, name: str) -> dict[str, bool]:

@@ -1,7 +1,7 @@
 """What a model directory is, and what serving it takes, of its files' headers alone: no torch.
 
 What is refused here is refused by a worker in the same words; a worker compares the tensors with
-config.json, too, before it reads them.
+config.json, too, before it reads them (refusal.py).
 """
 
 from __future__ import annotations

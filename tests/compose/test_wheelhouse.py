@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from pip._internal.cli.main import main as pip
 from pip._vendor.packaging.markers import Marker
 
 from deploy import wheelhouse
@@ -39,7 +40,7 @@ def test_without_an_index_it_ends_at_once(
     """The index that was named is asked once, for one small thing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    asked, pip = [], wheelhouse.pip
+    asked = []
 
     def counted(arguments: list[str]) -> int:
         asked.append(arguments)

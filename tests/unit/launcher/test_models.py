@@ -26,8 +26,27 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
 }
-EMBEDDING = {"model.embed_tokens.weight": np.zeros((32, 64), np.float16)}
+_LAYER = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (96, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+    "input_layernorm": (64,),
+    "post_attention_layernorm": (64,),
+}
+TENSORS = {
+    f"model.{name}.weight": np.zeros(shape, np.float16)
+    for name, shape in {
+        "embed_tokens": (32, 64),
+        "norm": (64,),
+        **{f"layers.{index}.{name}": shape for index in (0, 1) for name, shape in _LAYER.items()},
+    }.items()
+}
 
 
 def make(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> str:
@@ -95,18 +114,38 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "model.safetensors: no such file" in capsys.readouterr().err
 
 
+def test_shapes_that_are_not_config_jsons_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker does, where there is torch."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = make(tmp_path / "m", {}, {**TENSORS, name: np.zeros((64, 96), np.float16)})
+    assert main(["models", model]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{model}: not served\n"
+    reason = f"{name}: shape [64, 96] where config.json makes it [96, 64]"
+    assert said.err == f"baton: {model}/model.safetensors: {reason}\n"
+    monkeypatch.setattr("baton.services.launcher.models.find_spec", lambda name: None)
+    assert main(["models", model]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{model}: may be served"
+    assert lines[1].endswith("by Baton's own code, if a start finds its tensors right")
+    assert about(model)["served"] is None
+
+
 def test_quantised_numbers_are_counted_as_they_are_meant(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     module = "model.layers.0.self_attn.q_proj"
     tensors = {
+        **TENSORS,
         f"{module}.qweight": np.zeros((8, 64), np.int32),
         f"{module}.qzeros": np.zeros((2, 8), np.int32),
         f"{module}.scales": np.zeros((2, 64), np.float16),
-        f"{module}.g_idx": np.zeros(64, np.int32),
-        **EMBEDDING,
+        f"{module}.g_idx": np.arange(64, dtype=np.int32) // 32,
     }
+    del tensors[f"{module}.weight"]
     told = about(make(tmp_path / "m", config, tensors))
-    assert told["num_numbers"] == 64 * 64 + 32 * 64
+    assert told["num_numbers"] == sum(each.size for each in TENSORS.values())
     assert told["stored_as"] == ["gptq", "F16", "I32"]
     assert told["weights_bytes"]["bfloat16"] == [told["stored_bytes"], 2 * told["num_numbers"]]
     assert "--dtype bfloat16" in told["flags"]
@@ -114,7 +153,7 @@ def test_quantised_numbers_are_counted_as_they_are_meant(tmp_path: Path) -> None
 
 def test_a_window_keeps_no_more_than_it_sees(tmp_path: Path) -> None:
     config = {"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 4096}
-    told = about(make(tmp_path / "m", config, EMBEDDING))
+    told = about(make(tmp_path / "m", config, TENSORS))
     assert told["layers"] == {"sliding": 2}
     assert told["cache_bytes"]["float32"] == 2 * 2 * 16 * 4 * 2 * 64
     assert told["text"].startswith("token ids only")
@@ -123,7 +162,7 @@ def test_a_window_keeps_no_more_than_it_sees(tmp_path: Path) -> None:
 def test_what_has_to_be_installed_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make(tmp_path / "m", {}, EMBEDDING)
+    model = make(tmp_path / "m", {}, TENSORS)
     (tmp_path / "m" / "tokenizer.model").write_bytes(b"")
     monkeypatch.setattr(
         "baton.services.launcher.models.find_spec",
