@@ -4,24 +4,33 @@ One program attends one KV head of one work item (kernels/decode_plan.py); progr
 end at once. A row of one item is written at once. Of a row of several, each item leaves its
 normalised sum and the logarithm (base 2) of its weight, and either the program that comes last or a
 second kernel adds them up. Which it is, is configured; the arithmetic is the same.
+
+Of keys and values in 8 bits programs compute as decode_float8.py says, where it can.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from baton.kernels.decode_float8 import attend_codes
 from baton.kernels.decode_plan import (
     ITEM_FIELDS,
+    TEAM_KEYS,
     DecodeConfig,
     DecodeWork,
     decode_config,
     make_work,
     plan_decode,
+    takes_teams,
     takes_width,
+    team_block,
 )
+from baton.kernels.decode_sums_jit import add_up, with_sinks
 from baton.kernels.float8_jit import (
     add_halves,
     as_bytes,
@@ -106,12 +115,21 @@ def paged_decode_attention(
         raise ValueError(f"planned for window {work.window}, asked for {window}")
     config, num_items = work.config, work.items.shape[0]
     group = num_heads // num_kv_heads
-    block_h = max(16, triton.next_power_of_2(group * work.width))
-    # Codes are multiplied in halves.
-    block_d = max(32 if is_float8(kv) else 16, triton.next_power_of_2(head_dim))
-    # Float32 products do not go through tensor cores, and hold whole operands in registers.
-    num_warps = max(config.num_warps, 8 if query.element_size() == 4 else 0)
-    _attend[(num_kv_heads, num_items)](
+    num_warps = config.num_warps
+    has_codes, is_wide = is_float8(kv), query.element_size() == 4
+    has_teams = takes_teams(group * work.width, head_dim)
+    kernel: Any
+    if has_codes and not is_wide and has_teams and config.block_n == TEAM_KEYS * num_warps:
+        kernel, how = attend_codes, {"TEAMS": num_warps, "KEYS": TEAM_KEYS}
+        block_h, block_d = team_block(group * work.width, head_dim)
+    else:
+        block_h = max(16, triton.next_power_of_2(group * work.width))
+        # Codes are multiplied in halves.
+        block_d = max(32 if has_codes else 16, triton.next_power_of_2(head_dim))
+        kernel, how = _attend, {"BLOCK_N": config.block_n, "FLOAT8": has_codes}
+        # Float32 products do not go through tensor cores, and hold whole operands in registers.
+        num_warps = max(num_warps, 8 if is_wide else 0)
+    kernel[(num_kv_heads, num_items)](
         out,
         query,
         as_bytes(kv),
@@ -138,14 +156,13 @@ def paged_decode_attention(
         WINDOW=window if work.width > 1 else 0,
         BLOCK_H=block_h,
         BLOCK_D=block_d,
-        BLOCK_N=config.block_n,
         AT_ONCE=_COMBINED_AT_ONCE,
         FIELDS=ITEM_FIELDS,
         FUSED=config.fused,
         SOFT_CAP=soft_cap * _LOG2E,
         PDL=pdl,
-        FLOAT8=is_float8(kv),
         ASM=has_assembler(),
+        **how,
         num_warps=num_warps,
         num_stages=_num_stages(config, block_h, block_d, query, kv),
         launch_pdl=pdl,
@@ -346,7 +363,7 @@ def _attend(
     if sinks is not None:
         # Of a row of several items, when those are added up.
         if num_splits == 1:
-            acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < HEADS)
+            acc, total, highest = with_sinks(acc, total, highest, sinks, heads, head < HEADS)
     # A row without keys has a total of zero and becomes zero.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if num_splits == 1:
@@ -367,7 +384,7 @@ def _attend(
             done = arrived + row * KV_HEADS + kv_head
             if tl.atomic_add(done, 1, sem="acq_rel") == num_splits - 1:
                 tl.store(done, 0)
-                _add_up(
+                add_up(
                     out + row.to(tl.int64) * (WIDTH * out_row),
                     partial,
                     weight,
@@ -384,16 +401,6 @@ def _attend(
                     BLOCK_D,
                     AT_ONCE,
                 )
-
-
-@triton.jit
-def _with_sinks(acc, total, highest, sinks, heads, is_real):
-    """The sums of some rows [heads, dim], [heads] and their highest score, as if one more key had
-    been attended to, whose value is zero."""
-    sink = tl.load(sinks + heads, mask=is_real, other=0.0) * 1.4426950408889634
-    above = tl.maximum(highest, sink)
-    fade = tl.exp2(highest - above)
-    return acc * fade[:, None], total * fade + tl.exp2(sink - above), above
 
 
 @triton.jit
@@ -418,7 +425,7 @@ def _combine(
     first_item = tl.load(row_items + row * 2)
     num_splits = tl.load(row_items + row * 2 + 1)
     if num_splits > 1:
-        _add_up(
+        add_up(
             out + row.to(tl.int64) * (WIDTH * out_row),
             partial,
             weight,
@@ -435,65 +442,3 @@ def _combine(
             BLOCK_D,
             AT_ONCE,
         )
-
-
-@triton.jit
-def _add_up(
-    out,
-    partial,
-    weight,
-    sinks,
-    first_item,
-    num_splits,
-    kv_head,
-    out_row,
-    out_head,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """Adds up a row's items for one KV head; `out` points to the row."""
-    HEADS: tl.constexpr = GROUP * WIDTH
-    GROUP_P: tl.constexpr = triton.next_power_of_2(HEADS)
-    head = tl.arange(0, GROUP_P)
-    dim = tl.arange(0, BLOCK_D)
-    is_real = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
-    highest = tl.full([GROUP_P], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_P], tl.float32)
-    acc = tl.zeros([GROUP_P, BLOCK_D], tl.float32)
-    for start in tl.range(0, num_splits, AT_ONCE):
-        # Unrolled, so that the loads of several items are under way together.
-        for ahead in tl.static_range(AT_ONCE):
-            split = start + ahead
-            at = ((first_item + split) * KV_HEADS + kv_head) * HEADS + head
-            # .cg: other programs wrote these while this one ran; they are in the L2 cache.
-            w = tl.load(
-                weight + at,
-                mask=(head < HEADS) & (split < num_splits),
-                other=float("-inf"),
-                cache_modifier=".cg",
-            )
-            part = tl.load(
-                partial + at[:, None] * HEAD_DIM + dim[None, :],
-                mask=is_real & (split < num_splits),
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            # Heads that only pad have no weight anywhere; without this they would make NaN.
-            above = tl.where(head < HEADS, tl.maximum(highest, w), 0.0)
-            share = tl.exp2(w - above)
-            fade = tl.exp2(highest - above)
-            total = total * fade + share
-            acc = acc * fade[:, None] + part * share[:, None]
-            highest = above
-    if sinks is not None:
-        heads = kv_head * GROUP + head % GROUP
-        acc, total, highest = _with_sinks(acc, total, highest, sinks, heads, head < HEADS)
-    acc = acc / tl.where(head < HEADS, total, 1.0)[:, None]
-    out_at = (kv_head * GROUP + head % GROUP)[:, None] * out_head + dim[None, :]
-    if WIDTH > 1:
-        out_at += (head // GROUP)[:, None] * out_row
-    tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)

@@ -7,6 +7,7 @@ step's keys, however they are spread over rows, and items that are not needed ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ keys at its end the row's first token does not see, one unused. A row of −1 ma
 not used."""
 _PLANNED_AT_ONCE = 32
 _MOST_HEADS = 64
+TEAM_KEYS = 16
+"""Keys of a tile that a warp has to itself in decode_float8.py: as many as tensor cores take."""
+_MOST_SUMS = 2048
+"""Of such a warp: 64 registers of each thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,16 @@ class DecodeConfig:
 
 
 def decode_config(
-    num_rows: int, num_kv_heads: int, head_dim: int, *, width: int = 1, itemsize: int = 2
+    num_rows: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    group: int = 1,
+    width: int = 1,
+    itemsize: int = 2,
 ) -> DecodeConfig:
-    """The configuration for a padded batch of `num_rows`, of `width` tokens each; `itemsize`: of a
-    number in the cache."""
+    """The configuration for a padded batch of `num_rows`, of `width` tokens each; `group`: query
+    heads of a KV head; `itemsize`: of a number in the cache."""
     if width > 1 and itemsize == 2 and head_dim <= 128:
         # Heads of several tokens make products that are worth tiles of more keys, of many rows.
         return DecodeConfig(block_n=32 if num_rows <= 8 else 64, num_stages=3, programs=256)
@@ -50,6 +61,9 @@ def decode_config(
     programs = 256 if num_rows <= 8 else 384
     # Of the widest heads a tile of 16 keys has as many bytes as one of 32 of the others.
     block_n = 32 if head_dim <= 256 else 16
+    if itemsize == 1 and takes_teams(group * width, head_dim):
+        # Small programs, of which many hide what each waits for; more warps add up for longer.
+        return DecodeConfig(block_n=2 * TEAM_KEYS, num_warps=2, num_stages=3, programs=programs)
     if itemsize == 1:
         # As many bytes of a tile, and less ahead: more programs at once hide what widening takes.
         return DecodeConfig(block_n=2 * block_n, num_stages=3, programs=programs)
@@ -101,6 +115,17 @@ def takes_width(width: int, num_kv_heads: int, num_heads: int) -> bool:
     return width * (num_heads // num_kv_heads) <= _MOST_HEADS
 
 
+def team_block(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """Rows and columns of the products of so many heads in decode_float8.py."""
+    return max(8, triton.next_power_of_2(num_heads)), max(32, triton.next_power_of_2(head_dim))
+
+
+def takes_teams(num_heads: int, head_dim: int) -> bool:
+    """Whether a warp has registers for the sums of so many heads: of codes and 16-bit types each
+    warp has keys of its own then (decode_float8.py)."""
+    return math.prod(team_block(num_heads, head_dim)) <= _MOST_SUMS
+
+
 def make_work(
     num_rows: int,
     num_kv_heads: int,
@@ -132,8 +157,9 @@ def make_work(
     Raises:
         ValueError: heads that do not share KV heads evenly, or too few items.
     """
+    group = num_heads // num_kv_heads
     config = config or decode_config(
-        num_rows, num_kv_heads, head_dim, width=width, itemsize=itemsize
+        num_rows, num_kv_heads, head_dim, group=group, width=width, itemsize=itemsize
     )
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly")

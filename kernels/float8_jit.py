@@ -36,6 +36,19 @@ _WIDEN = tl.constexpr(
     }"""
 )
 """(t & mask) | s is 0xEA."""
+_SMALL_HALVES = tl.constexpr(
+    """{
+    .reg .b32 s, t;
+    shl.b32 t, $2, 7;
+    and.b32 t, t, 0x3F803F80;
+    shl.b32 s, $2, 8;
+    lop3.b32 $0, s, 0x80008000, t, 0xEA;
+    shr.b32 t, $2, 1;
+    and.b32 t, t, 0x3F803F80;
+    lop3.b32 $1, $2, 0x80008000, t, 0xEA;
+    }"""
+)
+"""(s & mask) | t is 0xEA."""
 
 
 def is_float8(kv: Tensor) -> bool:
@@ -95,6 +108,19 @@ def halves(pairs, dtype: tl.constexpr, ASM: tl.constexpr):
     else:
         bits = pairs.to(tl.int32)
         return _widened(bits).to(dtype), _widened(bits >> 8).to(dtype)
+
+
+@triton.jit
+def small_halves(pairs, ASM: tl.constexpr):
+    """`halves` in float16, 2⁻⁸ times as large: a code's bits, moved to their places, are that. Any
+    bits make a finite number."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _SMALL_HALVES, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        lower, higher = halves(pairs, tl.float32, ASM)
+        return (lower * 0.00390625).to(tl.float16), (higher * 0.00390625).to(tl.float16)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from baton.kernels.decode_attention import (
     plan_decode,
 )
 from baton.kernels.reference_attention import decode_attention_reference
-from tests.kernels.float8_pools import numbers_of
+from tests.kernels.float8_pools import numbers_of, quantised_pool
 
 Check = Callable[[Tensor, Tensor], None]
 NUM_LAYERS, LAYER = 3, 1
@@ -384,6 +384,7 @@ def test_pool_of_more_than_2_31_elements(device: torch.device, assert_close: Che
     assert_close(out, problem.reference())
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     ("lengths", "width", "shape"),
@@ -402,6 +403,7 @@ def test_tokens_of_a_row_share_its_keys(
     width: int,
     shape: dict[str, Any],
     fused: bool,
+    kv_dtype: str,
     dtype: torch.dtype,
     device: torch.device,
     assert_close: Check,
@@ -412,6 +414,8 @@ def test_tokens_of_a_row_share_its_keys(
     held = {**shape, "window": shape["window"] + width} if "window" in shape else shape
     problem = Problem(lengths, dtype, device, **held)
     window = problem.window = shape.get("window", 0)
+    if kv_dtype == "fp8":
+        problem.kv = quantised_pool(problem.kv)
     num_rows, num_heads, head_dim = problem.query.shape
     query = torch.randn(num_rows * width, num_heads, head_dim, device=device).to(dtype)
     num_drafts = torch.zeros(len(problem.context_lens), dtype=torch.int32, device=device)
@@ -419,7 +423,10 @@ def test_tokens_of_a_row_share_its_keys(
         if slot >= 0:
             num_drafts[slot] = max(width - 1 - row, 0)
     problem.sinks = torch.randn(num_heads, device=device)
-    config = SMALL if num_rows < 9 else decode_config(num_rows, 2, head_dim, width=width)
+    itemsize = problem.kv.element_size()
+    config = SMALL
+    if num_rows >= 9:
+        config = decode_config(num_rows, 2, head_dim, width=width, itemsize=itemsize)
     work = make_work(
         num_rows, problem.kv.shape[1], num_heads, head_dim, device,
         config=replace(config, fused=fused), width=width, num_items=num_rows + 9,
@@ -440,7 +447,7 @@ def test_tokens_of_a_row_share_its_keys(
             end[slot] -= num_drafts[slot] - token
             at = slice(row * width + token, row * width + token + 1)
             expected = decode_attention_reference(
-                query[at].double(), problem.kv.double(), LAYER, rows[at], end,
+                query[at].double(), numbers_of(problem.kv), LAYER, rows[at], end,
                 problem.block_tables, problem.scale, window=window, soft_cap=problem.soft_cap,
                 sinks=problem.sinks,
             )  # fmt: skip

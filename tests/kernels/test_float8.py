@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels import reference_float8
+from baton.kernels.decode_plan import TEAM_KEYS, decode_config, takes_teams
 from baton.kernels.kv_store import store_kv
 from baton.kernels.prefill_attention import PrefillConfig, block_m_for
 from baton.kernels.rope_store import rope_and_store
@@ -114,25 +115,69 @@ def attended(problem: Problem, **work: Any) -> tuple[Tensor, Tensor]:
     return problem.attend(made), problem.reference()
 
 
+@pytest.mark.parametrize("block_n", [16, 64])
 @pytest.mark.parametrize(
     ("lengths", "shape"),
     [
         ([20, 0, 16], {"head_dim": 40, "num_heads": 10}),
-        ([33], {"head_dim": 16, "block_size": 32, "num_heads": 3, "num_kv_heads": 1}),
-        ([60, 12], {"head_dim": 22, "window": 23, "soft_cap": 2.0}),
+        ([133], {"head_dim": 16, "block_size": 32, "num_heads": 3, "num_kv_heads": 1}),
+        ([160, 12], {"head_dim": 22, "window": 83, "soft_cap": 2.0}),
+        ([90, 1], {"head_dim": 18, "block_size": 2, "num_heads": 16}),
+        ([65], {"head_dim": 128, "num_heads": 15, "num_kv_heads": 1, "window": 3}),
+        ([70, 81], {"head_dim": 256, "block_size": 8, "num_heads": 2}),
     ],
 )
 def test_decode(
     lengths: list[int],
     shape: dict[str, Any],
+    block_n: int,
     dtype: torch.dtype,
     device: torch.device,
     assert_close: Check,
 ) -> None:
+    """Tiles that all warps share, and such of which each warp has 16 keys."""
     problem = Problem(lengths, dtype, device, **shape)
     num_heads = problem.query.shape[1]
     problem.sinks = torch.linspace(-3.0, 2.0, num_heads, device=device)
-    assert_close(*attended(problem, config=replace(SMALL, fused=bool(problem.window))))
+    config = replace(SMALL, block_n=block_n, fused=bool(problem.window))
+    assert_close(*attended(problem, config=config))
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "width", "has_teams"),
+    [
+        (4, 128, 1, True),
+        (4, 128, 4, True),
+        (4, 128, 5, False),
+        (8, 256, 1, True),
+        (1, 512, 1, False),
+    ],
+)
+def test_warps_have_keys_of_their_own(
+    group: int, head_dim: int, width: int, has_teams: bool
+) -> None:
+    """Where their sums fit into registers, tiles are cut for that."""
+    config = decode_config(32, 8, head_dim, group=group, width=width, itemsize=1)
+    assert takes_teams(group * width, head_dim) == has_teams
+    assert not has_teams or config.block_n == TEAM_KEYS * config.num_warps
+
+
+@pytest.mark.parametrize("power", [-100, 0, 100])
+def test_decode_of_numbers_of_all_sizes(power: int, device: torch.device) -> None:
+    """What a kernel keeps in float16 is scaled so that nothing is beyond it: bfloat16 queries and
+    keys of any size, values a billion times as large as others, and some that are zero and
+    attended to most."""
+    problem = Problem([150, 40, 9], torch.bfloat16, device)
+    problem.scale *= 4
+    problem.query = (problem.query * 2.0**power).contiguous()
+    keys, values = problem.kv[:, :, LAYER].unbind(2)
+    keys *= 2.0**-power
+    values *= torch.exp(7 * torch.randn(*values.shape[:-1], 1)).to(values)
+    is_zero = (keys[..., 0] > 0.5) & (torch.rand(keys.shape[:-1]) < 0.5).to(device)
+    values.masked_fill_(is_zero[..., None], 0)
+    got, expected = attended(problem, config=replace(SMALL, block_n=64))
+    largest = expected.abs().amax(-1, keepdim=True)
+    assert bool(((got.double() - expected).abs() <= largest * 2**-7).all())
 
 
 @pytest.mark.parametrize(
