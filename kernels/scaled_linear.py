@@ -12,6 +12,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_scaled import GROUP, QuantisedRows
@@ -72,10 +73,16 @@ def scaled_linear(
     if work is not None:
         needed = config.split_k * num_tiles * config.block_m * config.block_n
         assert num_tiles <= len(work.arrivals) and needed <= len(work.partials)
+    x_tiles, weight_tiles = None, None
+    if config.is_bulk:
+        x_tiles = _tiles(x.codes, config.block_m, block_k)
+        weight_tiles = _tiles(weight.codes, config.block_n, block_k)
     scaled_linear_kernel[(num_tiles, config.split_k)](
         x.codes,
+        x_tiles,
         x.scale.t(),
         weight.codes,
+        weight_tiles,
         weight.scale,
         bias,
         residual,
@@ -104,6 +111,10 @@ def scaled_linear(
         **overlap(x.codes, pdl=pdl),
     )
     return out
+
+
+def _tiles(codes: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(codes, [*codes.shape], [codes.shape[1], 1], [rows, columns])
 
 
 def scaled_product(

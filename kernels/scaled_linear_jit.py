@@ -13,8 +13,10 @@ from baton.kernels.small_linear_jit import deliver
 @triton.jit(do_not_specialize=["rows", "x_scale_stride"])
 def scaled_linear_kernel(
     x_ptr,
+    x_descriptor,
     x_scale_ptr,
     weight_ptr,
+    weight_descriptor,
     weight_scale_ptr,
     bias_ptr,
     residual_ptr,
@@ -44,7 +46,8 @@ def scaled_linear_kernel(
     GROUP: rows and columns of the weight, and columns of x, that have a scale together, of which
     BLOCK_N and BLOCK_K are parts; 0: each row has one. BLOCK_K divides size_k. SPLIT_K programs
     share a tile; the last to arrive adds up what all have stored. IMPRECISE: so many columns are
-    added up by the tensor cores before float32 does; None: all.
+    added up by the tensor cores before float32 does; None: all. With descriptors the bulk copy
+    engine loads tiles.
     """
     IS_FLOAT: tl.constexpr = x_ptr.dtype.element_ty != tl.int8
     number: tl.constexpr = tl.float32 if IS_FLOAT else tl.int32
@@ -71,8 +74,12 @@ def scaled_linear_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUP else number)
     for start in range(first, end, BLOCK_K):
         k = (start + tl.arange(0, BLOCK_K))[None, :]
-        x = tl.load(x_rows + k)
-        weight = tl.load(weight_rows + k, eviction_policy="evict_first")
+        if weight_descriptor is not None:
+            x = x_descriptor.load([tile_m * BLOCK_M, start])
+            weight = weight_descriptor.load([tile_n * BLOCK_N, start])
+        else:
+            x = tl.load(x_rows + k)
+            weight = tl.load(weight_rows + k, eviction_policy="evict_first")
         if GROUP:
             product = tl.dot(weight, x.T, out_dtype=number)
             group = start // GROUP

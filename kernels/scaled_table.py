@@ -29,6 +29,7 @@ class ScaledConfig:
     prefetch: steps whose weights are fetched to L2 before the previous kernel has ended.
     is_fast: 8-bit floats are added up by the tensor cores alone, with fewer bits, as the library
         does it: half as many registers.
+    is_bulk: the bulk copy engine loads tiles, not threads.
     """
 
     block_m: int
@@ -39,6 +40,7 @@ class ScaledConfig:
     num_stages: int = 4
     prefetch: int = 2
     is_fast: bool = False
+    is_bulk: bool = False
 
 
 MANY_ROWS = ScaledConfig(128, 128, 128, num_warps=8, is_fast=True)

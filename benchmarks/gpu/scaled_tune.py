@@ -146,7 +146,7 @@ def candidates(n: int, rows: int, group: int) -> Iterator[ScaledConfig]:
         shapes = [(max(16, rows), *tile) for tile in tiles]
     else:
         shapes = [(64, 128, 128, 4, 4), (64, 64, 256, 4, 3), (64, 64, 128, 4, 6),
-                  (128, 64, 128, 4, 4), (128, 128, 128, 8, 4)]  # fmt: skip
+                  (128, 64, 128, 4, 4), (128, 64, 128, 4, 6), (128, 128, 128, 8, 4)]  # fmt: skip
         shapes += [] if rows < 256 else [(256, 128, 128, 8, 3), (256, 64, 128, 4, 4)]
     for block_m, block_n, block_k, warps, stages in shapes:
         if group and block_k > group:
@@ -159,6 +159,13 @@ def candidates(n: int, rows: int, group: int) -> Iterator[ScaledConfig]:
                     yield ScaledConfig(
                         block_m, block_n, block_k, split, warps, stages, is_fast=is_fast
                     )
+    if rows > 64 and not group:
+        for block_m, block_n, warps, stages in ((64, 128, 4, 6), (128, 64, 4, 8), (128, 128, 8, 5),
+                                                (256, 128, 8, 4)):  # fmt: skip
+            if block_m <= rows:
+                yield ScaledConfig(
+                    block_m, block_n, 128, 1, warps, stages, is_fast=True, is_bulk=True
+                )
 
 
 def _compile_one(config: ScaledConfig, group: int) -> None:

@@ -162,6 +162,8 @@ def test_rows_of_large_models(device: torch.device) -> None:
         (21, 200, 256, FLOAT8, GROUP, ScaledConfig(16, 64, 128, split_k=2)),
         (21, 130, 384, INT8, 0, ScaledConfig(32, 128, 128, split_k=2)),
         (3, 70, 384, FLOAT8, 0, ScaledConfig(16, 64, 64, split_k=4)),
+        (21, 70, 256, FLOAT8, 0, ScaledConfig(16, 64, 128, split_k=2, is_bulk=True)),
+        (5, 200, 256, FLOAT8, GROUP, ScaledConfig(16, 64, 128, is_bulk=True)),
     ],
 )
 def test_against_float64(
