@@ -3,13 +3,16 @@
     number = code · scale + offset
 
 Codes are multiplied as they are, which 16 bits hold exactly; a run's sum is scaled in float32. So
-nothing is rounded but the result. Few rows take one pass over the codes; for many the weight is
-expanded, and the library multiplies. All sums have a fixed order.
+nothing is rounded but the result. Few rows take one pass over the codes, in three ways: those that
+kernels/streamed_linear.py takes go there; of others, one row or two are multiplied without tensor
+cores, more with them. For many the weight is expanded, and the library multiplies. All sums have a
+fixed order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +24,13 @@ from baton.kernels.reference import Activation
 from baton.kernels.reference_scaled import InputScheme
 from baton.kernels.small_fma_jit import small_fma_kernel
 from baton.kernels.small_linear_jit import add_splits_kernel, expand_kernel, small_linear_kernel
+
+_streamed: ModuleType | None = None
+try:
+    from baton.kernels import streamed_linear as _streamed
+except (ImportError, AttributeError):
+    # A release of Triton may be without the names that it uses.
+    pass
 
 MOST_ROWS = 256
 """Of x, that are multiplied by what is stored, whatever that is: those of a decode step."""
@@ -125,9 +135,9 @@ def small_linear(
         norm_weight: [K], of any float dtype; if given, norm is RMSNorm with it and `eps`. Where
             `takes_norm` only.
         residual: [M, N]; rows may be strided.
-        activation: f(gate, up) = activation(gate) · up, N' = N / 2; without it f does nothing. As
-            `inputs` with few rows only, and neither bias, nor scale, nor residual.
-        inputs: how norm(x) is made small first.
+        activation: f(gate, up) = activation(gate) · up, N' = N / 2; without it f does nothing.
+            Where `takes_activation` only, and with neither bias, nor scale, nor residual.
+        inputs: how norm(x) is made small first. Where `takes_norm` only.
         out: [M, N'], may be `residual`, not x; rows may be strided.
         split_k: programs that share the columns of a tile; a guess if not given.
         config: of few rows, how; what was measured if not given.
@@ -146,6 +156,23 @@ def small_linear(
     if weight.columns is not None:
         assert norm_weight is None
         x = x.index_select(1, weight.columns)
+    assert activation is None or (bias is None and residual is None and scale == 1)
+    is_free = config is None and split_k is None
+    if is_free and _streamed is not None and _streams(rows, weight, x.dtype, inputs):
+        _streamed.streamed_linear(
+            x,
+            weight,
+            out,
+            bias=bias,
+            norm_weight=norm_weight,
+            eps=eps,
+            residual=residual,
+            activation=activation,
+            inputs=inputs,
+            scale=scale,
+            pdl=pdl,
+        )
+        return out
     ends: dict[str, Any] = {
         "bias_ptr": bias,
         "residual_ptr": residual,
@@ -161,7 +188,6 @@ def small_linear(
     if config is None and split_k is None and x.element_size() == 2:
         config = few_config(rows, weight)
     if config is not None:
-        assert activation is None or (bias is None and residual is None and scale == 1)
         ends |= {"norm_ptr": norm_weight, "eps": eps, "ACTIVATION": activation}
         _multiply_few(x, weight, inputs, ends, config)
     else:
@@ -179,10 +205,27 @@ def takes_norm(
     rows: int, weight: SmallWeight, dtype: torch.dtype, inputs: InputScheme | None = None
 ) -> bool:
     """Whether the norm of x is part of the product, and that x is made small."""
-    if inputs is not None and rows > _MOST_ROWS_WITH_INPUTS:
+    if weight.columns is not None or (inputs is not None and rows > _MOST_ROWS_WITH_INPUTS):
         return False
-    is_few = dtype.itemsize == 2 and few_config(rows, weight) is not None
-    return is_few and weight.columns is None
+    if _streams(rows, weight, dtype, inputs):
+        return rows == 1
+    return dtype.itemsize == 2 and few_config(rows, weight) is not None
+
+
+def takes_activation(
+    rows: int, weight: SmallWeight, dtype: torch.dtype, inputs: InputScheme | None = None
+) -> bool:
+    """Whether gate and up are multiplied, and what becomes of them, in one."""
+    return takes_norm(rows, weight, dtype, inputs) or _streams(rows, weight, dtype, inputs)
+
+
+def _streams(
+    rows: int, weight: SmallWeight, dtype: torch.dtype, inputs: InputScheme | None
+) -> bool:
+    """Whether kernels/streamed_linear.py takes it."""
+    return (
+        _streamed is not None and _streamed.streamed_config(rows, weight, dtype, inputs) is not None
+    )
 
 
 def few_config(rows: int, weight: SmallWeight) -> FewConfig | None:

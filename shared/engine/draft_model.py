@@ -292,7 +292,7 @@ class DraftModel:
         with torch.inference_mode():
             self.executor.capture(graphs=has_graphs)
             most = min(CHUNK, self.capacity.longest)
-            for num_tokens in (2, 17, 40, 65, CHUNK):
+            for num_tokens in (2, 9, 17, 40, 65, CHUNK):
                 self.executor.launch(Batch([self._prompt_row(min(num_tokens, most))])).result()
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:

@@ -429,6 +429,10 @@ class TritonOperations:
                     inputs=layer.inputs,
                     pdl=self._overlaps,
                 )
+            if is_plain and small_linear.takes_activation(len(x), stored, x.dtype, layer.inputs):
+                return small_linear.small_linear(
+                    self.norm(x, norm), stored, activation=activation, pdl=self._overlaps
+                )
             gate_up = self.norm_linear(x, norm, layer)
             return gated_mul(gate_up, activation=activation, pdl=self._overlaps)
         weight, bias = layer.weight, layer.bias
