@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,7 +47,7 @@ def causal_conv(
     """
     assert x.stride(1) == 1 and state.stride(4) == 1 and state.stride(3) == state.shape[4]
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = plan.make_out(x, x.shape[1])
     if plan.num_padding:
         out[-plan.num_padding :].zero_()
     own = state[:, :, layer]
@@ -79,7 +78,11 @@ def causal_conv(
             num_warps=_STEP_CHANNELS // 64,
             **common,
             **of_sums,
-            **({} if plan.width == 1 else {"WIDTH": plan.width}),
+            **(
+                {"LEAVES_PADDING": plan.shared is not None}
+                if plan.width == 1
+                else {"WIDTH": plan.width}
+            ),
             **overlap(x, pdl=pdl),
         )
 
@@ -159,9 +162,11 @@ def _conv_step(
     KERNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LEAVES_PADDING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """LEAVES_PADDING: nothing comes out for rows without a slot."""
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
@@ -186,6 +191,9 @@ def _conv_step(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if LEAVES_PADDING:
+        if slot < 0:
+            return
     value = tl.load(x + row * x_stride + c, mask=inside, other=0.0).to(tl.float32)
     sums += value * last
     tl.store(own + (KERNEL - 2) * width, value.to(state.dtype.element_ty), mask=moves)

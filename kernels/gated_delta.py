@@ -65,8 +65,7 @@ def gated_delta(
     assert own.stride()[2:] == (key_dim * value_dim, value_dim, 1) and own.dtype == torch.float32
     assert qkv.stride(1) == strength.stride(1) == decay.stride(1) == 1
     if out is None:
-        shape = (len(qkv), num_key_heads * num_each, value_dim)
-        out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+        out = plan.make_out(qkv, num_key_heads * num_each, value_dim)
     assert out.is_contiguous()
     if plan.num_padding:
         out[-plan.num_padding :].zero_()
@@ -144,6 +143,7 @@ def _step(
         state.stride(1),
         WIDTH=plan.width,
         SETTLES=out is None,
+        LEAVES_PADDING=plan.shared is not None,
         BLOCK_V=block_v,
         num_warps=num_warps,
         **_sizes(state),
@@ -269,6 +269,7 @@ def _delta_step(
     head_stride,
     WIDTH: tl.constexpr,
     SETTLES: tl.constexpr,
+    LEAVES_PADDING: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     EACH: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -299,6 +300,9 @@ def _delta_step(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if LEAVES_PADDING:
+        if slot < 0:
+            return
     if SETTLES:
         for j in range(1, count):
             s, _ = _through(
@@ -391,9 +395,12 @@ def _delta_tiles(
 ):
     """What needs no state. Tokens that a tile lacks have no strength and forget nothing."""
     head, tile = tl.program_id(0), tiles + tl.program_id(1) * 4
+    count = tl.load(tile + 1)
+    if count == 0:
+        return
     key_head = head // EACH
     t = tl.arange(0, TILE)
-    real = t < tl.load(tile + 1)
+    real = t < count
     token = tl.load(tile).to(tl.int64) + t
     k_at, v_at = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     is_key = real[:, None] & (k_at < KEY_DIM)[None, :]
@@ -542,10 +549,13 @@ def _delta_out(
     BLOCK_V: tl.constexpr,
 ):
     head, number = tl.program_id(1), tl.program_id(2)
+    count = tl.load(tiles + number * 4 + 1)
+    if count == 0:
+        return
     key_head = head // EACH
     t, k_at = tl.arange(0, TILE), tl.arange(0, BLOCK_K)
     v_at = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    real = t < tl.load(tiles + number * 4 + 1)
+    real = t < count
     token = tl.load(tiles + number * 4).to(tl.int64) + t
     is_key = real[:, None] & (k_at < KEY_DIM)[None, :]
     is_value = real[:, None] & (v_at < VALUE_DIM)[None, :]

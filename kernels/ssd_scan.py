@@ -332,7 +332,7 @@ def ssd(
     """
     states = state[:, :, layer]
     if out is None:
-        out = torch.empty((len(x), *states.shape[1:3]), dtype=x.dtype, device=x.device)
+        out = plan.make_out(x, *states.shape[1:3])
     if plan.num_padding:
         out[-plan.num_padding :].zero_()
     single = plan.num_singles
@@ -346,6 +346,7 @@ def ssd(
             plan.positions,
             out[:single],
             width=plan.width,
+            leaves_padding=plan.shared is not None,
             pdl=pdl,
         )
 

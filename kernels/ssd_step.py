@@ -64,6 +64,7 @@ def _ssd_step_kernel(
     dt_max,
     WIDTH: tl.constexpr,
     SETTLES: tl.constexpr,
+    LEAVES_PADDING: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
@@ -93,6 +94,9 @@ def _ssd_step_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if LEAVES_PADDING:
+        if is_used == 0:
+            return
     inner = num_heads * head_dim
     if SETTLES:
         for j in range(1, count):
@@ -172,6 +176,7 @@ def ssd_step(
     *,
     width: int = 1,
     num_standing: Tensor | None = None,
+    leaves_padding: bool = False,
     pdl: bool = False,
 ) -> None:
     """`reference_ssd.ssd` of rows of one token, or of `width`, of which all but the first are
@@ -187,6 +192,7 @@ def ssd_step(
             zeros.
         out: [B · width, H, head_dim], contiguous; None with `num_standing`.
         num_standing: int32 [B], as of `DeviceStatePlan`: nothing but that is done.
+        leaves_padding: nothing comes out for rows without a slot: their places are others'.
         pdl: launch while the previous kernel still runs. That one must not have written states,
             slots or positions.
     """
@@ -227,6 +233,7 @@ def ssd_step(
         weights.dt_max,
         WIDTH=width,
         SETTLES=out is None,
+        LEAVES_PADDING=leaves_padding,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         num_warps=4 if block_p * block_n >= 2048 else 2,

@@ -35,6 +35,8 @@ NO_SLOT = -1
 TILE_TOKENS = 64
 """The most of a tile: chunks of the scans' matrix form."""
 ROW_FIELDS, TILE_FIELDS = 8, 4
+NO_ROW, NO_TILE = (0, 0, NO_SLOT, 1, 0, 0, 0, 0), (0, 0, 0, NO_SLOT)
+"""A row and a tile without tokens, which no slot is touched of."""
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -158,7 +160,12 @@ class DeviceStatePlan:
     num_padding: int = 0
     """How many of the step's tokens, at the end, are in no row."""
     has_kept: bool = False
-    """Some tile names a slot."""
+    """Some tile may name a slot."""
+    shared: dict[tuple[int, ...], Tensor] | None = None
+    """By shape, where what comes out of an operation goes, layer after layer, of a step from a
+    graph. Such a step has as many rows and tiles as there may be at most: padding among the first B
+    rows has the places of others' tokens, and there are `NO_ROW` and `NO_TILE`. Nothing comes out
+    for tokens in no row: they keep the zeros that were there. None: to new memory."""
     width: int = 1
     """Tokens of each of the first rows, the first of which is no guess."""
     num_standing: Tensor | None = None
@@ -171,6 +178,14 @@ class DeviceStatePlan:
     def num_rows(self) -> int:
         """B"""
         return self.num_singles // self.width
+
+    def make_out(self, x: Tensor, *shape: int) -> Tensor:
+        """[T, *shape], of x's dtype, for what comes out of x [T, …]."""
+        if self.shared is None:
+            return x.new_empty(len(x), *shape)
+        if shape not in self.shared:
+            self.shared[shape] = x.new_zeros(len(x), *shape)
+        return self.shared[shape]
 
     def note(self, operation: Callable[..., object], *by_token: Tensor) -> None:
         """As of `StatePlan`. The tensors stay: of a step that has more than such rows, a copy of

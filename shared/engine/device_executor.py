@@ -218,9 +218,7 @@ class DeviceExecutor:
     def _make_prompt_steps(self, model: Model) -> PromptSteps | None:
         """None: its steps with prompt chunks are launched."""
         context = self._context
-        if context.num_slot_groups or any(context.are_latents) or not context.kv:
-            return None
-        if not isinstance(model, HalvesModel):
+        if any(context.are_latents) or not isinstance(model, HalvesModel):
             return None
         if context.tapped is not None and context.tapped.to_the_end:
             return None

@@ -686,8 +686,8 @@ class ModelRunner:
 
 
 def can_capture_prompts(groups: Sequence[CacheGroup]) -> bool:
-    """Of layers that attend to keys and values."""
-    return all(isinstance(group.spec, Full | Sliding) for group in groups)
+    """Of layers that cache no latents."""
+    return not any(isinstance(group.spec, Latent) for group in groups)
 
 
 def _check_blocks(arrangement: Arrangement, block_size: int) -> None:

@@ -9,6 +9,7 @@ each begins depends on nothing but the graph that reads them.
     slots    int64 [G, T]  then input_ids, positions [T], of decode rows filled in on the device
     tiles    int32 [NT, 4] wide tiles
     items    int32 [N, 9]  of each kind
+    states   int32         of each group of states rows [C, 8] and tiles [N, 4] (state_plan.py)
 
 Tokens are decode rows, chunks, padding: token 0, position 0, stored nowhere and attended to by
 nobody.
@@ -30,7 +31,15 @@ from torch import Tensor
 
 from baton.kernels.prefill_attention import prefill_tiles
 from baton.kernels.prefill_items import ITEM_FIELDS, cut_items, most_items
-from baton.shared.engine.batch import BatchRow
+from baton.kernels.state_plan import (
+    NO_ROW,
+    NO_TILE,
+    ROW_FIELDS,
+    TILE_FIELDS,
+    TILE_TOKENS,
+    state_tiles,
+)
+from baton.shared.engine.batch import BatchRow, kept_states
 from baton.shared.engine.batch_state import aligned
 from baton.shared.engine.device_columns import slots_of_row
 
@@ -70,6 +79,8 @@ class PromptViews(NamedTuple):
     positions: Tensor
     tiles: Tensor
     items: list[Tensor]
+    states: list[tuple[Tensor, Tensor]]
+    """Of each group of states its rows and tiles."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,10 @@ class PromptLayout:
     most_rows: int
     """Of chunks."""
     kinds: tuple[ItemKind, ...]
+    num_slot_groups: int = 0
+    """How many groups are of states; they come last."""
+    most_kept: int = 0
+    """States of chunks that are kept."""
 
     @property
     def most_tiles(self) -> int:
@@ -101,6 +116,8 @@ class PromptLayout:
             *(2 * self.num_groups * self.num_tokens, self.num_tokens, self.num_tokens),
             4 * self.most_tiles,
             *(ITEM_FIELDS * self._most_items(kind) for kind in self.kinds),
+            *[ROW_FIELDS * self.most_rows, TILE_FIELDS * self._most_state_tiles]
+            * self.num_slot_groups,
         ]
         ends = list(accumulate((aligned(size) for size in sizes), initial=0))
         return [slice(first, end) for first, end in pairwise(ends)]
@@ -108,10 +125,15 @@ class PromptLayout:
     def _most_items(self, kind: ItemKind) -> int:
         return most_items(self.num_tokens, self.most_rows, kind.block_m, kind.most_cuts)
 
+    @property
+    def _most_state_tiles(self) -> int:
+        return self.num_tokens // TILE_TOKENS + self.most_rows + self.most_kept
+
     def views(self, words: Tensor) -> PromptViews:
         """words: int32 [≥ num_words], on the device."""
         parts = [words[column] for column in self._columns]
-        updates, wanted, rows, decode, counts, slots, input_ids, positions, tiles, *items = parts
+        updates, wanted, rows, decode, counts, slots, input_ids, positions, tiles, *lists = parts
+        items, states = lists[: len(self.kinds)], lists[len(self.kinds) :]
         num_slots = self.num_groups * self.num_tokens
         return PromptViews(
             updates.view(2, MOST_UPDATES),
@@ -127,6 +149,10 @@ class PromptLayout:
                 each[: ITEM_FIELDS * self._most_items(kind)].view(-1, ITEM_FIELDS)
                 for each, kind in zip(items, self.kinds, strict=True)
             ],
+            [
+                (of_rows.view(-1, ROW_FIELDS), of_tiles.view(-1, TILE_FIELDS))
+                for of_rows, of_tiles in zip(states[::2], states[1::2], strict=True)
+            ],
         )
 
     def pack(
@@ -137,7 +163,7 @@ class PromptLayout:
         block_size: int,
         updates: Int32s | None = None,
     ) -> Int32s:
-        """The columns of a step.
+        """The columns of a step, for which there is room.
 
         Args:
             decode: slots of the decode rows.
@@ -148,7 +174,8 @@ class PromptLayout:
         packed = np.zeros(self.num_words, np.int32)
         columns = [packed[column] for column in self._columns]
         of_updates, of_wanted, of_rows, of_decode, counts, *columns = columns
-        slots_words, input_ids, positions, tiles, *item_columns = columns
+        slots_words, input_ids, positions, tiles, *lists = columns
+        item_columns, state_columns = lists[: len(self.kinds)], lists[len(self.kinds) :]
         of_updates[:] = -1
         if updates is not None:
             of_updates.reshape(2, MOST_UPDATES)[:, : updates.shape[1]] = updates
@@ -160,11 +187,12 @@ class PromptLayout:
         slots = slots_words.view(np.int64)[:num_slots].reshape(self.num_groups, self.num_tokens)
         starts = list(accumulate((row.num_tokens for _, row in chunks), initial=len(decode)))
         slots[:, : len(decode)] = slots[:, starts[-1] :] = -1
+        slots[self.num_groups - self.num_slot_groups :] = -1
         for (_, row), first, end in zip(chunks, starts[:-1], starts[1:], strict=True):
             assert row.token_ids is not None
             input_ids[first:end] = np.frombuffer(array("i", row.token_ids), np.int32)
             positions[first:end] = np.arange(row.position, row.context_len, dtype=np.int32)
-            for group in range(self.num_groups):
+            for group in range(self.num_groups - self.num_slot_groups):
                 slots[group, first:end] = slots_of_row(row, group, block_size)
         cut = _Cut(chunks, starts)
         if any(kind.has_wide for kind in self.kinds):
@@ -183,7 +211,28 @@ class PromptLayout:
             )
             column[: items.size] = items.reshape(-1)
             counts[1 + number] = len(items)
+        self._pack_states(chunks, starts, state_columns)
         return packed
+
+    def _pack_states(
+        self,
+        chunks: Sequence[tuple[int, BatchRow]],
+        starts: Sequence[int],
+        columns: Sequence[Int32s],
+    ) -> None:
+        """Into rows and tiles of each group of states."""
+        rows = [row for _, row in chunks]
+        positions = [row.position for row in rows]
+        first = self.num_groups - self.num_slot_groups
+        for number, (of_rows, of_tiles) in enumerate(zip(columns[::2], columns[1::2], strict=True)):
+            slots = [row.block_tables[first + number][0] for row in rows]
+            own_rows, own_tiles = state_tiles(
+                starts, positions, slots, kept_states(rows, first + number)
+            )
+            of_rows.reshape(-1, ROW_FIELDS)[:] = NO_ROW
+            of_rows[: own_rows.size] = own_rows.reshape(-1)
+            of_tiles.reshape(-1, TILE_FIELDS)[:] = NO_TILE
+            of_tiles[: own_tiles.size] = own_tiles.reshape(-1)
 
 
 class _Cut:

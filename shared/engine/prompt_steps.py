@@ -26,6 +26,7 @@ from baton.kernels.decode_attention import DecodeWork, plan_decode
 from baton.kernels.float8_jit import is_float8
 from baton.kernels.prefill_attention import is_wide
 from baton.kernels.split_prefill_attention import ItemConfig, ItemWork, item_config, make_item_work
+from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.batch_state import aligned
 from baton.shared.engine.device_context import DeviceContext, padded
@@ -51,6 +52,9 @@ _FEW_DECODE_ROWS = 64
 _ITEMS_ONLY = 256
 """In steps of so many tokens all chunks are cut into items: there are fewer tiles than a GPU has
 processors."""
+_FEWEST_TOKENS_EACH, _MOST_STATE_ROWS, _LEAST_STATE_ROWS = 16, 32, 4
+"""Of chunks of models whose layers keep states, in a step: so many tokens on average. Each chunk
+begins a tile, with its state before it, and there are programs for all that there may be."""
 _FIRST_LAYERS = 8
 """One part in so many of the layers is a graph of its own: a GPU takes about as long for it as the
 launch of the others does."""
@@ -71,8 +75,11 @@ class _Step:
     views: PromptViews
     num_decode: int
     plans: list[DevicePlan]
+    """By group of keys and values."""
     head_dims: list[int]
-    """By group."""
+    """Likewise."""
+    states: list[DeviceStatePlan]
+    """By group of states."""
     graph: Graph | None = None
 
 
@@ -83,6 +90,8 @@ class _Rest:
     rows: Tensor
     results: Tensor
     plans: list[DevicePlan]
+    states: list[DeviceStatePlan]
+    """Of tokens whose states have changed before."""
     hidden: Tensor | None = None
     logits: Tensor | None = None
     graphs: tuple[Graph, Graph] | None = None
@@ -170,12 +179,14 @@ class PromptSteps:
         ):
             return None
         num_tokens, num_decode = batch.num_tokens, len(layout.decode)
+        num_kept = sum(len(batch.rows[row].keeps) for row in layout.chunks)
         fitting = [
             (step.layout.num_tokens, step.num_decode)
             for step in self._steps.values()
             if step.layout.num_tokens >= num_tokens
             and step.num_decode >= num_decode
             and step.layout.most_rows >= len(layout.chunks)
+            and step.layout.most_kept >= num_kept
         ]
         return self._steps[min(fitting)] if fitting else None
 
@@ -250,6 +261,7 @@ class PromptSteps:
                 views.positions,
                 views.slots,
                 block_size=context.block_size,
+                num_slot_groups=context.num_slot_groups,
                 counting=state.shaping.counting,
                 leaves_padding=True,
             )
@@ -275,6 +287,7 @@ class PromptSteps:
             replace(plan, attended=attended[head_dim])
             for plan, head_dim in zip(plans, step.head_dims, strict=True)
         ]
+        states = [replace(plan, shared={}) for plan in step.states]
 
         def between(num_done: int, num_layers: int) -> None:
             if num_done == max(num_layers // _FIRST_LAYERS, 1):
@@ -282,7 +295,12 @@ class PromptSteps:
 
         taps = self._taps and self._taps._replace(out=self._taps.out[: step.layout.num_tokens])
         halfway = self._model.begin(
-            views.input_ids, views.positions, context.caches, plans, between, taps=taps
+            views.input_ids,
+            views.positions,
+            context.caches,
+            [*plans, *states],
+            between,
+            taps=taps,
         )
         if self._halfway is None:
             self._halfway = _like(halfway, self._most_rows)
@@ -299,7 +317,8 @@ class PromptSteps:
         # Attention comes first, and may begin while the kernel before it still runs: that must not
         # be the one that plans it.
         halfway = halfway._replace(query=halfway.query.clone())
-        rest.hidden = self._model.finish(halfway, self._context.caches, rest.plans)
+        plans = [*rest.plans, *rest.states]
+        rest.hidden = self._model.finish(halfway, self._context.caches, plans)
         rest.logits = self._model.logits(rest.hidden)
 
     def _draw(self, rest: _Rest) -> None:
@@ -312,14 +331,20 @@ class PromptSteps:
     def _layout(self, num_tokens: int) -> PromptLayout:
         kinds = dict.fromkeys(self._kind(num_tokens, group) for group in self._groups)
         context = self._context
+        # A chunk has two tokens at least.
+        most_rows, most_kept = num_tokens // 2, 0
+        if context.num_slot_groups:
+            most_rows = max(num_tokens // _FEWEST_TOKENS_EACH, _LEAST_STATE_ROWS)
+            most_kept = most_rows = min(most_rows, _MOST_STATE_ROWS)
         return PromptLayout(
             num_tokens=num_tokens,
-            num_groups=len(context.kv),
+            num_groups=len(context.caches),
             most_wanted=self._most_rows,
             most_decode=self._most_rows,
-            # A chunk has two tokens at least.
-            most_rows=min(self._most_rows, max(num_tokens // 2, 1)),
+            most_rows=min(self._most_rows, most_rows),
             kinds=tuple(kinds),
+            num_slot_groups=context.num_slot_groups,
+            most_kept=most_kept,
         )
 
     @property
@@ -378,7 +403,14 @@ class PromptSteps:
                     ),
                 )
             )
-        return _Step(layout, views, num_decode, plans, [kv.shape[5] for kv in context.kv])
+        states = [
+            DeviceStatePlan(of_group, views.positions, num_decode, rows, tiles, has_kept=True)
+            for of_group, (rows, tiles) in zip(
+                views.slots[context.num_growing :], views.states, strict=True
+            )
+        ]
+        head_dims = [kv.shape[5] for kv in context.kv]
+        return _Step(layout, views, num_decode, plans, head_dims, states)
 
     def _make_rest(self, num_rows: int) -> _Rest:
         context = self._context
@@ -399,7 +431,11 @@ class PromptSteps:
             )
             for group in self._groups
         ]
-        return _Rest(rows, self._results[:num_rows], plans)
+        states = [
+            DeviceStatePlan(of_group, views.positions, 0)
+            for of_group in views.slots[context.num_growing :]
+        ]
+        return _Rest(rows, self._results[:num_rows], plans, states)
 
 
 def _run(graph: Graph | None, launch: Callable[[], None]) -> None:

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baton.kernels.state_plan import NO_SLOT, DeviceStatePlan, Kept, StatePlan, state_tiles
+from baton.kernels.state_plan import (
+    NO_ROW,
+    NO_SLOT,
+    NO_TILE,
+    DeviceStatePlan,
+    Kept,
+    StatePlan,
+    state_tiles,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,11 @@ class Row:
     """(tokens of the row, slot)"""
     is_single: bool = False
     """Decoded, rather than a chunk of a prompt."""
+
+    @property
+    def is_padding(self) -> bool:
+        """Among those that decode."""
+        return self.is_single and self.slot == NO_SLOT
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class Case:
             [Kept(number, *kept) for number, row in enumerate(self.rows) for kept in row.keeps],
         )
 
-    def device_plan(self, device: torch.device) -> DeviceStatePlan:
+    def device_plan(self, device: torch.device, *, of_graph: bool = False) -> DeviceStatePlan:
+        """`of_graph`: with room for more of everything."""
         singles = [row for row in self.rows if row.is_single]
         others = self.rows[len(singles) :]
         assert not any(row.is_single for row in others)
@@ -60,14 +74,21 @@ class Case:
             [row.slot for row in others],
             [Kept(number, *kept) for number, row in enumerate(others) for kept in row.keeps],
         )
+        num_singles = len(singles)
+        if of_graph:
+            num_singles = min(num_singles + 3, self.num_tokens)
+            rows = np.concatenate((rows, np.array([NO_ROW] * 2, np.int32)))
+            tiles = np.concatenate((tiles, np.array([NO_TILE] * 5, np.int32)))
+        num_more = num_singles - len(singles) + 1
         return DeviceStatePlan(
-            slots=ints([row.slot for row in singles] + [NO_SLOT], torch.int64),
-            positions=ints([row.position for row in singles] + [0], torch.int32),
-            num_singles=len(singles),
-            rows=torch.from_numpy(rows).to(device) if others else None,
-            tiles=torch.from_numpy(tiles).to(device) if others else None,
-            num_padding=self.num_padding,
-            has_kept=any(row.keeps for row in others),
+            slots=ints([row.slot for row in singles] + [NO_SLOT] * num_more, torch.int64),
+            positions=ints([row.position for row in singles] + [7] * num_more, torch.int32),
+            num_singles=num_singles,
+            rows=torch.from_numpy(rows).to(device) if len(rows) else None,
+            tiles=torch.from_numpy(tiles).to(device) if len(tiles) else None,
+            num_padding=0 if of_graph else self.num_padding,
+            has_kept=of_graph or any(row.keeps for row in others),
+            shared={} if of_graph else None,
         )
 
 

@@ -83,18 +83,21 @@ def check(
     state: Tensor,
     dtype: torch.dtype,
     device: torch.device,
-    out: Tensor,
+    out: Tensor | None,
     assert_close: Check,
     *,
     same_keys: bool = False,
 ) -> None:
+    """`out`: None where the step is of a graph."""
     qkv, strength, decay, gates = draw(case, state, dtype, device, same_keys)
     layer, before, of_reference = 1, state.clone(), state.clone()
     expected = reference_delta.gated_delta(
         qkv, strength, decay, gates, of_reference, layer, case.plan()
     )
-    plan = case.device_plan(device)
-    assert gated_delta(qkv, strength, decay, gates, state, layer, plan, out=out) is out
+    of_graph = out is None
+    plan = case.device_plan(device, of_graph=of_graph)
+    given = gated_delta(qkv, strength, decay, gates, state, layer, plan, out=out)
+    assert given is (plan.make_out(qkv, *given.shape[1:]) if out is None else out)
     first, written = 0, torch.zeros(len(state), dtype=torch.bool)
     for row in case.rows:
         tokens = slice(first, first + row.num_tokens)
@@ -102,15 +105,17 @@ def check(
         if not row.position or row.slot < 0:
             s = torch.zeros_like(s)
         wanted, states = in_float64(qkv[tokens], strength[tokens], decay[tokens], gates, s)
-        assert_close(out[tokens], wanted)
         assert_close(expected[tokens], wanted)
+        if of_graph and row.is_padding:
+            wanted = torch.zeros_like(wanted)
+        assert_close(given[tokens], wanted)
         stores = [*row.keeps, *([(row.num_tokens, row.slot)] if row.slot >= 0 else [])]
         for num_tokens, slot in stores:
             check_state(state[slot, :, layer], states[num_tokens - 1], dtype)
             check_state(of_reference[slot, :, layer], states[num_tokens - 1], torch.float32)
             written[slot] = True
         first += row.num_tokens
-    assert not out[first:].any(), "padding is zeros"
+    assert not given[first:].any(), "padding is zeros"
     untouched = state.clone()
     untouched[written, :, layer] = before[written, :, layer]
     assert torch.equal(untouched.view(torch.int32), before.view(torch.int32)), "what is not its own"
@@ -119,9 +124,11 @@ def check(
 @pytest.mark.parametrize(
     ("num_key_heads", "num_each", "key_dim", "value_dim"), [(2, 2, 16, 16), (1, 3, 20, 12)]
 )
+@pytest.mark.parametrize("of_graph", [False, True], ids=["launched", "of a graph"])
 @pytest.mark.parametrize("name", CASES)
 def test_gated_delta(
     name: str,
+    of_graph: bool,
     num_key_heads: int,
     num_each: int,
     key_dim: int,
@@ -136,7 +143,7 @@ def test_gated_delta(
     case, shape = CASES[name], (num_key_heads, 2, num_each, key_dim, value_dim)
     state = poisoned_state(case, *shape, dtype=torch.float32, device=device)
     out = poisoned(case.num_tokens, num_key_heads * num_each, value_dim, dtype=dtype)
-    check(case, state, dtype, device, out, assert_close)
+    check(case, state, dtype, device, None if of_graph else out, assert_close)
 
 
 def test_keys_that_repeat(device: torch.device, poisoned: Poisoned, assert_close: Check) -> None:

@@ -3,6 +3,8 @@ the torch reference; on a GPU with graphs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ from baton.shared.engine.device_executor import DeviceExecutor
 from baton.shared.engine.executor import Tapped
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 from tests.kernels.stand_in_graphs import StandInGraphs
 from tests.kernels.test_engine import CONFIG, SMALL, Make, maker, tokens
+from tests.unit.engine.tiny_models import TINY_MODELS, make_tiny
 
 pytestmark = [
     pytest.mark.usefixtures("few_programs"),
@@ -64,7 +69,10 @@ class Answer:
     ) -> None:
         self.prompt = tokens(length, number)
         self.sampling = sampling
-        self.table = [list(range(5 * number, 5 * number + 5))]
+        self.table = [
+            list(range(5 * number, 5 * number + 5)) if group.spec.grows else [number]
+            for group in reference.groups
+        ]
         self.expected: list[Drawn] = []
         self.handle: RowHandle | None = None
         handle = reference.open_row(sampling, 0, Known(self.prompt, self.expected))
@@ -242,6 +250,87 @@ def test_hidden_states_are_told_of_steps_from_graphs(
                 torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
     counts = by_graphs.num_prompt_steps
     assert (counts.captured, counts.launched) == ((0, 2) if to_the_end else (2, 0))
+
+
+STATES = {
+    "a delta rule beside attention": (
+        "qwen3_5_text",
+        {**TINY_MODELS["qwen3_5_text"]["as they come"], "num_hidden_layers": 2}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "mamba2 alone": ("mamba2", TINY_MODELS["mamba2"]["as they come"]),
+    "both in one layer": (
+        "falcon_h1",
+        {**TINY_MODELS["falcon_h1"]["every multiplier"], "num_hidden_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_layers_that_keep_states(name: str, tmp_path: Path, device: torch.device) -> None:
+    """States go on from step to step whatever else is there, those in the middle of chunks are kept
+    where they are asked for, and no other slot is written; too many chunks, or kept states, for a
+    graph."""
+    model_type, fields = STATES[name]
+    make_tiny(tmp_path, model_type, {**fields, "vocab_size": CONFIG["vocab_size"]})
+    how: dict[str, Any] = {"num_blocks": 40, "max_num_seqs": 4, "state_checkpoints": 5}
+    config = EngineConfig(tmp_path, "cpu", "float32", kernels="torch", **how)
+    reference = ModelRunner(config)
+    runner = ModelRunner(replace(config, device=device.type, kernels="triton"))
+    if device.type == "cpu":
+        captured(runner, StandInGraphs())
+    for each in of_slots(runner):
+        each.fill_(float("nan"))
+    a, c = (Answer(reference, number, length, GREEDY) for number, length in ((0, 45), (2, 19)))
+    b, d = (Answer(reference, number, length, SHAPED) for number, length in ((1, 7), (3, 20)))
+    for each in (a, b, c, d):
+        each.open(runner)
+    kept = c.chunk(3, 19)
+    kept.keeps = [(12, keeping(runner, 5)), (16, keeping(runner, 6))]
+    steps = [
+        [(a, a.chunk(0, 16))],
+        [(b, b.chunk(0, 7)), (a, a.chunk(16, 33))],
+        [(a, a.chunk(33, 45)), (b, b.next(1))],
+        [(b, b.next(2)), (c, c.chunk(0, 3)), (a, a.next(1))],
+        [(c, kept), (a, a.next(2)), (b, b.next(3))],
+        [(d, d.chunk(0, 20)), (c, c.next(1)), (b, b.next(4)), (a, a.next(3))],
+    ]
+    in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
+    for step in steps:
+        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
+        if len(in_flight) > 1:
+            took(*in_flight.pop(0))
+    took(*in_flight.pop(0))
+    counts = runner.num_prompt_steps
+    assert (counts.captured, counts.launched) == (6, 0)
+    for each in (a, b, c, d):
+        assert each.drawn == each.expected[: len(each.drawn)] and each.drawn
+    for slot, num_tokens in ((5, 15), (6, 19)):
+        reference.forward(Batch([BatchRow(c.prompt[:num_tokens], 0, c.table)]))
+        for own, of_reference in zip(of_slots(runner), of_slots(reference), strict=True):
+            # Some places of a slot are of no use.
+            error = (own[slot].cpu().nan_to_num() - of_reference[2]).abs().max()
+            assert float(error) < 1e-4 * float(of_reference[2].abs().max())
+    for each in of_slots(runner):
+        assert each[[4, 7, 8]].isnan().all(), "nobody's"
+    many = BatchRow(a.prompt[:10], 0, a.table)
+    many.keeps = [(num_tokens, keeping(runner, 7)) for num_tokens in range(1, 6)]
+    runner.forward(Batch([many]))
+    assert counts.launched == (runner.device.type == "cpu")
+
+
+def of_slots(runner: ModelRunner) -> list[torch.Tensor]:
+    """[slots, heads, layers, …] of each kind of state, without the slot of zeros."""
+    return [
+        each[:-1]
+        for cache in runner.kv_cache.caches
+        if not isinstance(cache, torch.Tensor)
+        for each in cache.values()
+    ]
+
+
+def keeping(runner: ModelRunner, slot: int) -> list[int]:
+    return [NO_BLOCK if group.spec.grows else slot for group in runner.groups]
 
 
 def fields_of(record: Any) -> dict[str, Any]:

@@ -16,7 +16,15 @@ from baton.kernels.reference_gated_norm import gated_norm as gated_norm_referenc
 from baton.kernels.reference_ssd import SsdWeights, ssd_in_chunks
 from baton.kernels.reference_ssd import ssd as ssd_reference
 from baton.kernels.ssd_scan import ScanConfig, ssd
-from baton.kernels.state_plan import NO_SLOT, DeviceStatePlan, Kept, StatePlan, state_tiles
+from baton.kernels.state_plan import (
+    NO_ROW,
+    NO_SLOT,
+    NO_TILE,
+    DeviceStatePlan,
+    Kept,
+    StatePlan,
+    state_tiles,
+)
 from tests.kernels.closeness import TOLERANCE
 
 Check = Callable[[Tensor, Tensor], None]
@@ -56,7 +64,9 @@ def _close_for(value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         (2, 17, 128, 2, torch.float32, 2),
     ],
 )
+@pytest.mark.parametrize("of_graph", [False, True], ids=["launched", "of a graph"])
 def test_ssd(
+    of_graph: bool,
     num_heads: int,
     head_dim: int,
     state_size: int,
@@ -80,18 +90,20 @@ def test_ssd(
     dt = torch.randn(num_tokens, num_heads + 1, device=device).to(dtype)[:, :num_heads]
     state = torch.randn(_SLOTS + 1, num_heads, _LAYERS, head_dim, state_size, device=device)
     state = state.to(state_dtype)
-    rows, tiles = (
-        torch.from_numpy(each).to(device)
-        for each in state_tiles(starts.tolist(), positions, slots, kept)
-    )
+    cut_rows, tiles = state_tiles(starts.tolist(), positions, slots, kept)
+    num_more = 2 if of_graph else 0
+    if of_graph:
+        cut_rows = np.concatenate((cut_rows, np.array([NO_ROW] * 2, np.int32)))
+        tiles = np.concatenate((tiles, np.array([NO_TILE] * 5, np.int32)))
     plan = DeviceStatePlan(
-        torch.tensor(single_slots, device=device),
-        torch.tensor(single_positions, dtype=torch.int32, device=device),
-        3,
-        rows,
-        tiles,
-        num_padding,
+        torch.tensor(single_slots + [NO_SLOT] * num_more, device=device),
+        torch.tensor(single_positions + [7] * num_more, dtype=torch.int32, device=device),
+        3 + num_more,
+        torch.from_numpy(cut_rows).to(device),
+        torch.from_numpy(tiles).to(device),
+        0 if of_graph else num_padding,
         has_kept=True,
+        shared={} if of_graph else None,
     )
     expected_state, before = state.double().cpu(), state.clone()
     whole = StatePlan(
@@ -103,8 +115,11 @@ def test_ssd(
     wide = _doubled(_weights_on(weights, torch.device("cpu")))
     expected = ssd_reference(x.double().cpu(), dt.double().cpu(), wide, expected_state, 1, whole)
     out = poisoned(num_tokens, num_heads, head_dim, dtype=dtype)
+    if of_graph:
+        out = plan.make_out(x, num_heads, head_dim)
     config = ScanConfig(16, tiles_each=tiles_each)
-    assert ssd(x, dt, weights, state, 1, plan, out=out, config=config) is out
+    own = None if of_graph else out
+    assert ssd(x, dt, weights, state, 1, plan, out=own, config=config) is out
     real = [0, *range(2, num_tokens)]
     _close_for(out[real].cpu(), expected[real], dtype)
     assert not out[1].any() and not out[-num_padding:].any()
