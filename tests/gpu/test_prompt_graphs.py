@@ -12,6 +12,7 @@ import torch
 
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.drawn import Drawn
 from baton.shared.sampling import SamplingParams
 from tests.gpu.conftest import MakeRunner
@@ -24,6 +25,9 @@ CASES = [
     ("mistral", "windowed"),
     ("gemma4_text", "experts, caches shared"),
     ("gpt_oss", "as they come"),
+    ("qwen3_next", "as they come"),
+    ("mamba2", "as they come"),
+    ("falcon_h1", "every multiplier"),
 ]
 NUM_TOKENS = 640
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -35,7 +39,8 @@ NUM_ANSWER = 6
 def test_mixtures_of_chunks_and_decode_rows(
     model_type: str, case: str, tmp_path: Path, make_gpu_runner: MakeRunner
 ) -> None:
-    """Prompts of awkward lengths, some behind long prefixes, one step ahead of what is known."""
+    """Prompts of awkward lengths, some behind long prefixes, one step ahead of what is known. Where
+    layers keep states, those behind prompts and in the middle of chunks are the same, too."""
     fields = {**TINY_MODELS[model_type][case], "max_position_embeddings": 2048}
     make_tiny(tmp_path, model_type, fields)
     captured, launched = (
@@ -45,6 +50,7 @@ def test_mixtures_of_chunks_and_decode_rows(
             prompt_graphs=graphs,
             num_blocks=800,
             max_num_seqs=16,
+            state_checkpoints=16,
             token_budget=NUM_TOKENS,
         )
         for graphs in (True, False)
@@ -58,6 +64,14 @@ def test_mixtures_of_chunks_and_decode_rows(
     counts: Any = captured._executor
     assert counts.num_prompt_steps.captured > 10
     assert counts.num_prompt_steps.launched == 0
+    for own, expected in zip(*map(_states, (captured, launched)), strict=True):
+        limit = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(own, expected, atol=limit, rtol=0)
+
+
+def _states(runner: ModelRunner) -> list[torch.Tensor]:
+    caches = [cache for cache in runner.kv_cache.caches if not isinstance(cache, torch.Tensor)]
+    return [each.float() for cache in caches for each in cache.values()]
 
 
 def _plan(source: random.Random, lengths: list[int]) -> list[list[tuple[int, int, int]]]:
@@ -82,11 +96,12 @@ def _plan(source: random.Random, lengths: list[int]) -> list[list[tuple[int, int
 def _run(
     runner: ModelRunner, prompts: list[list[int]], plan: list[list[tuple[int, int, int]]]
 ) -> list[list[Drawn]]:
-    block_size, num_groups = runner.kv_cache.block_size, len(runner.groups)
+    block_size = runner.kv_cache.block_size
     tables, first = [], 0
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         count = -(-(len(prompt) + NUM_ANSWER) // block_size)
-        tables.append([list(range(first, first + count))] * num_groups)
+        blocks = list(range(first, first + count))
+        tables.append([blocks if group.spec.grows else [number] for group in runner.groups])
         first += count
     params = [(GREEDY, DRAWN)[number % 2] for number in range(len(prompts))]
     handles = [runner.open_row(each, 0) for each in params]
@@ -104,7 +119,11 @@ def _run(
             prompt = prompts[i]
             token_ids = prompt[start:end] if start < len(prompt) else None
             draws = params[i] if end >= len(prompt) else None
-            rows.append(BatchRow(token_ids, start, tables[i], draws, 0, handles[i]))
+            row = BatchRow(token_ids, start, tables[i], draws, 0, handles[i])
+            if row.is_chunk and row.num_tokens % 2:
+                slots = [NO_BLOCK if group.spec.grows else 16 + i for group in runner.groups]
+                row.keeps = [(row.num_tokens // 2, slots)]
+            rows.append(row)
         in_flight.append(([i for i, _, _ in step], runner.launch(Batch(rows))))
         if len(in_flight) > 1:
             take()
