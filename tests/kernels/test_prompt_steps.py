@@ -279,8 +279,8 @@ def test_layers_that_keep_states(name: str, tmp_path: Path, device: torch.device
     runner = ModelRunner(replace(config, device=device.type, kernels="triton"))
     if device.type == "cpu":
         captured(runner, StandInGraphs())
-    for each in of_slots(runner):
-        each.fill_(float("nan"))
+    for state in of_slots(runner):
+        state.fill_(float("nan"))
     a, c = (Answer(reference, number, length, GREEDY) for number, length in ((0, 45), (2, 19)))
     b, d = (Answer(reference, number, length, SHAPED) for number, length in ((1, 7), (3, 20)))
     for each in (a, b, c, d):
@@ -311,8 +311,8 @@ def test_layers_that_keep_states(name: str, tmp_path: Path, device: torch.device
             # Some places of a slot are of no use.
             error = (own[slot].cpu().nan_to_num() - of_reference[2]).abs().max()
             assert float(error) < 1e-4 * float(of_reference[2].abs().max())
-    for each in of_slots(runner):
-        assert each[[4, 7, 8]].isnan().all(), "nobody's"
+    for state in of_slots(runner):
+        assert state[[4, 7, 8]].isnan().all(), "nobody's"
     many = BatchRow(a.prompt[:10], 0, a.table)
     many.keeps = [(num_tokens, keeping(runner, 7)) for num_tokens in range(1, 6)]
     runner.forward(Batch([many]))
