@@ -23,6 +23,8 @@ _MOST_DIM = 256
 _NARROWEST = 64
 """Columns of a tile of keys or values of 16 bits: with fewer of them an H200 made wrong values, or
 reached into memory that is not there (Triton 3.6.0), while the interpreter has all of it right."""
+STRETCH_TOKENS = 128
+"""Of a row, a multiple of what a program of any kind makes."""
 _WHOLE = 8
 """Values whose rows are no runs of 16 bytes were wrong on an H200, of 64 numbers of a latent at
 once (Triton 3.6.0), while the interpreter has them right: their tile is put together otherwise."""
@@ -80,7 +82,7 @@ def expands(
     head_dim = key_dim + rope_dim
     if why_never_expanded(rank, rope_dim, key_dim, value_dim) is not None:
         return False
-    if 2 * head_dim * heads_at_once(num_heads) * num_keys * itemsize > _MOST_BYTES:
+    if expanded_bytes(num_keys, num_heads, head_dim, itemsize) > _MOST_BYTES:
         return False
     pairs = num_queries * (num_keys - (num_queries - 1) / 2)
     of_a_latent = rank * (key_dim + value_dim)
@@ -90,6 +92,11 @@ def expands(
     expanded = num_heads * (pairs * 2 * head_dim + num_keys * of_a_latent)
     num_turns = num_heads // heads_at_once(num_heads)
     return expanded + num_turns * _PRODUCTS_OF_A_TURN <= absorbed
+
+
+def expanded_bytes(num_keys: int, num_heads: int, head_dim: int, itemsize: int) -> int:
+    """That keys and values of the heads take which are expanded together."""
+    return 2 * head_dim * heads_at_once(num_heads) * num_keys * itemsize
 
 
 def expand_latents(
@@ -115,12 +122,54 @@ def expand_latents(
         [blocks of the row, heads, 1, 2, block_size, key_dim + rope_dim], zeros behind a value's
         numbers; what is behind the last key is not written.
     """
+    num_blocks = triton.cdiv(num_keys, kv.shape[4])
+    return _expanded(kv, layer, block_tables, slot, num_keys, key, value, num_blocks, None, 0)
+
+
+def expand_stretches(
+    kv: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    stretches: Tensor,
+    num_tokens: int,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """Likewise of many rows, in stretches of `num_tokens` positions, a multiple of `STRETCH_TOKENS`
+    and of a block.
+
+    Args:
+        stretches: int32 [N, 3], slot, first position, and the end of the row's keys; without keys
+            it is passed over. Stretches of a row come one after another.
+
+    Returns:
+        [N · blocks of a stretch, …], stretch after stretch.
+    """
+    assert num_tokens % STRETCH_TOKENS == num_tokens % kv.shape[4] == 0
+    num_blocks = len(stretches) * num_tokens // kv.shape[4]
+    num_keys = len(stretches) * num_tokens
+    rows = (block_tables, 0, num_keys, key, value, num_blocks, stretches, num_tokens)
+    return _expanded(kv, layer, *rows)
+
+
+def _expanded(
+    kv: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    slot: int,
+    num_keys: int,
+    key: Tensor,
+    value: Tensor,
+    num_blocks: int,
+    stretches: Tensor | None,
+    stretch_tokens: int,
+) -> Tensor:
+    """`num_keys`: of the row, or of all stretches."""
     _, _, num_layers, _, block_size, width = kv.shape
     num_heads, key_dim, rank = key.shape
     assert rank % _tile_of(rank) == 0
     value_dim, rope_dim = value.shape[2], width - rank
     head_dim = key_dim + rope_dim
-    num_blocks = triton.cdiv(num_keys, block_size)
     out = torch.empty(
         (num_blocks, num_heads, 1, 2, block_size, head_dim), dtype=kv.dtype, device=kv.device
     )
@@ -133,6 +182,7 @@ def expand_latents(
         out,
         kv,
         block_tables,
+        stretches,
         key,
         value,
         layer,
@@ -146,6 +196,7 @@ def expand_latents(
         ROPE=rope_dim,
         KEY=key_dim,
         VALUE=value_dim,
+        STRETCH=stretch_tokens,
         BLOCK_N=block_n,
         BLOCK_R=_tile_of(rank),
         BLOCK_T=triton.next_power_of_2(rope_dim),
@@ -163,6 +214,7 @@ def _expand(
     out,
     kv,
     block_tables,
+    stretches,
     key,
     value,
     layer,
@@ -176,6 +228,7 @@ def _expand(
     ROPE: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    STRETCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -183,11 +236,20 @@ def _expand(
     BLOCK_V: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):
-    """BLOCK_N keys and values of one head."""
+    """BLOCK_N keys and values of one head. STRETCH: tokens of a stretch; 0: there is one row."""
     WIDTH: tl.constexpr = RANK + ROPE
     HEAD: tl.constexpr = KEY + ROPE
     head = tl.program_id(1)
-    position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    position = place
+    if STRETCH > 0:
+        entry = stretches + tl.program_id(0) * BLOCK_N // STRETCH * 3
+        slot = tl.load(entry)
+        first = tl.load(entry + 1) + tl.program_id(0) * BLOCK_N % STRETCH
+        num_keys = tl.load(entry + 2)
+        if first >= num_keys:
+            return
+        position = first + tl.arange(0, BLOCK_N)
     exists = (position < num_keys)[:, None]
     # Behind the last key it is read again, and stored nowhere.
     near = tl.minimum(position, num_keys - 1)
@@ -213,8 +275,8 @@ def _expand(
     turn = tl.arange(0, BLOCK_T)
     turned = tl.load(source + RANK + turn[None, :], mask=(turn < ROPE)[None, :], other=0.0)
 
-    at = ((position // BLOCK_SIZE).to(tl.int64) * HEADS + head) * 2 * BLOCK_SIZE
-    target = out + ((at + position % BLOCK_SIZE) * HEAD)[:, None]
+    at = ((place // BLOCK_SIZE).to(tl.int64) * HEADS + head) * 2 * BLOCK_SIZE
+    target = out + ((at + place % BLOCK_SIZE) * HEAD)[:, None]
     dtype = out.dtype.element_ty
     tl.store(target + k_dim[None, :], keys.to(dtype), mask=exists & (k_dim < KEY)[None, :])
     tl.store(target + KEY + turn[None, :], turned, mask=exists & (turn < ROPE)[None, :])

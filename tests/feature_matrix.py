@@ -242,7 +242,7 @@ def in_graphs(runner: Any) -> str:
     """Which steps come from graphs."""
     if not runner._implementation.has_graphs:
         return "no"
-    return "yes" if can_capture_prompts(runner.groups) else "decode"
+    return "yes" if can_capture_prompts(runner.model_config) else "decode"
 
 
 def by_pairs(make: MakeRunner) -> dict[str, list[str]]:

@@ -67,9 +67,11 @@ class DeviceExecutor:
         eos_token_ids: Sequence[int] = (),
         tapped: Tapped | None = None,
         chains: ChainShape | None = None,
+        captures_prompts: bool = False,
     ) -> None:
         """`num_drafts`: the most that a row may bring along; `tapped`: hidden states that steps
-        tell; `chains`: of a model that guesses."""
+        tell; `chains`: of a model that guesses; `captures_prompts`: steps with prompt chunks can
+        come from graphs."""
         self.kv_cache = kv_cache
         self._device = device
         self._context = context = DeviceContext(
@@ -96,7 +98,7 @@ class DeviceExecutor:
         )
         self._decode = DecodeSteps(context)
         self._launched = LaunchedSteps(context, self._decode)
-        self._prompts = self._make_prompt_steps(model)
+        self._prompts = self._make_prompt_steps(model) if captures_prompts else None
         self._chains = None if chains is None else ChainSteps(context, chains, self._decode.work)
         self.num_prompt_steps = StepCounts()
         is_cuda = device.type == "cuda"
@@ -218,7 +220,7 @@ class DeviceExecutor:
     def _make_prompt_steps(self, model: Model) -> PromptSteps | None:
         """None: its steps with prompt chunks are launched."""
         context = self._context
-        if any(context.are_latents) or not isinstance(model, HalvesModel):
+        if not isinstance(model, HalvesModel):
             return None
         if context.tapped is not None and context.tapped.to_the_end:
             return None

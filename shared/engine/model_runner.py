@@ -28,6 +28,7 @@ from baton.shared.engine.device_choices import (
     choose_kernels,
     describe_numerics,
     make_operations,
+    why_not_expanded,
     why_not_with_triton,
 )
 from baton.shared.engine.draft_model import DraftModel
@@ -463,6 +464,7 @@ class ModelRunner:
             num_drafts=self.num_drafts,
             eos_token_ids=self.model_config.eos_token_ids,
             tapped=tapped,
+            captures_prompts=can_capture_prompts(self.model_config),
         )
 
     @property
@@ -482,7 +484,9 @@ class ModelRunner:
     @property
     def _captures_prompts(self) -> bool:
         """Steps with prompt chunks."""
-        return self._captures and self._config.prompt_graphs and can_capture_prompts(self.groups)
+        return (
+            self._captures and self._config.prompt_graphs and can_capture_prompts(self.model_config)
+        )
 
     def _make_scratch_executor(self, num_blocks: int, num_rows: int) -> Executor:
         """Over a cache of its own, with so many blocks in each pool; for so many rows."""
@@ -530,11 +534,30 @@ class ModelRunner:
         if self._captures_prompts:
             # What graphs compute in is theirs alone.
             peak += (peak - resident) * min(num_tokens, MOST_CAPTURED_TOKENS) // num_tokens
+            peak += self._expanded_bytes()
         peak += noted + (0 if self.draft is None else self.draft.pending_bytes)
         peak -= pool_bytes
         del executor, cache, beside
         torch.cuda.empty_cache()
         return int(peak)
+
+    def _expanded_bytes(self) -> int:
+        """That keys and values made of latents take in graphs: there is room for more of them than
+        a prompt of a step has."""
+        from baton.kernels.latent_expand import expanded_bytes
+        from baton.shared.engine.prompt_steps import EXPANDED_TOKENS
+
+        itemsize = self.dtype.itemsize
+        return max(
+            (
+                expanded_bytes(
+                    EXPANDED_TOKENS, own.num_heads, own.latent.key_dim + own.head_dim, itemsize
+                )
+                for own in self.model_config.attentions
+                if own.latent is not None
+            ),
+            default=0,
+        )
 
     def _measure_guesses(self, executor: Executor) -> int:
         """Bytes that the largest step of guesses takes where layers keep states: what they are told
@@ -685,9 +708,9 @@ class ModelRunner:
         return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
 
 
-def can_capture_prompts(groups: Sequence[CacheGroup]) -> bool:
-    """Of layers that cache no latents."""
-    return not any(isinstance(group.spec, Latent) for group in groups)
+def can_capture_prompts(model: ModelConfig) -> bool:
+    """Latents must be such that keys and values can be made of them beforehand."""
+    return not why_not_expanded(model)
 
 
 def _check_blocks(arrangement: Arrangement, block_size: int) -> None:

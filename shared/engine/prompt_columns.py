@@ -9,6 +9,8 @@ each begins depends on nothing but the graph that reads them.
     slots    int64 [G, T]  then input_ids, positions [T], of decode rows filled in on the device
     tiles    int32 [NT, 4] wide tiles
     items    int32 [N, 9]  of each kind
+    latents  int32         tiles [NT, 4] of chunks, and stretches [N, 3] of what they see
+                           (latent_expand.py), where keys and values are made of latents
     states   int32         of each group of states rows [C, 8] and tiles [N, 4] (state_plan.py)
 
 Tokens are decode rows, chunks, padding: token 0, position 0, stored nowhere and attended to by
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +45,12 @@ from baton.shared.engine.batch import BatchRow, kept_states
 from baton.shared.engine.batch_state import aligned
 from baton.shared.engine.device_columns import slots_of_row
 
+Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 MOST_UPDATES = 1024
 """Of a step from a graph: a new sequence brings its block table."""
+_STRETCH_FIELDS = 3
 WIDE_TOKENS = 128
 """Of a wide tile."""
 _FEW_TOKENS, _MANY_KEYS = 128, 1024
@@ -66,6 +70,21 @@ class ItemKind:
     """Wide tiles take what is not few tokens behind many."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """Of keys and values that are made of latents."""
+
+    num_tokens: int
+    """Of each, a multiple of a block."""
+    most: int
+    """That there is room for."""
+    block_m: int
+    """Tokens of a chunk in a tile."""
+
+    def needed(self, row: BatchRow) -> int:
+        return -(-row.context_len // self.num_tokens)
+
+
 class PromptViews(NamedTuple):
     """The columns on the device."""
 
@@ -79,6 +98,8 @@ class PromptViews(NamedTuple):
     positions: Tensor
     tiles: Tensor
     items: list[Tensor]
+    latent_tiles: Tensor
+    stretches: Tensor
     states: list[tuple[Tensor, Tensor]]
     """Of each group of states its rows and tiles."""
 
@@ -98,6 +119,8 @@ class PromptLayout:
     """How many groups are of states; they come last."""
     most_kept: int = 0
     """States of chunks that are kept."""
+    stretches: Stretches | None = None
+    """Of groups of latents, if there are any."""
 
     @property
     def most_tiles(self) -> int:
@@ -116,6 +139,8 @@ class PromptLayout:
             *(2 * self.num_groups * self.num_tokens, self.num_tokens, self.num_tokens),
             4 * self.most_tiles,
             *(ITEM_FIELDS * self._most_items(kind) for kind in self.kinds),
+            4 * self._most_latent_tiles,
+            0 if self.stretches is None else _STRETCH_FIELDS * self.stretches.most,
             *[ROW_FIELDS * self.most_rows, TILE_FIELDS * self._most_state_tiles]
             * self.num_slot_groups,
         ]
@@ -126,14 +151,32 @@ class PromptLayout:
         return most_items(self.num_tokens, self.most_rows, kind.block_m, kind.most_cuts)
 
     @property
+    def _most_latent_tiles(self) -> int:
+        if self.stretches is None:
+            return 0
+        return self.num_tokens // self.stretches.block_m + self.most_rows
+
+    @property
     def _most_state_tiles(self) -> int:
         return self.num_tokens // TILE_TOKENS + self.most_rows + self.most_kept
+
+    def takes(self, chunks: Sequence[BatchRow]) -> bool:
+        """Whether there is room for what these need, their tokens aside. Few tokens behind many
+        latents are better not expanded, or in more programs than come of tiles."""
+        if len(chunks) > self.most_rows or sum(len(row.keeps) for row in chunks) > self.most_kept:
+            return False
+        if self.stretches is None:
+            return True
+        is_few = any(_is_few_behind_many(row.num_tokens, row.context_len) for row in chunks)
+        return not is_few and sum(map(self.stretches.needed, chunks)) <= self.stretches.most
 
     def views(self, words: Tensor) -> PromptViews:
         """words: int32 [≥ num_words], on the device."""
         parts = [words[column] for column in self._columns]
         updates, wanted, rows, decode, counts, slots, input_ids, positions, tiles, *lists = parts
-        items, states = lists[: len(self.kinds)], lists[len(self.kinds) :]
+        items, lists = lists[: len(self.kinds)], lists[len(self.kinds) :]
+        latent_tiles, stretches, *states = lists
+        num_stretches = 0 if self.stretches is None else self.stretches.most
         num_slots = self.num_groups * self.num_tokens
         return PromptViews(
             updates.view(2, MOST_UPDATES),
@@ -149,6 +192,8 @@ class PromptLayout:
                 each[: ITEM_FIELDS * self._most_items(kind)].view(-1, ITEM_FIELDS)
                 for each, kind in zip(items, self.kinds, strict=True)
             ],
+            latent_tiles.view(-1, 4),
+            stretches[: _STRETCH_FIELDS * num_stretches].view(-1, _STRETCH_FIELDS),
             [
                 (of_rows.view(-1, ROW_FIELDS), of_tiles.view(-1, TILE_FIELDS))
                 for of_rows, of_tiles in zip(states[::2], states[1::2], strict=True)
@@ -175,7 +220,8 @@ class PromptLayout:
         columns = [packed[column] for column in self._columns]
         of_updates, of_wanted, of_rows, of_decode, counts, *columns = columns
         slots_words, input_ids, positions, tiles, *lists = columns
-        item_columns, state_columns = lists[: len(self.kinds)], lists[len(self.kinds) :]
+        item_columns, lists = lists[: len(self.kinds)], lists[len(self.kinds) :]
+        latent_tiles, stretches, *state_columns = lists
         of_updates[:] = -1
         if updates is not None:
             of_updates.reshape(2, MOST_UPDATES)[:, : updates.shape[1]] = updates
@@ -211,8 +257,35 @@ class PromptLayout:
             )
             column[: items.size] = items.reshape(-1)
             counts[1 + number] = len(items)
+        if self.stretches is not None:
+            own, needed = self._cut_latents(self.stretches, chunks, starts, block_size)
+            latent_tiles[: own.size] = own.reshape(-1)
+            stretches[: needed.size] = needed.reshape(-1)
         self._pack_states(chunks, starts, state_columns)
         return packed
+
+    def _cut_latents(
+        self,
+        stretches: Stretches,
+        chunks: Sequence[tuple[int, BatchRow]],
+        starts: Sequence[int],
+        block_size: int,
+    ) -> tuple[Int32s, Int32s]:
+        """Tiles of the chunks, in place of the slot the block where what a chunk sees begins, and
+        the stretches that have it."""
+        needed: list[tuple[int, int, int]] = []
+        first_blocks = []
+        for slot, row in chunks:
+            first_blocks.append(len(needed) * stretches.num_tokens // block_size)
+            of_row = range(0, row.context_len, stretches.num_tokens)
+            needed += [(slot, first, row.context_len) for first in of_row]
+        tiles = prefill_tiles(
+            np.array(starts, np.int64),
+            np.array(first_blocks, np.int64),
+            np.array([row.position for _, row in chunks], np.int64),
+            block_m=stretches.block_m,
+        )
+        return tiles, np.array(needed, np.int32).reshape(-1, _STRETCH_FIELDS)
 
     def _pack_states(
         self,
@@ -235,6 +308,14 @@ class PromptLayout:
             of_tiles[: own_tiles.size] = own_tiles.reshape(-1)
 
 
+@overload
+def _is_few_behind_many(num_tokens: int, num_keys: int) -> bool: ...
+@overload
+def _is_few_behind_many(num_tokens: Ints, num_keys: Ints) -> npt.NDArray[np.bool_]: ...
+def _is_few_behind_many(num_tokens: Any, num_keys: Any) -> Any:
+    return (num_tokens <= _FEW_TOKENS) & (num_keys > _MANY_KEYS)
+
+
 class _Cut:
     """Chunks of a step and which tiles they are cut into."""
 
@@ -244,7 +325,7 @@ class _Cut:
         self._positions = np.array([row.position for _, row in chunks], np.int64)
         self._starts = np.array(starts, np.int64)
         counts = np.diff(self._starts)
-        self.is_wide = (counts > _FEW_TOKENS) | (self._positions + counts <= _MANY_KEYS)
+        self.is_wide = ~_is_few_behind_many(counts, self._positions + counts)
 
     def tiles(self, block_m: int, which: npt.NDArray[np.bool_]) -> Int32s:
         """Of some of the chunks."""

@@ -12,6 +12,7 @@ step that no graph is for is launched kernel by kernel (launched_steps.py).
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from torch import Tensor
 from baton.kernels.batch_state import begin_step, scatter
 from baton.kernels.decode_attention import DecodeWork, plan_decode
 from baton.kernels.float8_jit import is_float8
-from baton.kernels.prefill_attention import is_wide
+from baton.kernels.latent_expand import STRETCH_TOKENS
+from baton.kernels.prefill_attention import block_m_for, is_wide
 from baton.kernels.split_prefill_attention import ItemConfig, ItemWork, item_config, make_item_work
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
@@ -39,8 +41,9 @@ from baton.shared.engine.prompt_columns import (
     ItemKind,
     PromptLayout,
     PromptViews,
+    Stretches,
 )
-from baton.shared.engine.triton_operations import ChunkItems, DevicePlan
+from baton.shared.engine.triton_operations import ChunkItems, DevicePlan, Expansion
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,11 @@ processors."""
 _FEWEST_TOKENS_EACH, _MOST_STATE_ROWS, _LEAST_STATE_ROWS = 16, 32, 4
 """Of chunks of models whose layers keep states, in a step: so many tokens on average. Each chunk
 begins a tile, with its state before it, and there are programs for all that there may be."""
+EXPANDED_TOKENS = 8192
+"""Of chunks that attend to keys and values made of latents, with what is before them: so many are
+made at once, of at most 16 heads. That takes 96 MiB of deepseek's."""
+_WIDE_HEAD = 256
+"""Of heads made of latents: at most so many numbers, or twice."""
 _FIRST_LAYERS = 8
 """One part in so many of the layers is a graph of its own: a GPU takes about as long for it as the
 launch of the others does."""
@@ -114,6 +122,7 @@ class PromptSteps:
         """By tokens and decode rows."""
         self._rest: dict[int, _Rest] = {}
         self._arena = torch.zeros(0, dtype=torch.int32, device=context.device)
+        self._counting = self._arena
         self._halfway: Halfway | None = None
         """Of the wanted tokens, [max_num_seqs, …] each."""
         self._taps: Taps | None = None
@@ -174,19 +183,16 @@ class PromptSteps:
         return rest.hidden, draw
 
     def _step_for(self, batch: Batch, layout: Layout) -> _Step | None:
-        if layout.width > 1 or any(
-            batch.rows[row].prompt_logprobs is not None for row in layout.chunks
-        ):
+        chunks = [batch.rows[row] for row in layout.chunks]
+        if layout.width > 1 or any(row.prompt_logprobs is not None for row in chunks):
             return None
         num_tokens, num_decode = batch.num_tokens, len(layout.decode)
-        num_kept = sum(len(batch.rows[row].keeps) for row in layout.chunks)
         fitting = [
             (step.layout.num_tokens, step.num_decode)
             for step in self._steps.values()
             if step.layout.num_tokens >= num_tokens
             and step.num_decode >= num_decode
-            and step.layout.most_rows >= len(layout.chunks)
-            and step.layout.most_kept >= num_kept
+            and step.layout.takes(chunks)
         ]
         return self._steps[min(fitting)] if fitting else None
 
@@ -270,7 +276,12 @@ class PromptSteps:
                     continue
                 assert plan.work is not None
                 plan_decode(
-                    decode, state.context_lens, plan.work, window=plan.window, leaves_padding=True
+                    decode,
+                    state.context_lens,
+                    plan.work,
+                    window=plan.window,
+                    # To what is made of latents, that of rows is added: of padding, zeros.
+                    leaves_padding=not context.are_latents[number],
                 )
         # Nobody reads what becomes of the padding, but numbers shall go on through the layers.
         attended = {
@@ -281,10 +292,13 @@ class PromptSteps:
                 dtype=context.dtype,
                 device=context.device,
             )
-            for head_dim in set(step.head_dims)
+            for plan, head_dim in zip(plans, step.head_dims, strict=True)
+            if plan.expansion is None
         }
         plans = [
             replace(plan, attended=attended[head_dim])
+            if plan.expansion is None
+            else replace(plan, expansion=plan.expansion._replace(attended={}))
             for plan, head_dim in zip(plans, step.head_dims, strict=True)
         ]
         states = [replace(plan, shared={}) for plan in step.states]
@@ -329,8 +343,12 @@ class PromptSteps:
     # Buffers
 
     def _layout(self, num_tokens: int) -> PromptLayout:
-        kinds = dict.fromkeys(self._kind(num_tokens, group) for group in self._groups)
         context = self._context
+        kinds = dict.fromkeys(
+            self._kind(num_tokens, group)
+            for group in self._groups
+            if not context.are_latents[group]
+        )
         # A chunk has two tokens at least.
         most_rows, most_kept = num_tokens // 2, 0
         if context.num_slot_groups:
@@ -345,7 +363,17 @@ class PromptSteps:
             kinds=tuple(kinds),
             num_slot_groups=context.num_slot_groups,
             most_kept=most_kept,
+            stretches=self._stretches(num_tokens),
         )
+
+    def _stretches(self, num_tokens: int) -> Stretches | None:
+        """Of a step of so many tokens."""
+        context = self._context
+        if not any(context.are_latents):
+            return None
+        of_each = math.lcm(STRETCH_TOKENS, context.block_size)
+        block_m = block_m_for(num_tokens, _WIDE_HEAD, context.dtype.itemsize)
+        return Stretches(of_each, max(EXPANDED_TOKENS // of_each, 1), block_m)
 
     @property
     def _groups(self) -> range:
@@ -383,6 +411,9 @@ class PromptSteps:
             self._decode_work[num_decode] = context.make_work(num_decode)
         plans = []
         for group in self._groups:
+            if context.are_latents[group]:
+                plans.append(self._plan_of_latents(layout, views, num_decode, group))
+                continue
             kind = self._kind(size, group)
             number = layout.kinds.index(kind)
             plans.append(
@@ -411,6 +442,26 @@ class PromptSteps:
         ]
         head_dims = [kv.shape[5] for kv in context.kv]
         return _Step(layout, views, num_decode, plans, head_dims, states)
+
+    def _plan_of_latents(
+        self, layout: PromptLayout, views: PromptViews, num_decode: int, group: int
+    ) -> DevicePlan:
+        context, stretches = self._context, layout.stretches
+        assert stretches is not None
+        num_blocks = stretches.most * stretches.num_tokens // context.block_size
+        if len(self._counting) < 2 * num_blocks:
+            self._counting = torch.arange(2 * num_blocks, dtype=torch.int32, device=context.device)
+        from_each = self._counting.as_strided((num_blocks, num_blocks), (1, 1))
+        return DevicePlan(
+            slots=views.slots[group],
+            context_lens=context.state.context_lens,
+            block_tables=context.state.block_tables[group],
+            rows=views.decode[:num_decode] if num_decode else None,
+            work=self._decode_work[num_decode][group] if num_decode else None,
+            tiles=views.latent_tiles,
+            block_m=stretches.block_m,
+            expansion=Expansion(views.stretches, stretches.num_tokens, from_each, {}),
+        )
 
     def _make_rest(self, num_rows: int) -> _Rest:
         context = self._context

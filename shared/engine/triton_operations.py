@@ -28,7 +28,12 @@ from baton.kernels.gated_delta import gated_delta
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
 from baton.kernels.latent_attention import latent_chunk_attention, latent_decode_attention
-from baton.kernels.latent_expand import expand_latents, expands, heads_at_once
+from baton.kernels.latent_expand import (
+    expand_latents,
+    expand_stretches,
+    expands,
+    heads_at_once,
+)
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.quantised_rows import quantise_rows
@@ -77,6 +82,20 @@ class ChunkItems(NamedTuple):
     work: ItemWork
 
 
+class Expansion(NamedTuple):
+    """Keys and values of all chunks of a step from a graph, made of latents; see latent_expand.py.
+    The chunks' tiles have, in place of a slot, the first of a chunk's blocks among them."""
+
+    stretches: Tensor
+    """int32 [N, 3]"""
+    num_tokens: int
+    """Of a stretch."""
+    block_tables: Tensor
+    """int32 [blocks, blocks]: from each block on."""
+    attended: dict[tuple[int, ...], Tensor]
+    """By shape, where attention goes, layer after layer, as `DeviceStatePlan.shared`."""
+
+
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
     """Where the tokens of a step are stored and what they attend to, in one cache group.
@@ -111,6 +130,8 @@ class DevicePlan:
     """int32 [1]: how many of the tiles count; None: all."""
     items: ChunkItems | None = None
     """Of chunks whose tokens are in no tile."""
+    expansion: Expansion | None = None
+    """Of a group of latents, in a step from a graph with prompt chunks."""
 
 
 GroupPlan = DevicePlan | DeviceStatePlan
@@ -316,7 +337,9 @@ class TritonOperations:
         angles = (rope.cos, rope.sin)
         own = (latent, norm.weight, norm.eps, *angles, positions, slots, kv, layer)
         # Of a step without chunks, and without what pads it to the length of one.
-        is_decode = plan.rows is not None and len(query) == len(plan.rows)
+        is_decode = (
+            plan.rows is not None and len(query) == len(plan.rows) and plan.expansion is None
+        )
         if is_decode and latent_heads.takes(len(query), *heads):
             return latent_heads.store_and_absorb(query, *own, heads.key, pdl=pdl)
         rope_and_store_latent(query, *own, pdl=pdl)
@@ -331,7 +354,7 @@ class TritonOperations:
         heads: LatentHeads,
         scale: float,
     ) -> Tensor:
-        _, key_dim, rank = heads.key.shape
+        rank = heads.key.shape[2]
         if query.shape[2] == kv.shape[5] and latent_heads.covers(*heads):
             assert plan.rows is not None and plan.work is not None
             return latent_decode_attention(
@@ -347,27 +370,47 @@ class TritonOperations:
                 pdl=self._overlaps,
             )
         out = query.new_empty(*query.shape[:2], heads.value.shape[2])
+        if plan.expansion is not None:
+            attend_all_expanded(query, kv, layer, plan, plan.expansion, heads, scale, out)
+            if plan.rows is not None and plan.work is not None:
+                attended = self._attend_rows(query, kv, layer, plan, heads, scale)
+                # Padding among the rows has the places of chunks' tokens: nothing is added there.
+                _add_of_latents(attended, heads, out[: len(attended)])
+            return out
         if plan.num_padding:
             # Nobody reads what becomes of it, but numbers shall go on through the layers.
             out[-plan.num_padding :].zero_()
         if plan.rows is not None and plan.work is not None:
-            own = query[: len(plan.rows)]
-            attended = latent_decode_attention(
-                _absorbed(own, heads),
-                own[..., key_dim:],
-                kv,
-                layer,
-                plan.rows,
-                plan.block_tables,
-                plan.work,
-                scale,
-                pdl=self._overlaps,
-            )
-            _of_latents(attended, heads, out[: len(own)])
+            attended = self._attend_rows(query, kv, layer, plan, heads, scale)
+            _of_latents(attended, heads, out[: len(attended)])
         for chunk in plan.chunks:
             attend = attend_expanded if _expands(chunk, kv, heads) else attend_absorbed
             attend(query, kv, layer, plan, chunk, heads, scale, out)
         return out
+
+    def _attend_rows(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        plan: DevicePlan,
+        heads: LatentHeads,
+        scale: float,
+    ) -> Tensor:
+        """What rows of one token attend to, [B, num_heads, rank]; padding to zeros."""
+        assert plan.rows is not None and plan.work is not None
+        own = query[: len(plan.rows)]
+        return latent_decode_attention(
+            _absorbed(own, heads),
+            own[..., heads.key.shape[1] :],
+            kv,
+            layer,
+            plan.rows,
+            plan.block_tables,
+            plan.work,
+            scale,
+            pdl=self._overlaps,
+        )
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
@@ -737,6 +780,11 @@ def _of_latents(attended: Tensor, heads: LatentHeads, out: Tensor) -> None:
     torch.bmm(attended.transpose(0, 1), heads.value, out=out.transpose(0, 1))
 
 
+def _add_of_latents(attended: Tensor, heads: LatentHeads, out: Tensor) -> None:
+    """As `_of_latents`, added to what `out` has."""
+    out.transpose(0, 1).baddbmm_(attended.transpose(0, 1), heads.value)
+
+
 def _expands(chunk: Chunk, kv: Tensor, heads: LatentHeads) -> bool:
     num_heads, key_dim, rank = heads.key.shape
     return expands(
@@ -820,3 +868,45 @@ def attend_expanded(
             block_m=plan.block_m,
         )
         out[own, these] = attended[own, :, :value_dim]
+
+
+def attend_all_expanded(
+    query: Tensor,
+    kv: Tensor,
+    layer: int,
+    plan: DevicePlan,
+    expansion: Expansion,
+    heads: LatentHeads,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Likewise, all chunks of a step at once; zeros for tokens in none."""
+    assert plan.tiles is not None
+    num_heads, value_dim = query.shape[1], heads.value.shape[2]
+    at_once = heads_at_once(num_heads)
+    shape = (len(query), at_once, query.shape[2])
+    if shape not in expansion.attended:
+        expansion.attended[shape] = query.new_zeros(shape)
+    attended = expansion.attended[shape]
+    for first in range(0, num_heads, at_once):
+        these = slice(first, first + at_once)
+        expanded = expand_stretches(
+            kv,
+            layer,
+            plan.block_tables,
+            expansion.stretches,
+            expansion.num_tokens,
+            heads.key[these],
+            heads.value[these],
+        )
+        paged_prefill_attention(
+            query[:, these],
+            expanded,
+            0,
+            plan.tiles,
+            expansion.block_tables,
+            scale,
+            block_m=plan.block_m,
+            out=attended,
+        )
+        out[:, these] = attended[..., :value_dim]

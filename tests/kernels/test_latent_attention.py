@@ -15,7 +15,13 @@ from baton.kernels.latent_attention import (
     latent_decode_attention,
     latent_decode_config,
 )
-from baton.kernels.latent_expand import expand_latents, expands, why_never_expanded
+from baton.kernels.latent_expand import (
+    STRETCH_TOKENS,
+    expand_latents,
+    expand_stretches,
+    expands,
+    why_never_expanded,
+)
 from baton.kernels.latent_heads import covers, store_and_absorb
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import prefill_tiles
@@ -262,6 +268,34 @@ def test_expansion(
     assert_close(by_token[0], torch.cat((keys, turned), -1))
     assert_close(by_token[1][..., :value_dim], values)
     assert bool((by_token[1][..., value_dim:] == 0).all())
+
+
+def test_expansion_of_stretches(dtype: torch.dtype, device: torch.device) -> None:
+    """Of several rows, some longer than a stretch; places without keys are passed over."""
+    heads, key_dim, value_dim, rank, rope, size = 2, 9, 8, 32, 6, 4
+    num_tokens = 2 * STRETCH_TOKENS
+    cache = Cache([5, 258, 37], rank, rope, size, dtype, str(device))
+    key = torch.randn(heads, key_dim, rank).to(dtype).to(device)
+    value = torch.randn(heads, rank, value_dim).to(dtype).to(device)
+    rows = [(2, 0, 37), (1, 0, 258), (1, 256, 258)]
+    stretches = [(cache.slots[row], first, end) for row, first, end in rows]
+    out = expand_stretches(
+        cache.kv,
+        LAYER,
+        cache.tables,
+        torch.tensor([*stretches, (0, 0, 0)], dtype=torch.int32, device=device),
+        num_tokens,
+        key,
+        value,
+    )
+    assert out.shape == (4 * num_tokens // size, heads, 1, 2, size, key_dim + rope)
+    whole = out[:, :, 0].permute(2, 1, 0, 3, 4).flatten(2, 3)
+    for number, (row, first, end) in enumerate(rows):
+        alone = expand_latents(cache.kv, LAYER, cache.tables, cache.slots[row], end, key, value)
+        expected = alone[:, :, 0].permute(2, 1, 0, 3, 4).flatten(2, 3)
+        count = min(end - first, num_tokens)
+        own = whole[:, :, number * num_tokens :][:, :, :count]
+        assert torch.equal(own, expected[:, :, first : first + count])
 
 
 def test_which_form_is_cheaper() -> None:

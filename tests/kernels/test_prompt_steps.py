@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from baton.shared.engine import prompt_steps
+from baton.kernels.latent_expand import STRETCH_TOKENS
+from baton.shared.engine import prompt_columns, prompt_steps
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
 from baton.shared.engine.device_executor import DeviceExecutor
 from baton.shared.engine.executor import Tapped
@@ -221,7 +222,7 @@ def test_hidden_states_are_told_of_steps_from_graphs(
     how: dict[str, Any] = {**shape, "tapped": tapped}
     cache = KvCache(runner.arrangement, [40], 16, torch.float32, device=device)
     by_graphs = DeviceExecutor(
-        runner._model, cache, device, **how, max_num_seqs=4, eos_token_ids=()
+        runner._model, cache, device, **how, max_num_seqs=4, captures_prompts=True
     )
     by_host = HostExecutor(
         reference._model,
@@ -317,6 +318,54 @@ def test_layers_that_keep_states(name: str, tmp_path: Path, device: torch.device
     many.keeps = [(num_tokens, keeping(runner, 7)) for num_tokens in range(1, 6)]
     runner.forward(Batch([many]))
     assert counts.launched == (runner.device.type == "cpu")
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_layers_that_cache_latents(
+    num_layers: int, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values are made of what all chunks of a step see, rows that decode attend to
+    latents; what is more than there is room for, and few tokens behind many, are launched."""
+    fields = {**TINY_MODELS["deepseek_v2"]["as lite"], "v_head_dim": 24}
+    fields |= {"vocab_size": CONFIG["vocab_size"], "num_hidden_layers": num_layers}
+    make_tiny(tmp_path, "deepseek_v2", fields)
+    config = EngineConfig(tmp_path, "cpu", "float32", kernels="torch", num_blocks=40)
+    reference = ModelRunner(config)
+    monkeypatch.setattr(prompt_steps, "EXPANDED_TOKENS", 3 * STRETCH_TOKENS)
+    config = replace(config, device=device.type, kernels="triton", max_num_seqs=4)
+    runner = ModelRunner(config)
+    if device.type == "cpu":
+        captured(runner, StandInGraphs())
+    a, c = (Answer(reference, number, length, GREEDY) for number, length in ((0, 45), (2, 19)))
+    b, d = (Answer(reference, number, length, SHAPED) for number, length in ((1, 7), (3, 20)))
+    for each in (a, b, c, d):
+        each.open(runner)
+    steps = [
+        [(a, a.chunk(0, 16))],
+        [(b, b.chunk(0, 7)), (a, a.chunk(16, 33))],
+        [(a, a.chunk(33, 45)), (b, b.next(1))],
+        [(b, b.next(2)), (c, c.chunk(0, 3)), (a, a.next(1))],
+        [(c, c.chunk(3, 17)), (a, a.next(2)), (b, b.next(3)), (d, d.chunk(0, 11))],
+    ]
+    in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
+    for step in steps:
+        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
+        if len(in_flight) > 1:
+            took(*in_flight.pop(0))
+    took(*in_flight.pop(0))
+    counts = runner.num_prompt_steps
+    assert (counts.captured, counts.launched) == (5, 0)
+    monkeypatch.setattr(prompt_columns, "_MANY_KEYS", 18)
+    last = [(d, d.chunk(11, 20)), (c, c.chunk(17, 19))]
+    took(last, runner.launch(Batch([row for _, row in last])))
+    assert (counts.captured, counts.launched) == (5, 1), "two tokens behind many"
+    monkeypatch.undo()
+    many = [BatchRow(tokens(2, number), 0, [[30 + number]]) for number in range(4)]
+    runner.forward(Batch(many))
+    assert counts.launched == 2, "a stretch each"
+    took([(a, a.next())], runner.launch(Batch([a.next()])))
+    for each in (a, b, c, d):
+        assert each.drawn == each.expected[: len(each.drawn)] and each.drawn
 
 
 def of_slots(runner: ModelRunner) -> list[torch.Tensor]:
