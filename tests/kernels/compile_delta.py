@@ -49,6 +49,7 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[Compiled]:
         DeviceStatePlan(slots, positions, 2),
         DeviceStatePlan(slots, positions, 32, rows, tiles, has_kept=True),
         DeviceStatePlan(slots, positions, 0, rows, tiles),
+        DeviceStatePlan(slots, positions, 64, rows, tiles, has_kept=True, shared={}),
         DeviceStatePlan(slots, positions, 8, width=4),
         DeviceStatePlan(slots, positions, 64, width=4),
     ]

@@ -81,6 +81,10 @@ def compile_all(capability: int, num_heads: int, rank: int = 512, rope: int = 64
         expanded = latent_expand.expand_latents(
             kv, 3, tables, 5, 99, _empty(at_once, key_dim, rank), _empty(at_once, rank, value_dim)
         )
+        latent_expand.expand_stretches(
+            kv, 3, tables, _empty(5, 3, dtype=int32), latent_expand.STRETCH_TOKENS,
+            _empty(at_once, key_dim, rank), _empty(at_once, rank, value_dim),
+        )  # fmt: skip
         for block_m in (16, 64, 128):
             prefill_attention.paged_prefill_attention(
                 query[:, :at_once], expanded, 0, tiles, tables, _SCALE, block_m=block_m

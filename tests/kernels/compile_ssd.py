@@ -49,6 +49,7 @@ def compile_all(capability: int, model: str, dtype: torch.dtype) -> list[dict[st
             slots, positions = _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.int32)
             out = _empty(rows, num_heads, head_dim)
             ssd_step(x, dt, weights, states, slots, positions, out)
+            ssd_step(x, dt, weights, states, slots, positions, out, leaves_padding=True)
             if rows > 1:
                 rest = weights, states, slots, positions
                 ssd_step(x, dt, *rest, out, width=4)
