@@ -63,14 +63,17 @@ def mixed_point(
 
 def _mixed(runner: ModelRunner, point: Point) -> tuple[float, float, float]:
     """Milliseconds of a step among others, of the host for one, and of one by itself. Writes to
-    blocks whatever they hold."""
+    blocks, and slots, whatever they hold."""
     block_size, vocab_size = runner.kv_cache.block_size, runner.model_config.vocab_size
     per_row = -(-(_MIXED_CONTEXT + 4 * _MIXED_STEPS) // block_size)
     handles = [runner.open_row(GREEDY, 0) for _ in range(point.batch)]
     first_free = point.batch * per_row
     num_blocks = -(-point.num_tokens // block_size)
-    num_groups = len(runner.groups)
-    chunk_table = [list(range(first_free, first_free + num_blocks))] * num_groups
+
+    def tables(blocks: range, slot: int) -> list[list[int]]:
+        return [list(blocks) if group.spec.grows else [slot] for group in runner.groups]
+
+    chunk_table = tables(range(first_free, first_free + num_blocks), point.batch)
     [token_ids] = random_prompts(1, point.num_tokens, vocab_size)
     at = _MIXED_CONTEXT
 
@@ -80,7 +83,7 @@ def _mixed(runner: ModelRunner, point: Point) -> tuple[float, float, float]:
             BatchRow(
                 [7] if is_first else None,
                 at,
-                [list(range(number * per_row, (number + 1) * per_row))] * num_groups,
+                tables(range(number * per_row, (number + 1) * per_row), number),
                 GREEDY,
                 0,
                 handle,
