@@ -6,7 +6,9 @@ product of c with b, weighted by how much decays in between; what comes from bef
 product of c with the state.
 
 A long row of few heads would leave most of a GPU idle: it is cut into segments. What each makes of
-a state of zeros is found first, from that what each begins with, and then all that comes out.
+a state of zeros is found first, from that what each begins with, and then all that comes out. Which
+segment it has a program finds out by itself: of a step from a graph nothing but the most that there
+may be is known beforehand.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from baton.kernels.state_plan import TILE_TOKENS, DeviceStatePlan
 
 _TILES_EACH = 8
 _FEW_STATES = 264
+_ROWS = 32
+"""Of a step whose rows are cut into segments, at most, or the next power of two: kernels are
+compiled for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,21 @@ def scan_config(
     )
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit
+def _counts(rows_ptr, num_rows, TILES_EACH: tl.constexpr, ROWS: tl.constexpr):
+    """How many segments each row has."""
+    row = tl.arange(0, ROWS)
+    tiles = tl.load(rows_ptr + row * 8 + 5, mask=row < num_rows, other=0)
+    return row, (tiles + TILES_EACH - 1) // TILES_EACH
+
+
+@triton.jit
+def _place_of(row, counts, number):
+    """Where what ends the first segment of row `number` is: of its last one nothing is kept."""
+    return tl.sum(tl.where(row < number, tl.maximum(counts - 1, 0), 0), 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _ssd_scan_kernel(
     x_ptr,
     dt_ptr,
@@ -64,7 +83,7 @@ def _ssd_scan_kernel(
     y_ptr,
     starts_ptr,
     decays_ptr,
-    num_segments,
+    num_rows,
     x_stride,
     dt_stride,
     slot_stride,
@@ -77,6 +96,7 @@ def _ssd_scan_kernel(
     dt_min,
     dt_max,
     TILES_EACH: tl.constexpr,
+    ROWS: tl.constexpr,
     ONLY_ENDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -86,7 +106,7 @@ def _ssd_scan_kernel(
     """BLOCK_P rows of one head's state, through one row of the step, or one segment of it.
 
     ONLY_ENDS leaves what a segment makes of a state of zeros, but for a row's last one; without it
-    a segment begins with the state that is in the place of its end by then."""
+    a segment begins with the state that is in the place of the end of the one before by then."""
     head = tl.program_id(1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n, t = tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
@@ -96,27 +116,38 @@ def _ssd_scan_kernel(
     bias = tl.load(bias_ptr + head)
     number = tl.program_id(2)
     first_tile = 0
+    at = 0
     if TILES_EACH > 0:
-        number = tl.program_id(2) // num_segments
-        first_tile = tl.program_id(2) % num_segments * TILES_EACH
+        every, counts = _counts(rows_ptr, num_rows, TILES_EACH, ROWS)
+        is_before = tl.cumsum(counts, 0) <= number
+        segment = number - tl.sum(tl.where(is_before, counts, 0), 0)
+        number = tl.sum(is_before.to(tl.int32), 0)
+        if number >= num_rows:
+            return
+        first_tile = segment * TILES_EACH
+        at = _place_of(every, counts, number) + segment
     row = rows_ptr + number * 8
     slot = tl.load(row + 2).to(tl.int64)
     continues = (slot >= 0) & (tl.load(row + 3) == 0)
     num_tiles = tl.load(row + 5) - first_tile
-    if TILES_EACH > 0:
-        if num_tiles <= (TILES_EACH if ONLY_ENDS else 0):
+    if ONLY_ENDS:
+        if num_tiles <= TILES_EACH:
             return
     tile = tiles_ptr + (tl.load(row + 4) + first_tile) * 4
     inner = num_heads * head_dim
     of_head = states_ptr + head.to(tl.int64) * head_stride
     of_head += p[:, None] * state_size + n[None, :]
     own = of_head + slot * slot_stride
-    start = starts_ptr + (tl.program_id(2) * num_heads + head).to(tl.int64) * head_dim * state_size
-    start += p[:, None] * state_size + n[None, :]
+    end = starts_ptr + (at * num_heads + head).to(tl.int64) * head_dim * state_size
+    end += p[:, None] * state_size + n[None, :]
     if ONLY_ENDS:
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     elif TILES_EACH > 0:
-        state = tl.load(start, mask=inside, other=0.0)
+        if first_tile == 0:
+            state = tl.load(own, mask=inside & continues, other=0.0).to(tl.float32)
+        else:
+            before = end - num_heads * head_dim * state_size
+            state = tl.load(before, mask=inside, other=0.0)
     else:
         state = tl.load(own, mask=inside & continues, other=0.0).to(tl.float32)
     passed = 0.0
@@ -165,8 +196,8 @@ def _ssd_scan_kernel(
                 tl.store(of_head + kept_in * slot_stride, kept, mask=inside)
         tile += 4
     if ONLY_ENDS:
-        tl.store(start, state, mask=inside)
-        tl.store(decays_ptr + tl.program_id(2) * num_heads + head, passed)
+        tl.store(end, state, mask=inside)
+        tl.store(decays_ptr + at * num_heads + head, passed)
     else:
         is_kept = slot >= 0
         if TILES_EACH > 0:
@@ -174,39 +205,41 @@ def _ssd_scan_kernel(
         tl.store(own, state.to(states_ptr.dtype.element_ty), mask=inside & is_kept)
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _ssd_starts_kernel(
     states_ptr,
     rows_ptr,
     starts_ptr,
     decays_ptr,
-    num_segments,
+    num_rows,
     slot_stride,
     head_stride,
     num_heads,
     size,
     TILES_EACH: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Puts what each segment of a row begins with in the place of what it ends with alone."""
+    """Puts what the next segment of a row begins with in the place of what each ends with alone."""
     head = tl.program_id(1)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
     row = rows_ptr + tl.program_id(2) * 8
+    num_segments = tl.cdiv(tl.load(row + 5), TILES_EACH)
+    if num_segments <= 1:
+        return
+    every, counts = _counts(rows_ptr, num_rows, TILES_EACH, ROWS)
+    place = _place_of(every, counts, tl.program_id(2))
     slot = tl.load(row + 2).to(tl.int64)
     continues = (slot >= 0) & (tl.load(row + 3) == 0)
     own = states_ptr + slot * slot_stride + head.to(tl.int64) * head_stride + offset
     state = tl.load(own, mask=inside & continues, other=0.0).to(tl.float32)
-    segment = tl.program_id(2) * num_segments
-    for _ in range(tl.cdiv(tl.load(row + 5), TILES_EACH) - 1):
-        at = segment * num_heads + head
-        start = starts_ptr + at.to(tl.int64) * size + offset
-        end = tl.load(start, mask=inside, other=0.0)
-        tl.store(start, state, mask=inside)
-        state = state * decay_of(tl.load(decays_ptr + at)) + end
-        segment += 1
-    last = starts_ptr + (segment * num_heads + head).to(tl.int64) * size + offset
-    tl.store(last, state, mask=inside)
+    for _ in range(num_segments - 1):
+        at = place * num_heads + head
+        end = starts_ptr + at.to(tl.int64) * size + offset
+        state = state * decay_of(tl.load(decays_ptr + at)) + tl.load(end, mask=inside, other=0.0)
+        tl.store(end, state, mask=inside)
+        place += 1
 
 
 def ssd_scan(
@@ -240,20 +273,20 @@ def ssd_scan(
     config = config or scan_config(
         head_dim, state_size, num_heads, num_rows, len(tiles), x.element_size()
     )
-    tiles_each, num_segments = config.tiles_each, 1
+    tiles_each, num_programs = config.tiles_each, num_rows
+    rows_padded = max(_ROWS, triton.next_power_of_2(num_rows))
     starts, decays = weights.d, weights.d
     if tiles_each:
-        num_segments = triton.cdiv(len(tiles), tiles_each)
-        # What a row's last segment ends with is not written, and not used.
+        num_programs = len(tiles) // tiles_each + num_rows
         starts = torch.empty(
-            (num_rows * num_segments, num_heads, head_dim, state_size),
+            (len(tiles) // tiles_each, num_heads, head_dim, state_size),
             dtype=torch.float32,
             device=x.device,
         )
-        decays = starts.new_empty(num_rows * num_segments, num_heads)
+        decays = starts.new_empty(len(starts), num_heads)
 
     def scan(*, only_ends: bool) -> None:
-        grid = (triton.cdiv(head_dim, config.block_p), num_heads, num_rows * num_segments)
+        grid = (triton.cdiv(head_dim, config.block_p), num_heads, num_programs)
         _ssd_scan_kernel[grid](
             x,
             dt,
@@ -266,7 +299,7 @@ def ssd_scan(
             out,
             starts,
             decays,
-            num_segments,
+            num_rows,
             x.stride(0),
             dt.stride(0),
             states.stride(0),
@@ -279,6 +312,7 @@ def ssd_scan(
             weights.dt_min,
             weights.dt_max,
             TILES_EACH=tiles_each,
+            ROWS=rows_padded,
             ONLY_ENDS=only_ends,
             CHUNK=TILE_TOKENS,
             BLOCK_P=config.block_p,
@@ -296,12 +330,13 @@ def ssd_scan(
             rows,
             starts,
             decays,
-            num_segments,
+            num_rows,
             states.stride(0),
             states.stride(1),
             num_heads,
             size,
             TILES_EACH=tiles_each,
+            ROWS=rows_padded,
             BLOCK=block,
             num_warps=4,
         )
@@ -356,5 +391,10 @@ def ssd(
 
         plan.note(again, x, dt)
     if plan.rows is not None and plan.tiles is not None:
+        if config is None and plan.shared is not None:
+            # One row may have all tokens.
+            num_tiles = len(x) // TILE_TOKENS
+            shape = (*states.shape[2:], states.shape[1])
+            config = scan_config(*shape, 1, num_tiles, x.element_size())
         ssd_scan(x, dt, weights, states, plan.rows, plan.tiles, out, config=config)
     return out
