@@ -393,8 +393,8 @@ def ssd(
     if plan.rows is not None and plan.tiles is not None:
         if config is None and plan.shared is not None:
             # One row may have all tokens.
+            _, num_heads, head_dim, state_size = states.shape
             num_tiles = len(x) // TILE_TOKENS
-            shape = (*states.shape[2:], states.shape[1])
-            config = scan_config(*shape, 1, num_tiles, x.element_size())
+            config = scan_config(head_dim, state_size, num_heads, 1, num_tiles, x.element_size())
         ssd_scan(x, dt, weights, states, plan.rows, plan.tiles, out, config=config)
     return out
