@@ -13,11 +13,11 @@ import torch
 from baton.kernels.latent_expand import STRETCH_TOKENS
 from baton.shared.engine import prompt_columns, prompt_steps
 from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
+from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.device_executor import DeviceExecutor
 from baton.shared.engine.executor import Tapped
 from baton.shared.engine.host_executor import HostExecutor
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.block_pool import NO_BLOCK
 from baton.shared.kv.drawn import Drawn
