@@ -24,7 +24,7 @@ from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.ssd_step import decay_of, ssd_step, step_size
 from baton.kernels.state_plan import TILE_TOKENS, DeviceStatePlan
 
-_TILES_EACH = 8
+_TILES_EACH = 4
 _FEW_STATES = 264
 _ROWS = 32
 """Of a step whose rows are cut into segments, at most, or the next power of two: kernels are

@@ -163,7 +163,9 @@ class PromptLayout:
     def takes(self, chunks: Sequence[BatchRow]) -> bool:
         """Whether there is room for what these need, their tokens aside. Few tokens behind many
         latents are better not expanded, or in more programs than come of tiles."""
-        if len(chunks) > self.most_rows or sum(len(row.keeps) for row in chunks) > self.most_kept:
+        if len(chunks) > self.most_rows:
+            return False
+        if self.num_slot_groups and sum(len(row.keeps) for row in chunks) > self.most_kept:
             return False
         if self.stretches is None:
             return True

@@ -136,7 +136,7 @@ def _run(
             token_ids = prompt[start:end] if start < len(prompt) else None
             draws = params[i] if end >= len(prompt) else None
             row = BatchRow(token_ids, start, tables[i], draws, 0, handles[i])
-            if row.is_chunk and row.num_tokens % 2:
+            if runner.keeps_checkpoints and row.is_chunk and row.num_tokens % 2:
                 slots = [NO_BLOCK if group.spec.grows else 16 + i for group in runner.groups]
                 row.keeps = [(row.num_tokens // 2, slots)]
             rows.append(row)

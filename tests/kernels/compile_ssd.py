@@ -58,7 +58,7 @@ def compile_all(capability: int, model: str, dtype: torch.dtype) -> list[dict[st
             of_rows = _empty(rows, 8, dtype=torch.int32), _empty(9, 4, dtype=torch.int32)
             x, dt = _empty(512, width, dtype=dtype), _empty(512, num_heads, dtype=dtype)
             out = _empty(512, num_heads, head_dim, dtype=dtype)
-            for tiles_each in (0, 8):
+            for tiles_each in (0, 4):
                 config = scan_config(head_dim, state_size, num_heads, rows, 9, dtype.itemsize)
                 config = replace(config, tiles_each=tiles_each)
                 ssd_scan(x, dt, weights, states, *of_rows, out, config=config)
