@@ -75,7 +75,7 @@ def delta_of(device: torch.device) -> tuple[tuple[int, ...], int, Operation, Ope
 def ssd_of(device: torch.device) -> tuple[tuple[int, ...], int, Operation, Operation]:
     a, d, bias = torch.randn(3, 4)
     weights = SsdWeights(-a.exp(), d, bias, 2)
-    on_device = SsdWeights(*(each.to(device) for each in (weights.a, d, bias)), 2)
+    on_device = SsdWeights(weights.a.to(device), d.to(device), bias.to(device), 2)
 
     def operation(ssd: Operation, weights: SsdWeights) -> Operation:
         def run(x: Tensor, *rest: Any) -> Tensor:
