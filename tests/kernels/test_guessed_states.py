@@ -47,8 +47,9 @@ Operation = Callable[..., Tensor]
 
 def conv_of(device: torch.device) -> tuple[tuple[int, ...], int, Operation, Operation]:
     """Shape of a head's state, the numbers of a token, the kernels and the reference."""
-    conv = Conv(torch.randn(4, 36), torch.randn(36), conv_places(2, (5, 13)))
-    on_device = Conv(*(each.to(device) for each in conv[:3]))
+    weight, bias, places = torch.randn(4, 36), torch.randn(36), conv_places(2, (5, 13))
+    conv = Conv(weight, bias, places)
+    on_device = Conv(weight.to(device), bias.to(device), places.to(device))
     return (
         (2, LAYERS, 3, 18),
         36,
