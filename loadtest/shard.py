@@ -187,6 +187,9 @@ class Generator:
         try:
             async with asyncio.timeout(self._load.timeout_s):
                 await self._driver.ask(request, watch, answer)
+        except asyncio.CancelledError:
+            sample.detail = f"no end {self._load.drain_s:g} s after the load (--drain)"
+            raise
         except TimeoutError:
             sample.status = "TIMEOUT"
             sample.detail = f"no end within {self._load.timeout_s:g} s"

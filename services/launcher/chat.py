@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from baton.services.launcher.generate import EXIT_INTERRUPTED, Answer, stream_answer
+from baton.services.launcher.output import reader_may_leave
 from baton.services.launcher.target import connect, report
 from baton.shared.rpc.errors import failure_of
 from baton.v1 import inference_service_pb2 as pb
@@ -60,18 +60,16 @@ def run_chat(
             stream.reconfigure(errors="replace")
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     read = _read_terminal if is_interactive else _read_pipe
+    exit_code = 0
     try:
-        with asyncio.Runner() as runner:
+        with reader_may_leave(), asyncio.Runner() as runner:
             chat = _Chat(runner, target, Conversation(system), sampling, timeout_s, is_interactive)
-            return chat.run(read)
+            exit_code = chat.run(read)
     except grpc.aio.AioRpcError as error:
         return report(error, target)
-    except BrokenPipeError:
-        # The reader has enough. What Python flushes at its end must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return 0
+    return exit_code
 
 
 class _Chat:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from baton.services.launcher.output import reader_may_leave
 from baton.services.launcher.target import connect, report
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
@@ -46,16 +46,14 @@ def run_generate(
     """Prints the answer, or one object on one line, for each sample; returns the exit code."""
     in_turn = _InTurn(_ignore if as_json else _write)
     try:
-        answers = asyncio.run(_ask(target, request, in_turn, timeout_s=timeout_s))
-        for sample, answer in answers.items():
-            if as_json:
-                about = {"sample": sample} if request.n > 1 else {}
-                _write(json.dumps({**about, **to_json(answer)}) + "\n")
+        with reader_may_leave():
+            answers = asyncio.run(_ask(target, request, in_turn, timeout_s=timeout_s))
+            for sample, answer in answers.items():
+                if as_json:
+                    about = {"sample": sample} if request.n > 1 else {}
+                    _write(json.dumps({**about, **to_json(answer)}) + "\n")
     except grpc.aio.AioRpcError as error:
         return report(error, target)
-    except BrokenPipeError:
-        # The reader has enough. What Python flushes at its end must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0

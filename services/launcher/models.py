@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from baton.services.launcher.output import reader_may_leave
 from baton.shared.engine.host_memory import format_bytes, host_memory
 from baton.shared.engine.model_facts import ModelFacts, read_model_facts
 from baton.shared.engine.models import registry
@@ -30,7 +31,8 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 def run_models(model: str | None, *, as_json: bool) -> int:
     """Returns the exit code."""
     if model is None:
-        print(json.dumps(_types()) if as_json else "\n".join(_listing()))
+        with reader_may_leave():
+            print(json.dumps(_types()) if as_json else "\n".join(_listing()))
         return 0
     try:
         told = about(model)
@@ -41,7 +43,8 @@ def run_models(model: str | None, *, as_json: bool) -> int:
             print(f"{model}: not served")
             print(f"baton: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(told) if as_json else "\n".join(_lines(told)))
+    with reader_may_leave():
+        print(json.dumps(told) if as_json else "\n".join(_lines(told)))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from baton.services.launcher.output import reader_may_leave
 from baton.services.launcher.target import connect, report
 from baton.shared.rpc.convert import sampling_to_json
 from baton.v1 import inference_service_pb2 as pb
@@ -31,7 +32,8 @@ def run_status(target: str, *, as_json: bool) -> int:
     except grpc.aio.AioRpcError as error:
         return report(error, target)
     state = to_json(info)
-    print(json.dumps(state) if as_json else to_text(state))
+    with reader_may_leave():
+        print(json.dumps(state) if as_json else to_text(state))
     return 0
 
 

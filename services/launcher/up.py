@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from baton.services.launcher.output import reader_may_leave
 from baton.services.launcher.policy import EXIT_MISCONFIGURED
 from baton.services.launcher.private_dir import private_dir, shared_memory_root
 from baton.services.launcher.role_process import Misconfigured, NeverReady
@@ -147,11 +147,9 @@ def _check_port(flag: str, host: str, port: int) -> None:
 
 
 def _say_ready(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        # Who started it waits for READY elsewhere. What Python flushes at its end must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # Who started it may wait for READY elsewhere.
+    with reader_may_leave():
+        print(line)
 
 
 def to_stderr(line: str) -> None:
