@@ -127,7 +127,7 @@ def _check_transformers(directory: Path, name: str) -> None:
     raise ModelError(
         f"{directory / 'config.json'}: model_type: {json.dumps(name)} is not supported; supported "
         f"are {known}; others may run through transformers: "
-        "pip install 'baton-llm[worker,transformers]'"
+        "pip install '.[worker,transformers]'"
     )
 
 

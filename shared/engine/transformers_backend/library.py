@@ -16,7 +16,7 @@ from typing import Any
 
 from baton.shared.model_files.fields import ModelError
 
-INSTALL = "pip install 'baton-llm[transformers]'"
+INSTALL = "pip install '.[transformers]'"
 OLDEST = (5, 23)
 """Which is what the tests have; the masks and arguments of attention were others before."""
 

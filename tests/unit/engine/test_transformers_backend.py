@@ -655,7 +655,7 @@ def test_without_transformers_the_refusal_says_how_to_get_it(
     olmo2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    how = r"transformers is not installed; to install it: pip install 'baton-llm\[transformers\]'"
+    how = r"transformers is not installed; to install it: pip install '\.\[transformers\]'"
     with pytest.raises(ModelError, match=rf'"olmo2" is not supported; supported are .*, but {how}'):
         find_implementation(EngineConfig(olmo2))
     with pytest.raises(ModelError, match=f"model_impl: {how}"):
