@@ -91,8 +91,10 @@ class Constraining:
             return len(token_ids)
         if self._left_s <= 0:
             return 0
+        # A device may be making them: to wait for it takes none of the grammars' time.
+        known = tuple(token_ids)
         with self._charged(sequence):
-            return matcher.num_allowed(token_ids)
+            return matcher.num_allowed(known)
 
     def add_masks(self, parts: Seq[Part]) -> list[Part]:
         """To those that draw, but for those that await theirs. Returns the parts without those that

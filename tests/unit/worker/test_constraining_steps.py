@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,26 @@ def test_what_guesses_are_looked_at_for_is_taken_of_the_step_too() -> None:
     allowed = [constraining.num_allowed(part.sequence, [5, 6]) for part in parts]
     assert allowed == [2, 2, 0, 2]
     assert [part.sequence for part in constraining.add_masks(parts)] == [sequences[0], free]
+
+
+def test_to_wait_for_guesses_takes_none_of_the_grammars_time() -> None:
+    clock = Clock()
+
+    class Coming(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            clock.now_s += 0.2
+            return super().__iter__()
+
+    class Looking(Slow):
+        def num_allowed(self, token_ids: Seq[int]) -> int:
+            return len([*token_ids])
+
+    constraining = Constraining(0, clock=clock)
+    sequences = [sequence_of(n, [1], Looking(clock, mask_s=0.001)) for n in range(2)]
+    parts = [part_of(sequence) for sequence in sequences]
+    constraining.add_forced(parts, lambda *_: True, 99)
+    assert [constraining.num_allowed(each, Coming([5, 6])) for each in sequences] == [2, 2]
+    assert clock.now_s > 0.3 and constraining.add_masks(parts) == parts
 
 
 def test_a_token_that_was_drawn_against_its_mask_is_the_engines_failure(table: TokenTable) -> None:
