@@ -152,9 +152,10 @@ class ChainDrafter(ABC, Generic[Known]):
         drafts = [self._predictions.draft(sequence, most) for sequence, most in wanted]
         guessing: list[tuple[Known, int]] = []
         left = CHUNK
-        for (sequence, most), predicted in zip(wanted, drafts, strict=True):
+        for (sequence, num_wanted), predicted in zip(wanted, drafts, strict=True):
             if predicted is None and self._can_guess(sequence):
                 known = self._settled(sequence)
+                most = min(num_wanted, self._model.most_guesses)
                 # Of the last guess nothing is computed.
                 if (
                     known.can_begin()

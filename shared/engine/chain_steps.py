@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -99,6 +100,15 @@ class ChainSteps:
         }
         self._chains = {size: self._make_chain(size, work) for size in context.sizes}
 
+    def check(self, chain: ChainRow) -> None:
+        """Raises ValueError for a chain that no steps were made for."""
+        shape = self._shape
+        if not 0 < chain.num_guesses <= shape.num_guesses:
+            most = shape.num_guesses
+            raise ValueError(f"a chain of {chain.num_guesses} guesses, not 1 to {most}")
+        if chain.row.num_tokens > shape.most_known:
+            raise ValueError(f"a chain may begin with {shape.most_known} tokens at most")
+
     def launch(self, chains: Sequence[ChainRow], slots: Sequence[int]) -> Tensor:
         """Begins chains of rows in these slots, of which the state has been told → int32 [steps,
         stride], where the guesses will be until the next launch."""
@@ -144,6 +154,9 @@ class ChainSteps:
                 self._launch_all(of_size)
             elif not self._capture(of_size, graphs):
                 refused.append(of_size.size)
+                # So that nothing is compiled when they are launched; as far as there is memory.
+                with suppress(torch.OutOfMemoryError):
+                    self._launch_all(of_size)
         if graphs is not None:
             self._log(graphs, refused, time.monotonic() - started_s)
 

@@ -163,6 +163,7 @@ class DeviceExecutor:
         with self._stepping(Layout(handles)):
             self._check_number(len(chains))
             for chain in chains:
+                self._chains.check(chain)
                 self._rows.check(chain.row, chain.end)
             for chain, handle in zip(chains, handles, strict=True):
                 self._rows.note_chain(chain, handle)

@@ -70,6 +70,7 @@ class DraftModel:
         max_rows: of a step.
         makes_chains: whole chains of guesses are launched at once (`launch_chains`), for rows of
             `most_known` new tokens at most.
+        most_guesses: of a chain: those that a step checks, behind one that a step in flight draws.
         tapped: of a head, which hidden states of the larger model it reads; else None.
     """
 
@@ -131,7 +132,7 @@ class DraftModel:
         self._max_model_len = max_model_len
         self.max_rows = most_num_seqs(engine)
         self.makes_chains = kernels == "triton"
-        self.most_known = 1 + engine.num_drafts
+        self.most_known = self.most_guesses = 1 + engine.num_drafts
         self._arrangement = arrange(
             self.config.cache_specs,
             block_size=engine.block_size,
@@ -258,7 +259,7 @@ class DraftModel:
             max_num_seqs=self.max_rows,
             eos_token_ids=self._eos_token_ids,
             tapped=self._own_taps,
-            chains=ChainShape(self._engine.num_drafts, self.most_known, self._state_size),
+            chains=ChainShape(self.most_guesses, self.most_known, self._state_size),
         )
 
     @torch.inference_mode()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def test_each_guess_is_what_the_model_says_by_itself(
         with torch.inference_mode(), caplog.at_level("INFO"), executor.computing([]):
             executor._chains.capture(StandInGraphs(len(missing.split())))
         taken, *refused = caplog.records
-        assert fields_of(taken)["num_guesses"] == NUM_GUESSES
+        assert fields_of(taken)["num_guesses"] == 1 + NUM_GUESSES
         assert fields_of(taken)["sizes"].split() == sorted({"1", "2", "4"} - {*missing.split()})
         assert [fields_of(each)["missing"] for each in refused] == [missing] * bool(missing)
     prompts = [tokens(length, length) for length in LENGTHS]
@@ -128,6 +130,28 @@ def test_each_guess_is_what_the_model_says_by_itself(
             for each, (num_known, _, num) in zip(expected, of_rows, strict=True)
         ]
         close(draft, chains)
+
+
+def test_what_there_are_no_graphs_for_was_launched_once(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is compiled later, when a chain of that size comes."""
+    make = maker(tmp_path, SMALL)
+    runner = make("triton", device, num_drafts=NUM_GUESSES, draft_model_dir=tmp_path)
+    assert runner.draft is not None
+    executor: Any = runner.draft.executor
+    steps: set[tuple[str, int, int]] = set()
+    for name in ("_first", "_later"):
+        monkeypatch.setattr(
+            executor._chains,
+            name,
+            lambda of_size, number, name=name: steps.add((name, of_size.size, number)),
+        )
+    executor._chains.capture(StandInGraphs(2))
+    assert not steps ^ {
+        *product(["_first"], [1, 2, 4], [2, 1 + NUM_GUESSES]),
+        *product(["_later"], [1, 2, 4], range(1, 1 + NUM_GUESSES)),
+    }
 
 
 def test_places_of_nobody_go_by_no_sequence(tmp_path: Path, device: torch.device) -> None:
@@ -203,10 +227,16 @@ def test_what_is_wrong_with_a_chain_is_told_before_it_begins(
     chain = Guessed(draft, tokens(16, 1), WAYS[0], 3).chain(1, 1, 0)
     with pytest.raises(ValueError, match="shorter than its row"):
         draft.launch_chains([ChainRow(chain.row, 2)])
+    with pytest.raises(ValueError, match="a chain of 5 guesses, not 1 to 4"):
+        draft.launch_chains([ChainRow(chain.row, NUM_GUESSES + 2)])
+    with pytest.raises(ValueError, match="may begin with 4 tokens"):
+        row = replace(chain.row, token_ids=tokens(5, 1), position=11)
+        draft.launch_chains([ChainRow(row, 1)])
     with pytest.raises(ValueError, match="exceeds 4"):
         draft.launch_chains([chain] * 5)
     with pytest.raises(ValueError, match="max_model_len"):
-        draft.launch_chains([ChainRow(chain.row, draft._max_model_len)])
+        row = replace(chain.row, position=draft._max_model_len)
+        draft.launch_chains([ChainRow(row, 1)])
     assert draft.launch_chains([chain]).result() != []
     close(draft, [chain])
 

@@ -25,7 +25,7 @@ from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
 from tests.heads import make_head
 from tests.kernels.test_engine import SMALL, maker
-from tests.unit.worker.drafting import GuessingRunner
+from tests.unit.worker.drafting import AllOfThem, GuessingRunner
 from tests.unit.worker.sim_worker import SimWorker
 
 # As in test_engine.py.
@@ -114,23 +114,49 @@ def test_the_step_that_checks_guesses_does_not_wait_for_them(
 
 
 @pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
+def test_guesses_behind_a_step_in_flight_come_behind_what_it_draws(
+    tmp_path: Path,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """That one is guessed as well: where few guesses are tried, as they seldom stood, nobody waits
+    for it. Of as many as a step checks, behind as many, there are none."""
+    (tmp_path / "model").mkdir()
+    make = maker(tmp_path / "model", SMALL)
+    draft_dir = draft_dir_of(kind, tmp_path)
+    runner = make("triton", device, num_drafts=1, draft_model_dir=draft_dir, draft_kind=kind)
+    # As on a GPU.
+    runner.steps_ahead = 1
+    monkeypatch.setattr(AllOfThem, "pays", lambda *_: False)
+    prompts, ways = prompts_of((3,)), [replace(WAYS[0], max_tokens=8)]
+    answers, guesses, counters = guessed(runner, prompts, ways)
+    assert answers == PlainLoop(runner).generate(prompts, ways)
+    assert counters["drafts"] > 1 and counters["drafted_tokens"] == counters["drafts"]
+    assert max(map(len, guesses.values())) == 2
+
+
+@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
 def test_a_guess_that_fell_is_no_token_to_go_on_from(
     tmp_path: Path, device: torch.device, kind: str
 ) -> None:
     """It lies where the token is that was drawn instead."""
     (tmp_path / "model").mkdir()
     make = maker(tmp_path / "model", SMALL)
-    if kind == "eagle3":
-        layers: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
-        draft_dir = make_head(tmp_path / "draft", SMALL, draft_vocab_size=50, **layers)
-    else:
-        draft_dir = twin_of(tmp_path / "model", tmp_path / "draft", 0.1)
-    how = {"num_drafts": 1, "draft_model_dir": draft_dir, "draft_kind": kind}
+    how = {"num_drafts": 1, "draft_model_dir": draft_dir_of(kind, tmp_path), "draft_kind": kind}
     prompts, ways = prompts_of((3,)), [replace(WAYS[0], max_tokens=6)]
     plain, expected, counters = guessed(make("torch", torch.device("cpu"), **how), prompts, ways)
     assert counters["drafted_tokens"] > counters["accepted_tokens"]
     answers, guesses, _ = guessed(make("triton", device, **how), prompts, ways)
     assert answers == plain and guesses == expected
+
+
+def draft_dir_of(kind: str, directory: Path) -> Path:
+    """Who guesses, right at times, for the model in `directory`."""
+    if kind == "eagle3":
+        layers: dict[str, Any] = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
+        return make_head(directory / "draft", SMALL, draft_vocab_size=50, **layers)
+    return twin_of(directory / "model", directory / "draft", 0.1)
 
 
 def prompts_of(lengths: Seq[int]) -> list[list[int]]:
