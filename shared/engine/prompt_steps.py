@@ -132,7 +132,7 @@ class PromptSteps:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(tokens, decode rows) that there are graphs for."""
-        return sorted(self._steps)
+        return list(self._steps)
 
     def begin(
         self, batch: Batch, layout: Layout, num_wanted: Sequence[int]
@@ -187,14 +187,11 @@ class PromptSteps:
         if layout.width > 1 or any(row.prompt_logprobs is not None for row in chunks):
             return None
         num_tokens, num_decode = batch.num_tokens, len(layout.decode)
-        fitting = [
-            (step.layout.num_tokens, step.num_decode)
-            for step in self._steps.values()
-            if step.layout.num_tokens >= num_tokens
-            and step.num_decode >= num_decode
-            and step.layout.takes(chunks)
-        ]
-        return self._steps[min(fitting)] if fitting else None
+        for (most_tokens, most_decode), step in self._steps.items():
+            is_large = most_tokens >= num_tokens and most_decode >= num_decode
+            if is_large and step.layout.takes(chunks):
+                return step
+        return None
 
     def capture(self, graphs: Graphs, sizes: Sequence[int]) -> None:
         """Makes a graph for every size, without decode rows beside chunks, with a few, and with as
@@ -227,6 +224,8 @@ class PromptSteps:
             first = graphs.capture(partial(self._finish, rest))
             rest.graphs = first, graphs.capture(partial(self._draw, rest))
             self._rest[size] = rest
+        # The smallest that fits is taken.
+        self._steps = dict(sorted(self._steps.items()))
         self._rest = dict(sorted(self._rest.items()))
         self._log(refused, graphs.num_bytes, time.monotonic() - started_s)
 
