@@ -80,6 +80,8 @@ class Stretches:
     """That there is room for."""
     block_m: int
     """Tokens of a chunk in a tile."""
+    takes_few: bool
+    """Few tokens behind many are as well expanded."""
 
     def needed(self, row: BatchRow) -> int:
         return -(-row.context_len // self.num_tokens)
@@ -161,16 +163,19 @@ class PromptLayout:
         return self.num_tokens // TILE_TOKENS + self.most_rows + self.most_kept
 
     def takes(self, chunks: Sequence[BatchRow]) -> bool:
-        """Whether there is room for what these need, their tokens aside. Few tokens behind many
-        latents are better not expanded, or in more programs than come of tiles."""
+        """Whether there is room for what these need, their tokens aside, and latents are best
+        expanded."""
         if len(chunks) > self.most_rows:
             return False
         if self.num_slot_groups and sum(len(row.keeps) for row in chunks) > self.most_kept:
             return False
         if self.stretches is None:
             return True
-        is_few = any(_is_few_behind_many(row.num_tokens, row.context_len) for row in chunks)
-        return not is_few and sum(map(self.stretches.needed, chunks)) <= self.stretches.most
+        if not self.stretches.takes_few and any(
+            _is_few_behind_many(row.num_tokens, row.context_len) for row in chunks
+        ):
+            return False
+        return sum(map(self.stretches.needed, chunks)) <= self.stretches.most
 
     def views(self, words: Tensor) -> PromptViews:
         """words: int32 [≥ num_words], on the device."""

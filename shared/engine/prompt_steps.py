@@ -58,9 +58,12 @@ processors."""
 _FEWEST_TOKENS_EACH, _MOST_STATE_ROWS, _LEAST_STATE_ROWS = 16, 32, 4
 """Of chunks of models whose layers keep states, in a step: so many tokens on average. Each chunk
 begins a tile, with its state before it, and there are programs for all that there may be."""
-EXPANDED_TOKENS = 8192
+EXPANDED_TOKENS = 16384
 """Of chunks that attend to keys and values made of latents, with what is before them: so many are
-made at once, of at most 16 heads. That takes 96 MiB of deepseek's."""
+made at once, of at most 16 heads. That takes 192 MiB of deepseek's."""
+_FEW_HEADS = 32
+"""Of latents: of so many heads launched steps expand few tokens behind many, too, for what absorbs
+has too few programs then (`expands`)."""
 _WIDE_HEAD = 256
 """Of heads made of latents: at most so many numbers, or twice."""
 _FIRST_LAYERS = 8
@@ -372,7 +375,8 @@ class PromptSteps:
             return None
         of_each = math.lcm(STRETCH_TOKENS, context.block_size)
         block_m = block_m_for(num_tokens, _WIDE_HEAD, context.dtype.itemsize)
-        return Stretches(of_each, max(EXPANDED_TOKENS // of_each, 1), block_m)
+        most = max(EXPANDED_TOKENS // of_each, 1)
+        return Stretches(of_each, most, block_m, takes_few=context.num_heads <= _FEW_HEADS)
 
     @property
     def _groups(self) -> range:

@@ -72,17 +72,11 @@ def test_mixtures_of_chunks_and_decode_rows(
     answers = [_run(runner, prompts, plan) for runner in (captured, launched)]
     assert answers[0] == answers[1]
     counts: Any = captured._executor
-    num_launched = sum(map(_is_launched, plan)) if "kv_lora_rank" in fields else 0
     assert counts.num_prompt_steps.captured > 10
-    assert counts.num_prompt_steps.launched == num_launched
+    assert counts.num_prompt_steps.launched == 0
     for own, expected in zip(*map(_states, (captured, launched)), strict=True):
         limit = 1e-4 * float(expected.abs().max())
         torch.testing.assert_close(own, expected, atol=limit, rtol=0)
-
-
-def _is_launched(step: list[tuple[int, int, int]]) -> bool:
-    """Where latents are cached: there are few tokens behind many."""
-    return any(1 < end - start <= 128 and end > 1024 for _, start, end in step)
 
 
 def _states(runner: ModelRunner) -> list[torch.Tensor]:
