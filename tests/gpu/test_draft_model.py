@@ -26,7 +26,7 @@ from tests.gpu.conftest import DEMO, MakeRunner
 from tests.gpu.test_no_late_compilation import forget_kernels
 from tests.heads import fit_head, make_head
 from tests.unit.worker.conftest import runners
-from tests.unit.worker.drafting import GuessingRunner
+from tests.unit.worker.drafting import AllOfThem, GuessingRunner
 from tests.unit.worker.sim_worker import SimWorker
 
 pytestmark = pytest.mark.gpu
@@ -124,6 +124,17 @@ def test_answers_are_those_without(
 
 
 @pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
+def test_answers_are_those_without_where_guesses_come_behind_steps_in_flight(
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """The chain is made while the model computes, and begins with what that draws."""
+    how = fields_of(kind, tmp_path, make_gpu_runner)
+    monkeypatch.setattr(AllOfThem, "pays", lambda *_: False)
+    counters = check(lambda: make_gpu_runner(DEMO, **how), prompts_of(LENGTHS), monkeypatch)
+    assert counters["drafts"] > 10
+
+
+@pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
 def test_captured_chains_guess_what_launched_ones_do(
     make_gpu_runner: MakeRunner, tmp_path: Path, kind: str
 ) -> None:
@@ -166,7 +177,7 @@ def test_no_chain_waits_for_a_kernel(
             num_new = 1 + (number if num_rows % 2 else 0) % 5
             row = BatchRow([7] * num_new, number, [[4 * number + n for n in range(4)]], WAYS[0], 0)
             row.handle = handle
-            num_guesses = 1 + (number + num_rows) % 4
+            num_guesses = 1 + (number + num_rows) % draft.most_guesses
             chains.append(ChainRow(row, num_guesses, tuple(each[:num_new] for each in states)))
         guesses = draft.launch_chains(chains).result()
         assert list(map(len, guesses)) == [chain.num_guesses for chain in chains]
