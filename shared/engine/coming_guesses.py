@@ -87,7 +87,8 @@ def take_guesses(taking: Sequence[tuple[int, ComingGuesses]], draft_ids: Tensor)
 
     Args:
         taking: (slot, guesses), of one launch of chains, which the stream has waited for.
-        draft_ids: int32 [S, K], K no fewer than the guesses; what is behind them may be anything.
+        draft_ids: int32 [S, K], K no fewer than the guesses that are taken, whatever the chains
+            have more; what is behind them may be anything.
     """
     guesses = taking[0][1].chains.guesses[: draft_ids.shape[1]]
     places = torch.tensor([(slot, each.row) for slot, each in taking], dtype=torch.int64)

@@ -17,7 +17,7 @@ import torch
 from baton.kernels.reference_logit_shaping import COUNT
 from baton.shared.engine.batch import BatchRow, ChainRow
 from baton.shared.engine.chain_steps import rows_at, widths_of
-from baton.shared.engine.coming_guesses import DeviceChains, take_guesses
+from baton.shared.engine.coming_guesses import ComingGuesses, DeviceChains, take_guesses
 from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.executor import ChainShape
 from baton.shared.engine.plain_loop import PlainLoop
@@ -275,6 +275,12 @@ def test_guesses_are_taken_where_drafts_lie(device: torch.device) -> None:
     draft_ids = torch.full((4, 3), 77, dtype=torch.int32, device=device)
     take_guesses([(3, first), (1, second)], draft_ids)
     assert draft_ids.tolist() == [[77, 77, 77], [7, 8, 77], [77, 77, 77], [5, 0, 77]]
+    # Of chains that are longer.
+    few = torch.full((2, 1), 77, dtype=torch.int32, device=device)
+    of_second = second[:1]
+    assert isinstance(of_second, ComingGuesses)
+    take_guesses([(1, of_second)], few)
+    assert few.tolist() == [[77], [7]]
     done: Any = chains.done
     assert done.num_waits == 0
 
