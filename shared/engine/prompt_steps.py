@@ -65,7 +65,7 @@ _FEW_HEADS = 32
 """Of latents: of so many heads launched steps expand few tokens behind many, too, for what absorbs
 has too few programs then (`expands`)."""
 _WIDE_HEAD = 256
-"""Of heads made of latents: at most so many numbers, or twice."""
+"""As if a head that is made of latents had so many numbers: then tiles are those of all sizes."""
 _FIRST_LAYERS = 8
 """One part in so many of the layers is a graph of its own: a GPU takes about as long for it as the
 launch of the others does."""
