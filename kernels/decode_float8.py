@@ -5,7 +5,7 @@ program computes is another matter. A memory that is read at half the bytes leav
 each key, and widening codes takes some of it, so what is saved is instructions:
 
 - Codes become float16, in which each of them is exact, by moving their bits alone: that makes 2⁻⁸
-  times the number. Queries of other 16-bit types are scaled to float16 by a power of two.
+  times the number. Queries are scaled by a power of two, to fit into float16.
 - Keys and values are the left operands of the products, of which tensor cores take 16 rows at
   least, and queries the right ones, of which 8 do. Turned the other way, a group of 4 heads would
   be padded to 16.
@@ -257,7 +257,8 @@ def _query_halves(
     ones, and what products with them must be multiplied by, float32 [H].
 
     In float16 the largest number of a query is from 2¹⁴ to 2¹⁵. What of the others falls below its
-    smallest ones is less than the products' sum in float32 loses.
+    smallest ones is less than the products' sum in float32 loses. With a query that is infinite
+    they are NaN: scores of nothing but −∞ would else look like those of a token that sees no key.
     """
     is_pair = is_real[None, :] & (column < HEAD_DIM // 2)[:, None]
     source = query[None, :] + 2 * column[:, None]
@@ -267,6 +268,7 @@ def _query_halves(
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
     unit = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    unit = tl.where(exponent == 255, float("nan"), unit)
     shape: tl.constexpr = (TEAMS, BLOCK_D // 2, BLOCK_H)
     x = tl.broadcast_to((x * inverse).to(tl.float16)[None, :, :], shape)
     y = tl.broadcast_to((y * inverse).to(tl.float16)[None, :, :], shape)

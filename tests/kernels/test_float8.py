@@ -180,6 +180,26 @@ def test_decode_of_numbers_of_all_sizes(power: int, device: torch.device) -> Non
     assert bool(((got.double() - expected).abs() <= largest * 2**-7).all())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("programs", [1, 12])
+def test_decode_of_a_query_that_is_not_finite(
+    programs: int, bad: float, device: torch.device
+) -> None:
+    """Who draws a token sees that there is none, also where all scores are −∞; rows and heads
+    beside it are what they are."""
+    problem = Problem([150, 40], torch.float16, device)
+    keys = problem.kv[:, :, LAYER, 0]
+    keys[..., 5] = -1 - keys[..., 5].abs()
+    problem.query = problem.query.clone()
+    problem.query[0, 1, 5] = bad
+    problem.sinks = torch.zeros(4, device=device)
+    got, _ = attended(problem, config=replace(SMALL, block_n=64, programs=programs))
+    assert got[0, 1].isnan().all()
+    got[0, 1] = 0
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("chunks", "heads", "kv_heads", "head_dim", "block_size", "block_m", "config", "window"),
     [
