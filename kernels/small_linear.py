@@ -208,7 +208,9 @@ def takes_norm(
     if weight.columns is not None or (inputs is not None and rows > _MOST_ROWS_WITH_INPUTS):
         return False
     if _streams(rows, weight, dtype, inputs):
-        return rows == 1
+        # In front of four bits x is multiplied by the norm's weight before what is left of the
+        # norm, in x's own type, and float16 may have no room for that.
+        return rows == 1 and (inputs is not None or dtype == torch.bfloat16)
     return dtype.itemsize == 2 and few_config(rows, weight) is not None
 
 

@@ -160,13 +160,15 @@ def streamed_linear(
     config: StreamConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """`small_linear` into `out`, of columns that are in order; a norm, and `inputs`, of one row."""
+    """`small_linear` into `out`, of columns that are in order; a norm, and `inputs`, of one row. A
+    norm without `inputs` is of bfloat16: between its weight and the rest x is rounded."""
     codes, rows, width = weight.codes, len(x), weight.codes.shape[1]
     if config is None:
         config = streamed_config(rows, weight, x.dtype, inputs)
     assert config is not None
     assert weight.is_packed or inputs is not None
     assert rows == 1 or (norm_weight is None and inputs is None)
+    assert norm_weight is None or inputs is not None or x.dtype == torch.bfloat16
     assert weight.num_out % config.block_n == 0
     assert width % (config.warps_k * config.step * config.split_k * config.ahead) == 0
     block_m = _block_m(rows)

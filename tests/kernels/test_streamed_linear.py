@@ -77,6 +77,14 @@ def test_takes_few_rows(on_hopper: None) -> None:
     assert streamed_config(1, FLOAT8, bf16) is None
 
 
+def test_float16_is_not_multiplied_by_a_norms_weight_first(on_hopper: None) -> None:
+    """It may be beyond 65504 then, or below 2⁻²⁴, though its norm is not."""
+    assert not takes_norm(1, FOUR_BITS, torch.float16)
+    assert takes_activation(1, FOUR_BITS, torch.float16)
+    # Codes are made in float32.
+    assert takes_norm(1, FLOAT8, torch.float16, InputScheme())
+
+
 @pytest.mark.parametrize("num_out", [2112, 4096, 28672, 57344, 128256])
 @pytest.mark.parametrize("num_in", [1024, 3584, 4096, 8192, 14336, 28672])
 def test_configurations_fit(on_hopper: None, num_out: int, num_in: int) -> None:
