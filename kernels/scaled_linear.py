@@ -18,6 +18,7 @@ from baton.kernels.overlap import overlap
 from baton.kernels.reference_scaled import GROUP, QuantisedRows
 from baton.kernels.scaled_linear_jit import scaled_linear_kernel
 from baton.kernels.scaled_table import MANY_ROWS, ScaledConfig, choose, guess
+from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.skinny_linear import linear_work
 from baton.kernels.small_linear import SmallWeight
 
@@ -27,6 +28,8 @@ _LIBRARYS = 16
 """It takes no other multiples of rows and columns."""
 _LIBRARYS_BLOCKS = 4
 """Nor of blocks in a row."""
+_OTHER_BYTES = 4096
+"""Of shared memory, beside tiles."""
 
 
 def scaled_linear(
@@ -107,10 +110,17 @@ def scaled_linear(
         PREFETCH=config.prefetch,
         NUM_THREADS=32 * config.num_warps,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=_num_stages(config, block_k, x.codes.device),
         **overlap(x.codes, pdl=pdl),
     )
     return out
+
+
+def _num_stages(config: ScaledConfig, block_k: int, device: torch.device) -> int:
+    """As configured, or what the device has room for: the table is that of an H200."""
+    stage_bytes = (config.block_m + config.block_n) * block_k
+    room = (shared_bytes(device) - _OTHER_BYTES) // stage_bytes
+    return max(1, min(config.num_stages, room))
 
 
 def _tiles(codes: Tensor, rows: int, columns: int) -> TensorDescriptor:

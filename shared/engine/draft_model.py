@@ -45,6 +45,7 @@ from baton.shared.engine.models.model_config import ModelConfig
 from baton.shared.engine.models.mtp import MtpConfig, check_ships, find_layer
 from baton.shared.engine.models.mtp_head import MtpHead
 from baton.shared.engine.operations import Operations
+from baton.shared.engine.token_budgets import SHORT_CHUNKS
 from baton.shared.kv.arrangement import arrange
 from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
 from baton.shared.model_files.fields import ModelError
@@ -293,7 +294,7 @@ class DraftModel:
         with torch.inference_mode():
             self.executor.capture(graphs=has_graphs)
             most = min(CHUNK, self.capacity.longest)
-            for num_tokens in (2, 9, 17, 40, 65, CHUNK):
+            for num_tokens in (*SHORT_CHUNKS, CHUNK):
                 self.executor.launch(Batch([self._prompt_row(min(num_tokens, most))])).result()
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:

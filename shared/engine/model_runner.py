@@ -59,6 +59,7 @@ from baton.shared.engine.shaping import History
 from baton.shared.engine.token_budgets import (
     MEASURED_TOKENS,
     PACKED_TOKENS,
+    SHORT_CHUNKS,
     TOKEN_BUDGETS,
     choose_budgets,
     long_steps,
@@ -611,7 +612,7 @@ class ModelRunner:
             budgets = self._budgets
             usable = [min(budget, limit) for budget in budgets]
             # The kernels of short chunks are others than those of long ones.
-            for num_tokens in (2, 9, 17, 40, 65, *usable):
+            for num_tokens in (*SHORT_CHUNKS, *usable):
                 prompt = self._prompt_row(min(num_tokens, limit))
                 self._executor.launch(Batch([prompt])).result()
                 # All tokens go through the last layers where those of a prompt are told of.

@@ -10,6 +10,9 @@ MEASURED_TOKENS = 8192
 """Of each kind of load."""
 PACKED_TOKENS = 256
 """Of short prompts."""
+SHORT_CHUNKS = (2, 9, 17, 40, 65, 129)
+"""Tokens of prompts that kernels are warmed up with: one of each number of rows for which products
+are cut in another way (kernels/scaled_table.py, kernels/streamed_linear.py)."""
 _GOOD_ENOUGH, _GOOD_ENOUGH_FOR_A_BACKLOG = 0.95, 0.99
 """The smallest token budget with so much of the best throughput is taken: steps stay short."""
 

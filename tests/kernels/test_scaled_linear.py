@@ -30,6 +30,7 @@ from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.quantised.stored import StoredLinear, pack_stored, scaled
 from baton.shared.engine.quantised.weight import QuantisedWeight
 from baton.shared.engine.reference_operations import ReferenceOperations
+from baton.shared.engine.token_budgets import SHORT_CHUNKS
 from baton.shared.engine.triton_operations import TritonOperations
 from tests.kernels.test_engine import SMALL, maker
 
@@ -153,6 +154,30 @@ def test_rows_of_large_models(device: torch.device) -> None:
 
 
 # Products
+
+
+def test_warm_up_meets_all_rows_of_the_table() -> None:
+    """Steps that are launched, not replayed, wait for no kernel either."""
+    assert {next(each for each in ROWS if rows <= each) for rows in SHORT_CHUNKS} == {*ROWS}
+
+
+def test_tiles_fit_where_there_is_less_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table measured on an H200 serves on all GPUs from compute capability 9.0 on: 12.0 has 99
+    KiB for a program."""
+    found = [
+        config
+        for rows in ROWS
+        for n, k in ((4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096))
+        if (config := choose(rows, n, k, group=0)) is not None
+    ]
+    device = torch.device("cpu")
+    stages = [scaled_linear_module._num_stages(each, each.block_k, device) for each in found]
+    assert stages == [each.num_stages for each in found]
+    monkeypatch.setattr(scaled_linear_module, "shared_bytes", lambda _: 101_376)
+    for config in found:
+        num_stages = scaled_linear_module._num_stages(config, config.block_k, device)
+        tile_bytes = (config.block_m + config.block_n) * config.block_k
+        assert num_stages >= 2 and num_stages * tile_bytes < 101_376
 
 
 @pytest.mark.parametrize(
