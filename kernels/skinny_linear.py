@@ -20,7 +20,7 @@ from baton.kernels.reference import Activation
 from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.skinny_linear_jit import dot_kernel, fma_kernel
 
-_MAX_PARTIALS = 8 * 2**20
+MAX_PARTIALS = 8 * 2**20
 _MAX_TILES = 8192
 
 
@@ -28,7 +28,7 @@ _MAX_TILES = 8192
 class LinearWork:
     """What programs that share a tile exchange: of one stream at a time.
 
-    partials: float32 [_MAX_PARTIALS]; arrivals: int32 [_MAX_TILES], zero between launches.
+    partials: float32 [MAX_PARTIALS]; arrivals: int32 [_MAX_TILES], zero between launches.
     """
 
     partials: Tensor
@@ -45,7 +45,7 @@ def linear_work(device: torch.device) -> LinearWork:
 @cache
 def _work_of_stream(device: torch.device, stream: int) -> LinearWork:
     return LinearWork(
-        partials=torch.empty(_MAX_PARTIALS, dtype=torch.float32, device=device),
+        partials=torch.empty(MAX_PARTIALS, dtype=torch.float32, device=device),
         arrivals=torch.zeros(_MAX_TILES, dtype=torch.int32, device=device),
     )
 
@@ -157,7 +157,7 @@ def _launch_dot(
         work = linear_work(device)
         partials, arrivals = work.partials, work.arrivals
         tile_size = block_m * (config.block_n * (1 if common["ACTIVATION"] is None else 2) + 1)
-        assert num_tiles <= _MAX_TILES and config.split_k * num_tiles * tile_size <= _MAX_PARTIALS
+        assert num_tiles <= _MAX_TILES and config.split_k * num_tiles * tile_size <= MAX_PARTIALS
     descriptor = None
     if config.variant == "tma":
         block = [config.block_n, config.block_k]

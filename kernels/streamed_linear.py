@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from baton.kernels.overlap import overlap
 from baton.kernels.reference import Activation
 from baton.kernels.reference_scaled import InputScheme
-from baton.kernels.skinny_linear import linear_work
+from baton.kernels.skinny_linear import MAX_PARTIALS, linear_work
 from baton.kernels.streamed_linear_jit import streamed_kernel
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def _of_some_rows(num_out: int, width: int) -> StreamConfig | None:
     num_tiles, rest = divmod(num_out, config.block_n)
     num_steps, columns = divmod(width, config.split_k * config.warps_k * config.step)
     if rest or columns or num_tiles * config.split_k < 80:
+        return None
+    if config.split_k > 1 and config.split_k * num_out * MOST_ROWS > MAX_PARTIALS:
         return None
     most = _PROCESSORS * 16 // (config.warps_k * config.warps_n)
     rounds = triton.cdiv(num_tiles * config.split_k, most)

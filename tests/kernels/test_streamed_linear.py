@@ -17,6 +17,7 @@ from torch.nn.functional import gelu, rms_norm, silu
 
 from baton.kernels import streamed_linear as kernels
 from baton.kernels.reference_scaled import GROUP, InputScheme, quantise_rows_reference
+from baton.kernels.skinny_linear import MAX_PARTIALS
 from baton.kernels.small_linear import SmallWeight, small_linear, takes_activation, takes_norm
 from baton.kernels.streamed_linear import StreamConfig, streamed_config, streamed_linear
 from tests.device import ROOT, process_environment
@@ -85,10 +86,11 @@ def test_float16_is_not_multiplied_by_a_norms_weight_first(on_hopper: None) -> N
     assert takes_norm(1, FLOAT8, torch.float16, InputScheme())
 
 
-@pytest.mark.parametrize("num_out", [2112, 4096, 28672, 57344, 128256])
+@pytest.mark.parametrize("num_out", [2112, 4096, 28672, 57344, 128256, 152064])
 @pytest.mark.parametrize("num_in", [1024, 3584, 4096, 8192, 14336, 28672])
 def test_configurations_fit(on_hopper: None, num_out: int, num_in: int) -> None:
-    """Steps that are loaded ahead, and programs, come out even; x has room in shared memory."""
+    """Steps that are loaded ahead, and programs, come out even; x has room in shared memory, and
+    what splits leave where they are added up."""
     found = []
     for rows in (1, 16):
         weight = _on_paper("four bits", num_out, num_in, 128)
@@ -103,6 +105,7 @@ def test_configurations_fit(on_hopper: None, num_out: int, num_in: int) -> None:
         columns = 8 if rows == 1 else rows
         exchanged = 4 * config.warps_k * config.block_n * columns
         assert 2 * rows * num_in // config.split_k + exchanged <= 232_448
+        assert config.split_k == 1 or config.split_k * num_out * columns <= MAX_PARTIALS
 
 
 @pytest.mark.parametrize(
