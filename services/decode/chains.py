@@ -109,7 +109,7 @@ class ChainDrafter(ABC, Generic[Known]):
         self._predictions = Predictions()
         self._steps_ahead = _STEPS_AHEAD if model.makes_chains else 0
         self._catching_up: deque[Step] = deque()
-        self._launched_chains: DeviceChains | None = None
+        self._last_chains: DeviceChains | None = None
         """The last ones, if nothing was launched behind them."""
 
     @abstractmethod
@@ -190,7 +190,7 @@ class ChainDrafter(ABC, Generic[Known]):
             yield
         except Exception as error:
             self._catching_up.clear()
-            self._launched_chains = None
+            self._last_chains = None
             self._model.check_device()
             raise EngineFailure(f"guessing failed: {type(error).__name__}") from error
 
@@ -247,15 +247,9 @@ class ChainDrafter(ABC, Generic[Known]):
     def _guess_at_once(self, guessing: Seq[tuple[Known, int]]) -> dict[Sequence, Draft]:
         """Waits for no guess."""
         self._wait_for_chains()
-        most = self._model.most_known
-        over = [(known, known.num_new - most) for known, _ in guessing if known.num_new > most]
-        if over:
-            self._prepare(over)
-            self._catch_up([self._row(known, count, draws=False) for known, count in over])
-            for known, count in over:
-                known.num_computed += count
+        self._compute_first([known for known, _ in guessing])
         rows = [self._chain(known, num_guesses) for known, num_guesses in guessing]
-        launched = self._launched_chains = self._model.launch_chains(rows)
+        launched = self._last_chains = self._model.launch_chains(rows)
         # When those are done, so is all before them.
         self._catching_up.clear()
         chains: dict[Sequence, Draft] = {}
@@ -263,6 +257,16 @@ class ChainDrafter(ABC, Generic[Known]):
             known.coming = coming
             chains[known.sequence] = Draft(coming)
         return chains
+
+    def _compute_first(self, guessing: Seq[Known]) -> None:
+        """The first of their new tokens, where there are more than chains may begin with."""
+        most = self._model.most_known
+        over = [(known, known.num_new - most) for known in guessing if known.num_new > most]
+        if over:
+            self._prepare(over)
+            self._catch_up([self._row(known, count, draws=False) for known, count in over])
+            for known, count in over:
+                known.num_computed += count
 
     def _guess_step_by_step(self, guessing: Seq[tuple[Known, int]]) -> None:
         self._prepare([(known, known.num_new) for known, _ in guessing])
@@ -289,9 +293,9 @@ class ChainDrafter(ABC, Generic[Known]):
 
     def _wait_for_chains(self) -> None:
         """Few launches may be in flight. The model, which checks guesses, has usually waited."""
-        if self._launched_chains is not None:
-            self._launched_chains.wait()
-            self._launched_chains = None
+        if self._last_chains is not None:
+            self._last_chains.wait()
+            self._last_chains = None
 
     def _catch_up(self, rows: Seq[BatchRow]) -> None:
         self._wait_for_chains()

@@ -134,6 +134,30 @@ def test_answers_are_those_without_where_guesses_come_behind_steps_in_flight(
     assert counters["drafts"] > 10
 
 
+def test_guesses_are_checked_when_they_are_made(
+    make_gpu_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However late: the step that checks them is launched before they are."""
+    how = fields_of("draft-model", tmp_path, make_gpu_runner)
+    runner = make_gpu_runner(DEMO, **how)
+    assert runner.draft is not None
+    expected, at_once = answers(runner, prompts_of(LENGTHS))
+    executor: Any = runner.draft.executor
+    cuda: Any = torch.cuda
+    launch = executor._chains.launch
+
+    def launch_late(*arguments: Any) -> Tensor:
+        # Some milliseconds, of the stream that guesses.
+        cuda._sleep(10_000_000)
+        return launch(*arguments)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(executor._chains, "launch", launch_late)
+    told, late = answers(runner, prompts_of(LENGTHS))
+    assert told == expected
+    for name in ("drafted_tokens", "accepted_tokens"):
+        assert late[name] == at_once[name] > 0
+
+
 @pytest.mark.parametrize("kind", ["draft-model", "eagle3"])
 def test_captured_chains_guess_what_launched_ones_do(
     make_gpu_runner: MakeRunner, tmp_path: Path, kind: str
