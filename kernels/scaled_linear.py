@@ -117,10 +117,11 @@ def scaled_linear(
 
 
 def _num_stages(config: ScaledConfig, block_k: int, device: torch.device) -> int:
-    """As configured, or what the device has room for: the table is that of an H200."""
+    """As configured, or what the device has room for: the table is that of an H200. Where there is
+    less, n stages hold n − 1 of each tile."""
     stage_bytes = (config.block_m + config.block_n) * block_k
     room = (shared_bytes(device) - _OTHER_BYTES) // stage_bytes
-    return max(1, min(config.num_stages, room))
+    return min(config.num_stages, 1 + room)
 
 
 def _tiles(codes: Tensor, rows: int, columns: int) -> TensorDescriptor:
