@@ -66,8 +66,8 @@ def _counts(rows_ptr, num_rows, TILES_EACH: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _place_of(row, counts, number):
-    """Where what ends the first segment of row `number` is: of its last one nothing is kept."""
-    return tl.sum(tl.where(row < number, tl.maximum(counts - 1, 0), 0), 0)
+    """Of the first segment of row `number`, if it has several: rows of one have no place."""
+    return tl.sum(tl.where((row < number) & (counts > 1), counts, 0), 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -106,7 +106,8 @@ def _ssd_scan_kernel(
     """BLOCK_P rows of one head's state, through one row of the step, or one segment of it.
 
     ONLY_ENDS leaves what a segment makes of a state of zeros, but for a row's last one; without it
-    a segment begins with the state that is in the place of the end of the one before by then."""
+    a segment of several begins with the state that is in its place by then: the row's slot may have
+    been written by the program of the last one."""
     head = tl.program_id(1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n, t = tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
@@ -130,6 +131,9 @@ def _ssd_scan_kernel(
     slot = tl.load(row + 2).to(tl.int64)
     continues = (slot >= 0) & (tl.load(row + 3) == 0)
     num_tiles = tl.load(row + 5) - first_tile
+    is_alone = True
+    if TILES_EACH > 0:
+        is_alone = (first_tile == 0) & (num_tiles <= TILES_EACH)
     if ONLY_ENDS:
         if num_tiles <= TILES_EACH:
             return
@@ -138,18 +142,14 @@ def _ssd_scan_kernel(
     of_head = states_ptr + head.to(tl.int64) * head_stride
     of_head += p[:, None] * state_size + n[None, :]
     own = of_head + slot * slot_stride
-    end = starts_ptr + (at * num_heads + head).to(tl.int64) * head_dim * state_size
-    end += p[:, None] * state_size + n[None, :]
+    place = starts_ptr + (at * num_heads + head).to(tl.int64) * head_dim * state_size
+    place += p[:, None] * state_size + n[None, :]
     if ONLY_ENDS:
         state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    elif TILES_EACH > 0:
-        if first_tile == 0:
-            state = tl.load(own, mask=inside & continues, other=0.0).to(tl.float32)
-        else:
-            before = end - num_heads * head_dim * state_size
-            state = tl.load(before, mask=inside, other=0.0)
-    else:
+    elif is_alone:
         state = tl.load(own, mask=inside & continues, other=0.0).to(tl.float32)
+    else:
+        state = tl.load(place, mask=inside, other=0.0)
     passed = 0.0
     dtype = x_ptr.dtype.element_ty
     b_column = inner + (head // heads_each) * state_size
@@ -196,7 +196,7 @@ def _ssd_scan_kernel(
                 tl.store(of_head + kept_in * slot_stride, kept, mask=inside)
         tile += 4
     if ONLY_ENDS:
-        tl.store(end, state, mask=inside)
+        tl.store(place, state, mask=inside)
         tl.store(decays_ptr + at * num_heads + head, passed)
     else:
         is_kept = slot >= 0
@@ -220,7 +220,7 @@ def _ssd_starts_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Puts what the next segment of a row begins with in the place of what each ends with alone."""
+    """Puts what each segment of a row begins with in the place of what it ends with alone."""
     head = tl.program_id(1)
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
@@ -229,17 +229,18 @@ def _ssd_starts_kernel(
     if num_segments <= 1:
         return
     every, counts = _counts(rows_ptr, num_rows, TILES_EACH, ROWS)
-    place = _place_of(every, counts, tl.program_id(2))
+    at = _place_of(every, counts, tl.program_id(2)) * num_heads + head
     slot = tl.load(row + 2).to(tl.int64)
     continues = (slot >= 0) & (tl.load(row + 3) == 0)
     own = states_ptr + slot * slot_stride + head.to(tl.int64) * head_stride + offset
     state = tl.load(own, mask=inside & continues, other=0.0).to(tl.float32)
     for _ in range(num_segments - 1):
-        at = place * num_heads + head
-        end = starts_ptr + at.to(tl.int64) * size + offset
-        state = state * decay_of(tl.load(decays_ptr + at)) + tl.load(end, mask=inside, other=0.0)
-        tl.store(end, state, mask=inside)
-        place += 1
+        place = starts_ptr + at.to(tl.int64) * size + offset
+        end = tl.load(place, mask=inside, other=0.0)
+        tl.store(place, state, mask=inside)
+        state = state * decay_of(tl.load(decays_ptr + at)) + end
+        at += num_heads
+    tl.store(starts_ptr + at.to(tl.int64) * size + offset, state, mask=inside)
 
 
 def ssd_scan(
@@ -278,8 +279,9 @@ def ssd_scan(
     starts, decays = weights.d, weights.d
     if tiles_each:
         num_programs = len(tiles) // tiles_each + num_rows
+        # Most where rows have a tile more than a segment: two places each.
         starts = torch.empty(
-            (len(tiles) // tiles_each, num_heads, head_dim, state_size),
+            (2 * len(tiles) // (tiles_each + 1), num_heads, head_dim, state_size),
             dtype=torch.float32,
             device=x.device,
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from baton.kernels.gated_norm import gated_norm
 from baton.kernels.reference_gated_norm import GatedNorm
@@ -138,6 +139,37 @@ def _weights_on(weights: SsdWeights, device: torch.device) -> SsdWeights:
         d=weights.d.to(device),
         dt_bias=weights.dt_bias.to(device),
     )
+
+
+def test_segments_run_in_any_order(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last segment of a row writes the slot that the first one begins with: on a GPU nothing
+    says which program comes first. Here they come backwards."""
+    num_heads, head_dim, state_size, slots = 1, 5, 6, [1, 0, 3]
+    starts = [0, 129, 150, 290]
+    weights = _weights(num_heads, 1, device)
+    x = torch.randn(starts[-1], num_heads * head_dim + 2 * state_size, device=device)
+    dt = torch.randn(starts[-1], num_heads, device=device)
+    cut = state_tiles(starts, [9, 5, 64], slots, [Kept(2, 100, 4)])
+    rows, tiles = (torch.from_numpy(each).to(device) for each in cut)
+    none = torch.zeros(0, dtype=torch.int32, device=device)
+    plan = DeviceStatePlan(none.long(), none, 0, rows, tiles, has_kept=True)
+    before = torch.randn(6, num_heads, 1, head_dim, state_size, device=device)
+
+    def scan(each: int) -> tuple[Tensor, Tensor]:
+        state = before.clone()
+        return ssd(x, dt, weights, state, 0, plan, config=ScanConfig(16, tiles_each=each)), state
+
+    expected = scan(0)
+    if device.type == "cpu":
+        builder = interpreter.interpreter_builder
+        usual = builder.set_grid_idx
+
+        def backwards(*place: int) -> None:
+            usual(*(size - 1 - each for size, each in zip(builder.grid_dim, place, strict=True)))
+
+        monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    for given, wanted in zip(scan(1), expected, strict=True):
+        _close_for(given.cpu(), wanted.cpu(), torch.float32)
 
 
 def test_bits_do_not_depend_on_the_step() -> None:
