@@ -868,6 +868,8 @@ def attend_expanded(
             block_m=plan.block_m,
         )
         out[own, these] = attended[own, :, :value_dim]
+        # Else those of the next heads would be made beside them.
+        del expanded
 
 
 def attend_all_expanded(
@@ -910,3 +912,4 @@ def attend_all_expanded(
             out=attended,
         )
         out[:, these] = attended[..., :value_dim]
+        del expanded

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +27,9 @@ from baton.kernels.latent_expand import (
 from baton.kernels.latent_heads import covers, store_and_absorb
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import prefill_tiles
+from baton.kernels.reference_latent import LatentHeads
+from baton.shared.engine import triton_operations
+from baton.shared.engine.device_columns import Chunk
 
 Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]
@@ -330,3 +335,33 @@ def test_sizes_that_are_not_taken_are_named(device: torch.device) -> None:
     work = make_work(1, 1, 2, 520, device)
     with pytest.raises(ValueError, match="latents have 520 numbers, and the kernels take 512"):
         latent_decode_attention(query, turned, kv, 0, rows, rows[None], work, 1.0)
+
+
+@pytest.mark.parametrize("form", ["expand_latents", "expand_stretches"])
+def test_keys_and_values_of_some_heads_are_gone_before_those_of_the_next(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may take 256 MiB, and what a step takes is measured and reckoned without them twice."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def expand(*_: object) -> Tensor:
+        assert all(each() is None for each in made)
+        keys = torch.zeros(1)
+        made.append(weakref.ref(keys))
+        return keys
+
+    monkeypatch.setattr(triton_operations, form, expand)
+    attend = partial(torch.zeros, 4, 16, 8)
+    monkeypatch.setattr(triton_operations, "paged_prefill_attention", lambda *_, **__: attend())
+    query, out, none = torch.zeros(4, 48, 8), torch.zeros(4, 48, 8), torch.zeros(1, 4).int()
+    heads = LatentHeads(torch.zeros(48, 4, 8), torch.zeros(48, 8, 8))
+    plan = triton_operations.DevicePlan(
+        none, none, none, rows=None, work=None, tiles=none, block_m=16, counting=none[0]
+    )
+    if form == "expand_latents":
+        chunk = Chunk(first_token=0, num_tokens=4, num_keys=4, slot=0, tiles=slice(0, 1))
+        triton_operations.attend_expanded(query, none, 0, plan, chunk, heads, 1.0, out)
+    else:
+        expansion = triton_operations.Expansion(none, 128, none, {})
+        triton_operations.attend_all_expanded(query, none, 0, plan, expansion, heads, 1.0, out)
+    assert len(made) == 3
