@@ -637,7 +637,7 @@ class ModelRunner:
             assert long.token_ids is not None
             end = replace(long, token_ids=long.token_ids[-2:], position=max(0, limit - 2))
             self._executor.launch(Batch([end])).result()
-            if self.num_drafts:
+            if self.num_drafts and self.max_num_seqs > 1:
                 # Beside a chunk they are launched, and kernels of many rows may be others.
                 prompt, guess = self._prompt_row(min(16, limit)), self._guess_row(16)
                 room = (max(usable) - 16) // (1 + self.num_drafts)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from baton.kernels.batch_state import scatter
+from baton.shared.engine import device_choices
 from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
@@ -604,3 +606,30 @@ def test_states_of_rows_and_of_nobody(tmp_path: Path, device: torch.device) -> N
     moved = BatchRow(a[36:41], 36, [[*range(18, 24)], [2]])
     whole = reference.logits(Batch([row(a[:41], 0, 0)]))
     torch.testing.assert_close(runner.logits(Batch([moved])).cpu(), whole, atol=1e-4, rtol=0)
+
+
+def test_a_worker_of_one_row_that_guesses_warms_up(
+    make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no room for a prompt beside a row with guesses: no such step is tried."""
+    runner: Any = make("triton", device, num_drafts=2, max_num_seqs=1)
+    if device.type == "cuda":
+        return
+    # As on a GPU, but that nothing is computed.
+    launched: list[int] = []
+
+    def launch(batch: Batch) -> SimpleNamespace:
+        launched.append(len(batch.rows))
+        return SimpleNamespace(result=lambda: None)
+
+    for name, instead in (
+        ("launch", launch),
+        ("capture", lambda **_: None),
+        ("capture_prompts", lambda _: None),
+    ):
+        monkeypatch.setattr(runner._executor, name, instead)
+    monkeypatch.setattr(runner, "block_sums", lambda: lambda *_: None)
+    monkeypatch.setattr(device_choices, "why_no_triton", lambda _: None)
+    monkeypatch.setattr(runner, "device", SimpleNamespace(type="cuda"))
+    runner._warm_up(lambda _: None)
+    assert max(launched) == 1
