@@ -282,6 +282,12 @@ def _attend(
         q = tl.load(query + (q_of + dim[None, :]), mask=is_real, other=0.0)
         column = dim
         elements = kv
+    if WIDTH > 1:
+        # Scores of −∞ alone must not pass for those of keys that a token does not see.
+        if FLOAT8:
+            even, odd = _finite_or_nan(even), _finite_or_nan(odd)
+        else:
+            q = _finite_or_nan(q)
 
     # A block's offset needs 64 bits; what follows inside the block does not. An element is a
     # number, or a pair of codes.
@@ -401,6 +407,11 @@ def _attend(
                     BLOCK_D,
                     AT_ONCE,
                 )
+
+
+@triton.jit
+def _finite_or_nan(x):
+    return tl.where(tl.abs(x) < float("inf"), x, float("nan"))
 
 
 @triton.jit

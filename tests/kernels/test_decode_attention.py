@@ -384,6 +384,34 @@ def test_pool_of_more_than_2_31_elements(device: torch.device, assert_close: Che
     assert_close(out, problem.reference())
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_a_token_whose_query_is_infinite_attends_to_no_number(
+    kv_dtype: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of a row with drafts, also where all its scores are −∞; other tokens of it are what they
+    are."""
+    width, head_dim = 3, 256  # Too wide for decode_float8.py.
+    problem = Problem([40], dtype, device, head_dim=head_dim)
+    keys = problem.kv[:, :, LAYER, 0]
+    keys[..., 5] = -1 - keys[..., 5].abs()
+    if kv_dtype == "fp8":
+        problem.kv = quantised_pool(problem.kv)
+    problem.query = torch.randn(width, 4, head_dim, device=device).to(dtype)
+    problem.query[1, 2, 5] = float("inf")
+    drafts = torch.full_like(problem.context_lens, width - 1)
+    work = make_work(1, 2, 4, head_dim, device, config=SMALL, width=width)
+    plan_decode(problem.rows, problem.context_lens, work, num_drafts=drafts)
+    rows = problem.rows.repeat_interleave(width)
+    out = paged_decode_attention(
+        problem.query, problem.kv, LAYER, rows, problem.context_lens, problem.block_tables, work,
+        problem.scale,
+    )  # fmt: skip
+    assert out[1, 2].isnan().all()
+    out[1, 2] = 0
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
