@@ -159,11 +159,8 @@ def _forms(num_heads: int, chunk: int, before: int, kv: Tensor, tables: Tensor) 
     from baton.kernels.prefill_attention import block_m_for, prefill_tiles
     from baton.kernels.reference_latent import LatentHeads
     from baton.shared.engine.device_columns import Chunk
-    from baton.shared.engine.triton_operations import (
-        DevicePlan,
-        attend_absorbed,
-        attend_expanded,
-    )
+    from baton.shared.engine.device_latents import attend_absorbed, attend_expanded
+    from baton.shared.engine.device_plan import DevicePlan
 
     total, device = chunk + before, torch.device("cuda")
     block_m = block_m_for(chunk, RANK + ROPE_DIM)

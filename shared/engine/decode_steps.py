@@ -12,9 +12,9 @@ from baton.kernels.decode_attention import DecodeWork
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.device_context import DeviceContext
+from baton.shared.engine.device_plan import DevicePlan, GroupPlan
 from baton.shared.engine.device_step import DecodeBuffers, Layout
 from baton.shared.engine.graphs import Graphs
-from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
 
 
 class DecodeSteps:

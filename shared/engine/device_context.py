@@ -17,11 +17,11 @@ from baton.kernels.latent_attention import latent_decode_config
 from baton.kernels.state_plan import NO_SLOT
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_draw import DeviceDraw
+from baton.shared.engine.device_plan import DevicePlan, GroupPlan
 from baton.shared.engine.device_step import DecodeBuffers
 from baton.shared.engine.executor import ChainShape, Model, Tapped
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
-from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
 from baton.shared.kv.cache_spec import Latent, window_of
 
 

@@ -13,7 +13,7 @@ from baton.kernels.sampling import draw, make_sampling_scratch
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch_state import BatchState, aligned
 from baton.shared.engine.device_masks import DeviceMasks
-from baton.shared.engine.triton_operations import GroupPlan
+from baton.shared.engine.device_plan import GroupPlan
 
 
 class DeviceDraw:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from baton.shared.engine.batch import BatchRow, RowHandle
 from baton.shared.engine.device_logprobs import Told
+from baton.shared.engine.device_plan import GroupPlan
 from baton.shared.engine.graphs import Graph
-from baton.shared.engine.triton_operations import GroupPlan
 from baton.shared.kv.drawn import Drawn, TokenLogprobs, drawn_of, with_logprobs
 from baton.shared.token_masks import TokenMasks
 

@@ -16,9 +16,9 @@ from baton.shared.engine.decode_steps import DecodeSteps
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
 from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import tell_of_prompt
+from baton.shared.engine.device_plan import DevicePlan, GroupPlan
 from baton.shared.engine.device_step import Layout, WantedRows
 from baton.shared.engine.logprobs import rows_at_once
-from baton.shared.engine.triton_operations import DevicePlan, GroupPlan
 
 
 class LaunchedSteps:

@@ -32,6 +32,7 @@ from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.batch_state import aligned
 from baton.shared.engine.device_context import DeviceContext, padded
+from baton.shared.engine.device_plan import ChunkItems, DevicePlan, Expansion
 from baton.shared.engine.device_step import Layout
 from baton.shared.engine.executor import Halfway, HalvesModel, Taps
 from baton.shared.engine.graphs import Graph, Graphs
@@ -43,7 +44,6 @@ from baton.shared.engine.prompt_columns import (
     PromptViews,
     Stretches,
 )
-from baton.shared.engine.triton_operations import ChunkItems, DevicePlan, Expansion
 from baton.shared.telemetry import log_event
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,7 @@ faster than cuBLAS; there the norm before and the activation or residual behind 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,25 +15,16 @@ from baton.kernels import (
     causal_conv,
     expert_routes,
     gated_norm,
-    latent_heads,
     linear_table,
     small_linear,
     ssd_scan,
 )
 from baton.kernels import experts as experts_kernels
-from baton.kernels.decode_attention import DecodeWork, paged_decode_attention
+from baton.kernels.decode_attention import paged_decode_attention
 from baton.kernels.experts import ExpertWeights
 from baton.kernels.gated_delta import gated_delta
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
-from baton.kernels.latent_attention import latent_chunk_attention, latent_decode_attention
-from baton.kernels.latent_expand import (
-    expand_latents,
-    expand_stretches,
-    expands,
-    heads_at_once,
-)
-from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.quantised_rows import quantise_rows
 from baton.kernels.reference import Activation, HeadNorms
@@ -51,9 +41,10 @@ from baton.kernels.routing import RoutingRule
 from baton.kernels.scaled_linear import scaled_product
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
-from baton.kernels.split_prefill_attention import ItemWork, split_prefill_attention
+from baton.kernels.split_prefill_attention import split_prefill_attention
 from baton.kernels.state_plan import DeviceStatePlan
-from baton.shared.engine.device_columns import Chunk
+from baton.shared.engine import device_latents
+from baton.shared.engine.device_plan import DevicePlan, Rope
 from baton.shared.engine.experts import Experts, ExpertsSpec, read_experts
 from baton.shared.engine.linear import (
     Linear,
@@ -70,86 +61,6 @@ from baton.shared.engine.linear import (
 from baton.shared.engine.operations import GatedLinears, Norm
 from baton.shared.engine.quantised.stored import StoredLinear, pack_stored, scaled
 from baton.shared.engine.quantised.stored_experts import stack_experts
-
-
-class ChunkItems(NamedTuple):
-    """Chunks that share their keys among programs; see split_prefill_attention.py."""
-
-    items: Tensor
-    """int32 [N, 9]"""
-    num_items: Tensor
-    """int32 [1]: how many of them there are."""
-    work: ItemWork
-
-
-class Expansion(NamedTuple):
-    """Keys and values of all chunks of a step from a graph, made of latents; see latent_expand.py.
-    The chunks' tiles have, in place of a slot, the first of a chunk's blocks among them."""
-
-    stretches: Tensor
-    """int32 [N, 3]"""
-    num_tokens: int
-    """Of a stretch."""
-    block_tables: Tensor
-    """int32 [blocks, blocks]: from each block on."""
-    attended: dict[tuple[int, ...], Tensor]
-    """By shape, where attention goes, layer after layer, as `DeviceStatePlan.shared`."""
-
-
-@dataclass(frozen=True, slots=True)
-class DevicePlan:
-    """Where the tokens of a step are stored and what they attend to, in one cache group.
-
-    A step's tokens are B decode rows, padding included, then prompt chunks.
-    """
-
-    slots: Tensor
-    """int64 [T]: block id · block_size + offset; −1: store nothing."""
-    context_lens: Tensor
-    """int32 [S]"""
-    block_tables: Tensor
-    """int32 [S, max_blocks]"""
-    rows: Tensor | None
-    """int32 [B], the slot of each row of one token, −1 for padding; None: no such rows."""
-    work: DecodeWork | None
-    tiles: Tensor | None
-    """int32 [NT, 4], see prefill_tiles; None: no prompt chunks."""
-    block_m: int
-    window: int = 0
-    """Positions that a token attends to, its own among them; 0: all before it."""
-    attended: Tensor | None = None
-    """[T, num_heads, head_dim]: where attention goes, layer after layer. Tokens that are in no row
-    and no tile keep what it holds. None: to new memory."""
-    chunks: tuple[Chunk, ...] = ()
-    """Of a group of latents, where in the step prompt chunks are."""
-    num_padding: int = 0
-    """How many of the tokens, at the end, are in no row and no tile."""
-    counting: Tensor | None = None
-    """int32 [max_blocks]: 0, 1, 2 and so on; where there are chunks."""
-    num_tiles: Tensor | None = None
-    """int32 [1]: how many of the tiles count; None: all."""
-    items: ChunkItems | None = None
-    """Of chunks whose tokens are in no tile."""
-    expansion: Expansion | None = None
-    """Of a group of latents, in a step from a graph with prompt chunks."""
-
-
-GroupPlan = DevicePlan | DeviceStatePlan
-"""Of a cache group that grows, or of one of states."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """A table of angles, and the positions at which a step reads it."""
-
-    cos: Tensor
-    sin: Tensor
-    """float32 [max position, head_dim / 2]"""
-    query_scale: Tensor | None
-    """float32 [max position]"""
-    positions: Tensor | None = None
-    """int32 [T]"""
-
 
 _SCORED_AT_ONCE = 2**23
 """Products of a router whose norm and scores are one kernel, which reads its weights for each
@@ -332,18 +243,9 @@ class TritonOperations:
         plan: DevicePlan,
         heads: LatentHeads,
     ) -> Tensor:
-        assert rope.positions is not None
-        positions, slots, pdl = rope.positions, plan.slots, self._overlaps
-        angles = (rope.cos, rope.sin)
-        own = (latent, norm.weight, norm.eps, *angles, positions, slots, kv, layer)
-        # Of a step without chunks, and without what pads it to the length of one.
-        is_decode = (
-            plan.rows is not None and len(query) == len(plan.rows) and plan.expansion is None
+        return device_latents.rope_and_store(
+            query, latent, norm, rope, kv, layer, plan, heads, pdl=self._overlaps
         )
-        if is_decode and latent_heads.takes(len(query), *heads):
-            return latent_heads.store_and_absorb(query, *own, heads.key, pdl=pdl)
-        rope_and_store_latent(query, *own, pdl=pdl)
-        return query
 
     def latent_attention(
         self,
@@ -354,63 +256,7 @@ class TritonOperations:
         heads: LatentHeads,
         scale: float,
     ) -> Tensor:
-        rank = heads.key.shape[2]
-        if query.shape[2] == kv.shape[5] and latent_heads.covers(*heads):
-            assert plan.rows is not None and plan.work is not None
-            return latent_decode_attention(
-                query[..., :rank],
-                query[..., rank:],
-                kv,
-                layer,
-                plan.rows,
-                plan.block_tables,
-                plan.work,
-                scale,
-                value=heads.value,
-                pdl=self._overlaps,
-            )
-        out = query.new_empty(*query.shape[:2], heads.value.shape[2])
-        if plan.expansion is not None:
-            attend_all_expanded(query, kv, layer, plan, plan.expansion, heads, scale, out)
-            if plan.rows is not None and plan.work is not None:
-                attended = self._attend_rows(query, kv, layer, plan, heads, scale)
-                # Padding among the rows has the places of chunks' tokens: nothing is added there.
-                _add_of_latents(attended, heads, out[: len(attended)])
-            return out
-        if plan.num_padding:
-            # Nobody reads what becomes of it, but numbers shall go on through the layers.
-            out[-plan.num_padding :].zero_()
-        if plan.rows is not None and plan.work is not None:
-            attended = self._attend_rows(query, kv, layer, plan, heads, scale)
-            _of_latents(attended, heads, out[: len(attended)])
-        for chunk in plan.chunks:
-            attend = attend_expanded if _expands(chunk, kv, heads) else attend_absorbed
-            attend(query, kv, layer, plan, chunk, heads, scale, out)
-        return out
-
-    def _attend_rows(
-        self,
-        query: Tensor,
-        kv: Tensor,
-        layer: int,
-        plan: DevicePlan,
-        heads: LatentHeads,
-        scale: float,
-    ) -> Tensor:
-        """What rows of one token attend to, [B, num_heads, rank]; padding to zeros."""
-        assert plan.rows is not None and plan.work is not None
-        own = query[: len(plan.rows)]
-        return latent_decode_attention(
-            _absorbed(own, heads),
-            own[..., heads.key.shape[1] :],
-            kv,
-            layer,
-            plan.rows,
-            plan.block_tables,
-            plan.work,
-            scale,
-            pdl=self._overlaps,
-        )
+        return device_latents.attend(query, kv, layer, plan, heads, scale, pdl=self._overlaps)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return rms_norm(x, norm.weight, norm.eps, pdl=self._overlaps)
@@ -767,149 +613,3 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Te
     out = x.new_empty(x.shape[0], weight.shape[0])
     # With a beta of zero, what `out` holds is not read.
     return torch.addmm(out, x, weight.t(), beta=0, alpha=scale, out=out)
-
-
-def _absorbed(query: Tensor, heads: LatentHeads) -> Tensor:
-    """query [T, num_heads, key_dim + …] → [T, num_heads, rank], strided."""
-    own = query[..., : heads.key.shape[1]]
-    return torch.bmm(own.transpose(0, 1), heads.key).transpose(0, 1)
-
-
-def _of_latents(attended: Tensor, heads: LatentHeads, out: Tensor) -> None:
-    """attended [T, num_heads, rank] → out [T, num_heads, value_dim]."""
-    torch.bmm(attended.transpose(0, 1), heads.value, out=out.transpose(0, 1))
-
-
-def _add_of_latents(attended: Tensor, heads: LatentHeads, out: Tensor) -> None:
-    """As `_of_latents`, added to what `out` has."""
-    out.transpose(0, 1).baddbmm_(attended.transpose(0, 1), heads.value)
-
-
-def _expands(chunk: Chunk, kv: Tensor, heads: LatentHeads) -> bool:
-    num_heads, key_dim, rank = heads.key.shape
-    return expands(
-        chunk.num_tokens,
-        chunk.num_keys,
-        num_heads=num_heads,
-        rank=rank,
-        rope_dim=kv.shape[5] - rank,
-        key_dim=key_dim,
-        value_dim=heads.value.shape[2],
-        itemsize=kv.element_size(),
-    )
-
-
-def attend_absorbed(
-    query: Tensor,
-    kv: Tensor,
-    layer: int,
-    plan: DevicePlan,
-    chunk: Chunk,
-    heads: LatentHeads,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """A chunk's tokens, into their places in `out`."""
-    assert plan.tiles is not None
-    own = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-    attended = query.new_empty(*query.shape[:2], heads.key.shape[2])
-    absorbed = torch.empty_like(attended)
-    absorbed[own] = _absorbed(query[own], heads)
-    latent_chunk_attention(
-        absorbed,
-        query[..., heads.key.shape[1] :],
-        kv,
-        layer,
-        plan.tiles[chunk.tiles],
-        plan.block_tables,
-        scale,
-        block_m=plan.block_m,
-        out=attended,
-    )
-    _of_latents(attended[own], heads, out[own])
-
-
-def attend_expanded(
-    query: Tensor,
-    kv: Tensor,
-    layer: int,
-    plan: DevicePlan,
-    chunk: Chunk,
-    heads: LatentHeads,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Likewise; some heads after others, for their keys and values take room."""
-    assert plan.tiles is not None
-    own = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-    num_heads, value_dim = query.shape[1], heads.value.shape[2]
-    at_once = heads_at_once(num_heads)
-    for first in range(0, num_heads, at_once):
-        these = slice(first, first + at_once)
-        expanded = expand_latents(
-            kv,
-            layer,
-            plan.block_tables,
-            chunk.slot,
-            chunk.num_keys,
-            heads.key[these],
-            heads.value[these],
-        )
-        # Blocks one after another, whatever the slot.
-        assert plan.counting is not None
-        table = plan.counting[None].expand(len(plan.block_tables), -1)
-        attended = paged_prefill_attention(
-            query[:, these],
-            expanded,
-            0,
-            plan.tiles[chunk.tiles],
-            table,
-            scale,
-            block_m=plan.block_m,
-        )
-        out[own, these] = attended[own, :, :value_dim]
-        # Else those of the next heads would be made beside them.
-        del expanded
-
-
-def attend_all_expanded(
-    query: Tensor,
-    kv: Tensor,
-    layer: int,
-    plan: DevicePlan,
-    expansion: Expansion,
-    heads: LatentHeads,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Likewise, all chunks of a step at once; zeros for tokens in none."""
-    assert plan.tiles is not None
-    num_heads, value_dim = query.shape[1], heads.value.shape[2]
-    at_once = heads_at_once(num_heads)
-    shape = (len(query), at_once, query.shape[2])
-    if shape not in expansion.attended:
-        expansion.attended[shape] = query.new_zeros(shape)
-    attended = expansion.attended[shape]
-    for first in range(0, num_heads, at_once):
-        these = slice(first, first + at_once)
-        expanded = expand_stretches(
-            kv,
-            layer,
-            plan.block_tables,
-            expansion.stretches,
-            expansion.num_tokens,
-            heads.key[these],
-            heads.value[these],
-        )
-        paged_prefill_attention(
-            query[:, these],
-            expanded,
-            0,
-            plan.tiles,
-            expansion.block_tables,
-            scale,
-            block_m=plan.block_m,
-            out=attended,
-        )
-        out[:, these] = attended[..., :value_dim]
-        del expanded

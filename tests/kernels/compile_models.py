@@ -39,15 +39,11 @@ from baton.kernels.reference_float8 import codes_of
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 from baton.kernels.split_prefill_attention import item_config, make_item_work
 from baton.shared.engine.config import KV_CACHE_DTYPES
+from baton.shared.engine.device_plan import ChunkItems, DevicePlan, Rope
 from baton.shared.engine.experts import Experts
 from baton.shared.engine.linear import Linear
 from baton.shared.engine.operations import Norm
-from baton.shared.engine.triton_operations import (
-    ChunkItems,
-    DevicePlan,
-    Rope,
-    TritonOperations,
-)
+from baton.shared.engine.triton_operations import TritonOperations
 from tests.kernels.compiled import SHARED_BYTES, Compiled, on_gpu, recording
 
 _META = torch.device("meta")

@@ -545,7 +545,7 @@ def test_latents_in_both_forms(
 
     make = maker(tmp_path, LATENT)
     both = [make("torch", torch.device("cpu")), make("triton", device)]
-    monkeypatch.setattr("baton.shared.engine.triton_operations.expands", expands)
+    monkeypatch.setattr("baton.shared.engine.device_latents.expands", expands)
     prompt = tokens(31, 1)
     chunk = BatchRow(prompt[18:], 18, [[3, 1]])
     steps = [

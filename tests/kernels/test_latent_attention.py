@@ -28,8 +28,9 @@ from baton.kernels.latent_heads import covers, store_and_absorb
 from baton.kernels.latent_store import rope_and_store_latent
 from baton.kernels.prefill_attention import prefill_tiles
 from baton.kernels.reference_latent import LatentHeads
-from baton.shared.engine import triton_operations
+from baton.shared.engine import device_latents
 from baton.shared.engine.device_columns import Chunk
+from baton.shared.engine.device_plan import DevicePlan, Expansion
 
 Check = Callable[[Tensor, Tensor], None]
 Poisoned = Callable[..., Tensor]
@@ -350,18 +351,18 @@ def test_keys_and_values_of_some_heads_are_gone_before_those_of_the_next(
         made.append(weakref.ref(keys))
         return keys
 
-    monkeypatch.setattr(triton_operations, form, expand)
+    monkeypatch.setattr(device_latents, form, expand)
     attend = partial(torch.zeros, 4, 16, 8)
-    monkeypatch.setattr(triton_operations, "paged_prefill_attention", lambda *_, **__: attend())
+    monkeypatch.setattr(device_latents, "paged_prefill_attention", lambda *_, **__: attend())
     query, out, none = torch.zeros(4, 48, 8), torch.zeros(4, 48, 8), torch.zeros(1, 4).int()
     heads = LatentHeads(torch.zeros(48, 4, 8), torch.zeros(48, 8, 8))
-    plan = triton_operations.DevicePlan(
+    plan = DevicePlan(
         none, none, none, rows=None, work=None, tiles=none, block_m=16, counting=none[0]
     )
     if form == "expand_latents":
         chunk = Chunk(first_token=0, num_tokens=4, num_keys=4, slot=0, tiles=slice(0, 1))
-        triton_operations.attend_expanded(query, none, 0, plan, chunk, heads, 1.0, out)
+        device_latents.attend_expanded(query, none, 0, plan, chunk, heads, 1.0, out)
     else:
-        expansion = triton_operations.Expansion(none, 128, none, {})
-        triton_operations.attend_all_expanded(query, none, 0, plan, expansion, heads, 1.0, out)
+        expansion = Expansion(none, 128, none, {})
+        device_latents.attend_all_expanded(query, none, 0, plan, expansion, heads, 1.0, out)
     assert len(made) == 3
