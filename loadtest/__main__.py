@@ -12,7 +12,6 @@ from dataclasses import asdict, fields, replace
 from baton.loadtest.calibrate import Capacity, calibrate
 from baton.loadtest.conversations import longest, workload_of
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.options import EXIT_USAGE, PROGRAM, loads_of, parse_args, slos_of
 from baton.loadtest.page import text_table
 from baton.loadtest.report import Report, Run, check_writable
@@ -21,6 +20,7 @@ from baton.loadtest.samples import OK, Slo, summarise
 from baton.loadtest.scrape import Source, before, sources_of
 from baton.loadtest.spec import Load, LoadError
 from baton.loadtest.target import ModelFacts, Target, probe
+from baton.shared.interrupt import exit_code
 
 _WARM_UP_PROMPT = 16
 _WARM_UP_OUTPUT = 4

@@ -26,12 +26,12 @@ from typing import Any
 
 from baton.loadtest.calibrate import null_server
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.page import text_table
 from baton.loadtest.run import run_load
 from baton.loadtest.samples import summarise
 from baton.loadtest.spec import Load, LoadError
 from baton.loadtest.target import Target, probe
+from baton.shared.interrupt import exit_code
 
 _LIMIT_S = 300.0
 _END_S = 5.0

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from baton.loadtest.ab_report import METRICS, Comparison, Summary, html, measuring_order, text
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.samples import Slo, warnings
 from baton.loadtest.spec import Load
 from baton.services.launcher.roles import RoleCounts
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.info import load_model_info
 from benchmarks.checkout import RESULTS, set_import_path
 from benchmarks.stack.arrangements import add_stack_flags, measure_rates, stack_options

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.named import model_dir
 from benchmarks.checkout import DEMO_MODEL
 from benchmarks.stack.launched import StackFailed, StackOptions, private_mib, running

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.shared.engine.gguf_weights import GgufWeights, expanded_weights
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.model_files.named import missing_model, model_dir
 from baton.shared.rpc.serve import internal_channel

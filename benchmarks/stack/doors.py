@@ -29,12 +29,12 @@ import uvloop
 
 from baton.loadtest.drivers import driver_for
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.samples import OK, Sample, Watch
 from baton.loadtest.target import Target
 from baton.shared.directory.embedded import EmbeddedValkey
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.named import model_dir
 from benchmarks.checkout import DEMO_MODEL, RESULTS, set_import_path
 from benchmarks.in_process import InProcessEngine

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.timeline import NUM_WARM_UP, Window, window_of
 from baton.services.launcher.roles import RoleCounts, StackConfig
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.info import load_model_info
 from baton.shared.model_files.named import model_dir
 from benchmarks.checkout import RESULTS

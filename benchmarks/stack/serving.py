@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.report import Report, Run
 from baton.loadtest.samples import warnings
 from baton.loadtest.spec import Load
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.info import load_model_info
 from benchmarks.checkout import RESULTS, set_import_path
 from benchmarks.stack.arrangements import (

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.loadtest.run import run_load
 from baton.loadtest.samples import summarise
 from baton.loadtest.spec import Load
 from baton.services.launcher.roles import RoleCounts
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.info import load_model_info
 from benchmarks.checkout import set_import_path
 from benchmarks.gpu.results import result_path, results_name

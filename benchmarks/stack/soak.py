@@ -30,8 +30,8 @@ import grpc
 
 from baton.loadtest.drivers import request_of
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.info import load_model_info
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.serve import internal_channel

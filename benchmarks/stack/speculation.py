@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts, StackConfig
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.serve import internal_channel
 from baton.shared.speculation import (

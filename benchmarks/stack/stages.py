@@ -28,8 +28,8 @@ from typing import Any
 
 from baton.loadtest.drivers import request_of
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.services.launcher.roles import RoleCounts
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.info import load_model_info
 from baton.shared.rpc.serve import internal_channel
 from baton.v1 import inference_service_pb2_grpc as pb_grpc

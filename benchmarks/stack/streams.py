@@ -30,10 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from baton.loadtest.environment import describe_environment
-from baton.loadtest.interrupt import exit_code
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.engine.plain_loop import PlainLoop
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.named import model_dir
 from baton.shared.sampling import SamplingParams
 from benchmarks.checkout import DEMO_MODEL, RESULTS

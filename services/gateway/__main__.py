@@ -30,6 +30,7 @@ from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.answer_formats import AUTO, REASONING_FORMATS, TOOL_FORMATS
 from baton.shared.directory.directory import DirectoryMisconfigured
 from baton.shared.engine.config import LOAD_FORMATS
+from baton.shared.interrupt import exit_code
 from baton.shared.metrics import MetricsServer, add_metrics_flag
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import ModelInfo, load_media_tokens, load_model_info, served_name
@@ -192,6 +193,10 @@ def _local_prefill(args: argparse.Namespace) -> LocalPrefill | None:
 
 
 def main() -> int:
+    return exit_code(_run)
+
+
+def _run() -> int:
     args = parse_args()
     configure_logging(
         "gateway", role="gateway", log_format=args.log_format, log_level=args.log_level

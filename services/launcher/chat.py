@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from baton.services.launcher.generate import EXIT_INTERRUPTED, Answer, stream_answer
+from baton.services.launcher.generate import Answer, stream_answer
 from baton.services.launcher.output import reader_may_leave
 from baton.services.launcher.target import connect, report
+from baton.shared.interrupt import EXIT_INTERRUPTED
 from baton.shared.rpc.errors import failure_of
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc

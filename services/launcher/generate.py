@@ -14,11 +14,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from baton.services.launcher.output import reader_may_leave
 from baton.services.launcher.target import connect, report
+from baton.shared.interrupt import EXIT_INTERRUPTED
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import inference_service_pb2_grpc as pb_grpc
 from baton.v1 import types_pb2
-
-EXIT_INTERRUPTED = 130
 
 _FINISH_REASONS = {
     types_pb2.FINISH_REASON_STOP: "stop",

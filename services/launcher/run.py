@@ -16,6 +16,7 @@ from baton.services.launcher.roles import DEFAULT_HTTP_PORT, RoleCounts, StackCo
 from baton.services.launcher.stack import Stack
 from baton.services.launcher.target import connect, report
 from baton.services.launcher.up import notice_to_stderr, run_stack, to_stderr
+from baton.shared.interrupt import exit_code
 from baton.shared.model_files.named import model_dir
 from baton.shared.rpc.flags import add_flag, length_or_auto, optional_port
 from baton.v1 import inference_service_pb2 as pb
@@ -197,4 +198,4 @@ def _show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -26,6 +27,7 @@ from baton.shared.engine.config import (
     QUANTIZATIONS,
     EngineConfig,
 )
+from baton.shared.interrupt import exit_code
 from baton.shared.metrics import MetricsServer, add_metrics_flag, new_registry
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import served_name
@@ -333,6 +335,10 @@ def keep_kernels(cache_dir: Path | None) -> None:
 
 
 def main(*, role: str | None = None) -> int:
+    return exit_code(partial(_run, role))
+
+
+def _run(role: str | None) -> int:
     args = parse_args(role=role)
     configure_logging(
         args.worker_id, role=args.role, log_format=args.log_format, log_level=args.log_level

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from baton.services.launcher.__main__ import build_parser, generate_request
+from baton.services.launcher.commands import build_parser, generate_request
 from baton.services.launcher.sampling_flags import add_sampling_flags
 from baton.v1 import inference_service_pb2 as pb
 from baton.v1 import types_pb2

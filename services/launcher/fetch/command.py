@@ -28,7 +28,7 @@ from baton.services.launcher.fetch.download import (
     take_gguf,
 )
 from baton.services.launcher.fetch.progress import Progress
-from baton.services.launcher.generate import EXIT_INTERRUPTED
+from baton.shared.interrupt import EXIT_INTERRUPTED
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.gguf.file import WEIGHTS
 from baton.shared.model_files.named import NAMED_MODELS, NamedModel, cache_dir

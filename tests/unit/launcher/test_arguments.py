@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from baton.services.launcher.__main__ import build_parser, generate_request, main
+from baton.services.launcher.__main__ import main
+from baton.services.launcher.commands import build_parser, generate_request
 from baton.services.launcher.roles import (
     RoleCounts,
     StackConfig,

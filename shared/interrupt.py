@@ -1,4 +1,4 @@
-"""Ctrl-C ends a benchmark with one line; what it has started is ended by its own `finally`."""
+"""Ctrl-C ends a program with one line; what it has started is ended by its own `finally`."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def exit_code(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
