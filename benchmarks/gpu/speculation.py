@@ -40,6 +40,7 @@ from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
 from baton.services.decode.head_drafter import HeadDrafter
 from baton.services.decode.model_drafter import ModelDrafter
 from baton.services.worker.drafting import Drafting
+from baton.shared.engine.draft_model import DraftModel
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import Sequence as Answer
 from baton.shared.speculation import EAGLE3
@@ -171,20 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     started_s = time.monotonic()
-    with ExitStack() as stack:
-        more: dict[str, Any] = {"num_drafts": args.drafts, "prompt_graphs": False}
-        if args.draft_shape is not None:
-            dummy = given_or_dummy(None, args.draft_shape, has_tokenizer=False)
-            more["draft_model_dir"] = stack.enter_context(dummy)
-        if args.head is not None:
-            head = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _write_head(head, args.shape, args.head)
-            more |= {"draft_model_dir": head, "draft_kind": EAGLE3}
-        runner = make_runner(args, args.shape, max(_FEWEST_SEQS, *args.batches), **more)
+    runner = make_guessing_runner(args)
     print(f"{args.shape}: ready after {time.monotonic() - started_s:.1f} s", flush=True)
     if args.compile_only:
         return 0
-    token_id = _make_all_alike(runner)
+    token_id = make_all_alike(runner)
     rows: list[dict[str, Any]] = []
     result = {
         "environment": describe_environment(),
@@ -207,6 +199,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.with_suffix(".txt").write_text(text)
     print(f"\nwritten to {output}")
     return 0
+
+
+def make_guessing_runner(args: argparse.Namespace) -> ModelRunner:
+    """With who guesses, where the flags of `add_guessing_flags` ask for a model or a head."""
+    with ExitStack() as stack:
+        more: dict[str, Any] = {"num_drafts": args.drafts, "prompt_graphs": False}
+        if args.draft_shape is not None:
+            dummy = given_or_dummy(None, args.draft_shape, has_tokenizer=False)
+            more["draft_model_dir"] = stack.enter_context(dummy)
+        if args.head is not None:
+            head = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _write_head(head, args.shape, args.head)
+            more |= {"draft_model_dir": head, "draft_kind": EAGLE3}
+        return make_runner(args, args.shape, max(_FEWEST_SEQS, *args.batches), **more)
+
+
+def model_drafter(model: DraftModel) -> Drafter:
+    return ModelDrafter(model) if model.tapped is None else HeadDrafter(model)
 
 
 def _measure(
@@ -239,8 +249,7 @@ def _measure(
         }
     made: list[tuple[str, Drafter]] = [("ngram", NgramDrafter())]
     if runner.draft is not None:
-        is_head = runner.draft.tapped is not None
-        made.append(("model", HeadDrafter(runner.draft) if is_head else ModelDrafter(runner.draft)))
+        made.append(("model", model_drafter(runner.draft)))
     for name, drafter in made:
         rate = bench.rate(drafter, 1 + k)
         row = {
@@ -284,10 +293,13 @@ def _floors(
     return (decode_floor_s(model, batch * (1 + num_drafts), 0, rates) + keys_s) / plain_s
 
 
-def _make_all_alike(runner: ModelRunner) -> int:
-    """All logits are zero from now on → the token that is always drawn."""
+def make_all_alike(runner: ModelRunner, *, guesses_too: bool = True) -> int:
+    """All logits are zero from now on → the token that is always drawn.
+
+    `guesses_too`: those of who guesses as well; otherwise its guesses are anything else.
+    """
     models: list[Any] = [runner._model]
-    if runner.draft is not None:
+    if guesses_too and runner.draft is not None:
         models.append(runner.draft._model)
     with torch.inference_mode():
         for model in models:
@@ -313,19 +325,24 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add_guessing_flags(parser)
+    add("--right", type=list_of(float), default=[0.6, 0.8, 0.9], help="chances of the oracle's")
+    add("--steps", type=int, default=48)
+    add("--profile", action="store_true", help="also: where the time goes, kernel by kernel")
+    return parser.parse_args(argv)
+
+
+def add_guessing_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama-8b")
     add("--draft-shape", choices=SHAPES, help="of a smaller model that guesses, too")
     add("--head", type=int, help="tokens of an EAGLE-3 head that guesses, too")
     add("--drafts", type=int, default=4, help="k")
     add("--batches", type=list_of(int), default=[1, 8, 32, 128])
-    add("--right", type=list_of(float), default=[0.6, 0.8, 0.9], help="chances of the oracle's")
     add("--context", type=int, default=1024)
-    add("--steps", type=int, default=48)
-    add("--profile", action="store_true", help="also: where the time goes, kernel by kernel")
     add("--compile-only", action="store_true", help="so that what follows starts sooner")
     add("--output", type=Path, help="a file, or a directory for it")
     add_engine_flags(parser)
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

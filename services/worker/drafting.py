@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
+from itertools import takewhile
 from typing import Protocol
 
 from torch import Tensor
@@ -252,15 +253,24 @@ class Drafting:
     def took(self, part: Part, num_stood: int) -> None:
         """How many of a part's drafts stood. What the steps before drew is known by now."""
         sequence = part.sequence
-        if not sequence.is_admitted:
-            # It has ended: nobody gets what the step drew.
+        if not sequence.is_admitted or part.is_void:
+            # Nobody gets what the step drew: the sequence has ended, or had no mask in time.
             return
         for place in range(num_stood):
             self.accepted_by_position[place] += 1
         drawn = sequence.token_slice(part.num_known, sequence.num_tokens)
+        self._learn(part, drawn, num_stood)
+
+    def _learn(self, part: Part, drawn: Seq[int], num_stood: int) -> None:
+        """`drawn`: by the steps that were in flight when the drafts were made. What was supposed of
+        them was guessed as well."""
+        pairs = zip(drawn, part.supposed_ids, strict=False)
+        num_right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        num_checked = min(num_right + 1, len(drawn))
+        if num_right == len(part.supposed_ids):
+            num_right, num_checked = num_right + num_stood, num_right + len(part.draft_ids)
         # Drafts behind a wrong supposition say nothing of the drafter.
-        if [*drawn] == [*part.supposed_ids]:
-            self._lengths.checked(sequence, len(part.draft_ids), num_stood)
+        self._lengths.checked(part.sequence, num_checked, num_right)
 
     def took_step(self, seconds: float, parts: Seq[Part]) -> None:
         """Of a step without chunks of prompts, planning included."""

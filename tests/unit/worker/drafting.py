@@ -9,7 +9,7 @@ from typing import Any
 from baton.services.decode.drafters import Draft, Drafter, NgramDrafter
 from baton.services.decode.head_drafter import HeadDrafter
 from baton.services.decode.model_drafter import ModelDrafter
-from baton.services.worker.drafting import Drafting
+from baton.services.worker.drafting import Drafting, Lengths
 from baton.shared.engine.model_runner import ModelRunner
 from baton.shared.kv.sequence import Sequence
 
@@ -75,11 +75,18 @@ class AllOfThem:
 class DraftingRunner:
     """Stands in for a runner whose worker drafts."""
 
-    def __init__(self, runner: Any, drafter: Drafter | None = None, num_drafts: int = 3) -> None:
-        """Without `drafter` by n-grams."""
+    def __init__(
+        self,
+        runner: Any,
+        drafter: Drafter | None = None,
+        num_drafts: int = 3,
+        lengths: Lengths | None = None,
+    ) -> None:
+        """Without `drafter` by n-grams, without `lengths` all of them."""
         self._runner = runner
         self.num_drafts = num_drafts
-        self.drafting = Drafting(drafter or NgramDrafter(), AllOfThem(num_drafts), num_drafts)
+        lengths = lengths or AllOfThem(num_drafts)
+        self.drafting = Drafting(drafter or NgramDrafter(), lengths, num_drafts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from baton.shared.engine.plain_loop import PlainLoop
 from baton.shared.kv.sequence import AttemptKey, Sequence
 from baton.shared.sampling import SamplingParams
 from tests.unit.worker.conftest import MakeRunner
-from tests.unit.worker.drafting import DraftingRunner, Planned
+from tests.unit.worker.drafting import AllOfThem, DraftingRunner, Planned
+from tests.unit.worker.late_runner import LateRunner
 from tests.unit.worker.sim_worker import SimWorker
 
 PROMPT = (5, 9, 13, 7, 40)
@@ -20,15 +22,15 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=13, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=3, max_tokens=13, ignore_eos=True)
 
 
-def guessing(runner: Any, answer: list[int], wrong: set[int]) -> DraftingRunner:
-    """Guesses are right but for the tokens at the indices in `wrong`."""
+def guessing(runner: Any, answer: list[int], wrong: set[int], **more: Any) -> DraftingRunner:
+    """Guesses are right but for the tokens at the indices in `wrong`. `more`: of the runner."""
 
     def guess(sequence: Sequence, most: int) -> list[int]:
         first = sequence.next_index
         coming = enumerate(answer[first : first + most], first)
         return [(token + 1) % 61 if index in wrong else token for index, token in coming]
 
-    return DraftingRunner(runner, Planned(guess))
+    return DraftingRunner(runner, Planned(guess), **more)
 
 
 class OneWorker(SimWorker):
@@ -86,3 +88,40 @@ def test_an_answer_that_stops_within_the_drafts(make_runner: MakeRunner) -> None
     worker = OneWorker(guessing(make_runner(24), expected, set()))
     assert worker.answer(params) == expected[:end]
     assert worker.counters["generated_tokens"] == end
+
+
+class Noting(AllOfThem):
+    """Sums up what is told of guesses."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.stood = self.fell = 0
+
+    def checked(self, sequence: Hashable, num_checked: int, num_stood: int) -> None:
+        assert 0 <= num_stood <= num_checked
+        self.stood += num_stood
+        self.fell += num_stood < num_checked
+
+
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["known", "ahead"])
+@pytest.mark.parametrize("is_wrong", [False, True], ids=["right", "wrong"])
+def test_what_becomes_of_guesses_is_told(
+    make_runner: MakeRunner, is_ahead: bool, is_wrong: bool
+) -> None:
+    """Those of what a step in flight draws count, too: where they are wrong, the guesses behind
+    them tell nothing, and nobody would hear that the text drafts badly."""
+    [expected] = PlainLoop(make_runner(24)).generate([PROMPT], [GREEDY])
+    lengths, runner = Noting(3), make_runner(24)
+    worker = OneWorker(
+        guessing(
+            LateRunner(runner) if is_ahead else runner,
+            expected,
+            {*range(len(expected))} if is_wrong else set(),
+            lengths=lengths,
+        )
+    )
+    assert worker.answer(GREEDY) == expected
+    if is_wrong:
+        assert lengths.stood == 0 and lengths.fell > len(expected) // 2
+    else:
+        assert lengths.fell == 0 and lengths.stood > len(expected) // 2
