@@ -130,13 +130,12 @@ def measure(
 
 
 def _share_blocks(one: InProcessEngine, other: InProcessEngine) -> None:
-    """Each gets half of the blocks, as both write to the same memory."""
+    """Each gets every second block, as both write to the same memory."""
     for group in range(len(one.runner.groups)):
         pools = [engine.pools.of(group) for engine in (one, other)]
         block_ids = [pool.allocate(pool.num_free) for pool in pools]
-        half = len(block_ids[0]) // 2
-        pools[0].release(sorted(block_ids[0])[:half])
-        pools[1].release(sorted(block_ids[1])[half:])
+        for first, (pool, ids) in enumerate(zip(pools, block_ids, strict=True)):
+            pool.release(sorted(ids)[first::2])
 
 
 def ms_per_token(
