@@ -35,6 +35,7 @@ from baton.services.gateway.openai.completions import (
 )
 from baton.services.gateway.openai.constraint import asked_constraint
 from baton.services.gateway.openai.errors import HttpError, InvalidParam, to_http_error
+from baton.services.gateway.openai.guard import is_refused
 from baton.services.gateway.openai.logprobs import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -75,8 +76,8 @@ def build_app(frontend: Frontend) -> FastAPI:
         return response
 
     def refuse(request: Request, error: HttpError) -> Response:
-        # The frontend counts what reached it.
-        if not is_asked(request.scope):
+        # The frontend counts what reached it, and the connection what it refused.
+        if not is_asked(request.scope) and not is_refused(request.scope):
             frontend.metrics.http_refused(error.status)
         is_anthropic = is_messages_path(request.scope["path"])
         return error_response(error) if is_anthropic else error.response()

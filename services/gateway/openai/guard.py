@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import h11
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from baton.services.gateway.openai.errors import HttpError
@@ -34,7 +35,15 @@ LINGER_S = 1.0
 OnRefused = Callable[[int], None]
 """Told the status of each answer that the application did not give."""
 
+_IS_REFUSED = "is_refused"
+
 logger = logging.getLogger(__name__)
+
+
+def is_refused(scope: Scope) -> bool:
+    """Whether this HTTP request's connection has answered, and counted that, while a handler was
+    reading its body."""
+    return _IS_REFUSED in scope["state"]
 
 
 def max_connections() -> int:
@@ -132,6 +141,11 @@ class GuardedProtocol(H11Protocol):
                 # and the answer might be lost with it.
                 self._is_refused = True
                 self.transport.write_eof()
+                if self.cycle is not None:
+                    # Its handler reads no further, and nothing that it says is sent.
+                    self.cycle.scope["state"][_IS_REFUSED] = True
+                    self.cycle.disconnected = True
+                    self.cycle.message_event.set()
             else:
                 self.transport.close()
             self.loop.call_later(LINGER_S, self.transport.abort)

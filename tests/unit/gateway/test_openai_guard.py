@@ -61,6 +61,19 @@ async def test_an_answer_reaches_a_client_that_is_still_sending(endpoint: HttpEn
         assert Reply(await send(endpoint.address, head)).status == 431
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/nowhere"])
+async def test_a_request_refused_in_the_middle_of_its_body_is_counted_once(
+    frontend: NullFrontend, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """Its handler has begun by then, and would answer too."""
+    head = f"POST {path} HTTP/1.1\r\nhost: t\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    async with serving(frontend) as endpoint:
+        reply = Reply(await send(endpoint.address, head + b"no length\r\n"))
+    assert (reply.status, reply.error["code"]) == (400, "invalid_http")
+    assert num_refused(frontend) == {"400": 1}
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -224,6 +237,7 @@ async def test_clients_that_leave_things_undone_hold_up_no_end(
         reply = Reply(await reader.read())
         writer.close()
     assert (reply.status, reply.error["code"]) == (503, "draining")
+    assert num_refused(frontend) == {"503": 1}
     assert frontend.num_closed == 1
     assert caplog.text == ""
 
