@@ -88,7 +88,8 @@ class EngineMetrics:
         self._prompt_tokens = self._prompt_s = 0.0
         step_seconds = Histogram(
             "baton_step_seconds",
-            "Time of an engine step, by what it computed",
+            "Time of an engine step, by what it computed. On a GPU the drafts that it checks may "
+            "still be in the making when it begins: what is left of that is part of it",
             ["kind"],
             buckets=SECONDS_BUCKETS,
             registry=registry,

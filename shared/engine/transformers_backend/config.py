@@ -31,7 +31,7 @@ _NOT_ITS_TO_SAY = (
 """How to compute."""
 _FILES = "transformers_weights"
 """By this name a configuration, or a part of it, sends transformers to other files than those that
-are hashed, pickles among them."""
+are hashed, in formats that run code when they are read, too."""
 _MOST_LAYERS = 10_000
 _SHORTEST_STEP = 64
 """Of what is compared at start would be left too little."""

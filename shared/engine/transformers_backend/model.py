@@ -187,7 +187,7 @@ def _read(foreign: Foreign, model_dir: Path, weights: WeightFiles, dtype: torch.
         # It may name another directory as the model's.
         raise ModelError(f"{adapter}: adapters are not read through transformers")
     config = copy.deepcopy(foreign.config)
-    # Whatever became of the file's fields: this one would name other files, be they pickles.
+    # Whatever became of the file's fields: this one would name other weight files.
     config.transformers_weights = None
     try:
         with (
