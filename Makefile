@@ -217,4 +217,4 @@ $(STUBS): $(INSTALLED) $(PROTOS)
 	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	    --python_out=shared/gen --pyi_out=shared/gen \
 	    --grpc_python_out=shared/gen --mypy_grpc_out=shared/gen $(PROTOS)
-	@touch $@
+	@$(BIN)/python services/launcher/stubs.py > $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from baton.services.launcher.stubs import why_stale
 from baton.shared.interrupt import exit_code
 
 
@@ -13,6 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    if (problem := why_stale()) is not None:
+        sys.stderr.write(f"baton: {problem}\n")
+        return 2
     from baton.services.launcher.commands import run
 
     return run(argv)

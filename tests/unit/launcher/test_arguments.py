@@ -14,6 +14,7 @@ from baton.services.launcher.roles import (
     gateway_specs,
     worker_specs,
 )
+from baton.services.launcher.stubs import contract_digest, why_stale
 from baton.services.launcher.up_flags import stack_config
 
 
@@ -225,3 +226,19 @@ def test_bad_usage_says_what_is_wrong(
         build_parser().parse_args(argv.split())
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_stubs_that_are_not_of_the_contract_are_told_of_before_anything_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contract, made = tmp_path / "protos/baton/v1/types.proto", tmp_path / "shared/gen/.generated"
+    assert why_stale(tmp_path) is None, "a wheel holds stubs alone"
+    for file in (contract, made):
+        file.parent.mkdir(parents=True)
+    contract.write_text("message Old {}")
+    made.write_text(f"{contract_digest(tmp_path)}\n")
+    assert why_stale(tmp_path) is None
+    contract.write_text("message New {}")
+    monkeypatch.setattr("baton.services.launcher.__main__.why_stale", lambda: why_stale(tmp_path))
+    assert main(["status"]) == 2
+    assert "run `make protos`" in capsys.readouterr().err
