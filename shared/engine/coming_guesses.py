@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -24,23 +24,26 @@ class DeviceChains:
     tokens: Tensor
     """The same on the host, once `done`."""
     done: torch.cuda.Event | None
-    _drawn: list[list[int]] | None = None
+    _told: list[list[int]] | None = None
 
     def wait(self) -> None:
         """Until the device has made them."""
         if self.done is not None:
             self.done.synchronize()
 
-    def result(self) -> list[list[int]]:
-        """By row its guesses, up to the first that could not be drawn. Waits for the device."""
-        if self._drawn is None:
+    def told(self) -> list[list[int]]:
+        """By row its guesses, below zero where nothing could be drawn. Waits for the device."""
+        if self._told is None:
             self.wait()
             steps = self.tokens.tolist()
-            self._drawn = [
-                _drawn([step[row] for step in steps[:num]])
-                for row, num in enumerate(self.num_guesses)
+            self._told = [
+                [step[row] for step in steps[:num]] for row, num in enumerate(self.num_guesses)
             ]
-        return self._drawn
+        return self._told
+
+    def result(self) -> list[list[int]]:
+        """By row its guesses, up to the first that could not be drawn. Waits for the device."""
+        return [_drawn(told) for told in self.told()]
 
     def coming(self) -> list[ComingGuesses]:
         """By row its guesses. Waits for nothing."""
@@ -50,7 +53,8 @@ class DeviceChains:
 @dataclass(frozen=True, slots=True, eq=False)
 class ComingGuesses(Sequence[int]):
     """The first guesses of a chain: how many is known, and who asks which waits for them. Token 0
-    in place of those that could not be drawn: it is as good as any."""
+    in place of those that could not be drawn, as `take_guesses` has it: masks and bans are made of
+    what is seen here, and what stands is found by what was taken there."""
 
     chains: DeviceChains
     row: int
@@ -65,21 +69,26 @@ class ComingGuesses(Sequence[int]):
     def __getitem__(self, index: slice) -> Sequence[int]: ...
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         if isinstance(index, int):
-            return self._known()[index]
+            return self._taken()[index]
         start, end, step = index.indices(self.num_guesses)
         if end <= start:
             return ()
         if start == 0 and step == 1:
             return ComingGuesses(self.chains, self.row, end)
-        return self._known()[index]
+        return self._taken()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._taken())
 
     def drawn(self) -> list[int]:
-        """Those that could be drawn."""
-        return self.chains.result()[self.row][: self.num_guesses]
+        """Those before the first that could not be drawn."""
+        return _drawn(self._told())
 
-    def _known(self) -> Sequence[int]:
-        drawn = self.drawn()
-        return (*drawn, *[0] * (self.num_guesses - len(drawn)))
+    def _told(self) -> list[int]:
+        return self.chains.told()[self.row][: self.num_guesses]
+
+    def _taken(self) -> tuple[int, ...]:
+        return tuple(max(token, 0) for token in self._told())
 
 
 def take_guesses(taking: Sequence[tuple[int, ComingGuesses]], draft_ids: Tensor) -> None:

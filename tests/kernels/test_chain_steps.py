@@ -263,7 +263,7 @@ def test_only_who_looks_at_guesses_waits_for_them() -> None:
     assert [len(ended), len(whole[:1]), len(failed), whole[2:]] == [3, 1, 1, ()]
     assert done.num_waits == 0
     # Token 0 where nothing could be drawn.
-    assert [*ended] == [5, 0, 0] and ended.drawn() == [5]
+    assert [*ended] == [5, 0, 6] and ended[2] == 6 and ended.drawn() == [5]
     assert [*whole] == [7, 8] and [*whole[:1]] == [7] and whole[1:] == (8,)
     assert [*failed] == [0] and failed.drawn() == []
     assert done.num_waits == 1
@@ -283,6 +283,17 @@ def test_guesses_are_taken_where_drafts_lie(device: torch.device) -> None:
     assert few.tolist() == [[77], [7]]
     done: Any = chains.done
     assert done.num_waits == 0
+
+
+def test_the_host_takes_guesses_for_what_the_device_takes_them_for(device: torch.device) -> None:
+    """Masks and bans are made of the one, and what stands is found by the other: behind a guess
+    that could not be drawn, too."""
+    chains = chains_of([[-3], [7], [-1], [8]], [4], device.type)
+    [guesses] = chains.coming()
+    draft_ids = torch.full((1, 4), 77, dtype=torch.int32, device=device)
+    take_guesses([(0, guesses)], draft_ids)
+    assert draft_ids.tolist() == [[*guesses]] == [[0, 7, 0, 8]]
+    assert guesses.drawn() == []
 
 
 def test_who_takes_part_in_which_step() -> None:

@@ -102,7 +102,7 @@ def test_the_step_that_checks_guesses_does_not_wait_for_them(
         monkeypatch.setattr(owner, name, say)
 
     saying(DraftModel, "launch_chains", "guess")
-    saying(DeviceChains, "result", "look")
+    saying(DeviceChains, "told", "look")
     saying(ModelRunner, "launch", "check")
     prompts, ways = prompts_of((3, 6)), [replace(way, max_tokens=7) for way in WAYS[:2]]
     answers, guesses, counters = guessed(runner, prompts, ways, notes=False)
