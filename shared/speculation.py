@@ -20,8 +20,7 @@ HELP = (
     f"{DEFAULT_DRAFTS}), fewer where fewer pay; answers stay the same. {NGRAM}: as prompt and "
     f"answer went on before; {DRAFT_MODEL}: as the smaller model of --draft-model does; "
     f"{EAGLE3}: as the EAGLE-3 head of --draft-model does by the model's hidden states; {MTP}: as "
-    "a layer does by them that the model's own checkpoint ships. On a GPU not yet for models whose "
-    "layers keep states; default: none"
+    "a layer does by them that the model's own checkpoint ships; default: none"
 )
 DRAFT_MODEL_HELP = (
     f"of --speculate {' or '.join(WITH_MODEL)}: directory, or name, of the model, or head, that "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import queue
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ import pytest
 
 from baton.loadtest.__main__ import run as run_load
 from baton.services.gateway.__main__ import parse_args as gateway_args
+from baton.services.gateway.metrics import GatewayMetrics
 from baton.services.launcher.__main__ import main as baton
 from baton.services.worker.__main__ import parse_args as worker_args
+from baton.services.worker.metrics import EngineMetrics, WorkerCollector
+from baton.shared.rpc.flags import variable_name
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -31,14 +35,19 @@ LONGEST_README = 150
 WIDEST = 100
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_INLINE = re.compile(r"`([^`\n]+)`")
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+_INLINE = re.compile(r"`([^`]+)`")
+_PARAGRAPHS = re.compile(r"\n\s*\n|\n(?= *(?:[-|#*] |\d+\. ))")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 _MODULE = re.compile(r"python3? -m ((?:baton|benchmarks|tests)[\w.]*)")
+_NAME = r"[A-Za-z_][\w.]*"
+_PATH = r"(?:[\w-]+/)*\w+\.(?:py|proto)\b"
 _FOLDERS = "baton benchmarks clients deploy kernels loadtest models services shared tests".split()
 _NOT_OURS = {
     *("--build", "--env", "--disable-pip-version-check", "--data-binary"),  # docker, pip, curl
     *("--strict", "--fix"),
 }
+_NO_METRICS = {"baton_client", "baton_paged"}  # a package, a function
+_SOURCES = {".py", ".sh", ".yaml"}
 
 
 def relative(page: Path) -> str:
@@ -83,10 +92,11 @@ def test_lines_are_no_wider_than_code(page: Path) -> None:
 def test_commands_are_there(page: Path) -> None:
     for words in commands(page):
         check_command(words)
-    text = page.read_text(encoding="utf-8")
-    for module in _MODULE.findall(text):
+    for module in _MODULE.findall(" ".join(page.read_text(encoding="utf-8").split())):
         assert source_of(module).is_file(), module
-    for code in _INLINE.findall(text):
+    for code in inline_codes(page):
+        if re.match(r"(?:baton|python3? -m) [a-z]", code):
+            check_command(shlex.split(code))
         for flag in _FLAG.findall(code):
             assert flag in all_flags(), f"{flag} in `{code}`"
         for target in re.findall(r"^(?:[A-Z_]+=\S+ )?make ([a-z][a-z0-9-]*)", code):
@@ -95,15 +105,33 @@ def test_commands_are_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_names_of_code_are_there(page: Path) -> None:
-    """`ClassName`, `function_of_ours` and file.py are in some file of ours."""
+    """`ClassName`, `function_of_ours` and file.py are in some file of ours; `function` (file.py) is
+    in that one."""
     text = _LINK.sub("]", without_blocks(page))
     for name in re.findall(r"(?<![\w/.-])((?:[\w.-]+/)*\w+\.(?:py|proto|sh|yaml))\b", text):
         assert is_file_of_ours(name), name
-    for code in _INLINE.findall(text):
+    flat = " ".join(text.split())
+    for code, name in re.findall(rf"`({_NAME})`,? \(?({_PATH})", flat):
+        assert is_in(code, [name]), f"{code} ({name})"
+    for row in re.findall(r"^\|(.*\.py) \|$", text, re.MULTILINE):
+        cells, _, files = row.rpartition(" | ")
+        if "test_" in files:
+            continue  # of other projects' reports
+        for code in re.findall(rf"`({_NAME})`", cells):
+            assert is_in(code, re.findall(_PATH, files)), f"{code} ({files})"
+    for code in inline_codes(page):
         if re.fullmatch(r"_?[A-Z][a-z]+[A-Z]\w*(?:\._?\w+)?|_?[a-z]+(?:_[a-z]+)+", code):
-            # The names of counters are made of those of what they count.
-            counted = re.sub(r"^baton_(\w+?)(_total)?$", r"\1", code)
-            assert counted in words_of_code() or words_of_code().issuperset(code.split(".")), code
+            known = words_of_code() | metrics()
+            assert code in known or known.issuperset(code.split(".")), code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_metrics_are_told_and_variables_read(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\b(?:vllm:|baton_)[a-z_]+[a-z](?![\w*])", text):
+        assert name in metrics() or name in _NO_METRICS, name
+    for name in re.findall(r"\bBATON_[A-Z_]+[A-Z]\b", text):
+        assert name in variables(), name
 
 
 def test_each_word_has_one_meaning() -> None:
@@ -127,7 +155,9 @@ def check_command(words: list[str]) -> None:
         if rest[1] in known:
             assert set(flags) <= {"--help", *help_flags(known[rest[1]])}, words
         elif rest[1].partition(".")[0] in _FOLDERS:
-            source = source_of(rest[1]).read_text(encoding="utf-8")
+            # Its own flags, or those that it shares with its neighbours.
+            beside = source_of(rest[1]).parent.glob("*.py")
+            source = "".join(path.read_text(encoding="utf-8") for path in beside)
             assert all(f'"{flag}"' in source for flag in flags), words
     elif program.startswith("python") and rest:
         assert (ROOT / rest[0]).is_file(), words
@@ -159,6 +189,38 @@ def all_flags() -> frozenset[str]:
         for path in (ROOT / folder).rglob("*.py")
     )
     return frozenset([*ours, *others, *_NOT_OURS])
+
+
+@cache
+def metrics() -> frozenset[str]:
+    """Names in what gateways and workers answer to GET /metrics; of histograms without endings."""
+    registry = GatewayMetrics("demo").registry
+    about = {"model_name": "demo", "worker_id": "decode-0"}
+    registry.register(
+        WorkerCollector(
+            queue.SimpleQueue(),
+            EngineMetrics(registry),
+            about=about,
+            path_rates=dict,
+            is_directory_reachable=lambda: True,
+            is_draining=lambda: False,
+        )
+    )
+    return frozenset(
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in registry.collect()
+    )
+
+
+@cache
+def variables() -> frozenset[str]:
+    flags = itertools.chain.from_iterable(map(help_flags, ("up", "gateway", "worker")))
+    texts = [
+        path.read_text(encoding="utf-8") for path in files_of_ours() if path.suffix in _SOURCES
+    ]
+    texts.append((ROOT / "Makefile").read_text(encoding="utf-8"))
+    literal = itertools.chain.from_iterable(re.findall(r"BATON_[A-Z_]+", each) for each in texts)
+    return frozenset([*map(variable_name, flags), *literal])
 
 
 @cache
@@ -196,6 +258,14 @@ def is_file_of_ours(name: str) -> bool:
     return any(str(path).endswith(f"/{name}") for path in files_of_ours())
 
 
+def is_in(code: str, names: list[str]) -> bool:
+    """Whether a file of one of these names has all words of `Class.method`."""
+    ends = tuple(f"/{name}" for name in names)
+    found = (path for path in files_of_ours() if str(path).endswith(ends))
+    words = set(code.split("."))
+    return any(words <= set(re.findall(r"\w+", path.read_text("utf-8"))) for path in found)
+
+
 def source_of(module: str) -> Path:
     path = ROOT.joinpath(*module.split("."))
     as_package = path / "__main__.py"
@@ -215,6 +285,12 @@ def anchors(page: Path) -> frozenset[str]:
             )
             found.append(f"{slug}-{count}" if count else slug)
     return frozenset(found)
+
+
+def inline_codes(page: Path) -> Iterator[str]:
+    """What stands in backticks, also over the end of a line."""
+    for paragraph in _PARAGRAPHS.split(without_blocks(page)):
+        yield from _INLINE.findall(" ".join(paragraph.split()))
 
 
 def without_blocks(page: Path) -> str:
