@@ -213,7 +213,7 @@ def _scores(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the draws behind the last `count` tokens up to `end`: float64 [count, vocab], the last
     place of the highest logit, in units of the score, [count], and the logits."""
-    row = runner._prompt_row(end)
+    row = runner._trial.prompt(end)
     row.token_ids, row.num_logits = answer.token_slice(0, end), count
     logits = runner.logits(Batch([row])).double()
     places = logits.amax(-1).abs() * _LAST_PLACE

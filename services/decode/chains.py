@@ -283,12 +283,12 @@ class ChainDrafter(ABC, Generic[Known]):
     def _draw(self, rows: Seq[BatchRow], going: Seq[Known]) -> None:
         """What each row draws goes behind the guesses; where nothing could be drawn they end."""
         step = self._model.launch(rows)
-        self._launched(going, step)
+        self._on_launched(going, step)
         for known, [drawn] in zip(going, step.result(), strict=True):
             if drawn.failure is None:
                 known.guesses.append(drawn.token_id)
 
-    def _launched(self, going: Seq[Known], step: Step) -> None:
+    def _on_launched(self, going: Seq[Known], step: Step) -> None:
         """Before what it drew is known."""
 
     def _wait_for_chains(self) -> None:

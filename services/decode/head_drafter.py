@@ -206,7 +206,7 @@ class HeadDrafter(ChainDrafter[_Following]):
         for known, _ in guessing:
             known.features = None
 
-    def _launched(self, going: Seq[_Following], step: Step) -> None:
+    def _on_launched(self, going: Seq[_Following], step: Step) -> None:
         for row, known in enumerate(going):
             made = step.taps(row)
             assert made is not None

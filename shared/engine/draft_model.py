@@ -46,10 +46,10 @@ from baton.shared.engine.models.mtp import MtpConfig, check_ships, find_layer
 from baton.shared.engine.models.mtp_head import MtpHead
 from baton.shared.engine.operations import Operations
 from baton.shared.engine.token_budgets import SHORT_CHUNKS
+from baton.shared.engine.trial_rows import TrialRows
 from baton.shared.kv.arrangement import arrange
 from baton.shared.kv.pool_sizes import NumBlocks, PoolSizes
 from baton.shared.model_files.fields import ModelError
-from baton.shared.sampling import SamplingParams
 from baton.shared.speculation import EAGLE3, MTP
 from baton.shared.tokenizer.compare import different_token
 
@@ -298,17 +298,11 @@ class DraftModel:
                 self.executor.launch(Batch([self._prompt_row(min(num_tokens, most))])).result()
 
     def _prompt_row(self, num_tokens: int) -> BatchRow:
-        taken = [0] * self._arrangement.num_pools
-        tables = []
-        for group, pool in zip(self.groups, self._arrangement.pools, strict=True):
-            count = group.num_blocks_for(num_tokens, self._engine.block_size)
-            tables.append(list(range(taken[pool], taken[pool] + count)))
-            taken[pool] += count
-        features = None
+        block_size, vocab_size = self._engine.block_size, self.config.vocab_size
+        row = TrialRows(self._arrangement, block_size, vocab_size).prompt(num_tokens)
         if self._own_taps is not None:
-            features = self._own_taps.make_inputs(num_tokens, self._device)["features"]
-        params = SamplingParams(temperature=0.0)
-        return BatchRow([0] * num_tokens, 0, tables, params, features=features)
+            row.features = self._own_taps.make_inputs(num_tokens, self._device)["features"]
+        return row
 
 
 @contextmanager

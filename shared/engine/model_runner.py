@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baton.shared.engine import determinism
-from baton.shared.engine.batch import Batch, BatchRow, RowHandle, WantedLogprobs
+from baton.shared.engine.batch import Batch, RowHandle, WantedLogprobs
 from baton.shared.engine.block_sums import MOST_AT_ONCE, BlockSums, DeviceBlockSums, HostBlockSums
 from baton.shared.engine.config import (
     AUTO,
@@ -65,6 +64,7 @@ from baton.shared.engine.token_budgets import (
     long_steps,
     packed_steps,
 )
+from baton.shared.engine.trial_rows import TrialRows
 from baton.shared.engine.weights import DummyWeights
 from baton.shared.kv.arrangement import Arrangement, arrange
 from baton.shared.kv.block_pool import NO_BLOCK
@@ -177,6 +177,7 @@ class ModelRunner:
         )
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         _check_blocks(self.arrangement, config.block_size)
+        self._trial = TrialRows(self.arrangement, config.block_size, self.model_config.vocab_size)
         self._ops = self._operations_of(self.model_config, self.cache_dtype)
 
         weights = find_weights(config, self.model_config)
@@ -526,7 +527,7 @@ class ModelRunner:
             beside = None if self.draft is None else self.draft.make_executor()
             resident = torch.cuda.memory_allocated(self.device)
             for lengths in self._largest_steps(num_tokens):
-                prompts = [self._prompt_row(length) for length in lengths]
+                prompts = [self._trial.prompt(length) for length in lengths]
                 longest = prompts[0]
                 assert longest.token_ids is not None
                 # Logprobs take room, too.
@@ -568,7 +569,7 @@ class ModelRunner:
         of its tokens stays until it is known which stand, in memory that is graphs' alone."""
         if not self.num_drafts or all(group.spec.grows for group in self.groups):
             return 0
-        guess = self._guess_row(1 + self.num_drafts)
+        guess = self._trial.guess(1 + self.num_drafts, self.num_drafts)
         resident = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         executor.launch(Batch([guess] * self.max_num_seqs)).result()
@@ -613,7 +614,7 @@ class ModelRunner:
             usable = [min(budget, limit) for budget in budgets]
             # The kernels of short chunks are others than those of long ones.
             for num_tokens in (*SHORT_CHUNKS, *usable):
-                prompt = self._prompt_row(min(num_tokens, limit))
+                prompt = self._trial.prompt(min(num_tokens, limit))
                 self._executor.launch(Batch([prompt])).result()
                 # All tokens go through the last layers where those of a prompt are told of.
                 assert prompt.token_ids is not None
@@ -630,16 +631,17 @@ class ModelRunner:
                     if budget > limit:
                         lengths = [limit] * (budget // limit) + [budget % limit][: budget % limit]
                         lengths = lengths[: self.max_num_seqs]
-                        rows = [self._prompt_row(length) for length in lengths]
+                        rows = [self._trial.prompt(length) for length in lengths]
                         self._executor.launch(Batch(rows)).result()
             # Those of few tokens behind a long prefix may be others again.
-            long = self._prompt_row(limit)
+            long = self._trial.prompt(limit)
             assert long.token_ids is not None
             end = replace(long, token_ids=long.token_ids[-2:], position=max(0, limit - 2))
             self._executor.launch(Batch([end])).result()
             if self.num_drafts and self.max_num_seqs > 1:
                 # Beside a chunk they are launched, and kernels of many rows may be others.
-                prompt, guess = self._prompt_row(min(16, limit)), self._guess_row(16)
+                prompt = self._trial.prompt(min(16, limit))
+                guess = self._trial.guess(16, self.num_drafts)
                 room = (max(usable) - 16) // (1 + self.num_drafts)
                 for num_rows in {1, max(1, min(self.max_num_seqs - 1, room))}:
                     self._executor.launch(Batch([guess] * num_rows + [prompt])).result()
@@ -673,7 +675,7 @@ class ModelRunner:
     def _sustained_rate(self, steps: Sequence[Sequence[range]]) -> float:
         """Prompt tokens per second of steps, one launched ahead, that compute such stretches of
         prompts. Long enough that the GPU runs at the clock that its power allows."""
-        batches = [Batch([self._stretch_row(stretch) for stretch in step]) for step in steps]
+        batches = [Batch([self._trial.stretch(stretch) for stretch in step]) for step in steps]
         launched: list[Step] = []
         started_s = time.perf_counter()
         for batch in batches:
@@ -683,33 +685,6 @@ class ModelRunner:
         launched.pop().result()
         num_tokens = sum(batch.num_tokens for batch in batches)
         return num_tokens / (time.perf_counter() - started_s)
-
-    def _stretch_row(self, stretch: range) -> BatchRow:
-        """Those tokens of a prompt; what lies before them in its blocks may be anything."""
-        prompt = self._prompt_row(stretch.stop)
-        assert prompt.token_ids is not None
-        return replace(prompt, token_ids=prompt.token_ids[stretch.start :], position=stretch.start)
-
-    def _guess_row(self, num_tokens: int) -> BatchRow:
-        """Of one token and as many guesses as may be, with blocks for so many tokens."""
-        prompt = self._prompt_row(num_tokens)
-        return replace(prompt, token_ids=[0], draft_ids=[0] * self.num_drafts)
-
-    def _prompt_row(self, num_tokens: int) -> BatchRow:
-        """Of random tokens: products of equal rows would be done faster, at less power. It touches
-        no slot."""
-        draw = random.Random(num_tokens)
-        token_ids = draw.choices(range(self.model_config.vocab_size), k=num_tokens)
-        taken = [0] * self.arrangement.num_pools
-        tables = []
-        for group, pool in zip(self.groups, self.arrangement.pools, strict=True):
-            if not group.spec.grows:
-                tables.append([NO_BLOCK])
-                continue
-            count = group.num_blocks_for(num_tokens, self._config.block_size)
-            tables.append(list(range(taken[pool], taken[pool] + count)))
-            taken[pool] += count
-        return BatchRow(token_ids, 0, tables, SamplingParams(temperature=0.0))
 
 
 def can_capture_prompts(model: ModelConfig) -> bool:
