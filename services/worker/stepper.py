@@ -393,8 +393,7 @@ class Stepper:
         if num_fallen and sequence.is_admitted:
             # Steps in flight are further back as well: none writes to what was taken beyond.
             self._pools.give_back_ahead(sequence, sequence.num_scheduled_tokens)
-            handle = self._handles[sequence]
-            handle.num_blocks = min(handle.num_blocks, len(sequence.block_tables[0]))
+            self._handles[sequence].gave_back(sequence.block_tables)
 
     def took_step(self, step: InFlight, seconds: float, num_drawn: int) -> None:
         """What it took from its planning on; its decode rows drew `num_drawn` tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -46,8 +46,9 @@ class RowHandle:
     """As the device has it; below zero: not known."""
     context_len: int = -1
     """As `drawn_at`: the highest that it may be."""
-    num_blocks: int = 0
-    """Entries of the block tables that are on the device."""
+    num_blocks: list[int] = field(default_factory=list)
+    """Entries of the block tables that are on the device, by cache group: behind a window a table
+    may be shorter than the others, as long as a prompt is computed."""
     num_drafts: int = -1
     """As the device has it; below zero: not known, for another sequence had the slot before."""
     drawn_at: int = -1
@@ -65,6 +66,13 @@ class RowHandle:
         if shift != self.shift:
             self.shift = shift
             self.is_sent = self.is_marked = False
+
+    def gave_back(self, block_tables: Sequence[Sequence[int]]) -> None:
+        """The tables end earlier than they did: what lay there is sent when it is taken again."""
+        self.num_blocks = [
+            min(count, len(table))
+            for count, table in zip(self.num_blocks, block_tables, strict=False)
+        ]
 
     def take_back(self) -> None:
         """What was drawn last does not count: where the sequence is will be sent again."""

@@ -40,7 +40,9 @@ class DeviceRows:
         self, sampling: SamplingParams, sample_index: int, history: History | None
     ) -> RowHandle:
         shaping = Shaping.of(sampling, history, self._eos_token_ids)
-        return RowHandle(self._state.open_slot(), sampling, sample_index, shaping)
+        handle = RowHandle(self._state.open_slot(), sampling, sample_index, shaping)
+        handle.num_blocks = [0] * len(self._num_blocks)
+        return handle
 
     def close(self, handles: Iterable[RowHandle]) -> None:
         for handle in handles:
@@ -63,13 +65,12 @@ class DeviceRows:
         if len(row.block_tables) != len(self._num_blocks):
             raise ValueError(f"rows need {len(self._num_blocks)} block tables")
         handle = row.handle
-        num_known = 0 if handle is None else handle.num_blocks
         first_written = row.position // self._block_size
         for group, table in enumerate(row.block_tables):
             grows = group < self._num_growing
             if len(table) * self._block_size < end if grows else len(table) != 1:
                 raise ValueError("a block table is shorter than its row's context")
-            new = table[num_known:]
+            new = table if handle is None else table[handle.num_blocks[group] :]
             if not new:
                 continue
             if min(new) < NO_BLOCK or max(new) >= self._num_blocks[group]:
@@ -134,11 +135,11 @@ class DeviceRows:
         if not handle.is_sent:
             state.send_sampling(handle)
             handle.is_sent = True
-        num_blocks = len(row.block_tables[0])
-        if num_blocks > handle.num_blocks:
-            for group, table in enumerate(row.block_tables):
-                state.send_blocks(group, slot, handle.num_blocks, table[handle.num_blocks :])
-            handle.num_blocks = num_blocks
+        num_sent = handle.num_blocks
+        for group, table in enumerate(row.block_tables):
+            if len(table) > num_sent[group]:
+                state.send_blocks(group, slot, num_sent[group], table[num_sent[group] :])
+                num_sent[group] = len(table)
 
     def _note_shaping(
         self, row: BatchRow, handle: RowHandle, shaping: Shaping, num_counted: int
@@ -165,7 +166,7 @@ class DeviceRows:
         for handle in handles:
             handle.is_sent = handle.is_marked = False
             handle.context_len = handle.drawn_at = -1
-            handle.num_blocks = 0
+            handle.num_blocks = [0] * len(self._num_blocks)
             # Not known: the next step with any sends how many there are.
             handle.num_drafts = handle.num_bans = -1
         self._state.forget()

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -559,6 +560,37 @@ def test_latents_in_both_forms(
         limit = 1e-5 * float(expected.abs().max())
         torch.testing.assert_close(got, expected, atol=limit, rtol=0)
     assert asked == [18, 2, 31, 31], "in the last layer, tokens that are wanted are rows of one"
+
+
+@pytest.mark.parametrize("kinds", [*permutations(["full_attention", "sliding_attention"])])
+def test_tables_behind_a_window_grow_by_themselves(
+    tmp_path: Path, device: torch.device, kinds: tuple[str, str]
+) -> None:
+    """While a prompt is computed they have room for a few tokens ahead; the others, which stand
+    before or behind them, for all."""
+    config = {
+        **SMALL,
+        "model_type": "qwen2",
+        "num_hidden_layers": 2,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+        "layer_types": kinds,
+    }
+    make = maker(tmp_path, config)
+    params = SamplingParams(temperature=0.0)
+    prompt, whole, windowed = tokens(80, 1), [7, 1, 5, 3, 9, 10], [8, 2, 6, 4, 11, 12]
+    answers = []
+    for runner in (make("torch", torch.device("cpu")), make("triton", device)):
+        handle, token_ids = runner.open_row(params, 0), [*prompt]
+        for start, end, num_windowed in ((0, 32, 3), (32, 64, 4), (64, 80, 5), (80, 81, 6)):
+            tables = {"full_attention": whole, "sliding_attention": windowed[:num_windowed]}
+            row = BatchRow(token_ids[start:end], start, [tables[kind] for kind in kinds])
+            row.handle, row.sampling = handle, params if end >= len(prompt) else None
+            [drawn] = runner.launch(Batch([row])).result()
+            token_ids += [each.token_id for each in drawn]
+        answers.append(token_ids[len(prompt) :])
+    assert answers[0] == answers[1] and len(answers[0]) == 2
 
 
 DELTA: dict[str, Any] = {
