@@ -41,10 +41,11 @@ _CACHE_FIELDS = (
     *("sliding_window", "sliding_window_pattern", "use_sliding_window", "max_window_layers"),
 )
 """Of layers that attend to keys and values, what decides how many caches there are, and which."""
-GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+"""Two blocks, and more than a window."""
 SPLIT = (3, 9)
 """Of the prompts, those that a prefill worker hands off."""
-_LONGEST = 8
+_LONGEST = 6
 """Blocks of the longest prompt with its answer; what two take is more than one above."""
 _WINDOWS = 4
 """Blocks that two sequences have of a window, at most."""
@@ -169,7 +170,7 @@ def test_split_with_a_worker_that_dies_and_has_few_blocks(
     requests = [
         cluster.submit(tuple(tiny.prompts[index]), GREEDY, tiny.answers[index]) for index in SPLIT
     ]
-    cluster.settle(until=lambda: len(requests[-1].token_ids) > 20)
+    cluster.settle(until=lambda: len(requests[-1].token_ids) > 10)
     cluster.network.kill("decode")
     cluster.settle()
     workers = cluster.network.workers
