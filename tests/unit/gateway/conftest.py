@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import uvicorn.server
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer, WordPieceTrainer
@@ -110,6 +113,20 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "word_piece": _word_piece,
     "no_decoder": _no_decoder,
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def servers_that_stop_at_once() -> Iterator[None]:
+    """uvicorn looks ten times a second whether it should stop, and then sleeps a tenth: at the end
+    of hundreds of tests."""
+
+    async def sleep(delay_s: float) -> None:
+        await asyncio.sleep(delay_s / 20)
+
+    with pytest.MonkeyPatch.context() as patch:
+        quick = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
+        patch.setattr(uvicorn.server, "asyncio", quick)
+        yield
 
 
 @pytest.fixture(scope="session")
