@@ -1,9 +1,10 @@
 """Three lanes of tests side by side, each in its own process: `pytest -n 3`, for two cores.
 
-Two start whole stacks, and wait for them most of the time. The third does what waits too, then what
-computes: kernels in Triton's interpreter, engines, workers. That steps back wherever somebody else
-wants a core, and takes one thread, so that it disturbs no stack. Whichever lane is through first
-takes engines or workers next. Without `-n` all run one after the other.
+Two start whole stacks, and wait for them most of the time; the third does what waits too. What
+computes is left for the end: kernels in Triton's interpreter, engines, workers. Of these, whichever
+lane is through takes the next file, so that no core is idle while another lane has much left. They
+step back wherever somebody else wants a core, and take one thread, so that they disturb no stack.
+Without `-n` all run one after the other.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import torch
 
 _STACKS = ("tests/e2e/", "tests/http/")
 _FAULTS = "tests/faults/"
-_ENGINES = "tests/unit/engine/"
-_WORKERS = ("tests/unit/kv/", "tests/unit/worker/")
-_COMPUTING = ("tests/kernels/", _ENGINES, *_WORKERS)
+_COMPUTING = ("tests/kernels/", "tests/unit/engine/", "tests/unit/kv/", "tests/unit/worker/")
 _NICE = 5
 
 
@@ -34,9 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return "stacks"
             if nodeid.startswith(_FAULTS):
                 return "faults"
-            if nodeid.startswith(_ENGINES):
-                return "engines"
-            return "workers" if nodeid.startswith(_WORKERS) else "the rest"
+            return nodeid.partition("::")[0] if nodeid.startswith(_COMPUTING) else "the rest"
 
     # Scopes begin in the order of their first tests, not the one with most tests first.
     config.option.loadscopereorder = False
