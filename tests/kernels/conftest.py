@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from baton.kernels import decode_plan
-from tests.kernels import closeness
+from tests.kernels import closeness, interpreter
 
 _HAS_GPU = torch.cuda.is_available()
+if not _HAS_GPU:
+    interpreter.spare_work()
 # The interpreter multiplies bfloat16 wrongly, and silently.
 _DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if _HAS_GPU else [])
 
