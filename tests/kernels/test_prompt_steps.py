@@ -3,6 +3,7 @@ the torch reference; on a GPU with graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ class Answer:
         return BatchRow(None, at, self.table, self.sampling, 0, self.handle)
 
 
+Step = list[tuple[Answer, BatchRow]]
+
+
 class Known:
     num_asked_tokens = 0
     banned_sequences = ()
@@ -121,7 +125,7 @@ def test_chunks_and_decode_rows_of_any_mixture(
     b = Answer(reference, 1, 7, SHAPED).open(runner)
     c = Answer(reference, 2, 19, SamplingParams(temperature=0.9, top_k=20, seed=3)).open(runner)
     d = Answer(reference, 3, 20, SHAPED).open(runner)
-    steps: list[list[tuple[Answer, BatchRow]]] = [
+    steps: list[Step] = [
         [(a, a.chunk(0, 16))],
         [(b, b.chunk(0, 7)), (a, a.chunk(16, 33))],
         [(a, a.chunk(33, 45)), (b, b.next(1))],
@@ -129,15 +133,13 @@ def test_chunks_and_decode_rows_of_any_mixture(
         [(c, c.chunk(3, 19)), (a, a.next(2)), (b, b.next(3))],
         [(d, d.chunk(0, 20)), (c, c.next(1)), (b, b.next(4)), (a, a.next(3))],
     ]
-    in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
-    for number, step in enumerate(steps):
-        if number % 2:
-            monkeypatch.setattr(prompt_steps, "MOST_UPDATES", 2)
-        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
-        monkeypatch.undo()
-        if len(in_flight) > 1:
-            took(*in_flight.pop(0))
-    took(*in_flight.pop(0))
+    usual = prompt_steps.MOST_UPDATES
+
+    def room_for_changes(number: int) -> None:
+        monkeypatch.setattr(prompt_steps, "MOST_UPDATES", 2 if number % 2 else usual)
+
+    one_ahead(runner, steps, before=room_for_changes)
+    monkeypatch.setattr(prompt_steps, "MOST_UPDATES", usual)
     counts = runner.num_prompt_steps
     assert (counts.captured, counts.launched) == (6, 0)
     # Which a graph has no room for.
@@ -150,7 +152,20 @@ def test_chunks_and_decode_rows_of_any_mixture(
         assert each.drawn == each.expected[: len(each.drawn)] and each.drawn
 
 
-def took(step: list[tuple[Answer, BatchRow]], launched: Any) -> None:
+def one_ahead(
+    runner: ModelRunner, steps: list[Step], before: Callable[[int], None] = lambda number: None
+) -> None:
+    """Each step is launched before the one before it is read; `before` is told its number."""
+    in_flight: list[tuple[Step, Any]] = []
+    for number, step in enumerate(steps):
+        before(number)
+        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
+        if len(in_flight) > 1:
+            took(*in_flight.pop(0))
+    took(*in_flight.pop(0))
+
+
+def took(step: Step, launched: Any) -> None:
     for (answer, _), drawn in zip(step, launched.result(), strict=True):
         answer.drawn += drawn
 
@@ -296,12 +311,7 @@ def test_layers_that_keep_states(name: str, tmp_path: Path, device: torch.device
         [(c, kept), (a, a.next(2)), (b, b.next(3))],
         [(d, d.chunk(0, 20)), (c, c.next(1)), (b, b.next(4)), (a, a.next(3))],
     ]
-    in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
-    for step in steps:
-        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
-        if len(in_flight) > 1:
-            took(*in_flight.pop(0))
-    took(*in_flight.pop(0))
+    one_ahead(runner, steps)
     counts = runner.num_prompt_steps
     assert (counts.captured, counts.launched) == (6, 0)
     for each in (a, b, c, d):
@@ -350,12 +360,7 @@ def test_layers_that_cache_latents(
         [(b, b.next(2)), (c, c.chunk(0, 3)), (a, a.next(1))],
         [(c, c.chunk(3, 17)), (a, a.next(2)), (b, b.next(3)), (d, d.chunk(0, 11))],
     ]
-    in_flight: list[tuple[list[tuple[Answer, BatchRow]], Any]] = []
-    for step in steps:
-        in_flight.append((step, runner.launch(Batch([row for _, row in step]))))
-        if len(in_flight) > 1:
-            took(*in_flight.pop(0))
-    took(*in_flight.pop(0))
+    one_ahead(runner, steps)
     counts = runner.num_prompt_steps
     assert (counts.captured, counts.launched) == (5, 0)
     monkeypatch.setattr(prompt_columns, "_MANY_KEYS", 18)
