@@ -9,6 +9,7 @@ To be run without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -69,16 +70,19 @@ def compile_all(capability: int, dtype: torch.dtype) -> list[Compiled]:
 
 
 def main() -> int:
-    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
-    for name in sys.argv[2:] or ["bfloat16", "float32"]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", nargs="?", type=int, default=90)
+    parser.add_argument("dtypes", nargs="*")
+    args = parser.parse_args()
+    for name in args.dtypes or ["bfloat16", "float32"]:
         started_s = time.monotonic()
-        kernels = compile_all(capability, getattr(torch, name))
+        kernels = compile_all(args.capability, getattr(torch, name))
         found = [
             {
                 "name": each.name,
                 "shared_bytes": each.shared,
                 "spilled_bytes": each.spilled_bytes,
-                "fits": each.shared <= SHARED_BYTES[capability],
+                "fits": each.shared <= SHARED_BYTES[args.capability],
             }
             for each in kernels
         ]

@@ -9,6 +9,7 @@ kernel is compiled or interpreted for the whole process.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from types import SimpleNamespace
@@ -66,18 +67,19 @@ def compile_all(
     return list(found.values())
 
 
-def main(
-    dtype: str = "bfloat16",
-    head_dim: str = "128",
-    block_size: str = "16",
-    window: str = "0",
-    soft_cap: str = "0",
-    sinks: str = "0",
-) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dtype", nargs="?", default="bfloat16")
+    parser.add_argument("head_dim", nargs="?", type=int, default=128)
+    parser.add_argument("block_size", nargs="?", type=int, default=16)
+    parser.add_argument("window", nargs="?", type=int, default=0)
+    parser.add_argument("cap", nargs="?", type=float, default=0.0)
+    parser.add_argument("sinks", nargs="?", type=int, choices=(0, 1), default=0)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     kernels = compile_all(
-        getattr(torch, dtype), int(head_dim), int(block_size), int(window), float(soft_cap),
-        has_sinks=sinks != "0",
-    )  # fmt: skip
+        dtype, args.head_dim, args.block_size, args.window, args.cap, has_sinks=bool(args.sinks)
+    )
     report = {
         "kernels": len(kernels),
         "shared": max(each.metadata.shared for each in kernels),
@@ -87,4 +89,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -8,6 +8,7 @@ To be run without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from typing import Any
@@ -92,7 +93,11 @@ def compile_all(capability: int, num_heads: int, rank: int = 512, rope: int = 64
     return kernels
 
 
-def main(capability: str = "90", *heads: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", nargs="?", type=int, default=90)
+    parser.add_argument("heads", nargs="*", type=int)
+    args = parser.parse_args()
     report = [
         {
             "kernel": kernel.name,
@@ -100,11 +105,11 @@ def main(capability: str = "90", *heads: str) -> None:
             "shared": kernel.shared,
             "spilled": kernel.spilled_bytes,
         }
-        for num_heads in map(int, heads or ("16", "128"))
-        for kernel in compile_all(int(capability), num_heads)
+        for num_heads in args.heads or (16, 128)
+        for kernel in compile_all(args.capability, num_heads)
     ]
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

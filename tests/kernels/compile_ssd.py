@@ -8,6 +8,7 @@ To be run without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -76,15 +77,19 @@ def compile_all(capability: int, model: str, dtype: torch.dtype) -> list[dict[st
     ]
 
 
-def main(capability: str = "90", *models: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", nargs="?", type=int, default=90)
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(SIZES)}")
+    args = parser.parse_args()
     report = [
         each
-        for model in models or SIZES
+        for model in args.models or SIZES
         for dtype in (torch.bfloat16, torch.float32)
-        for each in compile_all(int(capability), model, dtype)
+        for each in compile_all(args.capability, model, dtype)
     ]
     sys.stdout.write("\n".join(map(json.dumps, report)) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -9,6 +9,7 @@ into memory for want of registers. To be run without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from typing import Any
@@ -57,5 +58,9 @@ def _weight(form: str, num_out: int, num_in: int) -> SmallWeight:
 
 
 if __name__ == "__main__":
-    report = compile_all(sys.argv[1], [int(each) for each in sys.argv[2:]] or [1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("form", choices=("fp8", "int4", "int4-offsets"))
+    parser.add_argument("rows", nargs="*", type=int)
+    args = parser.parse_args()
+    report = compile_all(args.form, args.rows or [1])
     sys.stdout.write(json.dumps(report) + "\n")

@@ -8,6 +8,7 @@ does not choose yet. A variant takes some 15 s to compile.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -135,9 +136,11 @@ def _check_rows_are_alone(case: PrefillCase, window: int, options: dict[str, Any
         assert torch.equal(run(tiles), together), "another result than before"
 
 
-def main(shard: str = "0/1") -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shard", nargs="?", default="0/1", metavar="I/N")
     hopper.CHOSEN = ALL
-    first, step = map(int, shard.split("/"))
+    first, step = map(int, parser.parse_args().shard.split("/"))
     failures = 0
     for variant in VARIANTS[first::step]:
         start, said = time.monotonic(), "as the reference"
@@ -152,4 +155,4 @@ def main(shard: str = "0/1") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

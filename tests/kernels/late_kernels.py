@@ -9,6 +9,7 @@ TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -37,7 +38,11 @@ NUM_BLOCKS = 400
 DRAWN = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, seed=3)
 
 
-def main(model_dir: str, dtype: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("dtype")
+    args = parser.parse_args()
     registry.register(EVERY_OPTION)
     noted: list[str] = []
 
@@ -50,7 +55,7 @@ def main(model_dir: str, dtype: str) -> None:
     JITFunction._do_compile = note
     device_choices.why_no_triton = lambda _: None  # type: ignore[assignment]
     with recording(90), torch.inference_mode():
-        runner = _ready(model_dir, dtype)
+        runner = _ready(args.model_dir, args.dtype)
         num_known = len(noted)
         for rows in _steps():
             for row in rows:
@@ -59,9 +64,9 @@ def main(model_dir: str, dtype: str) -> None:
     sys.stdout.write(json.dumps({"ready": num_known, "late": noted[num_known:]}) + "\n")
 
 
-def _ready(model_dir: str, dtype: str) -> ModelRunner:
+def _ready(model_dir: Path, dtype: str) -> ModelRunner:
     config = EngineConfig(
-        Path(model_dir),
+        model_dir,
         "cpu",
         dtype,
         kernels="triton",
@@ -120,4 +125,4 @@ def _tables(length: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
