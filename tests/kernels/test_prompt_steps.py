@@ -133,7 +133,7 @@ def test_chunks_and_decode_rows_of_any_mixture(
         [(c, c.chunk(3, 19)), (a, a.next(2)), (b, b.next(3))],
         [(d, d.chunk(0, 20)), (c, c.next(1)), (b, b.next(4)), (a, a.next(3))],
     ]
-    usual = prompt_steps.MOST_UPDATES
+    usual = prompt_columns.MOST_UPDATES
 
     def room_for_changes(number: int) -> None:
         monkeypatch.setattr(prompt_steps, "MOST_UPDATES", 2 if number % 2 else usual)
