@@ -107,7 +107,7 @@ def halves(pairs, dtype: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         bits = pairs.to(tl.int32)
-        return _widened(bits).to(dtype), _widened(bits >> 8).to(dtype)
+        return widened(bits).to(dtype), widened(bits >> 8).to(dtype)
 
 
 @triton.jit
@@ -124,7 +124,8 @@ def small_halves(pairs, ASM: tl.constexpr):
 
 
 @triton.jit
-def _widened(code):
+def widened(code):
+    """int32, of which the lowest byte is a code → float32, before it is scaled."""
     bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2¹²⁰
 

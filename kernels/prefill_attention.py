@@ -495,6 +495,15 @@ def why_not_hopper(
     return reason
 
 
+def widens(kv: Tensor, dtype: torch.dtype, window: int) -> bool:
+    """Whether codes of that pool are widened for long chunks: where the kernel for compute
+    capability 9.0 then takes them. `dtype`: of a query's number."""
+    if _hopper is None or not is_float8(kv):
+        return False
+    like = kv.new_empty((1, 1, 1, 2, *kv.shape[4:]), dtype=dtype)
+    return bool(_hopper.covers(like, like, block_m=128, window=window))
+
+
 def is_wide(kv: Tensor, window: int, itemsize: int) -> bool:
     """Whether long chunks over that pool are faster in tiles of 128 tokens than cut into items:
     where there is the kernel for compute capability 9.0, and where codes have to be widened for

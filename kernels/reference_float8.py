@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
+STRETCH_TOKENS = 128
+"""Of keys and values that are widened together: a multiple of every block size that the kernel of
+16 bits takes."""
 _SMALLEST_ABOVE = 0x1FFFFF
 """Added to the bits of a float32, it raises the exponent of those above 1.75 times a power of 2, as
 448 is."""
@@ -76,6 +79,29 @@ def widen_runs(runs: Tensor, out: Tensor) -> None:
     num_codes = block_size * head_dim
     codes = runs[:, :num_codes].view(DTYPE).view(num_runs, block_size, head_dim)
     out.copy_(_product(codes, runs[:, num_codes:], out.dtype))
+
+
+def widen_stretches(
+    kv: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    stretches: Tensor,
+    out: Tensor,
+    *,
+    window: int = 0,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """As that of float8_widen.py."""
+    block_size = kv.shape[4]
+    numbers = widened(kv[:, :, layer], out.dtype)
+    used = stretches if counted is None else stretches[: int(counted)]
+    for number, (slot, first, end, position) in enumerate(used.tolist()):
+        low = max(position - window + 1, first) if window else first
+        for key in range(low, min(first + STRETCH_TOKENS, end)):
+            block = int(block_tables[slot, key // block_size])
+            place = (number * STRETCH_TOKENS + key - first) // block_size
+            out[place, :, 0, :, key % block_size] = numbers[block, :, :, key % block_size]
+    return out
 
 
 def store(tokens: Tensor, codes: Tensor, rows: Tensor) -> None:

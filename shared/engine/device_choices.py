@@ -23,7 +23,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_FLOAT8 = torch.float8_e4m3fn
 MIN_CAPABILITY = (8, 0)
 """Compute capability that the Triton kernels need."""
 _MOST_WITH_TRITON = {"vocab_size": 1 << 20, "hidden_size": 1 << 14, "head_dim": 512}
@@ -121,7 +120,6 @@ def make_operations(
     device: torch.device,
     dtype: torch.dtype,
     model: ModelConfig,
-    cache_dtype: torch.dtype,
     *,
     may_be_native: bool = False,
 ) -> Operations:
@@ -139,7 +137,7 @@ def make_operations(
     from baton.shared.engine.triton_operations import TritonOperations
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability == (9, 0) and (problem := _why_not_hopper(model, cache_dtype)):
+    if capability == (9, 0) and (problem := _why_not_hopper(model)):
         log_event(
             logger,
             logging.WARNING,
@@ -161,10 +159,8 @@ def make_operations(
     )
 
 
-def _why_not_hopper(model: ModelConfig, cache_dtype: torch.dtype) -> str:
+def _why_not_hopper(model: ModelConfig) -> str:
     """What keeps layers from the faster kernel; empty: nothing."""
-    if cache_dtype == _FLOAT8:
-        return "keys and values are kept in 8 bits, and the faster one takes 16"
     from baton.kernels.prefill_attention import why_not_hopper
 
     kinds = {

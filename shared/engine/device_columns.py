@@ -13,13 +13,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from baton.kernels.float8_widen import STRETCH_FIELDS, cut_stretches, num_stretches
 from baton.kernels.prefill_attention import block_m_for, prefill_tiles
+from baton.kernels.reference_float8 import STRETCH_TOKENS
 from baton.kernels.state_plan import ROW_FIELDS, TILE_FIELDS, state_tiles
 from baton.shared.engine.batch import NOT_STORED, BatchRow, kept_states
 from baton.shared.engine.batch_state import aligned
 
 Int32s = npt.NDArray[np.int32]
 
+WIDE_TOKENS = 128
+"""Of a wide tile; those of 64 are the next smaller ones."""
 _TOKEN_ALIGNMENT = 16
 """Steps are padded to so many tokens: kernels are compiled for such counts once."""
 
@@ -42,9 +46,10 @@ class ChunkColumns:
 
     packed: int32, one after another, each from a multiple of 16 bytes on, for kernels are compiled
         for aligned pointers: slots [G, T] as int64, input_ids [T], positions [T], tiles [NT, 4], of
-        each group of states rows [C, 8] and tiles [N, 4] (state_plan.py), wanted [R] (which token),
-        rows [R] (which slot, −1 = padding), back [R] (how many of the slot's tokens come behind
-        it).
+        each turn of widening (float8_widen.py) tiles, in place of a slot the first of a chunk's
+        blocks, and stretches [W, 4], of each group of states rows [C, 8] and tiles [N, 4]
+        (state_plan.py), wanted [R] (which token), rows [R] (which slot, −1 = padding), back [R]
+        (how many of the slot's tokens come behind it).
     """
 
     packed: Int32s
@@ -55,6 +60,8 @@ class ChunkColumns:
     num_tiles: int
     block_m: int
     num_groups: int
+    widened: tuple[tuple[int, int], ...]
+    """By turn, its tiles and stretches; none: nothing is widened."""
     chunks: tuple[Chunk, ...]
     """Where the tiles of each stand together; else none."""
     num_state_tiles: tuple[int, ...]
@@ -71,6 +78,12 @@ class ChunkColumns:
         input_ids, positions = rest[: 2 * num_tokens].view(2, num_tokens)
         tiles, rest = rest[2 * num_tokens :][: 4 * self.num_tiles], rest[2 * num_tokens :]
         rest = rest[tiles.numel() :]
+        widened = []
+        for num_tiles, num_seen in self.widened:
+            of_turn, rest = rest[: 4 * num_tiles], rest[4 * num_tiles :]
+            num_words = STRETCH_FIELDS * num_seen
+            seen, rest = rest[:num_words], rest[num_words:]
+            widened.append((of_turn.view(-1, 4), seen.view(-1, STRETCH_FIELDS)))
         states = []
         for count in self.num_state_tiles:
             num_words = ROW_FIELDS * self.num_rows
@@ -84,6 +97,7 @@ class ChunkColumns:
             input_ids,
             positions,
             tiles.view(-1, 4),
+            widened,
             states,
             *wanted,
         )
@@ -100,6 +114,8 @@ class SentColumns(NamedTuple):
     """int32 [T]"""
     tiles: Tensor
     """int32 [NT, 4]"""
+    widened: list[tuple[Tensor, Tensor]]
+    """By turn, its tiles, int32 [NT, 4], and stretches, int32 [W, 4]."""
     states: list[tuple[Tensor, Tensor]]
     """Of each group of states its rows, int32 [C, 8], and tiles, int32 [N, 4]."""
     wanted: Tensor
@@ -122,6 +138,7 @@ def chunk_columns(
     head_dim: int,
     itemsize: int,
     by_chunk: bool = False,
+    most_widened: int = 0,
 ) -> ChunkColumns:
     """Columns of a step.
 
@@ -135,12 +152,19 @@ def chunk_columns(
         head_dim: the largest of any group.
         itemsize: bytes of an element of what is attended to.
         by_chunk: a chunk's tiles stand together, for kernels that take one chunk after another.
+        most_widened: stretches that keys and values of 8 bits can be widened in at a time; 0: they
+            are not.
     """
     lens = [row.num_tokens for _, row in chunks]
     starts = list(accumulate(lens, initial=num_decode))
     num_real = starts[-1]
     num_tokens = -(-num_real // _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
     block_m = block_m_for(max(lens, default=1), head_dim, itemsize)
+    turns: list[list[int]] = []
+    if most_widened and block_m == WIDE_TOKENS:
+        turns = _turns([row.context_len for _, row in chunks], most_widened)
+        # The kernel that reads 8 bits has been compiled for shorter chunks only.
+        block_m = WIDE_TOKENS if turns else WIDE_TOKENS // 2
     slots_of = np.array([slot for slot, _ in chunks], np.int64)
     positions_of = np.array([row.position for _, row in chunks], np.int64)
     tiles = prefill_tiles(np.array(starts, np.int64), slots_of, positions_of, block_m=block_m)
@@ -148,6 +172,7 @@ def chunk_columns(
     if by_chunk:
         tiles = tiles[np.argsort(np.searchsorted(starts, tiles[:, 0], "right"), kind="stable")]
         places = tuple(_chunks(starts, chunks, block_m))
+    of_turns = [place_in_stretches(tiles, chunks, starts, turn, block_size) for turn in turns]
 
     states = [
         state_tiles(
@@ -158,18 +183,18 @@ def chunk_columns(
         )
         for group in range(num_groups - num_slot_groups, num_groups)
     ]
-    of_states = [part.reshape(-1) for pair in states for part in pair]
+    parts = [part.reshape(-1) for pair in (*of_turns, *states) for part in pair]
 
     num_columns = aligned(num_wanted)
     slots_words = 2 * num_groups * num_tokens
-    num_words = tiles.size + sum(part.size for part in of_states)
+    num_words = tiles.size + sum(part.size for part in parts)
     packed = np.zeros(slots_words + 2 * num_tokens + num_words + 3 * num_columns, np.int32)
     slots = packed[:slots_words].view(np.int64).reshape(num_groups, num_tokens)
     slots[:, :num_decode] = slots[:, num_real:] = -1
     slots[num_groups - num_slot_groups :] = -1
     input_ids, positions = packed[slots_words:][: 2 * num_tokens].reshape(2, num_tokens)
     behind = packed[slots_words + 2 * num_tokens :]
-    behind[:num_words] = np.concatenate((tiles.reshape(-1), *of_states))
+    behind[:num_words] = np.concatenate((tiles.reshape(-1), *parts))
     for (_, row), first, end in zip(chunks, starts[:-1], starts[1:], strict=True):
         assert row.token_ids is not None
         input_ids[first:end] = np.frombuffer(array("i", row.token_ids), np.int32)
@@ -188,6 +213,7 @@ def chunk_columns(
         len(tiles),
         block_m,
         num_groups,
+        tuple((len(of_turn), len(seen)) for of_turn, seen in of_turns),
         places,
         tuple(len(of_tiles) for _, of_tiles in states),
         len(chunks),
@@ -203,6 +229,46 @@ def _chunks(
         end = first_tile - (-row.num_tokens // block_m)
         yield Chunk(first, row.num_tokens, row.context_len, slot, slice(first_tile, end))
         first_tile = end
+
+
+def _turns(num_keys: Sequence[int], most_widened: int) -> list[list[int]]:
+    """Which chunks, that see so many keys, are widened together; none where one is too long for
+    that."""
+    needed = [num_stretches(count) for count in num_keys]
+    if max(needed, default=0) > most_widened:
+        return []
+    turns: list[list[int]] = []
+    taken = most_widened
+    for chunk, count in enumerate(needed):
+        if taken + count > most_widened:
+            turns.append([])
+            taken = 0
+        turns[-1].append(chunk)
+        taken += count
+    return turns
+
+
+def place_in_stretches(
+    tiles: Int32s,
+    chunks: Sequence[tuple[int, BatchRow]],
+    starts: Sequence[int],
+    which: Sequence[int],
+    block_size: int,
+) -> tuple[Int32s, Int32s]:
+    """Where some of the chunks see keys and values that are widened: their tiles, in place of a
+    slot the first of the chunk's blocks, and the stretches.
+
+    `starts`: where the tokens of each chunk begin, and where the last end.
+    """
+    seen, firsts = cut_stretches(
+        [(slot, row.position, row.context_len) for slot, row in map(chunks.__getitem__, which)]
+    )
+    first_blocks = np.full(len(chunks), -1)
+    first_blocks[which] = np.array(firsts) * (STRETCH_TOKENS // block_size)
+    of_tiles = first_blocks[np.searchsorted(starts, tiles[:, 0], "right") - 1]
+    placed = tiles.copy()
+    placed[:, 2] = of_tiles
+    return placed[of_tiles >= 0], seen
 
 
 def slots_of_row(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:

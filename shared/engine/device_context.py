@@ -22,6 +22,7 @@ from baton.shared.engine.device_step import DecodeBuffers
 from baton.shared.engine.executor import ChainShape, Model, Tapped
 from baton.shared.engine.host_buffers import HostBuffers
 from baton.shared.engine.kv_cache import KvCache
+from baton.shared.engine.widened_keys import make_widened_keys
 from baton.shared.kv.cache_spec import Latent, window_of
 
 
@@ -68,6 +69,10 @@ class DeviceContext:
         self.windows = [window_of(group.spec) or 0 for group in kv_cache.groups]
         self.specs = [group.spec for group in kv_cache.groups]
         self.are_latents = [isinstance(spec, Latent) for spec in self.specs]
+        self.widened = make_widened_keys(
+            self.kv, self.windows, self.dtype, longest=max_model_len, most_rows=max_num_seqs
+        )
+        """Room for what prompt chunks see of keys and values in 8 bits."""
         self.sizes = padded_sizes(max_num_seqs)
         """Of decode rows."""
         self.widths = [1, 1 + num_drafts] if num_drafts else [1]

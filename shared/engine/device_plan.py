@@ -24,6 +24,22 @@ class ChunkItems(NamedTuple):
     work: ItemWork
 
 
+class WidenedChunks(NamedTuple):
+    """Chunks whose keys and values are widened from 8 bits first; see float8_widen.py."""
+
+    kv: Tensor
+    """Where to: [blocks, num_kv_heads, 1, 2, block_size, head_dim]"""
+    block_tables: Tensor
+    """int32 [blocks, blocks]: from each block on."""
+    stretches: Tensor
+    """int32 [N, 4]"""
+    tiles: Tensor
+    """int32 [NT, 4], in place of a slot the first of a chunk's blocks in `kv`."""
+    num_stretches: Tensor | None = None
+    num_tiles: Tensor | None = None
+    """int32 [1]: how many of them count; None: all."""
+
+
 class Expansion(NamedTuple):
     """Keys and values of all chunks of a step from a graph, made of latents; see latent_expand.py.
     The chunks' tiles have, in place of a slot, the first of a chunk's blocks among them."""
@@ -72,6 +88,8 @@ class DevicePlan:
     """int32 [1]: how many of the tiles count; None: all."""
     items: ChunkItems | None = None
     """Of chunks whose tokens are in no tile."""
+    widened: tuple[WidenedChunks, ...] = ()
+    """Likewise; some after others, in the same memory."""
     expansion: Expansion | None = None
     """Of a group of latents, in a step from a graph with prompt chunks."""
 

@@ -16,7 +16,7 @@ from baton.shared.engine.decode_steps import DecodeSteps
 from baton.shared.engine.device_columns import ChunkColumns, SentColumns, chunk_columns
 from baton.shared.engine.device_context import DeviceContext, padded
 from baton.shared.engine.device_logprobs import tell_of_prompt
-from baton.shared.engine.device_plan import DevicePlan, GroupPlan
+from baton.shared.engine.device_plan import DevicePlan, GroupPlan, WidenedChunks
 from baton.shared.engine.device_step import Layout, WantedRows
 from baton.shared.engine.logprobs import rows_at_once
 
@@ -175,6 +175,7 @@ class LaunchedSteps:
             head_dim=max((kv.shape[5] for kv in context.kv), default=1),
             itemsize=context.dtype.itemsize,
             by_chunk=any(context.are_latents),
+            most_widened=0 if context.widened is None else context.widened.num_stretches,
         )
         return columns, any(behind for _, _, behind in places)
 
@@ -194,9 +195,9 @@ class LaunchedSteps:
                 block_tables=context.state.block_tables[group],
                 rows=rows,
                 work=work[group],
-                tiles=sent.tiles if columns.num_tiles else None,
                 block_m=columns.block_m,
                 window=context.windows[group],
+                **self._tiles(columns, sent, group),
                 **self._of_chunks(columns, group),
             )
             for group in range(context.num_growing)
@@ -215,6 +216,18 @@ class LaunchedSteps:
             for number, (of_rows, tiles) in enumerate(sent.states)
         ]
         return [*attention, *states]
+
+    def _tiles(self, columns: ChunkColumns, sent: SentColumns, group: int) -> dict[str, Any]:
+        widened = self._context.widened
+        kv = None if widened is None else widened.kv[group]
+        if widened is None or kv is None or not sent.widened:
+            return {"tiles": sent.tiles if columns.num_tiles else None}
+        return {
+            "tiles": None,
+            "widened": tuple(
+                WidenedChunks(kv, widened.block_tables, seen, tiles) for tiles, seen in sent.widened
+            ),
+        }
 
     def _of_chunks(self, columns: ChunkColumns, group: int) -> dict[str, Any]:
         """What a plan says of chunks and padding."""
@@ -269,7 +282,7 @@ class LaunchedSteps:
             work = self.drawn_work[num_rows][group] if num_rows else None
             context.plan_work(wanted.rows, work, wanted.back, drawn)
             alone = replace(plan, rows=wanted.rows, work=work, tiles=None, attended=None)
-            drawn.append(replace(alone, chunks=(), num_padding=0))
+            drawn.append(replace(alone, widened=(), chunks=(), num_padding=0))
         return [*drawn, *plans[len(drawn) :]]
 
     def _attended(self, columns: ChunkColumns, group: int) -> Tensor:

@@ -178,7 +178,7 @@ class ModelRunner:
         self.groups: tuple[CacheGroup, ...] = self.arrangement.groups
         _check_blocks(self.arrangement, config.block_size)
         self._trial = TrialRows(self.arrangement, config.block_size, self.model_config.vocab_size)
-        self._ops = self._operations_of(self.model_config, self.cache_dtype)
+        self._ops = self._operations_of(self.model_config)
 
         weights = find_weights(config, self.model_config)
         plan = self._implementation.plan(weights, self.groups, self._ops, self.dtype)
@@ -390,12 +390,12 @@ class ModelRunner:
         problem = why_not_with_triton(model) if self.kernels == "triton" else None
         if problem is not None:
             raise ModelError(f"draft_model: {self._config.draft_model_dir}: {problem}")
-        return self._operations_of(model, self.dtype)
+        return self._operations_of(model)
 
-    def _operations_of(self, model: ModelConfig, cache_dtype: torch.dtype) -> Operations:
+    def _operations_of(self, model: ModelConfig) -> Operations:
         may_be_native = self._config.kernels == "auto"
         return make_operations(
-            self.kernels, self.device, self.dtype, model, cache_dtype, may_be_native=may_be_native
+            self.kernels, self.device, self.dtype, model, may_be_native=may_be_native
         )
 
     def _choose_pools(self, used_bytes: int, progress: Progress) -> None:

@@ -5,9 +5,13 @@ each begins depends on nothing but the graph that reads them.
     wanted   int32 [Rmax]  tokens whose logits are wanted
     rows     int32 [Rmax]  their slots, −1 = padding
     decode   int32 [Dmax]  slots of the decode rows, −1 = padding
-    counts   int32 [1 + K] how many wide tiles there are, and how many items of each kind
+    counts   int32 [2 + K] how many wide tiles and stretches to be widened there are, and how many
+                           items of each kind
     slots    int64 [G, T]  then input_ids, positions [T], of decode rows filled in on the device
     tiles    int32 [NT, 4] wide tiles
+    widened  int32 [W, 4]  stretches of what their chunks see, where keys and values of 8 bits are
+                           widened first (float8_widen.py): tiles have the first of a chunk's
+                           blocks among them in place of a slot
     items    int32 [N, 9]  of each kind
     latents  int32         tiles [NT, 4] of chunks, and stretches [N, 3] of what they see
                            (latent_expand.py), where keys and values are made of latents
@@ -31,6 +35,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from baton.kernels.float8_widen import STRETCH_FIELDS, num_stretches
 from baton.kernels.prefill_attention import prefill_tiles
 from baton.kernels.prefill_items import ITEM_FIELDS, cut_items, most_items
 from baton.kernels.state_plan import (
@@ -43,7 +48,7 @@ from baton.kernels.state_plan import (
 )
 from baton.shared.engine.batch import BatchRow, kept_states
 from baton.shared.engine.batch_state import aligned
-from baton.shared.engine.device_columns import slots_of_row
+from baton.shared.engine.device_columns import WIDE_TOKENS, place_in_stretches, slots_of_row
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -51,8 +56,6 @@ Int32s = npt.NDArray[np.int32]
 MOST_UPDATES = 1024
 """Of a step from a graph: a new sequence brings its block table."""
 _STRETCH_FIELDS = 3
-WIDE_TOKENS = 128
-"""Of a wide tile."""
 _FEW_TOKENS, _MANY_KEYS = 128, 1024
 """Chunks of at most so many tokens that see more keys than that are cut into items beside wide
 tiles, too: one alone would keep its programs when all others are done."""
@@ -99,6 +102,7 @@ class PromptViews(NamedTuple):
     input_ids: Tensor
     positions: Tensor
     tiles: Tensor
+    widened: Tensor
     items: list[Tensor]
     latent_tiles: Tensor
     stretches: Tensor
@@ -123,6 +127,8 @@ class PromptLayout:
     """States of chunks that are kept."""
     stretches: Stretches | None = None
     """Of groups of latents, if there are any."""
+    most_widened: int = 0
+    """Stretches that there is room for; 0: nothing is widened."""
 
     @property
     def most_tiles(self) -> int:
@@ -137,9 +143,10 @@ class PromptLayout:
         """Where each column is; all begin at 16 bytes, for kernels are compiled for that."""
         sizes = [
             2 * MOST_UPDATES,
-            *(self.most_wanted, self.most_wanted, self.most_decode, 1 + len(self.kinds)),
+            *(self.most_wanted, self.most_wanted, self.most_decode, 2 + len(self.kinds)),
             *(2 * self.num_groups * self.num_tokens, self.num_tokens, self.num_tokens),
             4 * self.most_tiles,
+            STRETCH_FIELDS * self.most_widened,
             *(ITEM_FIELDS * self._most_items(kind) for kind in self.kinds),
             4 * self._most_latent_tiles,
             0 if self.stretches is None else _STRETCH_FIELDS * self.stretches.most,
@@ -169,6 +176,13 @@ class PromptLayout:
             return False
         if self.num_slot_groups and sum(len(row.keeps) for row in chunks) > self.most_kept:
             return False
+        if self.most_widened:
+            ends = [
+                row.context_len
+                for row in chunks
+                if not _is_few_behind_many(row.num_tokens, row.context_len)
+            ]
+            return sum(map(num_stretches, ends)) <= self.most_widened
         if self.stretches is None:
             return True
         if not self.stretches.takes_few and any(
@@ -180,7 +194,8 @@ class PromptLayout:
     def views(self, words: Tensor) -> PromptViews:
         """words: int32 [≥ num_words], on the device."""
         parts = [words[column] for column in self._columns]
-        updates, wanted, rows, decode, counts, slots, input_ids, positions, tiles, *lists = parts
+        updates, wanted, rows, decode, counts, slots, input_ids, positions, *lists = parts
+        tiles, widened, *lists = lists
         items, lists = lists[: len(self.kinds)], lists[len(self.kinds) :]
         latent_tiles, stretches, *states = lists
         num_stretches = 0 if self.stretches is None else self.stretches.most
@@ -195,6 +210,7 @@ class PromptLayout:
             input_ids[: self.num_tokens],
             positions[: self.num_tokens],
             tiles.view(-1, 4)[: self.most_tiles],
+            widened.view(-1, STRETCH_FIELDS),
             [
                 each[: ITEM_FIELDS * self._most_items(kind)].view(-1, ITEM_FIELDS)
                 for each, kind in zip(items, self.kinds, strict=True)
@@ -226,7 +242,7 @@ class PromptLayout:
         packed = np.zeros(self.num_words, np.int32)
         columns = [packed[column] for column in self._columns]
         of_updates, of_wanted, of_rows, of_decode, counts, *columns = columns
-        slots_words, input_ids, positions, tiles, *lists = columns
+        slots_words, input_ids, positions, tiles, widened, *lists = columns
         item_columns, lists = lists[: len(self.kinds)], lists[len(self.kinds) :]
         latent_tiles, stretches, *state_columns = lists
         of_updates[:] = -1
@@ -250,6 +266,11 @@ class PromptLayout:
         cut = _Cut(chunks, starts)
         if any(kind.has_wide for kind in self.kinds):
             own = cut.tiles(WIDE_TOKENS, cut.is_wide)
+            if self.most_widened:
+                wide_ones = np.flatnonzero(cut.is_wide).tolist()
+                own, seen = place_in_stretches(own, chunks, starts, wide_ones, block_size)
+                widened[: seen.size] = seen.reshape(-1)
+                counts[1] = len(seen)
             tiles[: own.size] = own.reshape(-1)
             counts[0] = len(own)
         for number, (kind, column) in enumerate(zip(self.kinds, item_columns, strict=True)):
@@ -263,7 +284,7 @@ class PromptLayout:
                 window=kind.window,
             )
             column[: items.size] = items.reshape(-1)
-            counts[1 + number] = len(items)
+            counts[2 + number] = len(items)
         if self.stretches is not None:
             own, needed = self._cut_latents(self.stretches, chunks, starts, block_size)
             latent_tiles[: own.size] = own.reshape(-1)

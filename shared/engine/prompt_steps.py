@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +32,14 @@ from baton.kernels.split_prefill_attention import ItemConfig, ItemWork, item_con
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine.batch import Batch
 from baton.shared.engine.batch_state import aligned
+from baton.shared.engine.device_columns import WIDE_TOKENS
 from baton.shared.engine.device_context import DeviceContext, padded
-from baton.shared.engine.device_plan import ChunkItems, DevicePlan, Expansion
+from baton.shared.engine.device_plan import ChunkItems, DevicePlan, Expansion, WidenedChunks
 from baton.shared.engine.device_step import Layout
 from baton.shared.engine.executor import Halfway, HalvesModel, Taps
 from baton.shared.engine.graphs import Graph, Graphs
 from baton.shared.engine.prompt_columns import (
     MOST_UPDATES,
-    WIDE_TOKENS,
     ItemKind,
     PromptLayout,
     PromptViews,
@@ -366,6 +367,9 @@ class PromptSteps:
             num_slot_groups=context.num_slot_groups,
             most_kept=most_kept,
             stretches=self._stretches(num_tokens),
+            most_widened=0
+            if context.widened is None or num_tokens <= _ITEMS_ONLY
+            else context.widened.num_stretches,
         )
 
     def _stretches(self, num_tokens: int) -> Stretches | None:
@@ -384,10 +388,16 @@ class PromptSteps:
 
     def _kind(self, num_tokens: int, group: int) -> ItemKind:
         work, window = self._work_of(group), self._context.windows[group]
-        kv, itemsize = self._context.kv[group], self._context.dtype.itemsize
-        has_wide = num_tokens > _ITEMS_ONLY and is_wide(kv, window, itemsize)
+        has_wide = num_tokens > _ITEMS_ONLY and self._is_wide(group)
         config = work.config
         return ItemKind(config.block_m, config.block_n, work.most_cuts, window, has_wide)
+
+    def _is_wide(self, group: int) -> bool:
+        context = self._context
+        if context.widened is not None:
+            # Tiles name places of what is widened, and no slots, for all groups.
+            return context.widened.kv[group] is not None
+        return is_wide(context.kv[group], context.windows[group], context.dtype.itemsize)
 
     def _work_of(self, group: int) -> ItemWork:
         context, kv = self._context, self._context.kv[group]
@@ -426,15 +436,14 @@ class PromptSteps:
                     block_tables=context.state.block_tables[group],
                     rows=views.decode[:num_decode] if num_decode else None,
                     work=self._decode_work[num_decode][group] if num_decode else None,
-                    tiles=views.tiles if kind.has_wide else None,
                     block_m=WIDE_TOKENS,
                     window=context.windows[group],
-                    num_tiles=views.counts[:1],
                     items=ChunkItems(
                         views.items[number],
-                        views.counts[1 + number :][:1],
+                        views.counts[2 + number :][:1],
                         self._work_of(group),
                     ),
+                    **self._wide_tiles(views, kind, group),
                 )
             )
         states = [
@@ -445,6 +454,20 @@ class PromptSteps:
         ]
         head_dims = [kv.shape[5] for kv in context.kv]
         return _Step(layout, views, num_decode, plans, head_dims, states)
+
+    def _wide_tiles(self, views: PromptViews, kind: ItemKind, group: int) -> dict[str, Any]:
+        num_tiles, num_stretches = views.counts[:1], views.counts[1:2]
+        if not kind.has_wide:
+            return {"tiles": None}
+        widened = self._context.widened
+        if widened is None:
+            return {"tiles": views.tiles, "num_tiles": num_tiles}
+        kv = widened.kv[group]
+        assert kv is not None
+        chunks = WidenedChunks(
+            kv, widened.block_tables, views.widened, views.tiles, num_stretches, num_tiles
+        )
+        return {"tiles": None, "widened": (chunks,)}
 
     def _plan_of_latents(
         self, layout: PromptLayout, views: PromptViews, num_decode: int, group: int

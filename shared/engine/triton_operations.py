@@ -22,6 +22,7 @@ from baton.kernels import (
 from baton.kernels import experts as experts_kernels
 from baton.kernels.decode_attention import paged_decode_attention
 from baton.kernels.experts import ExpertWeights
+from baton.kernels.float8_widen import widen_stretches
 from baton.kernels.gated_delta import gated_delta
 from baton.kernels.gated_mul import gated_mul
 from baton.kernels.kv_store import store_kv
@@ -484,6 +485,31 @@ class TritonOperations:
                 sinks=sinks,
                 out=out,
                 num_tiles=plan.num_tiles,
+            )
+        for chunks in plan.widened:
+            widen_stretches(
+                kv,
+                layer,
+                plan.block_tables,
+                chunks.stretches,
+                chunks.kv,
+                window=plan.window,
+                counted=chunks.num_stretches,
+                pdl=self._overlaps,
+            )
+            paged_prefill_attention(
+                query,
+                chunks.kv,
+                0,
+                chunks.tiles,
+                chunks.block_tables,
+                scale,
+                block_m=plan.block_m,
+                window=plan.window,
+                soft_cap=cap,
+                sinks=sinks,
+                out=out,
+                num_tiles=chunks.num_tiles,
             )
         if plan.items is not None:
             split_prefill_attention(

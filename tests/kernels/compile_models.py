@@ -25,6 +25,7 @@ from torch import Tensor
 
 from baton.kernels import (
     decode_attention,
+    float8_widen,
     hopper_prefill_attention,
     prefill_attention,
     skinny_linear,
@@ -39,7 +40,8 @@ from baton.kernels.reference_float8 import codes_of
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
 from baton.kernels.split_prefill_attention import item_config, make_item_work
 from baton.shared.engine.config import KV_CACHE_DTYPES
-from baton.shared.engine.device_plan import ChunkItems, DevicePlan, Rope
+from baton.shared.engine.device_columns import WIDE_TOKENS
+from baton.shared.engine.device_plan import ChunkItems, DevicePlan, Rope, WidenedChunks
 from baton.shared.engine.experts import Experts
 from baton.shared.engine.linear import Linear
 from baton.shared.engine.operations import Norm
@@ -135,6 +137,7 @@ def compile_layer(
         module.shared_bytes = lambda _: limit  # type: ignore[attr-defined]
     hopper_prefill_attention._processors = lambda _: 132 if capability == 90 else 0  # type: ignore[assignment]
     split_prefill_attention._num_programs = lambda _: 264  # type: ignore[assignment]
+    float8_widen._num_programs = lambda _: 1056  # type: ignore[assignment]
     ops = TritonOperations(overlaps=capability >= 90)
     with recording(capability) as kernels:
         for num_rows in rows:
@@ -244,7 +247,16 @@ def _plan(
         block_m=block_m,
         window=shape.window,
         items=_items(shape, dtype, is_float8=is_float8) if chunk else None,
+        widened=_widened(shape, dtype) if is_float8 and block_m == WIDE_TOKENS else (),
     )
+
+
+def _widened(shape: Shape, dtype: torch.dtype) -> tuple[WidenedChunks]:
+    """As of a step from a graph."""
+    kv = empty(16, shape.num_kv_heads, 1, 2, 16, shape.head_dim, dtype=dtype)
+    counts = empty(1, dtype=torch.int32), empty(1, dtype=torch.int32)
+    lists = (empty(sizes, 4, dtype=torch.int32) for sizes in (2, 4))
+    return (WidenedChunks(kv, empty(16, 16, dtype=torch.int32), *lists, *counts),)
 
 
 def _items(shape: Shape, dtype: torch.dtype, *, is_float8: bool) -> ChunkItems:

@@ -131,9 +131,7 @@ def test_prompts_that_take_the_slower_form_are_named(
         (tmp_path / "config.json").write_text(json.dumps(fields))
         _, config = load_model_config(tmp_path)
         caplog.clear()
-        device_choices.make_operations(
-            "triton", torch.device("cpu"), torch.bfloat16, config, torch.bfloat16
-        )
+        device_choices.make_operations("triton", torch.device("cpu"), torch.bfloat16, config)
         warned = "slower form of latent attention" in caplog.text
         assert warned == bool(reason)
         assert device_choices.why_not_expanded(config).startswith(reason)
