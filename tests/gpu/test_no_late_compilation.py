@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from baton.shared.engine import widened_keys
 from baton.shared.engine.batch import Batch, BatchRow, WantedLogprobs
 from baton.shared.engine.config import EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
@@ -57,6 +58,9 @@ TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "deepseek_v3", "as they come",
         {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
     ),
+    "windows, 8 bits": ("mistral", "windowed", {"head_dim": 64}),
+    "8 bits, little room": ("gpt_oss", "as they come", {"head_dim": 64}),
+    "8 bits, drafts": ("gemma3_text", "five to one", {"head_dim": 256}),
 }  # fmt: skip
 """Models of which kernels have not seen the like in the demo: type and case of tiny_models.py, and
 what is changed of it."""
@@ -71,19 +75,23 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         fields = {**TINY_MODELS[model_type][case], "max_position_embeddings": 4096, **changes}
         make_tiny(model_dir, model_type, fields, is_calm=True)
     forget_kernels()
-    return ModelRunner(
-        EngineConfig(
-            model_dir,
-            "cuda",
-            "float32" if request.param == "float32" else "bfloat16",
-            kernels="triton",
-            num_blocks=NUM_BLOCKS,
-            max_num_seqs=MAX_NUM_SEQS,
-            token_budget=MAX_CHUNK,
-            num_drafts=3 if request.param.endswith("drafts") else 0,
-            state_checkpoints=8,
+    with pytest.MonkeyPatch.context() as patch:
+        if "little room" in request.param:
+            patch.setattr(widened_keys, "_MOST_BYTES", 2**18)
+        return ModelRunner(
+            EngineConfig(
+                model_dir,
+                "cuda",
+                "float32" if request.param == "float32" else "bfloat16",
+                kernels="triton",
+                num_blocks=NUM_BLOCKS,
+                max_num_seqs=MAX_NUM_SEQS,
+                token_budget=MAX_CHUNK,
+                num_drafts=3 if request.param.endswith("drafts") else 0,
+                kv_cache_dtype="fp8" if "8 bits" in request.param else "auto",
+                state_checkpoints=8,
+            )
         )
-    )
 
 
 def forget_kernels() -> None:

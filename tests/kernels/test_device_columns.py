@@ -63,6 +63,46 @@ def test_every_token_has_its_place(seed: int) -> None:
     assert sorted(in_tiles) == covered
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_widened(seed: int) -> None:
+    """Every key that a token sees is at its place among the blocks of one turn, and there is room
+    for a turn; where a chunk sees more than that, nothing is widened."""
+    rng = random.Random(seed)
+    chunks = [(slot, _chunk(rng, 1)) for slot in range(50, 51 + rng.randrange(5))]
+    needed = [-(-row.context_len // 128) for _, row in chunks]
+    most = rng.randint(1, 6)
+    columns = chunk_columns(
+        3, chunks, [], 0, num_groups=1, block_size=BLOCK_SIZE, head_dim=64, itemsize=2,
+        most_widened=most,
+    )  # fmt: skip
+    longest = max(row.num_tokens for _, row in chunks)
+    sent = columns.unpack(torch.from_numpy(columns.packed))
+    if longest <= 64 or max(needed) > most:
+        assert not sent.widened and columns.block_m == (64 if longest > 32 else 16)
+        return
+    assert columns.block_m == 128
+    tokens = ((slot, row) for slot, row in chunks for _ in range(row.num_tokens))
+    owner = dict(enumerate(tokens, 3))
+    seen = []
+    for tiles, stretches in sent.widened:
+        assert tiles.data_ptr() % 16 == stretches.data_ptr() % 16 == 0
+        assert 0 < len(stretches) <= most
+        for first, count, first_block, position in tiles.tolist():
+            places = range(first_block * BLOCK_SIZE, first_block * BLOCK_SIZE + position + count)
+            own, row = owner[first]
+            for key, place in enumerate(places):
+                slot, first_key, end, first_position = stretches[place // 128].tolist()
+                assert (slot, first_key + place % 128) == (own, key)
+                assert (first_position, end) == (row.position, row.context_len)
+            seen += [(first + offset, position + offset) for offset in range(count)]
+    in_tiles = [
+        (first + offset, position + offset)
+        for first, count, _, position in sent.tiles.tolist()
+        for offset in range(count)
+    ]
+    assert sorted(seen) == sorted(in_tiles)
+
+
 def test_columns_begin_at_16_bytes() -> None:
     """Kernels are compiled for aligned pointers."""
     rng = random.Random(1)

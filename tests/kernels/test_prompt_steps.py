@@ -71,9 +71,11 @@ class Answer:
     ) -> None:
         self.prompt = tokens(length, number)
         self.sampling = sampling
+        # Groups may share a pool.
+        firsts = [5 * number + 20 * place for place in range(len(reference.groups))]
         self.table = [
-            list(range(5 * number, 5 * number + 5)) if group.spec.grows else [number]
-            for group in reference.groups
+            list(range(first, first + 5)) if group.spec.grows else [number]
+            for group, first in zip(reference.groups, firsts, strict=True)
         ]
         self.expected: list[Drawn] = []
         self.handle: RowHandle | None = None
