@@ -202,7 +202,7 @@ def test_keys_and_values_in_8_bits(
     if model_type == "gemma3_text":
         fields["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
     make_tiny(tmp_path, model_type, fields, std=0.1)
-    num_kv_heads = fields.get("num_key_value_heads", SIZES["num_key_value_heads"])
+    num_kv_heads = int({**SIZES, **fields}["num_key_value_heads"])
     monkeypatch.setattr(widened_keys, "_MOST_BYTES", most_tokens * 2 * num_kv_heads * 64 * 2)
     how: dict[str, Any] = {"num_blocks": 1000, "token_budget": 2048, "kv_cache_dtype": "fp8"}
     captured, launched = (

@@ -254,9 +254,10 @@ def _plan(
 def _widened(shape: Shape, dtype: torch.dtype) -> tuple[WidenedChunks]:
     """As of a step from a graph."""
     kv = empty(16, shape.num_kv_heads, 1, 2, 16, shape.head_dim, dtype=dtype)
-    counts = empty(1, dtype=torch.int32), empty(1, dtype=torch.int32)
-    lists = (empty(sizes, 4, dtype=torch.int32) for sizes in (2, 4))
-    return (WidenedChunks(kv, empty(16, 16, dtype=torch.int32), *lists, *counts),)
+    tables, stretches, tiles, *counts = (
+        empty(*sizes, dtype=torch.int32) for sizes in ((16, 16), (2, 4), (4, 4), (1,), (1,))
+    )
+    return (WidenedChunks(kv, tables, stretches, tiles, counts[0], counts[1]),)
 
 
 def _items(shape: Shape, dtype: torch.dtype, *, is_float8: bool) -> ChunkItems:

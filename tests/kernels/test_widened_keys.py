@@ -12,6 +12,7 @@ import torch
 
 from baton.kernels import reference_float8
 from baton.kernels.float8_jit import is_float8
+from baton.kernels.float8_widen import widen_stretches
 from baton.shared.engine import (
     device_columns,
     prompt_columns,
@@ -47,13 +48,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def widening(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As if there were the kernel for it; tells how many stretches each launch has room for."""
     launches: list[int] = []
-    widen = triton_operations.widen_stretches
 
     def spy(kv: Any, layer: int, tables: Any, stretches: Any, out: Any, **how: Any) -> Any:
         # What is left of another layer, or another turn, is not taken for this one's.
         out.fill_(float("nan"))
         launches.append(len(stretches))
-        return widen(kv, layer, tables, stretches, out, **how)
+        return widen_stretches(kv, layer, tables, stretches, out, **how)
 
     monkeypatch.setattr(triton_operations, "widen_stretches", spy)
     monkeypatch.setattr(widened_keys, "widens", lambda kv, dtype, window: is_float8(kv))
@@ -156,7 +156,8 @@ def test_steps_from_graphs(
         took(step, runner.launch(Batch([row for _, row in step])))
     counts = runner.num_prompt_steps
     assert (counts.captured, counts.launched) == (6, 0)
-    assert not widening or set(widening) == {3}
+    # What was captured on a GPU is not launched again.
+    assert set(widening) == ({3} if device.type == "cpu" else set())
     for answer in (a, b, c, d):
         assert answer.drawn == answer.expected[: len(answer.drawn)] and answer.drawn
     many = [BatchRow(tokens(2, number), 0, [[40 + number], [50 + number]]) for number in range(4)]
