@@ -18,7 +18,8 @@ from baton.kernels.prefill_attention import paged_prefill_attention, prefill_til
 from baton.kernels.reference_float8 import STRETCH_TOKENS
 from baton.shared.engine.batch import BatchRow
 from baton.shared.engine.device_columns import place_in_stretches
-from baton.shared.engine.triton_operations import DevicePlan, TritonOperations, WidenedChunks
+from baton.shared.engine.device_plan import DevicePlan, WidenedChunks
+from baton.shared.engine.triton_operations import TritonOperations
 from tests.kernels.float8_pools import numbers_of, quantised_pool
 from tests.kernels.prefill_cases import Check, PrefillCase, make_case
 
