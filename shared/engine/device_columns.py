@@ -172,7 +172,7 @@ def chunk_columns(
     if by_chunk:
         tiles = tiles[np.argsort(np.searchsorted(starts, tiles[:, 0], "right"), kind="stable")]
         places = tuple(_chunks(starts, chunks, block_m))
-    of_turns = [place_in_stretches(tiles, chunks, starts, turn, block_size) for turn in turns]
+    of_turns = [_in_turn(turn, tiles, chunks, starts, block_size) for turn in turns]
 
     states = [
         state_tiles(
@@ -248,27 +248,33 @@ def _turns(num_keys: Sequence[int], most_widened: int) -> list[list[int]]:
     return turns
 
 
-def place_in_stretches(
+def _in_turn(
+    turn: Sequence[int],
     tiles: Int32s,
     chunks: Sequence[tuple[int, BatchRow]],
     starts: Sequence[int],
-    which: Sequence[int],
     block_size: int,
 ) -> tuple[Int32s, Int32s]:
-    """Where some of the chunks see keys and values that are widened: their tiles, in place of a
-    slot the first of the chunk's blocks, and the stretches.
+    """Those tiles that are of the turn's chunks, and the stretches that it widens.
 
     `starts`: where the tokens of each chunk begin, and where the last end.
     """
-    seen, firsts = cut_stretches(
-        [(slot, row.position, row.context_len) for slot, row in map(chunks.__getitem__, which)]
-    )
+    seen, places = place_in_stretches([chunks[i] for i in turn], block_size)
     first_blocks = np.full(len(chunks), -1)
-    first_blocks[which] = np.array(firsts) * (STRETCH_TOKENS // block_size)
-    of_tiles = first_blocks[np.searchsorted(starts, tiles[:, 0], "right") - 1]
+    first_blocks[turn] = places
     placed = tiles.copy()
-    placed[:, 2] = of_tiles
-    return placed[of_tiles >= 0], seen
+    placed[:, 2] = first_blocks[np.searchsorted(starts, tiles[:, 0], "right") - 1]
+    return placed[placed[:, 2] >= 0], seen
+
+
+def place_in_stretches(
+    chunks: Sequence[tuple[int, BatchRow]], block_size: int
+) -> tuple[Int32s, npt.NDArray[np.int64]]:
+    """Where chunks see keys and values that are widened: the stretches, int32 [W, 4], and of each
+    chunk the first of its blocks, which its tiles have in place of a slot."""
+    rows = [(slot, row.position, row.context_len) for slot, row in chunks]
+    stretches, firsts = cut_stretches(rows)
+    return stretches, np.array(firsts, np.int64) * (STRETCH_TOKENS // block_size)
 
 
 def slots_of_row(row: BatchRow, group: int, block_size: int) -> npt.NDArray[np.int64]:

@@ -33,11 +33,12 @@ class WidenedChunks(NamedTuple):
     """int32 [blocks, blocks]: from each block on."""
     stretches: Tensor
     """int32 [N, 4]"""
-    tiles: Tensor
-    """int32 [NT, 4], in place of a slot the first of a chunk's blocks in `kv`."""
     num_stretches: Tensor | None = None
-    num_tiles: Tensor | None = None
     """int32 [1]: how many of them count; None: all."""
+    tiles: Tensor | None = None
+    num_tiles: Tensor | None = None
+    items: ChunkItems | None = None
+    """As of a plan, in place of a slot the first of a chunk's blocks in `kv`."""
 
 
 class Expansion(NamedTuple):
@@ -89,7 +90,7 @@ class DevicePlan:
     items: ChunkItems | None = None
     """Of chunks whose tokens are in no tile."""
     widened: tuple[WidenedChunks, ...] = ()
-    """Likewise; some after others, in the same memory."""
+    """Chunks that are in none of the lists above; some after others, in the same memory."""
     expansion: Expansion | None = None
     """Of a group of latents, in a step from a graph with prompt chunks."""
 

@@ -225,7 +225,8 @@ class LaunchedSteps:
         return {
             "tiles": None,
             "widened": tuple(
-                WidenedChunks(kv, widened.block_tables, seen, tiles) for tiles, seen in sent.widened
+                WidenedChunks(kv, widened.block_tables, seen, tiles=tiles)
+                for tiles, seen in sent.widened
             ),
         }
 

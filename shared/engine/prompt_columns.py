@@ -9,8 +9,8 @@ each begins depends on nothing but the graph that reads them.
                            items of each kind
     slots    int64 [G, T]  then input_ids, positions [T], of decode rows filled in on the device
     tiles    int32 [NT, 4] wide tiles
-    widened  int32 [W, 4]  stretches of what their chunks see, where keys and values of 8 bits are
-                           widened first (float8_widen.py): tiles have the first of a chunk's
+    widened  int32 [W, 4]  stretches of what chunks see, where keys and values of 8 bits are widened
+                           first (float8_widen.py): tiles and items have the first of a chunk's
                            blocks among them in place of a slot
     items    int32 [N, 9]  of each kind
     latents  int32         tiles [NT, 4] of chunks, and stretches [N, 3] of what they see
@@ -71,6 +71,8 @@ class ItemKind:
     window: int
     has_wide: bool
     """Wide tiles take what is not few tokens behind many."""
+    is_widened: bool
+    """Of what chunks see; wide tiles are of such groups only, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +179,7 @@ class PromptLayout:
         if self.num_slot_groups and sum(len(row.keeps) for row in chunks) > self.most_kept:
             return False
         if self.most_widened:
-            ends = [
-                row.context_len
-                for row in chunks
-                if not _is_few_behind_many(row.num_tokens, row.context_len)
-            ]
-            return sum(map(num_stretches, ends)) <= self.most_widened
+            return sum(num_stretches(row.context_len) for row in chunks) <= self.most_widened
         if self.stretches is None:
             return True
         if not self.stretches.takes_few and any(
@@ -264,13 +261,13 @@ class PromptLayout:
             for group in range(self.num_groups - self.num_slot_groups):
                 slots[group, first:end] = slots_of_row(row, group, block_size)
         cut = _Cut(chunks, starts)
+        first_blocks = cut.slots
+        if self.most_widened:
+            seen, first_blocks = place_in_stretches(chunks, block_size)
+            widened[: seen.size] = seen.reshape(-1)
+            counts[1] = len(seen)
         if any(kind.has_wide for kind in self.kinds):
-            own = cut.tiles(WIDE_TOKENS, cut.is_wide)
-            if self.most_widened:
-                wide_ones = np.flatnonzero(cut.is_wide).tolist()
-                own, seen = place_in_stretches(own, chunks, starts, wide_ones, block_size)
-                widened[: seen.size] = seen.reshape(-1)
-                counts[1] = len(seen)
+            own = cut.tiles(WIDE_TOKENS, cut.is_wide, first_blocks)
             tiles[: own.size] = own.reshape(-1)
             counts[0] = len(own)
         for number, (kind, column) in enumerate(zip(self.kinds, item_columns, strict=True)):
@@ -278,7 +275,7 @@ class PromptLayout:
             if not which.any():
                 continue
             items = cut_items(
-                cut.tiles(kind.block_m, which),
+                cut.tiles(kind.block_m, which, first_blocks if kind.is_widened else cut.slots),
                 block_n=kind.block_n,
                 most_cuts=kind.most_cuts,
                 window=kind.window,
@@ -349,14 +346,14 @@ class _Cut:
 
     def __init__(self, chunks: Sequence[tuple[int, BatchRow]], starts: Sequence[int]) -> None:
         """`starts`: where the tokens of each begin, and where the last end."""
-        self._slots = np.array([slot for slot, _ in chunks], np.int64)
+        self.slots = np.array([slot for slot, _ in chunks], np.int64)
         self._positions = np.array([row.position for _, row in chunks], np.int64)
         self._starts = np.array(starts, np.int64)
         counts = np.diff(self._starts)
         self.is_wide = ~_is_few_behind_many(counts, self._positions + counts)
 
-    def tiles(self, block_m: int, which: npt.NDArray[np.bool_]) -> Int32s:
-        """Of some of the chunks."""
-        tiles = prefill_tiles(self._starts, self._slots, self._positions, block_m=block_m)
+    def tiles(self, block_m: int, which: npt.NDArray[np.bool_], places: Ints) -> Int32s:
+        """Of some of the chunks; `places`: the slot of each, or what is to be in place of it."""
+        tiles = prefill_tiles(self._starts, places, self._positions, block_m=block_m)
         row = np.searchsorted(self._starts, tiles[:, 0], "right") - 1
         return tiles[which[row]]

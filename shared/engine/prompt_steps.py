@@ -367,9 +367,7 @@ class PromptSteps:
             num_slot_groups=context.num_slot_groups,
             most_kept=most_kept,
             stretches=self._stretches(num_tokens),
-            most_widened=0
-            if context.widened is None or num_tokens <= _ITEMS_ONLY
-            else context.widened.num_stretches,
+            most_widened=0 if context.widened is None else context.widened.num_stretches,
         )
 
     def _stretches(self, num_tokens: int) -> Stretches | None:
@@ -390,14 +388,22 @@ class PromptSteps:
         work, window = self._work_of(group), self._context.windows[group]
         has_wide = num_tokens > _ITEMS_ONLY and self._is_wide(group)
         config = work.config
-        return ItemKind(config.block_m, config.block_n, work.most_cuts, window, has_wide)
+        is_widened = self._room_of(group) is not None
+        return ItemKind(
+            config.block_m, config.block_n, work.most_cuts, window, has_wide, is_widened
+        )
 
     def _is_wide(self, group: int) -> bool:
         context = self._context
         if context.widened is not None:
             # Tiles name places of what is widened, and no slots, for all groups.
-            return context.widened.kv[group] is not None
+            return self._room_of(group) is not None
         return is_wide(context.kv[group], context.windows[group], context.dtype.itemsize)
+
+    def _room_of(self, group: int) -> Tensor | None:
+        """Where what the group's chunks see is widened."""
+        widened = self._context.widened
+        return None if widened is None else widened.kv[group]
 
     def _work_of(self, group: int) -> ItemWork:
         context, kv = self._context, self._context.kv[group]
@@ -408,7 +414,7 @@ class PromptSteps:
             head_dim,
             context.dtype.itemsize,
             context.device,
-            is_float8=is_float8(kv),
+            is_float8=is_float8(kv) and self._room_of(group) is None,
         )
         key = (config, head_dim)
         if key not in self._item_work:
@@ -418,7 +424,7 @@ class PromptSteps:
         return self._item_work[key]
 
     def _make_step(self, layout: PromptLayout, num_decode: int) -> _Step:
-        context, size = self._context, layout.num_tokens
+        context = self._context
         views = layout.views(self._arena)
         if num_decode and num_decode not in self._decode_work:
             self._decode_work[num_decode] = context.make_work(num_decode)
@@ -427,8 +433,6 @@ class PromptSteps:
             if context.are_latents[group]:
                 plans.append(self._plan_of_latents(layout, views, num_decode, group))
                 continue
-            kind = self._kind(size, group)
-            number = layout.kinds.index(kind)
             plans.append(
                 DevicePlan(
                     slots=views.slots[group],
@@ -438,12 +442,7 @@ class PromptSteps:
                     work=self._decode_work[num_decode][group] if num_decode else None,
                     block_m=WIDE_TOKENS,
                     window=context.windows[group],
-                    items=ChunkItems(
-                        views.items[number],
-                        views.counts[2 + number :][:1],
-                        self._work_of(group),
-                    ),
-                    **self._wide_tiles(views, kind, group),
+                    **self._chunks(layout, views, group),
                 )
             )
         states = [
@@ -455,18 +454,21 @@ class PromptSteps:
         head_dims = [kv.shape[5] for kv in context.kv]
         return _Step(layout, views, num_decode, plans, head_dims, states)
 
-    def _wide_tiles(self, views: PromptViews, kind: ItemKind, group: int) -> dict[str, Any]:
-        num_tiles, num_stretches = views.counts[:1], views.counts[1:2]
-        if not kind.has_wide:
-            return {"tiles": None}
-        widened = self._context.widened
-        if widened is None:
-            return {"tiles": views.tiles, "num_tiles": num_tiles}
-        kv = widened.kv[group]
-        assert kv is not None
-        chunks = WidenedChunks(
-            kv, widened.block_tables, views.widened, views.tiles, num_stretches, num_tiles
-        )
+    def _chunks(self, layout: PromptLayout, views: PromptViews, group: int) -> dict[str, Any]:
+        """What a plan says of chunks, that of latents aside."""
+        kind = self._kind(layout.num_tokens, group)
+        number = layout.kinds.index(kind)
+        num_items = views.counts[2 + number :][:1]
+        lists: dict[str, Any] = {
+            "tiles": views.tiles if kind.has_wide else None,
+            "num_tiles": views.counts[:1],
+            "items": ChunkItems(views.items[number], num_items, self._work_of(group)),
+        }
+        widened, kv = self._context.widened, self._room_of(group)
+        if widened is None or kv is None:
+            return lists
+        tables, num_stretches = widened.block_tables, views.counts[1:2]
+        chunks = WidenedChunks(kv, tables, views.widened, num_stretches, **lists)
         return {"tiles": None, "widened": (chunks,)}
 
     def _plan_of_latents(

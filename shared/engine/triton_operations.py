@@ -7,6 +7,7 @@ faster than cuBLAS; there the norm before and the activation or residual behind 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ from baton.kernels.soft_cap import soft_cap
 from baton.kernels.split_prefill_attention import split_prefill_attention
 from baton.kernels.state_plan import DeviceStatePlan
 from baton.shared.engine import device_latents
-from baton.shared.engine.device_plan import DevicePlan, Rope
+from baton.shared.engine.device_plan import DevicePlan, Rope, WidenedChunks
 from baton.shared.engine.experts import Experts, ExpertsSpec, read_experts
 from baton.shared.engine.linear import (
     Linear,
@@ -471,63 +472,66 @@ class TritonOperations:
                 out=out[:num_decode],
                 pdl=self._overlaps,
             )
-        if plan.tiles is not None:
-            paged_prefill_attention(
-                query,
-                kv,
-                layer,
-                plan.tiles,
-                plan.block_tables,
-                scale,
-                block_m=plan.block_m,
-                window=plan.window,
-                soft_cap=cap,
-                sinks=sinks,
-                out=out,
-                num_tiles=plan.num_tiles,
-            )
+        how: dict[str, Any] = {
+            "window": plan.window,
+            "soft_cap": cap,
+            "sinks": sinks,
+            "out": out,
+        }
+        tables, block_m = plan.block_tables, plan.block_m
+        self._attend_chunks(query, kv, layer, tables, plan, scale, block_m, how)
         for chunks in plan.widened:
             widen_stretches(
                 kv,
                 layer,
-                plan.block_tables,
+                tables,
                 chunks.stretches,
                 chunks.kv,
                 window=plan.window,
                 counted=chunks.num_stretches,
                 pdl=self._overlaps,
             )
+            wide, own = chunks.kv, chunks.block_tables
+            self._attend_chunks(query, wide, 0, own, chunks, scale, block_m, how)
+        return out
+
+    def _attend_chunks(
+        self,
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        block_tables: Tensor,
+        chunks: DevicePlan | WidenedChunks,
+        scale: float,
+        block_m: int,
+        how: dict[str, Any],
+    ) -> None:
+        """Those in lists of tiles and items."""
+        if chunks.tiles is not None:
             paged_prefill_attention(
                 query,
-                chunks.kv,
-                0,
+                kv,
+                layer,
                 chunks.tiles,
-                chunks.block_tables,
+                block_tables,
                 scale,
-                block_m=plan.block_m,
-                window=plan.window,
-                soft_cap=cap,
-                sinks=sinks,
-                out=out,
+                block_m=block_m,
                 num_tiles=chunks.num_tiles,
+                **how,
             )
-        if plan.items is not None:
+        if chunks.items is not None:
             split_prefill_attention(
                 query,
                 kv,
                 layer,
-                plan.items.items,
-                plan.items.num_items,
-                plan.block_tables,
-                plan.items.work,
+                chunks.items.items,
+                chunks.items.num_items,
+                block_tables,
+                chunks.items.work,
                 scale,
-                window=plan.window,
-                soft_cap=cap,
-                sinks=sinks,
-                out=out,
                 pdl=self._overlaps,
+                **how,
             )
-        return out
 
     def gated_mlp(
         self,

@@ -218,7 +218,10 @@ def test_keys_and_values_in_8_bits(
     for runner in (captured, launched):
         for got, expected in _caches_of_both(runner, in_8_bits):
             # Of each block and layer.
-            error, size = (each.norm(dim=(1, 3, 4, 5)) for each in (got - expected, expected))
+            error, size = (
+                torch.linalg.vector_norm(each, dim=(1, 3, 4, 5))
+                for each in (got - expected, expected)
+            )
             assert bool((error <= 0.2 * size).all()), float((error / size).nan_to_num().max())
     assert captured.num_prompt_steps.launched == (0 if most_tokens == 4096 or not is_there else 2)
 

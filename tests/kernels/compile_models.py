@@ -257,7 +257,8 @@ def _widened(shape: Shape, dtype: torch.dtype) -> tuple[WidenedChunks]:
     tables, stretches, tiles, *counts = (
         empty(*sizes, dtype=torch.int32) for sizes in ((16, 16), (2, 4), (4, 4), (1,), (1,))
     )
-    return (WidenedChunks(kv, tables, stretches, tiles, counts[0], counts[1]),)
+    items = _items(shape, dtype, is_float8=False)
+    return (WidenedChunks(kv, tables, stretches, counts[0], tiles, counts[1], items),)
 
 
 def _items(shape: Shape, dtype: torch.dtype, *, is_float8: bool) -> ChunkItems:

@@ -44,18 +44,19 @@ def room(case: PrefillCase, stretches: Tensor, dtype: torch.dtype, *, more: int 
     return torch.full(shape, float("nan"), dtype=dtype, device=case.kv.device)
 
 
-def of_all_sizes(case: PrefillCase, dtype: torch.dtype) -> None:
-    """Vectors whose numbers are lost in 16 bits, or are too large for them, zeros, and one that is
-    not finite."""
-    kv = case.kv.float()
-    kv *= torch.exp(8 * torch.randn(*kv.shape[:-1], 1, device=kv.device))
+def of_all_sizes(case: PrefillCase, dtype: torch.dtype) -> Tensor:
+    """Makes the pool one in 8 bits, of vectors whose numbers are lost in 16 bits, or are too large
+    for them, zeros, and one that is not finite; → the same on the host."""
+    kv = case.kv.float().cpu()
+    kv *= torch.exp(8 * torch.randn(*kv.shape[:-1], 1))
     kv[kv.abs() < 1e-2] = 0
     kv[:, -1, LAYER, 1, 3] = float("inf")
     # The interpreter rounds subnormal numbers of bfloat16 in a way of its own.
-    smallest = 2.0**-100 if dtype == torch.bfloat16 and kv.device.type == "cpu" else 2.0**-125
+    is_odd = dtype == torch.bfloat16 and case.kv.device.type == "cpu"
     tiny = kv[:, 0, LAYER, 0, 1]
-    tiny *= smallest / tiny.abs().amax(-1, keepdim=True)
-    case.kv = quantised_pool(kv)
+    tiny *= 2.0 ** (-100 if is_odd else -125) / tiny.abs().amax(-1, keepdim=True)
+    case.kv = quantised_pool(kv.to(case.kv.device))
+    return quantised_pool(kv)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
@@ -83,7 +84,7 @@ def test_bit_for_bit(
     case = make_case(
         chunks, 2, 2, head_dim, block_size, device, torch.float32, layers=NUM_LAYERS, layer=LAYER
     )
-    of_all_sizes(case, dtype)
+    on_host = of_all_sizes(case, dtype)
     stretches = cut(case)
     assert len(stretches) == sum(num_stretches(before + own) for before, own in chunks)
     for count in (None, len(stretches) - 1):
@@ -92,9 +93,7 @@ def test_bit_for_bit(
             counted = torch.tensor([count], dtype=torch.int32, device=device)
         expected = room(case, stretches, dtype).cpu()
         given = (LAYER, case.tables.cpu(), stretches.cpu())
-        reference_float8.widen_stretches(
-            case.kv.cpu(), *given, expected, window=window, counted=counted
-        )
+        reference_float8.widen_stretches(on_host, *given, expected, window=window, counted=counted)
         out = room(case, stretches, dtype)
         widen_stretches(case.kv, LAYER, case.tables, stretches, out, window=window, counted=counted)
         assert torch.equal(bits(out).cpu(), bits(expected))
@@ -113,15 +112,15 @@ def widened_chunks(case: PrefillCase, block_m: int) -> WidenedChunks:
             case.rows.tolist(), case.first.tolist(), np.diff(case.start), strict=True
         )
     ]
-    tiles = prefill_tiles(case.start, case.rows, case.first, block_m=block_m)
-    which, block_size = list(range(len(chunks))), case.kv.shape[4]
-    placed, seen = place_in_stretches(tiles, chunks, case.start.tolist(), which, block_size)
+    block_size = case.kv.shape[4]
+    seen, first_blocks = place_in_stretches(chunks, block_size)
+    tiles = prefill_tiles(case.start, first_blocks, case.first, block_m=block_m)
     device = case.query.device
     stretches = torch.from_numpy(seen).to(device)
     kv = room(case, stretches, case.query.dtype, more=0)
     counting = torch.arange(2 * len(kv), dtype=torch.int32, device=device)
     table = counting.as_strided((len(kv), len(kv)), (1, 1))
-    return WidenedChunks(kv, table, stretches, torch.from_numpy(placed).to(device))
+    return WidenedChunks(kv, table, stretches, tiles=torch.from_numpy(tiles).to(device))
 
 
 def attended(

@@ -120,14 +120,14 @@ def test_steps_from_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a layer with a window and one without: chunks behind prefixes beside rows that decode; few
-    tokens behind many, which are read in 8 bits; what there is no room for is launched."""
+    tokens behind many, whose keys are cut; what there is no room for is launched."""
     fields = {**TINY_MODELS["gemma3_text"]["five to one"], "vocab_size": SMALL["vocab_size"]}
     fields |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     make_tiny(tmp_path, "gemma3_text", {**fields, "num_attention_heads": 2})
     how: dict[str, Any] = {"num_blocks": 60, "max_num_seqs": 4, "kv_cache_dtype": "fp8"}
     config = EngineConfig(tmp_path, "cpu", "float32", kernels="torch", **how)
     reference = ModelRunner(config)
-    monkeypatch.setattr(prompt_steps, "_ITEMS_ONLY", 8)
+    monkeypatch.setattr(prompt_steps, "_ITEMS_ONLY", 16)
     monkeypatch.setattr(prompt_columns, "_FEW_TOKENS", 3)
     monkeypatch.setattr(prompt_columns, "_MANY_KEYS", 15)
     cache = reference.kv_cache.caches[0]
