@@ -1,11 +1,11 @@
-"""Keys and values of prompt chunks, widened from 8 bits for the kernel of attention that takes 16.
+"""Keys and values of prompt chunks, widened from 8 bits for kernels of attention that take 16.
 
 What a step's chunks see of one layer is written, row after row, to blocks that all layers share:
 
     codes and scales, by block table ─► stretches of 128 tokens, one after another ─► attention
 
-A row that shares a prefix with another is widened by itself: that is one read of 8 bits and one
-write of 16 for each key and head, where attention multiplies each with a hundred queries and more.
+What several chunks share is widened for each: once a chunk, where attention reads it for every tile
+of tokens and head.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from baton.kernels import (
     decode_attention,
+    experts,
     float8_widen,
     hopper_prefill_attention,
     prefill_attention,
@@ -138,6 +139,7 @@ def compile_layer(
     hopper_prefill_attention._processors = lambda _: 132 if capability == 90 else 0  # type: ignore[assignment]
     split_prefill_attention._num_programs = lambda _: 264  # type: ignore[assignment]
     float8_widen._num_programs = lambda _: 1056  # type: ignore[assignment]
+    experts._capability = lambda _: capability // 10  # type: ignore[assignment]
     ops = TritonOperations(overlaps=capability >= 90)
     with recording(capability) as kernels:
         for num_rows in rows:
