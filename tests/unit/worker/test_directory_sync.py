@@ -27,6 +27,8 @@ class FakeDirectory:
 
     def __init__(self) -> None:
         self.is_away = False
+        self.num_calls = self.num_writes = 0
+        """That were begun."""
         self.num_published = 0
         self.registered: list[WorkerRecord] = []
         self.entries: dict[tuple[str, int], LedgerEntry] = {}
@@ -40,6 +42,7 @@ class FakeDirectory:
         self.workers = self.prefix_index = self.ledger = self
 
     async def _arrive(self) -> None:
+        self.num_calls += 1
         if self.held_back is not None:
             await self.held_back.wait()
         if self.is_away:
@@ -68,6 +71,7 @@ class FakeDirectory:
         self.registered = []
 
     async def write(self, entries: Sequence[LedgerEntry], finished: Sequence[AttemptKey]) -> None:
+        self.num_writes += 1
         await self._arrive()
         self.writes.append(list(entries))
         for entry in entries:
@@ -132,6 +136,12 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+async def tries(fake: FakeDirectory, num_tries: int = 5) -> None:
+    """Time for what it must not do, or cannot while the directory is away."""
+    end = fake.num_calls + num_tries
+    await until(lambda: fake.num_calls >= end)
 
 
 async def rounds(fake: FakeDirectory, num_rounds: int = 5) -> None:
@@ -205,11 +215,11 @@ async def test_what_was_said_while_it_was_away_is_said_when_it_is_back(
         sync.cache_changed(changes([A, B], []))
         await until(lambda: len(fake.entries) == 2 and fake.prefixes == {A, B})
         fake.is_away = True
-        await asyncio.sleep(0.03)
+        await tries(fake)
         sync.end(key(name="ends"))
         sync.write(entry(name="new"))
         sync.cache_changed(changes([C], [A]))
-        await asyncio.sleep(0.03)
+        await tries(fake)
         fake.is_away = False
         await until(lambda: {name for name, _ in fake.entries} == {"goes on", "new"})
         await until(lambda: fake.prefixes == {B, C})
@@ -223,7 +233,7 @@ async def test_a_directory_that_lost_everything_is_told_everything(
         sync.cache_changed(changes([A, B], []))
         await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
         fake.is_away = True
-        await asyncio.sleep(0.03)
+        await tries(fake)
         fake.forget_everything()
         fake.is_away = False
         await until(lambda: bool(fake.entries) and fake.prefixes == {A, B})
@@ -235,7 +245,7 @@ async def test_it_may_be_away_from_the_start(fake: FakeDirectory) -> None:
     async with running() as sync:
         sync.write(entry())
         sync.cache_changed(changes([A], []))
-        await asyncio.sleep(0.03)
+        await tries(fake)
         fake.is_away = False
         await until(lambda: bool(fake.entries) and fake.prefixes == {A})
 
@@ -246,9 +256,9 @@ async def test_what_changes_during_a_write_is_not_taken_for_written(
     monkeypatch.setattr(directory_sync, "_LEDGER_REFRESH_S", 1000.0)
     async with running() as sync:
         await rounds(fake, 1)
-        fake.held_back = asyncio.Event()
+        fake.held_back, num_before = asyncio.Event(), fake.num_writes
         sync.write(entry())
-        await asyncio.sleep(0.02)
+        await until(lambda: fake.num_writes > num_before)
         sync.write(entry(stage=Stage.DECODING))
         sync.write(entry(name="other"))
         fake.held_back.set()
@@ -259,9 +269,9 @@ async def test_what_changes_during_a_write_is_not_taken_for_written(
 async def test_an_end_during_a_write_is_kept(fake: FakeDirectory) -> None:
     async with running() as sync:
         await rounds(fake, 1)
-        fake.held_back = asyncio.Event()
+        fake.held_back, num_before = asyncio.Event(), fake.num_writes
         sync.write(entry())
-        await asyncio.sleep(0.02)
+        await until(lambda: fake.num_writes > num_before)
         sync.end(key())
         fake.held_back.set()
         await rounds(fake)
@@ -276,7 +286,7 @@ async def test_a_prefix_that_goes_and_comes_during_a_failed_publish_is_listed(
         await until(lambda: fake.prefixes == {A})
         fake.is_away = True
         sync.cache_changed(changes([], [A]))
-        await asyncio.sleep(0.03)
+        await tries(fake)
         sync.cache_changed(changes([A], []))
         fake.is_away = False
         await rounds(fake)
@@ -291,7 +301,7 @@ async def test_a_removed_prefix_whose_publish_failed_is_removed_later(
         await until(lambda: fake.prefixes == {A, B})
         fake.is_away = True
         sync.cache_changed(changes([], [A]))
-        await asyncio.sleep(0.03)
+        await tries(fake)
         fake.is_away = False
         await until(lambda: fake.prefixes == {B})
 
@@ -304,7 +314,7 @@ async def test_a_retired_worker_is_not_registered_again_but_its_ledger_goes_on(
         await sync.retire()
         sync.write(entry())
         await until(lambda: bool(fake.entries))
-        await asyncio.sleep(0.05)
+        await tries(fake)
         assert not fake.registered
         sync.end(key())
         await until(lambda: not fake.entries)
@@ -361,7 +371,7 @@ async def test_workers_of_another_model_that_were_killed_are_waited_for(
     monkeypatch.setattr(directory_sync, "_PATIENCE_S", 60.0)
     fake.other_model = OTHER
     async with running() as sync:
-        await asyncio.sleep(0.05)
+        await tries(fake)
         assert not sync.has_tried.is_set() and not fake.registered
         fake.other_model = None
         await until(sync.has_tried.is_set)
@@ -399,7 +409,7 @@ async def test_in_an_empty_directory_that_has_just_started_others_come_first(
     async with running() as new, running() as known:
         known._has_joined = True
         await until(known.has_tried.is_set)
-        await asyncio.sleep(0.05)
+        await tries(fake)
         assert not new.has_tried.is_set()
         fake.age = directory_sync._SETTLED_S
         await until(new.has_tried.is_set)
