@@ -56,6 +56,12 @@ def make(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a worker that is not asked: that takes two seconds, most of them for torch."""
+    monkeypatch.setattr("baton.services.launcher.models._ask_worker", lambda directory: True)
+
+
 def test_without_a_name_all_types_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     out = capsys.readouterr().out.split()
@@ -66,13 +72,16 @@ def test_without_a_name_all_types_are_listed(capsys: pytest.CaptureFixture[str])
     assert "smollm2" in told["fetched_by_name"]
 
 
-def test_what_the_demo_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_demo_is(
+    capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     assert main(["models", str(DEMO)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{DEMO}: served"
     assert "  type     llama, by Baton's own code" in lines
     assert "  text     prompts and chats" in lines
     assert lines[-1] == f"  start    baton up --model {DEMO}"
+    request.getfixturevalue("accepted")
     told = about(str(DEMO))
     # bfloat16, and a key and a value for each of 2 heads of 64 in 6 layers: by the token.
     assert told["stored_bytes"] == 2 * told["num_numbers"] == told["weights_bytes"]["bfloat16"][0]
@@ -133,6 +142,7 @@ def test_shapes_that_are_not_config_jsons_are_told(
     assert about(model)["served"] is None
 
 
+@pytest.mark.usefixtures("accepted")
 def test_quantised_numbers_are_counted_as_they_are_meant(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     module = "model.layers.0.self_attn.q_proj"
@@ -151,6 +161,7 @@ def test_quantised_numbers_are_counted_as_they_are_meant(tmp_path: Path) -> None
     assert "--dtype bfloat16" in told["flags"]
 
 
+@pytest.mark.usefixtures("accepted")
 def test_a_window_keeps_no_more_than_it_sees(tmp_path: Path) -> None:
     config = {"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 4096}
     told = about(make(tmp_path / "m", config, TENSORS))
@@ -159,6 +170,7 @@ def test_a_window_keeps_no_more_than_it_sees(tmp_path: Path) -> None:
     assert told["text"].startswith("token ids only")
 
 
+@pytest.mark.usefixtures("accepted")
 def test_what_has_to_be_installed_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
