@@ -144,9 +144,20 @@ async def test_a_gateway_of_another_model_is_refused_when_its_workers_stay(
     assert not gateway.records()
     # As of workers that were killed just before.
     monkeypatch.setattr(cluster_module, "WORKER_TTL_S", 60.0)
+    num_looks = 0
+
+    async def look() -> None:
+        nonlocal num_looks
+        await refresh()
+        num_looks += 1
+
+    refresh = gateway._try_refresh
+    monkeypatch.setattr(gateway, "_try_refresh", look)
     connecting = asyncio.create_task(gateway.connect())
-    # Long enough for taking the model that is there, which it must not.
-    await asyncio.sleep(0.1)
+    # It must not take the model that is there.
+    async with asyncio.timeout(60):
+        while num_looks < 3:
+            await asyncio.sleep(0.01)
     await directory.workers.remove("p0", "p0-a")
     await directory.workers.publish(of_model("b"))
     async with asyncio.timeout(60):

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from baton.services.launcher import first_answer
 from baton.services.launcher.first_answer import until_answered
 from baton.shared.rpc.serve import PUBLIC_MESSAGE_BYTES, Endpoint
 from baton.v1 import inference_service_pb2 as pb
@@ -62,12 +63,22 @@ async def test_a_route_that_fails_is_told_once_and_tried_again(
     endpoint: Endpoint, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("baton.services.launcher.first_answer._PAUSE_S", 0.0)
+    monkeypatch.setattr("baton.services.launcher.first_answer._POLL_S", 0.0)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     gateway.num_failures = 2
     told: list[str] = []
-    waiting = asyncio.create_task(until_answered(endpoint.address, None, told.append))
-    # Long enough for many tries: the pause between two is nothing here.
-    await asyncio.sleep(0.1)
+    looks: list[bool] = []
+
+    async def look(*asked: Any) -> bool:
+        looks.append(await is_serving(*asked))
+        return looks[-1]
+
+    is_serving = first_answer._is_serving
+    monkeypatch.setattr(first_answer, "_is_serving", look)
+    async with asyncio.timeout(60):
+        waiting = asyncio.create_task(until_answered(endpoint.address, None, told.append))
+        while looks.count(False) < 5:
+            await asyncio.sleep(0.01)
     assert not gateway.asked, "nothing is asked of a gateway that does not serve"
     await endpoint.set_ready(is_ready=True)
     async with asyncio.timeout(60):
