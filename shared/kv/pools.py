@@ -1,10 +1,12 @@
 """Pools: a worker's block pools, and the block tables that its sequences have in them.
 
-Every cache group draws on one pool; groups whose blocks are equally large may share one. Tables of
-one sequence grow together. Behind a window a table has holes: what no later token reads is given
-back. A group of states has a pool of slots: of those a sequence has one, and neither wants more as
-it grows nor gives it back before its end. Slots that no sequence has may hold checkpoints: copies
-of states, found by their prefix as blocks are, and never written while they are.
+Every cache group draws on one pool; groups whose blocks are equally large may share one. Behind a
+window a table has holes: what no later token reads is given back. Tables of one sequence grow
+together, but while its prompt is computed those with a window have room for a few tokens ahead, and
+the others for all of it. A group of states has a pool of slots: of those a sequence has one, and
+neither wants more as it grows nor gives it back before its end. Slots that no sequence has may hold
+checkpoints: copies of states, found by their prefix as blocks are, and never written while they
+are.
 """
 
 from __future__ import annotations
