@@ -48,7 +48,7 @@ from benchmarks.gpu.measured_engine import (
 )
 from benchmarks.gpu.prompt_points import behind_point, mixed_point
 from benchmarks.gpu.results import result_path, results_name
-from benchmarks.gpu.step_profile import profile_prompts
+from benchmarks.gpu.step_profile import profile_decode, profile_prompts
 from benchmarks.in_process import InProcessEngine
 from models.dummy_model import SHAPES
 from models.roofline import decode_floor_s, prefill_floor_s
@@ -170,7 +170,9 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
         figures[label] = own
         _print(label, own, vllm_ms.get(label))
     if args.profile is not None:
-        args.profile.write_text(profile_prompts(engine))
+        tables = [profile_decode(engine, point) for point in args.decode]
+        tables += [profile_prompts(engine)] if args.prefill else []
+        args.profile.write_text("\n".join(tables))
     return run
 
 
@@ -298,7 +300,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, help="default: the largest batch that decodes")
     add("--compile-only", action="store_true", help="start, and measure nothing")
     add("--shape-timeout", type=float, default=600.0, help="seconds for each of several shapes")
-    add("--profile", type=Path, help="also write there where prompts' time goes, by kernel")
+    add("--profile", type=Path, help="also write there where steps' time goes, by kernel")
     add("--output", type=Path, help="a file, or a directory for it")
     add_engine_flags(parser)
     args = parser.parse_args(argv)
