@@ -46,8 +46,8 @@ def _start_us(kernel: dict[str, Any]) -> float:
 
 
 def _decode_lines(kernels: list[dict[str, Any]]) -> Iterator[str]:
-    added: dict[tuple[object, ...], list[float]] = defaultdict(list)
-    durations: dict[tuple[object, ...], list[float]] = defaultdict(list)
+    added: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    durations: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     end_us = 0.0
     for kernel in kernels:
         how = kernel["args"]
