@@ -147,6 +147,7 @@ def paged_decode_attention(
         out.stride(0),
         out.stride(1),
         block_tables.stride(0),
+        int(config.overlaps),
         KV_HEADS=num_kv_heads,
         LAYERS=num_layers,
         BLOCK_SIZE=block_size,
@@ -198,7 +199,7 @@ def _num_stages(config: DecodeConfig, block_h: int, block_d: int, query: Tensor,
     return max(2, min(config.num_stages, 1 + room // stage_bytes))
 
 
-@triton.jit(do_not_specialize=["layer", "table_stride"])
+@triton.jit(do_not_specialize=["layer", "table_stride", "overlaps"])
 def _attend(
     out,
     query,
@@ -217,6 +218,7 @@ def _attend(
     out_row,
     out_head,
     table_stride,
+    overlaps,
     KV_HEADS: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -361,7 +363,8 @@ def _attend(
             acc = tl.dot(p.to(v.dtype), v, acc * fade, input_precision="ieee")
         highest = above
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if overlaps:
+            tl.extra.cuda.gdc_launch_dependents()
 
     total = tl.sum(shares, 1)
     if FLOAT8:

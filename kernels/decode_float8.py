@@ -27,7 +27,7 @@ _LEAST_EXPONENT = tl.constexpr(67)
 """Of a float32, 2⁻⁶⁰. Values with a smaller scale are weighed as if it were that one."""
 
 
-@triton.jit(do_not_specialize=["layer", "table_stride"])
+@triton.jit(do_not_specialize=["layer", "table_stride", "overlaps"])
 def attend_codes(
     out,
     query,
@@ -46,6 +46,7 @@ def attend_codes(
     out_row,
     out_head,
     table_stride,
+    overlaps,
     KV_HEADS: tl.constexpr,
     LAYERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -185,7 +186,8 @@ def attend_codes(
         acc_odd = tl.dot(v_odd, p, acc_odd * fade)
         highest = above
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if overlaps:
+            tl.extra.cuda.gdc_launch_dependents()
 
     above = tl.max(highest, 0)
     fade = tl.exp2(highest - above[None, :])

@@ -8,7 +8,7 @@ step's keys, however they are spread over rows, and items that are not needed ar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -41,6 +41,9 @@ class DecodeConfig:
     """The last program of a row combines its items; else a second kernel does."""
     least_tiles: int = 1
     """Of an item, where its row has so many."""
+    overlaps: bool = True
+    """The kernel behind may start when all programs have read their keys, not only when they have
+    ended."""
 
 
 def decode_config(
@@ -63,11 +66,19 @@ def decode_config(
     block_n = 32 if head_dim <= 256 else 16
     if itemsize == 1 and takes_teams(group * width, head_dim):
         # Small programs, of which many hide what each waits for; more warps add up for longer.
-        return DecodeConfig(block_n=2 * TEAM_KEYS, num_warps=2, num_stages=3, programs=programs)
-    if itemsize == 1:
+        config = DecodeConfig(block_n=2 * TEAM_KEYS, num_warps=2, num_stages=3, programs=programs)
+    elif itemsize == 1:
         # As many bytes of a tile, and less ahead: more programs at once hide what widening takes.
-        return DecodeConfig(block_n=2 * block_n, num_stages=3, programs=programs)
-    return DecodeConfig(block_n=block_n, programs=programs)
+        config = DecodeConfig(block_n=2 * block_n, num_stages=3, programs=programs)
+    else:
+        config = DecodeConfig(block_n=block_n, programs=programs)
+    if num_rows * width == 1:
+        # Items that are shorter take longer to add up. What is behind one row streams weights
+        # through registers: it must not begin on processors that hold tiles. Of the memory that
+        # these lie in the rest is the L1 cache, where loads under way have their room, and the
+        # split stays until a processor is idle, which it is not while kernels overlap.
+        config = replace(config, least_tiles=2, overlaps=False)
+    return config
 
 
 class Scratch:

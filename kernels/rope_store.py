@@ -50,12 +50,7 @@ def _rope_and_store(
     is_query = head < num_heads
     is_value = head >= num_heads + num_kv_heads
     rotates = (head < num_heads + num_kv_heads)[:, None]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    source = qkv + token * (all_heads * head_dim) + head[:, None] * head_dim + pair[None, :]
-    exists = (head < all_heads)[:, None] & in_head[None, :]
-    x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
-    y = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
+    # Of kernels before the one in front, which makes the vectors.
     position = tl.load(positions + token)
     if kv is not None:
         slot = tl.load(slots + token)
@@ -65,7 +60,12 @@ def _rope_and_store(
     if query_scale is not None:
         query_factor = tl.load(query_scale + position)
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    source = qkv + token * (all_heads * head_dim) + head[:, None] * head_dim + pair[None, :]
+    exists = (head < all_heads)[:, None] & in_head[None, :]
+    x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+    y = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
 
     if (q_norm is not None) or (k_norm is not None) or HAS_V_NORM:
         mean = (tl.sum(x * x, 1) + tl.sum(y * y, 1)) / head_dim
@@ -165,7 +165,8 @@ def rope_and_store(
         value_norm: of values too, without a weight.
         eps: of all of these norms.
         out: where the queries go, [T, num_heads, head_dim] with contiguous rows.
-        pdl: launched so that it may start before the kernel in front of it has ended.
+        pdl: launched so that it may start before the kernel in front of it has ended, which may
+            make `qkv`, but neither positions nor slots.
         config: vectors per program and warps, for measurements.
 
     Returns:

@@ -97,7 +97,9 @@ def _of_one_row(
         return None
     num_steps = width // (4 * step)
     if step == 128 and num_tiles > 8 * _PROCESSORS and num_steps % 2 == 0:
-        return StreamConfig(16, step, 4, ahead=2, programs=4 * _PROCESSORS)
+        # A processor has registers for so many.
+        ahead, programs = (4, 3) if 4 in all_ahead[step] and num_steps % 4 == 0 else (2, 4)
+        return StreamConfig(16, step, 4, ahead=ahead, programs=programs * _PROCESSORS)
     ahead = next(ahead for ahead in all_ahead[step] if num_steps % ahead == 0)
     return StreamConfig(16, step, 4, ahead=ahead)
 
