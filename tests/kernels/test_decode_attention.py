@@ -214,6 +214,24 @@ def test_tile_of_several_blocks_and_defaults(
     assert_close(problem.attend(work), problem.reference())
 
 
+@pytest.mark.parametrize("length, num_items", [(1, 1), (64, 1), (65, 2), (1000, 16)])
+def test_one_row_has_items_of_two_tiles(
+    length: int, num_items: int, dtype: torch.dtype, device: torch.device, assert_close: Check
+) -> None:
+    problem = Problem([length], dtype, device, head_dim=64)
+    work = problem.work()
+    problem.plan(work)
+    assert work.row_items[0].tolist() == [0, num_items]
+    assert_close(problem.attend(work), problem.reference())
+
+
+def test_what_is_behind_one_row_waits_for_it() -> None:
+    assert not decode_config(1, 8, 128).overlaps
+    assert not decode_config(1, 8, 128, itemsize=1).overlaps
+    assert decode_config(2, 8, 128).overlaps
+    assert decode_config(1, 8, 128, width=5).overlaps
+
+
 def test_one_work_serves_step_after_step(device: torch.device, assert_close: Check) -> None:
     work = None
     for lengths in ([100, 20], [1, 1], [7, 90], [0, 300]):
