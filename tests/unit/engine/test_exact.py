@@ -27,7 +27,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one-kv-head": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 40},
     "wide": {"hidden_size": 320, "intermediate_size": 688, "num_attention_heads": 10},
 }
-CASES = [*((shape, 1, 300) for shape in SHAPES), ("head-dim-24", 2, 40)]
+# Tiles of 128 keys are crossed by all of one thread, twice by one. Two threads mostly wait for each
+# other, wide awake.
+CASES = [
+    ("grouped", 1, 300),
+    *((shape, 1, 140) for shape in SHAPES if shape != "grouped"),
+    ("head-dim-24", 2, 20),
+]
 CACHES = ("auto", "fp8")
 
 
