@@ -121,10 +121,11 @@ def check(
     assert torch.equal(untouched.view(torch.int32), before.view(torch.int32)), "what is not its own"
 
 
+# In a graph rows are others, not sizes.
 @pytest.mark.parametrize(
-    ("num_key_heads", "num_each", "key_dim", "value_dim"), [(2, 2, 16, 16), (1, 3, 20, 12)]
+    ("num_key_heads", "num_each", "key_dim", "value_dim", "of_graph"),
+    [(2, 2, 16, 16, False), (1, 3, 20, 12, False), (1, 3, 20, 12, True)],
 )
-@pytest.mark.parametrize("of_graph", [False, True], ids=["launched", "of a graph"])
 @pytest.mark.parametrize("name", CASES)
 def test_gated_delta(
     name: str,

@@ -29,28 +29,35 @@ def draw(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
 
 
+PRODUCTS = [
+    (FMA, 1, 40, 512),
+    (FMA, 2, 19, 264),
+    (FMA, 3, 8, 250),
+    (FMA, 4, 24, 300),
+    (DOT, 1, 48, 64),
+    (DOT, 5, 33, 96),
+    (DOT, 16, 16, 45),
+    (DOT, 33, 17, 32),
+    (Config("dot", 16, 32, block_m=16), 37, 20, 64),
+    (DOT_SPLIT, 2, 32, 96),
+    (DOT_SPLIT, 7, 70, 40),
+    (DOT_SPLIT, 64, 33, 16),
+    (TMA, 3, 48, 128),
+    (TMA, 20, 24, 72),
+    (None, 4, 30, 50),
+    (None, 1, 30, 64),
+]
+AWKWARD = [(FMA, 3, 8, 250), (DOT, 5, 33, 96), (DOT_SPLIT, 7, 70, 40), (TMA, 20, 24, 72)]
+"""One of each kind of kernel."""
+
+
 @pytest.mark.parametrize(
-    ("config", "rows", "size_n", "size_k"),
+    ("form", "config", "rows", "size_n", "size_k"),
     [
-        (FMA, 1, 40, 512),
-        (FMA, 2, 19, 264),
-        (FMA, 3, 8, 250),
-        (FMA, 4, 24, 300),
-        (DOT, 1, 48, 64),
-        (DOT, 5, 33, 96),
-        (DOT, 16, 16, 45),
-        (DOT, 33, 17, 32),
-        (Config("dot", 16, 32, block_m=16), 37, 20, 64),
-        (DOT_SPLIT, 2, 32, 96),
-        (DOT_SPLIT, 7, 70, 40),
-        (DOT_SPLIT, 64, 33, 16),
-        (TMA, 3, 48, 128),
-        (TMA, 20, 24, 72),
-        (None, 4, 30, 50),
-        (None, 1, 30, 64),
+        *((form, *each) for form in ("plain", "all") for each in PRODUCTS),
+        *((form, *each) for form in ("bias", "norm", "residual", "silu") for each in AWKWARD),
     ],
 )
-@pytest.mark.parametrize("form", ["plain", "bias", "norm", "residual", "silu", "all"])
 def test_products(
     form: str,
     config: Config | None,

@@ -57,15 +57,18 @@ def _close_for(value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "head_dim", "state_size", "groups", "state_dtype", "tiles_each"),
+    ("num_heads", "head_dim", "state_size", "groups", "state_dtype", "tiles_each", "of_graph"),
     [
-        (1, 1, 1, 1, torch.float32, 0),
-        (3, 20, 7, 1, torch.bfloat16, 1),
-        (4, 64, 40, 2, torch.float32, 0),
-        (2, 17, 128, 2, torch.float32, 2),
+        (1, 1, 1, 1, torch.float32, 0, False),
+        (3, 20, 7, 1, torch.bfloat16, 1, False),
+        (4, 64, 40, 2, torch.float32, 0, False),
+        (2, 17, 128, 2, torch.float32, 2, False),
+        # In a graph rows are others, not sizes; whole and in segments.
+        (3, 20, 7, 1, torch.bfloat16, 1, True),
+        (4, 64, 40, 2, torch.float32, 0, True),
+        (2, 17, 128, 2, torch.float32, 2, True),
     ],
 )
-@pytest.mark.parametrize("of_graph", [False, True], ids=["launched", "of a graph"])
 def test_ssd(
     of_graph: bool,
     num_heads: int,
