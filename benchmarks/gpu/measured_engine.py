@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from baton.shared.rpc.flags import length_or_auto
 from models.dummy_model import given_or_dummy
 
 _FEW_ROWS = 16
+_LONGEST = 36_864
+"""Tokens that a sequence may have, where nothing else is said and the model has room for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for trials")
     add("--block-size", type=int, default=16)
     add("--token-budget", type=int)
-    add("--max-model-len", type=length_or_auto, default=36_864)
+    add(
+        "--max-model-len",
+        type=length_or_auto,
+        help=f"default: {_LONGEST}, or what the model has room for",
+    )
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--layers", type=int, help="only so many of a shape's, for trials")
     add("--quantization", choices=QUANTIZATIONS, help="make the weights small")
@@ -87,7 +94,7 @@ def make_runner(
             token_budget=args.token_budget,
             max_num_seqs=max_num_seqs,
             load_format="dummy" if model is None else "auto",
-            max_model_len=args.max_model_len,
+            max_model_len=args.max_model_len or _longest(directory),
             gpu_memory_utilization=args.gpu_memory_utilization,
             quantization=args.quantization,
             kv_cache_dtype=args.kv_cache_dtype,
@@ -99,6 +106,12 @@ def make_runner(
             print(f"{time.monotonic() - started_s:7.1f} s  {line}", flush=True)
 
         return ModelRunner(config, progress=progress)
+
+
+def _longest(model_dir: Path) -> int:
+    config = json.loads((model_dir / "config.json").read_text())
+    room: int | None = config.get("text_config", config).get("max_position_embeddings")
+    return min(_LONGEST, room or _LONGEST)
 
 
 @contextmanager
