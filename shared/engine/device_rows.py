@@ -90,7 +90,7 @@ class DeviceRows:
         self._note_sequence(row, handle)
         if handle.shaping is not None and row.sampling is not None:
             # The token of a decode row is counted where the step begins.
-            num_counted = 0 if row.num_known == 1 else row.num_known
+            num_counted = row.num_known if row.is_chunk else 0
             self._note_shaping(row, handle, handle.shaping, num_counted)
         end = row.context_len
         if not row.is_chunk:
