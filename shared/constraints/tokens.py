@@ -11,6 +11,7 @@ from llguidance import LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 from tokenizers import Tokenizer
 
+from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.info import load_model_info
 from baton.shared.tokenizer.files import load_tokenizer
 from baton.shared.tokenizer.vocabulary import Vocabulary
@@ -69,6 +70,9 @@ class TokenTable:
         end_ids = set(load_model_info(model_dir).eos_token_ids)
         if files.eos_token_id is not None and files.eos_token_id < vocab_size:
             end_ids.add(files.eos_token_id)
+        if not end_ids:
+            # What is complete could not end.
+            raise ModelError("the model names no token that ends an answer, as a constraint needs")
         files.tokenizer.no_truncation()
         files.tokenizer.no_padding()
         return cls(files.tokenizer, vocab_size, sorted(end_ids))

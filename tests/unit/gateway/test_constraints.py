@@ -14,6 +14,7 @@ from baton.services.gateway import constraints
 from baton.services.gateway.constraints import ConstraintChecker
 from baton.shared.rpc.errors import InvalidField, NoTokenizer
 from baton.v1 import types_pb2
+from models.dummy_model import SHAPES, write_dummy_model
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 Constraint = types_pb2.Constraint
@@ -69,5 +70,15 @@ async def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((DEMO / "config.json").read_text())
     checker = ConstraintChecker(tmp_path, 4096)
     with pytest.raises(NoTokenizer):
+        await checker.check(Constraint(regex="a"))
+    await checker.close()
+
+
+@pytest.mark.asyncio
+async def test_a_model_whose_answers_no_token_ends(tmp_path: Path) -> None:
+    """It was an engine's failure: no process of the compiler could start."""
+    write_dummy_model(tmp_path, SHAPES["tiny"])
+    checker = ConstraintChecker(tmp_path, SHAPES["tiny"].vocab_size)
+    with pytest.raises(NoTokenizer, match="no token that ends an answer"):
         await checker.check(Constraint(regex="a"))
     await checker.close()
