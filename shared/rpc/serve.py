@@ -34,6 +34,10 @@ _SAME_SIGNAL_S = 1.0
 """When a launcher is killed, the kernel sends the signal once for each of its threads."""
 _ORPHAN_END_S = 5
 
+_CALL_TASK = "rpc_task"
+"""As gRPC names the task of each call."""
+_LAST_TURNS_S = 0.1
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -240,6 +244,11 @@ class Endpoint:
         """Listens no more and tells clients to go elsewhere; ends what runs after `grace_s`."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        # Calls that were ended just now take a few more turns of the loop. If it ends first, gRPC
+        # prints a traceback for each.
+        calls = [task for task in asyncio.all_tasks() if task.get_name() == _CALL_TASK]
+        if calls:
+            await asyncio.wait(calls, timeout=_LAST_TURNS_S)
 
 
 def _is_listening(one: socket.socket) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, cast
@@ -245,3 +246,30 @@ async def test_our_own_channels_know_no_proxy(
         await stubs[0].Check(health_pb2.HealthCheckRequest(), timeout=10)
         with pytest.raises(grpc.aio.AioRpcError):
             await stubs[1].Check(health_pb2.HealthCheckRequest(), timeout=10)
+
+
+def test_calls_that_the_end_cuts_off_are_not_told_as_failures(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """gRPC logged and printed a traceback for each, most times."""
+
+    async def until_ended(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield b""
+        await asyncio.Event().wait()
+
+    handler = grpc.unary_stream_rpc_method_handler(until_ended)
+
+    async def serve_and_stop() -> None:
+        endpoint = Endpoint(max_message_bytes=LIMIT_BYTES)
+        endpoint.server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler("Test", {"Endless": handler})]
+        )
+        await endpoint.start("127.0.0.1", 0, [])
+        async with internal_channel(endpoint.address) as channel:
+            call = channel.unary_stream("/Test/Endless")(b"")
+            await call.read()
+            await endpoint.stop(0.0)
+
+    for _ in range(5):
+        asyncio.run(serve_and_stop())
+    assert "not handled" not in caplog.text
