@@ -157,6 +157,23 @@ def test_steps_launched_ahead_count_what_nobody_knows_yet(
     assert d.drawn == alone[:2]
 
 
+def test_a_token_that_is_stored_already_is_counted(
+    make: Make, reference: ModelRunner, device: torch.device
+) -> None:
+    """Behind it an answer goes on: the row is a chunk, though it has one token, and the device
+    counts those of decode rows."""
+    runner = make("triton", device)
+    params = SamplingParams(temperature=0.0, frequency_penalty=-2.0)
+    answer = Answer(tokens(17, 7), [[0, 1]], params, num_emitted=1)
+    expected = answer.expected(reference)
+    assert expected[0] == answer.given[-1], "it is the likeliest when it is counted"
+    answer.open(runner)
+    runner.forward(Batch([replace(answer.chunk(0, 17), sampling=None)]))
+    took([answer], runner.forward(Batch([replace(answer.chunk(16, 17), num_stored=17)])))
+    took([answer], runner.forward(Batch([answer.next()])))
+    assert answer.drawn == expected[:2]
+
+
 def wrong(token_id: int) -> int:
     return (token_id + 1) % int(CONFIG["vocab_size"])
 
