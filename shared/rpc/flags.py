@@ -144,15 +144,15 @@ def optional_port(text: str) -> Any:
 
 
 def length_or_auto(text: str) -> Any:
-    """An int of at least 1, or "auto"."""
+    """An int of at least 2, a token of a prompt and one of an answer, or "auto"."""
     if text.lower() == "auto":
         return "auto"
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, nor auto") from None
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and {2**31 - 1}")
+    if not 2 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not between 2 and {2**31 - 1}")
     return value
 
 

@@ -121,7 +121,7 @@ def test_workers_may_choose_the_length(
     assert "--max-model-len auto" in " ".join(spec.argv)
     monkeypatch.setenv("BATON_MAX_MODEL_LEN", "auto")
     assert up().max_model_len == "auto"
-    for bad in ("0", "-1", "long", "1.5", str(2**31)):
+    for bad in ("0", "1", "-1", "long", "1.5", str(2**31)):
         with pytest.raises(SystemExit):
             up("--max-model-len", bad)
         assert "--max-model-len: " in capsys.readouterr().err
