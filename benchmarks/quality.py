@@ -2,12 +2,12 @@
 
 A text in windows, each a prompt of its own: the perplexity of every form, how far its distributions
 are from those of the reference (KL divergence, nats a token), and how often the first choice is the
-same. The reference is the model that MODEL, or `--against`, is in float32.
+same. The reference is the model that MODEL, or `--against`, is in float32, or in another form.
 
 A form is a dtype, with `+` and a method of `--quantization` if one is to be taken, `+kv-fp8` if
 keys and values are kept in 8 bits, and `+torch` for `--kernels torch`: bfloat16, float32+int4,
-float32+kv-fp8. `--checkpoints` are of
-the same model, quantised by whoever; each is a row in float32.
+float32+kv-fp8. With `+activations` they are made small as GPUs make them, by torch on the CPU.
+`--checkpoints` are of the same model, quantised by whoever; each is a row in float32.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from baton.loadtest.environment import describe_environment
+from baton.shared.engine import device_choices
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import DTYPES, QUANTIZATIONS, EngineConfig
 from baton.shared.engine.model_runner import ModelRunner
+from baton.shared.engine.reference_operations import ReferenceOperations
 from baton.shared.model_files.fields import ModelError
 from baton.shared.model_files.named import model_dir
 from baton.shared.tokenizer.files import load_tokenizer
@@ -34,7 +38,7 @@ from benchmarks.checkout import RESULTS, ROOT
 TEXT = ROOT / "benchmarks/texts/gateway.txt"
 """A page of docs/ as it was on 28 November 2026: figures can be had again."""
 _BLOCK = 16
-_SMALL_CACHE, _TORCH = "kv-fp8", "torch"
+_SMALL_CACHE, _TORCH, _ACTIVATIONS = "kv-fp8", "torch", "activations"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": describe_environment(),
         "model": args.model.name,
         "against": args.against.name if args.against else None,
+        "reference": args.reference,
         "text": args.text.name,
         "rows": [asdict(row) for row in rows],
     }
@@ -73,8 +78,9 @@ def _measure(args: argparse.Namespace) -> Iterator[Row]:
     windows = _windows(args)
     print(f"{'form':24} {'perplexity':>10} {'KL':>9} {'largest':>8} {'same first':>10}")
     against = args.against or args.model
-    reference = [logits.log_softmax(-1) for logits in _logits(args, against, "float32", windows)]
-    yield _row("reference, float32", windows, reference, reference)
+    logits_of_reference = _logits(args, against, args.reference, windows)
+    reference = [logits.log_softmax(-1) for logits in logits_of_reference]
+    yield _row(f"reference, {args.reference}", windows, reference, reference)
     for form in args.forms:
         found = [logits.log_softmax(-1) for logits in _logits(args, args.model, form, windows)]
         yield _row(form, windows, found, reference)
@@ -116,20 +122,23 @@ def _logits(
     kv_cache_dtype = "fp8" if _SMALL_CACHE in small else "auto"
     quantization = next((each for each in small if each in QUANTIZATIONS), None)
     num_blocks = -(-args.window // _BLOCK)
-    runner = ModelRunner(
-        EngineConfig(
-            directory,
-            args.device,
-            dtype=dtype,
-            block_size=_BLOCK,
-            num_blocks=num_blocks,
-            max_model_len=args.window,
-            token_budget=args.window,
-            quantization=quantization,  # type: ignore[arg-type]
-            kv_cache_dtype=kv_cache_dtype,
-            kernels="torch" if _TORCH in small else "auto",
+    makes_small = _ACTIVATIONS in small
+    operations = partial(ReferenceOperations, quantises_inputs=makes_small)
+    with patch.object(device_choices, "ReferenceOperations", operations):
+        runner = ModelRunner(
+            EngineConfig(
+                directory,
+                "cpu" if makes_small else args.device,
+                dtype=dtype,
+                block_size=_BLOCK,
+                num_blocks=num_blocks,
+                max_model_len=args.window,
+                token_budget=args.window,
+                quantization=quantization,  # type: ignore[arg-type]
+                kv_cache_dtype=kv_cache_dtype,
+                kernels="torch" if makes_small or _TORCH in small else "auto",
+            )
         )
-    )
     for ids in windows:
         row = BatchRow(ids, 0, [list(range(num_blocks)) for _ in runner.groups])
         row.num_logits = len(ids)
@@ -147,11 +156,12 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
 
 def _form(text: str) -> str:
     dtype, *small = text.split("+")
-    weights = [each for each in small if each not in (_SMALL_CACHE, _TORCH)]
+    others = (_SMALL_CACHE, _TORCH, _ACTIVATIONS)
+    weights = [each for each in small if each not in others]
     is_known = len(weights) <= 1 and set(weights) <= set(QUANTIZATIONS)
     if dtype not in DTYPES[1:] or not is_known or len(small) > len(set(small)):
         methods = ", ".join(QUANTIZATIONS)
-        known = f"{', '.join(DTYPES[1:])}, and + one of {methods}, +{_SMALL_CACHE}, +{_TORCH}"
+        known = f"{', '.join(DTYPES[1:])}, and + one of {methods}, +{', +'.join(others)}"
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
     return text
 
@@ -162,6 +172,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=model_dir, metavar="MODEL", help="directory, name or GGUF file")
     add("--against", type=model_dir, metavar="MODEL", help="default: MODEL itself")
+    add("--reference", type=_form, default="float32", metavar="FORM", help="default: float32")
     add("--text", type=Path, default=TEXT, help="default: benchmarks/texts/gateway.txt")
     add("--forms", type=_form, nargs="*", default=["bfloat16"], help="default: bfloat16")
     add("--checkpoints", type=model_dir, nargs="+", default=[], metavar="MODEL")
