@@ -26,6 +26,9 @@ from baton.shared.constraints.compiler import CompiledConstraint, reaches_past
 from baton.shared.rpc.errors import InvalidField
 from baton.shared.token_masks import TokenMasks, num_mask_words
 
+_NO_TOKEN = "NoExtensionBias"
+"""How llguidance's error begins where no token may follow and the text is not complete."""
+
 
 class TokenNotAllowed(ValueError):
     """An answer has a token that its constraint does not allow there."""
@@ -120,10 +123,7 @@ class AnswerMatcher:
             self._has_begun, self._tail, self._forced = before
         self._check()
         if not masks.any(axis=1).all():
-            # A vocabulary without bytes, say, that lacks a character.
-            raise InvalidField(
-                "constraint", "has no text that the model's tokens can write", limit="another one"
-            )
+            raise _not_writable()
         return masks
 
     def _fill(self, mask: TokenMasks) -> None:
@@ -202,10 +202,19 @@ class AnswerMatcher:
 
     def _check(self) -> None:
         if self._grammar.is_error():
+            if (self._grammar.get_error() or "").startswith(_NO_TOKEN):
+                raise _not_writable()
             reason = self._grammar.stop_reason()
             raise InvalidField(
                 "constraint", f"becomes too much work ({reason})", limit="a simpler one"
             )
+
+
+def _not_writable() -> InvalidField:
+    """As with a vocabulary without bytes that lacks a character, or has it in an end token only."""
+    return InvalidField(
+        "constraint", "has no text that the model's tokens can write", limit="another one"
+    )
 
 
 def _bits(token_ids: Sequence[int], num_words: int) -> npt.NDArray[np.uint32]:

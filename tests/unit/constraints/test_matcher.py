@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from baton.shared.constraints.compiler import compile_constraint
 from baton.shared.constraints.matcher import AnswerMatcher, TokenNotAllowed
 from baton.shared.constraints.tokens import TokenTable
+from baton.shared.rpc.errors import InvalidField
 from baton.v1 import types_pb2
 
 Constraint = types_pb2.Constraint
@@ -250,6 +253,17 @@ def test_received_tokens_that_do_not_fit_are_refused(table: TokenTable) -> None:
     going = matcher(table, COMPACT)
     with pytest.raises(TokenNotAllowed):
         going.take(table.encode(b"{]"))
+
+
+@pytest.mark.parametrize("text", ["c", "ac", "a(c|d)", "ad"])
+def test_a_text_that_only_an_end_token_can_write_is_refused(text: str) -> None:
+    """c ends answers, of d there is no token."""
+    tokenizer = Tokenizer(BPE(vocab={"a": 0, "b": 1, "c": 2}, merges=[]))
+    going = matcher(TokenTable(tokenizer, 3, [2]), Constraint(regex=text))
+    with pytest.raises(InvalidField, match="no text that the model's tokens can write"):
+        while True:
+            [token] = allowed(going.masks()[0])
+            going.take([token])
 
 
 @pytest.mark.parametrize(
