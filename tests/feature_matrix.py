@@ -23,9 +23,9 @@ from unittest import mock
 
 import numpy as np
 
-from baton.services.gateway.__main__ import parse_args as gateway_args
+from baton.services.gateway.process import parse_args as gateway_args
 from baton.services.worker import messages as msg
-from baton.services.worker.__main__ import parse_args as worker_args
+from baton.services.worker.process import parse_args as worker_args
 from baton.services.worker.sequence_table import Recipient
 from baton.services.worker.stepper import BatchLimits
 from baton.shared.engine import device_choices

@@ -130,11 +130,11 @@ def test_the_walk_sees_the_code() -> None:
     assert {
         "baton.shared.rpc.errors",
         "baton.services.launcher.up",
-        "baton.services.worker.__main__",
+        "baton.services.worker.process",
     } <= set(modules)
     assert "baton.shared.kv.sequence" in set(project_imports("baton.services.worker.engine_loop"))
     assert any(is_within(name, "torch") for name in imports("baton.shared.kv.digest"))
-    assert paths_to_torch("baton.services.worker.__main__") is not None
+    assert paths_to_torch("baton.services.worker.process") is not None
 
 
 def test_imports_run_one_way() -> None:
@@ -215,7 +215,7 @@ def test_torch_stays_out_of_the_control_path() -> None:
 @pytest.mark.parametrize(
     ("module", "more"),
     [
-        ("baton.services.gateway.__main__", ()),
+        ("baton.services.gateway.__main__", ("process",)),
         # The launcher imports its commands when they are used.
         (
             "baton.services.launcher.__main__",

@@ -34,6 +34,9 @@ runpy.run_module(program, run_name="__main__")
         ("baton.services.launcher.status", ["baton.services.launcher", "status"]),
         ("baton.services.launcher.health", ["baton.services.launcher", "health", "127.0.0.1:1"]),
         ("baton.services.worker.worker", ["baton.services.decode", "--model", MODEL]),
+        ("uvloop", ["baton.services.prefill", "--model", MODEL]),
+        ("argparse", ["baton.services.worker", "--role", "both", "--model", MODEL]),
+        ("argparse", ["baton.services.gateway", "--model", MODEL]),
     ],
 )
 def test_ctrl_c_during_the_start_is_told_in_a_line(imported: str, argv: list[str]) -> None:

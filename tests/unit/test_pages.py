@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from baton.loadtest.__main__ import run as run_load
-from baton.services.gateway.__main__ import parse_args as gateway_args
 from baton.services.gateway.metrics import GatewayMetrics
+from baton.services.gateway.process import parse_args as gateway_args
 from baton.services.launcher.__main__ import main as baton
-from baton.services.worker.__main__ import parse_args as worker_args
 from baton.services.worker.metrics import EngineMetrics, WorkerCollector
+from baton.services.worker.process import parse_args as worker_args
 from baton.shared.rpc.flags import variable_name
 
 ROOT = Path(__file__).parents[2]

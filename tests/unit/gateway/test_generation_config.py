@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from baton.services.gateway import generate as path
-from baton.services.gateway.__main__ import parse_args
 from baton.services.gateway.admission import Limits, ModelDefaults, admit
 from baton.services.gateway.generation_config import read_default_sampling
+from baton.services.gateway.process import parse_args
 from baton.services.gateway.tokenizer import TextCodec
 from baton.shared.model_files.fields import ModelError
 from baton.shared.rpc.convert import sampling_to_json

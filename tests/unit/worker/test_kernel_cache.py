@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.services.worker.__main__ import keep_kernels, parse_args
+from baton.services.worker.process import keep_kernels, parse_args
 from baton.shared.model_files.fields import ModelError
 
 
