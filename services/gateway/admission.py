@@ -414,7 +414,10 @@ def _check_lengths(
     limit = f"prompt and answer together {length}, {what}"
     room = length - num_prompt
     context_length: int | None = length
-    if room < 1:
+    sampling = request.sampling
+    # Who asks of the prompt alone needs none.
+    least = 0 if sampling.HasField("max_tokens") and sampling.max_tokens == 0 else 1
+    if room < least:
         problem = f"has {num_prompt} tokens, which leaves no room for an answer"
         raise InvalidField(prompt_field, problem, limit=limit, context_length=length)
     after = f"after a prompt of {num_prompt}"
@@ -425,10 +428,9 @@ def _check_lengths(
             room, context_length = share, None
             limit = f"prompt and all answers together {limits.max_cluster_tokens}, all block pools"
             after = f"in each of {num_samples} samples, {after}"
-        if room < 1:
+        if room < least:
             problem = f"is {num_samples}, after a prompt of {num_prompt}"
             raise InvalidField("n", problem, limit=limit)
-    sampling = request.sampling
     if not sampling.HasField("max_tokens"):
         return min(default_max_tokens, room)
     if sampling.max_tokens > room and not request.clamp_max_tokens:

@@ -38,9 +38,11 @@ async def run_attempt(generation: Generation, cluster: Cluster) -> AsyncGenerato
     """Runs of new tokens, from one try on one route. Raises what ended it; however it ends, it is
     cancelled on P and D."""
     token_ids = [*generation.admitted.prompt_token_ids, *generation.token_ids]
+    # One that is drawn for nothing is not stored.
+    num_new_tokens = 0 if generation.admitted.wants_no_token else generation.num_left
     route = await cluster.routing.route(
         token_ids,
-        generation.num_left,
+        num_new_tokens,
         generation.capability_hash,
         salt=generation.admitted.identity.cache_salt,
         has_begun=generation.has_begun,

@@ -240,7 +240,7 @@ class EngineLoop:
             return StaleAttempt("this attempt, its cancel, or a later one was seen before")
         num_tokens, capacity = sequence.num_prompt_tokens, self._pools.capacity
         if recipient is not None:
-            num_tokens += sequence.params.max_tokens - sequence.first_index
+            num_tokens = sequence.num_to_compute
         if not capacity.holds(num_tokens):
             problem = f"needs {capacity.describe_need(num_tokens)}"
             return InvalidField("token_ids", problem, limit=capacity.describe(num_tokens))

@@ -221,3 +221,14 @@ def test_what_just_fits_is_served_after_all_that(
     stack.assert_idle()
     small_stack.assert_idle()
     assert all(p.popen.poll() is None for s in (stack, small_stack) for p in s.processes.values())
+
+
+def test_a_prompt_as_long_as_can_be_is_scored(stack: Stack, small_stack: Stack) -> None:
+    """No answer is wanted, so none needs room: on two workers, and on one of both roles."""
+    for each, length in ((stack, MAX_MODEL_LEN), (small_stack, POOL_TOKENS)):
+        prompt = [5 + n % 100 for n in range(length)]
+        result = each.generate(prompt, max_tokens=0, prompt_logprobs=1)
+        assert (len(result.prompt_logprobs), result.token_ids) == (length - 1, [])
+        shorter = each.generate(prompt[:-1], max_tokens=0, prompt_logprobs=1)
+        assert shorter.prompt_logprobs == result.prompt_logprobs[:-1]
+        status_of(each, [*prompt, 5], max_tokens=0, prompt_logprobs=1)

@@ -191,6 +191,10 @@ async def test_length_of_prompt_and_answer() -> None:
     assert await refused(request(prompt=full, max_tokens=2)) == ("sampling.max_tokens", limit)
     assert await refused(request(prompt=[1] * 64)) == ("token_ids", limit)
     assert await refused(request(prompt="a" * 64)) == ("text", limit)
+    # Who asks of the prompt alone needs no room for an answer.
+    scored = {"max_tokens": 0, "prompt_logprobs": 1}
+    assert (await admitted(request(prompt=[1] * 64, **scored))).wants_no_token
+    assert await refused(request(prompt=[1] * 65, **scored)) == ("token_ids", limit)
 
 
 async def test_a_request_larger_than_the_whole_pool() -> None:
