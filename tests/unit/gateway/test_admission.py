@@ -192,7 +192,7 @@ async def test_length_of_prompt_and_answer() -> None:
     assert await refused(request(prompt=[1] * 64)) == ("token_ids", limit)
     assert await refused(request(prompt="a" * 64)) == ("text", limit)
     # Who asks of the prompt alone needs no room for an answer.
-    scored = {"max_tokens": 0, "prompt_logprobs": 1}
+    scored: dict[str, Any] = {"max_tokens": 0, "prompt_logprobs": 1}
     assert (await admitted(request(prompt=[1] * 64, **scored))).wants_no_token
     assert await refused(request(prompt=[1] * 65, **scored)) == ("token_ids", limit)
 
