@@ -36,6 +36,8 @@ LIMITS = {
 }
 """By the dtype between layers: the share of codes that may be others, and how far logits may be
 off. The reference is float32 all over."""
+LIMITS_ON_GPU = {**LIMITS, torch.float32: (0.04, 3e-3), torch.float16: (0.06, 3e-3)}
+"""Its tensor cores add up products of 8-bit floats to fewer digits than float32 has."""
 
 
 @dataclass
@@ -107,6 +109,6 @@ def test_the_demo_with_the_kernels_codes(
     num_layers = len(codes.made)
     expected = codes.logits(runner("torch", "cpu", torch.float32))
     assert num_layers == 2 * 4 * 6 and not codes.made
-    share, error = LIMITS[dtype]
+    share, error = (LIMITS if device.type == "cpu" else LIMITS_ON_GPU)[dtype]
     assert float(torch.cat(codes.are_others).mean()) < share
     assert float((got - expected).norm() / expected.norm()) < error
