@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from baton.kernels import library_product
 from baton.kernels import scaled_linear as scaled_linear_module
+from baton.kernels.library_product import add_product
 from baton.kernels.quantised_rows import quantise_rows
 from baton.kernels.reference_scaled import (
     GROUP,
@@ -222,6 +224,60 @@ def test_against_float64(
     expected = (product + bias.double().cpu()) * 0.25 + residual.double().cpu()
     got = scaled_product(x, weight, bias, residual=residual, scale=0.25, dtype=dtype)
     assert_right(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [0, GROUP])
+@pytest.mark.parametrize("rows", [272, 4096])
+def test_the_library_adds_to_a_residual(
+    rows: int, group: int, device: torch.device, assert_close: AssertClose
+) -> None:
+    """Between columns that are not its own; a row's sum is that row's alone."""
+    num_out, num_in = 640, 1536
+    weight, numbers = make_weight(num_out, num_in, FLOAT8, group, device)
+    x = quantise_rows(
+        rand(rows, num_in).to(device, torch.bfloat16) / 1000, InputScheme(group=group)
+    )
+    around = rand(rows, num_out + 16, seed=6).to(device, torch.bfloat16)
+    before = around.clone()
+    residual = around[:, 8:-8]
+    expected = x.expand(torch.float64).cpu() @ numbers.t() * 0.25 + residual.double().cpu()
+    assert add_product(x, weight, residual, scale=0.25)
+    # Tensor cores add 8-bit floats up with 14 bits.
+    assert_close(residual, expected)
+    assert torch.equal(around[:, :8], before[:, :8]) and torch.equal(around[:, -8:], before[:, -8:])
+    one = before[:, 8:-8]
+    others = QuantisedRows(x.codes.flip(0).contiguous(), x.scale.flip(0).t().contiguous().t())
+    others.codes[-1], others.scale[-1] = x.codes[5], x.scale[5]
+    one[-1] = before[5, 8:-8]
+    assert add_product(others, weight, one, scale=0.25)
+    assert torch.equal(one[-1], residual[5])
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has none, nobody asks it for plans."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert library_product._library.__wrapped__(device) is None
+    plan = library_product._plan.__wrapped__(device, 512, 256, 128, 128, has_blocks=False)
+    assert plan is None
+
+
+@pytest.mark.gpu
+def test_what_the_library_does_not_add(device: torch.device) -> None:
+    """Rows beside which there are others, memory that is not aligned, other types: nothing is
+    touched, and whoever asked has another way."""
+    weight, _ = make_weight(32, 256, FLOAT8, GROUP, device)
+    for rows, residual in (
+        (17, torch.zeros(17, 32, dtype=torch.bfloat16, device=device)),
+        (32, torch.zeros(32, 32, dtype=torch.float16, device=device)),
+        (32, torch.zeros(32, 36, dtype=torch.bfloat16, device=device)[:, :32]),
+    ):
+        x = quantise_rows(rand(rows, 256).to(device, torch.bfloat16), InputScheme(group=GROUP))
+        assert not add_product(x, weight, residual) and not residual.any()
+        dtype = residual.dtype
+        got = scaled_product(x, weight, residual=residual, dtype=dtype)
+        assert got.data_ptr() == residual.data_ptr() and got.any()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
