@@ -111,6 +111,26 @@ def test_codes_are_the_nearest(
     assert torch.equal(alone.scale[0], got.scale[3])
 
 
+@pytest.mark.parametrize("form", ["plain", "norm", "gated"])
+def test_codes_are_those_of_few_rows(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A step of many rows has other threads."""
+    size = 17 * GROUP
+    x = rand(140, (2 if form == "gated" else 1) * size).to(device, dtype)
+    options: dict[str, Any] = {}
+    if form == "norm":
+        options = {"norm_weight": rand(size, seed=2).to(device), "eps": 1e-3}
+    elif form == "gated":
+        options = {"activation": "silu"}
+    many, few = (quantise_rows(each, InputScheme(), **options) for each in (x, x[-5:]))
+    torch.testing.assert_close(many.scale[-5:], few.scale, rtol=1e-5, atol=0)
+    same = many.codes[-5:].view(torch.uint8) == few.codes.view(torch.uint8)
+    if form == "norm":
+        # Sums of another order.
+        assert float(same.float().mean()) > 0.99
+    else:
+        assert same.all()
+
+
 def test_every_float8_is_met(device: torch.device) -> None:
     """Codes of numbers that are codes are these: subnormal ones, ties and carries too."""
     numbers = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float()
