@@ -34,9 +34,12 @@ from baton.kernels.decode_sums_jit import add_up, with_sinks
 from baton.kernels.float8_jit import (
     add_halves,
     as_bytes,
+    casts_codes,
+    codes_offset,
     has_assembler,
     is_float8,
     scale_of,
+    scales_offset,
     score_halves,
 )
 from baton.kernels.shared_memory import shared_bytes
@@ -121,6 +124,7 @@ def paged_decode_attention(
     kernel: Any
     if has_codes and not is_wide and has_teams and config.block_n == TEAM_KEYS * num_warps:
         kernel, how = attend_codes, {"TEAMS": num_warps, "KEYS": TEAM_KEYS}
+        how["CASTS"] = casts_codes(kv.device)
         block_h, block_d = team_block(group * work.width, head_dim)
     else:
         block_h = max(16, triton.next_power_of_2(group * work.width))
@@ -294,9 +298,16 @@ def _attend(
     # A block's offset needs 64 bits; what follows inside the block does not. An element is a
     # number, or a pair of codes.
     DIMS: tl.constexpr = HEAD_DIM // 2 if FLOAT8 else HEAD_DIM
-    run_elements: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + 1) // 2 if FLOAT8 else BLOCK_SIZE * DIMS
-    block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * run_elements
-    keys = elements + (kv_head * LAYERS + layer) * (2 * run_elements)
+    run_elements: tl.constexpr = BLOCK_SIZE * DIMS
+    # Of codes there are scales, too.
+    held: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + 1) // 2 if FLOAT8 else run_elements
+    block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * held
+    first_run = (kv_head * LAYERS + layer) * 2
+    if FLOAT8:
+        keys = elements + codes_offset(first_run, LAYERS * 2, BLOCK_SIZE, HEAD_DIM) // 2
+        scales = kv + scales_offset(first_run, LAYERS * 2, BLOCK_SIZE, HEAD_DIM)
+    else:
+        keys = elements + first_run * run_elements
     # What scores must be multiplied by when they are known: capped ones are scaled before.
     rest = 1.0 if SOFT_CAP > 0 else scale
     if WIDTH == 1:
@@ -311,10 +322,9 @@ def _attend(
             tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32),
             tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32),
         )
-        scales = (keys + BLOCK_SIZE * DIMS).to(tl.pointer_type(tl.uint8))
         at_scale = scales + block.to(tl.int64) * (2 * block_elements) + near % BLOCK_SIZE
         k_exponent = tl.load(at_scale)
-        v_exponent = tl.load(at_scale + 2 * run_elements)
+        v_exponent = tl.load(at_scale + BLOCK_SIZE)
     else:
         acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in tl.range(first, end, BLOCK_N):
@@ -340,7 +350,7 @@ def _attend(
             # The next ones likewise a turn early: single bytes are not copied ahead.
             at_scale = scales + block.to(tl.int64) * (2 * block_elements) + near % BLOCK_SIZE
             k_exponent = tl.load(at_scale)
-            v_exponent = tl.load(at_scale + 2 * run_elements)
+            v_exponent = tl.load(at_scale + BLOCK_SIZE)
             score = score_halves((even, odd), k, k_scale, ASM)
         else:
             score = tl.dot(q, tl.trans(k), input_precision="ieee")

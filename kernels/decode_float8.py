@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 
 from baton.kernels.decode_sums_jit import add_up, with_sinks
-from baton.kernels.float8_jit import scale_of, small_halves
+from baton.kernels.float8_jit import (
+    codes_offset,
+    neighbours,
+    scale_of,
+    scales_offset,
+    small_halves,
+)
 from baton.kernels.soft_cap import capped
 
 _LEAST_EXPONENT = tl.constexpr(67)
@@ -63,6 +69,7 @@ def attend_codes(
     FUSED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PDL: tl.constexpr,
+    CASTS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One KV head of one item, KEYS of its keys for each of the TEAMS, the warps, at a time. Column
@@ -90,7 +97,6 @@ def attend_codes(
     IN_ONE: tl.constexpr = KEYS <= BLOCK_SIZE
     of_row = team if IN_ONE else team + own
     of_pair = team if IN_ONE else team + both
-    row_inside = own if IN_ONE else own * 0
     pair_inside = both if IN_ONE else both * 0
     first = begin // TILE * TILE
     table = block_tables + slot.to(tl.int64) * table_stride
@@ -114,17 +120,23 @@ def attend_codes(
         hidden = tl.maximum(tl.load(entry + 6) - head // GROUP, 0)
         last = tl.load(context_lens + slot, mask=has_keys, other=0) - hidden
     column = tl.arange(0, BLOCK_D // 2)
-    even, odd, unit = _query_halves(
-        query + q_of, head < HEADS, column, TEAMS, HEAD_DIM, BLOCK_H, BLOCK_D
+    # Which dimensions the halves of keys are.
+    dim_of = column // 2 * 4 + column % 2 if CASTS else 2 * column
+    apart: tl.constexpr = 2 if CASTS else 1
+    one, other, unit = _query_halves(
+        query + q_of, head < HEADS, dim_of, apart, TEAMS, HEAD_DIM, BLOCK_H, BLOCK_D
     )
 
     # A block's offset needs 64 bits; what follows inside the block does not. An element is a pair
     # of codes.
-    run_elements: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + 1) // 2
-    block_elements: tl.constexpr = KV_HEADS * LAYERS * 2 * run_elements
-    keys = kv.to(tl.pointer_type(tl.int16)) + (kv_head * LAYERS + layer) * (2 * run_elements)
-    scales = keys + BLOCK_SIZE * PAIRS
-    factor = (unit * (scale * 256.0))[None, None, :]
+    block_elements: tl.constexpr = KV_HEADS * LAYERS * (BLOCK_SIZE * (HEAD_DIM + 1))
+    first_run = (kv_head * LAYERS + layer) * 2
+    elements = kv.to(tl.pointer_type(tl.int16))
+    keys = elements + codes_offset(first_run, LAYERS * 2, BLOCK_SIZE, HEAD_DIM) // 2
+    scales = elements + scales_offset(first_run, LAYERS * 2, BLOCK_SIZE, HEAD_DIM) // 2
+    # What codes in float16 must be multiplied by.
+    SMALL: tl.constexpr = 1.0 if CASTS else 256.0
+    factor = (unit * (scale * SMALL))[None, None, :]
     # Finite: of a tile, and of an item, there may be no key that a team, or a token, sees.
     highest = tl.full([TEAMS, BLOCK_H], -1.0e30, tl.float32)
     shares = tl.zeros([TEAMS, KEYS, BLOCK_H], tl.float32)
@@ -132,23 +144,24 @@ def attend_codes(
     acc_odd = tl.zeros([TEAMS, BLOCK_D // 2, BLOCK_H], tl.float32)
     at = scales + pair_block.to(tl.int64) * block_elements
     at += ((first + of_pair) % BLOCK_SIZE + pair_inside) // 2
-    k_exponents, v_exponents = tl.load(at), tl.load(at + run_elements)
+    k_exponents, v_exponents = tl.load(at), tl.load(at + BLOCK_SIZE // 2)
     for start in tl.range(first, end, TILE):
         key = start + team + own
         is_own = (key >= begin) & (key < end)
         run = keys + block.to(tl.int64) * block_elements
-        run += (start + of_row) % BLOCK_SIZE * PAIRS
-        source = run[:, :, None] + (row_inside[:, :, None] * PAIRS + column[None, None, :])
+        # Slots that are not the item's may hold anything, no numbers too: read is the nearest one.
+        near = tl.minimum(tl.maximum(key, begin), end - 1) % BLOCK_SIZE * PAIRS
+        source = run[:, :, None] + (near[:, :, None] + column[None, None, :])
         # Values turned, so that they go from shared memory to registers as tensor cores want them.
-        turned = run[:, None, :] + (row_inside[:, None, :] * PAIRS + column[None, :, None])
+        turned = run[:, None, :] + (near[:, None, :] + column[None, :, None])
         if BLOCK_D == HEAD_DIM:
             k = tl.load(source)
-            v = tl.load(turned + run_elements)
+            v = tl.load(turned + BLOCK_SIZE * PAIRS)
         else:
             k = tl.load(source, mask=column[None, None, :] < PAIRS, other=0)
-            v = tl.load(turned + run_elements, mask=column[None, :, None] < PAIRS, other=0)
-        # Slots that are not the item's may hold anything: any codes make finite numbers, whose
-        # scores are then replaced and whose weights are zero; scales must not get that far.
+            v = tl.load(turned + BLOCK_SIZE * PAIRS, mask=column[None, :, None] < PAIRS, other=0)
+        # Scales are those of the slots. Scores of others' are replaced, and their weights are zero:
+        # scales that are none must not get that far.
         k_scale = tl.where(is_own, scale_of(_each(k_exponents, TEAMS, KEYS)), 0.0)[:, :, None]
         v_exponent = _each(v_exponents, TEAMS, KEYS)
         v_scale = tl.where(is_own, scale_of(v_exponent), 0.0)[:, :, None]
@@ -159,12 +172,15 @@ def attend_codes(
         pair_block = _block_of(table, start + TILE + of_pair, begin, end, True, BLOCK_SIZE)
         at = scales + pair_block.to(tl.int64) * block_elements
         at += ((start + TILE + of_pair) % BLOCK_SIZE + pair_inside) // 2
-        k_exponents, v_exponents = tl.load(at), tl.load(at + run_elements)
+        k_exponents, v_exponents = tl.load(at), tl.load(at + BLOCK_SIZE // 2)
 
-        k_even, k_odd = small_halves(k, ASM)
+        if CASTS:
+            k_one, k_other = neighbours(k, ASM)
+        else:
+            k_one, k_other = small_halves(k, CASTS, ASM)
         score = tl.zeros([TEAMS, KEYS, BLOCK_H], tl.float32)
-        score = tl.dot(k_even, even, score)
-        score = tl.dot(k_odd, odd, score) * factor
+        score = tl.dot(k_one, one, score)
+        score = tl.dot(k_other, other, score) * factor
         seen = is_own[:, :, None]
         if WIDTH > 1:
             seen &= key[:, :, None] < last[None, None, :]
@@ -181,7 +197,7 @@ def attend_codes(
         fade = tl.exp2(highest - above)[:, None, :]
         shares = shares * fade + p
         p = (p * v_scale).to(tl.float16)
-        v_even, v_odd = small_halves(v, ASM)
+        v_even, v_odd = small_halves(v, CASTS, ASM)
         acc_even = tl.dot(v_even, p, acc_even * fade)
         acc_odd = tl.dot(v_odd, p, acc_odd * fade)
         highest = above
@@ -196,7 +212,7 @@ def attend_codes(
     is_real = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
     # What of the sums goes through shared memory depends on where they are stored.
     if num_splits == 1:
-        acc = _sums_of_heads(acc_even, acc_odd, fade, TEAMS)
+        acc = _sums_of_heads(acc_even, acc_odd, fade * SMALL, TEAMS)
         if sinks is not None:
             acc, total, above = with_sinks(acc, total, above, sinks, heads, head < HEADS)
         # A row without keys has a total of zero and becomes zero.
@@ -208,7 +224,7 @@ def attend_codes(
         tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=is_real)
     else:
         total = tl.where(total > 0, total, 1.0)
-        acc = _sums_of_heads(acc_even, acc_odd, fade, TEAMS) / total[:, None]
+        acc = _sums_of_heads(acc_even, acc_odd, fade * SMALL, TEAMS) / total[:, None]
         at_head = (item * KV_HEADS + kv_head) * HEADS + head
         tl.store(partial + at_head[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_real)
         tl.store(weight + at_head, above + tl.log2(total), mask=head < HEADS)
@@ -249,23 +265,25 @@ def _block_of(table, key, begin, end, has_keys, BLOCK_SIZE: tl.constexpr):
 def _query_halves(
     query,
     is_real,
-    column,
+    dim,
+    apart: tl.constexpr,
     TEAMS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Pointers to queries [H] → for each team [D / 2, H], their even dimensions and their odd
-    ones, and what products with them must be multiplied by, float32 [H].
+    """Pointers to queries [H] → for each team [D / 2, H], the dimensions that `dim` [D / 2] names,
+    and those `apart` further on, and what products with them must be multiplied by, float32 [H].
 
     In float16 the largest number of a query is from 2¹⁴ to 2¹⁵. What of the others falls below its
     smallest ones is less than the products' sum in float32 loses. With a query that is infinite
     they are NaN: scores of nothing but −∞ would else look like those of a token that sees no key.
     """
-    is_pair = is_real[None, :] & (column < HEAD_DIM // 2)[:, None]
-    source = query[None, :] + 2 * column[:, None]
-    x = tl.load(source, mask=is_pair, other=0.0).to(tl.float32)
-    y = tl.load(source + 1, mask=is_pair, other=0.0).to(tl.float32)
+    source = query[None, :] + dim[:, None]
+    is_there = is_real[None, :] & (dim < HEAD_DIM)[:, None]
+    x = tl.load(source, mask=is_there, other=0.0).to(tl.float32)
+    is_there = is_real[None, :] & (dim + apart < HEAD_DIM)[:, None]
+    y = tl.load(source + apart, mask=is_there, other=0.0).to(tl.float32)
     largest = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 0)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
     inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
@@ -290,7 +308,7 @@ def _sums_of_heads(even, odd, fade, TEAMS: tl.constexpr):
     """Of teams [TEAMS, D / 2, H], which count as fade [TEAMS, H] says → [H, D]."""
     even = _sum_of_teams(even * fade[:, None, :], TEAMS)
     odd = _sum_of_teams(odd * fade[:, None, :], TEAMS)
-    return tl.interleave(tl.trans(even), tl.trans(odd)) * 256.0
+    return tl.interleave(tl.trans(even), tl.trans(odd))
 
 
 @triton.jit

@@ -25,6 +25,8 @@ TEAM_KEYS = 16
 """Keys of a tile that a warp has to itself in decode_float8.py: as many as tensor cores take."""
 _MOST_SUMS = 2048
 """Of such a warp: 64 registers of each thread."""
+_PROGRAMS_AT_ONCE = 528
+"""Of four such warps with heads of 128: four for each processor of an H100 or H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,12 @@ def decode_config(
     block_n = 32 if head_dim <= 256 else 16
     if itemsize == 1 and takes_teams(group * width, head_dim):
         # Small programs, of which many hide what each waits for; more warps add up for longer.
-        config = DecodeConfig(block_n=2 * TEAM_KEYS, num_warps=2, num_stages=3, programs=programs)
+        num_warps, num_stages = 2, 3
+        if width == 1 and head_dim <= 128 and num_rows * num_kv_heads <= _PROGRAMS_AT_ONCE:
+            # All start at once, while others' kernels end, wherever there is room: of large ones
+            # a processor has room for its share only, of small ones some take twice as many.
+            num_warps, num_stages = 4, 2
+        config = DecodeConfig(TEAM_KEYS * num_warps, num_warps, num_stages, programs)
     elif itemsize == 1:
         # As many bytes of a tile, and less ahead: more programs at once hide what widening takes.
         config = DecodeConfig(block_n=2 * block_n, num_stages=3, programs=programs)

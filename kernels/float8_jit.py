@@ -49,6 +49,24 @@ _SMALL_HALVES = tl.constexpr(
     }"""
 )
 """(s & mask) | t is 0xEA."""
+_CAST_NEIGHBOURS = tl.constexpr(
+    """{
+    .reg .b16 l, h;
+    mov.b32 {l, h}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, l;
+    cvt.rn.f16x2.e4m3x2 $1, h;
+    }"""
+)
+_CAST_HALVES = tl.constexpr(
+    """{
+    .reg .b32 t;
+    .reg .b16 l, h;
+    prmt.b32 t, $2, 0, 0x3120;
+    mov.b32 {l, h}, t;
+    cvt.rn.f16x2.e4m3x2 $0, l;
+    cvt.rn.f16x2.e4m3x2 $1, h;
+    }"""
+)
 
 
 def is_float8(kv: Tensor) -> bool:
@@ -62,6 +80,25 @@ def as_bytes(kv: Tensor) -> Tensor:
 
 def has_assembler() -> bool:
     return not triton.knobs.runtime.interpret
+
+
+def casts_codes(device: torch.device) -> bool:
+    """Whether there is an instruction that makes float16 of codes."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@triton.jit
+def codes_offset(run, head_runs: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr):
+    """Where in a pool, or in a block, the codes of a run begin, the keys or values of a head in a
+    layer, of which a head has `head_runs` (reference_float8.py). Those of values are block_size ·
+    head_dim bytes behind those of keys."""
+    return run * (block_size * head_dim) + run // head_runs * (head_runs * block_size)
+
+
+@triton.jit
+def scales_offset(run, head_runs: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr):
+    """Where its scales begin. Those of values are block_size bytes behind those of keys."""
+    return (run // head_runs + 1) * (head_runs * block_size * head_dim) + run * block_size
 
 
 @triton.jit
@@ -111,16 +148,41 @@ def halves(pairs, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def small_halves(pairs, ASM: tl.constexpr):
-    """`halves` in float16, 2⁻⁸ times as large: a code's bits, moved to their places, are that. Any
-    bits make a finite number."""
-    if ASM:
+def small_halves(pairs, CASTS: tl.constexpr, ASM: tl.constexpr):
+    """`halves` in float16. Without CASTS they are 2⁻⁸ times as large: a code's bits, moved to their
+    places, are that."""
+    if ASM and CASTS:
+        return tl.inline_asm_elementwise(
+            _CAST_HALVES, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    elif ASM:
         return tl.inline_asm_elementwise(
             _SMALL_HALVES, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
     else:
         lower, higher = halves(pairs, tl.float32, ASM)
-        return (lower * 0.00390625).to(tl.float16), (higher * 0.00390625).to(tl.float16)
+        size: tl.constexpr = 1.0 if CASTS else 0.00390625
+        return (lower * size).to(tl.float16), (higher * size).to(tl.float16)
+
+
+@triton.jit
+def neighbours(pairs, ASM: tl.constexpr):
+    """int16 [..., D / 2] → in float16 the numbers of dimensions 4i and 4i + 1, and those of 4i + 2
+    and 4i + 3, [..., D / 2] each: one instruction for two codes, where `small_halves` must first
+    bring together what lies apart."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _CAST_NEIGHBOURS, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    else:
+        lower, higher = small_halves(pairs, True, ASM)
+        A: tl.constexpr = pairs.shape[0]
+        B: tl.constexpr = pairs.shape[1]
+        C: tl.constexpr = pairs.shape[2]
+        codes = tl.reshape(tl.join(lower, higher), (A, B, C // 2, 2, 2))
+        first, second = tl.split(tl.permute(codes, (0, 1, 2, 4, 3)))
+        return tl.reshape(first, (A, B, C)), tl.reshape(second, (A, B, C))
 
 
 @triton.jit

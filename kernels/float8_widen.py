@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baton.kernels.float8_jit import as_bytes, scale_of, widened
+from baton.kernels.float8_jit import as_bytes, codes_offset, scale_of, scales_offset, widened
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_float8 import STRETCH_TOKENS
 
@@ -144,7 +144,6 @@ def _widen(
     PDL: tl.constexpr,
 ):
     """A program takes parts, TOKENS keys or values of one head, one after another."""
-    RUN: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + 1)
     CUTS: tl.constexpr = STRETCH // TOKENS
     PARTS: tl.constexpr = HEADS * 2 * CUTS
     if PDL:
@@ -168,12 +167,14 @@ def _widen(
         offset = position % BLOCK_SIZE
         # Keys and values of a head are beside each other in a layer.
         of_layer = (block.to(tl.int64) * HEADS + run // 2) * LAYERS + layer
-        source = kv + (of_layer * 2 + run % 2) * RUN
+        held = of_layer * 2 + run % 2
+        source = kv + codes_offset(held, LAYERS * 2, BLOCK_SIZE, HEAD_DIM)
+        scales = kv + scales_offset(held, LAYERS * 2, BLOCK_SIZE, HEAD_DIM)
         is_number = is_seen[:, None] & (dim < HEAD_DIM)[None, :]
         codes = tl.load(
             source[:, None] + (offset * HEAD_DIM)[:, None] + dim[None, :], mask=is_number, other=0
         )
-        exponent = tl.load(source + BLOCK_SIZE * HEAD_DIM + offset, mask=is_seen, other=0)
+        exponent = tl.load(scales + offset, mask=is_seen, other=0)
         numbers = widened(codes.to(tl.int32)) * scale_of(exponent)[:, None]
         # Stretches are whole blocks, so an offset is the same here and there.
         place = (stretch.to(tl.int64) * STRETCH + in_stretch) // BLOCK_SIZE * (HEADS * 2) + run

@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baton.kernels.float8_jit import as_bytes, codes_of, exponent_of, is_float8, magnitude_bits
+from baton.kernels.float8_jit import (
+    as_bytes,
+    codes_of,
+    codes_offset,
+    exponent_of,
+    is_float8,
+    magnitude_bits,
+    scales_offset,
+)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -47,13 +55,14 @@ def _store_kv(
     )
     run = ((slot // block_size * num_kv_heads + head) * num_layers + layer) * 2
     if FLOAT8:
-        at = run * (block_size * (head_dim + 1))
+        token = slot % block_size
+        codes = kv + codes_offset(run, num_layers * 2, block_size, head_dim) + token * head_dim
+        scales = kv + scales_offset(run, num_layers * 2, block_size, head_dim) + token
         is_head = (head < num_kv_heads) & (slot >= 0)
-        _store_codes(kv + at, keys.to(tl.float32), slot % block_size, dim, is_there, is_head,
-                     block_size, head_dim)  # fmt: skip
-        at += block_size * (head_dim + 1)
-        _store_codes(kv + at, values.to(tl.float32), slot % block_size, dim, is_there, is_head,
-                     block_size, head_dim)  # fmt: skip
+        _store_codes(codes, scales, keys.to(tl.float32), dim, is_there, is_head)
+        codes += block_size * head_dim
+        scales += block_size
+        _store_codes(codes, scales, values.to(tl.float32), dim, is_there, is_head)
     else:
         place = (run * block_size + slot % block_size) * head_dim
         target = kv + place[:, None] + dim[None, :]
@@ -62,14 +71,11 @@ def _store_kv(
 
 
 @triton.jit
-def _store_codes(
-    run, x, token, dim, is_there, is_head, block_size: tl.constexpr, head_dim: tl.constexpr
-):
-    """x float32 [HEADS, DIM] to a token's place in a run each."""
+def _store_codes(codes, scales, x, dim, is_there, is_head):
+    """x float32 [HEADS, DIM] to where pointers [HEADS] say."""
     exponent = exponent_of(tl.max(magnitude_bits(x), 1))
-    codes = codes_of(x, exponent[:, None])
-    tl.store(run[:, None] + token * head_dim + dim[None, :], codes, mask=is_there)
-    tl.store(run + block_size * head_dim + token, exponent.to(tl.uint8), mask=is_head)
+    tl.store(codes[:, None] + dim[None, :], codes_of(x, exponent[:, None]), mask=is_there)
+    tl.store(scales, exponent.to(tl.uint8), mask=is_head)
 
 
 def store_kv(key: Tensor, value: Tensor, kv: Tensor, layer: int, slots: Tensor) -> None:

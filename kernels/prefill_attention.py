@@ -24,9 +24,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from baton.kernels.float8_jit import (
     add_halves,
     as_bytes,
+    codes_offset,
     has_assembler,
     is_float8,
     scale_of,
+    scales_offset,
     score_halves,
 )
 from baton.kernels.shared_memory import shared_bytes
@@ -64,6 +66,7 @@ def _walk(
     position,
     scale,
     block_runs: tl.constexpr,
+    head_runs: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
     window: tl.constexpr,
@@ -91,9 +94,15 @@ def _walk(
     # Of elements that are moved: numbers, or pairs of codes.
     dims: tl.constexpr = head_dim // 2 if FLOAT8 else head_dim
     dim = tl.arange(0, BLOCK_D // 2 if FLOAT8 else BLOCK_D)
-    run_size: tl.constexpr = block_size * (head_dim + 1) // 2 if FLOAT8 else block_size * head_dim
-    block_stride: tl.constexpr = block_runs * run_size
-    elements = kv.to(tl.pointer_type(tl.int16)) if FLOAT8 else kv
+    run_size: tl.constexpr = block_size * dims
+    # Of codes there are scales, too.
+    held: tl.constexpr = block_size * (head_dim + 1) // 2 if FLOAT8 else run_size
+    block_stride: tl.constexpr = block_runs * held
+    if FLOAT8:
+        codes = kv + codes_offset(first_run, head_runs, block_size, head_dim)
+        elements = codes.to(tl.pointer_type(tl.int16))
+    else:
+        elements = kv + first_run * run_size
     # What scores must be multiplied by when they are known: capped ones are scaled before.
     rest = 1.0 if SOFT_CAP > 0 else scale
     low_number = low // block_size
@@ -114,7 +123,7 @@ def _walk(
     if FLOAT8:
         k_exponent, v_exponent = _exponents(
             kv, block, first_run, start, low, end,
-            block_runs, block_size, head_dim, window, BLOCK_N, MASKED,
+            block_runs, head_runs, block_size, head_dim, window, BLOCK_N, MASKED,
         )  # fmt: skip
     for step in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         start = step
@@ -136,7 +145,7 @@ def _walk(
             keys = rows.load([row, 0])
         else:
             source = elements + block.to(tl.int64) * block_stride
-            source += first_run * run_size + offset * dims
+            source += offset * dims
             if block_size % BLOCK_N == 0:
                 source = source + key[:, None] * dims + dim[None, :]
             else:
@@ -154,7 +163,7 @@ def _walk(
             k_scale, v_scale = scale_of(k_exponent), scale_of(v_exponent)
             k_exponent, v_exponent = _exponents(
                 kv, coming, first_run, ahead, low, end,
-                block_runs, block_size, head_dim, window, BLOCK_N, MASKED,
+                block_runs, head_runs, block_size, head_dim, window, BLOCK_N, MASKED,
             )  # fmt: skip
             scores = score_halves(query, keys, k_scale, ASM)
         else:
@@ -200,6 +209,7 @@ def _exponents(
     low,
     end,
     block_runs: tl.constexpr,
+    head_runs: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
     window: tl.constexpr,
@@ -208,9 +218,8 @@ def _exponents(
 ):
     """Those of a tile's keys and of its values, zero where a key may not be read."""
     key = tl.arange(0, BLOCK_N)
-    run_bytes: tl.constexpr = block_size * (head_dim + 1)
-    source = kv + block.to(tl.int64) * (block_runs * run_bytes)
-    source += first_run * run_bytes + block_size * head_dim
+    source = kv + block.to(tl.int64) * (block_runs * (block_size * (head_dim + 1)))
+    source += scales_offset(first_run, head_runs, block_size, head_dim)
     if block_size % BLOCK_N == 0:
         source = source + start % block_size + key
     else:
@@ -221,7 +230,7 @@ def _exponents(
         readable = readable & (start + key >= low)
     return (
         tl.load(source, mask=readable, other=0),
-        tl.load(source + run_bytes, mask=readable, other=0),
+        tl.load(source + block_size, mask=readable, other=0),
     )
 
 
@@ -349,8 +358,8 @@ def _prefill_attention(
     acc, total, peak = _walk(
         acc, total, peak, queries, kv, rows, table, first_run,
         clear_start, clear_end, 0, 0, low, end, position, scale,
-        block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False, DESCRIPTOR,
-        SOFT_CAP, FLOAT8, ASM,
+        block_runs, num_layers * 2, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False,
+        DESCRIPTOR, SOFT_CAP, FLOAT8, ASM,
     )  # fmt: skip
     if window == 0:
         first = clear_end
@@ -358,8 +367,8 @@ def _prefill_attention(
     acc, total, peak = _walk(
         acc, total, peak, queries, kv, rows, table, first_run,
         first, end - hole_size, clear_start, hole_size, low, end, position, scale,
-        block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES, True, False,
-        SOFT_CAP, FLOAT8, ASM,
+        block_runs, num_layers * 2, block_size, head_dim, window, BLOCK_N, BLOCK_D, MASKED_STAGES,
+        True, False, SOFT_CAP, FLOAT8, ASM,
     )  # fmt: skip
 
     if FLOAT8:

@@ -560,8 +560,8 @@ def _gather(kv: Tensor, layer: int, which: int, units: QueryUnits) -> Tensor:
     The next call reuses the memory.
     """
     if kv.dtype == reference_float8.DTYPE:
-        runs = reference_float8.runs_of(kv).index_select(0, units.rows[layer, which])
-        reference_float8.widen_runs(runs, units.gathered.view(-1, *kv.shape[4:]))
+        out = units.gathered.view(-1, *kv.shape[4:])
+        reference_float8.widen_runs(kv, layer, which, units.rows[layer, which], out)
     else:
         rows = kv.view(-1, units.gathered.shape[1])
         torch.index_select(rows, 0, units.rows[layer, which], out=units.gathered)

@@ -6,8 +6,10 @@ and such a one multiplies without rounding: a code has four digits, so in any ty
 product is what it was. A scale is kept as one byte, the exponent of a float32. Of a vector that is
 not finite it is the highest one, which makes infinity, and its codes are zeros: all of it is NaN.
 
-A run, the keys or values of one head and layer in a block, is the codes of its tokens, one after
-another, then their scales: uint8 [block_size · head_dim + block_size].
+A run is the keys or values of one head and layer in a block. Of a head a block has the codes of all
+its runs, one run after another, layer by layer, then their scales: uint8 [num_layers · 2 ·
+block_size · (head_dim + 1)]. So a vector of 128 codes is a line of a GPU's cache, where layers come
+in fours; behind scales it would lie across two, and each would be read twice.
 """
 
 from __future__ import annotations
@@ -28,27 +30,31 @@ _INFINITE = 0x7F800000
 NOT_FINITE = 255
 
 
-def codes_of(runs: Tensor, block_size: int) -> Tensor:
-    """runs uint8 [..., block_size · (head_dim + 1)] → their codes, [..., block_size, head_dim]: a
-    view, from which `runs_of` and `exponents_of` find back."""
-    head_dim = runs.shape[-1] // block_size - 1
-    codes: Tensor = runs[..., : block_size * head_dim].unflatten(-1, (block_size, head_dim))
-    return codes.view(DTYPE)
+def codes_of(heads: Tensor, block_size: int, head_dim: int) -> Tensor:
+    """heads uint8 [..., num_layers · 2 · block_size · (head_dim + 1)] → their codes, [...,
+    num_layers, 2, block_size, head_dim]: a view, from which `heads_of` and `exponents_of` find
+    back."""
+    num_layers = heads.shape[-1] // (2 * block_size * (head_dim + 1))
+    codes = heads[..., : num_layers * 2 * block_size * head_dim].view(DTYPE)
+    return codes.view(*heads.shape[:-1], num_layers, 2, block_size, head_dim)
 
 
 def exponents_of(codes: Tensor) -> Tensor:
-    """uint8 [..., block_size]: the scales of a view of codes; a view, too."""
-    *outer, block_size, head_dim = codes.shape
-    size = [*outer, block_size]
-    offset = codes.storage_offset() + block_size * head_dim
-    return codes.view(torch.uint8).as_strided(size, [*codes.stride()[:-2], 1], offset)
+    """uint8 [..., num_layers, 2, block_size]: the scales of a view of heads' codes; a view, too."""
+    *outer, num_layers, both, block_size, head_dim = codes.shape
+    assert both == 2 and codes.stride(-4) == 2 * block_size * head_dim
+    offset = codes.storage_offset() + num_layers * 2 * block_size * head_dim
+    size = [*outer, num_layers, 2, block_size]
+    stride = [*codes.stride()[:-4], 2 * block_size, block_size, 1]
+    return codes.view(torch.uint8).as_strided(size, stride, offset)
 
 
-def runs_of(codes: Tensor) -> Tensor:
-    """uint8 [runs, block_size · (head_dim + 1)]: what a view of all codes of a pool is of."""
-    block_size, head_dim = codes.shape[-2:]
-    num_bytes = block_size * (head_dim + 1)
-    size = [codes.shape[:-2].numel(), num_bytes]
+def heads_of(codes: Tensor) -> Tensor:
+    """uint8 [heads, num_layers · 2 · block_size · (head_dim + 1)]: what a view of all codes of a
+    pool is of."""
+    num_layers, _, block_size, head_dim = codes.shape[-4:]
+    num_bytes = num_layers * 2 * block_size * (head_dim + 1)
+    size = [codes.shape[:-4].numel(), num_bytes]
     return codes.view(torch.uint8).as_strided(size, [num_bytes, 1], codes.storage_offset())
 
 
@@ -69,16 +75,23 @@ def scales(exponents: Tensor) -> Tensor:
 
 
 def widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """A view of codes [..., block_size, head_dim] → the numbers, in a new tensor."""
+    """A view of heads' codes [..., num_layers, 2, block_size, head_dim] → the numbers, in a new
+    tensor."""
     return _product(codes, exponents_of(codes), dtype)
 
 
-def widen_runs(runs: Tensor, out: Tensor) -> None:
-    """runs uint8 [n, block_size · (head_dim + 1)] → out [n, block_size, head_dim]."""
-    num_runs, block_size, head_dim = out.shape
-    num_codes = block_size * head_dim
-    codes = runs[:, :num_codes].view(DTYPE).view(num_runs, block_size, head_dim)
-    out.copy_(_product(codes, runs[:, num_codes:], out.dtype))
+def widen_runs(codes: Tensor, layer: int, which: int, runs: Tensor, out: Tensor) -> None:
+    """runs int64 [n], of a pool taken as [heads · num_layers · 2], all of them one layer's keys
+    (which = 0) or values (1) → out [n, block_size, head_dim]."""
+    heads = heads_of(codes)
+    num_layers, _, block_size, head_dim = codes.shape[-4:]
+    number = runs // (num_layers * 2)
+    of_run = layer * 2 + which
+    first, size = of_run * block_size * head_dim, block_size * head_dim
+    held = heads[:, first : first + size].index_select(0, number).view(DTYPE).view_as(out)
+    first = num_layers * 2 * size + of_run * block_size
+    exponents = heads[:, first : first + block_size].index_select(0, number)
+    out.copy_(_product(held, exponents, out.dtype))
 
 
 def widen_stretches(
@@ -93,7 +106,7 @@ def widen_stretches(
 ) -> Tensor:
     """As that of float8_widen.py."""
     block_size = kv.shape[4]
-    numbers = widened(kv[:, :, layer], out.dtype)
+    numbers = widened(kv, out.dtype)[:, :, layer]
     used = stretches if counted is None else stretches[: int(counted)]
     for number, (slot, first, end, position) in enumerate(used.tolist()):
         low = max(position - window + 1, first) if window else first
@@ -106,13 +119,13 @@ def widen_stretches(
 
 def store(tokens: Tensor, codes: Tensor, rows: Tensor) -> None:
     """Writes vectors [n, head_dim] to rows, int64 [n], of a pool taken as [runs · block_size]."""
-    block_size, head_dim = codes.shape[-2:]
-    runs = runs_of(codes)
+    num_layers, _, block_size, head_dim = codes.shape[-4:]
+    held = codes_of(heads_of(codes), block_size, head_dim)
     run, token = rows // block_size, rows % block_size
+    place = (run // (num_layers * 2), run // 2 % num_layers, run % 2, token)
     new_codes, exponents = quantised(tokens)
-    held = runs[:, : block_size * head_dim].unflatten(1, (block_size, head_dim))
-    held[run, token] = new_codes.view(torch.uint8)
-    runs[:, block_size * head_dim :][run, token] = exponents
+    held.view(torch.uint8)[place] = new_codes.view(torch.uint8)
+    exponents_of(held)[place] = exponents
 
 
 def _product(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baton.kernels.float8_jit import as_bytes, codes_of, exponent_of, is_float8, magnitude_bits
+from baton.kernels.float8_jit import (
+    as_bytes,
+    codes_of,
+    codes_offset,
+    exponent_of,
+    is_float8,
+    magnitude_bits,
+    scales_offset,
+)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -105,11 +113,12 @@ def _rope_and_store(
         if FLOAT8:
             largest = tl.maximum(magnitude_bits(turned_x), magnitude_bits(turned_y))
             exponent = exponent_of(tl.max(largest, 1))
-            place = run * (block_size * (head_dim + 1)) + slot % block_size * head_dim
+            place = codes_offset(run, num_layers * 2, block_size, head_dim)
+            place += slot % block_size * head_dim
             target = kv + place[:, None] + pair[None, :]
             tl.store(target, codes_of(turned_x, exponent[:, None]), mask=to_pool)
             tl.store(target + half, codes_of(turned_y, exponent[:, None]), mask=to_pool)
-            scales = kv + run * (block_size * (head_dim + 1)) + block_size * head_dim
+            scales = kv + scales_offset(run, num_layers * 2, block_size, head_dim)
             is_stored = (head >= num_heads) & (head < all_heads) & (slot >= 0)
             tl.store(scales + slot % block_size, exponent.to(tl.uint8), mask=is_stored)
         else:

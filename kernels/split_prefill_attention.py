@@ -308,14 +308,14 @@ def _attend_items(
         acc, total, peak = _walk(
             acc, total, peak, queries, kv, kv, table, first_run,
             clear_start, clear_end, 0, 0, low, end, position, scale,
-            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES, False, False,
-            SOFT_CAP, FLOAT8, ASM,
+            block_runs, num_layers * 2, block_size, head_dim, window, BLOCK_N, BLOCK_D, STAGES,
+            False, False, SOFT_CAP, FLOAT8, ASM,
         )  # fmt: skip
         acc, total, peak = _walk(
             acc, total, peak, queries, kv, kv, table, first_run,
             first_masked, stop - hole_size, clear_start, hole_size, low, end, position, scale,
-            block_runs, block_size, head_dim, window, BLOCK_N, BLOCK_D, 1, True, False,
-            SOFT_CAP, FLOAT8, ASM,
+            block_runs, num_layers * 2, block_size, head_dim, window, BLOCK_N, BLOCK_D, 1, True,
+            False, SOFT_CAP, FLOAT8, ASM,
         )  # fmt: skip
 
         if FLOAT8:

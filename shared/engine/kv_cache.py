@@ -188,7 +188,7 @@ def _cache_of(
     if isinstance(spec, State):
         return _state_views(spec, blocks)
     if isinstance(spec, Full | Sliding) and spec.is_float8:
-        return reference_float8.codes_of(blocks, block_size)
+        return reference_float8.codes_of(blocks, block_size, spec.head_dim)
     return blocks
 
 

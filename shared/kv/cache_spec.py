@@ -262,12 +262,12 @@ def in_float8(spec: CacheSpec) -> CacheSpec:
 
 
 def _key_value_axes(spec: Full | Sliding, num_layers: int, block_size: int) -> dict[str, int]:
-    """In 8 bits a run, the keys or values of one head in one layer, is the codes of all its tokens
-    and behind them a byte for each token: its scale (kernels/reference_float8.py)."""
-    runs = {"kv_head": spec.num_kv_heads, "layer": num_layers, "kv": 2}
+    """In 8 bits a head is the codes of its tokens in all layers, and behind them a byte for each of
+    the vectors: its scale (kernels/reference_float8.py)."""
+    heads = {"kv_head": spec.num_kv_heads}
     if spec.is_float8:
-        return {**runs, "byte": block_size * (spec.head_dim + 1)}
-    return {**runs, "token": block_size, "dim": spec.head_dim}
+        return {**heads, "byte": num_layers * 2 * block_size * (spec.head_dim + 1)}
+    return {**heads, "layer": num_layers, "kv": 2, "token": block_size, "dim": spec.head_dim}
 
 
 def _key_value_bytes(

@@ -139,6 +139,7 @@ def compile_layer(
     hopper_prefill_attention._processors = lambda _: 132 if capability == 90 else 0  # type: ignore[assignment]
     split_prefill_attention._num_programs = lambda _: 264  # type: ignore[assignment]
     float8_widen._num_programs = lambda _: 1056  # type: ignore[assignment]
+    decode_attention.casts_codes = lambda _: capability >= 89  # type: ignore[assignment, attr-defined]
     experts._capability = lambda _: capability // 10  # type: ignore[assignment]
     ops = TritonOperations(overlaps=capability >= 90)
     with recording(capability) as kernels:
@@ -150,11 +151,12 @@ def compile_layer(
 
 
 def _pool(shape: Shape, dtype: torch.dtype, *, is_float8: bool) -> Tensor:
-    runs = (9, shape.num_kv_heads, 4, 2)
+    heads = (9, shape.num_kv_heads)
     if not is_float8:
-        return empty(*runs, 16, shape.head_dim, dtype=dtype)
-    memory = torch.empty(*runs, 16 * (shape.head_dim + 1), dtype=torch.uint8, device=_META)
-    return on_gpu(codes_of(memory, 16))
+        return empty(*heads, 4, 2, 16, shape.head_dim, dtype=dtype)
+    num_bytes = 4 * 2 * 16 * (shape.head_dim + 1)
+    memory = torch.empty(*heads, num_bytes, dtype=torch.uint8, device=_META)
+    return on_gpu(codes_of(memory, 16, shape.head_dim))
 
 
 def _step(

@@ -13,9 +13,10 @@ from baton.kernels import reference_float8
 def empty_pool(shape: Sequence[int], device: torch.device) -> Tensor:
     """[blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim]: codes that are no numbers,
     with scales that are none."""
-    *runs, block_size, head_dim = shape
-    memory = torch.full((*runs, block_size * (head_dim + 1)), 0xFF, dtype=torch.uint8)
-    return reference_float8.codes_of(memory.to(device), block_size)
+    *heads, num_layers, _, block_size, head_dim = shape
+    num_bytes = num_layers * 2 * block_size * (head_dim + 1)
+    memory = torch.full((*heads, num_bytes), 0xFF, dtype=torch.uint8)
+    return reference_float8.codes_of(memory.to(device), block_size, head_dim)
 
 
 def quantised_pool(kv: Tensor) -> Tensor:

@@ -81,11 +81,11 @@ def test_stores(
             if slot >= 0:
                 place = (slot // block_size, slice(None), LAYER, which, slot % block_size)
                 expected[place], exponents[place] = reference_float8.quantised(column[token])
-    wanted = reference_float8.runs_of(expected)
+    wanted = reference_float8.heads_of(expected)
 
     pool = empty_pool(shape, device)
     store_kv(key.to(device), value.to(device), pool, LAYER, slots.to(device))
-    assert torch.equal(reference_float8.runs_of(pool).cpu(), wanted)
+    assert torch.equal(reference_float8.heads_of(pool).cpu(), wanted)
 
     pool = empty_pool(shape, device)
     # An angle of zero turns nothing.
@@ -94,7 +94,7 @@ def test_stores(
     rope_and_store(
         qkv.to(device), cos, sin, positions, slots.to(device), pool, LAYER, num_heads=num_heads
     )
-    assert torch.equal(reference_float8.runs_of(pool).cpu(), wanted)
+    assert torch.equal(reference_float8.heads_of(pool).cpu(), wanted)
 
     pool = empty_pool(shape, torch.device("cpu"))
     rows = torch.arange(kv_heads) + (slots[slots >= 0] // block_size * kv_heads)[:, None]
@@ -104,7 +104,7 @@ def test_stores(
     for which, column in enumerate((key, value)):
         stored = column[slots >= 0].reshape(-1, head_dim)
         reference_float8.store(stored, pool, rows.reshape(-1) + which * block_size)
-    assert torch.equal(reference_float8.runs_of(pool), wanted)
+    assert torch.equal(reference_float8.heads_of(pool), wanted)
 
 
 def attended(problem: Problem, **work: Any) -> tuple[Tensor, Tensor]:
