@@ -4,8 +4,9 @@ Work items, and what is left for those that add them up, are those of decode_att
 program computes is another matter. A memory that is read at half the bytes leaves half the time for
 each key, and widening codes takes some of it, so what is saved is instructions:
 
-- Codes become float16, in which each of them is exact, by moving their bits alone: that makes 2⁻⁸
-  times the number. Queries are scaled by a power of two, to fit into float16.
+- Codes become float16, in which each of them is exact, two by one instruction (CASTS). Where there
+  is none, their bits are moved, which makes 2⁻⁸ times the number. Queries are scaled by a power of
+  two, to fit into float16.
 - Keys and values are the left operands of the products, of which tensor cores take 16 rows at
   least, and queries the right ones, of which 8 do. Turned the other way, a group of 4 heads would
   be padded to 16.

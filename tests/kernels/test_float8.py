@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from baton.kernels import reference_float8
+from baton.kernels import decode_attention, reference_float8
 from baton.kernels.decode_plan import TEAM_KEYS, decode_config, takes_teams
+from baton.kernels.float8_jit import casts_codes, has_assembler, neighbours, small_halves
 from baton.kernels.kv_store import store_kv
 from baton.kernels.prefill_attention import PrefillConfig, block_m_for
 from baton.kernels.rope_store import rope_and_store
@@ -115,6 +118,54 @@ def attended(problem: Problem, **work: Any) -> tuple[Tensor, Tensor]:
     return problem.attend(made), problem.reference()
 
 
+def test_vectors_of_128_codes_are_lines_of_a_cache() -> None:
+    """Where layers come in fours. What lies across two lines is read twice."""
+    pool = empty_pool((5, 3, 8, 2, 16, 128), torch.device("cpu"))
+    assert all(stride % 128 == 0 for stride in pool.stride()[:-1]) and pool.stride(-1) == 1
+    exponents = reference_float8.exponents_of(pool)
+    assert exponents.shape == pool.shape[:-1] and exponents.stride()[2:] == (32, 16, 1)
+    # Each byte is of a code or of a scale.
+    heads = reference_float8.heads_of(pool)
+    pool.view(torch.uint8).fill_(1)
+    exponents.fill_(2)
+    assert torch.equal(heads, torch.tensor([1, 2]).repeat_interleave(
+        torch.tensor([8 * 2 * 16 * 128, 8 * 2 * 16])
+    ).expand_as(heads))  # fmt: skip
+
+
+@triton.jit
+def _halves_of(source, target, CASTS: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr):
+    row, column = tl.arange(0, 16), tl.arange(0, 64)
+    at = (row[:, None] * 64 + column[None, :])[None, :, :]
+    pairs = tl.load(source + tl.program_id(0) * 1024 + at)
+    one, other = neighbours(pairs, ASM) if NEXT else small_halves(pairs, CASTS, ASM)
+    target += tl.program_id(0) * 2048 + at
+    tl.store(target, one)
+    tl.store(target + 1024, other)
+
+
+@pytest.mark.parametrize("how", ["neighbours", "cast", "moved"])
+def test_codes_become_float16(how: str, device: torch.device) -> None:
+    """Each pair of codes that are numbers."""
+    pairs = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(64, 16, 64)
+    codes = pairs.view(torch.uint8).view(64, 16, 64, 2)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    found = torch.empty(64, 2, 16, 64, dtype=torch.float16, device=device)
+    if how != "moved" and not casts_codes(device):
+        pytest.skip("the GPU has no instruction for it")
+    _halves_of[(64,)](
+        pairs.to(device), found, CASTS=how == "cast", NEXT=how == "neighbours", ASM=has_assembler()
+    )
+    numbers = codes.view(torch.float8_e4m3fn).double()
+    if how == "neighbours":
+        expected = numbers.view(64, 16, 32, 2, 2).transpose(2, 3).reshape(64, 16, 2, 64)
+        expected = expected.transpose(1, 2)
+    else:
+        expected = numbers.permute(0, 3, 1, 2)
+    assert torch.equal(found.cpu().double(), expected * (2.0**-8 if how == "moved" else 1))
+
+
+@pytest.mark.parametrize("casts", [True, False])
 @pytest.mark.parametrize("block_n", [16, 64])
 @pytest.mark.parametrize(
     ("lengths", "shape"),
@@ -131,11 +182,16 @@ def test_decode(
     lengths: list[int],
     shape: dict[str, Any],
     block_n: int,
+    casts: bool,
     dtype: torch.dtype,
     device: torch.device,
     assert_close: Check,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tiles that all warps share, and such of which each warp has 16 keys."""
+    """Tiles that all warps share, and such of which each warp has 16 keys, whose codes a GPU may
+    have an instruction for."""
+    if not casts:
+        monkeypatch.setattr(decode_attention, "casts_codes", lambda _: False)
     problem = Problem(lengths, dtype, device, **shape)
     num_heads = problem.query.shape[1]
     problem.sinks = torch.linspace(-3.0, 2.0, num_heads, device=device)
@@ -157,9 +213,10 @@ def test_warps_have_keys_of_their_own(
     group: int, head_dim: int, width: int, has_teams: bool
 ) -> None:
     """Where their sums fit into registers, tiles are cut for that."""
-    config = decode_config(32, 8, head_dim, group=group, width=width, itemsize=1)
     assert takes_teams(group * width, head_dim) == has_teams
-    assert not has_teams or config.block_n == TEAM_KEYS * config.num_warps
+    for num_rows in (1, 32, 256):
+        config = decode_config(num_rows, 8, head_dim, group=group, width=width, itemsize=1)
+        assert not has_teams or config.block_n == TEAM_KEYS * config.num_warps
 
 
 @pytest.mark.parametrize("power", [-100, 0, 100])
