@@ -134,9 +134,9 @@ def test_vectors_of_128_codes_are_lines_of_a_cache() -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _halves_of(
-    source: Any, target: Any, CASTS: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr
-) -> None:
+def _halves_of(  # type: ignore[no-untyped-def]
+    source, target, CASTS: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr
+):
     row, column = tl.arange(0, 16), tl.arange(0, 64)
     at = (row[:, None] * 64 + column[None, :])[None, :, :]
     pairs = tl.load(source + tl.program_id(0) * 1024 + at)
