@@ -25,8 +25,8 @@ TEAM_KEYS = 16
 """Keys of a tile that a warp has to itself in decode_float8.py: as many as tensor cores take."""
 _MOST_SUMS = 2048
 """Of such a warp: 64 registers of each thread."""
-_PROGRAMS_AT_ONCE = 528
-"""Of four such warps with heads of 128: four for each processor of an H100 or H200."""
+_LARGE_AT_ONCE = 528
+"""Programs of four such warps, with heads of 128: four for each processor of an H100 or H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,8 @@ def decode_config(
     # Of the widest heads a tile of 16 keys has as many bytes as one of 32 of the others.
     block_n = 32 if head_dim <= 256 else 16
     if itemsize == 1 and takes_teams(group * width, head_dim):
-        # Small programs, of which many hide what each waits for; more warps add up for longer.
-        num_warps, num_stages = 2, 3
-        if width == 1 and head_dim <= 128 and num_rows * num_kv_heads <= _PROGRAMS_AT_ONCE:
-            # All start at once, while others' kernels end, wherever there is room: of large ones
-            # a processor has room for its share only, of small ones some take twice as many.
-            num_warps, num_stages = 4, 2
-        config = DecodeConfig(TEAM_KEYS * num_warps, num_warps, num_stages, programs)
+        is_wide = width == 1 and head_dim <= 128 and _fill_last_wave(num_rows * num_kv_heads)
+        config = _of_many_teams(num_rows) if is_wide else _of_teams(programs)
     elif itemsize == 1:
         # As many bytes of a tile, and less ahead: more programs at once hide what widening takes.
         config = DecodeConfig(block_n=2 * block_n, num_stages=3, programs=programs)
@@ -86,6 +81,24 @@ def decode_config(
         # split stays until a processor is idle, which it is not while kernels overlap.
         config = replace(config, least_tiles=2, overlaps=False)
     return config
+
+
+def _of_teams(programs: int) -> DecodeConfig:
+    """Small programs, of which many hide what each waits for; more warps add up for longer."""
+    return DecodeConfig(block_n=2 * TEAM_KEYS, num_warps=2, num_stages=3, programs=programs)
+
+
+def _of_many_teams(num_rows: int) -> DecodeConfig:
+    """Programs that take twice the room. Kernels start while others end, wherever there is room: of
+    the small ones some processors would take twice their share, and leave others without any."""
+    programs = 256 if num_rows == 1 else 384
+    return DecodeConfig(block_n=4 * TEAM_KEYS, num_warps=4, num_stages=2, programs=programs)
+
+
+def _fill_last_wave(programs: int) -> bool:
+    """Whether so many programs take fewer places if they take twice the room: of a last wave of
+    small ones less than half would be filled."""
+    return -(-programs // _LARGE_AT_ONCE) % 2 == 1
 
 
 class Scratch:

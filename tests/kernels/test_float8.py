@@ -221,6 +221,18 @@ def test_warps_have_keys_of_their_own(
         assert not has_teams or config.block_n == TEAM_KEYS * config.num_warps
 
 
+def test_programs_are_large_where_they_fill_their_last_wave_better() -> None:
+    """Of 8 heads of keys 66 rows are one wave of large programs, 132 one of small ones."""
+
+    def warps(num_rows: int, head_dim: int = 128, width: int = 1) -> int:
+        config = decode_config(num_rows, 8, head_dim, group=4, width=width, itemsize=1)
+        return config.num_warps
+
+    rows = [1, 32, 66, 67, 132, 133, 192, 198, 199, 256]
+    assert [warps(each) for each in rows] == [4, 4, 4, 2, 2, 4, 4, 4, 2, 2]
+    assert warps(32, head_dim=256) == 2 and warps(32, width=4) == 2
+
+
 @pytest.mark.parametrize("power", [-100, 0, 100])
 def test_decode_of_numbers_of_all_sizes(power: int, device: torch.device) -> None:
     """What a kernel keeps in float16 is scaled so that nothing is beyond it: bfloat16 queries and
