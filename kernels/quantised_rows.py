@@ -30,6 +30,7 @@ MOST_COLUMNS = 65536
 """Of a row that a program makes small."""
 _LIBRARYS_ROWS = 16
 """With groups the library takes multiples of it only."""
+_KNOWN_BLOCK = 2048
 _ROUNDS_TINY = tl.constexpr(24576.0)
 """The same of steps of 2⁻⁹."""
 _SILU = tl.constexpr(
@@ -111,6 +112,7 @@ def _quantise_kernel(
     IS_FLOAT: tl.constexpr,
     CASTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A row. `given_ptr`: its scale, if it does not depend on what the row holds."""
@@ -120,8 +122,11 @@ def _quantise_kernel(
     if norm_ptr is not None:
         gain = tl.load(norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
+        if IS_EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not IS_EARLY:
+            gdc_launch_dependents()
     x_row = x_ptr + row * x_stride + columns
     x = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
@@ -138,17 +143,54 @@ def _quantise_kernel(
         at = scale_ptr + group.to(tl.int64) * scale_stride + row
         tl.store(at, scale, mask=group < size // GROUP)
     else:
-        largest = largest_of(tl.max(magnitude_bits(x), axis=0))
-        if given_ptr is not None:
-            scale = tl.load(given_ptr)
-            inverse = 1.0 / scale
-            scale = tl.where(largest == largest, scale, largest)
-        else:
-            scale = largest / MOST
-            inverse = MOST / largest
+        scale, inverse = _scale_of(tl.max(magnitude_bits(x), axis=0), given_ptr, MOST)
         x *= inverse
         tl.store(scale_ptr + row, scale)
     _store_codes(codes_ptr + row * size + columns, x, inside, MOST, IS_FLOAT, CASTS)
+
+
+@triton.jit
+def _scale_of(bits, given_ptr, MOST: tl.constexpr):
+    """Of a row, from the largest of its `magnitude_bits`; and what makes codes of its numbers."""
+    largest = largest_of(bits)
+    if given_ptr is not None:
+        given = tl.load(given_ptr)
+        return tl.where(largest == largest, given, largest), 1.0 / given
+    else:
+        return largest / MOST, MOST / largest
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _quantise_known_kernel(
+    x_ptr,
+    maxima_ptr,
+    given_ptr,
+    codes_ptr,
+    scale_ptr,
+    num_parts,
+    size,
+    MOST: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    CASTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK numbers of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    part = tl.arange(0, PARTS)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    bits = tl.load(maxima_ptr + row * num_parts + part, mask=part < num_parts, other=0)
+    x = tl.load(x_ptr + row * size + columns, mask=inside, other=0.0).to(tl.float32)
+    scale, inverse = _scale_of(tl.max(bits, axis=0), given_ptr, MOST)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + row, scale)
+    out = codes_ptr + row * size + columns
+    _store_codes(out, x * inverse, inside, MOST, IS_FLOAT, CASTS)
 
 
 def quantise_rows(
@@ -159,6 +201,7 @@ def quantise_rows(
     eps: float = 0.0,
     activation: Activation | None = None,
     pdl: bool = False,
+    is_early: bool = False,
 ) -> QuantisedRows:
     """f(x), made small.
 
@@ -168,6 +211,8 @@ def quantise_rows(
         norm_weight: [K], of any float dtype; if given, f is RMSNorm with it and `eps`.
         activation: if given, f is activation(gate) · up.
         pdl: launch while the previous kernel still runs.
+        is_early: let the next kernel, too, start while that one runs: it may read nothing before
+            it waits but weights.
     """
     num_rows, size = x.shape[0], x.shape[1] // (1 if activation is None else 2)
     assert size <= MOST_COLUMNS and x.stride(1) == 1 and not (scheme.group and size % GROUP)
@@ -195,10 +240,47 @@ def quantise_rows(
             IS_FLOAT=scheme.dtype.is_floating_point,
             CASTS=x.is_cuda,
             BLOCK=block,
+            IS_EARLY=is_early,
             num_warps=_num_warps(block, num_rows, is_gated=activation is not None),
             **overlap(x, pdl=pdl),
         )
     return QuantisedRows(codes, scale.t(), num_padding)
+
+
+def quantise_known(
+    x: Tensor, maxima: Tensor, scheme: InputScheme, *, pdl: bool = False
+) -> QuantisedRows:
+    """`quantise_rows` of numbers of whose parts the largest are known: so several programs share a
+    row.
+
+    Args:
+        x: [T, K], contiguous.
+        maxima: int32 [T, parts], each the largest of some numbers' `magnitude_bits`.
+        scheme: without groups.
+        pdl: launch while the previous kernel still runs.
+    """
+    num_rows, size = x.shape
+    assert x.is_contiguous() and maxima.is_contiguous() and not scheme.group
+    codes = torch.empty((num_rows, size), dtype=scheme.dtype, device=x.device)
+    scale = torch.empty((1, num_rows), dtype=torch.float32, device=x.device)
+    if num_rows:
+        _quantise_known_kernel[(triton.cdiv(size, _KNOWN_BLOCK), num_rows)](
+            x,
+            maxima,
+            scheme.scale,
+            codes,
+            scale,
+            maxima.shape[1],
+            size,
+            MOST=scheme.largest_code,
+            IS_FLOAT=scheme.dtype.is_floating_point,
+            CASTS=x.is_cuda,
+            BLOCK=_KNOWN_BLOCK,
+            PARTS=triton.next_power_of_2(maxima.shape[1]),
+            num_warps=4,
+            **overlap(x, pdl=pdl),
+        )
+    return QuantisedRows(codes, scale.t())
 
 
 def _num_warps(block: int, num_rows: int, *, is_gated: bool) -> int:

@@ -8,6 +8,7 @@ of 8-bit floats or whole numbers, on tensor cores that take them. All sums have 
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 import triton
@@ -16,12 +17,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.library_product import add_product
 from baton.kernels.overlap import overlap
-from baton.kernels.reference_scaled import GROUP, QuantisedRows
+from baton.kernels.quantised_rows import quantise_known
+from baton.kernels.reference import Activation
+from baton.kernels.reference_scaled import GROUP, InputScheme, QuantisedRows
 from baton.kernels.scaled_linear_jit import scaled_linear_kernel
-from baton.kernels.scaled_table import MANY_ROWS, ScaledConfig, choose, guess
+from baton.kernels.scaled_table import (
+    MANY_ROWS,
+    ROWS,
+    HopperConfig,
+    ScaledConfig,
+    choose,
+    choose_gated,
+    choose_hopper,
+    guess,
+)
 from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.skinny_linear import linear_work
 from baton.kernels.small_linear import SmallWeight
+
+_hopper: ModuleType | None = None
+try:
+    from baton.kernels import hopper_scaled as _hopper
+except (ImportError, AttributeError):
+    # A release of Triton may be without the names that it uses.
+    pass
 
 LEAST_COLUMNS = 32
 """A weight's columns are a multiple of it: as many as tensor cores take at once."""
@@ -139,9 +158,25 @@ def scaled_product(
     dtype: torch.dtype = torch.bfloat16,
     pdl: bool = False,
 ) -> Tensor:
-    """`scaled_linear` into the residual, or by the library where that is faster."""
+    """`scaled_linear` into the residual, or by another kernel or the library where that is
+    faster."""
     rows, size_k = x.num_rows, weight.num_in
     size_n = weight.num_out
+    if _hopper is not None and _hopper.covers(weight, dtype):
+        hopper_config = choose_hopper(rows, size_n, size_k)
+        if hopper_config is not None:
+            product: Tensor = _hopper.hopper_scaled(
+                x,
+                weight,
+                bias,
+                residual=residual,
+                scale=scale,
+                out=residual,
+                dtype=dtype,
+                config=hopper_config,
+                pdl=pdl,
+            )
+            return product
     config = choose(rows, size_n, size_k, group=_group(weight))
     if config is None and not _librarys(weight, dtype):
         config = guess(rows, size_n, size_k) or MANY_ROWS
@@ -165,6 +200,45 @@ def scaled_product(
     if scale != 1:
         y *= scale
     return y if residual is None else residual.add_(y)
+
+
+def reads_ahead(rows: int, weight: SmallWeight, dtype: torch.dtype) -> bool:
+    """Whether a product gains by starting long before its inputs are there: it fills all shared
+    memory with weights meanwhile."""
+    is_there = _hopper is not None and _hopper.covers(weight, dtype)
+    return is_there and rows <= ROWS[-1]
+
+
+def takes_activation(rows: int, weight: SmallWeight, dtype: torch.dtype) -> bool:
+    """Whether `scaled_gated` is there for so many rows, and faster."""
+    return _gated_config(rows, weight, dtype) is not None
+
+
+def scaled_gated(
+    x: QuantisedRows,
+    weight: SmallWeight,
+    activation: Activation,
+    scheme: InputScheme,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pdl: bool = False,
+) -> QuantisedRows:
+    """activation(gate) · up, made small, where x · weightᵀ = (gate, up), if `takes_activation`.
+
+    Gate and up, and what becomes of them, are rounded to `dtype`.
+    """
+    config = _gated_config(x.num_rows, weight, dtype)
+    assert _hopper is not None and config is not None
+    y, maxima = _hopper.hopper_scaled_gated(
+        x, weight, activation, dtype=dtype, config=config, pdl=pdl
+    )
+    return quantise_known(y, maxima, scheme, pdl=pdl)
+
+
+def _gated_config(rows: int, weight: SmallWeight, dtype: torch.dtype) -> HopperConfig | None:
+    if _hopper is None or not _hopper.covers(weight, dtype):
+        return None
+    return choose_gated(rows, weight.num_out, weight.num_in)
 
 
 def _librarys(weight: SmallWeight, dtype: torch.dtype) -> bool:

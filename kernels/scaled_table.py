@@ -43,6 +43,27 @@ class ScaledConfig:
     is_bulk: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """How kernels/hopper_scaled.py computes a product.
+
+    block_m, block_n: rows of x and of the weight of a program; of a gate and of up so many each.
+    places: steps that are held, or are under way, at a time.
+    run: steps that are asked for, and multiplied, together, of which `places` are a multiple.
+    split_k: programs that share the columns of a tile; their sums are added in a fixed order.
+    num_warps: four for 64 rows of the weight, or for 128.
+    is_fast: as of a `ScaledConfig`.
+    """
+
+    block_m: int
+    block_n: int
+    places: int
+    run: int = 1
+    split_k: int = 1
+    num_warps: int = 4
+    is_fast: bool = False
+
+
 MANY_ROWS = ScaledConfig(128, 128, 128, num_warps=8, is_fast=True)
 """Where there is no product of the library's."""
 
@@ -54,6 +75,8 @@ class _Entry:
     k: int
     group: int
     config: ScaledConfig | None
+    hopper: HopperConfig | None
+    gated: HopperConfig | None
 
 
 def choose(M: int, N: int, K: int, *, group: int) -> ScaledConfig | None:
@@ -65,7 +88,27 @@ def choose(M: int, N: int, K: int, *, group: int) -> ScaledConfig | None:
     """
     if M > ROWS[-1]:
         return None
-    rows = next(each for each in ROWS if M <= each)
+    entry = _entry(M, N, K, group)
+    return guess(next(each for each in ROWS if M <= each), N, K) if entry is None else entry.config
+
+
+def choose_hopper(M: int, N: int, K: int) -> HopperConfig | None:
+    """As `choose`, for kernels/hopper_scaled.py, whose weights have a scale a row → None: what
+    `choose` says is faster, or may be."""
+    entry = _entry(M, N, K, 0)
+    return None if entry is None else entry.hopper
+
+
+def choose_gated(M: int, N: int, K: int) -> HopperConfig | None:
+    """The same, of a product [gate, up] with what becomes of it → None: a product without is
+    faster, or may be."""
+    entry = _entry(M, N, K, 0)
+    return None if entry is None else entry.gated
+
+
+def _entry(M: int, N: int, K: int, group: int) -> _Entry | None:
+    """The most similar one."""
+    rows = next((each for each in ROWS if M <= each), None)
     similar = [
         entry
         for entry in _TABLE
@@ -73,9 +116,7 @@ def choose(M: int, N: int, K: int, *, group: int) -> ScaledConfig | None:
         and _ratio(entry.n, N) <= _SIMILAR
         and _ratio(entry.k, K) <= _SIMILAR
     ]
-    if not similar:
-        return guess(rows, N, K)
-    return min(similar, key=lambda entry: _ratio(entry.n, N) * _ratio(entry.k, K)).config
+    return min(similar, key=lambda entry: _ratio(entry.n, N) * _ratio(entry.k, K), default=None)
 
 
 def guess(M: int, N: int, K: int) -> ScaledConfig | None:
@@ -103,6 +144,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _hopper(config: dict[str, Any] | None) -> HopperConfig | None:
+    return None if config is None else HopperConfig(**config)
+
+
 _TABLE = tuple(
     _Entry(
         rows=entry["m"],
@@ -110,6 +155,8 @@ _TABLE = tuple(
         k=entry["k"],
         group=entry["group"],
         config=None if entry["config"] is None else ScaledConfig(**entry["config"]),
+        hopper=_hopper(entry.get("hopper")),
+        gated=_hopper(entry.get("gated")),
     )
     for entry in _read(TABLE)
 )

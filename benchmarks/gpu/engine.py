@@ -20,6 +20,7 @@ vLLM's figures: 0.26.0 on an H200, default engine process, recorded 2026-11-21.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -155,6 +156,9 @@ def _measure(args: argparse.Namespace, shape: str) -> dict[str, Any]:
     engine = InProcessEngine(runner, max_num_seqs=max_num_seqs)
     if args.compile_only:
         return run
+    # As a worker does: looking through all that is there takes as long as many steps.
+    gc.collect()
+    gc.freeze()
     plans = [(_decode_point, point) for point in args.decode]
     plans += [(_prefill_point, point) for point in args.prefill]
     plans += [(_behind_point, point) for point in args.behind]

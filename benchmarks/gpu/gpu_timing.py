@@ -45,7 +45,7 @@ def time_us(call: Call, num_sets: int, *, replays: int = 5) -> float:
     with torch.cuda.stream(stream):
         for i in range(min(2, num_sets)):
             call(i)
-        rough_us = _elapsed_us(lambda: call(0))
+        rough_us = elapsed_us(lambda: call(0))
         # A few milliseconds a graph, every data set equally often.
         rounds = max(1, round(min(30, max(6, 4000 / rough_us)) / num_sets))
         graph = torch.cuda.CUDAGraph()
@@ -53,12 +53,13 @@ def time_us(call: Call, num_sets: int, *, replays: int = 5) -> float:
             for i in range(rounds * num_sets):
                 call(i % num_sets)
         graph.replay()
-        times_us = [_elapsed_us(graph.replay) for _ in range(replays)]
+        times_us = [elapsed_us(graph.replay) for _ in range(replays)]
     torch.cuda.current_stream().wait_stream(stream)
     return statistics.median(times_us) / (rounds * num_sets)
 
 
-def _elapsed_us(call: Callable[[], object]) -> float:
+def elapsed_us(call: Callable[[], object]) -> float:
+    """Of what it launches on the current stream."""
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()

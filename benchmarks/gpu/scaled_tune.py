@@ -1,10 +1,12 @@
 """Products whose inputs are small, too: the library's rate, and which way is fastest when.
 
-    python -m benchmarks.gpu.scaled_tune [--parts library,tiles,rows,few] [--budget SECONDS]
+    python -m benchmarks.gpu.scaled_tune [--parts library,tiles,layer,rows,few] [--budget SECONDS]
         [--output FILE] [--write-table]
 
 Of llama-8b's products. `tiles` measures the configurations of kernels/scaled_linear.py beside
-torch._scaled_mm; `--write-table` makes kernels/scaled_table.json of it. `few` times a layer's four
+torch._scaled_mm, each product by itself. `layer` measures those of kernels/hopper_scaled.py in a
+chain of layers without attention: what a product gains depends on what is in front of it and
+behind it. `--write-table` makes kernels/scaled_table.json of both. `few` times a layer's four
 products in a row with one row of x, as a decode step has them.
 """
 
@@ -16,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,14 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.kernels.quantised_rows import quantise_rows
+from baton.kernels.hopper_scaled import STEP, hopper_scaled, hopper_scaled_gated
+from baton.kernels.quantised_rows import quantise_known, quantise_rows
 from baton.kernels.reference_scaled import GROUP, InputScheme, QuantisedRows
 from baton.kernels.scaled_linear import scaled_linear
-from baton.kernels.scaled_table import ROWS, TABLE, ScaledConfig
+from baton.kernels.scaled_table import ROWS, TABLE, HopperConfig, ScaledConfig, choose
+from baton.kernels.skinny_linear import MAX_PARTIALS
 from baton.kernels.small_linear import FewConfig, SmallWeight, pack_nibbles, small_linear
 from baton.loadtest.environment import describe_environment
 from benchmarks.gpu.ceilings import measure_ceilings
-from benchmarks.gpu.gpu_timing import num_sets_for, time_us
+from benchmarks.gpu.gpu_timing import elapsed_us, num_sets_for, time_us
 from benchmarks.gpu.results import result_path
 
 _BF16 = torch.bfloat16
@@ -41,6 +46,12 @@ _FLOAT8 = torch.float8_e4m3fn
 _SIZES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 _ROWS_OF_LIBRARY = (16, 64, 128, 256, 512, 1024, 2048, 8192)
 _EPS = 1e-5
+_SHARED_BYTES = 232_448
+"""Of a processor."""
+_IN_CHAIN = ("gate, up", "down", "qkv")
+"""Products that are in a chain without attention what they are in a step, in this order."""
+_LAYERS = 8
+_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -252,15 +263,238 @@ def _measure_one(name: str, n: int, k: int, rows: int, group: int) -> dict[str, 
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """How a chain computes a product. None: as kernels/scaled_linear.py or the library do."""
+
+    config: HopperConfig | None = None
+    is_gated: bool = False
+    """Gate and up give what is made of them."""
+
+
+def hopper_candidates(n: int, k: int, rows: int, parts: int) -> Iterator[HopperConfig]:
+    """Worth measuring, of a weight of `parts` times n rows."""
+    if rows <= 64:
+        shapes = [(rows, 64, 4), (rows, 128, 4)]
+    else:
+        shapes = [(128, 64, 4), (128, 128, 8), (256, 64, 4), (256, 128, 8)]
+    for block_m, block_n, warps in shapes:
+        if block_m > rows or block_m * block_n * parts > 128 * 32 * warps:
+            continue
+        tiles = -(-n // block_n) * -(-rows // block_m)
+        step_bytes = STEP * (block_m + parts * block_n)
+        for split in (1, 2, 4, 7):
+            steps, rest = divmod(k // STEP, split)
+            is_spread = split == 1 or 90 <= tiles * split <= 400
+            if rest or not is_spread or split * tiles * block_m * block_n * parts > MAX_PARTIALS:
+                continue
+            # Of programs that run at once, this product's and those of the next.
+            for room in (232_000, 114_000, 75_000, 56_000):
+                places = min(steps, (room - 1024) // step_bytes)
+                for run in (2, 4) if rows <= 64 and places >= 4 else (1,):
+                    if places // run >= 2 and steps % run == 0:
+                        yield HopperConfig(
+                            block_m, block_n, places // run * run, run, split, warps, rows > 64
+                        )
+
+
+class Chain:
+    """Layers without attention, one behind the other, with weights of their own."""
+
+    def __init__(self, rows: int, num_layers: int = _LAYERS) -> None:
+        self.rows = rows
+        self._layers = [
+            {name: _weight(*size, 0) for name, size in _SIZES.items()} for _ in range(num_layers)
+        ]
+        self._gain = torch.rand(4096, device="cuda", dtype=_BF16)
+        self._given = torch.randn(rows, 4096, device="cuda", dtype=_BF16)
+        self._x = self._given.clone()
+
+    def step(self, chosen: dict[str, Chosen]) -> None:
+        x, scheme = self._x, InputScheme()
+        x.copy_(self._given)
+        how: dict[str, Any] = {"pdl": True, "is_early": True}
+        norm: dict[str, Any] = {"norm_weight": self._gain, "eps": _EPS, **how}
+        for layer in self._layers:
+
+            def product(
+                name: str,
+                rows: QuantisedRows,
+                residual: Tensor | None = None,
+                layer: dict[str, SmallWeight] = layer,
+            ) -> Tensor:
+                return _product(rows, layer[name], residual, chosen[name].config)
+
+            qkv = product("qkv", quantise_rows(x, scheme, **norm))
+            product("o", quantise_rows(qkv[:, :4096], scheme, **how), x)
+            rows = quantise_rows(x, scheme, **norm)
+            if chosen["gate, up"].is_gated:
+                rows = _gated(rows, layer["gate, up"], chosen["gate, up"].config)
+            else:
+                both = product("gate, up", rows)
+                rows = quantise_rows(both, scheme, activation="silu", **how)
+            product("down", rows, x)
+
+    def layer_us(self, all_chosen: Sequence[dict[str, Chosen]]) -> list[float]:
+        """Each one's time of a layer, measured in turns; infinite: it fails."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graphs: list[torch.cuda.CUDAGraph | None] = []
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for chosen in all_chosen:
+                graph = torch.cuda.CUDAGraph()
+                try:
+                    self.step(chosen)
+                    with torch.cuda.graph(graph, stream=stream):
+                        self.step(chosen)
+                except Exception as error:
+                    print(f"{chosen}: {repr(error)[:200]}", flush=True)
+                    graphs.append(None)
+                    continue
+                graph.replay()
+                graphs.append(graph)
+            times: list[list[float]] = [[] for _ in graphs]
+            for _ in range(_TURNS):
+                for each, own in zip(graphs, times, strict=True):
+                    if each is not None:
+                        own.append(elapsed_us(each.replay) / len(self._layers))
+        torch.cuda.current_stream().wait_stream(stream)
+        return [statistics.median(own) if own else float("inf") for own in times]
+
+
+def _product(
+    x: QuantisedRows, weight: SmallWeight, residual: Tensor | None, config: HopperConfig | None
+) -> Tensor:
+    if config is not None:
+        return hopper_scaled(x, weight, residual=residual, out=residual, config=config, pdl=True)
+    other = choose(x.num_rows, weight.num_out, weight.num_in, group=0)
+    if other is not None:
+        return scaled_linear(x, weight, residual=residual, out=residual, config=other, pdl=True)
+    y = library(x, weight)
+    return y if residual is None else residual.add_(y)
+
+
+def _gated(x: QuantisedRows, weight: SmallWeight, config: HopperConfig | None) -> QuantisedRows:
+    assert config is not None
+    y, maxima = hopper_scaled_gated(x, weight, "silu", config=config, pdl=True)
+    return quantise_known(y, maxima, InputScheme(), pdl=True)
+
+
+def _choices(name: str, rows: int) -> list[Chosen]:
+    """For a product, in a chain."""
+    n, k = _SIZES[name]
+    some = [Chosen(), *(Chosen(config) for config in hopper_candidates(n, k, rows, 1))]
+    if name == "gate, up":
+        some += [Chosen(config, True) for config in hopper_candidates(n // 2, k, rows, 2)]
+    return list(dict.fromkeys(some))
+
+
+def _compile_choice(name: str, rows: int, choices: Sequence[Chosen]) -> None:
+    """And leaves out nothing: what is wrong is told when it is timed."""
+    n, k = _SIZES[name]
+    given = _inputs(n // 8, k, rows, 0)
+    weight = given.weights[0]
+    for choice in choices:
+        try:
+            if choice.is_gated:
+                _gated(given.x, weight, choice.config)
+            else:
+                residual = given.residual if name in ("o", "down") else None
+                _product(given.x, weight, residual, choice.config)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{name} {rows} {choice}: {repr(error)[:200]}", flush=True)
+
+
+def measure_layer(save: Save, deadline: float, all_rows: Sequence[int]) -> list[dict[str, Any]]:
+    """One product after the other gets what is fastest beside what the others have → what to add to
+    the entries of a table. Not o, in front of which is attention."""
+    started_s = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 2), mp_context=context) as pool:
+        futures = []
+        for rows in all_rows:
+            for name in _IN_CHAIN:
+                choices = _choices(name, rows)
+                parts = [choices[i : i + 6] for i in range(0, len(choices), 6)]
+                futures += [pool.submit(_compile_choice, name, rows, part) for part in parts]
+        for future in as_completed(futures):
+            future.result()
+    print(f"compiled in {time.monotonic() - started_s:.0f} s", flush=True)
+    entries: list[dict[str, Any]] = []
+    for rows in all_rows:
+        chain = Chain(rows)
+        chosen = {name: Chosen() for name in _SIZES}
+        plain = Chosen()
+        steps: dict[str, Any] = {}
+        for name in _IN_CHAIN:
+            if time.monotonic() > deadline:
+                return entries
+            choices = _right_ones(name, rows, _choices(name, rows))
+            times = chain.layer_us([{**chosen, name: each} for each in choices])
+            ranked = sorted(zip(times, choices, strict=True), key=lambda each: each[0])
+            chosen[name] = ranked[0][1]
+            if name == "gate, up":
+                plain = next(each for _, each in ranked if not each.is_gated)
+            steps[name] = {
+                "others": round(times[0], 2),
+                "first": [[round(us, 2), repr(each)] for us, each in ranked[:6]],
+            }
+        before, after = chain.layer_us([{name: Chosen() for name in _SIZES}, chosen])
+        save(f"layer {rows}", {"before": before, "after": after, **steps})
+        for name in _IN_CHAIN:
+            n, k = _SIZES[name]
+            choice = plain if name == "gate, up" else chosen[name]
+            gated = chosen[name] if chosen[name].is_gated else Chosen()
+            entries.append(
+                {
+                    "form": name,
+                    "m": rows,
+                    "n": n,
+                    "k": k,
+                    "group": 0,
+                    "hopper": None if choice.config is None else asdict(choice.config),
+                    "gated": None if gated.config is None else asdict(gated.config),
+                }
+            )
+        del chain
+        torch.cuda.empty_cache()
+    return entries
+
+
+def _right_ones(name: str, rows: int, choices: Sequence[Chosen]) -> list[Chosen]:
+    """Those that are near float64, of some rows of a weight."""
+    _, k = _SIZES[name]
+    x = QuantisedRows(_codes(rows, k), torch.rand(1, rows, device="cuda").t())
+    weight = _weight(512, k, 0)
+    product = _expected(x, weight)
+    gate, up = product.to(_BF16).double().chunk(2, 1)
+    gated = torch.nn.functional.silu(gate) * up
+    right = []
+    for choice in choices:
+        if choice.config is None:
+            off = 0.0
+        elif choice.is_gated:
+            got, _ = hopper_scaled_gated(x, weight, "silu", config=choice.config)
+            off = _error(got, gated)
+        else:
+            off = _error(hopper_scaled(x, weight, config=choice.config), product)
+        if off < 1e-2:
+            right.append(choice)
+        else:
+            print(f"WRONG {name} {rows} {choice}: {off}", flush=True)
+    return right
+
+
 def _write_table(entries: Sequence[dict[str, Any]], environment: Any) -> None:
     """What was measured now takes the place of what was before."""
     names = ("m", "n", "k", "group")
     known = json.loads(TABLE.read_text())["entries"] if TABLE.exists() else []
-    by_shape = {tuple(entry[name] for name in names): entry for entry in [*known, *entries]}
-    kept = [
-        {key: value for key, value in entry.items() if key != "next"}
-        for _, entry in sorted(by_shape.items())
-    ]
+    by_shape: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in [*known, *entries]:
+        own = by_shape.setdefault(tuple(entry[name] for name in names), {})
+        own |= {key: value for key, value in entry.items() if key != "next"}
+    kept = [entry for _, entry in sorted(by_shape.items())]
     TABLE.write_text(json.dumps({"environment": environment, "entries": kept}, indent=1) + "\n")
 
 
@@ -375,7 +609,7 @@ def measure_few(save: Save, deadline: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", default="library,tiles,rows,few")
+    parser.add_argument("--parts", default="library,tiles,layer,rows,few")
     parser.add_argument("--budget", type=float, default=600)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--groups", default=f"0,{GROUP}")
@@ -407,7 +641,10 @@ def main() -> None:
         else:
             groups = [int(each) for each in args.groups.split(",")]
             rows = [int(each) for each in args.rows.split(",")]
-            entries = measure_tiles(save, deadline, groups, rows)
+            if part == "layer":
+                entries = measure_layer(save, deadline, rows)
+            else:
+                entries = measure_tiles(save, deadline, groups, rows)
             if args.write_table:
                 _write_table(entries, result["environment"])
 

@@ -35,12 +35,17 @@ from baton.kernels.reference_delta import DeltaGates
 from baton.kernels.reference_experts import Routes
 from baton.kernels.reference_gated_norm import GatedNorm
 from baton.kernels.reference_latent import LatentHeads
-from baton.kernels.reference_scaled import QuantisedRows
+from baton.kernels.reference_scaled import InputScheme, QuantisedRows
 from baton.kernels.reference_ssd import SsdWeights
 from baton.kernels.rms_norm import rms_norm, rms_norm_add
 from baton.kernels.rope_store import rope_and_store, rope_query
 from baton.kernels.routing import RoutingRule
-from baton.kernels.scaled_linear import scaled_product
+from baton.kernels.scaled_linear import (
+    reads_ahead,
+    scaled_gated,
+    scaled_product,
+    takes_activation,
+)
 from baton.kernels.skinny_linear import skinny_linear
 from baton.kernels.soft_cap import soft_cap
 from baton.kernels.split_prefill_attention import split_prefill_attention
@@ -547,9 +552,52 @@ class TritonOperations:
         )
         if not isinstance(down, StoredLinear) or down.inputs is None or few or down.all_reduce:
             return self.linear(self.norm_gate_up(x, norm, gate_up, activation), down, residual)
-        both = self.norm_linear(x, norm, gate_up)
-        rows = quantise_rows(both, down.inputs, activation=activation, pdl=self._overlaps)
+        rows = self._gated_rows(x, norm, mlp, down.inputs, activation)
         return self._scaled(rows, down, residual, x.dtype)
+
+    def _gated_rows(
+        self,
+        x: Tensor,
+        norm: Norm,
+        mlp: GatedLinears,
+        scheme: InputScheme,
+        activation: Activation,
+    ) -> QuantisedRows:
+        """What `norm_gate_up` gives, made small for the product behind it."""
+        gate_up, down = mlp
+        assert isinstance(down, StoredLinear)
+        if (
+            isinstance(gate_up, StoredLinear)
+            and gate_up.inputs is not None
+            and gate_up.bias is None
+            and gate_up.scale == 1
+            and not scheme.group
+            and takes_activation(len(x), gate_up.stored, x.dtype)
+        ):
+            rows = self._norm_rows(x, norm, gate_up, gate_up.inputs)
+            return scaled_gated(
+                rows, gate_up.stored, activation, scheme, dtype=x.dtype, pdl=self._overlaps
+            )
+        both = self.norm_linear(x, norm, gate_up)
+        return quantise_rows(
+            both,
+            scheme,
+            activation=activation,
+            pdl=self._overlaps,
+            is_early=reads_ahead(len(x), down.stored, x.dtype),
+        )
+
+    def _norm_rows(
+        self, x: Tensor, norm: Norm, layer: StoredLinear, scheme: InputScheme
+    ) -> QuantisedRows:
+        return quantise_rows(
+            x,
+            scheme,
+            norm_weight=norm.weight,
+            eps=norm.eps,
+            pdl=self._overlaps,
+            is_early=reads_ahead(len(x), layer.stored, x.dtype),
+        )
 
     def _scaled(
         self, rows: QuantisedRows, layer: StoredLinear, residual: Tensor | None, dtype: torch.dtype
@@ -568,9 +616,7 @@ class TritonOperations:
         if not small_linear.takes_norm(len(x), layer.stored, x.dtype, layer.inputs):
             if layer.inputs is None:
                 return self.linear(self.norm(x, norm), layer)
-            rows = quantise_rows(
-                x, layer.inputs, norm_weight=norm.weight, eps=norm.eps, pdl=self._overlaps
-            )
+            rows = self._norm_rows(x, norm, layer, layer.inputs)
             return self._scaled(rows, layer, None, x.dtype)
         return small_linear.small_linear(
             x,
@@ -588,9 +634,9 @@ class TritonOperations:
         if inputs is not None and not small_linear.takes_norm(
             len(x), stored, x.dtype, layer.inputs
         ):
-            return self._scaled(
-                quantise_rows(x, inputs, pdl=self._overlaps), layer, residual, x.dtype
-            )
+            is_early = reads_ahead(len(x), stored, x.dtype)
+            rows = quantise_rows(x, inputs, pdl=self._overlaps, is_early=is_early)
+            return self._scaled(rows, layer, residual, x.dtype)
         if inputs is not None or len(x) <= small_linear.most_rows(stored):
             return small_linear.small_linear(
                 x,

@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm, silu
 from baton.kernels import library_product
 from baton.kernels import scaled_linear as scaled_linear_module
 from baton.kernels.library_product import add_product
-from baton.kernels.quantised_rows import quantise_rows
+from baton.kernels.quantised_rows import quantise_known, quantise_rows
 from baton.kernels.reference_scaled import (
     GROUP,
     InputScheme,
@@ -129,6 +129,27 @@ def test_codes_are_those_of_few_rows(form: str, dtype: torch.dtype, device: torc
         assert float(same.float().mean()) > 0.99
     else:
         assert same.all()
+
+
+@pytest.mark.parametrize("name", ["float8", "float8, scale given", "int8"])
+@pytest.mark.parametrize("size", [384, 4200])
+def test_codes_of_numbers_whose_largest_are_known(
+    size: int, name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Are those that would be made without."""
+    scheme, num_parts = on(device, SCHEMES[name]), 3
+    x = rand(5, size).to(device, dtype)
+    x[1] = 0
+    x[2, size // 2] = float("nan")
+    x[3, -1] = float("-inf")
+    of_parts = x.float().abs().view(5, num_parts, -1).nan_to_num(float("inf"), float("inf")).amax(2)
+    maxima = of_parts.view(torch.int32)
+    got, expected = quantise_known(x, maxima, scheme), quantise_rows(x, scheme)
+    torch.testing.assert_close(got.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+    finite = [0, 1, 4]
+    assert torch.equal(
+        got.codes.view(torch.uint8)[finite], expected.codes.view(torch.uint8)[finite]
+    )
 
 
 def test_every_float8_is_met(device: torch.device) -> None:
