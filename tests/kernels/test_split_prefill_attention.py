@@ -34,7 +34,9 @@ def check(
     """Several times: what adds up must be found as it was. Behind the tokens of the case there is
     one that is in no item, and behind the items there are others."""
     device, heads = case.query.device, case.query.shape[1]
-    work = make_item_work(config, heads, case.query.shape[2], device, num_programs=12)
+    # Room for some cuts, whatever the heads.
+    most = max(12, 3 * heads)
+    work = make_item_work(config, heads, case.query.shape[2], device, num_programs=most)
     tiles = prefill_tiles(case.start, case.rows, case.first, block_m=config.block_m)
     cut = cut_items(
         tiles,
