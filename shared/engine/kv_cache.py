@@ -61,7 +61,7 @@ class KvCache:
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
         caches: by group, what a model's layers take: the padded tensor; of 8 bits its codes,
             float8_e4m3fn [num_blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], with
-            the scales behind each run of them; of a group of states name →
+            the scales behind those of each head; of a group of states name →
             [num_slots + 1, num_kv_heads, num_layers, *shape], in the tensor's own dtype; one
             layer's heads lie one after another.
     """
