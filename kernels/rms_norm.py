@@ -30,8 +30,9 @@ def _rms_norm_kernel(
     # No kernel before this one writes weights.
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        gdc_wait()
+        # What is behind starts early: it loads weights while this waits and computes.
         gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual_row = residual_ptr + row * residual_stride + columns

@@ -11,7 +11,7 @@ fixed order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -71,9 +71,10 @@ class SmallWeight:
     """int8 or float8 [N, K]; of four bits uint8 [N, K / 2]: a byte has, plus 8, codes of columns
     k (its lower half) and k + K / 2"""
     scale: Tensor
-    """float32 [N, groups]; where blocks share them [N / rows_per_scale, groups]"""
+    """float32 [N, groups]; where blocks share them [N / rows_per_scale, groups]; after `by_groups`
+    those of a group are neighbours"""
     offset: Tensor | None
-    """float32 [N, groups]"""
+    """float32 [N, groups], with scale's strides"""
     num_in: int
     columns: Tensor | None = None
     """int64 [K]: which of x's columns stands where; None: they are in order."""
@@ -196,6 +197,22 @@ def small_linear(
     return out
 
 
+def by_groups(weight: SmallWeight, dtype: torch.dtype) -> SmallWeight:
+    """The same, for x of `dtype`: where kernels/streamed_linear.py multiplies it, scales of a group
+    are neighbours. A step of that takes one of each of a tile's rows, and where rows are apart,
+    each is a sector of memory by itself."""
+    if not weight.is_packed or weight.scale.shape[1] == 1:
+        return weight
+    if not all(_streams(rows, weight, dtype, None) for rows in (1, 2)):
+        return weight
+    scale, offset = (
+        None if each is None else each.t().contiguous().t()
+        for each in (weight.scale, weight.offset)
+    )
+    assert scale is not None
+    return replace(weight, scale=scale, offset=offset)
+
+
 def most_rows(weight: SmallWeight) -> int:
     """Of x, up to which reading what is stored takes less time than expanding it."""
     return MOST_ROWS if weight.is_packed or _group(weight) else _MOST_ROWS_OF_BYTES
@@ -251,6 +268,7 @@ def _multiply_few(
     ends: dict[str, Any],
     config: FewConfig,
 ) -> None:
+    assert weight.scale.is_contiguous()
     rows, size_n, width = len(x), ends["size_n"], weight.codes.shape[1]
     block_k = min(config.block_k, max(16, triton.next_power_of_2(width)))
     small_fma_kernel[(triton.cdiv(size_n, config.block_n),)](
@@ -292,6 +310,7 @@ def _multiply(x: Tensor, weight: SmallWeight, ends: dict[str, Any], split_k: int
     small_linear_kernel[(*tiles, split_k)](
         x,
         **_stored(weight),
+        **_scale_strides(weight),
         **ends,
         size_k=size_k,
         x_stride=x.stride(0),
@@ -314,6 +333,7 @@ def expand(weight: SmallWeight, dtype: torch.dtype) -> Tensor:
     grid = triton.cdiv(weight.num_out, 16), triton.cdiv(weight.num_in, 128)
     expand_kernel[grid](
         **_stored(weight),
+        **_scale_strides(weight),
         out_ptr=out,
         size_n=weight.num_out,
         size_k=weight.num_in,
@@ -337,6 +357,11 @@ def _stored(weight: SmallWeight) -> dict[str, Any]:
         "IS_FLOAT": is_float,
         "HAS_OFFSET": weight.offset is not None,
     }
+
+
+def _scale_strides(weight: SmallWeight) -> dict[str, int]:
+    scale_stride, group_stride = weight.scale.stride()
+    return {"scale_stride": scale_stride, "group_stride": group_stride}
 
 
 def _group(weight: SmallWeight) -> int:

@@ -11,13 +11,15 @@ from baton.kernels.small_widen_jit import bytes_of, nibbles
 
 @triton.jit
 def _scaled_run(
-    product, x, scale_ptr, offset_ptr, group, columns, in_n, num_groups, HAS_OFFSET: tl.constexpr
-):
+    product, x, scale_ptr, offset_ptr, group, columns, in_n, scale_stride, group_stride,
+    HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
     """product · scale + offset · sum of x, [columns, rows], of a run of one group."""
-    scale = tl.load(scale_ptr + columns * num_groups + group, mask=in_n, other=0.0)
+    at = columns * scale_stride + group * group_stride
+    scale = tl.load(scale_ptr + at, mask=in_n, other=0.0)
     product *= scale[:, None]
     if HAS_OFFSET:
-        offset = tl.load(offset_ptr + columns * num_groups + group, mask=in_n, other=0.0)
+        offset = tl.load(offset_ptr + at, mask=in_n, other=0.0)
         product += offset[:, None] * tl.sum(x.to(tl.float32), 1)[None, :]
     return product
 
@@ -36,6 +38,8 @@ def small_linear_kernel(
     size_n,
     size_k,
     num_groups,
+    scale_stride,
+    group_stride,
     x_stride,
     residual_stride,
     out_stride,
@@ -96,12 +100,30 @@ def small_linear_kernel(
             if GROUP:
                 product = tl.dot(low, x.T, input_precision="ieee")
                 acc += _scaled_run(
-                    product, x, scale_ptr, offset_ptr, group, n, in_n, num_groups, HAS_OFFSET
+                    product,
+                    x,
+                    scale_ptr,
+                    offset_ptr,
+                    group,
+                    n,
+                    in_n,
+                    scale_stride,
+                    group_stride,
+                    HAS_OFFSET,
                 )
                 beyond = tl.minimum(group + num_groups // 2, num_groups - 1)
                 product = tl.dot(high, other.T, input_precision="ieee")
                 acc += _scaled_run(
-                    product, other, scale_ptr, offset_ptr, beyond, n, in_n, num_groups, HAS_OFFSET
+                    product,
+                    other,
+                    scale_ptr,
+                    offset_ptr,
+                    beyond,
+                    n,
+                    in_n,
+                    scale_stride,
+                    group_stride,
+                    HAS_OFFSET,
                 )
             else:
                 acc = tl.dot(low, x.T, acc, input_precision="ieee")
@@ -113,7 +135,16 @@ def small_linear_kernel(
             if GROUP:
                 product = tl.dot(code, x.T, input_precision="ieee")
                 acc += _scaled_run(
-                    product, x, scale_ptr, offset_ptr, group, n, in_n, num_groups, HAS_OFFSET
+                    product,
+                    x,
+                    scale_ptr,
+                    offset_ptr,
+                    group,
+                    n,
+                    in_n,
+                    scale_stride,
+                    group_stride,
+                    HAS_OFFSET,
                 )
             else:
                 acc = tl.dot(code, x.T, acc, input_precision="ieee")
@@ -220,6 +251,8 @@ def expand_kernel(
     size_n,
     size_k,
     num_groups,
+    scale_stride,
+    group_stride,
     GROUP: tl.constexpr,
     IS_PACKED: tl.constexpr,
     IS_FLOAT: tl.constexpr,
@@ -246,7 +279,7 @@ def expand_kernel(
     group = k * 0
     if GROUP:
         group = tl.minimum(k // GROUP, num_groups - 1)
-    where = rows * num_groups + group[None, :]
+    where = rows * scale_stride + group[None, :] * group_stride
     number = code * tl.load(scale_ptr + where, mask=inside, other=0.0)
     if HAS_OFFSET:
         number += tl.load(offset_ptr + where, mask=inside, other=0.0)

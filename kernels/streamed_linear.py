@@ -199,6 +199,7 @@ def streamed_linear(
         rows,
         weight.num_out // (1 if activation is None else 2),
         num_tiles,
+        *weight.scale.stride(),
         0 if residual is None else residual.stride(0),
         out.stride(0),
         eps,

@@ -83,6 +83,8 @@ def streamed_kernel(
     rows,
     size_n,
     num_tiles,
+    scale_stride,
+    group_stride,
     residual_stride,
     out_stride,
     eps,
@@ -137,8 +139,8 @@ def streamed_kernel(
     for step in gl.static_range(AHEAD):
         ahead = ahead + (
             _fetch(words_ptr, scale_ptr, offset_ptr, program, first + step * CHUNK, True, word_row,
-                   word, run_row, warp, size_n, WIDTH, NUM_GROUPS, GROUP, IS_PACKED, HAS_OFFSET,
-                   IS_GATED, BLOCK_N, STEP),
+                   word, run_row, warp, size_n, scale_stride, group_stride, WIDTH, NUM_GROUPS,
+                   GROUP, IS_PACKED, HAS_OFFSET, IS_GATED, BLOCK_N, STEP),
         )  # fmt: skip
     of_n = _scale_of(scale_ptr, program, True, size_n, GROUP, IS_GATED, BLOCK_N, MMA)
     column = gl.arange(0, CHUNK, gl.SliceLayout(0, ROWS))[None, :]
@@ -185,17 +187,17 @@ def streamed_kernel(
             ahead, of_n, residual = _multiply_tile(
                 tile, split, ahead, of_n, of_x, residual, numbers, sums, words_ptr, scale_ptr,
                 offset_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrival_ptr, word_row,
-                word, run_row, warp, rows, size_n, num_tiles, residual_stride, out_stride, scale,
-                WIDTH, NUM_GROUPS, GROUP, IS_PACKED, ACTIVATION, BLOCK_M, BLOCK_N, STEP, SPLIT_K,
-                WARPS_K, AHEAD, LOOPS, OPERAND, MMA,
+                word, run_row, warp, rows, size_n, num_tiles, scale_stride, group_stride,
+                residual_stride, out_stride, scale, WIDTH, NUM_GROUPS, GROUP, IS_PACKED, ACTIVATION,
+                BLOCK_M, BLOCK_N, STEP, SPLIT_K, WARPS_K, AHEAD, LOOPS, OPERAND, MMA,
             )  # fmt: skip
     else:
         _multiply_tile(
             program, split, ahead, of_n, of_x, residual, numbers, sums, words_ptr, scale_ptr,
             offset_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrival_ptr, word_row, word,
-            run_row, warp, rows, size_n, num_tiles, residual_stride, out_stride, scale, WIDTH,
-            NUM_GROUPS, GROUP, IS_PACKED, ACTIVATION, BLOCK_M, BLOCK_N, STEP, SPLIT_K, WARPS_K,
-            AHEAD, LOOPS, OPERAND, MMA,
+            run_row, warp, rows, size_n, num_tiles, scale_stride, group_stride, residual_stride,
+            out_stride, scale, WIDTH, NUM_GROUPS, GROUP, IS_PACKED, ACTIVATION, BLOCK_M, BLOCK_N,
+            STEP, SPLIT_K, WARPS_K, AHEAD, LOOPS, OPERAND, MMA,
         )  # fmt: skip
 
 
@@ -209,8 +211,8 @@ def _nothing():
 def _multiply_tile(
     tile, split, ahead, of_n, of_x, residual, numbers, sums, words_ptr, scale_ptr, offset_ptr,
     bias_ptr, residual_ptr, out_ptr, partial_ptr, arrival_ptr, word_row, word, run_row, warp, rows,
-    size_n, num_tiles, residual_stride, out_stride, scale, WIDTH: gl.constexpr,
-    NUM_GROUPS: gl.constexpr, GROUP: gl.constexpr, IS_PACKED: gl.constexpr,
+    size_n, num_tiles, scale_stride, group_stride, residual_stride, out_stride, scale,
+    WIDTH: gl.constexpr, NUM_GROUPS: gl.constexpr, GROUP: gl.constexpr, IS_PACKED: gl.constexpr,
     ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STEP: gl.constexpr,
     SPLIT_K: gl.constexpr, WARPS_K: gl.constexpr, AHEAD: gl.constexpr, LOOPS: gl.constexpr,
     OPERAND: gl.constexpr, MMA: gl.constexpr,
@@ -257,8 +259,9 @@ def _multiply_tile(
             if LOOPS or STEPS > AHEAD:
                 fetched = fetched + (
                     _fetch(words_ptr, scale_ptr, offset_ptr, then, at + turned * CHUNK, is_there,
-                           word_row, word, run_row, warp, size_n, WIDTH, NUM_GROUPS, GROUP,
-                           IS_PACKED, HAS_OFFSET, IS_GATED, BLOCK_N, STEP),
+                           word_row, word, run_row, warp, size_n, scale_stride, group_stride,
+                           WIDTH, NUM_GROUPS, GROUP, IS_PACKED, HAS_OFFSET, IS_GATED, BLOCK_N,
+                           STEP),
                 )  # fmt: skip
         if LOOPS or STEPS > AHEAD:
             ahead = fetched
@@ -347,8 +350,9 @@ def _row_of(tile, row, size_n, BLOCK_N: gl.constexpr, IS_GATED: gl.constexpr):
 @gluon.jit
 def _fetch(
     words_ptr, scale_ptr, offset_ptr, tile, at, is_there, word_row, word, run_row, warp, size_n,
-    WIDTH: gl.constexpr, NUM_GROUPS: gl.constexpr, GROUP: gl.constexpr, IS_PACKED: gl.constexpr,
-    HAS_OFFSET: gl.constexpr, IS_GATED: gl.constexpr, BLOCK_N: gl.constexpr, STEP: gl.constexpr,
+    scale_stride, group_stride, WIDTH: gl.constexpr, NUM_GROUPS: gl.constexpr, GROUP: gl.constexpr,
+    IS_PACKED: gl.constexpr, HAS_OFFSET: gl.constexpr, IS_GATED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """A step's words, from byte `at` of the rows, and scales and offsets of lower and upper halves;
     of what is not there, anything."""
@@ -359,8 +363,8 @@ def _fetch(
     of_low, of_high, to_low, to_high = words, words, words, words
     if GROUP:
         n = _row_of(tile, run_row, size_n, BLOCK_N, IS_GATED)
-        low = n * NUM_GROUPS + (at + warp * STEP) // GROUP
-        high = low + NUM_GROUPS // 2
+        low = n * scale_stride + (at + warp * STEP) // GROUP * group_stride
+        high = low + NUM_GROUPS // 2 * group_stride
         mask = (run_row >= 0) & is_there
         of_low = gl.load(scale_ptr + low, mask=mask)
         of_high = gl.load(scale_ptr + high, mask=mask)

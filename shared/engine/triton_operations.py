@@ -122,6 +122,7 @@ class TritonOperations:
         if inputs is not None:
             with_inputs = scaled(stored, inputs)
             stored, inputs = (stored, None) if with_inputs is None else (with_inputs, inputs)
+        stored = small_linear.by_groups(stored, reader.dtype)
         weight = stored.codes.new_empty(0, dtype=reader.dtype)
         bias = None if bias is None else bias.to(weight.device)
         shape = stored.num_out, stored.num_in

@@ -18,7 +18,7 @@ import torch
 
 from baton.kernels import streamed_linear
 from baton.kernels.reference_scaled import GROUP, InputScheme
-from baton.kernels.small_linear import SmallWeight, small_linear, takes_norm
+from baton.kernels.small_linear import SmallWeight, by_groups, small_linear, takes_norm
 from tests.kernels.compiled import on_gpu, recording
 
 SIZES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
@@ -30,7 +30,7 @@ def compile_all(form: str, all_rows: list[int]) -> dict[str, dict[str, int]]:
     inputs = InputScheme() if form == "fp8" else None
     report = {}
     for name, (num_out, num_in) in SIZES.items():
-        weight = _weight(form, num_out, num_in)
+        weight = by_groups(_weight(form, num_out, num_in), _BF16)
         for rows in all_rows:
             x = on_gpu(torch.empty(rows, num_in, dtype=_BF16))
             options: dict[str, Any] = {"inputs": inputs}

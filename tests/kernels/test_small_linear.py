@@ -16,6 +16,7 @@ from baton.kernels import small_linear as kernels
 from baton.kernels.small_linear import (
     MOST_ROWS,
     SmallWeight,
+    by_groups,
     expand,
     pack_nibbles,
     small_linear,
@@ -147,6 +148,20 @@ def test_columns_in_another_order(device: torch.device, assert_close: AssertClos
     x = rand(4, 128, seed=8).to(device)
     expected = x.double().cpu()[:, columns] @ numbers.t()
     assert_close(small_linear(x, moved), expected)
+
+
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_scales_by_groups(has_offset: bool, device: torch.device) -> None:
+    """They may lie so (`by_groups`), and nothing changes."""
+    weight, _ = make("four bits", 40, 128, 4, device, has_offset=has_offset)
+    scale = weight.scale.t().contiguous().t()
+    offset = None if weight.offset is None else weight.offset.t().contiguous().t()
+    turned = replace(weight, scale=scale, offset=offset)
+    x = rand(5, 128, seed=8).to(device)
+    assert torch.equal(small_linear(x, turned), small_linear(x, weight))
+    assert torch.equal(expand(turned, torch.float32), expand(weight, torch.float32))
+    # Where nothing streams it stays as it is.
+    assert by_groups(weight, torch.float32) is weight
 
 
 def test_what_no_kernel_takes() -> None:

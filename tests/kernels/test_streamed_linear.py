@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from torch.nn.functional import gelu, rms_norm, silu
 from baton.kernels import streamed_linear as kernels
 from baton.kernels.reference_scaled import GROUP, InputScheme, quantise_rows_reference
 from baton.kernels.skinny_linear import MAX_PARTIALS
-from baton.kernels.small_linear import SmallWeight, small_linear, takes_activation, takes_norm
+from baton.kernels.small_linear import (
+    SmallWeight,
+    by_groups,
+    small_linear,
+    takes_activation,
+    takes_norm,
+)
 from baton.kernels.streamed_linear import StreamConfig, streamed_config, streamed_linear
 from tests.device import ROOT, process_environment
 from tests.kernels.test_scaled_linear import make_weight, on, rand
@@ -130,6 +137,23 @@ def test_does_not_take(
 ) -> None:
     for rows in (1, 8):
         assert streamed_config(rows, weight, dtype, inputs) is None
+
+
+def test_scales_lie_by_groups_where_it_streams(on_hopper: None) -> None:
+    weight = _on_paper("four bits", 4096, 4096, 128, has_offset=True)
+    turned = by_groups(weight, torch.bfloat16)
+    assert turned.offset is not None
+    assert turned.scale.shape == turned.offset.shape == weight.scale.shape
+    assert turned.scale.stride() == turned.offset.stride() == (1, 4096)
+    others = [
+        FLOAT8,
+        _on_paper("four bits", 4096, 4096, 0),
+        _on_paper("four bits", 4096, 4096, 32),
+        # One row streams, two do not.
+        _on_paper("four bits", 2112, 2048, 128),
+    ]
+    assert all(by_groups(other, torch.bfloat16) is other for other in others)
+    assert by_groups(FOUR_BITS, torch.float32) is FOUR_BITS
 
 
 def test_is_for_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +321,26 @@ def test_a_row_does_not_depend_on_others(config: StreamConfig, stream_device: to
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_scales_by_groups(config: StreamConfig, rows: int, stream_device: torch.device) -> None:
+    weight, _ = make("four bits", 96, NUM_IN, 4, stream_device, has_offset=True)
+    assert weight.offset is not None
+    scale, offset = (each.t().contiguous().t() for each in (weight.scale, weight.offset))
+    turned = replace(weight, scale=scale, offset=offset)
+    x = rand(rows, NUM_IN).to(stream_device, torch.bfloat16)
+    for activation in (None, "silu"):
+        products = [
+            streamed_linear(
+                x, each, x.new_empty((rows, 48 if activation else 96)), config=config,
+                activation=activation,
+            )
+            for each in (weight, turned)
+        ]  # fmt: skip
+        assert torch.equal(*products)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize(
     ("num_out", "num_in"), [(2560, 1024), (4096, 4096), (20480, 4096), (3584, 14336)]
@@ -312,7 +356,8 @@ def test_chosen_configurations(
     """As an engine launches them, one behind the other."""
     device, dtype = stream_device, torch.bfloat16
     weight, numbers = make("four bits", num_out, num_in, num_in // 128, device, has_offset=False)
-    numbers = numbers.to(device)
+    weight, numbers = by_groups(weight, dtype), numbers.to(device)
+    assert weight.scale.stride(0) == 1
     assert streamed_config(rows, weight, dtype) is not None
     x = rand(rows, num_in).to(device, dtype)
     residual = rand(rows, num_out, seed=5).to(device, dtype)
