@@ -56,8 +56,8 @@ class KvCache:
         pools: by pool, where its blocks lie in it.
         tensors: by group, [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; of a
             group of latents [num_blocks, 1, num_layers, 1, block_size, rank + rope_dim]; of keys
-            and values in 8 bits uint8 [num_blocks, num_kv_heads, num_layers, 2, bytes]; of a group
-            of states uint8 [num_slots, num_layers, num_kv_heads, bytes].
+            and values in 8 bits uint8 [num_blocks, num_kv_heads, bytes]; of a group of states uint8
+            [num_slots, num_layers, num_kv_heads, bytes].
         padded_tensors: by group, the same with the zero block at index `num_blocks`.
         caches: by group, what a model's layers take: the padded tensor; of 8 bits its codes,
             float8_e4m3fn [num_blocks + 1, num_kv_heads, num_layers, 2, block_size, head_dim], with
@@ -161,17 +161,23 @@ class KvCache:
                     "axes": each.axes(self.block_size),
                     "strides": self.tensors[group].stride(),
                     "pool": self.arrangement.pools[group],
-                    **self._layout_of_states(group),
+                    **self._layout_of_bytes(group),
                 }
             )
             for group, each in enumerate(self.groups)
         )
 
-    def _layout_of_states(self, group: int) -> dict[str, object]:
+    def _layout_of_bytes(self, group: int) -> dict[str, object]:
+        """What lies where in a block whose axes say only how many bytes it has."""
         cache = self.caches[group]
-        if isinstance(cache, torch.Tensor):
+        if not isinstance(cache, torch.Tensor):
+            states = {name: (view.shape[1:], view.stride()) for name, view in cache.items()}
+            return {"states": states}
+        if cache.dtype != torch.float8_e4m3fn:
             return {}
-        return {"states": {name: (view.shape[1:], view.stride()) for name, view in cache.items()}}
+        scales = reference_float8.exponents_of(cache)
+        first = scales.storage_offset() - cache.storage_offset()
+        return {"codes": cache.stride(), "scales": (first, scales.stride())}
 
     def _bytes_of(self, group: int) -> torch.Tensor:
         pool = self.pool_of(group)

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from baton.kernels import reference_float8
 from baton.shared.engine.batch import Batch, BatchRow
 from baton.shared.engine.config import EngineConfig
+from baton.shared.engine.kv_cache import KvCache
 from baton.shared.engine.model_runner import ModelRunner
-from baton.shared.kv.cache_spec import Full, Sliding, in_float8
+from baton.shared.kv.arrangement import Arrangement
+from baton.shared.kv.cache_spec import Full, Sliding, cache_groups, in_float8
 from baton.shared.kv.digest import block_sums
 from baton.shared.model_files.fields import ModelError
 from tests import recurrent
@@ -56,6 +59,28 @@ def test_what_is_kept_in_8_bits_is_another_cache(
     batch = Batch([BatchRow(list(range(3, 90)), 0, [list(range(6))])])
     expected, found = plain.logits(batch), small.logits(batch)
     assert 1e-3 < float((found - expected).norm() / expected.norm()) < 0.2
+
+
+def test_another_order_within_a_block_is_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bytes are as many, and their axes the same: blocks that one version has written are not
+    read by one that takes scales from elsewhere."""
+    groups = cache_groups([in_float8(Full(2, 6))] * 3)
+    arrangement = Arrangement(groups, (0,), (groups[0].block_bytes(4, 4),), 0.0)
+
+    def layout() -> tuple[str, ...]:
+        return KvCache(arrangement, [4], 4, torch.float32).layout()
+
+    before = layout()
+    assert layout() == before
+    codes_of, exponents_of = reference_float8.codes_of, reference_float8.exponents_of
+    for name, other in (
+        ("exponents_of", lambda codes: exponents_of(codes).transpose(-3, -2)),
+        ("exponents_of", lambda codes: exponents_of(codes)[..., 1:, :]),
+        ("codes_of", lambda *given: codes_of(*given).transpose(-2, -1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(reference_float8, name, other)
+            assert layout() != before
 
 
 def test_activations_of_16_bits(make_llama: MakeLlama, make_runner: MakeRunner) -> None:
