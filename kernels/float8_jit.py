@@ -161,6 +161,9 @@ def small_halves(pairs, CASTS: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         lower, higher = halves(pairs, tl.float32, ASM)
+        if CASTS:
+            lower = tl.where((pairs & 0x7F) == 0x7F, float("nan"), lower)
+            higher = tl.where((pairs & 0x7F00) == 0x7F00, float("nan"), higher)
         size: tl.constexpr = 1.0 if CASTS else 0.00390625
         return (lower * size).to(tl.float16), (higher * size).to(tl.float16)
 

@@ -20,10 +20,11 @@ def empty_pool(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def quantised_pool(kv: Tensor) -> Tensor:
-    """A pool of numbers, NaN where nothing is, in 8 bits."""
+    """A pool of numbers, NaN where nothing is, in 8 bits: there it stays empty."""
     pool = empty_pool(kv.shape, kv.device)
     codes, exponents = reference_float8.quantised(kv)
-    pool.copy_(codes)
+    is_there = ~kv.isnan().all(-1)
+    pool.view(torch.uint8)[is_there] = codes.view(torch.uint8)[is_there]
     reference_float8.exponents_of(pool).copy_(exponents)
     return pool
 

@@ -69,6 +69,7 @@ class Problem:
                 ).to(dtype)
         # A view into a wider row, as a fused projection gives it.
         wide = torch.randn(len(lengths), num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+        wide[:, num_heads:] = float("nan")
         self.query = wide.to(device)[:, :num_heads]
         self.kv = self.kv.to(device)
         self.rows = self.rows.to(device)

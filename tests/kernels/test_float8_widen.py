@@ -54,7 +54,8 @@ def of_all_sizes(case: PrefillCase, dtype: torch.dtype) -> Tensor:
     # The interpreter rounds subnormal numbers of bfloat16 in a way of its own.
     is_odd = dtype == torch.bfloat16 and case.kv.device.type == "cpu"
     tiny = kv[:, 0, LAYER, 0, 1]
-    tiny *= 2.0 ** (-100 if is_odd else -125) / tiny.abs().amax(-1, keepdim=True)
+    largest = tiny.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    tiny *= 2.0 ** (-100 if is_odd else -125) / largest
     case.kv = quantised_pool(kv.to(case.kv.device))
     return quantised_pool(kv)
 
