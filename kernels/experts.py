@@ -36,8 +36,9 @@ from baton.kernels.gated_mul import activate
 from baton.kernels.overlap import overlap
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu
+from baton.kernels.shared_memory import shared_bytes
 from baton.kernels.skinny_linear_jit import prefetch_l2
-from baton.kernels.small_experts import SmallExperts, small_sums
+from baton.kernels.small_experts import SmallExperts, small_sums, small_sums_of_a_row
 
 _COMBINED = 1024
 
@@ -205,10 +206,17 @@ def _product(
     num_pairs, num_out = out.shape
     num_experts, num_rows, num_in = weight.shape
     small = weight if isinstance(weight, SmallExperts) else None
+    at_once = 1
     assert small is None or shared is None
     if isinstance(weight, SmallExperts):
-        tiles = tiles or experts_table.guess_small(experts_table.kind_of(num_tokens))
-        codes, block_k = weight.codes, weight.block_k(tiles.block_k)
+        tiles = tiles or experts_table.guess_small(
+            experts_table.kind_of(num_tokens),
+            is_up=activation is not None,
+            has_runs=weight.num_runs > 1,
+            shared_bytes=shared_bytes(x.device),
+        )
+        codes = weight.codes
+        block_k, at_once = weight.blocks(tiles.block_k, is_a_row=order is None)
         weight = codes.view(torch.uint8) if weight.kind == "float8" else codes
     else:
         tiles = tiles or _tiles(num_tokens, weight, num_out)
@@ -254,6 +262,7 @@ def _product(
         BLOCK_E=triton.next_power_of_2(num_experts),
         KIND=None if small is None else small.kind,
         NUM_RUNS=1 if small is None else small.num_runs,
+        AT_ONCE=at_once,
         ASM=has_assembler() and x.dtype == torch.bfloat16,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -351,6 +360,7 @@ def _multiply(
     BLOCK_E: tl.constexpr,
     KIND: tl.constexpr,
     NUM_RUNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -443,11 +453,19 @@ def _multiply(
         offset_at = None
         if offset_ptr is not None:
             offset_at = offset_ptr + own * NUM_RUNS
-        acc, up_acc = small_sums(
-            x_at, is_real, weight_ptr + own[None, :] * width + k[:, None],
-            scale_ptr + own * NUM_RUNS, offset_at, NUM_OUT, inside,
-            NUM_IN, NUM_RUNS, KIND, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K, ASM,
-        )  # fmt: skip
+        codes_at = weight_ptr + own[None, :] * width + k[:, None]
+        if pairs_ptr is None and NUM_RUNS > 1:
+            own_row = tile // PAIRS if IS_UP else tile
+            x_at = x_ptr + own_row.to(tl.int64) * x_stride + k[None, :] + 0 * row[:, None]
+            acc, up_acc = small_sums_of_a_row(
+                x_at, row, codes_at, scale_ptr + own * NUM_RUNS, offset_at, NUM_OUT, inside,
+                NUM_IN, NUM_RUNS, KIND, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K, ASM,
+            )  # fmt: skip
+        else:
+            acc, up_acc = small_sums(
+                x_at, is_real, codes_at, scale_ptr + own * NUM_RUNS, offset_at, NUM_OUT, inside,
+                NUM_IN, NUM_RUNS, KIND, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K, AT_ONCE, ASM,
+            )  # fmt: skip
     elif SHARED > 0 and descriptor is not None:
         if number < TOP_K:
             acc, up_acc = _sums(

@@ -17,6 +17,8 @@ All four are met while warming up."""
 UNSORTED_TOKENS = STEPS[0]
 """Up to so many, each pair is a tile of its own: experts that several have come from the cache."""
 TABLE = Path(__file__).with_name("experts_table.json")
+_MANY_ROWS_BYTES = 160 * 1024
+"""Of shared memory, what small weights' tiles for many rows take."""
 _SIMILAR = 1.3
 """Sizes may differ by this factor from those of an entry that is used for them."""
 
@@ -86,10 +88,21 @@ def guess(kind: int) -> Tiles:
     return Tiles(64, 64, 64)
 
 
-def guess_small(kind: int) -> Tiles:
-    """For weights of few bits, which nobody has measured: those of 16 bits, by as many warps as
-    spill no registers over runs' scales."""
-    return guess(kind) if kind < 2 else guess(kind)._replace(num_warps=8)
+def guess_small(kind: int, *, is_up: bool, has_runs: bool, shared_bytes: int) -> Tiles:
+    """For weights of few bits, as was fastest on an H200 for mixtures of two models.
+
+    `has_runs`: sums are scaled run by run, for which a program with many rows has no registers.
+    `shared_bytes`: what a program may have.
+    """
+    if kind < 2 and is_up:
+        return Tiles(16, 32, 256, num_stages=3)
+    if kind < 3:
+        return Tiles(16, 64, 128)
+    if has_runs:
+        return Tiles(64, 64, 64)
+    if shared_bytes < _MANY_ROWS_BYTES:
+        return Tiles(64, 64, 64, num_stages=3)
+    return Tiles(128, 64 if is_up else 128, 64, num_warps=8, num_stages=3)
 
 
 def wide(num_tokens: int) -> Tiles:

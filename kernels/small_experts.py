@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baton.kernels.small_linear import SmallWeight
-from baton.kernels.small_widen_jit import bytes_of, nibbles
+from baton.kernels.small_widen_jit import bytes_of, nibbles, twice_fp4
 
 Kind = Literal["int8", "float8", "int4", "fp4"]
 _TWICE_FP4 = (0, 1, 2, 3, 4, 6, 8, 12)
@@ -87,14 +87,23 @@ class SmallExperts:
         offset_bytes = 0 if self.offset is None else self.offset.nbytes
         return self.codes.nbytes + self.scale.nbytes + offset_bytes
 
-    def block_k(self, most: int) -> int:
-        """Columns of a step, at most so many, a power of two: they lie in one run."""
-        if self.num_runs == 1:
-            width = self.codes.shape[2]
-            least: int = triton.next_power_of_2(width)
-            return min(most, max(_LEAST_BLOCK, least))
+    def blocks(self, most: int, *, is_a_row: bool) -> tuple[int, int]:
+        """Columns of a product, a power of two, and how many products are made of what is read at a
+        time, which is at most so many columns. A product's columns lie in one run; where there is
+        one row only, in as many as tensor cores have rows for, if runs are powers of two."""
+        width = self.codes.shape[2]
         run = self.num_in // self.num_runs
-        return min(most, run & -run)
+        if self.num_runs == 1:
+            least: int = triton.next_power_of_2(width)
+            return min(most, max(_LEAST_BLOCK, least)), 1
+        if is_a_row and run & (run - 1) == 0:
+            halves = self.num_in // width
+            return min(most, run * (_LEAST_BLOCK // halves)), 1
+        block = min(most, run & -run)
+        at_once = 1 if is_a_row else most // block
+        while width // block % at_once:
+            at_once -= 1
+        return block, at_once
 
     def expand(self, expert: int) -> Tensor:
         """The reference: one expert's numbers, float32 [N, K]."""
@@ -116,11 +125,12 @@ class SmallExperts:
 def small_sums(
     x_at, is_real, codes_at, scale_at, offset_at, up_rows, inside,
     NUM_IN: tl.constexpr, NUM_RUNS: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Products of BLOCK_M rows, x_at [BLOCK_M, BLOCK_K], with BLOCK_N rows of a weight, codes_at
     [BLOCK_K, BLOCK_N], and with those `up_rows` further on. scale_at and offset_at [BLOCK_N]: of
-    the rows' first runs."""
+    the rows' first runs. AT_ONCE: how many BLOCK_K columns are read at a time."""
     IS_PACKED: tl.constexpr = KIND == "int4" or KIND == "fp4"
     WIDTH: tl.constexpr = NUM_IN // 2 if IS_PACKED else NUM_IN
     RUN: tl.constexpr = NUM_IN // NUM_RUNS
@@ -128,39 +138,121 @@ def small_sums(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     ones = tl.zeros([BLOCK_M], tl.float32)
-    for begin in tl.range(0, WIDTH, BLOCK_K):
-        is_x = is_real[:, None]
-        is_code = inside[None, :]
-        if WIDTH % BLOCK_K != 0:
-            is_in = begin + k < WIDTH
-            is_x = is_x & is_in[None, :]
-            is_code = is_code & is_in[:, None]
-        for half in tl.static_range(2 if IS_PACKED else 1):
-            x = tl.load(x_at + begin + half * WIDTH, mask=is_x, other=0.0)
-            codes = tl.load(codes_at + begin, mask=is_code, other=0)
-            weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
-            if NUM_RUNS == 1:
-                acc = tl.dot(x, weight, acc, input_precision="ieee")
-            else:
-                run = begin // RUN + half * (NUM_RUNS // 2)
-                product = tl.dot(x, weight, input_precision="ieee")
-                acc = _add_run(acc, product, x, scale_at, offset_at, run, inside)
-            if offset_at is not None and NUM_RUNS == 1:
-                ones += tl.sum(x.to(tl.float32), 1)
-            if IS_GATED:
-                codes = tl.load(codes_at + up_rows * WIDTH + begin, mask=is_code, other=0)
+    for first in tl.range(0, WIDTH, BLOCK_K * AT_ONCE):
+        for step in tl.static_range(AT_ONCE):
+            begin = first + step * BLOCK_K
+            is_x = is_real[:, None]
+            is_code = inside[None, :]
+            if WIDTH % BLOCK_K != 0:
+                is_in = begin + k < WIDTH
+                is_x = is_x & is_in[None, :]
+                is_code = is_code & is_in[:, None]
+            for half in tl.static_range(2 if IS_PACKED else 1):
+                x = tl.load(x_at + begin + half * WIDTH, mask=is_x, other=0.0)
+                codes = tl.load(codes_at + begin, mask=is_code, other=0)
                 weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
                 if NUM_RUNS == 1:
-                    up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+                    acc = tl.dot(x, weight, acc, input_precision="ieee")
                 else:
+                    run = begin // RUN + half * (NUM_RUNS // 2)
                     product = tl.dot(x, weight, input_precision="ieee")
-                    up_run = up_rows * NUM_RUNS + run
-                    up_acc = _add_run(up_acc, product, x, scale_at, offset_at, up_run, inside)
+                    acc = _add_run(acc, product, x, scale_at, offset_at, run, inside)
+                if offset_at is not None and NUM_RUNS == 1:
+                    ones += tl.sum(x.to(tl.float32), 1)
+                if IS_GATED:
+                    codes = tl.load(codes_at + up_rows * WIDTH + begin, mask=is_code, other=0)
+                    weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
+                    if NUM_RUNS == 1:
+                        up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+                    else:
+                        product = tl.dot(x, weight, input_precision="ieee")
+                        up_run = up_rows * NUM_RUNS + run
+                        up_acc = _add_run(up_acc, product, x, scale_at, offset_at, up_run, inside)
     if NUM_RUNS == 1:
         acc = _scaled(acc, ones, scale_at, offset_at, 0, inside)
         if IS_GATED:
             up_acc = _scaled(up_acc, ones, scale_at, offset_at, up_rows, inside)
     return acc, up_acc
+
+
+@triton.jit
+def small_sums_of_a_row(
+    x_at, row, codes_at, scale_at, offset_at, up_rows, inside,
+    NUM_IN: tl.constexpr, NUM_RUNS: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`small_sums` of one row, whose addresses all rows of x_at [BLOCK_M, BLOCK_K] have; every row
+    of the result is that row's. `row` [BLOCK_M] counts.
+
+    Tensor cores multiply 16 rows, and there is one: each row is given x's numbers of another run,
+    so that one product has the sums of all runs of a step, each of which has its own scale.
+    """
+    HALVES: tl.constexpr = 2 if KIND == "int4" or KIND == "fp4" else 1
+    WIDTH: tl.constexpr = NUM_IN // HALVES
+    RUN: tl.constexpr = NUM_IN // NUM_RUNS
+    RUNS: tl.constexpr = NUM_RUNS // HALVES
+    SPAN: tl.constexpr = BLOCK_K // RUN if BLOCK_K > RUN else 1
+    k = tl.arange(0, BLOCK_K)
+    number = row % SPAN
+    is_run = row < HALVES * SPAN
+    # Of the first step, [BLOCK_M, BLOCK_N].
+    first_run = number[:, None] + row[:, None] // SPAN * RUNS
+    scale_at = scale_at[None, :] + first_run
+    is_scale = is_run[:, None] & inside[None, :]
+    up_scale_at = scale_at + up_rows * NUM_RUNS
+    if offset_at is not None:
+        offset_at = offset_at[None, :] + first_run
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Scales are read a step ahead: nothing waits for them.
+    is_there = is_scale & (number < RUNS)[:, None]
+    scale = tl.load(scale_at, mask=is_there, other=0.0)
+    up_scale = scale
+    if IS_GATED:
+        up_scale = tl.load(up_scale_at, mask=is_there, other=0.0)
+    for begin in tl.range(0, WIDTH, BLOCK_K):
+        is_code = inside[None, :]
+        is_in = begin + k < WIDTH
+        if WIDTH % BLOCK_K != 0:
+            is_code = is_code & is_in[:, None]
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up_product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        ones = tl.zeros([BLOCK_M], tl.float32)
+        for half in tl.static_range(HALVES):
+            is_x = row[:, None] == (k // RUN % SPAN)[None, :] + half * SPAN
+            if WIDTH % BLOCK_K != 0:
+                is_x = is_x & is_in[None, :]
+            x = tl.load(x_at + begin + half * WIDTH, mask=is_x, other=0.0)
+            codes = tl.load(codes_at + begin, mask=is_code, other=0)
+            weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
+            product = tl.dot(x, weight, product, input_precision="ieee")
+            if offset_at is not None:
+                ones += tl.sum(x.to(tl.float32), 1)
+            if IS_GATED:
+                codes = tl.load(codes_at + up_rows * WIDTH + begin, mask=is_code, other=0)
+                weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
+                up_product = tl.dot(x, weight, up_product, input_precision="ieee")
+        run = begin // RUN
+        if offset_at is not None:
+            is_there = is_scale & (number + run < RUNS)[:, None]
+            offset = tl.load(offset_at + run, mask=is_there, other=0.0)
+            acc += ones[:, None] * offset
+            if IS_GATED:
+                offset = tl.load(offset_at + up_rows * NUM_RUNS + run, mask=is_there, other=0.0)
+                up_acc += ones[:, None] * offset
+        acc += product * scale
+        run = (begin + BLOCK_K) // RUN
+        is_there = is_scale & (number + run < RUNS)[:, None]
+        scale = tl.load(scale_at + run, mask=is_there, other=0.0)
+        if IS_GATED:
+            up_acc += up_product * up_scale
+            up_scale = tl.load(up_scale_at + run, mask=is_there, other=0.0)
+    return _total(acc, BLOCK_M, BLOCK_N), _total(up_acc, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _total(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])
 
 
 @triton.jit
@@ -170,13 +262,7 @@ def _widened(
     if KIND == "int4":
         return nibbles(codes, UPPER, dtype, ASM)
     if KIND == "fp4":
-        # One bit of sign, two of exponent, one behind the point: from exponent 1 on there is a one
-        # before it.
-        code = ((codes >> 4) if UPPER else codes) & 0xF
-        low = (code & 1).to(tl.int32)
-        exponent = ((code >> 1) & 3).to(tl.int32)
-        twice = tl.where(exponent == 0, low, (2 + low) << tl.maximum(exponent - 1, 0))
-        return tl.where((code & 8) != 0, -twice, twice).to(dtype)
+        return twice_fp4(codes, UPPER, dtype, ASM)
     return bytes_of(codes, KIND == "float8", dtype, ASM)
 
 

@@ -5,7 +5,8 @@ is False in Triton's interpreter, which has no assembler, and for types that nee
 
     four bits → bfloat16    the byte n beside 0x43 is 128 + n, of which 136 is subtracted
     four bits → float32     the byte n under 0x3F is 1/2 + n / 256: left so, see `nibbles_raised`
-    float8 → bfloat16       moved to their places the bits are the number times 2⁻¹²⁰
+    fp4 → bfloat16          moved to their places the bits are the number times 2⁻¹²⁶
+    float8 → bfloat16       likewise, times 2⁻¹²⁰
 
 All are exact; a float8 that is no number becomes 480.
 """
@@ -61,6 +62,45 @@ _HIGH_TO_F32 = tl.constexpr(
     prmt.b32 $3, t, 0x3F000000, 0x7344;
     }"""
 )
+_LOW_FP4_TO_BF16 = tl.constexpr(
+    """{
+    .reg .b32 p, a, b, s, t, up, zero;
+    mov.b32 up, 0x7F007F00;
+    mov.b32 zero, 0x80008000;
+    shl.b32 p, $2, 4;
+    prmt.b32 a, p, 0, 0x1404;
+    prmt.b32 b, p, 0, 0x3424;
+    and.b32 s, a, 0x80008000;
+    shr.b32 t, a, 6;
+    and.b32 t, t, 0x01C001C0;
+    or.b32 t, t, s;
+    fma.rn.bf16x2 $0, t, up, zero;
+    and.b32 s, b, 0x80008000;
+    shr.b32 t, b, 6;
+    and.b32 t, t, 0x01C001C0;
+    or.b32 t, t, s;
+    fma.rn.bf16x2 $1, t, up, zero;
+    }"""
+)
+_HIGH_FP4_TO_BF16 = tl.constexpr(
+    """{
+    .reg .b32 a, b, s, t, up, zero;
+    mov.b32 up, 0x7F007F00;
+    mov.b32 zero, 0x80008000;
+    prmt.b32 a, $2, 0, 0x1404;
+    prmt.b32 b, $2, 0, 0x3424;
+    and.b32 s, a, 0x80008000;
+    shr.b32 t, a, 6;
+    and.b32 t, t, 0x01C001C0;
+    or.b32 t, t, s;
+    fma.rn.bf16x2 $0, t, up, zero;
+    and.b32 s, b, 0x80008000;
+    shr.b32 t, b, 6;
+    and.b32 t, t, 0x01C001C0;
+    or.b32 t, t, s;
+    fma.rn.bf16x2 $1, t, up, zero;
+    }"""
+)
 _FLOAT8_TO_BF16 = tl.constexpr(
     """{
     .reg .b32 a, b, s, t, up, zero;
@@ -114,6 +154,24 @@ def nibbles_raised(packed, UPPER: tl.constexpr, ASM: tl.constexpr):
 def lowered(sums, ones):
     """Σ code · x of the sums of raised codes, and of x."""
     return 256.0 * sums - 136.0 * ones
+
+
+@triton.jit
+def twice_fp4(packed, UPPER: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """uint8 → twice the floats of four bits, in `dtype`: of a sign, two bits of exponent and one
+    behind the point."""
+    if ASM and dtype == tl.bfloat16:
+        text: tl.constexpr = _HIGH_FP4_TO_BF16 if UPPER else _LOW_FP4_TO_BF16
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        code = ((packed >> 4) if UPPER else packed) & 0xF
+        low = (code & 1).to(tl.int32)
+        exponent = ((code >> 1) & 3).to(tl.int32)
+        # From exponent 1 on there is a one before the point.
+        twice = tl.where(exponent == 0, low, (2 + low) << tl.maximum(exponent - 1, 0))
+        return tl.where((code & 8) != 0, -twice, twice).to(dtype)
 
 
 @triton.jit
