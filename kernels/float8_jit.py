@@ -5,8 +5,9 @@ shared memory, and those from there to where tensor cores take them, are the one
 values of 16 bits have. What is multiplied are then two halves, the even dimensions and the odd
 ones. To bfloat16 a code is widened by moving its bits to their places, which makes 2⁻¹²⁰ times the
 number, and one multiplication, for two codes at a time; `ASM` is False in Triton's interpreter,
-which has no assembler. Codes that are no number do not come up: a vector that is not finite has
-zeros, and an infinite scale.
+which has no assembler. Of what was stored no code is no number: a vector that is not finite has
+zeros, and an infinite scale. Of slots that may hold anything, moved bits are numbers all the same;
+a cast makes NaN, so those must not be read.
 """
 
 from __future__ import annotations
@@ -172,7 +173,10 @@ def small_halves(pairs, CASTS: tl.constexpr, ASM: tl.constexpr):
 def neighbours(pairs, ASM: tl.constexpr):
     """int16 [..., D / 2] → in float16 the numbers of dimensions 4i and 4i + 1, and those of 4i + 2
     and 4i + 3, [..., D / 2] each: one instruction for two codes, where `small_halves` must first
-    bring together what lies apart."""
+    bring together what lies apart.
+
+    Right only where a thread has elements 2i and 2i + 1 one after the other, as it has those of the
+    left operand of a product, which is what the result must be."""
     if ASM:
         return tl.inline_asm_elementwise(
             _CAST_NEIGHBOURS, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True,

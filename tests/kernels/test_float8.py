@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from baton.kernels.kv_store import store_kv
 from baton.kernels.prefill_attention import PrefillConfig, block_m_for
 from baton.kernels.rope_store import rope_and_store
 from baton.kernels.split_prefill_attention import ItemConfig, item_config
+from tests.device import ROOT, process_environment
 from tests.kernels import test_decode_attention, test_split_prefill_attention
 from tests.kernels.float8_pools import empty_pool, quantised_pool
 from tests.kernels.prefill_cases import Check, make_case
@@ -165,6 +170,20 @@ def test_codes_become_float16(how: str, device: torch.device) -> None:
     else:
         expected = numbers.permute(0, 3, 1, 2)
     assert torch.equal(found.cpu().double(), expected * (2.0**-8 if how == "moved" else 1))
+
+
+def test_neighbours_are_neighbours_in_a_thread(tmp_path: Path) -> None:
+    """The instruction takes elements as a thread has them: in the operand of a product two of one
+    key lie beside each other. Compiled, not in this process, which interprets kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_decode_codes", "90"],
+        env=process_environment(TRITON_CACHE_DIR=str(tmp_path)),
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for shape, layouts in json.loads(done.stdout).items():
+        [layout] = layouts
+        assert layout.startswith("#ttg.dot_op<{opIdx = 0,") and "kWidth = 2}" in layout, shape
 
 
 @pytest.mark.parametrize("casts", [True, False])
