@@ -35,8 +35,8 @@ def _compile(capability: int, head_dim: int, block_size: int, num_warps: int) ->
     )
     query = torch.empty(_ROWS, 8, head_dim, dtype=torch.bfloat16, device=_META)
     work = make_work(_ROWS, _KV_HEADS, 8, head_dim, _META, config=config, itemsize=1)
-    decode_attention.shared_bytes = lambda _: 100_000  # type: ignore[assignment]
-    decode_attention.casts_codes = lambda _: True  # type: ignore[attr-defined]
+    decode_attention.shared_bytes = lambda _: 100_000  # type: ignore[assignment, attr-defined]
+    decode_attention.casts_codes = lambda _: True  # type: ignore[assignment, attr-defined]
     with recording(capability) as kernels:
         plan_decode(ints[0, :_ROWS], ints[0], work)
         decode_attention.paged_decode_attention(
