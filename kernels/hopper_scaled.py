@@ -113,12 +113,13 @@ def _launch(
         return
     assert x.scale.shape[1] == 1 and not x.num_padding and weight.num_in % STEP == 0
     # Of fewer, threads would share what they add to the residual.
-    assert config.block_m >= 16
+    assert config.block_m >= 16 and config.block_n >= 16 * config.num_warps
     num_tiles = triton.cdiv(size_n, config.block_n) * triton.cdiv(rows, config.block_m)
     num_steps = weight.num_in // STEP
     steps = triton.cdiv(num_steps, config.split_k)
     run = gcd(config.run, num_steps, steps)
-    assert config.places % config.run == 0
+    # What is multiplied while the next steps are asked for keeps its places.
+    assert config.places % run == 0 and (run < config.places or not config.is_fast)
     work = linear_work(x.codes.device) if config.split_k > 1 else None
     if work is not None:
         tile_size = config.block_m * config.block_n * (1 if activation is None else 2)

@@ -65,7 +65,7 @@ def add_product(
     Args:
         x: [M, K] of 8-bit floats, a scale a row, or one for each 128 numbers, as the weight's
             blocks have.
-        weight: [N, K]; K and N multiples of 16.
+        weight: [N, K]; K and N multiples of 16, K of 512 where blocks have scales.
         residual: bfloat16 [M, N]; rows may be strided.
 
     Returns:

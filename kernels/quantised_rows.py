@@ -257,7 +257,8 @@ def quantise_known(
         x: [T, K], contiguous.
         maxima: int32 [T, parts], each the largest of some numbers' `magnitude_bits`.
         scheme: without groups.
-        pdl: launch while the previous kernel still runs.
+        pdl: launch while the previous kernel still runs, and let the next one, too, start then, as
+            `is_early` of `quantise_rows` does.
     """
     num_rows, size = x.shape
     assert x.is_contiguous() and maxima.is_contiguous() and not scheme.group

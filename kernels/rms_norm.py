@@ -63,7 +63,8 @@ def rms_norm(
         eps: added to the mean of squares.
         residual: [T, H]; if given, x + residual is stored into it and normalised.
         out: [T, H], may be x.
-        pdl: launch while the previous kernel still runs.
+        pdl: launch while the previous kernel still runs, and let the next one, too, start then: it
+            may read nothing before it waits but weights (tests/kernels/test_overlap.py).
 
     Returns:
         out, or a new tensor [T, H] of x's dtype.

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from baton.kernels.small_linear import SmallWeight, expand, pack_nibbles, small_linear
+from baton.kernels.small_linear import (
+    SmallWeight,
+    by_groups,
+    expand,
+    pack_nibbles,
+    small_linear,
+)
 from benchmarks.gpu.gpu_timing import Point, num_sets_for
 
 _BF16 = torch.bfloat16
@@ -52,4 +58,4 @@ def _random(form: str, n: int, k: int, group: int) -> SmallWeight:
     elif form.startswith("fp8"):
         codes = codes.to(torch.float8_e4m3fn)
     scale = torch.rand(n, k // group if group else 1, device="cuda") / 64
-    return SmallWeight(codes, scale, None, k)
+    return by_groups(SmallWeight(codes, scale, None, k), _BF16)

@@ -47,6 +47,39 @@ class Compiled:
         debug = re.compile(r"\s*(\.loc\b|\.file\b|\$L__tmp\d+:|$)")
         return "\n".join(line for line in text.splitlines() if not debug.match(line))
 
+    @property
+    def read_ahead(self) -> set[str]:
+        """Of the pointers and tensors that the kernel takes, those whose memory it touches before
+        it waits for the kernel in front."""
+        names = {f"{self.name}_param_{i}": name for i, name in enumerate(self._parameters)}
+        before, waits, _ = self.ptx.partition("griddepcontrol.wait")
+        assert waits, f"{self.name} does not wait"
+        body = [re.sub(r"^\s*@!?%p\d+", "", line) for line in before.splitlines()]
+        body = [line for line in body if not re.match(r"\s*[.}]", line)]
+        made_of: dict[str, set[str]] = {}
+        touched: set[str] = set()
+        # What a loop carries comes around once.
+        for line in body + body:
+            used = re.findall(r"%[a-z]+\d+|\w+_param_\d+", line)
+            sources = set().union(*(made_of.get(each, {each}) for each in used))
+            if "global" in line and "cvta" not in line:
+                touched |= sources
+            made = re.match(r"\s*\S+\s+(\{[^}]*\}|[^,]*)", line)
+            for register in re.findall(r"%[a-z]+\d+", made[1]) if made else ():
+                made_of[register] = made_of.get(register, set()) | sources
+        return {names[each] for each in touched if names.get(each)}
+
+    @property
+    def _parameters(self) -> list[str]:
+        """Of the compiled kernel; numbers have no name. Those of a tensor are behind it."""
+        names = []
+        for name, kind in self.kernel.src.signature.items():
+            if kind.startswith("tensordesc"):
+                names += [name, "", "", "", ""]
+            elif kind != "constexpr":
+                names.append(name if kind.startswith("*") else "")
+        return names
+
     @cached_property
     def spilled_bytes(self) -> int:
         """Stored to local memory for want of registers, as the assembler says."""

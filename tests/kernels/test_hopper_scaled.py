@@ -65,6 +65,7 @@ def test_configurations_fit(rows: int, num_out: int, num_in: int) -> None:
         step_bytes = (config.block_m + parts * config.block_n) * kernels.STEP
         assert config.places * (step_bytes + 8) + 1024 <= 232_448
         assert config.places % config.run == 0
+        assert config.places > config.run or not config.is_fast
         # A tile's sums have room in the registers of a program.
         assert config.block_m * config.block_n * parts <= 128 * 32 * config.num_warps
         assert config.block_n >= 16 * config.num_warps
@@ -87,6 +88,24 @@ def test_what_it_covers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.covers(weight(256, FLOAT8, GROUP), torch.bfloat16)
     assert not kernels.covers(weight(256, torch.int8), torch.bfloat16)
     assert not kernels.covers(weight(192, FLOAT8), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HopperConfig(32, 64, 2, run=2, is_fast=True),
+        HopperConfig(32, 64, 3, run=2),
+        HopperConfig(8, 64, 2),
+        HopperConfig(32, 64, 2, num_warps=8),
+    ],
+    ids=["nothing is freed", "unequal runs", "few rows", "many warps"],
+)
+def test_configurations_that_there_are_not(config: HopperConfig) -> None:
+    """Told, where a kernel would wait forever, or add twice to a residual."""
+    weight = make_weight(128, NUM_IN, FLOAT8, 0, torch.device("cpu"))[0]
+    x, _ = codes_of(rand(40, NUM_IN), torch.device("cpu"))
+    with pytest.raises(AssertionError):
+        hopper_scaled(x, weight, config=config)
 
 
 def test_compiles(tmp_path: Path) -> None:

@@ -184,6 +184,27 @@ def test_what_is_not_finite_is_not_made_so(
     assert one.isnan().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["float8", "float8 in groups", "float8, scale given"])
+@pytest.mark.parametrize("rows", [2, 32, 144, 256, 272, 512])
+def test_what_is_not_finite_comes_out_of_every_product(
+    rows: int, name: str, device: torch.device
+) -> None:
+    """Ours and the library's, added to a residual or not: all of that row, and no other."""
+    num_out, num_in = 6144, 4096
+    scheme = on(device, SCHEMES[name])
+    weight, _ = make_weight(num_out, num_in, FLOAT8, scheme.group, device)
+    weight.scale.div_(1000)
+    x = rand(rows, num_in).to(device, torch.bfloat16)
+    x[1, 200], x[rows // 2, -1] = float("inf"), float("nan")
+    is_bad = torch.zeros(rows, dtype=torch.bool, device=device)
+    is_bad[[1, rows // 2]] = True
+    codes = quantise_rows(x, scheme)
+    for residual in (None, torch.zeros(rows, num_out, dtype=torch.bfloat16, device=device)):
+        y = scaled_product(codes, weight, residual=residual)
+        assert y[is_bad].isnan().all() and y[~is_bad].isfinite().all()
+
+
 def test_rows_of_large_models(device: torch.device) -> None:
     """Of more numbers than a hidden state has: gates of llama-70b have 28,672."""
     x = rand(2, 2 * 20096).to(device)
