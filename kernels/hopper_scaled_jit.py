@@ -176,6 +176,8 @@ def hopper_scaled_kernel(
             acc = warpgroup_mma_wait(0, deps=(acc,))
         else:
             acc, up = warpgroup_mma_wait(0, deps=(acc, up))
+        # Where other warps still multiply, the compiler puts what threads exchange from here on.
+        debug_barrier()
     is_last = True
     if SPLIT_K > 1:
         TILE: gl.constexpr = BLOCK_N * BLOCK_M

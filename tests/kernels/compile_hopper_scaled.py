@@ -3,8 +3,9 @@
     python -m tests.kernels.compile_hopper_scaled [ROWS …]
 
 Of llama-8b's products, as an engine launches them. Prints, as JSON, by product and rows, the bytes
-of shared memory that a program takes and what its threads put into memory for want of registers. To
-be run without TRITON_INTERPRET.
+of shared memory that a program takes, what its threads put into memory for want of registers, and
+whether all of them have multiplied before one stores to shared memory what it exchanges with
+others: that lies where codes were. To be run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def compile_all(all_rows: list[int]) -> dict[str, dict[str, int]]:
 
 def _report(kernels: list[Compiled]) -> dict[str, int]:
     (kernel,) = kernels
-    return {"shared": kernel.shared, "spilled": kernel.spilled_bytes}
+    behind = kernel.ptx.rpartition("wgmma.wait_group")[2].partition("st.shared")[0]
+    is_settled = "bar.sync" in behind
+    return {
+        "shared": kernel.shared, "spilled": kernel.spilled_bytes, "is_settled": is_settled,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def test_compiles(tmp_path: Path) -> None:
     for product, report in reports.items():
         assert report["shared"] <= 232_448, product
         assert report["spilled"] <= 256, product
+        assert report["is_settled"], product
 
 
 # What is computed
