@@ -27,6 +27,8 @@ _DESC_BYTES, _LAYOUT_BYTES, _PREFERENCE_BYTES = 256, 64, 64
 _TRANSPOSED_A, _SCALE_A, _SCALE_B, _FAST_SUMS, _MODE_A, _MODE_B = 3, 17, 18, 25, 31, 32
 _SCALES_OF_ROWS, _SCALES_OF_RUNS, _SCALES_OF_BLOCKS = 3, 4, 5
 _MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)
+_OLDEST = 120_900
+"""The release with scales of rows and of blocks: an older one may not know that it has none."""
 _ALIGNED = 16
 """Bytes: what pointers and rows are multiples of."""
 
@@ -133,6 +135,9 @@ def _library(device: torch.device) -> _Library | None:
     try:
         # torch has loaded it.
         functions = ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}")
+        functions.cublasLtGetVersion.restype = ctypes.c_size_t
+        if functions.cublasLtGetVersion() < _OLDEST:
+            return None
         handle = ctypes.c_void_p()
         with torch.cuda.device(device):
             status = functions.cublasLtCreate(ctypes.byref(handle))

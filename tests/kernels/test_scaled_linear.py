@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,6 +326,15 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library_product._library.__wrapped__(device) is None
     plan = library_product._plan.__wrapped__(device, 512, 256, 128, 128, has_blocks=False)
     assert plan is None
+
+
+def test_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = SimpleNamespace(cublasLtGetVersion=lambda: 120_804)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: functions)
+    monkeypatch.setattr(library_product, "_Library", lambda *_: pytest.fail("it is used"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    functions.cublasLtCreate = lambda _: 0
+    assert library_product._library.__wrapped__(torch.device("cpu")) is None
 
 
 @pytest.mark.gpu
