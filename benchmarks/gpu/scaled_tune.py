@@ -48,8 +48,8 @@ _ROWS_OF_LIBRARY = (16, 64, 128, 256, 512, 1024, 2048, 8192)
 _EPS = 1e-5
 _SHARED_BYTES = 232_448
 """Of a processor."""
-_IN_CHAIN = ("gate, up", "down", "qkv")
-"""Products that are in a chain without attention what they are in a step, in this order."""
+_IN_CHAIN = ("gate, up", "down", "qkv", "o")
+"""In this order they are chosen."""
 _LAYERS = 8
 _TURNS = 5
 
@@ -408,7 +408,7 @@ def _compile_choice(name: str, rows: int, choices: Sequence[Chosen]) -> None:
 
 def measure_layer(save: Save, deadline: float, all_rows: Sequence[int]) -> list[dict[str, Any]]:
     """One product after the other gets what is fastest beside what the others have → what to add to
-    the entries of a table. Not o, in front of which is attention."""
+    the entries of a table."""
     started_s = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(14, os.cpu_count() or 2), mp_context=context) as pool:
