@@ -110,6 +110,8 @@ def _of_some_rows(num_out: int, width: int) -> StreamConfig | None:
     x_bytes = 2 * MOST_ROWS * 2 * width
     if x_bytes <= _MOST_BYTES_OF_X and num_out >= 80 * 256:
         config = StreamConfig(256, 128, 1, 16, ahead=2)
+    elif x_bytes <= _MOST_BYTES_OF_X and num_out % 128 == 0:
+        config = StreamConfig(128, 128, 1, 8, ahead=4, split_k=4)
     elif x_bytes <= 2 * _MOST_BYTES_OF_X:
         config = StreamConfig(64, 128, 2, 4, ahead=4, split_k=2)
     elif x_bytes <= 4 * _MOST_BYTES_OF_X:
