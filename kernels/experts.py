@@ -206,17 +206,18 @@ def _product(
     num_pairs, num_out = out.shape
     num_experts, num_rows, num_in = weight.shape
     small = weight if isinstance(weight, SmallExperts) else None
-    at_once = 1
+    at_once, joins_runs = 1, False
     assert small is None or shared is None
     if isinstance(weight, SmallExperts):
+        codes, is_a_row = weight.codes, order is None
+        joins_runs = not is_a_row and weight.has_numbers_of(x.dtype)
         tiles = tiles or experts_table.guess_small(
             experts_table.kind_of(num_tokens),
             is_up=activation is not None,
-            has_runs=weight.num_runs > 1,
+            has_runs=weight.num_runs > 1 and not joins_runs,
             shared_bytes=shared_bytes(x.device),
         )
-        codes = weight.codes
-        block_k, at_once = weight.blocks(tiles.block_k, is_a_row=order is None)
+        block_k, at_once = weight.blocks(tiles.block_k, joins_runs=joins_runs, is_a_row=is_a_row)
         weight = codes.view(torch.uint8) if weight.kind == "float8" else codes
     else:
         tiles = tiles or _tiles(num_tokens, weight, num_out)
@@ -263,6 +264,7 @@ def _product(
         KIND=None if small is None else small.kind,
         NUM_RUNS=1 if small is None else small.num_runs,
         AT_ONCE=at_once,
+        JOINS_RUNS=joins_runs,
         ASM=has_assembler() and x.dtype == torch.bfloat16,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -361,6 +363,7 @@ def _multiply(
     KIND: tl.constexpr,
     NUM_RUNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    JOINS_RUNS: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -464,7 +467,8 @@ def _multiply(
         else:
             acc, up_acc = small_sums(
                 x_at, is_real, codes_at, scale_ptr + own * NUM_RUNS, offset_at, NUM_OUT, inside,
-                NUM_IN, NUM_RUNS, KIND, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K, AT_ONCE, ASM,
+                NUM_IN, NUM_RUNS, KIND, IS_GATED, BLOCK_M, BLOCK_N, BLOCK_K, AT_ONCE,
+                JOINS_RUNS, ASM,
             )  # fmt: skip
     elif SHARED > 0 and descriptor is not None:
         if number < TOP_K:

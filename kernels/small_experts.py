@@ -9,6 +9,7 @@ their scales half.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,6 +24,8 @@ from baton.kernels.small_widen_jit import bytes_of, nibbles, twice_fp4
 Kind = Literal["int8", "float8", "int4", "fp4"]
 _TWICE_FP4 = (0, 1, 2, 3, 4, 6, 8, 12)
 _LEAST_BLOCK = 16
+_LEAST_CODE, _LARGEST_CODE = 2**-9, 448
+"""But for 0: of 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class SmallExperts:
     """float32 [experts, N, runs]"""
     num_in: int
     is_fp4: bool = False
+    powers: tuple[float, float] | None = None
+    """The least and the largest scale, where all are powers of two."""
 
     @classmethod
     def like(cls, one: SmallWeight, num_experts: int, *, is_fp4: bool) -> SmallExperts:
@@ -46,7 +51,7 @@ class SmallExperts:
         def room(tensor: Tensor) -> Tensor:
             return tensor.new_empty((num_experts, *tensor.shape))
 
-        return cls(room(one.codes), room(one.scale), None, one.num_in, is_fp4)
+        return cls(room(one.codes), room(one.scale), None, one.num_in, is_fp4, (math.inf, 0.0))
 
     def put(self, expert: int, one: SmallWeight, *, is_fp4: bool) -> SmallExperts | None:
         """With it among them, in the same memory; None: it is not stored as the others are. The
@@ -55,7 +60,7 @@ class SmallExperts:
             return None
         if one.scale.shape != self.scale.shape[1:]:
             return None
-        offset = self.offset
+        offset, powers = self.offset, self.powers
         if offset is None and one.offset is not None:
             offset = self.scale.new_zeros(self.scale.shape)
         if not one.codes.is_meta:
@@ -63,7 +68,8 @@ class SmallExperts:
             self.scale[expert] = one.scale
             if offset is not None and one.offset is not None:
                 offset[expert] = one.offset
-        return replace(self, offset=offset)
+            powers = _joined(powers, powers_of_two(one.scale))
+        return replace(self, offset=offset, powers=powers)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -87,16 +93,27 @@ class SmallExperts:
         offset_bytes = 0 if self.offset is None else self.offset.nbytes
         return self.codes.nbytes + self.scale.nbytes + offset_bytes
 
-    def blocks(self, most: int, *, is_a_row: bool) -> tuple[int, int]:
-        """Columns of a product, a power of two, and how many products are made of what is read at a
-        time, which is at most so many columns. A product's columns lie in one run; where there is
-        one row only, in as many as tensor cores have rows for, if runs are powers of two."""
+    def has_numbers_of(self, dtype: torch.dtype) -> bool:
+        """Whether all numbers are such, exactly: codes are, and powers of two move them within its
+        range. Then sums of several runs need no scaling."""
+        if self.powers is None or self.offset is not None or self.num_runs == 1:
+            return False
+        least, largest = self.powers
+        info = torch.finfo(dtype)
+        return least * _LEAST_CODE >= info.tiny and largest * _LARGEST_CODE <= info.max
+
+    def blocks(self, most: int, *, joins_runs: bool, is_a_row: bool) -> tuple[int, int]:
+        """Columns of a product, at most so many, a power of two, and how many products are made of
+        what is read at a time. A product's columns lie in one run; with `joins_runs` in any number,
+        and where there is one row only, in as many as tensor cores have rows for, if runs are
+        powers of two."""
         width = self.codes.shape[2]
         run = self.num_in // self.num_runs
-        if self.num_runs == 1:
+        is_power = run & (run - 1) == 0
+        if self.num_runs == 1 or (joins_runs and is_power):
             least: int = triton.next_power_of_2(width)
             return min(most, max(_LEAST_BLOCK, least)), 1
-        if is_a_row and run & (run - 1) == 0:
+        if is_a_row and is_power:
             halves = self.num_in // width
             return min(most, run * (_LEAST_BLOCK // halves)), 1
         block = min(most, run & -run)
@@ -121,16 +138,32 @@ class SmallExperts:
         return numbers.view(len(codes), -1)
 
 
+def powers_of_two(scale: Tensor) -> tuple[float, float] | None:
+    """The least and the largest, if all are."""
+    if not bool((torch.frexp(scale).mantissa == 0.5).all()):
+        return None
+    return float(scale.min()), float(scale.max())
+
+
+def _joined(
+    one: tuple[float, float] | None, other: tuple[float, float] | None
+) -> tuple[float, float] | None:
+    if one is None or other is None:
+        return None
+    return min(one[0], other[0]), max(one[1], other[1])
+
+
 @triton.jit
 def small_sums(
     x_at, is_real, codes_at, scale_at, offset_at, up_rows, inside,
     NUM_IN: tl.constexpr, NUM_RUNS: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr,
-    ASM: tl.constexpr,
+    JOINS_RUNS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Products of BLOCK_M rows, x_at [BLOCK_M, BLOCK_K], with BLOCK_N rows of a weight, codes_at
     [BLOCK_K, BLOCK_N], and with those `up_rows` further on. scale_at and offset_at [BLOCK_N]: of
-    the rows' first runs. AT_ONCE: how many BLOCK_K columns are read at a time."""
+    the rows' first runs. AT_ONCE: how many BLOCK_K columns are read at a time. JOINS_RUNS: what is
+    multiplied are numbers, not codes, as `has_numbers_of` allows it."""
     IS_PACKED: tl.constexpr = KIND == "int4" or KIND == "fp4"
     WIDTH: tl.constexpr = NUM_IN // 2 if IS_PACKED else NUM_IN
     RUN: tl.constexpr = NUM_IN // NUM_RUNS
@@ -151,10 +184,14 @@ def small_sums(
                 x = tl.load(x_at + begin + half * WIDTH, mask=is_x, other=0.0)
                 codes = tl.load(codes_at + begin, mask=is_code, other=0)
                 weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
-                if NUM_RUNS == 1:
+                run = begin // RUN + half * (NUM_RUNS // 2)
+                if JOINS_RUNS:
+                    own = _scales(scale_at + run, begin, inside, WIDTH, RUN, BLOCK_K, BLOCK_N)
+                    weight *= own.to(x.dtype)
+                    acc = tl.dot(x, weight, acc, input_precision="ieee")
+                elif NUM_RUNS == 1:
                     acc = tl.dot(x, weight, acc, input_precision="ieee")
                 else:
-                    run = begin // RUN + half * (NUM_RUNS // 2)
                     product = tl.dot(x, weight, input_precision="ieee")
                     acc = _add_run(acc, product, x, scale_at, offset_at, run, inside)
                 if offset_at is not None and NUM_RUNS == 1:
@@ -162,17 +199,37 @@ def small_sums(
                 if IS_GATED:
                     codes = tl.load(codes_at + up_rows * WIDTH + begin, mask=is_code, other=0)
                     weight = _widened(codes, half == 1, x.dtype, KIND, ASM)
-                    if NUM_RUNS == 1:
+                    up_run = up_rows * NUM_RUNS + run
+                    if JOINS_RUNS:
+                        own = _scales(
+                            scale_at + up_run, begin, inside, WIDTH, RUN, BLOCK_K, BLOCK_N
+                        )
+                        weight *= own.to(x.dtype)
+                        up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
+                    elif NUM_RUNS == 1:
                         up_acc = tl.dot(x, weight, up_acc, input_precision="ieee")
                     else:
                         product = tl.dot(x, weight, input_precision="ieee")
-                        up_run = up_rows * NUM_RUNS + run
                         up_acc = _add_run(up_acc, product, x, scale_at, offset_at, up_run, inside)
     if NUM_RUNS == 1:
         acc = _scaled(acc, ones, scale_at, offset_at, 0, inside)
         if IS_GATED:
             up_acc = _scaled(up_acc, ones, scale_at, offset_at, up_rows, inside)
     return acc, up_acc
+
+
+@triton.jit
+def _scales(
+    scale_at, begin, inside,
+    WIDTH: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N]: those of a step's numbers, of which scale_at [BLOCK_N] has the first."""
+    SPAN: tl.constexpr = BLOCK_K // RUN if BLOCK_K > RUN else 1
+    number = tl.arange(0, SPAN)[:, None]
+    is_there = inside[None, :] & (begin // RUN + number < WIDTH // RUN)
+    scale = tl.load(scale_at[None, :] + number, mask=is_there, other=0.0)
+    scale = tl.broadcast_to(scale[:, None, :], [SPAN, BLOCK_K // SPAN, BLOCK_N])
+    return scale.reshape([BLOCK_K, BLOCK_N])
 
 
 @triton.jit

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from baton.kernels.expert_order import Order
-from baton.kernels.experts import ExpertWeights
+from baton.kernels.experts import ExpertWeights, SmallExpertWeights
 from baton.kernels.experts_table import UNSORTED_TOKENS
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
+from baton.kernels.small_experts import SmallExperts, powers_of_two
 from benchmarks.gpu.gpu_timing import Call, Point
 
 _BF16 = torch.bfloat16
@@ -163,6 +165,72 @@ def _products(work: Work) -> Iterator[Point]:
         num_sets=len(work.routes),
         library=_libraries(work, is_up=None),
     )
+
+
+_SMALL = (
+    ("gpt-oss-20b", "fp4", 32), ("gpt-oss-20b", "float8", 0), ("qwen3-30b-a3b", "int4", 128),
+    ("qwen3-30b-a3b", "float8", 128), ("qwen3-30b-a3b", "float8", 0),
+)  # fmt: skip
+"""Mixtures whose weights are small, the kind of their codes, and how long runs are; 0: a row."""
+_SMALL_TOKENS = (1, 8, 32, 128, 2048)
+
+
+def small_experts_product() -> Iterator[Point]:
+    """Both products with weights as they are stored, beside ours in bfloat16. MXFP4's scales are
+    powers of two, the others' are not."""
+    mixtures = {each.name: each for each in MIXTURES}
+    for name, kind, run in _SMALL:
+        yield from _small_products(mixtures[name], kind, run)
+
+
+def _small_products(mixture: Mixture, kind: str, run: int) -> Iterator[Point]:
+    from baton.kernels import experts as own
+
+    plain = mixture.weights()
+    small = [_small_weights(mixture, kind, run) for _ in range(2)]
+    label = f"{mixture.name} {kind} {f'g{run} ' if run else ''}"
+    for num_tokens in _SMALL_TOKENS:
+        work = Work.of(mixture, plain, num_tokens)
+        inner = torch.randn(work.num_pairs, mixture.size, dtype=_BF16, device="cuda")
+        rows = torch.empty(work.num_pairs, mixture.hidden, dtype=_BF16, device="cuda")
+
+        def up(i: int, weights: Any) -> None:
+            routes, order = work.routes[i // 2], work.orders[i // 2]
+            own.multiply_up(inner, work.x, weights, routes, order, mixture.activation)
+
+        def down(i: int, weights: Any) -> None:
+            own.multiply_down(rows, inner, weights, work.routes[i // 2], work.orders[i // 2])
+
+        for what, call, is_up in (("gate, up", up, True), ("down", down, False)):
+            weight = small[0].gate_up if is_up else small[0].down
+            num_less = 2 * math.prod(weight.shape) - weight.nbytes
+            yield Point(
+                f"{label}{num_tokens} {what}",
+                lambda i: call(i, small[i % 2]),
+                work.num_bytes(is_up=is_up) - work.num_hit / len(weight) * num_less,
+                work.flop(is_up=is_up),
+                num_sets=2 * len(work.routes),
+                library={"bfloat16": lambda i: call(i, plain)},
+            )
+
+
+def _small_weights(mixture: Mixture, kind: str, run: int) -> SmallExpertWeights:
+    count = mixture.rule.num_experts
+
+    def draw(num_out: int, num_in: int) -> SmallExperts:
+        width = num_in // 2 if kind in ("int4", "fp4") else num_in
+        # All bytes that are numbers.
+        codes = torch.randint(0, 127, (count, num_out, width), device="cuda").to(torch.uint8)
+        scale = torch.rand(count, num_out, num_in // run if run else 1, device="cuda") / 64
+        if kind == "fp4":
+            scale = torch.exp2(scale.log2().round().clamp_min(-12))
+        if kind == "float8":
+            codes = codes.view(torch.float8_e4m3fn)
+        powers = powers_of_two(scale)
+        return SmallExperts(codes, scale, None, num_in, kind == "fp4", powers)
+
+    up = draw(2 * mixture.size, mixture.hidden)
+    return SmallExpertWeights(up, draw(mixture.hidden, mixture.size), None, None)
 
 
 def experts_around() -> Iterator[Point]:

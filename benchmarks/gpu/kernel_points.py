@@ -22,7 +22,7 @@ from benchmarks.gpu.attention_points import (
     rope_and_store,
     split_prefill_attention,
 )
-from benchmarks.gpu.expert_points import experts_around, experts_product
+from benchmarks.gpu.expert_points import experts_around, experts_product, small_experts_product
 from benchmarks.gpu.gpu_timing import Call, Point, num_sets_for
 from benchmarks.gpu.latent_points import latent_decode, latent_heads, latent_prefill
 from benchmarks.gpu.linear_tune import Data, forms_of
@@ -202,8 +202,8 @@ POINTS: dict[str, Callable[[], Iterator[Point]]] = {
     each.__name__: each
     for each in (
         linear, decode_attention, prefill_attention, split_prefill_attention, rope_and_store,
-        rms_norm, gated_mul,
-        block_digest, sampling, shaping, begin_step, experts_product, experts_around,
+        rms_norm, gated_mul, block_digest, sampling, shaping, begin_step,
+        experts_product, small_experts_product, experts_around,
         latent_decode, latent_heads, latent_prefill, delta_mixer,
     )
 } | {"small_linear": small_linear_points}  # fmt: skip

@@ -25,7 +25,8 @@ from baton.kernels.experts import (
 from baton.kernels.experts_table import Tiles
 from baton.kernels.reference_experts import ExpertActivation, Routes
 from baton.kernels.routing import ClampedSwiglu, RoutingRule
-from baton.kernels.small_experts import SmallExperts
+from baton.kernels.small_experts import SmallExperts, powers_of_two
+from baton.kernels.small_linear import SmallWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 Check = Callable[[Tensor, Tensor], None]
@@ -171,9 +172,16 @@ def test_experts(
 
 
 def small_of(
-    kind: str, num_experts: int, num_out: int, num_in: int, num_runs: int, device: torch.device
+    kind: str,
+    num_experts: int,
+    num_out: int,
+    num_in: int,
+    num_runs: int,
+    device: torch.device,
+    *,
+    has_powers: bool = False,
 ) -> SmallExperts:
-    """Of all codes there are; int4's have offsets."""
+    """Of all codes there are; int4's have offsets, but for scales that are powers of two."""
     width = num_in // 2 if kind in ("int4", "fp4") else num_in
     codes = torch.randint(0, 256, (num_experts, num_out, width), dtype=torch.uint8)
     if kind == "int8":
@@ -182,12 +190,15 @@ def small_of(
         codes = (torch.randn(codes.shape) * 3).to(torch.float8_e4m3fn)
     scale, offset = torch.rand(2, num_experts, num_out, num_runs)
     scale *= 0.3 / (64 if kind == "int8" else 4)
+    if has_powers:
+        scale = torch.exp2(torch.randint(-4, 1, scale.shape))
     return SmallExperts(
         codes.to(device),
         scale.to(device),
-        (offset * 0.3).to(device) if kind == "int4" else None,
+        (offset * 0.3).to(device) if kind == "int4" and not has_powers else None,
         num_in,
         is_fp4=kind == "fp4",
+        powers=powers_of_two(scale),
     )
 
 
@@ -232,6 +243,67 @@ def test_experts_of_few_bits(
     wide = reference_experts.ExpertWeights(wide_up, wide_down, [None] * 5, [None] * 5)
     own = Routes(routes.experts.long(), routes.weights)
     assert_close(got, reference_experts.experts(x.double(), own, wide, activation, min_rows=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_tokens", "size", "num_runs"),
+    [
+        ("fp4", 9, 320, 10), ("fp4", 3, 320, 10), ("fp4", 9, 192, 12), ("float8", 70, 288, 3),
+        ("float8", 9, 512, 2), ("int4", 9, 256, 4), ("int8", 9, 96, 3),
+    ],
+)  # fmt: skip
+def test_experts_whose_scales_are_powers_of_two(
+    kind: str,
+    num_tokens: int,
+    size: int,
+    num_runs: int,
+    device: torch.device,
+    assert_close: Check,
+) -> None:
+    """Their numbers have 16 bits: a product is of several runs."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    parts = [
+        small_of(kind, 5, num_out, size, num_runs, device, has_powers=True)
+        for num_out in (2 * size, size)
+    ]
+    assert all(part.has_numbers_of(dtype) for part in parts)
+    x = (torch.randn(num_tokens, size) / size).to(device, dtype)
+    routes = random_routes(num_tokens, 5, 2, device)
+    got = experts(x, routes, SmallExpertWeights(parts[0], parts[1], None, None), "silu")
+    wide_up, wide_down = ([each.expand(index).double() for index in range(5)] for each in parts)
+    wide = reference_experts.ExpertWeights(wide_up, wide_down, [None] * 5, [None] * 5)
+    own = Routes(routes.experts.long(), routes.weights)
+    assert_close(got, reference_experts.experts(x.double(), own, wide, "silu", min_rows=1))
+
+
+def test_which_numbers_have_16_bits() -> None:
+    def one(*scales: float, offset: bool = False) -> SmallExperts:
+        scale = torch.tensor(scales, dtype=torch.float32).view(1, 1, -1)
+        codes = torch.zeros(1, 1, 16 * len(scales), dtype=torch.int8)
+        return SmallExperts(
+            codes, scale, scale if offset else None, 16 * len(scales), powers=powers_of_two(scale)
+        )
+
+    half, bf16 = torch.float16, torch.bfloat16
+    assert one(0.5, 2).has_numbers_of(half) and one(0.5, 2**-100).has_numbers_of(bf16)
+    assert not one(0.5, 2**-6).has_numbers_of(half) and not one(2**8, 1).has_numbers_of(half)
+    assert not one(0.5, 0.75).has_numbers_of(bf16) and not one(0.5, 0).has_numbers_of(bf16)
+    assert not one(0.5).has_numbers_of(bf16) and not one(0.5, 2, offset=True).has_numbers_of(bf16)
+
+
+def test_scales_of_all_experts_count() -> None:
+    def one(scale: float) -> SmallWeight:
+        codes = torch.zeros(2, 32, dtype=torch.int8)
+        return SmallWeight(codes, torch.tensor([[scale, 1.0]] * 2), None, 32)
+
+    experts_put: SmallExperts | None = SmallExperts.like(one(1), 3, is_fp4=False)
+    found = []
+    for index, scale in enumerate((0.5, 4.0, 3.0)):
+        assert experts_put is not None
+        experts_put = experts_put.put(index, one(scale), is_fp4=False)
+        assert experts_put is not None
+        found.append(experts_put.powers)
+    assert found == [(0.5, 1.0), (0.5, 4.0), None]
 
 
 @pytest.mark.parametrize("copies", [False, True])
