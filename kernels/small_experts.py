@@ -3,7 +3,8 @@
     number = code · scale + offset
 
 Codes are widened in registers, exactly; a run's sum of products is scaled in float32, and nothing
-is rounded but the result. Floats of four bits count twice here, so that they are whole numbers, and
+is rounded but the result. Scales that are powers of two are multiplied before, which rounds nothing
+either, so that tensor cores add up several runs. Floats of four bits count twice here, so that they are whole numbers, and
 their scales half.
 """
 
