@@ -140,10 +140,11 @@ def test_does_not_take(
 
 
 def test_scales_lie_by_groups_where_it_streams(on_hopper: None) -> None:
-    weight = _on_paper("four bits", 4096, 4096, 128, has_offset=True)
+    weight = _on_paper("four bits", 4096, 4096, 128)
+    weight = replace(weight, scale=rand(4096, 32), offset=rand(4096, 32, seed=1))
     turned = by_groups(weight, torch.bfloat16)
-    assert turned.offset is not None
-    assert turned.scale.shape == turned.offset.shape == weight.scale.shape
+    assert turned.offset is not None and weight.offset is not None
+    assert torch.equal(turned.scale, weight.scale) and torch.equal(turned.offset, weight.offset)
     assert turned.scale.stride() == turned.offset.stride() == (1, 4096)
     others = [
         FLOAT8,
