@@ -4,8 +4,8 @@
 
 Codes are widened in registers, exactly; a run's sum of products is scaled in float32, and nothing
 is rounded but the result. Scales that are powers of two are multiplied before, which rounds nothing
-either, so that tensor cores add up several runs. Floats of four bits count twice here, so that they are whole numbers, and
-their scales half.
+either, so that tensor cores add up several runs. Floats of four bits count twice here, so that they
+are whole numbers, and their scales half.
 """
 
 from __future__ import annotations
