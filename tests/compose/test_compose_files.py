@@ -102,7 +102,7 @@ def test_the_directory_forgets_nothing(cpu: Any) -> None:
 def test_flags_are_those_of_the_role(
     role: str, cpu: Any, gpu: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = importlib.import_module(f"baton.services.{PROGRAMS[role]}.__main__")
+    parser = importlib.import_module(f"baton.services.{PROGRAMS[role]}.process")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     known = set(re.findall(r"\bBATON_\w+", capsys.readouterr().out))
@@ -120,7 +120,7 @@ def test_flags_are_those_of_the_role(
 def test_the_roles_take_their_settings(
     role: str, cpu: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parser = importlib.import_module(f"baton.services.{PROGRAMS[role]}.__main__")
+    parser = importlib.import_module(f"baton.services.{PROGRAMS[role]}.process")
     for stack, device in ((cpu, "cpu"), (gpu, "cuda")):
         service = stack["services"][role]
         for name, value in service["environment"].items():

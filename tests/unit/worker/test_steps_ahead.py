@@ -24,7 +24,7 @@ from baton.shared.kv.drawn import Drawn, TokenLogprobs
 from baton.shared.kv.pools import Pools
 from baton.shared.kv.sequence import AttemptKey, FinishReason, Sequence
 from baton.shared.rpc.convert import FINISH_REASON_FROM_PB
-from baton.shared.rpc.errors import BatonError, EngineFailure, from_failure
+from baton.shared.rpc.errors import BatonError, EngineFailure, InvalidField, from_failure
 from baton.shared.sampling import SamplingParams
 from baton.shared.telemetry import Counters, Trace
 from baton.shared.token_masks import TokenMasks
@@ -337,6 +337,18 @@ def test_no_row_is_launched_behind_the_last_token(
         assert bench.tokens[number] == undisturbed(make_runner, prompt, params)
         ends = bench.runner.ends[params.seed]
         assert ends == list(range(len(prompt), len(prompt) + params.max_tokens))
+
+
+def test_an_answer_that_fills_all_blocks_ends(bench: Bench, make_runner: MakeRunner) -> None:
+    """Its last token is stored nowhere."""
+    prompt = PROMPTS[0]
+    params = sampling(1, BLOCK_SIZE * NUM_BLOCKS - len(prompt) + 1)
+    bench.start(0, prompt, params)
+    bench.start(1, prompt, sampling(1, params.max_tokens + 1))
+    bench.run()
+    [expected] = PlainLoop(make_runner(NUM_BLOCKS + 1)).generate([prompt], [params])
+    assert (bench.tokens[0], bench.reasons[0]) == (expected, FinishReason.LENGTH)
+    assert isinstance(bench.failures[1], InvalidField)
 
 
 # A step that cannot be launched

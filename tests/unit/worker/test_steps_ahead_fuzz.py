@@ -167,8 +167,8 @@ class Episode:
             stop = draw.choice(expected)
             params = replace(params, stop_token_ids=frozenset({stop}))
             expected, reason = expected[: expected.index(stop) + 1], FinishReason.STOP
-        fits = self._bench.pools.capacity.holds(len(prompt) + params.max_tokens)
         sequence = self._bench.start(len(self._asked), prompt, params, matcher=matcher)
+        fits = self._bench.pools.capacity.holds(sequence.num_to_compute)
         self._asked.append(Asked(sequence.key, expected, reason, fits))
         return self._asked[-1]
 
