@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ def choose_gated(M: int, N: int, K: int) -> HopperConfig | None:
 def _entry(M: int, N: int, K: int, group: int) -> _Entry | None:
     """The most similar one."""
     rows = next((each for each in ROWS if M <= each), None)
+    return None if rows is None else _entry_of_rows(rows, N, K, group)
+
+
+@cache
+def _entry_of_rows(rows: int, N: int, K: int, group: int) -> _Entry | None:
+    """Looked for once: launched steps ask for each product of each layer."""
     similar = [
         entry
         for entry in _TABLE
