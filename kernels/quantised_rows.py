@@ -76,8 +76,7 @@ def to_code(x, MOST: tl.constexpr, IS_FLOAT: tl.constexpr, CASTS: tl.constexpr):
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr, CASTS: tl.constexpr):
     """`activate`, in half as many instructions, of which there are too many beside what a row's
-    bytes take: what is too small to be a normal number is zero, before it would be less than any
-    code."""
+    bytes take. Numbers too small to be normal ones become zero."""
     if CASTS and ACTIVATION == "silu":
         return tl.inline_asm_elementwise(_SILU, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:

@@ -100,31 +100,15 @@ def small_linear_kernel(
             if GROUP:
                 product = tl.dot(low, x.T, input_precision="ieee")
                 acc += _scaled_run(
-                    product,
-                    x,
-                    scale_ptr,
-                    offset_ptr,
-                    group,
-                    n,
-                    in_n,
-                    scale_stride,
-                    group_stride,
+                    product, x, scale_ptr, offset_ptr, group, n, in_n, scale_stride, group_stride,
                     HAS_OFFSET,
-                )
+                )  # fmt: skip
                 beyond = tl.minimum(group + num_groups // 2, num_groups - 1)
                 product = tl.dot(high, other.T, input_precision="ieee")
                 acc += _scaled_run(
-                    product,
-                    other,
-                    scale_ptr,
-                    offset_ptr,
-                    beyond,
-                    n,
-                    in_n,
-                    scale_stride,
-                    group_stride,
-                    HAS_OFFSET,
-                )
+                    product, other, scale_ptr, offset_ptr, beyond, n, in_n, scale_stride,
+                    group_stride, HAS_OFFSET,
+                )  # fmt: skip
             else:
                 acc = tl.dot(low, x.T, acc, input_precision="ieee")
                 acc = tl.dot(high, other.T, acc, input_precision="ieee")
@@ -135,17 +119,9 @@ def small_linear_kernel(
             if GROUP:
                 product = tl.dot(code, x.T, input_precision="ieee")
                 acc += _scaled_run(
-                    product,
-                    x,
-                    scale_ptr,
-                    offset_ptr,
-                    group,
-                    n,
-                    in_n,
-                    scale_stride,
-                    group_stride,
+                    product, x, scale_ptr, offset_ptr, group, n, in_n, scale_stride, group_stride,
                     HAS_OFFSET,
-                )
+                )  # fmt: skip
             else:
                 acc = tl.dot(code, x.T, acc, input_precision="ieee")
                 if HAS_OFFSET:

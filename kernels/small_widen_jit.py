@@ -62,12 +62,16 @@ _HIGH_TO_F32 = tl.constexpr(
     prmt.b32 $3, t, 0x3F000000, 0x7344;
     }"""
 )
-_LOW_FP4_TO_BF16 = tl.constexpr(
-    """{
+
+
+def _fp4_to_bf16(raised: str) -> tl.constexpr:
+    """`raised` puts the codes of a word into the upper halves of p's bytes."""
+    return tl.constexpr(
+        f"""{{
     .reg .b32 p, a, b, s, t, up, zero;
     mov.b32 up, 0x7F007F00;
     mov.b32 zero, 0x80008000;
-    shl.b32 p, $2, 4;
+    {raised}
     prmt.b32 a, p, 0, 0x1404;
     prmt.b32 b, p, 0, 0x3424;
     and.b32 s, a, 0x80008000;
@@ -80,27 +84,12 @@ _LOW_FP4_TO_BF16 = tl.constexpr(
     and.b32 t, t, 0x01C001C0;
     or.b32 t, t, s;
     fma.rn.bf16x2 $1, t, up, zero;
-    }"""
-)
-_HIGH_FP4_TO_BF16 = tl.constexpr(
-    """{
-    .reg .b32 a, b, s, t, up, zero;
-    mov.b32 up, 0x7F007F00;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 a, $2, 0, 0x1404;
-    prmt.b32 b, $2, 0, 0x3424;
-    and.b32 s, a, 0x80008000;
-    shr.b32 t, a, 6;
-    and.b32 t, t, 0x01C001C0;
-    or.b32 t, t, s;
-    fma.rn.bf16x2 $0, t, up, zero;
-    and.b32 s, b, 0x80008000;
-    shr.b32 t, b, 6;
-    and.b32 t, t, 0x01C001C0;
-    or.b32 t, t, s;
-    fma.rn.bf16x2 $1, t, up, zero;
-    }"""
-)
+    }}"""
+    )
+
+
+_LOW_FP4_TO_BF16 = _fp4_to_bf16("shl.b32 p, $2, 4;")
+_HIGH_FP4_TO_BF16 = _fp4_to_bf16("mov.b32 p, $2;")
 _FLOAT8_TO_BF16 = tl.constexpr(
     """{
     .reg .b32 a, b, s, t, up, zero;
