@@ -46,8 +46,6 @@ _FLOAT8 = torch.float8_e4m3fn
 _SIZES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 _ROWS_OF_LIBRARY = (16, 64, 128, 256, 512, 1024, 2048, 8192)
 _EPS = 1e-5
-_SHARED_BYTES = 232_448
-"""Of a processor."""
 _IN_CHAIN = ("gate, up", "down", "qkv", "o")
 """In this order they are chosen."""
 _LAYERS = 8
